@@ -1,0 +1,33 @@
+"""dmoe-export: mixture-of-experts diffusion language models, from a checkpoint to bundles that generate text.
+
+`Generator` (run time, no torch) and `export_checkpoint` (needs the `export` extra) are the two public faces.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Generator", "export_checkpoint"]
+
+if TYPE_CHECKING:
+    from .export.exporter import export_checkpoint
+    from .generator import Generator
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use, so that the runtime never pulls in torch."""
+    if name == "Generator":
+        from .generator import Generator
+
+        return Generator
+    if name == "export_checkpoint":
+        try:
+            from .export.exporter import export_checkpoint
+        except ModuleNotFoundError as error:
+            from .errors import MissingRequirementError
+
+            raise MissingRequirementError(
+                f"Exporting needs {error.name}; run: pip install 'dmoe-export[export]'.") from error
+        return export_checkpoint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,109 @@
+"""The manifest of a bundle, schema version 1 (docs/bundle.md is its normative description)."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from ..description import Frozen, ModelDescription, Precision, RoutingDescription
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+class FileEntry(Frozen):
+    """One file of the bundle."""
+
+    path: str
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        path = PurePosixPath(value)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in value:
+            raise ValueError(f"path {value!r} leaves the bundle")
+        return value
+
+
+class TensorEntry(Frozen):
+    """A graph input or output; symbolic dimensions are names."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class OpEntry(Frozen):
+    """A custom op and how many nodes of the graph use it."""
+
+    name: str
+    domain: str
+    version: int
+    count: int = Field(ge=1)
+
+
+class GraphEntry(Frozen):
+    """An ONNX graph."""
+
+    file: str
+    opset: int
+    inputs: list[TensorEntry]
+    outputs: list[TensorEntry]
+    ops: list[OpEntry]
+
+
+class ExpertLayer(Frozen):
+    """Byte offsets of one layer's tensors in the expert file."""
+
+    layer: int
+    gate_up_offset: int
+    down_offset: int
+
+
+class ExpertsEntry(Frozen):
+    """Layout of the expert file; expert e of a tensor starts at offset + e × slab bytes."""
+
+    file: str
+    stored_width: int = Field(description="I as stored: zero rows pad a slab to whole pages")
+    gate_up_slab_bytes: int
+    down_slab_bytes: int
+    layers: list[ExpertLayer]
+
+    @property
+    def bytes_per_expert(self) -> int:
+        """Bytes that using one expert touches."""
+        return self.gate_up_slab_bytes + self.down_slab_bytes
+
+
+class CheckpointEntry(Frozen):
+    """Which checkpoint the bundle was made from."""
+
+    identity: str = Field(description="sha256 over config fields and every tensor that was read")
+    layers_total: int
+
+
+class TokenizerEntry(Frozen):
+    """Text side of the model."""
+
+    file: str
+    chat_template: str | None
+
+
+class Manifest(Frozen):
+    """Everything a reader needs to know before it opens a file."""
+
+    schema_version: Literal[1] = 1
+    created_by: str
+    model: ModelDescription
+    routing: RoutingDescription
+    precision: Precision
+    checkpoint: CheckpointEntry
+    denoiser: GraphEntry
+    experts: ExpertsEntry
+    tokenizer: TokenizerEntry | None
+    files: list[FileEntry]
+    engines: list[dict[str, Any]] = Field(default_factory=list)

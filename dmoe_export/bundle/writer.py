@@ -1,0 +1,126 @@
+"""Writing a bundle: everything goes to a temporary folder beside the target, which is renamed at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import OutputError
+from .manifest import MANIFEST_NAME, FileEntry, Manifest
+from .reader import hash_file, read_manifest
+
+PAGE = 4096
+
+
+class DataFile:
+    """An append-only data file with aligned tensors; its sha256 is known when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
+        self._digest = hashlib.sha256()
+        self._file = path.open("wb", buffering=1 << 20)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        self._file.write(data)
+        self._digest.update(data)
+        self.offset += len(data)
+
+    def align(self, boundary: int = PAGE) -> int:
+        """Pad with zeros to a multiple of `boundary` bytes; returns the offset."""
+        self.write(bytes(-self.offset % boundary))
+        return self.offset
+
+    def close(self) -> FileEntry:
+        """Flush to disk; the file's entry for the manifest."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileEntry(path=self.path.name, size=self.offset, sha256=self._digest.hexdigest())
+
+    def abandon(self) -> None:
+        """Close without caring for the content (the folder is about to be removed)."""
+        try:
+            self._file.close()
+        except OSError:
+            self._file.raw.close()
+
+
+class BundleWriter:
+    """Context manager: a bundle appears under its name complete, or not at all.
+
+    Raises OutputError for what the file system refuses (exists, no permission, disk full).
+    """
+
+    def __init__(self, target: str | Path, overwrite: bool = False, bytes_needed: int = 0) -> None:
+        self.target = Path(os.path.abspath(target))
+        self._overwrite, self._bytes_needed = overwrite, bytes_needed
+        self._open_files: list[DataFile] = []
+        self.entries: list[FileEntry] = []
+        self.folder = self.target  # the temporary one, once entered
+
+    def __enter__(self) -> BundleWriter:
+        if self.target.exists():
+            if not self._overwrite:
+                raise OutputError(f"{self.target} exists already; choose another --out or add --force.")
+            if any(self.target.iterdir()) if self.target.is_dir() else True:
+                read_manifest(self.target)  # never replace what is not a bundle
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.target.parent).free
+            if free < self._bytes_needed:
+                raise OutputError(f"{self.target.parent} has {free / 1e9:.1f} GB free, the bundle needs "
+                                  f"{self._bytes_needed / 1e9:.1f} GB; free space or choose another --out.")
+            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.partial-", dir=self.target.parent))
+            self.folder.chmod(0o755)
+        except OSError as error:
+            raise self._refused(error) from error
+        return self
+
+    def data_file(self, name: str) -> DataFile:
+        """Open a data file in the bundle."""
+        file = DataFile(self.folder / name)
+        self._open_files.append(file)
+        return file
+
+    def finish_data_file(self, file: DataFile) -> None:
+        """Close a data file and list it."""
+        self._open_files.remove(file)
+        self.entries.append(file.close())
+
+    def add_file(self, name: str, content: bytes | None = None) -> None:
+        """List a file that is already in the folder, or write and list `content`."""
+        path = self.folder / name
+        if content is not None:
+            path.write_bytes(content)
+        self.entries.append(FileEntry(path=name, size=path.stat().st_size, sha256=hash_file(path)))
+
+    def seal(self, manifest: Manifest) -> None:
+        """Write the manifest and put the bundle in place."""
+        text = manifest.model_dump_json(indent=1)
+        (self.folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+        if self.target.exists():
+            aside = self.folder.with_name(self.folder.name + ".old")
+            self.target.rename(aside)
+            self.folder.rename(self.target)
+            shutil.rmtree(aside)
+        else:
+            self.folder.rename(self.target)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        for file in self._open_files:
+            file.abandon()
+        if self.folder != self.target:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> OutputError:
+        reason = error.strerror or str(error)
+        return OutputError(f"Bundle {self.target} could not be written: {reason}; nothing was left behind.")

@@ -1,0 +1,82 @@
+"""What a denoiser is, in numbers: the typed model description every floor of the house shares."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+RoutingMode = Literal["token", "top_p", "top_c"]
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+class Frozen(BaseModel):
+    """Immutable, and strict about unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MoeDescription(Frozen):
+    """The mixture-of-experts part; symbols as in the dMoE paper (arXiv 2605.30876, section 3)."""
+
+    num_experts: int = Field(gt=0, description="E")
+    experts_per_token: int = Field(gt=0, description="k")
+    expert_width: int = Field(gt=0, description="I, inner width of one expert")
+    shared_width: int = Field(ge=0, description="inner width of the shared experts together; 0 = none")
+    num_groups: int = Field(gt=0, description="G")
+    groups_kept: int = Field(gt=0, description="Kg")
+    routed_scaling: float = Field(gt=0, description="γ")
+    score_function: Literal["sigmoid", "softmax"] = "sigmoid"
+    renormalise: bool = True
+    first_dense_layers: int = Field(ge=0)
+
+    def tight_guard(self) -> int:
+        """Least coreset size k + G − Kg that the group limit can never force a token out of, at most E."""
+        return min(self.experts_per_token + self.num_groups - self.groups_kept, self.num_experts)
+
+
+class ModelDescription(Frozen):
+    """Everything needed to rebuild a masked-diffusion transformer, without its weights."""
+
+    family: str
+    architecture: str
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    dense_width: int = Field(ge=0, description="inner width of the dense feed-forward layers")
+    moe: MoeDescription
+    qk_norm: bool
+    rope_theta: float = Field(gt=0)
+    rotary_dim: int = Field(gt=0)
+    rms_eps: float = Field(gt=0)
+    max_positions: int = Field(gt=0)
+    tie_embeddings: bool
+    mask_id: int = Field(ge=0)
+    eos_id: int = Field(ge=0)
+    pad_id: int = Field(ge=0)
+
+    @property
+    def moe_layers(self) -> range:
+        """Indices of the layers that hold experts."""
+        return range(self.moe.first_dense_layers, self.num_layers)
+
+
+class RoutingDescription(Frozen):
+    """How experts are chosen, and the defaults of what a request may change."""
+
+    mode: RoutingMode
+    block_length: int = Field(gt=0, description="n: routing block = decoding block, on absolute positions")
+    top_p: float = Field(ge=0, le=1)
+    min_experts: int = Field(ge=1, description="guard: least coreset size")
+    coreset_size: int = Field(ge=1, description="C of top_c")
+
+    @classmethod
+    def default(cls, moe: MoeDescription, mode: RoutingMode = "top_p", block_length: int = 32,
+                top_p: float = 0.6) -> RoutingDescription:
+        """Defaults of the paper: p 0.6, guard k + G − Kg; C keeps LLaDA2.2's ratio 48/256 but never less than the guard."""
+        guard = moe.tight_guard()
+        return cls(mode=mode, block_length=block_length, top_p=top_p, min_experts=guard,
+                   coreset_size=max(guard, moe.num_experts * 48 // 256))

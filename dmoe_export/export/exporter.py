@@ -1,0 +1,133 @@
+"""The export, from a checkpoint argument to a sealed bundle."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from .. import __version__
+from ..bundle.manifest import (
+    CheckpointEntry,
+    GraphEntry,
+    Manifest,
+    OpEntry,
+    TensorEntry,
+    TokenizerEntry,
+)
+from ..bundle.reader import Bundle, open_bundle
+from ..bundle.writer import BundleWriter
+from ..checkpoint.family import Checkpoint
+from ..checkpoint.hub import resolve_checkpoint
+from ..checkpoint.text import chat_template, tokenizer_json
+from ..description import ModelDescription, Precision, RoutingDescription, RoutingMode
+from ..errors import CheckpointError
+from ..ops import block_route, experts
+from ..ops.schema import DOMAIN, OPSET
+from .trace import custom_node_counts, trace_denoiser
+from .weights import WeightStream, padded_width
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GRAPH_FILE, TOKENIZER_FILE, TEMPLATE_FILE = "denoiser.onnx", "tokenizer.json", "chat_template.jinja"
+
+Report = Callable[[str, int, int], None]
+"""Told the phase, the bytes written and the bytes to write."""
+
+
+def export_checkpoint(checkpoint: str | Path, out: str | Path, *, precision: Precision = "fp32",
+                      routing: RoutingMode = "top_p", block_length: int = 32, layers: int | None = None,
+                      top_p: float | None = None, min_experts: int | None = None, coreset_size: int | None = None,
+                      overwrite: bool = False, report: Report | None = None) -> Bundle:
+    """Export a checkpoint folder or hub id to the bundle folder `out`, and open it.
+
+    `layers` keeps the first N layers; `top_p`, `min_experts`, `coreset_size` set the bundle's defaults (0.6 or the
+    checkpoint's core_threshold; k + groups − groups kept; the guard or 48/256 of the experts).
+    Raises CheckpointError for what cannot be read, OutputError for what cannot be written; `out` is complete or absent.
+    """
+    source = Checkpoint(resolve_checkpoint(checkpoint), layers)
+    d, dtype = source.description, DTYPES[precision]
+    route = _routing(source, routing, block_length,
+                     {"top_p": top_p, "min_experts": min_experts, "coreset_size": coreset_size})
+    width = padded_width(d.hidden_size, d.moe.expert_width, dtype.itemsize)
+    total = _weight_bytes(d, width, dtype)
+    written = 0
+
+    def advance(count: int) -> None:
+        nonlocal written
+        written += count
+        tell("weights", written, total)
+
+    tell = report or (lambda phase, done, of: None)
+    with BundleWriter(out, overwrite, bytes_needed=total) as writer:
+        tell("trace", 0, total)
+        model = trace_denoiser(d, route, dtype, width)
+        stream = WeightStream(source, writer, model, dtype, width, advance)
+        stream.write_dense()
+        expert_entry = stream.write_experts()
+        tell("check", total, total)
+        graph = _save_graph(model, writer)
+        manifest = Manifest(
+            created_by=f"dmoe-export {__version__}", model=d, routing=route, precision=precision,
+            checkpoint=CheckpointEntry(identity=stream.identity, layers_total=source.full_description.num_layers),
+            denoiser=graph, experts=expert_entry, tokenizer=_copy_text(source, writer), files=writer.entries)
+        writer.seal(manifest)
+    source.reader.close()
+    return open_bundle(out, verify="sizes")
+
+
+def _routing(source: Checkpoint, mode: RoutingMode, block_length: int,
+             settings: dict[str, float | None]) -> RoutingDescription:
+    moe = source.description.moe
+    if block_length < 1:
+        raise CheckpointError(f"Block length {block_length} is not positive; LLaDA2 models use 32.")
+    threshold = source.config.get("core_threshold")
+    base = RoutingDescription.default(moe, mode, block_length, 0.6 if threshold is None else float(threshold))
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    for name, value in chosen.items():
+        low, high = (0, 1) if name == "top_p" else (1, moe.num_experts)
+        if not low <= value <= high:
+            raise CheckpointError(f"{name} {value} is outside {low} … {high}.")
+    return base.model_copy(update=chosen)
+
+
+def _weight_bytes(d: ModelDescription, width: int, dtype: torch.dtype) -> int:
+    """About what the data files will take."""
+    layer = 3 * d.hidden_size * (d.moe.num_experts * width + d.moe.shared_width)
+    attention = d.hidden_size * d.head_dim * 2 * (d.num_heads + d.num_kv_heads)
+    dense = 2 * d.vocab_size * d.hidden_size + 3 * d.hidden_size * d.dense_width * d.moe.first_dense_layers
+    return dtype.itemsize * (len(d.moe_layers) * layer + d.num_layers * attention + dense)
+
+
+def _save_graph(model: ir.Model, writer: BundleWriter) -> GraphEntry:
+    """Write the graph, run the checker's full check on it, describe it."""
+    path = writer.folder / GRAPH_FILE
+    ir.save(model, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    writer.add_file(GRAPH_FILE)
+    counts = custom_node_counts(model)
+    ops = [OpEntry(name=op.SCHEMA.name, domain=DOMAIN, version=op.SCHEMA.version, count=counts[op.SCHEMA.name])
+           for op in (block_route, experts)]
+    return GraphEntry(file=GRAPH_FILE, opset=OPSET, inputs=[_entry(v) for v in model.graph.inputs],
+                      outputs=[_entry(v) for v in model.graph.outputs], ops=ops)
+
+
+def _entry(value: ir.Value) -> TensorEntry:
+    assert value.shape is not None and value.dtype is not None and value.name is not None
+    shape = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+    return TensorEntry(name=value.name, dtype=value.dtype.name.lower(), shape=shape)
+
+
+def _copy_text(source: Checkpoint, writer: BundleWriter) -> TokenizerEntry | None:
+    tokenizer = tokenizer_json(source.folder)
+    if tokenizer is None:
+        return None
+    shutil.copyfile(tokenizer, writer.folder / TOKENIZER_FILE)
+    writer.add_file(TOKENIZER_FILE)
+    template = chat_template(source.folder)
+    if template is not None:
+        writer.add_file(TEMPLATE_FILE, template.encode())
+    return TokenizerEntry(file=TOKENIZER_FILE, chat_template=TEMPLATE_FILE if template is not None else None)

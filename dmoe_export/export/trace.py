@@ -1,0 +1,98 @@
+"""Trace the eager model to ONNX without its weights: parameters are fake tensors and become named initializers."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..description import ModelDescription, RoutingDescription
+from ..model.denoiser import Denoiser
+from ..ops import block_route as route_op
+from ..ops import experts as experts_op
+from ..ops.block_route.attributes import RouteAttributes
+from ..ops.block_route.onnx_body import block_route_body
+from ..ops.experts.onnx_body import experts_body
+from ..ops.schema import DOMAIN, OPSET
+from .graph import DenoiserGraph, example_inputs, input_names, output_names
+
+_PARAMETER_PREFIX = "denoiser."
+
+
+def trace_denoiser(description: ModelDescription, routing: RoutingDescription, dtype: torch.dtype,
+                   stored_width: int) -> ir.Model:
+    """The denoiser as an ONNX model whose weight initializers carry no data yet.
+
+    Ensures: inputs and outputs named as in graph.py; initializers named as the eager model's parameters; each custom
+    op is one node with plugin attributes and one function body.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        denoiser = Denoiser(description, routing, dtype, stored_width).eval()
+        inputs, axes = example_inputs(denoiser, routing.mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        noisy = logging.getLogger("torch.onnx")
+        level = noisy.level
+        noisy.setLevel(logging.ERROR)
+        try:
+            program = torch.onnx.export(DenoiserGraph(denoiser), inputs, dynamo=True, dynamic_shapes=axes,
+                                        opset_version=OPSET, optimize=False, verbose=False)
+        finally:
+            noisy.setLevel(level)
+    model = program.model
+    for value in list(model.graph.initializers.values()):
+        if value.name.startswith(_PARAMETER_PREFIX):
+            value.const_value = None  # passes must not try to read what is not there
+            value.name = value.name.removeprefix(_PARAMETER_PREFIX)
+    onnxscript.optimizer.optimize_ir(model)
+    _name_interface(model, description, routing)
+    _strip_metadata(model)
+    _add_bodies(model, description, routing, dtype)
+    return model
+
+
+def custom_node_counts(model: ir.Model) -> Counter[str]:
+    """How many nodes of each custom op the main graph holds."""
+    return Counter(node.op_type for node in model.graph if node.domain == DOMAIN)
+
+
+def _name_interface(model: ir.Model, description: ModelDescription, routing: RoutingDescription) -> None:
+    for values, names in ((model.graph.inputs, input_names(routing.mode, description.num_layers)),
+                          (model.graph.outputs, output_names(description.num_layers))):
+        for value, name in zip(values, names, strict=True):
+            value.name = name
+
+
+def _strip_metadata(model: ir.Model) -> None:
+    """Drop torch's stack traces and symbol notes: they name the exporting machine's paths."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.producer_name, model.producer_version = "dmoe-export", None
+    model.graph.name = "denoiser"
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        values.extend(node.outputs)
+    for value in values:
+        value.metadata_props.clear()
+
+
+def _add_bodies(model: ir.Model, description: ModelDescription, routing: RoutingDescription,
+                dtype: torch.dtype) -> None:
+    moe = description.moe
+    elem = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16,
+            torch.bfloat16: onnx.TensorProto.BFLOAT16}[dtype]
+    attributes = RouteAttributes.of(moe, routing.mode, routing.block_length)
+    for body in (block_route_body(attributes, moe.num_experts),
+                 experts_body(moe.num_experts, moe.experts_per_token, description.hidden_size, elem)):
+        function = ir.serde.deserialize_function(body)
+        model.functions[function.identifier()] = function
+        model.opset_imports.update(function.opset_imports)
+    model.opset_imports[DOMAIN] = max(op.SCHEMA.version for op in (route_op, experts_op))

@@ -1,0 +1,1 @@
+"""The eager reference: a small PyTorch masked-diffusion transformer, rebuilt from a model description."""

@@ -1,0 +1,42 @@
+"""Grouped-query attention over cached and new keys; nothing is concatenated but the scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..description import ModelDescription
+from .layers import rotate
+
+
+class Attention(nn.Module):
+    """Fused QKV → per-head RMSNorm → partial rotary → attention → output projection (spec models.md, llada2_moe)."""
+
+    def __init__(self, d: ModelDescription, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = d.num_heads, d.num_kv_heads, d.head_dim
+        self.qkv = nn.Linear(d.hidden_size, (d.num_heads + 2 * d.num_kv_heads) * d.head_dim, bias=False, dtype=dtype)
+        self.q_norm = nn.RMSNorm(d.head_dim, eps=d.rms_eps, dtype=dtype) if d.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(d.head_dim, eps=d.rms_eps, dtype=dtype) if d.qk_norm else nn.Identity()
+        self.out = nn.Linear(d.num_heads * d.head_dim, d.hidden_size, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], bias: Tensor, past_key: Tensor,
+                past_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N,H], bias [B,1,1,T,S+T], past [B,Hkv,S,D] → output [N,H], new key and value [B,Hkv,T,D]; N = B·T."""
+        rows, _, _, tokens, _ = bias.shape
+        qkv = self.qkv(x).reshape(rows, tokens, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q = rotate(self.q_norm(q), angles) * self.head_dim**-0.5
+        key = rotate(self.k_norm(k), angles).transpose(1, 2)  # [B, Hkv, T, D]
+        value = v.transpose(1, 2)
+        # The query heads of one key head are stacked along the token axis, so keys are never repeated.
+        share = self.heads // self.kv_heads
+        q = q.unflatten(2, (self.kv_heads, share)).permute(0, 2, 3, 1, 4)  # [B, Hkv, share, T, D]
+        q = q.reshape(rows, self.kv_heads, share * tokens, self.head_dim)
+        scores = torch.cat([q @ past_key.transpose(2, 3), q @ key.transpose(2, 3)], dim=-1)
+        scores = scores.unflatten(2, (share, tokens)).float() + bias
+        probs = torch.softmax(scores, dim=-1).to(x.dtype).flatten(2, 3)  # [B, Hkv, share·T, S+T]
+        past_length = past_key.shape[2]
+        mixed = probs[..., :past_length] @ past_value + probs[..., past_length:] @ value
+        mixed = mixed.unflatten(2, (share, tokens)).permute(0, 3, 1, 2, 4)  # [B, T, Hkv, share, D]
+        return self.out(mixed.reshape(rows * tokens, self.heads * self.head_dim)), key, value

@@ -1,0 +1,107 @@
+"""The denoiser: one forward for prefill, denoise and commit (architecture.md, "One graph")."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..description import ModelDescription, RoutingDescription
+from .attention import Attention
+from .layers import FeedForward, attention_bias, rotary_angles
+from .moe import MoE, RoutingSettings
+
+
+class Past(NamedTuple):
+    """Cached rows: per layer key and value [B,Hkv,S,D]; positions [B,S], −1 = empty. S ≥ 1."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    positions: Tensor
+
+
+class DenoiserOutput(NamedTuple):
+    """Results of one forward. M = tokens whose vocabulary row was asked for."""
+
+    logits: Tensor  # [B, M, V] float32
+    keys: list[Tensor]  # per layer [B, Hkv, T, D], new tokens only
+    values: list[Tensor]
+    expert_ids: list[Tensor]  # per MoE layer [B, T, k] int32
+    router_logits: list[Tensor]  # per MoE layer [B, T, E] float32
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer; its feed-forward is dense or a mixture."""
+
+    def __init__(self, d: ModelDescription, routing: RoutingDescription, index: int, dtype: torch.dtype,
+                 stored_width: int | None) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(d.hidden_size, eps=d.rms_eps, dtype=dtype)
+        self.attention = Attention(d, dtype)
+        self.ffn_norm = nn.RMSNorm(d.hidden_size, eps=d.rms_eps, dtype=dtype)
+        self.ffn: FeedForward | MoE = (MoE(d, routing, dtype, stored_width) if index in d.moe_layers
+                                       else FeedForward(d.hidden_size, d.dense_width, dtype))
+
+
+class Denoiser(nn.Module):
+    """A masked-diffusion transformer rebuilt from its description.
+
+    Logits of a token belong to its own position (no shift) for family `llada2_moe`.
+    """
+
+    def __init__(self, description: ModelDescription, routing: RoutingDescription,
+                 dtype: torch.dtype = torch.float32, stored_width: int | None = None) -> None:
+        super().__init__()
+        d = self.description = description
+        self.routing = routing
+        self.dtype = dtype
+        self.embed = nn.Embedding(d.vocab_size, d.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(Layer(d, routing, i, dtype, stored_width) for i in range(d.num_layers))
+        self.norm = nn.RMSNorm(d.hidden_size, eps=d.rms_eps, dtype=dtype)
+        self.lm_head = nn.Linear(d.hidden_size, d.vocab_size, bias=False, dtype=dtype)
+        if d.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
+
+    def empty_past(self, rows: int) -> Past:
+        """A cache of one empty row, so that no tensor is ever empty."""
+        d = self.description
+        device = self.embed.weight.device
+        zero = torch.zeros(rows, d.num_kv_heads, 1, d.head_dim, dtype=self.dtype, device=device)
+        return Past([zero] * d.num_layers, [zero] * d.num_layers, torch.full((rows, 1), -1, device=device))
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Past | None = None,
+                settings: RoutingSettings | None = None, logit_rows: Tensor | None = None) -> DenoiserOutput:
+        """One forward over input_ids, position_ids [B,T] (−1 = padding).
+
+        `logit_rows [B,M]` names the tokens (indices into T) whose logits are wanted, all of them by default.
+        """
+        d = self.description
+        past = past or self.empty_past(len(input_ids))
+        settings = settings or RoutingSettings.of(self.routing)
+        angles = rotary_angles(position_ids, d.rope_theta, d.rotary_dim, self.dtype)
+        keys_at = torch.cat([past.positions, position_ids], dim=1)
+        bias = attention_bias(position_ids, keys_at, self.routing.block_length)
+        out = DenoiserOutput(input_ids, [], [], [], [])
+        x = self.embed(input_ids.flatten())  # [N, H], N = B·T: products of two dimensions take weights as stored
+        for layer, past_key, past_value in zip(self.layers, past.keys, past.values, strict=True):
+            attended, key, value = layer.attention(layer.attention_norm(x), angles, bias, past_key, past_value)
+            x = x + attended
+            h = layer.ffn_norm(x)
+            if isinstance(layer.ffn, MoE):
+                mixed, ids, router_logits = layer.ffn(h, position_ids, settings)
+                out.expert_ids.append(ids)
+                out.router_logits.append(router_logits)
+            else:
+                mixed = layer.ffn(h)
+            x = x + mixed
+            out.keys.append(key)
+            out.values.append(value)
+        rows, tokens = input_ids.shape
+        if logit_rows is None:
+            logit_rows = torch.arange(tokens, device=x.device).expand(rows, tokens)
+        first = torch.arange(rows, device=x.device)[:, None] * tokens
+        x = x[(first + logit_rows.clamp(min=0)).flatten()]  # [B·M, H]
+        logits = F.linear(self.norm(x), self.lm_head.weight).float()
+        return out._replace(logits=logits.reshape(rows, logit_rows.shape[1], d.vocab_size))

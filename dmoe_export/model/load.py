@@ -1,0 +1,33 @@
+"""Fill the eager model with a checkpoint's weights (for references and small models; the exporter streams instead)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.family import Checkpoint
+from ..description import RoutingDescription
+from .denoiser import Denoiser
+
+
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """Gate and up rows [I,H] each → [2I,H]: row 2i is gate i, row 2i+1 is up i."""
+    return torch.stack([gate, up], dim=1).flatten(0, 1)
+
+
+@torch.no_grad()
+def load_denoiser(checkpoint: Checkpoint, routing: RoutingDescription, dtype: torch.dtype = torch.float32) -> Denoiser:
+    """The eager model of a checkpoint, on the CPU, in evaluation mode."""
+    d = checkpoint.description
+    with torch.device("meta"):
+        model = Denoiser(d, routing, dtype)
+    model = model.to_empty(device="cpu").eval()
+    parameters = dict(model.named_parameters())
+    for ours, tensor in checkpoint.weights.dense.items():
+        parameters[ours].copy_(checkpoint.reader.read(tensor))
+    for layer in d.moe_layers:
+        for expert in range(d.moe.num_experts):
+            gate, up = checkpoint.weights.gate_up(layer, expert)
+            parameters[f"layers.{layer}.ffn.gate_up"][expert] = interleave(gate, up).to(dtype)
+            parameters[f"layers.{layer}.ffn.down"][expert] = checkpoint.weights.down(layer, expert).to(dtype)
+    return model

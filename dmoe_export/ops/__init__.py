@@ -1,0 +1,1 @@
+"""The custom ops, each stated once: schema, eager implementation, ONNX body (one folder per op)."""

@@ -1,0 +1,30 @@
+"""How an op is declared; the eager implementation, the ONNX body and the plugin all follow the declaration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DOMAIN = "dmoe"
+PLUGIN_NAMESPACE = "dmoe"
+OPSET = 23  # of the standard ops that bodies and graphs are written in
+
+
+@dataclass(frozen=True)
+class OpSchema:
+    """Name and signature of a custom op; inputs are all mandatory (an empty one breaks TensorRT plugins)."""
+
+    name: str
+    version: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: tuple[str, ...]
+
+    @property
+    def qualified_name(self) -> str:
+        """`domain::Name`, as torch.onnx wants it."""
+        return f"{DOMAIN}::{self.name}"
+
+    @property
+    def plugin_attributes(self) -> dict[str, str]:
+        """The two attributes by which TensorRT's parser finds a plugin (spec engines.md, "One node, three lives")."""
+        return {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": str(self.version)}
