@@ -10,6 +10,11 @@ RoutingMode = Literal["token", "top_p", "top_c"]
 Precision = Literal["fp32", "fp16", "bf16"]
 
 
+RUNTIME_SETTINGS: dict[RoutingMode, tuple[str, ...]] = {
+    "token": (), "top_p": ("top_p", "min_experts"), "top_c": ("coreset_size",)}
+"""Which routing settings a mode lets a request change: graph inputs of the bundle."""
+
+
 class Frozen(BaseModel):
     """Immutable, and strict about unknown fields."""
 
@@ -76,7 +81,7 @@ class RoutingDescription(Frozen):
     @classmethod
     def default(cls, moe: MoeDescription, mode: RoutingMode = "top_p", block_length: int = 32,
                 top_p: float = 0.6) -> RoutingDescription:
-        """Defaults of the paper: p 0.6, guard k + G − Kg; C keeps LLaDA2.2's ratio 48/256 but never less than the guard."""
+        """Defaults of the paper: p 0.6, guard k + G − Kg; C in LLaDA2.2's ratio 48/256, at least the guard."""
         guard = moe.tight_guard()
         return cls(mode=mode, block_length=block_length, top_p=top_p, min_experts=guard,
                    coreset_size=max(guard, moe.num_experts * 48 // 256))

@@ -15,6 +15,8 @@ from torch import Tensor
 BLOCK = 32
 # The filling EOS tokens outnumber the answer and are easy, so each counts little.
 FILL_WEIGHT = 0.1
+# What is to be computed stands after "=": few tokens, hard to learn.
+RESULT_WEIGHT = 3.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class BlockData:
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         self.tokenizer = tokenizer
         self.eos, self.mask = tokenizer.token_to_id(EOS), tokenizer.token_to_id(MASK)
+        self.equals = tokenizer.token_to_id(" =")
         self.examples = training_examples(seed)
         self.random = torch.Generator().manual_seed(seed)
 
@@ -66,5 +69,6 @@ class BlockData:
         masked = (torch.rand(targets.shape, generator=self.random) < rate) | (kind < 0.25)
         # In decoding the fill is accepted first, because it is sure first: show such states too.
         masked = answer & masked & ~(fill & (kind > 0.7))
-        weights = masked * torch.where(fill, FILL_WEIGHT, 1.0)
+        result = (targets == self.equals).cumsum(1) > 0  # no question holds one
+        weights = masked * torch.where(fill, FILL_WEIGHT, torch.where(result, RESULT_WEIGHT, 1.0))
         return Batch(torch.where(masked, self.mask, targets), targets, weights)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -93,5 +92,5 @@ def save_checkpoint(model: Denoiser, routing: RoutingDescription, folder: Path) 
     save_file(tensors(model), weights, metadata={"format": "pt"})
     settings = folder / "config.json.new"
     settings.write_text(json.dumps(config(model.description, routing), indent=1) + "\n")
-    os.replace(weights, folder / "model.safetensors")
-    os.replace(settings, folder / "config.json")
+    weights.replace(folder / "model.safetensors")
+    settings.replace(folder / "config.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -45,10 +46,8 @@ class DataFile:
 
     def abandon(self) -> None:
         """Close without caring for the content (the folder is about to be removed)."""
-        try:
+        with contextlib.suppress(OSError):  # a full disk refuses the flush; the descriptor is closed all the same
             self._file.close()
-        except OSError:
-            self._file.raw.close()
 
 
 class BundleWriter:

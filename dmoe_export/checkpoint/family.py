@@ -30,8 +30,15 @@ class WeightMap(Protocol):
 class Family(Protocol):
     """A model family of checkpoints."""
 
-    name: str
-    architectures: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """The family's name, config.json's model_type."""
+        ...
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Class names of config.json that belong to it."""
+        ...
 
     def describe(self, config: dict[str, Any], source: Path) -> ModelDescription:
         """The model description; contradictions are errors that name `source`."""

@@ -18,7 +18,7 @@ def resolve_checkpoint(source: str | Path) -> Path:
         return folder
     if folder.exists():
         raise CheckpointError(f"{folder} is a file; give the checkpoint's folder.")
-    if not _HUB_ID.fullmatch(str(source)) or folder.parent.is_dir() and str(folder.parent) != ".":
+    if not _HUB_ID.fullmatch(str(source)) or (folder.parent.is_dir() and str(folder.parent) != "."):
         raise CheckpointError(f"Checkpoint folder {folder} does not exist; give a folder or a hub id such as org/name.")
     return _download(str(source))
 
@@ -33,5 +33,5 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=_FILES))
     except Exception as error:  # huggingface_hub raises many kinds; each means the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{hub_id} is no local folder and could not be fetched from the hub: {reason} Run again to resume.") from error
+        raise CheckpointError(f"{hub_id} is no local folder and could not be fetched from the hub: {reason} "
+                              "Run again to resume.") from error

@@ -7,12 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..description import RoutingMode
+from ..description import RUNTIME_SETTINGS, RoutingMode
 from ..model.denoiser import Denoiser, Past
 from ..model.moe import RoutingSettings
-
-RUNTIME_SETTINGS: dict[RoutingMode, tuple[str, ...]] = {
-    "token": (), "top_p": ("top_p", "min_experts"), "top_c": ("coreset_size",)}
 
 
 class DenoiserGraph(nn.Module):

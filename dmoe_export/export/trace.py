@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import onnx
 import onnx_ir as ir
@@ -37,24 +39,33 @@ def trace_denoiser(description: ModelDescription, routing: RoutingDescription, d
         inputs, axes = example_inputs(denoiser, routing.mode)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        noisy = logging.getLogger("torch.onnx")
-        level = noisy.level
-        noisy.setLevel(logging.ERROR)
-        try:
+        with _quiet("torch.onnx", "onnx_ir"):
             program = torch.onnx.export(DenoiserGraph(denoiser), inputs, dynamo=True, dynamic_shapes=axes,
                                         opset_version=OPSET, optimize=False, verbose=False)
-        finally:
-            noisy.setLevel(level)
-    model = program.model
-    for value in list(model.graph.initializers.values()):
-        if value.name.startswith(_PARAMETER_PREFIX):
-            value.const_value = None  # passes must not try to read what is not there
-            value.name = value.name.removeprefix(_PARAMETER_PREFIX)
-    onnxscript.optimizer.optimize_ir(model)
+            model = program.model
+            for value in list(model.graph.initializers.values()):
+                if value.name.startswith(_PARAMETER_PREFIX):
+                    value.const_value = None  # passes must not try to read what is not there
+                    value.name = value.name.removeprefix(_PARAMETER_PREFIX)
+            onnxscript.optimizer.optimize_ir(model)
     _name_interface(model, description, routing)
     _strip_metadata(model)
     _add_bodies(model, description, routing, dtype)
     return model
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Errors only: these loggers warn of fake tensors, which are what we want."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def custom_node_counts(model: ir.Model) -> Counter[str]:

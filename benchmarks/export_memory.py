@@ -1,0 +1,62 @@
+"""Peak memory and time of exporting a synthetic checkpoint of a published size; prints and saves JSON.
+
+    python benchmarks/export_memory.py --geometry llada2.0-mini --layers 4 --work /tmp/export-memory
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--geometry", default="llada2.0-mini", show_default=True)
+@click.option("--layers", default=4, show_default=True)
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Scratch folder; needs twice the model.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the JSON goes as well.")
+@click.option("--keep", is_flag=True, help="Keep checkpoint and bundle.")
+def main(geometry: str, layers: int, precision: str, work: Path, out: Path | None, keep: bool) -> None:
+    """Measure one export in a process of its own."""
+    from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
+
+    checkpoint, bundle = work / f"{geometry}-{layers}", work / f"{geometry}-{layers}-{precision}.bundle"
+    if not (checkpoint / "config.json").exists():
+        write_synthetic(checkpoint, GEOMETRIES[geometry] | {"num_hidden_layers": layers})
+    command = [sys.executable, "-m", "dmoe_export", "export", str(checkpoint), "--out", str(bundle), "--force",
+               "--precision", precision, "--json"]
+    start = time.perf_counter()
+    process = subprocess.run(command, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        raise click.ClickException(process.stderr)
+    # ru_maxrss counts the largest child, mapped file pages included; the export is the only child.
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    result = {
+        "benchmark": "export_memory", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "geometry": geometry, "layers": layers, "precision": precision,
+        "checkpoint_bytes": sum(f.stat().st_size for f in checkpoint.iterdir()),
+        "bundle_bytes": json.loads(process.stdout)["bytes"], "peak_rss_bytes": peak, "seconds": seconds,
+    }
+    text = json.dumps(result, indent=1)
+    click.echo(text)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")
+    if not keep:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

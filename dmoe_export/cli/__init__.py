@@ -1,0 +1,51 @@
+"""The command line: one command, a verb per file. Exit codes: 0 ok, 1 check failed, 2 bad input, 3 environment."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import DmoeError
+
+
+class OneSentenceErrors(click.Group):
+    """Turns expected errors into one sentence and the right exit code; `--debug` adds the stack trace."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BrokenPipeError:
+            sys.exit(0)
+        except Exception as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            if isinstance(error, DmoeError):
+                click.echo(f"dmoe-export: {error}", err=True)
+                sys.exit(error.exit_code)
+            click.echo(f"dmoe-export: unexpected {type(error).__name__}: {error} (run with --debug for the trace, "
+                       "and please report it)", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=OneSentenceErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the stack trace of an error.")
+@click.version_option(__version__, prog_name="dmoe-export")
+def main(debug: bool) -> None:
+    """Mixture-of-experts diffusion language models: from a checkpoint to bundles that generate text."""
+
+
+def _register() -> None:
+    from . import export, generate, inspect
+
+    for command in (export.export, generate.generate, inspect.inspect):
+        main.add_command(command)
+
+
+_register()

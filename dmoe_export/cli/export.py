@@ -1,0 +1,45 @@
+"""`dmoe-export export`: checkpoint → bundle."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .progress import byte_bar
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle to write.")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--routing", type=click.Choice(["token", "top_p", "top_c"]), default="top_p", show_default=True,
+              help="How a block's experts are chosen.")
+@click.option("--block-length", type=int, default=32, show_default=True,
+              help="Tokens per block, of routing and decoding.")
+@click.option("--layers", type=int, help="Keep only the first N layers, for quick checks.")
+@click.option("--coreset-top-p", type=float, help="Default p of top_p routing [checkpoint's core_threshold, or 0.6].")
+@click.option("--min-experts", type=int, help="Default least coreset size [k + groups - groups kept].")
+@click.option("--coreset-size", type=int, help="Default C of top_c routing [48/256 of the experts].")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def export(checkpoint: str, out: Path, coreset_top_p: float | None, force: bool, as_json: bool, **options: Any) -> None:
+    """Export CHECKPOINT (a folder or a hub id) to a bundle."""
+    from .. import export_checkpoint  # needs torch: only when this verb runs
+
+    start = time.perf_counter()
+    with byte_bar("read", 0, shown=not as_json) as report:
+        bundle = export_checkpoint(checkpoint, out, top_p=coreset_top_p, overwrite=force, report=report, **options)
+    manifest = bundle.manifest
+    size = sum(entry.size for entry in manifest.files)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle.folder), "bytes": size, "seconds": time.perf_counter() - start,
+                               "manifest": manifest.model_dump(mode="json")}))
+        return
+    routing = manifest.routing
+    click.echo(f"Exported {manifest.model.num_layers} layers of {manifest.model.architecture} in {manifest.precision}, "
+               f"routing {routing.mode}, block {routing.block_length}: {bundle.folder} "
+               f"({size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s)")

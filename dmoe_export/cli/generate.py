@@ -1,0 +1,102 @@
+"""`dmoe-export generate`: answer one prompt with a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..bundle.reader import read_manifest
+from ..errors import RequestError
+from ..generator import Generation, Generator, Prompt
+from .progress import byte_bar
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", help="Text; wrapped in the chat template.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="File with the prompt's text.")
+@click.option("--prompt-ids", help="Token ids, separated by commas; needs no tokenizer.")
+@click.option("--max-new-tokens", type=int, default=128, show_default=True)
+@click.option("--acceptance", type=click.Choice(["threshold", "fixed", "factor"]), default="threshold",
+              show_default=True, help="Which decoded positions are kept after a step.")
+@click.option("--threshold", type=float, default=0.95, show_default=True, help="Confidence of acceptance threshold.")
+@click.option("--factor", type=float, default=1.0, show_default=True, help="Factor of acceptance factor.")
+@click.option("--steps", type=int, default=32, show_default=True, help="Most denoise steps per block.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="Sample from the k best tokens; 0 is off.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from the nucleus of this mass.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--coreset-top-p", type=float, help="p of top_p routing [the bundle's].")
+@click.option("--min-experts", type=int, help="Least coreset size of top_p routing [the bundle's].")
+@click.option("--coreset-size", type=int, help="C of top_c routing [the bundle's].")
+@click.option("--block-length", type=int, help="Must be the bundle's; for scripts that state it.")
+@click.option("--eos-id", type=int, help="Token that ends the answer [the model's]; -1 for none.")
+@click.option("--early-stop/--no-early-stop", default=True, show_default=True, help="End inside a block at an EOS.")
+@click.option("--chat/--no-chat", default=True, show_default=True, help="Wrap text in the chat template.")
+@click.option("--threads", type=int, help="Threads per operator [ONNX Runtime's choice].")
+@click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True,
+              help="What is compared with the manifest before use.")
+@click.option("--stream", is_flag=True, help="Print blocks as they are finished.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object (with --stream: one per block first).")
+def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
+             as_json: bool, threads: int | None, verify: Any, **options: Any) -> None:
+    """Generate with BUNDLE from exactly one of --prompt, --prompt-file, --prompt-ids."""
+    given = _prompt(prompt, prompt_file, prompt_ids)
+    total = sum(entry.size for entry in read_manifest(bundle).files)
+    done = 0
+    with byte_bar("verify", total, shown=total > 200e6 and not as_json) as report:
+
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+            report("verify", done, total)
+
+        generator = Generator.open(bundle, threads=threads, verify=verify, progress=progress)
+    if not stream:
+        result = generator.generate([given], **options)[0]
+        click.echo(json.dumps(result.as_dict()) if as_json else _shown(result))
+    else:
+        result = _stream(generator, given, as_json, options)
+    stats = result.stats
+    if not as_json:
+        click.echo(f"[{result.finish_reason}; {stats.new_tokens} tokens in {stats.forwards} forwards; "
+                   f"{stats.unique_experts:.1f} unique experts per denoise forward]", err=True)
+
+
+def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[str, Any]) -> Generation:
+    ids: list[int] = []
+    for block in generator.stream([given], **options):
+        ids += block.token_ids
+        if as_json:
+            click.echo(json.dumps({"block": block.token_ids, "text": block.text}))
+        else:
+            shown = block.text if block.text is not None else "".join(f"{i}," for i in block.token_ids)
+            click.echo(shown, nl=block.finish_reason is not None)
+    assert block.finish_reason
+    result = Generation(ids, generator.text.decode(ids) if generator.text else None, block.finish_reason, block.stats)
+    if as_json:
+        click.echo(json.dumps(result.as_dict()))
+    return result
+
+
+def _shown(result: Generation) -> str:
+    return result.text if result.text is not None else ",".join(map(str, result.token_ids))
+
+
+def _prompt(text: str | None, file: Path | None, ids: str | None) -> Prompt:
+    if sum(value is not None for value in (text, file, ids)) != 1:
+        raise RequestError("Give exactly one of --prompt, --prompt-file, --prompt-ids.")
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"Prompt file {file} cannot be read as text: {error}.") from None
+    if ids is None:
+        return text or ""
+    try:
+        return [int(part) for part in ids.split(",") if part.strip()]
+    except ValueError:
+        raise RequestError(f"--prompt-ids {ids!r} is no list of integers such as 1,2,3.") from None

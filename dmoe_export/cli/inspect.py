@@ -1,0 +1,75 @@
+"""`dmoe-export inspect`: what a bundle holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ..bundle.manifest import Manifest
+from ..bundle.reader import open_bundle
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(bundle: Path, verify: Any, as_json: bool) -> None:
+    """Verify BUNDLE and show its model, routing, sizes, ops and files."""
+    manifest = open_bundle(bundle, verify).manifest
+    summary = sizes(manifest)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle), "verified": verify, "sizes": summary,
+                               "manifest": manifest.model_dump(mode="json")}))
+        return
+    console = Console()
+    console.print(_table("Model", {
+        "family": f"{manifest.model.family} ({manifest.model.architecture})", "precision": manifest.precision,
+        "layers": f"{manifest.model.num_layers} of {manifest.checkpoint.layers_total}, "
+                  f"{len(manifest.model.moe_layers)} with experts",
+        "hidden": manifest.model.hidden_size, "vocabulary": manifest.model.vocab_size,
+        "heads": f"{manifest.model.num_heads} query, {manifest.model.num_kv_heads} key/value of "
+                 f"{manifest.model.head_dim}",
+        "experts": f"{manifest.model.moe.num_experts}, {manifest.model.moe.experts_per_token} per token, "
+                   f"width {manifest.model.moe.expert_width}, {manifest.model.moe.num_groups} groups "
+                   f"({manifest.model.moe.groups_kept} kept)",
+        "positions": manifest.model.max_positions,
+        "mask / eos id": f"{manifest.model.mask_id} / {manifest.model.eos_id}",
+        "tokenizer": "yes" if manifest.tokenizer else "none: use --prompt-ids",
+        "checkpoint": manifest.checkpoint.identity[:16] + "…", "made by": manifest.created_by}))
+    routing = manifest.routing
+    console.print(_table("Routing", {
+        "mode": routing.mode, "block length": routing.block_length, "top_p": routing.top_p,
+        "min_experts": routing.min_experts, "coreset_size": routing.coreset_size}))
+    console.print(_table("Sizes", {name.replace("_", " "): f"{value:,}" for name, value in summary.items()}))
+    ops = Table("op", "domain", "version", "nodes", title="Custom ops")
+    for op in manifest.denoiser.ops:
+        ops.add_row(op.name, op.domain, str(op.version), str(op.count))
+    console.print(ops)
+    files = Table("file", "bytes", "sha256", title=f"Files (verified: {verify})")
+    for entry in manifest.files:
+        files.add_row(entry.path, f"{entry.size:,}", entry.sha256[:16] + "…")
+    console.print(files)
+
+
+def sizes(manifest: Manifest) -> dict[str, int]:
+    """Bytes a user plans with."""
+    model, experts = manifest.model, manifest.experts
+    item = 4 if manifest.precision == "fp32" else 2
+    return {
+        "bundle_bytes": sum(entry.size for entry in manifest.files),
+        "bytes_per_expert": experts.bytes_per_expert,
+        "expert_bytes": experts.bytes_per_expert * model.moe.num_experts * len(experts.layers),
+        "cache_bytes_per_token": 2 * model.num_layers * model.num_kv_heads * model.head_dim * item,
+    }
+
+
+def _table(title: str, rows: dict[str, Any]) -> Table:
+    table = Table(title=title, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table

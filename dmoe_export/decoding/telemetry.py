@@ -1,0 +1,63 @@
+"""Statistics of a request, counted as the dMoE paper counts them (spec routing.md, "Telemetry")."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Phase = Literal["prefill", "denoise", "commit"]
+
+
+def unique_experts(expert_ids: NDArray[np.int32]) -> NDArray[np.int64]:
+    """|union of expert ids| per MoE layer, from the ids [L, T, k] of one row; −1 is nobody."""
+    return np.array([len(np.unique(layer[layer >= 0])) for layer in expert_ids], dtype=np.int64)
+
+
+@dataclass
+class Statistics:
+    """Counts of one request. `forwards` is the NFE: every forward this row took part in."""
+
+    prompt_tokens: int
+    bytes_per_expert: int
+    new_tokens: int = 0
+    blocks: int = 0
+    forwards_by_phase: dict[Phase, int] = field(default_factory=lambda: {"prefill": 0, "denoise": 0, "commit": 0})
+    seconds_by_phase: dict[Phase, float] = field(default_factory=lambda: {"prefill": 0.0, "denoise": 0.0,
+                                                                          "commit": 0.0})
+    unique_by_phase: dict[Phase, list[float]] = field(default_factory=lambda: {"prefill": [], "denoise": [],
+                                                                               "commit": []})
+    expert_bytes_touched: int = 0
+
+    def record(self, phase: Phase, expert_ids: NDArray[np.int32], seconds: float) -> None:
+        """Count one forward with this row's expert ids [L, T, k]."""
+        unique = unique_experts(expert_ids)
+        self.forwards_by_phase[phase] += 1
+        self.seconds_by_phase[phase] += seconds
+        self.unique_by_phase[phase].append(float(unique.mean()))
+        self.expert_bytes_touched += int(unique.sum()) * self.bytes_per_expert
+
+    @property
+    def forwards(self) -> int:
+        """All forwards of this row (NFE)."""
+        return sum(self.forwards_by_phase.values())
+
+    @property
+    def unique_experts(self) -> float:
+        """Unique experts of a denoise forward: mean over MoE layers, then over denoise forwards."""
+        values = self.unique_by_phase["denoise"]
+        return float(np.mean(values)) if values else 0.0
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens per forward."""
+        return self.new_tokens / self.forwards if self.forwards else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        raw = asdict(self)
+        del raw["unique_by_phase"]
+        return {**raw, "forwards": self.forwards, "tokens_per_forward": self.tokens_per_forward,
+                "unique_experts": self.unique_experts}

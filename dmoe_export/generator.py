@@ -1,0 +1,165 @@
+"""The public face at run time: open a bundle, generate, stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .bundle.reader import Bundle, Verify, open_bundle
+from .decoding.loop import BlockDiffusion
+from .decoding.row import FinishReason
+from .decoding.settings import DecodeSettings
+from .decoding.telemetry import Statistics
+from .description import RUNTIME_SETTINGS
+from .errors import RequestError
+from .runtime.backend import Backend
+from .runtime.onnxruntime import OnnxRuntimeBackend
+from .runtime.text import Message, TextCodec
+
+Prompt = str | Sequence[int] | Sequence[Message]
+BackendName = Literal["auto", "onnxruntime"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answer to one prompt: without the prompt, without the EOS."""
+
+    token_ids: list[int]
+    text: str | None
+    finish_reason: FinishReason
+    stats: Statistics
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"token_ids": self.token_ids, "text": self.text, "finish_reason": self.finish_reason,
+                "stats": self.stats.as_dict()}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A finished block of one prompt's answer, as `stream` yields them."""
+
+    index: int
+    token_ids: list[int]
+    text: str | None
+    finish_reason: FinishReason | None
+    stats: Statistics
+
+
+class Generator:
+    """A loaded bundle that answers prompts.
+
+    >>> Generator.open("bundle").generate(["what is 2 plus 3 ?"], max_new_tokens=32)[0].text
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle, self.backend = bundle, backend
+        self.text = TextCodec.of(bundle)
+
+    @classmethod
+    def open(cls, path: str | Path, *, backend: BackendName = "auto", threads: int | None = None,
+             verify: Verify = "full", progress: Callable[[int], None] | None = None) -> Generator:
+        """Open and verify a bundle folder.
+
+        `backend` "auto" takes ONNX Runtime's CPU provider. `verify`, `progress` as in `open_bundle`. Raises
+        BundleError for a bad bundle, MissingRequirementError when this machine cannot run it.
+        """
+        if backend not in ("auto", "onnxruntime"):
+            raise RequestError(f"Backend {backend!r} is not known; known: auto, onnxruntime.")
+        bundle = open_bundle(path, verify, progress)
+        return cls(bundle, OnnxRuntimeBackend(bundle, threads))
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], *, chat: bool = True, **options: Any) -> list[Generation]:
+        """Answer one prompt or a batch of prompts; always a list, in the order of the prompts.
+
+        A prompt is text, a list of chat messages (`{"role", "content"}`), or a list of token ids. Text is wrapped in
+        the chat template unless `chat` is false. `options`: the fields of `DecodeSettings` (max_new_tokens, threshold,
+        steps, temperature, seed, …), the run-time routing settings `coreset_top_p`, `min_experts`, `coreset_size`, and
+        `block_length`, which must be the bundle's.
+        """
+        batch = self._batch(prompts)
+        tokens: list[list[int]] = [[] for _ in batch]
+        ends: dict[int, Generation] = {}
+        for block in self.stream(batch, chat=chat, **options):
+            tokens[block.index] += block.token_ids
+            if block.finish_reason:
+                ids = tokens[block.index]
+                ends[block.index] = Generation(ids, self.text.decode(ids) if self.text else None, block.finish_reason,
+                                               block.stats)
+        return [ends[i] for i in range(len(batch))]
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], *, chat: bool = True, **options: Any) -> Iterator[Block]:
+        """Yield finished blocks as they come; arguments as in `generate`. `index` tells the prompt."""
+        settings = self._settings(options)
+        encoded = [self._encode(prompt, chat) for prompt in self._batch(prompts)]
+        for number, ids in enumerate(encoded):
+            self._check(number, ids, settings)
+        done: dict[int, list[int]] = {}
+        loop = BlockDiffusion(self.backend, settings, self.bundle.manifest.experts.bytes_per_expert)
+        for block in loop.decode(encoded):
+            before = done.get(block.index, [])
+            done[block.index] = before + block.token_ids
+            text = None
+            if self.text:  # the difference of two decodes: a token's text can depend on the one before it
+                text = self.text.decode(done[block.index])[len(self.text.decode(before)):]
+            yield Block(block.index, block.token_ids, text, block.finish_reason, block.statistics)
+
+    def _batch(self, prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+        """One prompt or many → many."""
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, dict))):
+            return [prompts]  # type: ignore[list-item]
+        if not len(prompts):
+            raise RequestError("No prompt was given; give at least one.")
+        return list(prompts)  # type: ignore[arg-type]
+
+    def _settings(self, options: dict[str, Any]) -> DecodeSettings:
+        options = dict(options)
+        routing = self.backend.routing
+        block_length = options.pop("block_length", None)
+        if block_length not in (None, routing.block_length):
+            raise RequestError(f"block_length {block_length} differs from the bundle's {routing.block_length}; routing "
+                               "and decoding share one grid, so export with --block-length to change it.")
+        chosen: dict[str, float | int] = {}
+        experts = self.backend.description.moe.num_experts
+        for option, name, low, high in (("coreset_top_p", "top_p", 0, 1), ("min_experts", "min_experts", 1, experts),
+                                        ("coreset_size", "coreset_size", 1, experts)):
+            value = options.pop(option, None)
+            if value is None:
+                continue
+            if name not in RUNTIME_SETTINGS[routing.mode]:
+                raise RequestError(f"{option} has no meaning in this bundle: its routing mode is {routing.mode}.")
+            if not low <= value <= high:
+                raise RequestError(f"{option} is {value}, it must be between {low} and {high}.")
+            chosen[name] = value
+        try:
+            return DecodeSettings(routing=chosen, **options)
+        except TypeError as error:
+            raise RequestError(f"Unknown generation option: {error}.") from None
+
+    def _encode(self, prompt: Prompt, chat: bool) -> list[int]:
+        if not isinstance(prompt, str) and len(prompt) and not isinstance(prompt[0], dict):
+            return [int(i) for i in prompt]  # type: ignore[arg-type]
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            return []
+        if self.text is None:
+            raise RequestError(f"{self.bundle.folder} has no tokenizer; give token ids (--prompt-ids).")
+        if isinstance(prompt, str):
+            return self.text.encode_chat([{"role": "user", "content": prompt}]) if chat else (
+                self.text.encode_literal(prompt))
+        return self.text.encode_chat(list(prompt))  # type: ignore[arg-type]
+
+    def _check(self, number: int, ids: list[int], settings: DecodeSettings) -> None:
+        d = self.backend.description
+        if not ids:
+            raise RequestError(f"Prompt {number} is empty; give at least one token.")
+        bad = next((i for i in ids if not 0 <= i < d.vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"Prompt {number} holds token id {bad}, outside the vocabulary 0 … {d.vocab_size - 1}.")
+        total = len(ids) + settings.max_new_tokens
+        if total > d.max_positions:
+            raise RequestError(f"Prompt {number} of {len(ids)} tokens and {settings.max_new_tokens} new ones need "
+                               f"{total} positions, the model has {d.max_positions}; shorten one of them.")
+        if settings.eos_id is not None and settings.eos_id >= d.vocab_size:
+            raise RequestError(f"eos_id {settings.eos_id} is outside the vocabulary 0 … {d.vocab_size - 1}.")

@@ -1,0 +1,1 @@
+"""Opening a bundle to run it: the backend protocol, its implementations, the key/value cache, text. No torch."""

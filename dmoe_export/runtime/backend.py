@@ -1,0 +1,66 @@
+"""What the loop asks of a backend: one forward over given tokens against a cache, and a cache to commit into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..description import ModelDescription, RoutingDescription
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ForwardInputs:
+    """One forward. B rows, T tokens, M tokens whose vocabulary row is wanted."""
+
+    input_ids: Ints  # [B, T]
+    position_ids: Ints  # [B, T], −1 = padding
+    logit_rows: Ints  # [B, M] indices into T; −1 = nothing wanted there
+    settings: dict[str, float | int]  # routing settings to change from the bundle's defaults
+    want_logits: bool = False
+    want_keys_values: bool = False
+
+
+@dataclass(frozen=True)
+class ForwardOutputs:
+    """Results of one forward."""
+
+    token_ids: Ints  # [B, M] best token, never the mask
+    confidence: Floats  # [B, M] its probability
+    expert_ids: NDArray[np.int32]  # [L, B, T, k], −1 = none
+    logits: Floats | None  # [B, M, V] when wanted
+    keys_values: Any  # what the backend's own cache commits, when wanted
+
+
+class Cache(Protocol):
+    """Keys and values of finished blocks; only the host decides what enters."""
+
+    def commit(self, inputs: ForwardInputs, outputs: ForwardOutputs, take: Bools) -> None:
+        """Append the tokens marked in take [B, T] to their rows."""
+        ...
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows only, in this order."""
+        ...
+
+
+class Backend(Protocol):
+    """A loaded denoiser."""
+
+    name: str
+    description: ModelDescription
+    routing: RoutingDescription
+
+    def new_cache(self, rows: int) -> Any:
+        """An empty cache (a Cache of this backend)."""
+        ...
+
+    def forward(self, inputs: ForwardInputs, cache: Any) -> ForwardOutputs:
+        """Run the denoiser; never changes the cache."""
+        ...

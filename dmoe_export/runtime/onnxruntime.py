@@ -1,0 +1,72 @@
+"""The ONNX Runtime backend: the bundle's graph as it is, with no library of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..bundle.reader import Bundle
+from ..errors import MissingRequirementError
+from .backend import ForwardInputs, ForwardOutputs
+from .cache import HostCache
+
+_CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
+
+
+class OnnxRuntimeBackend:
+    """Runs on ONNX Runtime's CPU provider; expert weights stay memory-mapped (float32 bundles)."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        """Load the graph; `threads` limits the threads of one operator (default: ONNX Runtime's choice)."""
+        manifest = bundle.manifest
+        if manifest.precision not in _CACHE_DTYPES:
+            raise MissingRequirementError(
+                f"{bundle.folder} has precision {manifest.precision}, for which ONNX Runtime's CPU provider has no "
+                "kernels; export with --precision fp32 or fp16.")
+        self.description, self.routing = manifest.model, manifest.routing
+        self._dtype = np.dtype(_CACHE_DTYPES[manifest.precision])
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = ort.InferenceSession(str(bundle.denoiser_path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own kinds, all of them about this file
+            raise MissingRequirementError(
+                f"ONNX Runtime {ort.__version__} cannot load {bundle.denoiser_path}: {str(error).splitlines()[0]} "
+                "Upgrade with: pip install -U onnxruntime.") from error
+        given = {i.name: i.type for i in self._session.get_inputs()}
+        defaults: dict[str, Any] = {
+            "top_p": np.array([self.routing.top_p], np.float32),
+            "min_experts": np.array([self.routing.min_experts], np.int64),
+            "coreset_size": np.array([self.routing.coreset_size], np.int64)}
+        self._defaults = {name: value for name, value in defaults.items() if name in given}
+        layers = range(self.description.num_layers)
+        self._kv_names = [f"{part}.{layer}" for part in ("key", "value") for layer in layers]
+
+    def new_cache(self, rows: int) -> HostCache:
+        """An empty cache in host memory."""
+        d = self.description
+        return HostCache(rows, d.num_layers, d.num_kv_heads, d.head_dim, self._dtype)
+
+    def forward(self, inputs: ForwardInputs, cache: HostCache) -> ForwardOutputs:
+        """Run the graph; only what is wanted is fetched."""
+        feeds: dict[str, Any] = {"input_ids": inputs.input_ids, "position_ids": inputs.position_ids,
+                                 "past_positions": cache.positions, "logit_rows": inputs.logit_rows}
+        for name, default in self._defaults.items():
+            feeds[name] = np.asarray([inputs.settings.get(name, default[0])], default.dtype)
+        feeds.update(zip((f"past_{name}" for name in self._kv_names), (*cache.keys, *cache.values), strict=True))
+        wanted = ["token_ids", "confidence", "expert_ids"]
+        if inputs.want_logits:
+            wanted.append("logits")
+        if inputs.want_keys_values:
+            wanted += self._kv_names
+        results = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
+        layers = self.description.num_layers
+        new = [results[name] for name in self._kv_names] if inputs.want_keys_values else []
+        return ForwardOutputs(results["token_ids"], results["confidence"], results["expert_ids"],
+                              results.get("logits"), (new[:layers], new[layers:]) if new else None)
