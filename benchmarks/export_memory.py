@@ -18,6 +18,12 @@ from pathlib import Path
 
 import click
 
+_WRITE = """
+import pathlib, sys
+from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
+write_synthetic(pathlib.Path(sys.argv[1]), GEOMETRIES[sys.argv[2]] | {"num_hidden_layers": int(sys.argv[3])})
+"""
+
 
 @click.command()
 @click.option("--geometry", default="llada2.0-mini", show_default=True)
@@ -28,11 +34,10 @@ import click
 @click.option("--keep", is_flag=True, help="Keep checkpoint and bundle.")
 def main(geometry: str, layers: int, precision: str, work: Path, out: Path | None, keep: bool) -> None:
     """Measure one export in a process of its own."""
-    from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
-
     checkpoint, bundle = work / f"{geometry}-{layers}", work / f"{geometry}-{layers}-{precision}.bundle"
     if not (checkpoint / "config.json").exists():
-        write_synthetic(checkpoint, GEOMETRIES[geometry] | {"num_hidden_layers": layers})
+        # In a process of its own: a child's ru_maxrss starts from its parent's size at the fork.
+        subprocess.run([sys.executable, "-c", _WRITE, str(checkpoint), geometry, str(layers)], check=True)
     command = [sys.executable, "-m", "dmoe_export", "export", str(checkpoint), "--out", str(bundle), "--force",
                "--precision", precision, "--json"]
     start = time.perf_counter()

@@ -3,12 +3,45 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from bundles import GOLDEN_GUARD
+
+from dmoe_export import export_checkpoint
+from dmoe_export.bundle.reader import Bundle
+from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
 
 _SHARED = Path(__file__).parents[2] / "shared" / "golden"
-GOLDEN_ROOT = _SHARED if _SHARED.is_dir() else Path(__file__).parent / "golden"
+_GOLDEN = _SHARED if _SHARED.is_dir() else Path(__file__).parent / "golden"
+SAMPLE = Path(__file__).parents[1] / "samples" / "tiny-dmoe"
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Recorded runs of the dMoE reference (see golden/README.md)."""
-    return GOLDEN_ROOT / "llada2_dmoe"
+    return _GOLDEN / "llada2_dmoe"
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_checkpoint(golden / "model", tmp_path_factory.mktemp("b") / "golden", min_experts=GOLDEN_GUARD)
+
+
+@pytest.fixture(scope="session")
+def golden_token_bundle(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_checkpoint(golden / "model", tmp_path_factory.mktemp("b") / "token", routing="token")
+
+
+@pytest.fixture(scope="session")
+def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_checkpoint(SAMPLE, tmp_path_factory.mktemp("b") / "sample")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("c") / "tiny"
+    write_synthetic(folder, GEOMETRIES["tiny"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("b") / "tiny")

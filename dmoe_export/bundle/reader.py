@@ -49,7 +49,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         what = "has no manifest.json" if folder.is_dir() else "does not exist"
-        raise BundleError(f"{folder} is no bundle: it {what}; make one with: dmoe-export export CHECKPOINT --out BUNDLE.")
+        raise BundleError(f"{folder} is no bundle: it {what}; make one with: "
+                          "dmoe-export export CHECKPOINT --out BUNDLE.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         version = raw["schema_version"]

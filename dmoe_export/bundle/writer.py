@@ -57,7 +57,7 @@ class BundleWriter:
     """
 
     def __init__(self, target: str | Path, overwrite: bool = False, bytes_needed: int = 0) -> None:
-        self.target = Path(os.path.abspath(target))
+        self.target = Path(target).absolute()
         self._overwrite, self._bytes_needed = overwrite, bytes_needed
         self._open_files: list[DataFile] = []
         self.entries: list[FileEntry] = []

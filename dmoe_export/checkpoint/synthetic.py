@@ -1,4 +1,4 @@
-"""Random checkpoints of a given geometry, in the exact on-disk format: for tests and benchmarks of size, not of text."""
+"""Random checkpoints of a given geometry, in the exact on-disk format: for tests and benchmarks of size."""
 
 from __future__ import annotations
 
