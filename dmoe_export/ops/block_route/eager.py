@@ -52,7 +52,8 @@ def _coreset(select: Tensor, valid: Tensor, position_ids: Tensor, top_p: Tensor,
         count = torch.maximum(voted.sum(-1, keepdim=True), min_experts)
     else:
         best = torch.full((len(unique), experts), float("-inf"), device=select.device)
-        best = best.index_reduce(0, flat_slot, flat.masked_fill(~flat_valid, float("-inf")), "amax")
+        candidates = flat.masked_fill(~flat_valid, float("-inf"))
+        best = best.scatter_reduce(0, flat_slot[:, None].expand_as(flat), candidates, "amax")
         order = _ordered(best)[1]
         count = coreset_size
     in_rank = torch.arange(experts, device=select.device) < count
