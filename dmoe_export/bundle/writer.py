@@ -64,12 +64,8 @@ class BundleWriter:
         self.folder = self.target  # the temporary one, once entered
 
     def __enter__(self) -> BundleWriter:
-        if self.target.exists():
-            if not self._overwrite:
-                raise OutputError(f"{self.target} exists already; choose another --out or add --force.")
-            if any(self.target.iterdir()) if self.target.is_dir() else True:
-                read_manifest(self.target)  # never replace what is not a bundle
         try:
+            self._check_target()
             self.target.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.target.parent).free
             if free < self._bytes_needed:
@@ -80,6 +76,14 @@ class BundleWriter:
         except OSError as error:
             raise self._refused(error) from error
         return self
+
+    def _check_target(self) -> None:
+        if not self.target.exists():
+            return
+        if not self._overwrite:
+            raise OutputError(f"{self.target} exists already; choose another --out or add --force.")
+        if not self.target.is_dir() or any(self.target.iterdir()):
+            read_manifest(self.target)  # never replace what is not a bundle
 
     def data_file(self, name: str) -> DataFile:
         """Open a data file in the bundle."""

@@ -71,8 +71,11 @@ class CheckpointReader:
         if self._open_path != shard or self._read_since_open > _REOPEN_BYTES:
             self.close()
             try:
+                shard.open("rb").close()  # safe_open calls an unreadable file missing
                 self._open_file = safe_open(shard, framework="pt")
-            except (SafetensorError, OSError) as error:
+            except OSError as error:
+                raise CheckpointError(f"Shard {shard} cannot be read: {error.strerror}.") from None
+            except SafetensorError as error:
                 raise CheckpointError(f"Shard {shard} is truncated or damaged ({error}); fetch it again.") from None
             self._open_path = shard
         return self._open_file

@@ -29,6 +29,9 @@ class OneSentenceErrors(click.Group):
             if isinstance(error, DmoeError):
                 click.echo(f"dmoe-export: {error}", err=True)
                 sys.exit(error.exit_code)
+            if isinstance(error, OSError) and error.filename:
+                click.echo(f"dmoe-export: {error.filename}: {error.strerror}.", err=True)
+                sys.exit(2)
             click.echo(f"dmoe-export: unexpected {type(error).__name__}: {error} (run with --debug for the trace, "
                        "and please report it)", err=True)
             sys.exit(1)

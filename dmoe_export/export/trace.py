@@ -47,6 +47,8 @@ def trace_denoiser(description: ModelDescription, routing: RoutingDescription, d
                 if value.name.startswith(_PARAMETER_PREFIX):
                     value.const_value = None  # passes must not try to read what is not there
                     value.name = value.name.removeprefix(_PARAMETER_PREFIX)
+            if description.tie_embeddings and "embed.weight" not in model.graph.initializers:
+                model.graph.initializers["lm_head.weight"].name = "embed.weight"  # one tensor, under either name
             onnxscript.optimizer.optimize_ir(model)
     _name_interface(model, description, routing)
     _strip_metadata(model)

@@ -61,7 +61,11 @@ class Denoiser(nn.Module):
         self.layers = nn.ModuleList(Layer(d, routing, i, dtype, stored_width) for i in range(d.num_layers))
         self.norm = nn.RMSNorm(d.hidden_size, eps=d.rms_eps, dtype=dtype)
         self.lm_head = nn.Linear(d.hidden_size, d.vocab_size, bias=False, dtype=dtype)
-        if d.tie_embeddings:
+        self.tie()
+
+    def tie(self) -> None:
+        """Share the embedding with the vocabulary head where the model does (again, after `to_empty` split them)."""
+        if self.description.tie_embeddings:
             self.lm_head.weight = self.embed.weight
 
     def empty_past(self, rows: int) -> Past:

@@ -22,6 +22,7 @@ def load_denoiser(checkpoint: Checkpoint, routing: RoutingDescription, dtype: to
     with torch.device("meta"):
         model = Denoiser(d, routing, dtype)
     model = model.to_empty(device="cpu").eval()
+    model.tie()
     parameters = dict(model.named_parameters())
     for ours, tensor in checkpoint.weights.dense.items():
         parameters[ours].copy_(checkpoint.reader.read(tensor))

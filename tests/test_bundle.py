@@ -1,0 +1,256 @@
+"""Bundles: layout, verification, attacks, and writing that leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from dmoe_export import export_checkpoint
+from dmoe_export.bundle.reader import open_bundle
+from dmoe_export.bundle.writer import DataFile
+from dmoe_export.checkpoint.family import Checkpoint
+from dmoe_export.errors import BundleError, CheckpointError, OutputError
+from dmoe_export.export.weights import padded_width
+
+
+@pytest.fixture
+def copy(tiny_bundle, tmp_path):
+    shutil.copytree(tiny_bundle.folder, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def _rewrite(folder, change):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def test_manifest_tells_the_truth(tiny_bundle):
+    manifest = tiny_bundle.manifest
+    assert {f.path for f in manifest.files} == {"denoiser.onnx", "denoiser.onnx.data", "experts.bin"}
+    assert manifest.routing.min_experts == 2 + 4 - 2
+    assert [(op.name, op.count) for op in manifest.denoiser.ops] == [("DmoeBlockRoute", 1), ("DmoeExperts", 1)]
+    model = onnx.load(tiny_bundle.denoiser_path, load_external_data=False)
+    assert [i.name for i in model.graph.input] == [i.name for i in manifest.denoiser.inputs]
+    assert [o.name for o in model.graph.output] == [o.name for o in manifest.denoiser.outputs]
+    for node in (n for n in model.graph.node if n.domain == "dmoe"):
+        attributes = {a.name: a.s for a in node.attribute}
+        assert attributes["plugin_namespace"] == b"dmoe" and attributes["plugin_version"] == b"1"
+    assert {f.name for f in model.functions} == {"DmoeBlockRoute", "DmoeExperts"}
+    onnx.checker.check_model(str(tiny_bundle.denoiser_path), full_check=True)
+
+
+def test_graph_names_no_path_of_this_machine(tiny_bundle):
+    data = tiny_bundle.denoiser_path.read_bytes()
+    assert os.fsencode(Path(__file__).parent) not in data and b".py" not in data
+
+
+def test_experts_file_layout(tiny_bundle, tiny_checkpoint):
+    """Page-aligned slabs, gate and up interleaved, padded rows zero."""
+    entry, moe = tiny_bundle.manifest.experts, tiny_bundle.manifest.model.moe
+    hidden, width = tiny_bundle.manifest.model.hidden_size, entry.stored_width
+    assert width == padded_width(hidden, moe.expert_width, 4) == 32  # 24 padded to whole pages
+    assert entry.gate_up_slab_bytes % 4096 == entry.down_slab_bytes % 4096 == 0
+    data = np.fromfile(tiny_bundle.folder / entry.file, np.float32)
+    weights = Checkpoint(tiny_checkpoint).weights
+    for layer in entry.layers:
+        assert layer.gate_up_offset % 4096 == layer.down_offset % 4096 == 0
+        for expert in (0, 7, 15):
+            start = (layer.gate_up_offset + expert * entry.gate_up_slab_bytes) // 4
+            slab = data[start:start + 2 * width * hidden].reshape(width, 2, hidden)
+            gate, up = weights.gate_up(layer.layer, expert)
+            np.testing.assert_array_equal(slab[:24, 0], gate.numpy())
+            np.testing.assert_array_equal(slab[:24, 1], up.numpy())
+            assert not slab[24:].any()
+            start = (layer.down_offset + expert * entry.down_slab_bytes) // 4
+            slab = data[start:start + hidden * width].reshape(hidden, width)
+            np.testing.assert_array_equal(slab[:, :24], weights.down(layer.layer, expert).numpy())
+            assert not slab[:, 24:].any()
+
+
+def test_published_sizes_need_no_padding():
+    for hidden, width in ((2048, 512), (4096, 1024)):
+        for item in (2, 4):
+            assert padded_width(hidden, width, item) == width
+
+
+@pytest.mark.parametrize("name", ["denoiser.onnx", "denoiser.onnx.data", "experts.bin"])
+def test_one_changed_byte(copy, name):
+    path = copy / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=f"{name} was changed"):
+        open_bundle(copy)
+    open_bundle(copy, verify="sizes")  # which does not look that closely, and says so in its docs
+
+
+def test_missing_and_short_files(copy):
+    data = (copy / "experts.bin").read_bytes()
+    (copy / "experts.bin").write_bytes(data[:-1])
+    with pytest.raises(BundleError, match=f"has {len(data) - 1} bytes, the manifest says {len(data)}"):
+        open_bundle(copy, verify="sizes")
+    (copy / "experts.bin").unlink()
+    with pytest.raises(BundleError, match=r"experts.bin cannot be read \(No such file"):
+        open_bundle(copy)
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (lambda m: m.update(schema_version=2), "schema version 2, this program reads 1"),
+    (lambda m: m.update(schema_version="1"), "schema version '1'"),
+    (lambda m: m.pop("schema_version"), "not readable as a manifest"),
+    (lambda m: m.update(extra=1), "contradicts schema version 1 at extra"),
+    (lambda m: m["model"].update(num_layers=-1), r"at model\.num_layers"),
+    (lambda m: m["files"][0].update(path="../../etc/passwd"), "leaves the bundle"),
+    (lambda m: m["files"][0].update(path="/etc/passwd"), "leaves the bundle"),
+    (lambda m: m["files"][0].update(sha256="x"), "sha256"),
+    (lambda m: m.update(files=[]), "does not list it under files"),
+])
+def test_bad_manifests(copy, change, sentence):
+    _rewrite(copy, change)
+    with pytest.raises(BundleError, match=sentence):
+        open_bundle(copy)
+
+
+def test_no_bundle(tmp_path):
+    with pytest.raises(BundleError, match="is no bundle: it has no manifest"):
+        open_bundle(tmp_path)
+    with pytest.raises(BundleError, match="is no bundle: it does not exist"):
+        open_bundle(tmp_path / "nothing")
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(BundleError, match="not readable as a manifest"):
+        open_bundle(tmp_path)
+
+
+def test_existing_target_is_kept_unless_forced(tiny_checkpoint, tiny_bundle, copy, tmp_path):
+    before = (copy / "manifest.json").read_bytes()
+    with pytest.raises(OutputError, match="exists already"):
+        export_checkpoint(tiny_checkpoint, copy)
+    assert (copy / "manifest.json").read_bytes() == before
+    stranger = tmp_path / "precious"
+    stranger.mkdir()
+    (stranger / "notes.txt").write_text("mine")
+    with pytest.raises(BundleError, match="is no bundle"):
+        export_checkpoint(tiny_checkpoint, stranger, overwrite=True)
+    assert (stranger / "notes.txt").read_text() == "mine"
+    again = export_checkpoint(tiny_checkpoint, copy, overwrite=True, block_length=16)
+    assert again.manifest.routing.block_length == 16
+    assert again.manifest.checkpoint.identity == tiny_bundle.manifest.checkpoint.identity
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "precious"]
+
+
+def test_identity_follows_the_weights(tiny_checkpoint, tiny_bundle, tmp_path):
+    from safetensors.torch import load_file, save_file
+    other = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, other)
+    shard = next(other.glob("*.safetensors"))
+    tensors = load_file(shard)
+    tensors["model.layers.1.mlp.experts.9.down_proj.weight"][0, 0] += 1e-3
+    save_file(tensors, shard)
+    bundle = export_checkpoint(other, tmp_path / "b")
+    assert bundle.manifest.checkpoint.identity != tiny_bundle.manifest.checkpoint.identity
+
+
+def test_disk_full_leaves_nothing(tiny_checkpoint, tmp_path, monkeypatch):
+    real, written = DataFile.write, 0
+
+    def write(self, data):
+        nonlocal written
+        written += len(data)
+        if written > 50_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, data)
+
+    monkeypatch.setattr(DataFile, "write", write)
+    with pytest.raises(OutputError, match="No space left on device; nothing was left behind"):
+        export_checkpoint(tiny_checkpoint, tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_space_is_said_before_the_work(tiny_checkpoint, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OutputError, match=r"0\.0 GB free, the bundle needs"):
+        export_checkpoint(tiny_checkpoint, tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def _run_export(checkpoint, out, before=""):
+    code = (f"import os, resource\n{before}\nfrom dmoe_export.cli import main\n"
+            f"main(['export', {str(checkpoint)!r}, '--out', {str(out)!r}])")
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_file_size_limit_of_the_system(tiny_checkpoint, tmp_path):
+    """A real refusal of the kernel in the middle of a file, not a simulated one."""
+    result = _run_export(tiny_checkpoint, tmp_path / "b", "resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))")
+    assert result.returncode == 2, result.stderr
+    assert "File too large; nothing was left behind" in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives up root's rights, so it must have them")
+def test_no_write_permission_as_another_user(tiny_checkpoint, tmp_path):
+    for parent in (tmp_path, *tmp_path.parents, tiny_checkpoint, *tiny_checkpoint.parents):
+        if any("pytest" in part for part in parent.parts):
+            parent.chmod(0o755)
+    for file in tiny_checkpoint.iterdir():
+        file.chmod(0o644)
+    target = tmp_path / "locked"
+    target.mkdir(mode=0o755)
+    loaded = "import torch, dmoe_export.export.exporter, dmoe_export.cli.export\nos.setuid(65534)"
+    result = _run_export(tiny_checkpoint, target / "b", loaded)
+    assert result.returncode == 2, result.stderr
+    assert "Permission denied; nothing was left behind" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_target_below_a_file(tiny_checkpoint, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="could not be written"):
+        export_checkpoint(tiny_checkpoint, tmp_path / "file" / "b")
+
+
+def test_nan_in_a_router_leaves_nothing(tiny_checkpoint, tmp_path):
+    from safetensors.torch import load_file, save_file
+    bad = tmp_path / "bad"
+    shutil.copytree(tiny_checkpoint, bad)
+    shard = next(bad.glob("*.safetensors"))
+    tensors = load_file(shard)
+    tensors["model.layers.1.mlp.gate.weight"][0, 0] = float("nan")
+    save_file(tensors, shard)
+    with pytest.raises(CheckpointError, match=r"mlp\.gate\.weight .*NaN"):
+        export_checkpoint(bad, tmp_path / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["bad"]
+
+
+def test_values_beyond_half_precision_are_refused(tiny_checkpoint, tmp_path):
+    from safetensors.torch import load_file, save_file
+    big = tmp_path / "big"
+    shutil.copytree(tiny_checkpoint, big)
+    shard = next(big.glob("*.safetensors"))
+    tensors = load_file(shard)
+    tensors["model.norm.weight"] = torch.full((32,), 1e6)
+    save_file(tensors, shard)
+    with pytest.raises(CheckpointError, match="beyond float16; use --precision bf16 or fp32"):
+        export_checkpoint(big, tmp_path / "b", precision="fp16")
+
+
+@pytest.mark.parametrize(("option", "value"), [("block_length", 0), ("top_p", 1.5), ("min_experts", 0),
+                                               ("min_experts", 17), ("coreset_size", 99), ("layers", 0)])
+def test_bad_options(tiny_checkpoint, tmp_path, option, value):
+    with pytest.raises(CheckpointError, match=str(value)):
+        export_checkpoint(tiny_checkpoint, tmp_path / "b", **{option: value})
+    assert not list(tmp_path.iterdir())
+
+
