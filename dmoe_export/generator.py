@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +109,7 @@ class Generator:
 
     def _batch(self, prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         """One prompt or many → many."""
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, dict))):
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (Integral, dict))):
             return [prompts]  # type: ignore[list-item]
         if not len(prompts):
             raise RequestError("No prompt was given; give at least one.")
@@ -148,6 +149,9 @@ class Generator:
         if isinstance(prompt, str):
             return self.text.encode_chat([{"role": "user", "content": prompt}]) if chat else (
                 self.text.encode_literal(prompt))
+        for message in prompt:
+            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+                raise RequestError(f"Message {message!r} needs the texts role and content.")
         return self.text.encode_chat(list(prompt))  # type: ignore[arg-type]
 
     def _check(self, number: int, ids: list[int], settings: DecodeSettings) -> None:
