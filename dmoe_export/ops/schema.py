@@ -28,3 +28,8 @@ class OpSchema:
     def plugin_attributes(self) -> dict[str, str]:
         """The two attributes by which TensorRT's parser finds a plugin (spec engines.md, "One node, three lives")."""
         return {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": str(self.version)}
+
+
+def int64s(*values: int) -> str:
+    """ONNX text of a one-dimensional int64 constant (ONNX Runtime 1.23 infers no shape from `value_ints`)."""
+    return f"Constant <value = int64[{len(values)}] {{{', '.join(map(str, values))}}}> ()"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
-from ..schema import DOMAIN, OPSET
+from ..schema import DOMAIN, OPSET, int64s
 from . import SCHEMA
 from .attributes import RouteAttributes
 
@@ -27,9 +27,9 @@ def block_route_body(attributes: RouteAttributes, num_experts: int) -> onnx.Func
       one = Constant <value_float = 1.0> ()
       tiny = Constant <value_float = 1e-20> ()
       no_float = Constant <value_float = -inf> ()
-      last = Constant <value_ints = [-1]> ()
-      k = Constant <value_ints = [{a.experts_per_token}]> ()
-      experts = Constant <value_ints = [{num_experts}]> ()
+      last = {int64s(-1)}
+      k = {int64s(a.experts_per_token)}
+      experts = {int64s(num_experts)}
       {_SCORES[a.score_function]}
       select = Add (scores, expert_bias)
       is_valid = GreaterOrEqual (position_ids, zero_i)
@@ -68,7 +68,7 @@ def _same_block(a: RouteAttributes) -> str:
       length = Constant <value_int = {a.block_length}> ()
       real_position = Max (position_ids, zero_i)
       block = Div (real_position, length)
-      second = Constant <value_ints = [1]> ()
+      second = {int64s(1)}
       block_column = Unsqueeze (block, last)
       block_row = Unsqueeze (block, second)
       equal_block = Equal (block_column, block_row)
@@ -124,11 +124,11 @@ _CORESET = {
       {_TO_MEMBERS}
 """,
     "top_c": f"""
-      by_token = Constant <value_ints = [1]> ()
+      by_token = {int64s(1)}
       seen = Unsqueeze (same_block, last)
       select_row = Unsqueeze (select, by_token)
       candidates = Where (seen, select_row, no_float)
-      by_voter = Constant <value_ints = [2]> ()
+      by_voter = {int64s(2)}
       best = ReduceMax <keepdims = 0> (candidates, by_voter)
       best_sorted, order = TopK <axis = -1> (best, experts)
       limit = Identity (coreset_size)
@@ -151,12 +151,12 @@ def _select(a: RouteAttributes, num_experts: int) -> str:
         return masked + "\n" + first + refill
     groups = f"""
       {masked}
-      group_shape = Constant <value_ints = [0, 0, {a.num_groups}, {size}]> ()
+      group_shape = {int64s(0, 0, a.num_groups, size)}
       grouped = Reshape (inside, group_shape)
-      pair = Constant <value_ints = [{min(2, size)}]> ()
+      pair = {int64s(min(2, size))}
       best_pair, best_pair_ids = TopK <axis = -1> (grouped, pair)
       group_scores = ReduceSum <keepdims = 0> (best_pair, last)
-      groups_kept_n = Constant <value_ints = [{a.groups_kept}]> ()
+      groups_kept_n = {int64s(a.groups_kept)}
       kept_scores, kept_groups = TopK <axis = -1> (group_scores, groups_kept_n)
       group_scores_shape = Shape (group_scores)
       no_group = ConstantOfShape (group_scores_shape)
@@ -186,7 +186,7 @@ def _select(a: RouteAttributes, num_experts: int) -> str:
       other_n = Cast <to = 7> (finite_other)
       taken = ReduceSum (first_n, last)
       more = ReduceSum (other_n, last)
-      place = Constant <value_ints = [{", ".join(str(j) for j in range(a.experts_per_token))}]> ()
+      place = {int64s(*range(a.experts_per_token))}
       past_first = Sub (place, taken)
       refill_place = Max (past_first, zero_i)
       refill_ids = GatherElements <axis = -1> (other_ids, refill_place)

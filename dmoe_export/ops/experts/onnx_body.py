@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
-from ..schema import DOMAIN, OPSET
+from ..schema import DOMAIN, OPSET, int64s
 from . import SCHEMA
 
 
@@ -20,7 +20,7 @@ def experts_body(num_experts: int, experts_per_token: int, hidden_size: int, ele
     <opset_import: ["" : {OPSET}, "com.microsoft" : 1], domain: "{DOMAIN}">
     {SCHEMA.name} <plugin_namespace, plugin_version> ({", ".join(SCHEMA.inputs)}) => ({", ".join(SCHEMA.outputs)})
     {{
-      flat = Constant <value_ints = [-1]> ()
+      flat = {int64s(-1)}
       pair_ids = Reshape (expert_ids, flat)
       zero_id = Constant <value = int32 {{0}}> ()
       some_id = ReduceMax <keepdims = 0> (pair_ids)
@@ -28,15 +28,15 @@ def experts_body(num_experts: int, experts_per_token: int, hidden_size: int, ele
       has_expert = GreaterOrEqual (pair_ids, zero_id)
       safe_ids = Where (has_expert, pair_ids, active_id)
       safe_ids_long = Cast <to = 7> (safe_ids)
-      depth = Constant <value_ints = [{num_experts}]> ()
+      depth = {int64s(num_experts)}
       off_on = Constant <value_floats = [-inf, 0.0]> ()
       one_expert = OneHot (safe_ids_long, depth, off_on)
       probs = Cast <to = {elem_type}> (one_expert)
-      pair_axis = Constant <value_ints = [1]> ()
+      pair_axis = {int64s(1)}
       hidden_column = Unsqueeze (hidden, pair_axis)
-      repeats = Constant <value_ints = [1, {experts_per_token}, 1]> ()
+      repeats = {int64s(1, experts_per_token, 1)}
       hidden_pairs = Tile (hidden_column, repeats)
-      row_shape = Constant <value_ints = [-1, {hidden_size}]> ()
+      row_shape = {int64s(-1, hidden_size)}
       rows = Reshape (hidden_pairs, row_shape)
       row_out = com.microsoft.MoE <k = 1, activation_type = "swiglu", swiglu_fusion = 1, activation_alpha = 1.0,
         activation_beta = 0.0, normalize_routing_weights = 1> (rows, probs, gate_up, , down)
@@ -46,7 +46,7 @@ def experts_body(num_experts: int, experts_per_token: int, hidden_size: int, ele
       zero = Constant <value_float = 0.0> ()
       real_id = GreaterOrEqual (expert_ids, zero_id)
       real_weights = Where (real_id, expert_weights, zero)
-      last = Constant <value_ints = [-1]> ()
+      last = {int64s(-1)}
       weight_column = Unsqueeze (real_weights, last)
       weighted = Mul (pair_out, weight_column)
       summed = ReduceSum <keepdims = 0> (weighted, pair_axis)
