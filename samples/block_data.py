@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from make_tokenizer import EOS, MASK
+from make_tokenizer import special_ids
 from tasks import training_examples
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -38,7 +38,7 @@ class BlockData:
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         self.tokenizer = tokenizer
-        self.eos, self.mask = tokenizer.token_to_id(EOS), tokenizer.token_to_id(MASK)
+        self.eos, self.mask = special_ids(tokenizer)
         self.equals = tokenizer.token_to_id(" =")
         self.examples = training_examples(seed)
         self.random = torch.Generator().manual_seed(seed)

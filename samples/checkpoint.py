@@ -56,7 +56,7 @@ def tensors(model: Denoiser) -> dict[str, Tensor]:
     """The weights under the names of LLaDA2-MoE, in the precision of the checkpoint."""
     found = {"model.word_embeddings.weight": model.embed.weight, "model.norm.weight": model.norm.weight,
              "lm_head.weight": model.lm_head.weight}
-    routers = {}
+    routers: dict[str, Tensor] = {}
     for index, layer in enumerate(model.layers):
         at = f"model.layers.{index}"
         attention = layer.attention
@@ -67,6 +67,7 @@ def tensors(model: Denoiser) -> dict[str, Tensor]:
                   f"{at}.input_layernorm.weight": layer.attention_norm.weight,
                   f"{at}.post_attention_layernorm.weight": layer.ffn_norm.weight}
         if isinstance(layer.ffn, MoE):
+            assert layer.ffn.shared is not None  # `describe` asks for one
             routers |= {f"{at}.mlp.gate.weight": layer.ffn.router.weight,
                         f"{at}.mlp.gate.expert_bias": layer.ffn.router.expert_bias}
             found |= _feed_forward(f"{at}.mlp.shared_experts", layer.ffn.shared)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from block_data import BLOCK, chat_text
-from make_tokenizer import EOS, MASK
+from make_tokenizer import special_ids
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -20,7 +20,7 @@ BLOCKS = 2  # every question and its answer fit
 def answer_questions(model: Denoiser, tokenizer: Tokenizer, questions: Sequence[str], settings: RoutingSettings,
                      threshold: float = 0.95) -> list[str]:
     """Answers as text. Masks above the threshold are accepted, at least the best one in each step."""
-    eos, mask = tokenizer.token_to_id(EOS), tokenizer.token_to_id(MASK)
+    eos, mask = special_ids(tokenizer)
     prompts = [tokenizer.encode(chat_text(question)).ids for question in questions]
     canvas = torch.full((len(prompts), BLOCKS * BLOCK), mask)
     for row, prompt in zip(canvas, prompts, strict=True):

@@ -24,7 +24,7 @@ def load_held_out(limit: int | None) -> list[dict[str, str]]:
 
 def measure(generator: Generator, rows: list[dict[str, str]], top_p: float, min_experts: int) -> dict[str, float]:
     """Exact-match accuracy over all and per task, and the means of the runtime's counters."""
-    results = generator.generate([row["question"] for row in rows], max_new_tokens=32, top_p=top_p,
+    results = generator.generate([row["question"] for row in rows], max_new_tokens=32, coreset_top_p=top_p,
                                  min_experts=min_experts)
     right: dict[str, list[bool]] = {"accuracy": []}
     for row, result in zip(rows, results, strict=True):
@@ -49,8 +49,8 @@ def main(bundle: Path, limit: int | None, json_file: Path | None) -> None:
     for name, (top_p, min_experts) in SETTINGS.items():
         found = results[name] = measure(generator, rows, top_p, min_experts)
         if len(results) == 1:
-            click.echo(f"{'routing':10}" + "".join(f"{key:>20}" for key in found))
-        click.echo(f"{name:10}" + "".join(f"{value:20.3f}" for value in found.values()))
+            click.echo(f"{'routing':10}" + "".join(f"{key:>{len(key) + 2}}" for key in found))
+        click.echo(f"{name:10}" + "".join(f"{value:{len(key) + 2}.3f}" for key, value in found.items()))
     if json_file is not None:
         json_file.write_text(json.dumps({"questions": len(rows), "routing": results}, indent=2) + "\n")
 

@@ -57,6 +57,12 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Ids of EOS and mask."""
+    vocabulary = tokenizer.get_vocab()
+    return vocabulary[EOS], vocabulary[MASK]
+
+
 def write_tokenizer(folder: Path) -> Tokenizer:
     """Build the tokenizer and write its three files into a checkpoint folder."""
     tokenizer = build_tokenizer()

@@ -82,6 +82,7 @@ def arithmetic(rng: random.Random) -> Example:
     name, things = rng.choice(NAMES), rng.choice(THINGS)
     gains, loses = rng.choice(GAINS), rng.choice(LOSSES)
     c = 0
+    templates: tuple[str, ...]
     if kind == "multiply":
         a, b = rng.randint(2, 9), rng.randint(2, 9)
         working, templates = f"{a} x {b} = {a * b}", MULTIPLY
@@ -129,6 +130,7 @@ def list_operation(rng: random.Random) -> Example:
     kind = rng.choices(("reverse", "sort", "pick", "count", "sum"), (3, 3, 3, 1, 2))[0]
     length = rng.randint(2, 3) if kind == "sum" else rng.randint(3, 7)
     digits = rng.sample(range(10), length)
+    templates: tuple[str, ...]
     if kind == "reverse":
         templates, answer = REVERSE, " ".join(map(str, reversed(digits)))
     elif kind == "sort":

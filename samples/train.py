@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from block_data import Batch, BlockData
 from checkpoint import describe, round_to_saved_precision, save_checkpoint
 from decode import answer_questions
-from make_tokenizer import EOS, MASK, write_tokenizer
+from make_tokenizer import special_ids, write_tokenizer
 from tasks import Example, held_out_examples
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -76,7 +76,8 @@ def accuracy(model: Denoiser, tokenizer: Tokenizer, examples: list[Example],
     """Exact-match accuracy per task and over all."""
     answers = answer_questions(model, tokenizer, [example.question for example in examples],
                                settings_for(model, top_p))
-    total, right = Counter(), Counter()
+    total: Counter[str] = Counter()
+    right: Counter[str] = Counter()
     for example, answer in zip(examples, answers, strict=True):
         for key in (example.task, "all"):
             total[key] += 1
@@ -97,7 +98,7 @@ def train(out: Path, seed: int, progress: Callable[[int], float], batch_size: in
     tokenizer = write_tokenizer(out)
     held_out = held_out_examples(400)
     write_held_out(held_out, out / "held_out.jsonl")
-    d, routing = describe(tokenizer.get_vocab_size(), tokenizer.token_to_id(EOS), tokenizer.token_to_id(MASK))
+    d, routing = describe(tokenizer.get_vocab_size(), *special_ids(tokenizer))
     model = Denoiser(d, routing)
     initialise(model)
     log(event="start", parameters=sum(p.numel() for p in model.parameters()))
@@ -146,8 +147,9 @@ def train(out: Path, seed: int, progress: Callable[[int], float], batch_size: in
 
 @click.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Checkpoint folder.")
-@click.option("--steps", type=int, help="Length of the run in steps.")
-@click.option("--minutes", type=float, help="Length of the run in minutes, instead of steps.")
+@click.option("--steps", type=click.IntRange(min=1), help="Length of the run in steps.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True),
+              help="Length of the run in minutes, instead of steps.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--batch-size", default=64, show_default=True)
@@ -164,7 +166,10 @@ def main(out: Path, steps: int | None, minutes: float | None, seed: int, threads
     start = time.perf_counter()
 
     def progress(step: int) -> float:
-        return step / steps if steps else (time.perf_counter() - start) / 60 / minutes
+        if steps is not None:
+            return step / steps
+        assert minutes is not None
+        return (time.perf_counter() - start) / 60 / minutes
 
     def log(**entry: object) -> None:
         line = json.dumps(entry, default=float)

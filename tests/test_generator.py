@@ -94,6 +94,8 @@ def test_own_template_wins_and_default_is_llada2(tmp_path):
     own = TextCodec(SAMPLE / "tokenizer.json", (SAMPLE / "chat_template.jinja").read_text())
     messages = [{"role": "user", "content": "what is 2 plus 2?"}]
     assert default.encode_chat(messages) == own.encode_chat(messages)
+    ending = TextCodec(SAMPLE / "tokenizer.json", "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", 1)
+    assert ending.encode_chat(messages)[-1] == 1
     refusing = TextCodec(SAMPLE / "tokenizer.json", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(RequestError, match="roles must alternate"):
         refusing.encode_chat(messages)

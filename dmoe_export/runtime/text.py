@@ -28,8 +28,11 @@ def _raise(message: str) -> None:
 class TextCodec:
     """Tokenizer and chat template of a bundle."""
 
-    def __init__(self, tokenizer_file: Path, template: str | None) -> None:
-        """`template`: chat template source; None picks LLaDA2's when its tokens are known, else plain prompts."""
+    def __init__(self, tokenizer_file: Path, template: str | None, eos_id: int | None = None) -> None:
+        """`template`: chat template source; None picks LLaDA2's when its tokens are known, else plain prompts.
+
+        `eos_id` names the token a template knows as `eos_token`; `bos_token` is empty, as LLaDA2 prompts have none.
+        """
         try:
             text = tokenizer_file.read_text(encoding="utf-8")
             self._tokenizer, self._literal = Tokenizer.from_str(text), Tokenizer.from_str(text)
@@ -39,9 +42,11 @@ class TextCodec:
         self._special = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
         if template is None and "<role>" in self._special:
             template = _LLADA2_TEMPLATE
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=["jinja2.ext.loopcontrols"])
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now(timezone.utc).strftime(form)
+        self._eos_token = "" if eos_id is None else self._tokenizer.id_to_token(eos_id) or ""
         self._template = environment.from_string(template) if template else None
 
     @classmethod
@@ -51,7 +56,7 @@ class TextCodec:
         if entry is None:
             return None
         template = (bundle.folder / entry.chat_template).read_text(encoding="utf-8") if entry.chat_template else None
-        return cls(bundle.folder / entry.file, template)
+        return cls(bundle.folder / entry.file, template, bundle.manifest.model.eos_id)
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """Token ids of a conversation, ready for the answer; contents are literal text, whatever they spell."""
@@ -80,7 +85,8 @@ class TextCodec:
 
     def _render(self, messages: list[Message]) -> str:
         assert self._template is not None
-        given: dict[str, Any] = {"messages": messages, "add_generation_prompt": True, "bos_token": "", "eos_token": ""}
+        given: dict[str, Any] = {"messages": messages, "add_generation_prompt": True, "bos_token": "",
+                                 "eos_token": self._eos_token}
         try:
             return self._template.render(**given)
         except (TemplateError, KeyError, TypeError) as error:
