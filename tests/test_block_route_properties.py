@@ -47,7 +47,7 @@ def test_implementations_agree(case):
     ids_onnx, weights_onnx, coreset_onnx = onnx_route(attributes, logits, bias, positions, **chosen)
     np.testing.assert_array_equal(coreset_onnx, coreset)
     np.testing.assert_array_equal(ids_onnx, ids)
-    np.testing.assert_allclose(weights_onnx, weights, atol=1e-6)
+    np.testing.assert_allclose(weights_onnx, weights, atol=1e-5)  # ONNX Runtime's sigmoid is good to 1e-6 relative
 
 
 @COMMON
