@@ -60,10 +60,8 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
         click.echo(json.dumps(result.as_dict()) if as_json else _shown(result))
     else:
         result = _stream(generator, given, as_json, options)
-    stats = result.stats
     if not as_json:
-        click.echo(f"[{result.finish_reason}; {stats.new_tokens} tokens in {stats.forwards} forwards; "
-                   f"{stats.unique_experts:.1f} unique experts per denoise forward]", err=True)
+        click.echo(_summary(result, generator.backend.description.moe.num_experts), err=True)
 
 
 def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[str, Any]) -> Generation:
@@ -80,6 +78,15 @@ def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[st
     if as_json:
         click.echo(json.dumps(result.as_dict()))
     return result
+
+
+def _summary(result: Generation, experts: int) -> str:
+    stats = result.stats
+    phases = ", ".join(f"{count} {phase}" for phase, count in stats.forwards_by_phase.items() if count)
+    seconds = sum(stats.seconds_by_phase.values())
+    return (f"[{result.finish_reason}: {stats.new_tokens} tokens, {stats.forwards} forward passes ({phases}), "
+            f"{stats.unique_experts:.1f} of {experts} experts per layer in a denoise forward, "
+            f"{stats.expert_bytes_touched / 1e6:.1f} MB of expert weights touched, {seconds:.2f} s]")
 
 
 def _shown(result: Generation) -> str:
