@@ -15,9 +15,10 @@ class DecodeSettings:
     """Settings of one request; defaults are those of LLaDA2 (spec decoding.md).
 
     `steps`: most denoise forwards per block. `threshold`, `factor`: of the acceptance policy of that name.
-    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off. `eos_id` −1 = never stop at a token,
-    None = the model's. Row i of a batch draws with `seed` + i. `early_stop`: end inside a block as soon as an EOS has nothing masked before it.
-    `routing`: run-time routing settings (top_p, min_experts, coreset_size) to change from the bundle's defaults.
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off; row i of a batch draws with `seed` + i.
+    `eos_id` −1 = never stop at a token, None = the model's. `early_stop`: end inside a block as soon as an EOS has
+    nothing masked before it. `routing`: run-time routing settings (top_p, min_experts, coreset_size) to change from the
+    bundle's defaults.
     """
 
     max_new_tokens: int = 128
