@@ -1,4 +1,4 @@
-"""Peak memory and time of exporting a synthetic checkpoint of a published size; prints and saves JSON.
+"""Peak memory and time of exporting, and then running, a synthetic checkpoint of a published size, as JSON.
 
     python benchmarks/export_memory.py --geometry llada2.0-mini --layers 4 --work /tmp/export-memory
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,6 +25,19 @@ write_synthetic(pathlib.Path(sys.argv[1]), GEOMETRIES[sys.argv[2]] | {"num_hidde
 """
 
 
+def _measured(arguments: list[str]) -> dict[str, Any]:
+    """Run a verb in a process of its own: seconds, peak resident memory (mapped file pages included), output."""
+    start = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-m", "dmoe_export", *arguments], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout
+        output = run.stdout.read()
+        _, status, usage = os.wait4(run.pid, 0)
+        run.returncode = os.waitstatus_to_exitcode(status)
+    if run.returncode:
+        raise click.ClickException(f"dmoe-export {arguments[0]} ended with exit code {run.returncode}.")
+    return {"seconds": time.perf_counter() - start, "peak_rss_bytes": usage.ru_maxrss * 1024, "output": output}
+
+
 @click.command()
 @click.option("--geometry", default="llada2.0-mini", show_default=True)
 @click.option("--layers", default=4, show_default=True)
@@ -33,27 +46,24 @@ write_synthetic(pathlib.Path(sys.argv[1]), GEOMETRIES[sys.argv[2]] | {"num_hidde
 @click.option("--out", type=click.Path(path_type=Path), help="Where the JSON goes as well.")
 @click.option("--keep", is_flag=True, help="Keep checkpoint and bundle.")
 def main(geometry: str, layers: int, precision: str, work: Path, out: Path | None, keep: bool) -> None:
-    """Measure one export in a process of its own."""
+    """Measure one export and one short generation, each in a process of its own."""
     checkpoint, bundle = work / f"{geometry}-{layers}", work / f"{geometry}-{layers}-{precision}.bundle"
     if not (checkpoint / "config.json").exists():
         # In a process of its own: a child's ru_maxrss starts from its parent's size at the fork.
         subprocess.run([sys.executable, "-c", _WRITE, str(checkpoint), geometry, str(layers)], check=True)
-    command = [sys.executable, "-m", "dmoe_export", "export", str(checkpoint), "--out", str(bundle), "--force",
-               "--precision", precision, "--json"]
-    start = time.perf_counter()
-    process = subprocess.run(command, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
-    if process.returncode:
-        raise click.ClickException(process.stderr)
-    # ru_maxrss counts the largest child, mapped file pages included; the export is the only child.
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    export = _measured(["export", str(checkpoint), "--out", str(bundle), "--force", "--precision", precision, "--json"])
     result = {
         "benchmark": "export_memory", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "geometry": geometry, "layers": layers, "precision": precision,
         "checkpoint_bytes": sum(f.stat().st_size for f in checkpoint.iterdir()),
-        "bundle_bytes": json.loads(process.stdout)["bytes"], "peak_rss_bytes": peak, "seconds": seconds,
+        "bundle_bytes": json.loads(export.pop("output"))["bytes"], "export": export,
     }
+    if precision != "bf16":  # which ONNX Runtime's CPU provider cannot run
+        generate = _measured(["generate", str(bundle), "--verify", "sizes", "--prompt-ids", "5,6,7,8", "--eos-id", "-1",
+                              "--max-new-tokens", "60", "--steps", "4", "--json"])
+        stats = json.loads(generate.pop("output"))["stats"]
+        result["generate"] = generate | {key: stats[key] for key in ("new_tokens", "forwards", "unique_experts")}
     text = json.dumps(result, indent=1)
     click.echo(text)
     if out:

@@ -20,4 +20,4 @@ def test_export_of_real_layers_stays_small(tmp_path):
                             capture_output=True, check=True)
     measured = json.loads(result.stdout)
     assert measured["bundle_bytes"] > 5e9
-    assert measured["peak_rss_bytes"] < 2 << 30
+    assert measured["export"]["peak_rss_bytes"] < 2 << 30
