@@ -14,14 +14,13 @@ def experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up:
     order = torch.argsort(pair_expert, stable=True)
     counts = torch.bincount(pair_expert.clamp(min=0) + (pair_expert >= 0), minlength=gate_up.shape[0] + 1).tolist()
     order = order[counts[0]:]  # pairs without an expert sort first
-    rows = hidden[order // k]
-    pieces, start = [], 0
-    for expert, count in enumerate(counts[1:]):
-        if count:
-            x = rows[start:start + count]
-            gate, up = (x @ gate_up[expert].T).unflatten(-1, (-1, 2)).unbind(-1)  # [n, I] each
-            pieces.append((F.silu(gate) * up) @ down[expert].T)
-            start += count
+    pieces = []
+    # unbind and split, not indexing: the gradient of an index is a zero tensor of full size per expert.
+    per_expert = zip(hidden[order // k].split(counts[1:]), gate_up.unbind(0), down.unbind(0), strict=True)
+    for x, expert_gate_up, expert_down in per_expert:
+        if len(x):
+            gate, up = (x @ expert_gate_up.T).unflatten(-1, (-1, 2)).unbind(-1)  # [n, I] each
+            pieces.append((F.silu(gate) * up) @ expert_down.T)
     mixed = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     if pieces:
         weighted = torch.cat(pieces).float() * expert_weights.reshape(-1)[order, None]
