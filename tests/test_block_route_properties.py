@@ -137,6 +137,23 @@ def test_p_of_one_is_token_routing_over_voted_experts(case):
             np.testing.assert_allclose(weights[row, token], want[1][0, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize(("experts", "k", "groups", "kept", "block", "mode"), [
+    (1024, 32, 1, 1, 128, "top_p"), (1024, 32, 16, 8, 128, "top_c"), (256, 8, 8, 4, 32, "top_p"),
+    (256, 8, 8, 4, 32, "token")])
+def test_implementations_agree_at_full_size(experts, k, groups, kept, block, mode):
+    rng = np.random.default_rng(experts + k)
+    attributes = RouteAttributes(mode, block, k, groups, kept, 2.5)
+    logits = rng.normal(size=(2, 256, experts)) + 1.5 * rng.normal(size=experts)
+    positions = np.stack([np.arange(256), np.where(np.arange(256) < 200, np.arange(256) + 64, -1)])
+    options = {"top_p": 0.6, "min_experts": k + groups - kept, "coreset_size": 48}
+    bias = rng.normal(size=experts) * 0.05
+    got = onnx_route(attributes, logits, bias, positions, **options)
+    want = eager_route(attributes, logits, bias, positions, **options)
+    np.testing.assert_array_equal(got[2], want[2])
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_allclose(got[1], want[1], atol=1e-5)
+
+
 def test_lone_coreset_experts_refill_from_other_groups():
     """Three coreset experts in three groups, two groups kept: the third place goes to the group that was dropped."""
     attributes = RouteAttributes("top_c", BLOCK, 3, 4, 2, 2.5)

@@ -110,7 +110,11 @@ class BundleWriter:
         if self.target.exists():
             aside = self.folder.with_name(self.folder.name + ".old")
             self.target.rename(aside)
-            self.folder.rename(self.target)
+            try:
+                self.folder.rename(self.target)
+            except OSError:
+                aside.rename(self.target)
+                raise
             shutil.rmtree(aside)
         else:
             self.folder.rename(self.target)
