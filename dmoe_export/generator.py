@@ -17,7 +17,7 @@ from .description import RUNTIME_SETTINGS
 from .errors import RequestError
 from .runtime.backend import Backend
 from .runtime.onnxruntime import OnnxRuntimeBackend
-from .runtime.text import Message, TextCodec
+from .runtime.text import Message, TextCodec, TextStream
 
 Prompt = str | Sequence[int] | Sequence[Message]
 BackendName = Literal["auto", "onnxruntime"]
@@ -92,19 +92,18 @@ class Generator:
         return [ends[i] for i in range(len(batch))]
 
     def stream(self, prompts: Prompt | Sequence[Prompt], *, chat: bool = True, **options: Any) -> Iterator[Block]:
-        """Yield finished blocks as they come; arguments as in `generate`. `index` tells the prompt."""
+        """Finished blocks as they come, `index` telling the prompt; arguments and errors as in `generate`."""
         settings = self._settings(options)
         encoded = [self._encode(prompt, chat) for prompt in self._batch(prompts)]
         for number, ids in enumerate(encoded):
             self._check(number, ids, settings)
-        done: dict[int, list[int]] = {}
+        return self._blocks(encoded, settings)
+
+    def _blocks(self, encoded: list[list[int]], settings: DecodeSettings) -> Iterator[Block]:
+        texts = [TextStream(self.text) for _ in encoded] if self.text else None
         loop = BlockDiffusion(self.backend, settings, self.bundle.manifest.experts.bytes_per_expert)
         for block in loop.decode(encoded):
-            before = done.get(block.index, [])
-            done[block.index] = before + block.token_ids
-            text = None
-            if self.text:  # the difference of two decodes: a token's text can depend on the one before it
-                text = self.text.decode(done[block.index])[len(self.text.decode(before)):]
+            text = texts[block.index].push(block.token_ids, block.finish_reason is not None) if texts else None
             yield Block(block.index, block.token_ids, text, block.finish_reason, block.statistics)
 
     def _batch(self, prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -128,6 +128,9 @@ def test_no_bundle(tmp_path):
         open_bundle(tmp_path)
     with pytest.raises(BundleError, match="is no bundle: it does not exist"):
         open_bundle(tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BundleError, match="is no bundle: it is a file"):
+        open_bundle(tmp_path / "file")
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(BundleError, match="not readable as a manifest"):
         open_bundle(tmp_path)

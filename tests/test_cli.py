@@ -118,3 +118,4 @@ def test_unexpected_errors_are_one_sentence_too(bundle, monkeypatch):
     assert result.exit_code == 1 and "unexpected RuntimeError: boom" in result.stderr
     assert "Traceback" not in result.output
     assert "Traceback" in run("--debug", "generate", bundle, "--prompt-ids", "1").stderr
+    assert "Traceback" in run("generate", bundle, "--prompt-ids", "1", "--debug").stderr

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from conftest import SAMPLE
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dmoe_export import Generator
 from dmoe_export.errors import BundleError, RequestError
-from dmoe_export.runtime.text import TextCodec
+from dmoe_export.runtime.text import TextCodec, TextStream
 
 QUESTIONS = [json.loads(line) for line in (SAMPLE / "held_out.jsonl").read_text().splitlines()]
 
@@ -102,6 +103,26 @@ def test_own_template_wins_and_default_is_llada2(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match="cannot be read as a tokenizer"):
         TextCodec(tmp_path / "tokenizer.json", None)
+
+
+def test_streamed_characters_are_whole(tmp_path):
+    """A block may end inside a character of a byte-level tokenizer."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    codec = TextCodec(tmp_path / "tokenizer.json", None)
+    ids = codec.encode_literal("a é €!")
+    for cut in range(len(ids) + 1):
+        stream = TextStream(codec)
+        pieces = [stream.push(ids[:cut], False), stream.push(ids[cut:], True)]
+        assert "".join(pieces) == "a é €!" and "\ufffd" not in "".join(pieces)
+
+
+def test_bad_requests_raise_when_a_stream_is_opened(generator):
+    with pytest.raises(RequestError, match="is empty"):
+        generator.stream([""])
 
 
 @pytest.mark.parametrize(("prompts", "options", "sentence"), [

@@ -48,7 +48,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest alone, schema checked, files not."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        what = "has no manifest.json" if folder.is_dir() else "does not exist"
+        what = ("has no manifest.json" if folder.is_dir() else "is a file, not a folder" if folder.exists()
+                else "does not exist")
         raise BundleError(f"{folder} is no bundle: it {what}; make one with: "
                           "dmoe-export export CHECKPOINT --out BUNDLE.")
     try:

@@ -15,6 +15,12 @@ from ..errors import DmoeError
 class OneSentenceErrors(click.Group):
     """Turns expected errors into one sentence and the right exit code; `--debug` adds the stack trace."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take `--debug` after the verb, too."""
+        if "--debug" in args:
+            args = ["--debug", *(a for a in args if a != "--debug")]
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb."""
         try:

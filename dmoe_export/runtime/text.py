@@ -91,3 +91,23 @@ class TextCodec:
             return self._template.render(**given)
         except (TemplateError, KeyError, TypeError) as error:
             raise RequestError(f"The chat template refuses the messages: {error}.") from None
+
+
+class TextStream:
+    """Text of a growing answer, in pieces that add up to the whole."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, ids: list[int], last: bool) -> str:
+        """The new piece of text; a character whose bytes are not all there yet waits for the rest."""
+        self._ids += ids
+        # All of it is decoded each time: a token's text can depend on the one before it.
+        text = self._codec.decode(self._ids)
+        if not last:
+            text = text.rstrip("\ufffd")
+        piece = text[self._shown:]
+        self._shown = max(self._shown, len(text))
+        return piece
