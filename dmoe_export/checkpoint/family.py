@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from ..description import ModelDescription
@@ -65,7 +66,12 @@ class Checkpoint:
             known = ", ".join(a for f in families for a in f.architectures)
             raise CheckpointError(f"{folder / 'config.json'} names architecture {', '.join(map(str, named))}, which is "
                                   f"not supported; known: {known}.")
-        self.full_description = family.describe(self.config, folder / "config.json")
+        try:
+            self.full_description = family.describe(self.config, folder / "config.json")
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise CheckpointError(f"{folder / 'config.json'}: {field} is {first['input']!r}: {first['msg']}.") from None
         self.description = self.full_description
         if layers is not None:
             self.description = _first_layers(self.full_description, layers)

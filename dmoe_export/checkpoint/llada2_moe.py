@@ -31,6 +31,10 @@ class Llada2Moe:
         f.only("use_qkv_bias", (False,))
         f.only("rope_scaling", ())
         f.only("score_function", ("sigmoid",))
+        f.only("moe_router_enable_expert_bias", (True,))
+        f.only("use_sliding_window", (False,))
+        f.only("norm_head", (False,))
+        # Absent fields take the defaults of the reference's LLaDA2MoeConfig.
         vocab = f.positive("vocab_size")
         heads, kv_heads = f.positive("num_attention_heads"), f.positive("num_key_value_heads")
         head_dim = f.positive("head_dim", f.positive("hidden_size") // heads)
@@ -39,9 +43,11 @@ class Llada2Moe:
         layers, dense = f.positive("num_hidden_layers"), f.get("first_k_dense_replace", int, 0)
         if not 0 <= dense < layers:
             raise f.refuse(f"first_k_dense_replace {dense} leaves no layer with experts of num_hidden_layers {layers}")
-        rotary = f.positive("rotary_dim", int(head_dim * f.get("partial_rotary_factor", float, 1.0)))
-        if rotary > head_dim or rotary % 2:
-            raise f.refuse(f"rotary share of {rotary} dims is odd or exceeds head_dim {head_dim}")
+        rotary = int(head_dim * f.get("partial_rotary_factor", float, 0.5))
+        if f.get("rotary_dim", int, rotary) != rotary:
+            raise f.refuse(f"rotary_dim {config['rotary_dim']} contradicts partial_rotary_factor, which gives {rotary}")
+        if not 0 < rotary <= head_dim or rotary % 2:
+            raise f.refuse(f"rotary share of {rotary} dims is odd, empty or exceeds head_dim {head_dim}")
         ids = {name: f.get(name, int, default) for name, default in
                (("mask_token_id", _MASK_ID), ("eos_token_id", _EOS_ID))}
         ids["pad_token_id"] = f.get("pad_token_id", int, ids["eos_token_id"])
@@ -52,15 +58,15 @@ class Llada2Moe:
             family=self.name, architecture=self.architectures[0], vocab_size=vocab,
             hidden_size=f.positive("hidden_size"), num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
             head_dim=head_dim, dense_width=f.positive("intermediate_size"), moe=self._moe(f, dense),
-            qk_norm=f.get("use_qk_norm", bool, True), rope_theta=f.get("rope_theta", float, 600000.0),
-            rotary_dim=rotary, rms_eps=f.get("rms_norm_eps", float, 1e-6),
+            qk_norm=f.get("use_qk_norm", bool, True), rope_theta=f.get("rope_theta", float, 10000.0),
+            rotary_dim=rotary, rms_eps=f.get("rms_norm_eps", float, 1e-5),
             max_positions=f.positive("max_position_embeddings"),
             tie_embeddings=f.get("tie_word_embeddings", bool, False),
             mask_id=ids["mask_token_id"], eos_id=ids["eos_token_id"], pad_id=ids["pad_token_id"])
 
     def _moe(self, f: Fields, dense: int) -> MoeDescription:
         experts, k = f.positive("num_experts"), f.positive("num_experts_per_tok")
-        groups, kept = f.positive("n_group", 1), f.positive("topk_group", 1)
+        groups, kept = f.positive("n_group", 8), f.positive("topk_group", 4)
         if k > experts:
             raise f.refuse(f"num_experts_per_tok {k} exceeds num_experts {experts}")
         if experts % groups:
@@ -74,7 +80,9 @@ class Llada2Moe:
         shared = f.get("num_shared_experts", int, 0) * width
         return MoeDescription(
             num_experts=experts, experts_per_token=k, expert_width=width, shared_width=shared, num_groups=groups,
-            groups_kept=kept, routed_scaling=f.get("routed_scaling_factor", float, 1.0), first_dense_layers=dense)
+            groups_kept=kept, routed_scaling=f.get("routed_scaling_factor", float, 2.5),
+            renormalise=k > 1,  # the reference leaves a single expert's score as it is
+            first_dense_layers=dense)
 
     def weights(self, description: ModelDescription, reader: CheckpointReader) -> Llada2MoeWeights:
         """The weight map, checked against the files."""
