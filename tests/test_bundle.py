@@ -19,7 +19,7 @@ from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.bundle.writer import DataFile
 from dmoe_export.checkpoint.family import Checkpoint
-from dmoe_export.errors import BundleError, CheckpointError, OutputError
+from dmoe_export.errors import BundleError, CheckpointError, InputError, OutputError
 from dmoe_export.export.weights import padded_width
 
 
@@ -153,6 +153,13 @@ def test_existing_target_is_kept_unless_forced(tiny_checkpoint, tiny_bundle, cop
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "precious"]
 
 
+def test_identity_is_the_checkpoint_s_alone(tiny_checkpoint, tiny_bundle, tmp_path):
+    """Other precision, other padding, other routing: the same checkpoint."""
+    other = export_checkpoint(tiny_checkpoint, tmp_path / "b", precision="fp16", routing="token", block_length=4)
+    assert other.manifest.experts.stored_width != tiny_bundle.manifest.experts.stored_width
+    assert other.manifest.checkpoint == tiny_bundle.manifest.checkpoint
+
+
 def test_identity_follows_the_weights(tiny_checkpoint, tiny_bundle, tmp_path):
     from safetensors.torch import load_file, save_file
     other = tmp_path / "other"
@@ -247,6 +254,22 @@ def test_values_beyond_half_precision_are_refused(tiny_checkpoint, tmp_path):
     save_file(tensors, shard)
     with pytest.raises(CheckpointError, match="beyond float16; use --precision bf16 or fp32"):
         export_checkpoint(big, tmp_path / "b", precision="fp16")
+
+
+@pytest.mark.parametrize("threshold", [2.0, "high"])
+def test_bad_core_threshold(tiny_checkpoint, tmp_path, threshold):
+    bad = tmp_path / "bad"
+    shutil.copytree(tiny_checkpoint, bad)
+    config = json.loads((bad / "config.json").read_text()) | {"core_threshold": threshold}
+    (bad / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="core_threshold"):
+        export_checkpoint(bad, tmp_path / "b")
+
+
+def test_unknown_precision_and_routing(tiny_checkpoint, tmp_path):
+    for options in ({"precision": "int3"}, {"routing": "best"}):
+        with pytest.raises(InputError, match="is not known"):
+            export_checkpoint(tiny_checkpoint, tmp_path / "b", **options)
 
 
 @pytest.mark.parametrize(("option", "value"), [("block_length", 0), ("top_p", 1.5), ("min_experts", 0),

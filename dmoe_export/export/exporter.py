@@ -21,11 +21,12 @@ from ..bundle.manifest import (
 )
 from ..bundle.reader import Bundle, open_bundle
 from ..bundle.writer import BundleWriter
+from ..checkpoint.config_fields import Fields
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.hub import resolve_checkpoint
 from ..checkpoint.text import chat_template, tokenizer_json
-from ..description import ModelDescription, Precision, RoutingDescription, RoutingMode
-from ..errors import CheckpointError
+from ..description import RUNTIME_SETTINGS, ModelDescription, Precision, RoutingDescription, RoutingMode
+from ..errors import CheckpointError, InputError
 from ..ops import block_route, experts
 from ..ops.schema import DOMAIN, OPSET
 from .trace import custom_node_counts, trace_denoiser
@@ -48,6 +49,9 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, *, precision: Pre
     checkpoint's core_threshold; k + groups − groups kept; the guard or 48/256 of the experts).
     Raises CheckpointError for what cannot be read, OutputError for what cannot be written; `out` is complete or absent.
     """
+    if precision not in DTYPES or routing not in RUNTIME_SETTINGS:
+        raise InputError(f"Precision {precision!r} or routing {routing!r} is not known; known: {', '.join(DTYPES)} and "
+                         f"{', '.join(RUNTIME_SETTINGS)}.")
     source = Checkpoint(resolve_checkpoint(checkpoint), layers)
     d, dtype = source.description, DTYPES[precision]
     route = _routing(source, routing, block_length,
@@ -84,8 +88,10 @@ def _routing(source: Checkpoint, mode: RoutingMode, block_length: int,
     moe = source.description.moe
     if block_length < 1:
         raise CheckpointError(f"Block length {block_length} is not positive; LLaDA2 models use 32.")
-    threshold = source.config.get("core_threshold")
-    base = RoutingDescription.default(moe, mode, block_length, 0.6 if threshold is None else float(threshold))
+    threshold = Fields(source.config, source.folder / "config.json").get("core_threshold", float, 0.6)
+    if not 0 <= threshold <= 1:
+        raise CheckpointError(f"core_threshold {threshold} in {source.folder / 'config.json'} is outside 0 … 1.")
+    base = RoutingDescription.default(moe, mode, block_length, threshold)
     chosen = {name: value for name, value in settings.items() if value is not None}
     for name, value in chosen.items():
         low, high = (0, 1) if name == "top_p" else (1, moe.num_experts)

@@ -73,15 +73,16 @@ class WeightStream:
     def _write_layer(self, file: DataFile, layer: int, d: ModelDescription) -> ExpertLayer:
         weights, pad = self._checkpoint.weights, self._width - d.moe.expert_width
         experts = range(d.moe.num_experts)
-        gate_up = (F.pad(interleave(*weights.gate_up(layer, e)), (0, 0, 0, 2 * pad)) for e in experts)
-        down = (F.pad(weights.down(layer, e), (0, pad)) for e in experts)
+        gate_up = (interleave(*weights.gate_up(layer, e)) for e in experts)
+        down = (weights.down(layer, e) for e in experts)
         offsets = []
-        for name, shape, slabs in (("gate_up", (2 * self._width, d.hidden_size), gate_up),
-                                   ("down", (d.hidden_size, self._width), down)):
+        for name, shape, slabs, padding in (
+                ("gate_up", (2 * self._width, d.hidden_size), gate_up, (0, 0, 0, 2 * pad)),
+                ("down", (d.hidden_size, self._width), down, (0, pad))):
             offset = file.align()
             self._name(f"{layer}.{name}")
             for slab in slabs:
-                file.write(self._converted(slab, self._dtype, f"of layer {layer}'s experts"))
+                file.write(self._converted(slab, self._dtype, f"of layer {layer}'s experts", padding))
             self._attach(f"layers.{layer}.ffn.{name}", EXPERTS_FILE, offset, file.offset - offset, self._dtype,
                          (d.moe.num_experts, *shape))
             offsets.append(offset)
@@ -90,9 +91,9 @@ class WeightStream:
     def _name(self, name: str) -> None:
         self._identity.update(name.encode())
 
-    def _converted(self, tensor: Tensor, dtype: torch.dtype, name: str) -> memoryview:
-        self._identity.update(raw_bytes(tensor))
-        out = tensor.to(dtype)
+    def _converted(self, tensor: Tensor, dtype: torch.dtype, name: str, padding: tuple[int, ...] = ()) -> memoryview:
+        self._identity.update(raw_bytes(tensor))  # before type and padding: the identity is the checkpoint's alone
+        out = F.pad(tensor.to(dtype), padding)
         if dtype == torch.float16 and not torch.isfinite(out).all():
             raise CheckpointError(f"Tensor {name} in {self._checkpoint.folder} has values beyond float16; "
                                   "use --precision bf16 or fp32.")
