@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dmoe_export.checkpoint.llada2_moe import dense_tensors
 from dmoe_export.description import ModelDescription, MoeDescription, RoutingDescription
 from dmoe_export.model.denoiser import Denoiser
-from dmoe_export.model.layers import FeedForward
-from dmoe_export.model.moe import MoE
 
 
 def describe(vocab_size: int, eos_id: int, mask_id: int) -> tuple[ModelDescription, RoutingDescription]:
@@ -54,36 +54,16 @@ def round_to_saved_precision(model: Denoiser) -> None:
 
 def tensors(model: Denoiser) -> dict[str, Tensor]:
     """The weights under the names of LLaDA2-MoE, in the precision of the checkpoint."""
-    found = {"model.word_embeddings.weight": model.embed.weight, "model.norm.weight": model.norm.weight,
-             "lm_head.weight": model.lm_head.weight}
-    routers: dict[str, Tensor] = {}
-    for index, layer in enumerate(model.layers):
-        at = f"model.layers.{index}"
-        attention = layer.attention
-        found |= {f"{at}.attention.query_key_value.weight": attention.qkv.weight,
-                  f"{at}.attention.query_layernorm.weight": attention.q_norm.weight,
-                  f"{at}.attention.key_layernorm.weight": attention.k_norm.weight,
-                  f"{at}.attention.dense.weight": attention.out.weight,
-                  f"{at}.input_layernorm.weight": layer.attention_norm.weight,
-                  f"{at}.post_attention_layernorm.weight": layer.ffn_norm.weight}
-        if isinstance(layer.ffn, MoE):
-            assert layer.ffn.shared is not None  # `describe` asks for one
-            routers |= {f"{at}.mlp.gate.weight": layer.ffn.router.weight,
-                        f"{at}.mlp.gate.expert_bias": layer.ffn.router.expert_bias}
-            found |= _feed_forward(f"{at}.mlp.shared_experts", layer.ffn.shared)
-            for expert, (gate_up, down) in enumerate(zip(layer.ffn.gate_up, layer.ffn.down, strict=True)):
-                name = f"{at}.mlp.experts.{expert}"
-                found |= {f"{name}.gate_proj.weight": gate_up[0::2], f"{name}.up_proj.weight": gate_up[1::2],
-                          f"{name}.down_proj.weight": down}
-        else:
-            found |= _feed_forward(f"{at}.mlp", layer.ffn)
-    halves = {name: tensor.detach().bfloat16().contiguous().clone() for name, tensor in found.items()}
-    return halves | {name: tensor.detach().float().clone() for name, tensor in routers.items()}
-
-
-def _feed_forward(name: str, part: FeedForward) -> dict[str, Tensor]:
-    return {f"{name}.gate_proj.weight": part.gate.weight, f"{name}.up_proj.weight": part.up.weight,
-            f"{name}.down_proj.weight": part.down.weight}
+    d, parameters = model.description, dict(model.named_parameters())
+    found = {theirs: parameters[ours] for ours, (theirs, _) in dense_tensors(d).items()}
+    for layer in d.moe_layers:
+        slabs = zip(parameters[f"layers.{layer}.ffn.gate_up"], parameters[f"layers.{layer}.ffn.down"], strict=True)
+        for expert, (gate_up, down) in enumerate(slabs):
+            name = f"model.layers.{layer}.mlp.experts.{expert}"
+            found |= {f"{name}.gate_proj.weight": gate_up[0::2], f"{name}.up_proj.weight": gate_up[1::2],
+                      f"{name}.down_proj.weight": down}
+    return {name: tensor.detach().to(torch.float32 if ".mlp.gate." in name else torch.bfloat16).contiguous().clone()
+            for name, tensor in found.items()}
 
 
 def save_checkpoint(model: Denoiser, routing: RoutingDescription, folder: Path) -> None:

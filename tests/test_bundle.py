@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import SAMPLE
 
 from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import open_bundle
@@ -225,6 +226,16 @@ def test_no_write_permission_as_another_user(tiny_checkpoint, tmp_path):
     assert "Permission denied; nothing was left behind" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_an_unreadable_file_of_the_checkpoint_is_blamed_itself(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(errno.EACCES, "Permission denied", str(source))
+
+    monkeypatch.setattr("dmoe_export.export.exporter.shutil.copyfile", refuse)
+    with pytest.raises(PermissionError, match=r"tokenizer\.json"):
+        export_checkpoint(SAMPLE, tmp_path / "b", layers=2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_target_below_a_file(tiny_checkpoint, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="could not be written"):
@@ -240,7 +251,7 @@ def test_nan_in_a_router_leaves_nothing(tiny_checkpoint, tmp_path):
     tensors["model.layers.1.mlp.gate.weight"][0, 0] = float("nan")
     save_file(tensors, shard)
     with pytest.raises(CheckpointError, match=r"mlp\.gate\.weight .*NaN"):
-        export_checkpoint(bad, tmp_path / "b")
+        export_checkpoint(bad, tmp_path / "new" / "folders" / "b")
     assert [p.name for p in tmp_path.iterdir()] == ["bad"]
 
 

@@ -102,6 +102,7 @@ def test_guard_default_is_the_tight_bound(golden):
 
 BAD_CONFIGS = [
     ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+    ({"architectures": "GPT2LMHeadModel"}, "architecture GPT2LMHeadModel,"),
     ({"num_experts_per_tok": 17}, "num_experts_per_tok 17 exceeds num_experts 16"),
     ({"n_group": 3}, "n_group 3 does not divide num_experts 16"),
     ({"topk_group": 5}, "topk_group 5 exceeds n_group 4"),
@@ -150,6 +151,14 @@ def test_missing_files(tiny_checkpoint, tmp_path):
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds no \*\.safetensors"):
         Checkpoint(folder)
+
+
+def test_damaged_index(tiny_checkpoint, tmp_path):
+    folder = _edited(tiny_checkpoint, tmp_path / "a")
+    for text in ("{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(CheckpointError, match="has no weight_map"):
+            Checkpoint(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

@@ -100,6 +100,8 @@ def test_own_template_wins_and_default_is_llada2(tmp_path):
     refusing = TextCodec(SAMPLE / "tokenizer.json", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(RequestError, match="roles must alternate"):
         refusing.encode_chat(messages)
+    with pytest.raises(BundleError, match="no valid template"):
+        TextCodec(SAMPLE / "tokenizer.json", "{% for %}")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match="cannot be read as a tokenizer"):
         TextCodec(tmp_path / "tokenizer.json", None)

@@ -62,20 +62,29 @@ class BundleWriter:
         self._open_files: list[DataFile] = []
         self.entries: list[FileEntry] = []
         self.folder = self.target  # the temporary one, once entered
+        self._new_parents: list[Path] = []  # innermost first
 
     def __enter__(self) -> BundleWriter:
         try:
             self._check_target()
+            self._new_parents = [p for p in self.target.parents if not p.exists()]
             self.target.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.target.parent).free
             if free < self._bytes_needed:
+                self._remove_new_parents()
                 raise OutputError(f"{self.target.parent} has {free / 1e9:.1f} GB free, the bundle needs "
                                   f"{self._bytes_needed / 1e9:.1f} GB; free space or choose another --out.")
             self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.partial-", dir=self.target.parent))
             self.folder.chmod(0o755)
         except OSError as error:
+            self._remove_new_parents()
             raise self._refused(error) from error
         return self
+
+    def _remove_new_parents(self) -> None:
+        for parent in self._new_parents:
+            with contextlib.suppress(OSError):  # not made yet, or somebody else uses it by now
+                parent.rmdir()
 
     def _check_target(self) -> None:
         if not self.target.exists():
@@ -125,7 +134,10 @@ class BundleWriter:
             file.abandon()
         if self.folder != self.target:
             shutil.rmtree(self.folder, ignore_errors=True)
-        if isinstance(error, OSError):
+        if error is not None:
+            self._remove_new_parents()
+        # An error about a file elsewhere (the checkpoint's) keeps its own name.
+        if isinstance(error, OSError) and str(self.folder) in str(error.filename or self.folder):
             raise self._refused(error) from error
 
     def _refused(self, error: OSError) -> OutputError:

@@ -60,8 +60,9 @@ class Checkpoint:
         families: tuple[Family, ...] = (LLADA2_MOE,)
         self.folder = folder
         self.config = read_config(folder)
-        named = list(self.config.get("architectures") or []) or [self.config.get("model_type", "(none)")]
-        family = next((f for f in families if set(named) & {*f.architectures, f.name}), None)
+        named = self.config.get("architectures") or [self.config.get("model_type")]
+        named = named if isinstance(named, list) else [named]
+        family = next((f for f in families if any(name in (*f.architectures, f.name) for name in named)), None)
         if family is None:
             known = ", ".join(a for f in families for a in f.architectures)
             raise CheckpointError(f"{folder / 'config.json'} names architecture {', '.join(map(str, named))}, which is "

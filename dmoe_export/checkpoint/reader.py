@@ -56,7 +56,10 @@ class CheckpointReader:
     def _find_shards(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise CheckpointError(f"{index} has no weight_map of tensor names to files; fetch it again.")
+            names = sorted(set(weight_map.values()))
             for name in names:
                 if not (self.folder / name).is_file():
                     raise CheckpointError(f"Shard {self.folder / name} is missing, though {index.name} lists it; "

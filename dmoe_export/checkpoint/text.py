@@ -18,7 +18,10 @@ def chat_template(folder: Path) -> str | None:
     """The checkpoint's own chat template: chat_template.jinja, else the field of tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file} cannot be read as text: {error}.") from None
     config = folder / "tokenizer_config.json"
     if not config.is_file():
         return None

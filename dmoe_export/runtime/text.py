@@ -47,7 +47,10 @@ class TextCodec:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now(timezone.utc).strftime(form)
         self._eos_token = "" if eos_id is None else self._tokenizer.id_to_token(eos_id) or ""
-        self._template = environment.from_string(template) if template else None
+        try:
+            self._template = environment.from_string(template) if template else None
+        except TemplateError as error:
+            raise BundleError(f"The chat template beside {tokenizer_file} is no valid template: {error}.") from None
 
     @classmethod
     def of(cls, bundle: Bundle) -> TextCodec | None:
