@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -93,6 +93,45 @@ class TokenizerEntry(Frozen):
     chat_template: str | None
 
 
+class ProfileEntry(Frozen):
+    """An optimization profile: least, usual and largest size of each symbolic dimension."""
+
+    name: Literal["prefill", "denoise"]
+    batch: tuple[int, int, int]
+    tokens: tuple[int, int, int]
+    past: tuple[int, int, int]
+    rows: tuple[int, int, int]
+
+
+class WeightInput(Frozen):
+    """A weight that is an engine input, bound at run time from a file of the bundle."""
+
+    name: str
+    file: str
+    offset: int = Field(ge=0)
+    bytes: int = Field(gt=0)
+    dtype: str
+    shape: list[int]
+
+
+class EngineEntry(Frozen):
+    """An engine file and what it needs to run."""
+
+    file: str
+    flavour: Literal["tensorrt", "tensorrt-rtx"]
+    version: str = Field(description="of the TensorRT library that built it; another one refuses it")
+    targets: list[str] = Field(description="compute capabilities, such as sm89")
+    precision: Precision
+    experts: Literal["inline", "external"]
+    experts_op: Literal["plugin", "onnx"]
+    profiles: list[ProfileEntry]
+    plugin_build: str | None = Field(description="build id of the plugin library inside; null = no plugins")
+    plugin_nodes: int = Field(ge=0, description="custom nodes that are plugins")
+    fallback_nodes: int = Field(ge=0, description="custom nodes that became their ONNX bodies (--allow-fallback)")
+    weight_inputs: list[WeightInput]
+    flags: list[str] = Field(default_factory=list, description="hardware-compatible, version-compatible, refit")
+
+
 class Manifest(Frozen):
     """Everything a reader needs to know before it opens a file."""
 
@@ -106,4 +145,4 @@ class Manifest(Frozen):
     experts: ExpertsEntry
     tokenizer: TokenizerEntry | None
     files: list[FileEntry]
-    engines: list[dict[str, Any]] = Field(default_factory=list)
+    engines: list[EngineEntry] = Field(default_factory=list)

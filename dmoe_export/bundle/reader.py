@@ -70,6 +70,8 @@ def read_manifest(folder: Path) -> Manifest:
     needed = [manifest.denoiser.file, manifest.experts.file]
     if manifest.tokenizer:
         needed += [f for f in (manifest.tokenizer.file, manifest.tokenizer.chat_template) if f]
+    for engine in manifest.engines:
+        needed += [engine.file, *(weight.file for weight in engine.weight_inputs)]
     for name in needed:
         if name not in listed:
             raise BundleError(f"{path} uses {name} but does not list it under files.")

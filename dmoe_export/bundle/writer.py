@@ -17,6 +17,38 @@ from .reader import hash_file, read_manifest
 PAGE = 4096
 
 
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse to replace what is not meant to be replaced (OutputError, BundleError)."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise OutputError(f"{target} exists already; choose another --out or add --force.")
+    if not target.is_dir() or any(target.iterdir()):
+        read_manifest(target)  # never replace what is not a bundle
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json whole or not at all."""
+    partial = folder / f".{MANIFEST_NAME}.partial"
+    partial.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / MANIFEST_NAME)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Rename a finished folder to its name; what was there is removed only when that worked."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    aside = folder.with_name(folder.name + ".old")
+    target.rename(aside)
+    try:
+        folder.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside)
+
+
 class DataFile:
     """An append-only data file with aligned tensors; its sha256 is known when it is closed."""
 
@@ -66,7 +98,7 @@ class BundleWriter:
 
     def __enter__(self) -> BundleWriter:
         try:
-            self._check_target()
+            check_target(self.target, self._overwrite)
             self._new_parents = [p for p in self.target.parents if not p.exists()]
             self.target.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.target.parent).free
@@ -85,14 +117,6 @@ class BundleWriter:
         for parent in self._new_parents:
             with contextlib.suppress(OSError):  # not made yet, or somebody else uses it by now
                 parent.rmdir()
-
-    def _check_target(self) -> None:
-        if not self.target.exists():
-            return
-        if not self._overwrite:
-            raise OutputError(f"{self.target} exists already; choose another --out or add --force.")
-        if not self.target.is_dir() or any(self.target.iterdir()):
-            read_manifest(self.target)  # never replace what is not a bundle
 
     def data_file(self, name: str) -> DataFile:
         """Open a data file in the bundle."""
@@ -114,19 +138,8 @@ class BundleWriter:
 
     def seal(self, manifest: Manifest) -> None:
         """Write the manifest and put the bundle in place."""
-        text = manifest.model_dump_json(indent=1)
-        (self.folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
-        if self.target.exists():
-            aside = self.folder.with_name(self.folder.name + ".old")
-            self.target.rename(aside)
-            try:
-                self.folder.rename(self.target)
-            except OSError:
-                aside.rename(self.target)
-                raise
-            shutil.rmtree(aside)
-        else:
-            self.folder.rename(self.target)
+        write_manifest(self.folder, manifest)
+        put_in_place(self.folder, self.target)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:

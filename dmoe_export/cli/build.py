@@ -1,0 +1,157 @@
+"""`dmoe-export build`: checkpoint or bundle → TensorRT engine files in a bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..bundle.engines import add_engine, copied_bundle, engine_file
+from ..bundle.manifest import MANIFEST_NAME, EngineEntry
+from ..bundle.reader import Bundle, open_bundle
+from ..bundle.writer import check_target
+from ..engine.settings import BuildSettings, parse_size, parse_targets
+from ..errors import InputError
+from .progress import byte_bar, step_bar
+
+
+@click.command()
+@click.argument("source", metavar="CHECKPOINT|BUNDLE")
+@click.option("--out", type=click.Path(path_type=Path),
+              help="Bundle to write; needed for a checkpoint. A bundle without --out gets the engine in place.")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]),
+              help="Of the export of a checkpoint [fp16]; a bundle keeps its own.")
+@click.option("--flavour", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True,
+              help="auto: TensorRT where it and a GPU are found, else TensorRT-RTX, which needs no GPU.")
+@click.option("--targets", help="Compute capabilities [TensorRT-RTX: sm80,sm86,sm89,sm120; TensorRT: this GPU].")
+@click.option("--split-targets", is_flag=True, help="One engine file per target instead of one for all.")
+@click.option("--max-batch", default=1, show_default=True, help="Most rows of a batch.")
+@click.option("--max-prefill", type=click.IntRange(1),
+              help="Most prompt tokens of a row in one forward [512, or what the model takes].")
+@click.option("--max-context", type=click.IntRange(1),
+              help="Most cached tokens of a row [4096, or what the model takes].")
+@click.option("--experts", type=click.Choice(["external", "inline"]), default="external", show_default=True,
+              help="external: routed experts and vocabulary matrices stay in the bundle's files and are bound at run "
+                   "time; inline: all weights go into the engine.")
+@click.option("--experts-op", type=click.Choice(["plugin", "onnx"]), default="plugin", show_default=True,
+              help="Who computes the experts: our plugin, or standard ops in rounds of experts.")
+@click.option("--experts-capacity", type=int, help="Experts in one round of --experts-op onnx.")
+@click.option("--workspace", default="4G", show_default=True, help="Device scratch memory the builder may plan with.")
+@click.option("--builder-optimization-level", type=int, help="0 … 5 [TensorRT's default].")
+@click.option("--hardware-compatible", is_flag=True, help="TensorRT only: run on Ampere and later GPUs.")
+@click.option("--version-compatible", is_flag=True, help="TensorRT only: run on later versions of TensorRT.")
+@click.option("--refit", is_flag=True, help="TensorRT only, with --experts inline: weights can be replaced later.")
+@click.option("--allow-fallback", is_flag=True, help="Let custom nodes become ONNX bodies where plugins are missing.")
+@click.option("--plugin-library", type=click.Path(path_type=Path), help="libdmoe_plugins.so [made by `make plugins`].")
+@click.option("--routing", type=click.Choice(["token", "top_p", "top_c"]),
+              help="Of the export of a checkpoint [top_p].")
+@click.option("--block-length", type=int, help="Of the export of a checkpoint [32].")
+@click.option("--layers", type=int, help="Of the export of a checkpoint: keep the first N layers.")
+@click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True,
+              help="What of a bundle is compared with its manifest first.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle at --out.")
+@click.option("--dry-run", is_flag=True, help="Check everything and show the plan, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def build(source: str, out: Path | None, precision: str | None, force: bool, dry_run: bool, as_json: bool,
+          split_targets: bool, plugin_library: Path | None, verify: Any, **options: Any) -> None:
+    """Build engine files from a CHECKPOINT (folder or hub id; exported first) or a BUNDLE."""
+    from ..engine.build import find_plugins
+    from ..engine.flavour import find_flavour
+
+    start = time.perf_counter()
+    export_options = {name: options.pop(name) for name in ("routing", "block_length", "layers")}
+    name = options.pop("flavour")
+    flavour = find_flavour(None if name == "auto" else name)
+    settings = _settings(options)
+    flavour.check_flags(settings.flags)  # before an export of many minutes
+    flavour.targets(settings.targets)
+    find_plugins(settings, plugin_library)
+    if not (Path(source) / MANIFEST_NAME).is_file():
+        if out is None:
+            raise InputError(f"{source} is no bundle; exporting it as a checkpoint needs --out BUNDLE.")
+        check_target(out, force)
+        if dry_run:
+            raise InputError(f"--dry-run plans from a bundle; export {source} first with: dmoe-export export {source} "
+                             f"--out {out} --precision {precision or 'fp16'}.")
+        bundle = _export(source, out, precision or "fp16", export_options, force, as_json)
+        place: Any = contextlib.nullcontext(bundle.folder)
+    else:
+        given = [f"--{key.replace('_', '-')}" for key, value in export_options.items() if value is not None]
+        if given:
+            raise InputError(f"{' and '.join(given)} belong to the export of a checkpoint; {source} is a bundle.")
+        bundle = open_bundle(source, verify)
+        if precision not in (None, bundle.manifest.precision):
+            raise InputError(f"{source} is {bundle.manifest.precision}, not {precision}; precision is decided at "
+                             f"export: dmoe-export export CHECKPOINT --precision {precision}.")
+        place = copied_bundle(bundle, out, force) if out and not dry_run else contextlib.nullcontext(bundle.folder)
+    with place as folder:
+        results = _engines(bundle, folder, settings, flavour, plugin_library, split_targets, dry_run, as_json)
+    _show(out or bundle.folder, results, dry_run, as_json, time.perf_counter() - start)
+
+
+def _settings(options: dict[str, Any]) -> BuildSettings:
+    targets, workspace = options.pop("targets"), options.pop("workspace")
+    flags = tuple(f for f in ("hardware-compatible", "version-compatible", "refit") if options.pop(f.replace("-", "_")))
+    return BuildSettings(targets=parse_targets(targets) if targets is not None else (), workspace=parse_size(workspace),
+                         optimization_level=options.pop("builder_optimization_level"), flags=flags, **options)
+
+
+def _export(source: str, out: Path, precision: Any, options: dict[str, Any], force: bool, as_json: bool) -> Bundle:
+    from .. import export_checkpoint  # needs torch: only for a checkpoint
+
+    chosen = {name: value for name, value in options.items() if value is not None}
+    with byte_bar("read", 0, shown=not as_json) as report:
+        return export_checkpoint(source, out, precision=precision, overwrite=force, report=report, **chosen)
+
+
+def _engines(bundle: Bundle, folder: Path, settings: BuildSettings, flavour: Any, library: Path | None, split: bool,
+             dry_run: bool, as_json: bool) -> list[dict[str, Any]]:
+    """Plan all engines, then build and add one after the other."""
+    from dataclasses import replace
+
+    from ..engine.build import build_engine, plan_build
+
+    targets = flavour.targets(settings.targets)
+    groups = [(t,) for t in targets] if split else [targets]
+    plans = [plan_build(bundle, replace(settings, targets=group), flavour, library) for group in groups]
+    results = []
+    for plan in plans:
+        start = time.perf_counter()
+        if dry_run:
+            results.append(_planned(plan))
+            continue
+        with engine_file(folder, plan.file_name) as path, step_bar(plan.file_name, shown=not as_json) as report:
+            entry = build_engine(plan, path, report)
+            size = path.stat().st_size
+            add_engine(folder, path, entry)
+        results.append(entry.model_dump(mode="json") | {"bytes": size, "seconds": time.perf_counter() - start})
+    return results
+
+
+def _planned(plan: Any) -> dict[str, Any]:
+    """What would be built, as far as it is known before building."""
+    entry = EngineEntry(
+        file=plan.file_name, flavour=plan.flavour.name, version=plan.flavour.version, targets=list(plan.targets),
+        precision=plan.bundle.manifest.precision, experts=plan.settings.experts, experts_op=plan.settings.experts_op,
+        profiles=list(plan.profiles), plugin_build=plan.library.build if plan.library else None,
+        plugin_nodes=plan.network.plugin_nodes, fallback_nodes=0, weight_inputs=plan.network.weight_inputs,
+        flags=list(plan.settings.flags))
+    return entry.model_dump(mode="json", exclude={"fallback_nodes"})
+
+
+def _show(folder: Path, results: list[dict[str, Any]], dry_run: bool, as_json: bool, seconds: float) -> None:
+    if as_json:
+        click.echo(json.dumps({"bundle": str(folder), "dry_run": dry_run, "seconds": seconds, "engines": results}))
+        return
+    for engine in results:
+        outside = sum(weight["bytes"] for weight in engine["weight_inputs"])
+        nodes = f"{engine['plugin_nodes']} plugins" + (
+            f", {engine['fallback_nodes']} custom nodes as ONNX bodies" if engine.get("fallback_nodes") else "")
+        size = "" if dry_run else f"{engine['bytes'] / 1e6:.1f} MB, {engine['seconds']:.1f} s, "
+        click.echo(f"{'Would build' if dry_run else 'Built'} {folder / engine['file']} with {engine['flavour']} "
+                   f"{engine['version']} for {', '.join(engine['targets'])} ({size}{nodes}, {outside / 1e6:.1f} MB of "
+                   "weights bound at run time)")

@@ -1,0 +1,1 @@
+"""Bundle → engine files: TensorRT and TensorRT-RTX from one code path, without owning a GPU. No torch."""

@@ -1,0 +1,149 @@
+"""One engine: parse, count the plugins, build, stream the result to a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle.manifest import EngineEntry, ProfileEntry
+from ..bundle.reader import Bundle
+from ..errors import CheckError, DmoeError, MissingRequirementError
+from .callbacks import Report, make_logger, make_monitor, make_writer
+from .flavour import Flavour
+from .network import PreparedNetwork, model_path, prepare
+from .plugins import PluginLibrary, check_count, count_plugins, find_library, register
+from .settings import BuildSettings, profiles, resolved
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Everything decided before the builder starts; making one finds all errors of usage."""
+
+    bundle: Bundle
+    settings: BuildSettings
+    flavour: Flavour
+    targets: tuple[str, ...]
+    library: PluginLibrary | None
+    network: PreparedNetwork
+    profiles: tuple[ProfileEntry, ProfileEntry]
+
+    @property
+    def file_name(self) -> str:
+        """The engine's name in the bundle: flavour and targets."""
+        return f"denoiser.{self.flavour.name}.{'-'.join(self.targets)}.engine"
+
+
+def find_plugins(settings: BuildSettings, path: Path | None) -> PluginLibrary | None:
+    """The plugin library; None only where --allow-fallback lets the build go on without one."""
+    try:
+        return find_library(path)
+    except MissingRequirementError:
+        if not settings.allow_fallback or path is not None:
+            raise
+        return None
+
+
+def plan_build(bundle: Bundle, settings: BuildSettings, flavour: Flavour,
+               plugin_library: Path | None = None) -> BuildPlan:
+    """Check the request against bundle, flavour and plugins; raises one-sentence errors."""
+    settings = resolved(settings, bundle.manifest)
+    flavour.check_flags(settings.flags)
+    targets = flavour.targets(settings.targets)
+    library = find_plugins(settings, plugin_library)
+    return BuildPlan(bundle, settings, flavour, targets, library, prepare(bundle, settings, library),
+                     profiles(settings, bundle.manifest))
+
+
+def build_engine(plan: BuildPlan, path: Path, report: Report | None = None) -> EngineEntry:
+    """Build the plan's engine into the file `path`; returns its entry for the manifest.
+
+    Raises CheckError when the network or engine cannot be built, with TensorRT's own reason.
+    """
+    trt = plan.flavour.trt
+    told: list[str] = []
+    logger = make_logger(trt, told)
+    if plan.library:
+        plan.flavour.prepare_plugins()
+        register(trt, plan.library)
+    builder = trt.Builder(logger)
+    network = _parse(plan, builder, logger)
+    plugins = count_plugins(trt, network)
+    fallbacks = check_count(plugins, _wanted_plugins(plan), plan.settings.allow_fallback)
+    config = _config(plan, builder, network)
+    if report:
+        config.progress_monitor = make_monitor(trt, report)
+    _build(plan, builder, network, config, path, told)
+    return EngineEntry(
+        file=plan.file_name, flavour=plan.flavour.name, version=plan.flavour.version, targets=list(plan.targets),
+        precision=plan.bundle.manifest.precision, experts=plan.settings.experts, experts_op=plan.settings.experts_op,
+        profiles=list(plan.profiles), plugin_build=plan.library.build if plan.library and plugins else None,
+        plugin_nodes=plugins, fallback_nodes=fallbacks, weight_inputs=plan.network.weight_inputs,
+        flags=list(plan.settings.flags))
+
+
+def _wanted_plugins(plan: BuildPlan) -> int:
+    """Custom nodes that should be plugins, whether or not a library was found."""
+    ops = {op.name: op.count for op in plan.bundle.manifest.denoiser.ops}
+    if plan.settings.experts_op == "onnx":
+        ops.pop("DmoeExperts", None)
+    return sum(ops.values())
+
+
+def _parse(plan: BuildPlan, builder: Any, logger: Any) -> Any:
+    trt = plan.flavour.trt
+    network = builder.create_network(plan.flavour.network_flags())
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(plan.network.model.SerializeToString(), str(model_path(plan.bundle))):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        first = f"{errors[0].desc()} (node {errors[0].node_name()})" if errors else "no reason was given"
+        raise CheckError(f"{plan.flavour.name} {plan.flavour.version} cannot parse {plan.bundle.denoiser_path}: "
+                         f"{first}.")
+    return network
+
+
+def _config(plan: BuildPlan, builder: Any, network: Any) -> Any:
+    trt, settings = plan.flavour.trt, plan.settings
+    config = builder.create_builder_config()
+    plan.flavour.configure(config, plan.targets, settings.flags)
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace)
+    if settings.optimization_level is not None:
+        config.builder_optimization_level = settings.optimization_level
+    if plan.library:
+        config.plugins_to_serialize = [str(plan.library.path)]
+    for entry in plan.profiles:
+        config.add_optimization_profile(_profile(builder, network, entry))
+    return config
+
+
+def _profile(builder: Any, network: Any, entry: ProfileEntry) -> Any:
+    """Sizes of every input with a symbolic dimension."""
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        shape = tuple(tensor.shape)
+        if -1 not in shape:
+            continue
+        second = {"input_ids": entry.tokens, "position_ids": entry.tokens, "past_positions": entry.past,
+                  "logit_rows": entry.rows}.get(tensor.name)
+        sizes = [(b, s) if second else (b, shape[1], s, shape[3])
+                 for b, s in zip(entry.batch, second or entry.past, strict=True)]
+        profile.set_shape(tensor.name, *sizes)
+    return profile
+
+
+def _build(plan: BuildPlan, builder: Any, network: Any, config: Any, path: Path, told: list[str]) -> None:
+    """Stream the engine to disk: it never exists in memory as a whole."""
+    with path.open("wb") as file:
+        writer = make_writer(plan.flavour.trt, file)
+        done = builder.build_serialized_network_to_stream(network, config, writer)
+    if writer.problem:
+        raise writer.problem
+    if not done or not path.stat().st_size:
+        reasons = [line for line in told if line.startswith("error")] or told or ["no reason was given"]
+        raise _failed(plan, reasons[0].removeprefix("error: "))
+
+
+def _failed(plan: BuildPlan, reason: str) -> DmoeError:
+    return CheckError(f"{plan.flavour.name} {plan.flavour.version} built no engine for {', '.join(plan.targets)}: "
+                      f"{reason.rstrip('.')}.")

@@ -1,0 +1,72 @@
+"""What TensorRT calls back during a build: progress, log, and the stream the engine is written to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+Report = Callable[[str, int, int], None]
+"""Told the phase, the steps done and the steps to do."""
+
+
+def make_monitor(trt: Any, report: Report) -> Any:
+    """An IProgressMonitor that reports the outermost phase at work."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._open: dict[str, int] = {}  # outermost first
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self._open[name] = steps
+            self._tell(0, name)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            self._tell(step + 1, name)
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            steps = self._open.pop(name, 0)
+            if not self._open:
+                report(name, steps, steps)
+
+        def _tell(self, done: int, name: str) -> None:
+            # Inner phases come by the hundred; the bar stays with the outer one.
+            if name == next(iter(self._open), name):
+                report(name, done, self._open.get(name, 0))
+
+    return Monitor()
+
+
+def make_logger(trt: Any, told: list[str]) -> Any:
+    """An ILogger that keeps errors and warnings instead of printing them."""
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                told.append(f"error: {message}")
+            elif severity == trt.ILogger.WARNING:
+                told.append(f"warning: {message}")
+
+    return Log()
+
+
+def make_writer(trt: Any, file: BinaryIO) -> Any:
+    """An IStreamWriter into `file`; what went wrong is in its `problem`."""
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.problem: OSError | None = None
+
+        def write(self, data: Any) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:  # an exception must not cross into the builder
+                self.problem = error
+                return 0
+
+    return Writer()

@@ -1,0 +1,89 @@
+"""The graph as TensorRT's parser gets it: bodies taken off, swapped or kept, large weights turned into inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import ModelProto, TensorProto, helper
+
+from ..bundle.manifest import WeightInput
+from ..bundle.reader import Bundle
+from ..ops import block_route, experts
+from ..ops.experts.onnx_capacity import DEFAULT_CAPACITY, experts_capacity_body
+from ..ops.schema import DOMAIN
+from .plugins import PluginLibrary
+from .settings import BuildSettings
+
+_ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+_VOCABULARY = ("embed.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class PreparedNetwork:
+    """A model for the parser. Ensures: custom nodes without a body can only become plugins."""
+
+    model: ModelProto
+    plugin_nodes: int  # custom nodes that are to be plugins
+    weight_inputs: list[WeightInput]
+
+
+def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | None) -> PreparedNetwork:
+    """The bundle's graph for this build; weights stay outside, as file, offset and length.
+
+    `library` None leaves the route node's body in (with `allow_fallback`).
+    """
+    model = onnx.load(str(bundle.denoiser_path), load_external_data=False)
+    as_plugins = {block_route.SCHEMA.name} if library else set()
+    if library and settings.experts_op == "plugin":
+        as_plugins.add(experts.SCHEMA.name)
+    _set_bodies(model, bundle, settings, as_plugins)
+    nodes = 0
+    for node in model.graph.node:
+        if node.domain != DOMAIN:
+            continue
+        if node.op_type in as_plugins:
+            nodes += 1
+            assert library
+            node.attribute.append(helper.make_attribute("dmoe_build", library.build))
+        else:  # without the namespace the parser takes the body even where a plugin is registered
+            kept = [a for a in node.attribute if a.name not in ("plugin_namespace", "plugin_version")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    weights = _externalise(model, bundle) if settings.experts == "external" else []
+    return PreparedNetwork(model, nodes, weights)
+
+
+def _set_bodies(model: ModelProto, bundle: Bundle, settings: BuildSettings, as_plugins: set[str]) -> None:
+    """Keep a function body only where one is wanted, in the form TensorRT can build."""
+    manifest = bundle.manifest
+    kept = [f for f in model.functions if f.name not in as_plugins or settings.allow_fallback]
+    del model.functions[:]
+    for function in kept:
+        if function.name == experts.SCHEMA.name:  # ONNX Runtime's MoE op is unknown to TensorRT
+            number = manifest.model.moe.num_experts
+            capacity = settings.experts_capacity or min(DEFAULT_CAPACITY, number)
+            function = experts_capacity_body(number, _ELEMENTS[manifest.precision], capacity)
+        model.functions.append(function)
+
+
+def _externalise(model: ModelProto, bundle: Bundle) -> list[WeightInput]:
+    """Make inputs of the routed experts and the vocabulary matrices: most of the bytes, none of the fusions."""
+    expert_file = bundle.manifest.experts.file
+    weights = []
+    for tensor in list(model.graph.initializer):
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if not place or not (place["location"] == expert_file or tensor.name in _VOCABULARY):
+            continue
+        weights.append(WeightInput(
+            name=tensor.name, file=place["location"], offset=int(place.get("offset", 0)), bytes=int(place["length"]),
+            dtype=TensorProto.DataType.Name(tensor.data_type).lower(), shape=list(tensor.dims)))
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+        model.graph.initializer.remove(tensor)
+    return weights
+
+
+def model_path(bundle: Bundle) -> Path:
+    """Where the parser looks for external data."""
+    return bundle.denoiser_path

@@ -1,0 +1,104 @@
+"""What a build is asked to do, and whether that makes sense for the bundle at hand."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..bundle.manifest import Manifest, ProfileEntry
+from ..errors import InputError
+
+FlavourName = Literal["tensorrt", "tensorrt-rtx"]
+ExpertsPlace = Literal["inline", "external"]
+ExpertsOp = Literal["plugin", "onnx"]
+FLAGS = ("hardware-compatible", "version-compatible", "refit")
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """Options of `dmoe-export build`; `workspace` is bytes of device scratch memory."""
+
+    targets: tuple[str, ...] = ()  # compute capabilities such as sm89; empty: the flavour's default
+    max_batch: int = 1
+    max_prefill: int | None = None  # tokens of a prefill forward; None: 512 or what the model takes
+    max_context: int | None = None  # cached tokens; None: 4096 or what the model takes
+    experts: ExpertsPlace = "external"
+    experts_op: ExpertsOp = "plugin"
+    experts_capacity: int | None = None  # of experts_op onnx: experts in one round; None chooses
+    workspace: int = 4 << 30
+    optimization_level: int | None = None
+    allow_fallback: bool = False
+    flags: tuple[str, ...] = ()
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 512M or 4G; raises InputError."""
+    match = re.fullmatch(r"(\d+)([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match or not int(match[1]):
+        raise InputError(f"Size {text!r} is not understood; write a number with K, M or G, such as 4G.")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """Targets of a list such as sm80,sm89 (or 8.0,8.9), sorted, once each; raises InputError."""
+    targets = set()
+    for part in filter(None, (p.strip().lower() for p in text.split(","))):
+        number = part.removeprefix("sm").replace("_", "").replace(".", "")
+        if not number.isdigit() or len(number) not in (2, 3):
+            raise InputError(f"Target {part!r} is no compute capability; write for example sm80,sm89,sm120.")
+        targets.add(f"sm{number}")
+    if not targets:
+        raise InputError("No target was given; write for example --targets sm80,sm89.")
+    return tuple(sorted(targets, key=lambda t: int(t[2:])))
+
+
+def resolved(settings: BuildSettings, manifest: Manifest) -> BuildSettings:
+    """The settings with the bundle's defaults filled in; refuses what cannot become an engine of it (InputError)."""
+    block, positions = manifest.routing.block_length, manifest.model.max_positions
+    settings = replace(settings, max_context=settings.max_context or min(4096, positions),
+                       max_prefill=settings.max_prefill or max(1, min(512, positions) // block) * block)
+    _check(settings, manifest)
+    return settings
+
+
+def _check(settings: BuildSettings, manifest: Manifest) -> None:
+    """One sentence for each thing that does not fit."""
+    block, positions = manifest.routing.block_length, manifest.model.max_positions
+    assert settings.max_prefill and settings.max_context
+    if not 1 <= settings.max_batch <= 1024:
+        raise InputError(f"--max-batch {settings.max_batch} is outside 1 … 1024.")
+    if settings.max_prefill < block or settings.max_prefill % block:
+        raise InputError(f"--max-prefill {settings.max_prefill} is no multiple of the block length {block}.")
+    if not block <= settings.max_context <= positions:
+        raise InputError(f"--max-context {settings.max_context} is outside {block} … {positions}, the block length and "
+                         "the model's positions.")
+    if settings.optimization_level is not None and not 0 <= settings.optimization_level <= 5:
+        raise InputError(f"--builder-optimization-level {settings.optimization_level} is outside 0 … 5.")
+    if settings.experts_op == "plugin" and manifest.precision == "fp32":
+        raise InputError("The experts plugin computes in fp16 or bf16 and the bundle is fp32; export with --precision "
+                         "fp16, or build with --experts-op onnx.")
+    if manifest.precision == "bf16" and "sm75" in settings.targets:
+        raise InputError("Target sm75 has no bfloat16 units; export with --precision fp16, or leave sm75 out.")
+    if settings.experts_capacity is not None and settings.experts_op != "onnx":
+        raise InputError("--experts-capacity belongs to --experts-op onnx; the plugin takes any number of experts.")
+    if settings.experts_capacity is not None and not 1 <= settings.experts_capacity <= manifest.model.moe.num_experts:
+        raise InputError(f"--experts-capacity {settings.experts_capacity} is outside 1 … "
+                         f"{manifest.model.moe.num_experts}.")
+    if "refit" in settings.flags and settings.experts == "external":
+        raise InputError("--refit has nothing to do with --experts external: those weights are read from the bundle's "
+                         "files whenever the engine is opened; use --experts inline, or leave --refit out.")
+
+
+def profiles(settings: BuildSettings, manifest: Manifest) -> tuple[ProfileEntry, ProfileEntry]:
+    """Prefill (index 0) and denoise (index 1), of resolved settings; least, usual and largest size per dimension."""
+    assert settings.max_prefill and settings.max_context
+    n = manifest.routing.block_length
+    batch = (1, 1, settings.max_batch)
+    past = (1, max(1, settings.max_context // 4), settings.max_context)
+    return (
+        ProfileEntry(name="prefill", batch=batch, tokens=(n, settings.max_prefill, settings.max_prefill), past=past,
+                     rows=(1, n, n)),
+        ProfileEntry(name="denoise", batch=batch, tokens=(n, n, n), past=past, rows=(1, n, n)))
