@@ -1,17 +1,18 @@
 # make demo   export the sample checkpoint and ask it a question
-# make test   lint, types and the fast tests
+# make test   lint, types and the fast tests (builds the plugin library first)
+# make plugins  libdmoe_plugins.so for every GPU generation; needs no GPU and no TensorRT
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo test lint types test-slow accuracy bench-export clean
+.PHONY: demo test lint types plugins engines test-slow accuracy bench-export bench-build gpu-test gpu-bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[export,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[export,rtx,dev]'
 	touch $(READY)
 
 out/sample.bundle/manifest.json: $(READY) samples/tiny-dmoe/model.safetensors
@@ -22,7 +23,19 @@ demo: out/sample.bundle/manifest.json
 	@echo; echo "> $(QUESTION)"
 	$(BIN)/dmoe-export generate out/sample.bundle --prompt "$(QUESTION)" --max-new-tokens 32
 
-test: $(READY) lint types
+PLUGINS := dmoe_export/lib/libdmoe_plugins.so
+SOURCES := $(shell find plugins -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' -o -name CMakeLists.txt)
+
+plugins: $(PLUGINS)
+
+$(PLUGINS): $(READY) plugins/build.py $(SOURCES)
+	$(BIN)/python plugins/build.py
+
+engines: out/sample.bundle/manifest.json $(PLUGINS)
+	$(BIN)/dmoe-export build samples/tiny-dmoe --out out/sample-fp16.bundle --force
+	$(BIN)/dmoe-export inspect out/sample-fp16.bundle
+
+test: $(READY) $(PLUGINS) lint types
 	$(BIN)/python -m pytest
 
 lint: $(READY)
@@ -40,5 +53,8 @@ accuracy: out/sample.bundle/manifest.json
 bench-export: $(READY)
 	$(BIN)/python benchmarks/export_memory.py --work out/export-memory --out out/export-memory.json
 
+bench-build: $(READY) $(PLUGINS)
+	$(BIN)/python benchmarks/build_memory.py --work out/build-memory --out out/build-memory.json
+
 clean:
-	rm -rf out build dist *.egg-info
+	rm -rf out build dist dmoe_export/lib *.egg-info

@@ -50,6 +50,8 @@ def inspect(bundle: Path, verify: Any, as_json: bool) -> None:
     for op in manifest.denoiser.ops:
         ops.add_row(op.name, op.domain, str(op.version), str(op.count))
     console.print(ops)
+    if manifest.engines:
+        console.print(_engines(manifest))
     files = Table("file", "bytes", "sha256", title=f"Files (verified: {verify})")
     for entry in manifest.files:
         files.add_row(entry.path, f"{entry.size:,}", entry.sha256[:16] + "…")
@@ -66,6 +68,19 @@ def sizes(manifest: Manifest) -> dict[str, int]:
         "expert_bytes": experts.bytes_per_expert * model.moe.num_experts * len(experts.layers),
         "cache_bytes_per_token": 2 * model.num_layers * model.num_kv_heads * model.head_dim * item,
     }
+
+
+def _engines(manifest: Manifest) -> Table:
+    """What the engine files are for."""
+    table = Table("file", "made by", "targets", "plugins", "bound at run time", "batch", "prefill", "context",
+                  title="Engines")
+    for engine in manifest.engines:
+        prefill = engine.profiles[0]
+        outside = sum(weight.bytes for weight in engine.weight_inputs)
+        table.add_row(engine.file, f"{engine.flavour} {engine.version}", " ".join(engine.targets),
+                      str(engine.plugin_nodes), f"{outside:,}", str(prefill.batch[2]), str(prefill.tokens[2]),
+                      str(prefill.past[2]))
+    return table
 
 
 def _table(title: str, rows: dict[str, Any]) -> Table:

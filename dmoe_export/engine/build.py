@@ -9,7 +9,7 @@ from typing import Any
 from ..bundle.manifest import EngineEntry, ProfileEntry
 from ..bundle.reader import Bundle
 from ..errors import CheckError, DmoeError, MissingRequirementError
-from .callbacks import Report, make_logger, make_monitor, make_writer
+from .callbacks import Report, logger_of, make_monitor, make_writer
 from .flavour import Flavour
 from .network import PreparedNetwork, model_path, prepare
 from .plugins import PluginLibrary, check_count, count_plugins, find_library, register
@@ -61,8 +61,7 @@ def build_engine(plan: BuildPlan, path: Path, report: Report | None = None) -> E
     Raises CheckError when the network or engine cannot be built, with TensorRT's own reason.
     """
     trt = plan.flavour.trt
-    told: list[str] = []
-    logger = make_logger(trt, told)
+    logger = logger_of(trt)
     if plan.library:
         plan.flavour.prepare_plugins()
         register(trt, plan.library)
@@ -73,7 +72,7 @@ def build_engine(plan: BuildPlan, path: Path, report: Report | None = None) -> E
     config = _config(plan, builder, network)
     if report:
         config.progress_monitor = make_monitor(trt, report)
-    _build(plan, builder, network, config, path, told)
+    _build(plan, builder, network, config, path, logger.told)
     return EngineEntry(
         file=plan.file_name, flavour=plan.flavour.name, version=plan.flavour.version, targets=list(plan.targets),
         precision=plan.bundle.manifest.precision, experts=plan.settings.experts, experts_op=plan.settings.experts_op,
@@ -96,7 +95,8 @@ def _parse(plan: BuildPlan, builder: Any, logger: Any) -> Any:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(plan.network.model.SerializeToString(), str(model_path(plan.bundle))):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        first = f"{errors[0].desc()} (node {errors[0].node_name()})" if errors else "no reason was given"
+        first = (f"{errors[0].desc()} (node {errors[0].node_name()}, {errors[0].node_operator()})" if errors
+                 else "no reason was given")
         raise CheckError(f"{plan.flavour.name} {plan.flavour.version} cannot parse {plan.bundle.denoiser_path}: "
                          f"{first}.")
     return network

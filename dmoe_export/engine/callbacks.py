@@ -38,20 +38,26 @@ def make_monitor(trt: Any, report: Report) -> Any:
     return Monitor()
 
 
-def make_logger(trt: Any, told: list[str]) -> Any:
-    """An ILogger that keeps errors and warnings instead of printing them."""
+_loggers: dict[str, Any] = {}  # TensorRT keeps the first logger it meets for as long as the process lives
+
+
+def logger_of(trt: Any) -> Any:
+    """The ILogger of this process, emptied; it keeps errors and warnings in `told` instead of printing them."""
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.told: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                told.append(f"error: {message}")
+                self.told.append(f"error: {message}")
             elif severity == trt.ILogger.WARNING:
-                told.append(f"warning: {message}")
+                self.told.append(f"warning: {message}")
 
-    return Log()
+    logger = _loggers.setdefault(trt.__name__, Log())
+    logger.told = []
+    return logger
 
 
 def make_writer(trt: Any, file: BinaryIO) -> Any:
