@@ -27,7 +27,8 @@ def bundle(tiny_checkpoint, tmp_path_factory):
 
 def in_new_process(code: str, *arguments) -> subprocess.CompletedProcess:
     """The registry belongs to the process, so what must start without plugins gets one of its own."""
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
 def test_library_holds_code_for_every_gpu():
