@@ -6,18 +6,25 @@ import json
 import subprocess
 import sys
 
+import pytest
+from engine_helpers import plugin_library
+
+from dmoe_export import export_checkpoint
+
 _BLOCKED = """
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "onnx", "onnx_ir", "onnxscript", "huggingface_hub"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name.split(".")[0] in {names}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocked())
 """
+_EXPORTER = ("torch", "onnx", "onnx_ir", "onnxscript", "huggingface_hub")
 
 
-def _python(code, *arguments):
-    return subprocess.run([sys.executable, "-c", _BLOCKED + code, *map(str, arguments)], capture_output=True, text=True)
+def _python(code, *arguments, blocked=_EXPORTER):
+    command = [sys.executable, "-c", _BLOCKED.format(names=blocked) + code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_generate_without_torch(tiny_bundle):
@@ -40,3 +47,14 @@ def test_whole_command_line_imports_without_torch(tiny_bundle):
     result = _python(code)
     assert result.returncode == 3
     assert "pip install 'dmoe-export[export]'" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_engines_are_built_without_torch(tiny_checkpoint, tmp_path):
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed (pip install '.[rtx]')")
+    plugin_library()
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", precision="fp16")
+    code = "from dmoe_export.cli import main\nmain(['build', sys.argv[1], '--targets', 'sm89'])"
+    result = _python(code, bundle.folder, blocked=("torch", "onnx_ir", "onnxscript"))
+    assert result.returncode == 0, result.stderr
+    result = _python(code, bundle.folder)  # onnx is blocked as well
+    assert result.returncode == 3 and "Building engines needs onnx; install with" in result.stderr

@@ -15,7 +15,7 @@ from ..bundle.manifest import MANIFEST_NAME, EngineEntry
 from ..bundle.reader import Bundle, open_bundle
 from ..bundle.writer import check_target
 from ..engine.settings import BuildSettings, parse_size, parse_targets
-from ..errors import InputError
+from ..errors import DmoeError, InputError, MissingRequirementError
 from .progress import byte_bar, step_bar
 
 
@@ -59,9 +59,7 @@ from .progress import byte_bar, step_bar
 def build(source: str, out: Path | None, precision: str | None, force: bool, dry_run: bool, as_json: bool,
           split_targets: bool, plugin_library: Path | None, verify: Any, **options: Any) -> None:
     """Build engine files from a CHECKPOINT (folder or hub id; exported first) or a BUNDLE."""
-    from ..engine.build import find_plugins
-    from ..engine.flavour import find_flavour
-
+    find_plugins, find_flavour = _engine_parts()
     start = time.perf_counter()
     export_options = {name: options.pop(name) for name in ("routing", "block_length", "layers")}
     name = options.pop("flavour")
@@ -88,9 +86,24 @@ def build(source: str, out: Path | None, precision: str | None, force: bool, dry
             raise InputError(f"{source} is {bundle.manifest.precision}, not {precision}; precision is decided at "
                              f"export: dmoe-export export CHECKPOINT --precision {precision}.")
         place = copied_bundle(bundle, out, force) if out and not dry_run else contextlib.nullcontext(bundle.folder)
-    with place as folder:
-        results = _engines(bundle, folder, settings, flavour, plugin_library, split_targets, dry_run, as_json)
+    try:
+        with place as folder:
+            results = _engines(bundle, folder, settings, flavour, plugin_library, split_targets, dry_run, as_json)
+    except DmoeError:
+        if bundle.folder == out:
+            click.echo(f"The bundle {out} was exported and is complete; it has no engine.", err=True)
+        raise
     _show(out or bundle.folder, results, dry_run, as_json, time.perf_counter() - start)
+
+
+def _engine_parts() -> tuple[Any, Any]:
+    try:
+        from ..engine.build import find_plugins
+        from ..engine.flavour import find_flavour
+    except ModuleNotFoundError as error:
+        raise MissingRequirementError(f"Building engines needs {error.name}; install with: "
+                                      "pip install 'dmoe-export[rtx]' or 'dmoe-export[tensorrt]'.") from None
+    return find_plugins, find_flavour
 
 
 def _settings(options: dict[str, Any]) -> BuildSettings:
