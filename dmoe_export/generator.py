@@ -6,21 +6,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .bundle.reader import Bundle, Verify, open_bundle
-from .decoding.loop import BlockDiffusion
+from .decoding.loop import BlockDiffusion, check_batch
 from .decoding.row import FinishReason
 from .decoding.settings import DecodeSettings
 from .decoding.telemetry import Statistics
 from .description import RUNTIME_SETTINGS
 from .errors import RequestError
-from .runtime.backend import Backend
-from .runtime.onnxruntime import OnnxRuntimeBackend
+from .runtime.backend import Backend, Limits
+from .runtime.choose import BACKENDS, BackendName, open_backend
 from .runtime.text import Message, TextCodec, TextStream
 
 Prompt = str | Sequence[int] | Sequence[Message]
-BackendName = Literal["auto", "onnxruntime"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,9 @@ class Generator:
     >>> Generator.open("bundle").generate(["what is 2 plus 3 ?"], max_new_tokens=32)[0].text
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.bundle, self.backend = bundle, backend
+    def __init__(self, bundle: Bundle, backend: Backend, backend_choice: str = "as given") -> None:
+        """`backend_choice`: why it is this backend, in a few words."""
+        self.bundle, self.backend, self.backend_choice = bundle, backend, backend_choice
         self.text = TextCodec.of(bundle)
 
     @classmethod
@@ -64,13 +64,15 @@ class Generator:
              verify: Verify = "full", progress: Callable[[int], None] | None = None) -> Generator:
         """Open and verify a bundle folder.
 
-        `backend` "auto" takes ONNX Runtime's CPU provider. `verify`, `progress` as in `open_bundle`. Raises
+        `backend` "auto" takes an engine of the bundle that fits this machine ("tensorrt"), else ONNX Runtime on the
+        GPU ("onnxruntime-cuda"), else on the CPU ("onnxruntime"), and says why in `backend_choice`; any other name
+        means that backend or an error. `threads` is for the CPU. `verify`, `progress` as in `open_bundle`. Raises
         BundleError for a bad bundle, MissingRequirementError when this machine cannot run it.
         """
-        if backend not in ("auto", "onnxruntime"):
-            raise RequestError(f"Backend {backend!r} is not known; known: auto, onnxruntime.")
+        if backend not in BACKENDS:
+            raise RequestError(f"Backend {backend!r} is not known; known: {', '.join(BACKENDS)}.")
         bundle = open_bundle(path, verify, progress)
-        return cls(bundle, OnnxRuntimeBackend(bundle, threads))
+        return cls(bundle, *open_backend(bundle, backend, threads))
 
     def generate(self, prompts: Prompt | Sequence[Prompt], *, chat: bool = True, **options: Any) -> list[Generation]:
         """Answer one prompt or a batch of prompts; always a list, in the order of the prompts.
@@ -95,6 +97,7 @@ class Generator:
         """Finished blocks as they come, `index` telling the prompt; arguments and errors as in `generate`."""
         settings = self._settings(options)
         encoded = [self._encode(prompt, chat) for prompt in self._batch(prompts)]
+        check_batch(self.backend, len(encoded))
         for number, ids in enumerate(encoded):
             self._check(number, ids, settings)
         return self._blocks(encoded, settings)
@@ -164,5 +167,10 @@ class Generator:
         if total > d.max_positions:
             raise RequestError(f"Prompt {number} of {len(ids)} tokens and {settings.max_new_tokens} new ones need "
                                f"{total} positions, the model has {d.max_positions}; shorten one of them.")
+        most = (self.backend.limits or Limits()).max_context
+        if most is not None and total > most:
+            raise RequestError(f"Prompt {number} of {len(ids)} tokens and {settings.max_new_tokens} new ones need a "
+                               f"context of {total} tokens, the engine was built for {most}; build one with: "
+                               f"dmoe-export build {self.bundle.folder} --max-context {total}.")
         if settings.eos_id is not None and settings.eos_id >= d.vocab_size:
             raise RequestError(f"eos_id {settings.eos_id} is outside the vocabulary 0 … {d.vocab_size - 1}.")

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from kernel_helpers import kernel_route
 from onnx import TensorProto, helper
 
 from dmoe_export.ops.block_route import SCHEMA
@@ -51,4 +52,4 @@ def onnx_route(attributes, logits, bias, positions, top_p=0.6, min_experts=1, co
     return session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})
 
 
-IMPLEMENTATIONS = {"eager": eager_route, "onnx": onnx_route}
+IMPLEMENTATIONS = {"eager": eager_route, "onnx": onnx_route, "kernel": kernel_route}

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "dmoe_export"
 FLOORS = {"cli": 6, "generator": 5, "decoding": 4, "export": 3, "model/backend": 3, "model": 2, "runtime": 2, "engine": 2,
           "checkpoint": 1, "ops": 1, "bundle": 1, "description": 0, "errors": 0}
 TORCH_SIDE = {"export", "model", "checkpoint", "ops"}
+DECLARATIONS = {"ops", "ops/schema"}  # what an op is, in words and names; its implementations are another matter
 
 
 def _floor(module: str) -> tuple[str, int] | None:
@@ -50,7 +51,7 @@ def test_imports_point_down():
 def test_the_run_time_side_imports_nothing_that_needs_torch():
     wrong = [f"{path.name} imports {target}" for part in ("runtime", "decoding", "bundle")
              for path in (PACKAGE / part).rglob("*.py") for target in _imports(path)
-             if target.split("/")[0] in TORCH_SIDE]
+             if target.split("/")[0] in TORCH_SIDE and target not in DECLARATIONS]
     assert not wrong
 
 

@@ -36,7 +36,7 @@ class ScriptedCache:
 class Scripted:
     """Predicts `token(position)` with `confidence(position)`; routes token i to expert i % 4."""
 
-    name, description = "scripted", MODEL
+    name, description, limits = "scripted", MODEL, None
     routing = RoutingDescription.default(MOE, block_length=N)
 
     def __init__(self, token=lambda p: 100 + p, confidence=lambda p: 0.99):

@@ -11,6 +11,7 @@ import click
 from ..bundle.reader import read_manifest
 from ..errors import RequestError
 from ..generator import Generation, Generator, Prompt
+from ..runtime.choose import BACKENDS
 from .progress import byte_bar
 
 
@@ -36,13 +37,15 @@ from .progress import byte_bar
 @click.option("--eos-id", type=int, help="Token that ends the answer [the model's]; -1 for none.")
 @click.option("--early-stop/--no-early-stop", default=True, show_default=True, help="End inside a block at an EOS.")
 @click.option("--chat/--no-chat", default=True, show_default=True, help="Wrap text in the chat template.")
-@click.option("--threads", type=int, help="Threads per operator [ONNX Runtime's choice].")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
+              help="What runs the bundle; auto: the best that fits this machine.")
+@click.option("--threads", type=int, help="Threads per operator on the CPU [ONNX Runtime's choice].")
 @click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True,
               help="What is compared with the manifest before use.")
 @click.option("--stream", is_flag=True, help="Print blocks as they are finished.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (with --stream: one per block first).")
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
-             as_json: bool, threads: int | None, verify: Any, **options: Any) -> None:
+             as_json: bool, backend: Any, threads: int | None, verify: Any, **options: Any) -> None:
     """Generate with BUNDLE from exactly one of --prompt, --prompt-file, --prompt-ids."""
     given = _prompt(prompt, prompt_file, prompt_ids)
     total = sum(entry.size for entry in read_manifest(bundle).files)
@@ -54,14 +57,14 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
             done += count
             report("verify", done, total)
 
-        generator = Generator.open(bundle, threads=threads, verify=verify, progress=progress)
+        generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify, progress=progress)
     if not stream:
         result = generator.generate([given], **options)[0]
-        click.echo(json.dumps(result.as_dict()) if as_json else _shown(result))
+        click.echo(_json(result, generator) if as_json else _shown(result))
     else:
         result = _stream(generator, given, as_json, options)
     if not as_json:
-        click.echo(_summary(result, generator.backend.description.moe.num_experts), err=True)
+        click.echo(_summary(result, generator), err=True)
 
 
 def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[str, Any]) -> Generation:
@@ -76,17 +79,24 @@ def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[st
     assert block.finish_reason
     result = Generation(ids, generator.text.decode(ids) if generator.text else None, block.finish_reason, block.stats)
     if as_json:
-        click.echo(json.dumps(result.as_dict()))
+        click.echo(_json(result, generator))
     return result
 
 
-def _summary(result: Generation, experts: int) -> str:
+def _json(result: Generation, generator: Generator) -> str:
+    backend = {"name": generator.backend.name, "why": generator.backend_choice}
+    return json.dumps({**result.as_dict(), "backend": backend})
+
+
+def _summary(result: Generation, generator: Generator) -> str:
+    experts = generator.backend.description.moe.num_experts
     stats = result.stats
     phases = ", ".join(f"{count} {phase}" for phase, count in stats.forwards_by_phase.items() if count)
     seconds = sum(stats.seconds_by_phase.values())
     return (f"[{result.finish_reason}: {stats.new_tokens} tokens, {stats.forwards} forward passes ({phases}), "
             f"{stats.unique_experts:.1f} of {experts} experts per layer in a denoise forward, "
-            f"{stats.expert_bytes_touched / 1e6:.1f} MB of expert weights touched, {seconds:.2f} s]")
+            f"{stats.expert_bytes_touched / 1e6:.1f} MB of expert weights touched, {seconds:.2f} s "
+            f"on {generator.backend.name}: {generator.backend_choice}]")
 
 
 def _shown(result: Generation) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..runtime.backend import Backend, Cache, ForwardInputs, ForwardOutputs, Ints
+from ..errors import RequestError
+from ..runtime.backend import Backend, Cache, ForwardInputs, ForwardOutputs, Ints, Limits
 from .acceptance import policy, schedule
 from .row import FinishReason, Row
 from .sampling import sample
@@ -37,11 +38,20 @@ class BlockDiffusion:
     def __init__(self, backend: Backend, settings: DecodeSettings, bytes_per_expert: int = 0) -> None:
         self._backend, self._settings, self._bytes = backend, settings, bytes_per_expert
         self._n = backend.routing.block_length
+        limit = (backend.limits or Limits()).max_tokens
+        if limit is not None and limit < self._n:
+            raise RequestError(f"The engine takes at most {limit} tokens in one forward, a block has {self._n}; build "
+                               f"one with: dmoe-export build BUNDLE --max-prefill {self._n}.")
+        self._chunk = max(1, min(PREFILL_TOKENS, limit or PREFILL_TOKENS) // self._n) * self._n
         self._accept = policy(settings)
         self._schedule = schedule(self._n, settings.steps)
 
     def decode(self, prompts: Sequence[Sequence[int]]) -> Iterator[BlockDecoded]:
-        """Prompts of token ids (not empty) → finished blocks; a row's result does not depend on its neighbours."""
+        """Prompts of token ids (not empty) → finished blocks; a row's result does not depend on its neighbours.
+
+        Raises RequestError when there are more prompts than the backend takes rows.
+        """
+        check_batch(self._backend, len(prompts))
         live = [Row(i, list(p), self._settings, self._backend.description, self._n, self._bytes)
                 for i, p in enumerate(prompts)]
         cache = self._backend.new_cache(len(live))
@@ -59,7 +69,7 @@ class BlockDiffusion:
 
     def _prefill(self, rows: list[Row], cache: Cache) -> None:
         """Whole prompt blocks, in chunks."""
-        chunk = max(1, PREFILL_TOKENS // self._n) * self._n
+        chunk = self._chunk
         longest = max(row.prefill_length for row in rows)
         for start in range(0, longest, chunk):
             width = min(chunk, longest - start)
@@ -116,6 +126,14 @@ class BlockDiffusion:
         start = time.perf_counter()
         outputs = self._backend.forward(inputs, cache)
         return outputs, time.perf_counter() - start
+
+
+def check_batch(backend: Backend, rows: int) -> None:
+    """Raise RequestError when a backend does not take so many rows at once."""
+    most = (backend.limits or Limits()).max_batch
+    if most is not None and rows > most:
+        raise RequestError(f"{rows} prompts at once are more than the engine was built for ({most}); give fewer, or "
+                           f"build one with: dmoe-export build BUNDLE --max-batch {rows}.")
 
 
 def _padded(places: list[Ints]) -> Ints:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..runtime.backend import ForwardInputs, ForwardOutputs
+from ..runtime.backend import ForwardInputs, ForwardOutputs, Limits
 from ..runtime.cache import HostCache
 from .denoiser import Denoiser, Past
 from .moe import RoutingSettings
@@ -15,6 +15,7 @@ class EagerBackend:
     """Runs a float32 `Denoiser` on the CPU."""
 
     name = "eager"
+    limits: Limits | None = None
 
     def __init__(self, model: Denoiser) -> None:
         self._model = model

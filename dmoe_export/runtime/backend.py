@@ -38,6 +38,15 @@ class ForwardOutputs:
     keys_values: Any  # what the backend's own cache commits, when wanted
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The most a backend takes; None = no limit of its own."""
+
+    max_batch: int | None = None  # B
+    max_tokens: int | None = None  # T of one forward
+    max_context: int | None = None  # positions of a sequence, prompt and answer
+
+
 class Cache(Protocol):
     """Keys and values of finished blocks; only the host decides what enters."""
 
@@ -56,6 +65,7 @@ class Backend(Protocol):
     name: str
     description: ModelDescription
     routing: RoutingDescription
+    limits: Limits | None
 
     def new_cache(self, rows: int) -> Any:
         """An empty cache (a Cache of this backend)."""

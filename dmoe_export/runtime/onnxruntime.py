@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from ..bundle.reader import Bundle
 from ..errors import MissingRequirementError
-from .backend import ForwardInputs, ForwardOutputs
+from .backend import ForwardInputs, ForwardOutputs, Limits
 from .cache import HostCache
 
 _CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
@@ -19,6 +19,7 @@ class OnnxRuntimeBackend:
     """Runs on ONNX Runtime's CPU provider; expert weights stay memory-mapped (float32 bundles)."""
 
     name = "onnxruntime"
+    limits: Limits | None = None
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         """Load the graph; `threads` limits the threads of one operator (default: ONNX Runtime's choice)."""

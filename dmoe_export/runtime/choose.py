@@ -1,0 +1,51 @@
+"""Which backend runs a bundle here, and why."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ..bundle.reader import Bundle
+from ..errors import MissingRequirementError
+from .backend import Backend
+from .onnxruntime import OnnxRuntimeBackend
+from .onnxruntime_cuda import has_provider, open_onnxruntime_cuda
+from .tensorrt import open_tensorrt
+
+BackendName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt"]
+BACKENDS: tuple[BackendName, ...] = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt")
+
+
+def open_backend(bundle: Bundle, name: BackendName = "auto", threads: int | None = None) -> tuple[Backend, str]:
+    """The backend, and a short sentence why it is this one.
+
+    "auto" takes TensorRT when the bundle has an engine that runs here, else ONNX Runtime's CUDA provider when there is
+    one and a GPU, else the CPU; a name means that one or an error. `threads`: of one operator on the CPU. Raises
+    MissingRequirementError, BundleError.
+    """
+    if name == "tensorrt":
+        return open_tensorrt(bundle), "as asked for"
+    if name == "onnxruntime-cuda":
+        return open_onnxruntime_cuda(bundle), "as asked for"
+    if name == "onnxruntime":
+        return OnnxRuntimeBackend(bundle, threads), "as asked for"
+    reasons = []
+    if not bundle.manifest.engines:
+        reasons.append("the bundle holds no engine")
+    else:
+        try:
+            return open_tensorrt(bundle), "the bundle has an engine for this GPU"
+        except MissingRequirementError as error:
+            reasons.append(_clause(error))
+    if not has_provider():
+        reasons.append("ONNX Runtime has no CUDA provider here")
+    else:
+        try:
+            return open_onnxruntime_cuda(bundle), f"{reasons[0]}; the CUDA provider runs here"
+        except MissingRequirementError as error:
+            reasons.append(_clause(error))
+    return OnnxRuntimeBackend(bundle, threads), "; ".join(dict.fromkeys(reasons))
+
+
+def _clause(error: MissingRequirementError) -> str:
+    """An error's sentence as part of another: without its advice and its dot."""
+    return str(error).split("; ")[0].rstrip(".")

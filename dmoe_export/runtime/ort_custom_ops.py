@@ -1,0 +1,145 @@
+"""The kernels as ONNX Runtime custom ops: which library, whether to use it, and a graph that cannot do without it.
+
+A session takes a registered custom op rather than the model-local function of the same name, and takes the function
+without a word when there is no such op (tried with ONNX Runtime 1.31). So the session gets a copy of the graph without
+the functions: what the library does not bring is then an error.
+
+The CUDA library has not run on a GPU yet; its adapters are tested on the CPU, with emulated kernels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import onnxruntime as ort
+
+from ..bundle.reader import Bundle
+from ..errors import BundleError, MissingRequirementError
+from ..ops import block_route, experts
+from ..ops.schema import DOMAIN
+
+LIBRARY = "libdmoe_onnxruntime.so"
+INSTALLED = Path(__file__).parents[1] / "lib" / LIBRARY
+NAMES = (block_route.SCHEMA.name, experts.SCHEMA.name)
+
+CustomOps = Literal["auto", "on", "off"]
+
+_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+_MODEL_FUNCTIONS, _FUNCTION_DOMAIN = 25, 10  # field numbers of onnx.proto's ModelProto and FunctionProto
+
+
+def choose_custom_ops(bundle: Bundle, wanted: CustomOps = "auto") -> tuple[Path | None, str]:
+    """The library a session on the CUDA provider should use, None for the ONNX bodies, and a clause saying why.
+
+    "auto" takes the library where it is installed and has kernels for the bundle's precision; "on" means that or
+    MissingRequirementError. That it is faster than the bodies follows from counting launches and bytes
+    (plugins/onnxruntime/README.md); it has not been measured.
+    """
+    if wanted == "off":
+        return None, "custom ops are off"
+    if wanted == "auto" and bundle.manifest.precision == "fp32":
+        return None, "the custom ops have no fp32 kernels"
+    if wanted == "auto" and not INSTALLED.is_file():
+        return None, "no custom-op library is installed"
+    _check_precision(bundle)
+    return find_library(), "custom ops"
+
+
+def find_library(path: Path | None = None) -> Path:
+    """The library at `path`, or the installed one; raises MissingRequirementError that says how to get it."""
+    found = path or INSTALLED
+    if not found.is_file():
+        raise MissingRequirementError(
+            f"The custom-op library {found} does not exist; build it with `make ort-ops` (needs no GPU), or leave the "
+            "custom ops off.")
+    return found.resolve()
+
+
+def prepare_session(bundle: Bundle, options: ort.SessionOptions, library: Path | None = None) -> bytes:
+    """Register the library with `options` and return the graph to make the session from, weights left in their files.
+
+    `library`: another one than the installed one. Call `check_session` on the session. Raises MissingRequirementError
+    when the library is missing or does not load, or when the bundle is fp32.
+    """
+    _check_precision(bundle)
+    found = find_library(library)
+    try:
+        options.register_custom_ops_library(str(found))
+    except Exception as error:  # onnxruntime raises its own kinds
+        raise MissingRequirementError(
+            f"ONNX Runtime {ort.__version__} cannot use the custom-op library {found} "
+            f"({str(error).splitlines()[0].rstrip('.')}); build it again with `make ort-ops`.") from error
+    options.add_session_config_entry(_EXTERNAL_FOLDER, str(bundle.folder.resolve()))
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    try:
+        return without_bodies(bundle.denoiser_path.read_bytes())
+    except ValueError as error:
+        raise BundleError(f"{bundle.denoiser_path} is not an ONNX model ({error}); export the bundle again.") from error
+
+
+def check_session(session: Any, provider: str) -> None:
+    """Raise MissingRequirementError unless every custom node runs on `provider`: a library for another may load too."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return  # older versions do not tell; a library built for one provider has no kernel for another one
+    for part in session.get_provider_graph_assignment_info():
+        strays = {node.op_type for node in part.get_nodes() if node.domain == DOMAIN and part.ep_name != provider}
+        if strays:
+            raise MissingRequirementError(
+                f"The custom-op library runs {', '.join(sorted(strays))} on {part.ep_name} where {provider} was asked "
+                "for; build the library for it with `make ort-ops`.")
+
+
+def _check_precision(bundle: Bundle) -> None:
+    if bundle.manifest.precision == "fp32":
+        raise MissingRequirementError(
+            f"{bundle.folder} has precision fp32, for which the custom op {NAMES[1]} has no kernels; export with "
+            "--precision fp16 or bf16, or leave the custom ops off.")
+
+
+def without_bodies(model: bytes) -> bytes:
+    """A serialised ModelProto without its functions of our domain; ValueError when it is none.
+
+    By hand, because `onnx` is not among the packages needed at run time.
+    """
+    kept, start = [], 0
+    for field, value, end in _fields(model):
+        ours = field == _MODEL_FUNCTIONS and any(
+            inner == _FUNCTION_DOMAIN and part == DOMAIN.encode() for inner, part, _ in _fields(value))
+        if not ours:
+            kept.append(model[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _fields(message: bytes) -> list[tuple[int, bytes, int]]:
+    """Field number, content (of length-delimited fields, else empty) and end of each field of a protobuf message."""
+    found, at = [], 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        kind, length = tag & 7, 0
+        if kind == 0:
+            at = _varint(message, at)[1]
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        elif kind == 2:
+            length, at = _varint(message, at)
+            at += length
+        else:
+            raise ValueError(f"wire type {kind} at byte {at}")
+        if at > len(message):
+            raise ValueError("it ends inside a field")
+        found.append((tag >> 3, message[at - length:at], at))
+    return found
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """The variable-length integer at `at`, and the place behind it."""
+    value = shift = 0
+    while True:
+        if at >= len(message) or shift > 63:
+            raise ValueError(f"no integer at byte {at}")
+        value |= (message[at] & 0x7f) << shift
+        at, shift = at + 1, shift + 7
+        if message[at - 1] < 0x80:
+            return value, at

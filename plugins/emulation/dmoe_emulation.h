@@ -1,0 +1,33 @@
+/* C functions only libdmoe_kernels_cpu.so has, for its tests. */
+#ifndef DMOE_EMULATION_H
+#define DMOE_EMULATION_H
+
+#include "../kernels/dmoe_kernels.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* 0 (also the start value, unless the environment variable DMOE_EMULATION_SEED says otherwise): threads and blocks run
+ * in index order. Anything else: in an order drawn from the seed; seeds with bit 1 let one warp run far ahead of the
+ * others, the rest mix all threads. Shared memory starts as 0xff bytes (float NaN) for
+ * even seeds, as 0xcc bytes for odd ones. */
+DMOE_API void dmoe_emulation_seed(uint64_t seed);
+
+/* Why the last call returned DMOE_ERROR_EMULATION; empty when it did not. */
+DMOE_API const char *dmoe_emulation_message(void);
+
+/* Runs the small kernel `name` of selftest.cpp, which fills `out` (64 floats); DMOE_ERROR_SHAPE for an unknown name. */
+DMOE_API int dmoe_emulation_selftest(const char *name, float *out);
+
+/* c [16, 8] += a [16, 16] · b [8, 16]ᵀ with one mma; type: DMOE_TYPE_*. */
+DMOE_API int dmoe_emulation_mma(const uint16_t *a, const uint16_t *b, float *c, int32_t type);
+
+/* Rounds floats to halfs as the kernels do. */
+DMOE_API void dmoe_emulation_narrow(const float *values, uint16_t *halfs, int64_t count, int32_t type);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

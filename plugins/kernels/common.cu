@@ -1,0 +1,21 @@
+// dmoe_error_string and dmoe_build_id.
+#include "device.cuh"
+#include "dmoe_build_id.h"  // written by the build: cmake/build_id.cmake
+#include "dmoe_kernels.h"
+
+extern "C" const char *dmoe_error_string(int code) {
+    switch (code) {
+        case 0: return "no error";
+        case DMOE_ERROR_SHAPE: return "a size is outside the kernel's limits: experts 1..1024, at most 65535 rows, "
+                                      "hidden size and expert width multiples of 8";
+        case DMOE_ERROR_ATTRIBUTE: return "an attribute does not fit: block length 1..128, experts per token 1..32, "
+                                          "groups a divisor of the experts, kept groups 1..groups";
+        case DMOE_ERROR_TYPE: return "the element type is not fp16 or bf16, or this GPU is too old for bf16 "
+                                     "(it needs compute capability 8.0)";
+        case DMOE_ERROR_POINTER: return "a tensor pointer is null or not aligned to 16 bytes (workspace: 256)";
+        case DMOE_ERROR_EMULATION: return "the emulated thread block was misused; see dmoe_emulation_message()";
+        default: return code > 0 ? dmoe::machine_error_string(code) : "unknown error code";
+    }
+}
+
+extern "C" const char *dmoe_build_id(void) { return DMOE_BUILD_ID; }

@@ -1,0 +1,124 @@
+// The CUDA side of device.cuh: loads, tensor-core products and launches.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdint>
+
+#define DMOE_DEVICE __device__ __forceinline__
+#define DMOE_UNROLL _Pragma("unroll")
+#define DMOE_SHARED(type, name, count) __shared__ type name[count]
+
+namespace dmoe {
+
+DMOE_DEVICE uint32_t warp_max(uint32_t value) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(0xffffffffu, value);
+#else
+    for (int distance = 16; distance > 0; distance /= 2) {
+        value = max(value, __shfl_xor_sync(0xffffffffu, value, distance));
+    }
+    return value;
+#endif
+}
+
+DMOE_DEVICE uint32_t warp_min(uint32_t value) { return ~warp_max(~value); }
+
+// 16 bytes that are read once: past L1, with the whole 128-byte line fetched into L2. Zero when not wanted.
+// volatile and not .nc: otherwise the compiler for 10.0 and 12.0 keeps a row's first loads on the stack for the next pass.
+DMOE_DEVICE uint4 load_once(const uint4 *from, bool wanted) {
+    uint4 v;
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t"
+        "mov.u32 %0, 0;\n\tmov.u32 %1, 0;\n\tmov.u32 %2, 0;\n\tmov.u32 %3, 0;\n\t"
+        "@p ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "l"(from), "r"(static_cast<unsigned>(wanted)));
+    return v;
+}
+
+// 16 bytes that other warps read too: through L1. Zero when not wanted.
+DMOE_DEVICE uint4 load_shared_by_many(const uint4 *from, bool wanted) {
+    uint4 v;
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t"
+        "mov.u32 %0, 0;\n\tmov.u32 %1, 0;\n\tmov.u32 %2, 0;\n\tmov.u32 %3, 0;\n\t"
+        "@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "l"(from), "r"(static_cast<unsigned>(wanted)));
+    return v;
+}
+
+DMOE_DEVICE uint16_t narrow_fp16(float value) {
+    uint16_t half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+    return half;
+}
+
+DMOE_DEVICE void mma_fp16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else  // Turing has half the depth: the first eight k, then the other eight
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a2), "r"(a3), "r"(b1));
+#endif
+}
+
+DMOE_DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else  // the host refuses bf16 here (bf16_runs_here), so this is never reached
+    __trap();
+#endif
+}
+
+// Per device, asked once: the attribute queries are cheap but not free, and one sits in every layer of a model.
+constexpr int kDevices = 64;
+
+inline int device_attribute(cudaDeviceAttr attribute, std::atomic<int> (&known)[kDevices]) {
+    int device = 0, value = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    if (device < kDevices && (value = known[device].load(std::memory_order_relaxed))) return value;
+    if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
+    if (device < kDevices) known[device].store(value, std::memory_order_relaxed);
+    return value;
+}
+
+inline bool bf16_runs_here() {
+    static std::atomic<int> known[kDevices];
+    return device_attribute(cudaDevAttrComputeCapabilityMajor, known) >= 8;
+}
+
+// How many blocks of the kernel the current device holds at once: the grid of a persistent kernel. 0: no such kernel.
+template <auto Kernel>
+int resident_blocks(int threads) {
+    static std::atomic<int> processors_known[kDevices], known[kDevices];
+    int device = 0, per_processor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    if (device < kDevices && (per_processor = known[device].load(std::memory_order_relaxed))) {
+    } else if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, Kernel, threads, 0) != cudaSuccess) {
+        return 0;
+    } else if (device < kDevices) {
+        known[device].store(per_processor, std::memory_order_relaxed);
+    }
+    return per_processor * device_attribute(cudaDevAttrMultiProcessorCount, processors_known);
+}
+
+// 0 or the launch's cudaError_t. No dynamic shared memory: every kernel here stays within the static 48 KiB.
+template <class Arguments>
+int launch(void (*kernel)(Arguments), dim3 grid, int threads, void *stream, Arguments arguments) {
+    void *pointers[] = {&arguments};
+    return static_cast<int>(cudaLaunchKernel(reinterpret_cast<const void *>(kernel), grid, dim3(threads), pointers, 0,
+                                             static_cast<cudaStream_t>(stream)));
+}
+
+inline const char *machine_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+}  // namespace dmoe

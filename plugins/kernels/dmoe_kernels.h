@@ -1,0 +1,85 @@
+/* The C functions of libdmoe_plugins.so (CUDA) and libdmoe_kernels_cpu.so (emulation): one header, same meaning.
+ *
+ * Semantics: dmoe_export/ops/block_route/__init__.py and dmoe_export/ops/experts/__init__.py.
+ * Every pointer is a device pointer (emulation: host pointer), 16-byte aligned, contiguous, and must stay valid until
+ * the stream has run the work. `stream` is a cudaStream_t; the emulation ignores it. Nothing here waits for the
+ * device or allocates, so the calls can be recorded in a CUDA graph.
+ *
+ * Returned: 0; a negative DMOE_ERROR_*, nothing launched; or a positive cudaError_t of a launch. */
+#ifndef DMOE_KERNELS_H
+#define DMOE_KERNELS_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define DMOE_API __attribute__((visibility("default")))
+#else
+#define DMOE_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+    DMOE_ERROR_SHAPE = -1,      /* a size is out of the kernel's limits, see README.md */
+    DMOE_ERROR_ATTRIBUTE = -2,  /* an attribute is out of range or does not fit the sizes */
+    DMOE_ERROR_TYPE = -3,       /* an unknown element type, or bf16 on a device below compute capability 8.0 */
+    DMOE_ERROR_POINTER = -4,    /* a required pointer is NULL or not 16-byte aligned */
+    DMOE_ERROR_EMULATION = -5   /* emulation only: a barrier or collective was misused; dmoe_emulation_message() */
+};
+
+enum { DMOE_MODE_TOKEN = 0, DMOE_MODE_TOP_P = 1, DMOE_MODE_TOP_C = 2 };
+enum { DMOE_TYPE_FP16 = 0, DMOE_TYPE_BF16 = 1 };
+
+typedef struct DmoeRouteAttributes {
+    int32_t mode;              /* DMOE_MODE_* */
+    int32_t block_length;      /* n, 1..128 */
+    int32_t experts_per_token; /* k, 1..32, at most E */
+    int32_t num_groups;        /* divides E */
+    int32_t groups_kept;       /* 1..num_groups */
+    int32_t softmax;           /* 1: scores are a softmax, 0: sigmoids */
+    int32_t renormalise;       /* 1: divide the weights by their sum */
+    float routed_scaling;
+} DmoeRouteAttributes;
+
+/* Router logits -> expert ids, weights and the coreset of each token's block. One kernel launch.
+ * router_logits [rows, tokens, experts], expert_bias [experts], position_ids [rows, tokens] (-1 = padding),
+ * top_p [1], min_experts [1], coreset_size [1]: device memory too; those the mode does not use may be NULL.
+ * expert_ids, expert_weights [rows, tokens, k]; coreset [rows, tokens, experts], 0 or 1, may be NULL.
+ * rows * tokens may be 0. experts 1..1024, rows at most 65535. */
+DMOE_API int dmoe_block_route(const DmoeRouteAttributes *attributes, int32_t rows, int32_t tokens, int32_t experts,
+                              const float *router_logits, const float *expert_bias, const int64_t *position_ids,
+                              const float *top_p, const int64_t *min_experts, const int64_t *coreset_size,
+                              int32_t *expert_ids, float *expert_weights, uint8_t *coreset, void *stream);
+
+typedef struct DmoeExpertsShape {
+    int32_t tokens;  /* N, may be 0 */
+    int32_t places;  /* k, 1..32 */
+    int32_t experts; /* E, 1..1024 */
+    int32_t hidden;  /* H, a multiple of 8 */
+    int32_t width;   /* I' (one expert's intermediate width as stored), a multiple of 8 */
+    int32_t type;    /* DMOE_TYPE_* of hidden, gate_up, down and mixed */
+} DmoeExpertsShape;
+
+/* Bytes of the workspace dmoe_experts() needs for this shape, or a negative DMOE_ERROR_*. Grows with tokens. */
+DMOE_API int64_t dmoe_experts_workspace_bytes(const DmoeExpertsShape *shape);
+
+/* Mixture of the experts: hidden [N, H], expert_ids [N, k] (outside 0..E-1 = none), expert_weights [N, k] float32,
+ * gate_up [E, 2I', H] (rows interleaved: 2i gate, 2i+1 up), down [E, H, I'], mixed [N, H].
+ * workspace: dmoe_experts_workspace_bytes() bytes, 256-byte aligned, contents irrelevant before and after. */
+DMOE_API int dmoe_experts(const DmoeExpertsShape *shape, const void *hidden, const int32_t *expert_ids,
+                          const float *expert_weights, const void *gate_up, const void *down, void *mixed,
+                          void *workspace, void *stream);
+
+/* What a returned code means, one sentence; a static string. */
+DMOE_API const char *dmoe_error_string(int code);
+
+/* First 16 hex digits of the sha256 of the kernel and adapter sources this library was built from. */
+DMOE_API const char *dmoe_build_id(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

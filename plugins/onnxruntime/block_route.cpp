@@ -1,0 +1,114 @@
+// dmoe::DmoeBlockRoute on dmoe_block_route().
+#include "common.h"
+
+namespace dmoe {
+namespace {
+
+constexpr char kName[] = "DmoeBlockRoute";
+constexpr char const* kModes[] = {"token", "top_p", "top_c"};
+
+int32_t integer(Ort::ConstKernelInfo const& info, char const* name)
+{
+    int64_t const value = info.GetAttribute<int64_t>(name);
+    if (value < std::numeric_limits<int32_t>::min() || value > std::numeric_limits<int32_t>::max()) {
+        throw std::runtime_error("attribute " + std::string(name) + " is " + std::to_string(value) + ", not an int32.");
+    }
+    return static_cast<int32_t>(value);
+}
+
+DmoeRouteAttributes attributesOf(Ort::ConstKernelInfo const& info)
+{
+    DmoeRouteAttributes a{};
+    auto const mode = info.GetAttribute<std::string>("mode");
+    auto const score = info.GetAttribute<std::string>("score_function");
+    a.mode = -1;
+    for (int32_t i = 0; i < 3; ++i) {
+        if (mode == kModes[i]) {
+            a.mode = i;
+        }
+    }
+    if (a.mode < 0) {
+        throw std::runtime_error("mode is '" + mode + "' where 'token', 'top_p' or 'top_c' is needed.");
+    }
+    if (score != "softmax" && score != "sigmoid") {
+        throw std::runtime_error("score_function is '" + score + "' where 'sigmoid' or 'softmax' is needed.");
+    }
+    a.softmax = score == "softmax";
+    a.block_length = integer(info, "block_length");
+    a.experts_per_token = integer(info, "experts_per_token");
+    a.num_groups = integer(info, "num_groups");
+    a.groups_kept = integer(info, "groups_kept");
+    a.routed_scaling = info.GetAttribute<float>("routed_scaling");
+    a.renormalise = integer(info, "renormalise") != 0;
+    return a;
+}
+
+struct Kernel {
+    DmoeRouteAttributes attributes;
+
+    OrtStatus* ComputeV2(OrtKernelContext* context) const noexcept
+    {
+        return guarded(kName, [&] { compute(context); });
+    }
+
+    void compute(OrtKernelContext* context) const
+    {
+        Input const logits(context, 0, "router_logits"), bias(context, 1, "expert_bias");
+        Input const positions(context, 2, "position_ids"), topP(context, 3, "top_p");
+        Input const minExperts(context, 4, "min_experts"), coresetSize(context, 5, "coreset_size");
+        logits.expect({-1, -1, -1});
+        int32_t const rows = logits.size(0), tokens = logits.size(1), experts = logits.size(2);
+        bias.expect({experts});
+        positions.expect({rows, tokens});
+        for (Input const* setting : {&topP, &minExperts, &coresetSize}) {
+            setting->expect({1});
+        }
+        auto* const ids = output<int32_t>(context, 0, {rows, tokens, attributes.experts_per_token});
+        auto* const weights = output<float>(context, 1, {rows, tokens, attributes.experts_per_token});
+        auto* const coreset = output<uint8_t>(context, 2, {rows, tokens, experts});
+        check(dmoe_block_route(&attributes, rows, tokens, experts, logits.data<float>(), bias.data<float>(),
+            positions.data<int64_t>(), topP.data<float>(), minExperts.data<int64_t>(), coresetSize.data<int64_t>(), ids,
+            weights, coreset, stream(context)));
+    }
+};
+
+struct Op : Ort::CustomOpBase<Op, Kernel, true> {
+    char const* GetName() const { return kName; }
+    char const* GetExecutionProviderType() const { return kProvider; }
+    size_t GetInputTypeCount() const { return 6; }
+    size_t GetOutputTypeCount() const { return 3; }
+
+    ONNXTensorElementDataType GetInputType(size_t index) const
+    {
+        bool const integers = index == 2 || index >= 4;
+        return integers ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    }
+
+    ONNXTensorElementDataType GetOutputType(size_t index) const
+    {
+        constexpr ONNXTensorElementDataType kTypes[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,
+            ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL};
+        return kTypes[index];
+    }
+
+    // The model does not use the coreset; then it is not written.
+    OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const
+    {
+        return index == 2 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+    }
+
+    OrtStatus* CreateKernelV2(OrtApi const&, OrtKernelInfo const* info, void** kernel) const noexcept
+    {
+        return guarded(kName, [&] { *kernel = new Kernel{attributesOf(Ort::ConstKernelInfo(info))}; });
+    }
+};
+
+} // namespace
+
+void addBlockRoute(Ort::CustomOpDomain& domain)
+{
+    static Op const op;
+    domain.Add(&op);
+}
+
+} // namespace dmoe

@@ -1,0 +1,101 @@
+"""The sample through every GPU backend, forward by forward against the CPU backend; flips are counted and kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmoe_export.bundle.engines import add_engine, engine_file
+from dmoe_export.bundle.reader import Bundle, open_bundle
+from dmoe_export.engine.build import build_engine, plan_build
+from dmoe_export.engine.flavour import find_flavour
+from dmoe_export.engine.settings import BuildSettings
+from dmoe_export.errors import InputError, MissingRequirementError
+from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
+from dmoe_export.runtime.onnxruntime_cuda import open_onnxruntime_cuda
+from dmoe_export.runtime.tensorrt import open_tensorrt
+
+from . import replay
+
+SAMPLE = Path(__file__).parents[2] / "samples" / "tiny-dmoe"
+PROMPTS = 12
+MARGINS = {"fp32": 0.02, "fp16": 0.1}  # fp32 on a GPU may still multiply in TF32
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp16"])
+def bundle(request, tmp_path_factory) -> Bundle:
+    from dmoe_export import export_checkpoint
+
+    return export_checkpoint(SAMPLE, tmp_path_factory.mktemp("b") / request.param, precision=request.param)
+
+
+def _compare(bundle: Bundle, backend, found, name: str) -> None:
+    prompts = replay.sample_prompts(bundle, SAMPLE, PROMPTS)
+    report = replay.compare(OnnxRuntimeBackend(bundle), backend, prompts)
+    found(f"generation {name} {bundle.manifest.precision}", report)
+    replay.check(report, MARGINS[bundle.manifest.precision])
+
+
+def test_onnxruntime_cuda(bundle, device, found):
+    try:
+        backend = open_onnxruntime_cuda(bundle, device)
+    except MissingRequirementError as error:
+        found("onnxruntime-cuda", str(error))
+        pytest.skip(str(error))
+    _compare(bundle, backend, found, "onnxruntime-cuda")
+
+
+@pytest.mark.parametrize("experts_op", ["plugin", "onnx"])
+@pytest.mark.parametrize("experts", ["external", "inline"])
+def test_tensorrt(bundle, device, library, found, tmp_path, experts, experts_op):
+    """The plugin through an engine of the sample, with and without CUDA graphs."""
+    if bundle.manifest.precision == "fp32" and experts_op == "plugin":
+        pytest.skip("the experts plugin computes in fp16 and bf16 only")
+    try:
+        flavour = find_flavour()
+        flavour.targets((device.target,))
+    except (MissingRequirementError, InputError) as error:
+        found("tensorrt", str(error))
+        pytest.skip(f"{error} (see test_rtx_engines_of_other_targets)")
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle.folder, folder)
+    settings = BuildSettings(targets=(device.target,), max_context=256, max_prefill=64, experts=experts,  # type: ignore[arg-type]
+                             experts_op=experts_op)  # type: ignore[arg-type]
+    plan = plan_build(open_bundle(folder), settings, flavour)
+    with engine_file(folder, plan.file_name) as path:
+        add_engine(folder, path, build_engine(plan, path))
+    built = open_bundle(folder)
+    for graphs in (False, True):
+        backend = open_tensorrt(built, device, graphs)
+        _compare(built, backend, found, f"{flavour.name} {flavour.version} {experts} {experts_op} graphs={graphs}")
+        if graphs:
+            found(f"graphs {flavour.name} {experts_op}", {"replayed": backend.graphs.replayed,
+                                                          "off": backend.graphs.off})
+            assert backend.graphs.replayed or backend.graphs.off, "graphs were neither used nor refused"
+            assert backend.graphs.replayed or experts_op == "onnx", "the plugin's steps must be recordable"
+
+
+@pytest.mark.parametrize("variant", ["default", "sm80", "sm120", "current"])
+def test_rtx_engines_of_other_targets(bundle, found, library, variant):
+    """A finding, not a demand: how far such an engine comes on this GPU. Wrong results would be an error."""
+    if bundle.manifest.precision != "fp16":
+        pytest.skip("asked once, with fp16")
+    try:
+        find_flavour("tensorrt-rtx")
+    except MissingRequirementError as error:
+        found("tensorrt-rtx", str(error))
+        pytest.skip(str(error))
+    # A process of its own: some failures of the library end the process.
+    script = Path(__file__).parent / "rtx_finding.py"
+    run = subprocess.run([sys.executable, str(script), str(bundle.folder), variant], text=True, capture_output=True,
+                         timeout=300, check=False)
+    stages = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    last = run.stderr.strip().splitlines()[-1:]
+    found(f"rtx engine for {variant}", {"exit": run.returncode, "stages": stages, "said": last})
+    reached = [stage["stage"] for stage in stages]
+    assert "ran" not in reached or "right" in reached, f"it runs here, and wrongly: {last}"

@@ -1,0 +1,93 @@
+"""The GPU benchmarks' own code on the emulated kernels and the stand-in for CUDA: it runs, its rates are right."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu  # puts the benchmarks on the path
+import gpu_common
+import gpu_kernels
+import kernel_helpers
+import numpy as np
+import pytest
+import torch
+from fake_cudart import OK, FakeCudart, HostDevice
+from gpu import expert_checks
+from gpu.conftest import write_findings
+from gpu.expert_checks import ExpertCase
+from gpu_common import KernelLibrary, gpu_missing
+from gpu_torch_loop import loop, steps_of
+
+BENCHMARKS = Path(gpu.__file__).parents[2] / "benchmarks"
+
+
+class TimedFake(FakeCudart):
+    """The stand-in, whose clock ticks once per piece of work."""
+
+    def cudaEventCreate(self):
+        return self.cudaEventCreateWithFlags(0)
+
+    def cudaEventElapsedTime(self, start, end):
+        assert start.stream == end.stream
+        return OK, 2.0 * (end.place - start.place)
+
+
+class TestBenchmarks:
+    def test_kernels(self, monkeypatch, tmp_path):
+        device = HostDevice()
+        device.fake = device._cuda = TimedFake(memory=1 << 30)
+        library = KernelLibrary(Path(kernel_helpers.library()._name))
+        route, experts = library.route, library.experts
+        monkeypatch.setattr(library, "route", lambda *a: device.fake.enqueue(a[-1], lambda: route(*a)))
+        monkeypatch.setattr(library, "experts", lambda *a: device.fake.enqueue(a[-1], lambda: experts(*a)))
+        monkeypatch.setattr(gpu_kernels, "ACTIVE", (2, 5, 6, 17))
+        monkeypatch.setattr(gpu_kernels, "DMOE", 2)
+        monkeypatch.setattr(gpu_kernels, "TOKEN_ROUTING", 6)
+        monkeypatch.setattr(gpu_kernels, "TOKENS", (32,))
+        monkeypatch.setattr(gpu_kernels, "ROUTE_TOKENS", (32,))
+        monkeypatch.setattr(gpu_kernels, "MODES", {"top_p": 1})
+        monkeypatch.setattr(gpu_kernels, "time_calls", functools.partial(gpu_common.time_calls, replays=2, warm_up=1))
+        seen = []
+        result = gpu_kernels.run(device, library, quick=True, geometries={"mini": (12, 2, 64, 16)},
+                                 baseline=lambda *a: seen.append(a) or {"graph_ms": 4.0}, copy_bytes=1 << 20)
+        assert result["copy"]["bytes_per_second"] == 2 * (1 << 20) / 2e-3
+        assert [(r["type"], r["active"]) for r in result["experts"]] == [
+            (kind, active) for kind in ("fp16", "bf16") for active in (2, 5, 6)], "17 of 12 experts cannot be active"
+        first = result["experts"][0]
+        assert first["calls_per_replay"] == 6 and first["ms"] == pytest.approx(2 / 6)  # a graph is one piece of work
+        assert first["expert_bytes"] == 2 * 3 * 16 * 64 * 2
+        assert first["bytes_per_second"] == pytest.approx(first["expert_bytes"] / first["ms"] * 1e3)
+        assert first["torch_over_ours"] == pytest.approx(4.0 * 6 / 2) and len(seen) == 6
+        assert result["dmoe_against_token_routing"][0]["bytes_ratio"] == 3
+        assert "L2 warm" not in gpu_kernels.table(result) and "of copy" in gpu_kernels.table(result)
+        path = gpu_common.write_result(result, tmp_path)
+        assert path.name.startswith("gpu_kernels_host-memory_20") and json.loads(path.read_text()) == result
+        assert not device.fake.blocks, "memory was not given back"
+
+    def test_the_torch_loop_computes_the_same(self):
+        case = ExpertCase("fp16", np.array([[0, 1], [2, 0], [1, 2]]), 3, 16, 8)
+        case.weights = np.full((3, 2), np.float32(1.25))
+        gate_up, down = (torch.stack([expert_checks.to_tensor(case.slabs(e)[i], "fp16") for e in range(3)])
+                         for i in range(2))
+        got = loop(expert_checks.to_tensor(case.hidden, "fp16").float(), gate_up.float(), down.float(),
+                   steps_of(case.ids, 1.25, "cpu"))
+        np.testing.assert_allclose(got.numpy(), case.reference(), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("script", ["gpu_kernels.py", "gpu_generate.py"])
+    def test_without_a_gpu_one_sentence_and_exit_code_3(self, script):
+        if gpu_missing() is None:
+            pytest.skip("this machine has a GPU")
+        path = BENCHMARKS / script
+        run = subprocess.run([sys.executable, path], text=True, capture_output=True, check=False)
+        assert run.returncode == 3 and run.stdout == "" and run.stderr.count("\n") == 1 and "NVIDIA" in run.stderr
+
+    def test_findings_of_a_day_add_up(self, tmp_path):
+        device = {"name": "NVIDIA H100 80GB HBM3"}
+        write_findings(tmp_path, {"device": device, "a": 1, "b": 1})
+        path = write_findings(tmp_path, {"device": device, "b": 2})
+        assert path.name.startswith("gpu_test_h100-80gb-hbm3_") and len(list(tmp_path.iterdir())) == 1
+        assert json.loads(path.read_text())["findings"] == {"device": device, "a": 1, "b": 2}

@@ -1,0 +1,191 @@
+"""The GPU tests' own code, run on the emulated kernels and the stand-in for CUDA: small sizes, the same functions.
+
+What these checks prove about the kernels is proved better by test_kernels_*.py; here they must run, pass, and fail.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import kernel_helpers
+import numpy as np
+import pytest
+from conftest import SAMPLE
+from device_helpers import host_backend
+from fake_cudart import HostDevice
+from gpu import expert_checks, replay, route_checks, sanitizer_driver
+from gpu.expert_checks import ExpertCase, odd_ids, routed_ids
+from gpu.spaces import emulated_space
+from gpu_common import LIBRARY, gpu_missing
+
+from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
+
+
+@pytest.fixture(scope="module")
+def space():
+    return emulated_space(HostDevice(), Path(kernel_helpers.library()._name))
+
+
+@pytest.mark.parametrize("number", range(18))
+def test_recorded_gates(space, golden, number):
+    route_checks.check_gate(space, golden, number)
+
+
+def test_random_routing(space):
+    compared = [route_checks.check_route(space, case) for case in route_checks.random_cases(30, 1, 100)]
+    assert sum(c for c, _ in compared) > 0.9 * sum(n for _, n in compared), "most tokens must be decided, not excused"
+
+
+@pytest.mark.parametrize("mode", ["token", "top_p", "top_c"])
+def test_routing_at_model_size(space, mode):
+    compared, tokens = route_checks.check_route(space, route_checks.sized_case(256, 8, 8, 4, 32, mode, 32))
+    assert compared > 0.9 * tokens
+
+
+def test_routing_without_coreset_and_in_a_graph(space):
+    case = route_checks.sized_case(24, 4, 4, 2, 8, "top_p", 21)
+    route_checks.check_route(space, case, with_coreset=False)
+    route_checks.check_route(space, case, graph=True)
+    route_checks.check_same_bits(space, case, runs=2)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 12, 3), (33, 64, 9), (40, 7, 7)])
+def test_experts(space, kind, tokens, experts, active):
+    case = ExpertCase(kind, routed_ids(tokens, 3, experts, active, empty=0.1), experts, 136, 40)
+    assert len(case.active) <= active
+    error = expert_checks.check_experts(space, case)
+    assert error > 1e-5, "a reference that equals 16-bit results cannot be a float64 one"
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_odd_ids_and_no_ids(space, kind):
+    for tokens in (1, 7, 30):
+        expert_checks.check_experts(space, ExpertCase(kind, odd_ids(tokens, 4, 10), 10, 40, 24))
+    expert_checks.check_experts(space, ExpertCase(kind, np.full((5, 2), -1), 4, 16, 8))
+
+
+def test_same_bits_and_graphs(space):
+    case = ExpertCase("fp16", routed_ids(19, 2, 6, 5), 6, 72, 24)
+    expert_checks.check_same_bits(space, case, runs=2)
+    expert_checks.check_graph_follows_inputs(space, case)
+
+
+def test_no_tokens(space):
+    loaded = expert_checks.LoadedExperts(space, ExpertCase("fp16", np.zeros((0, 2), int), 4, 16, 8))
+    assert loaded.run().shape == (0, 16)
+
+
+def test_every_place_is_taken_when_places_suffice():
+    for tokens, active in ((32, 80), (32, 10), (512, 256)):
+        ids = routed_ids(tokens, 8, 256, active)
+        assert len(np.unique(ids)) == active
+        assert all(len(set(row)) == 8 for row in ids.tolist())
+
+
+class TestChecksCanFail:
+    """Each check meets the error it is there for."""
+
+    def test_a_wrong_expert(self, space):
+        case = ExpertCase("fp16", routed_ids(9, 2, 6, 6), 6, 40, 16)
+        loaded = expert_checks.LoadedExperts(space, case)
+        ids = case.ids.copy()
+        ids[4, 1] = (ids[4, 1] + 1) % 6 if (ids[4, 1] + 1) % 6 != ids[4, 0] else (ids[4, 1] + 2) % 6
+        loaded.inputs[1].put(ids, space.stream)
+        assert expert_checks.relative_error(case, loaded.run()) > expert_checks.BOUNDS["fp16"]
+
+    def test_an_inactive_expert(self, space):
+        """Reading one gives NaN."""
+        case = ExpertCase("fp16", np.array([[0, 1]]), 3, 16, 8)
+        loaded = expert_checks.LoadedExperts(space, case)
+        loaded.inputs[1].put(np.array([[0, 2]]), space.stream)
+        loaded.inputs[2].put(np.ones((1, 2)), space.stream)
+        assert expert_checks.relative_error(case, loaded.run()) == float("inf")
+
+    def test_an_unwritten_output(self, space):
+        case = ExpertCase("fp16", np.array([[0, 1]]), 3, 16, 8)
+        assert expert_checks.relative_error(case, np.full((1, 16), 0xFFFF, np.uint16)) == float("inf")
+
+    def test_a_write_behind_the_end(self, space):
+        array = space.empty((5,), np.float32)
+        space.device.fill(array.address + array.size, 0, 1, space.stream)
+        with pytest.raises(AssertionError, match="behind the end"):
+            array.get(space.stream)
+
+    @pytest.mark.parametrize("change", [{"top_p": 0.2}, {"min_experts": 60}])
+    def test_another_coreset(self, space, monkeypatch, change):
+        settings = {"top_p": 0.9, "min_experts": 4}
+        case = dataclasses.replace(route_checks.sized_case(64, 4, 8, 4, 8, "top_p", 16), settings=settings)
+        want = route_checks.eager(case)
+        monkeypatch.setattr(route_checks, "_sure", lambda *_: np.ones((2, 16), bool))
+        monkeypatch.setattr(route_checks, "eager", lambda _: want)
+        with pytest.raises(AssertionError):
+            route_checks.check_route(space, dataclasses.replace(case, settings={**settings, **change}))
+
+
+def test_the_sanitizer_driver_runs(space):
+    assert sanitizer_driver.main(space.device, space.library, space.device.fake.enqueue) == 16
+
+
+def test_the_sanitizer_driver_needs_a_gpu():
+    if gpu_missing() is None:
+        pytest.skip("this machine has a GPU")
+    run = subprocess.run([sys.executable, sanitizer_driver.__file__], text=True, capture_output=True, check=False)
+    assert run.returncode == 3 and run.stderr.count("\n") == 1 and "NVIDIA" in run.stderr
+
+
+@pytest.fixture(scope="module")
+def prompts(sample_bundle):
+    return replay.sample_prompts(sample_bundle, SAMPLE, 8)
+
+
+class TestReplay:
+    """Comparing backends forward by forward, with the CPU provider behind the stand-in device as the other backend."""
+
+    def test_equal_backends(self, sample_bundle, prompts):
+        report = replay.compare(OnnxRuntimeBackend(sample_bundle), host_backend(sample_bundle), prompts)
+        replay.check(report, 1e-5)
+        assert report["generations_equal"] == 8 and report["token_layers_with_other_experts"] == 0
+
+    def test_a_flip_is_found_and_judged(self, sample_bundle, prompts):
+        class Wrong(type(host_backend(sample_bundle))):
+            """Answers one place of one forward with another token."""
+
+            count = 0
+
+            def forward(self, inputs, cache):
+                outputs = super().forward(inputs, cache)
+                self.count += bool((inputs.logit_rows >= 0).any())
+                if self.count == 5:
+                    outputs.token_ids[0, 0] = (outputs.token_ids[0, 0] + 1) % 50
+                return outputs
+
+        recorder = replay.Recorder(OnnxRuntimeBackend(sample_bundle))
+        for prompt in prompts:
+            replay.decode(recorder, [prompt])
+        backend = host_backend(sample_bundle)
+        backend.__class__ = Wrong
+        report = {"prompts": 8, "generations_equal": 8, **replay.replay(recorder.steps, backend)}
+        (flip,) = report["flips"]
+        assert flip["token"] == (flip["reference_token"] + 1) % 50 and flip["margin"] > 0.1
+        with pytest.raises(AssertionError, match="margin"):
+            replay.check(report, 0.1)
+
+
+def test_rtx_finding_builds_without_a_gpu_and_says_how_far_it_came(sample_bundle, tmp_path):
+    pytest.importorskip("tensorrt_rtx_bindings")
+    if not LIBRARY.is_file():
+        pytest.skip("the plugin library is not built")
+    from dmoe_export import export_checkpoint
+
+    export_checkpoint(SAMPLE, tmp_path / "half", precision="fp16")
+    run = subprocess.run([sys.executable, Path(expert_checks.__file__).parent / "rtx_finding.py", tmp_path / "half",
+                          "default"], text=True, capture_output=True, check=False)
+    stages = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [s["stage"] for s in stages][:1] == ["built"] and stages[0]["plugins"] == 6
+    if gpu_missing():
+        assert run.returncode == 1 and "No NVIDIA driver" in run.stderr
