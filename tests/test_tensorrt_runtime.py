@@ -1,53 +1,28 @@
-"""The TensorRT backend's whole logic on a stand-in for TensorRT, whose names are compared with the real library's."""
+"""The TensorRT backend's whole logic, from profiles to graphs, on a stand-in for TensorRT."""
 
 from __future__ import annotations
 
-import inspect
-import json
-import re
 import shutil
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
-import fake_tensorrt
 import numpy as np
 import pytest
 from device_helpers import decode
-from fake_cudart import HostDevice
-from fake_tensorrt import FakeTensorRT, weights_as_inputs
+from tensorrt_helpers import Setup, bundle_with_engine, changed
 
 from dmoe_export import Generator
-from dmoe_export.bundle.manifest import EngineEntry, FileEntry, ProfileEntry, WeightInput
-from dmoe_export.bundle.reader import Bundle, hash_file, open_bundle
-from dmoe_export.errors import BundleError, MissingRequirementError, RequestError
+from dmoe_export.bundle.manifest import FileEntry
+from dmoe_export.bundle.reader import hash_file, open_bundle
+from dmoe_export.errors import RequestError
 from dmoe_export.runtime import tensorrt as tensorrt_module
-from dmoe_export.runtime import tensorrt_engine
 from dmoe_export.runtime.backend import ForwardInputs
-from dmoe_export.runtime.device import DeviceMemoryError
 from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
-from dmoe_export.runtime.tensorrt import open_tensorrt
 
-PROFILES = [ProfileEntry(name="prefill", batch=(1, 1, 4), tokens=(32, 96, 96), past=(1, 128, 600), rows=(1, 1, 32)),
-            ProfileEntry(name="denoise", batch=(1, 1, 4), tokens=(32, 32, 32), past=(1, 256, 620), rows=(1, 32, 32))]
 OPTIONS = {"max_new_tokens": 64, "threshold": 0.5, "steps": 8, "eos_id": 317}
 
 
 @pytest.fixture(scope="module")
 def engines(golden_bundle, tmp_path_factory):
-    """A copy of the golden bundle with an engine whose experts are external."""
-    folder = tmp_path_factory.mktemp("b") / "engines"
-    shutil.copytree(golden_bundle.folder, folder)
-    found = weights_as_inputs(folder / "denoiser.onnx", folder / "external.onnx", "experts.bin")
-    assert len(found) == 2 * len(golden_bundle.manifest.model.moe_layers)
-    (folder / "a.engine").write_text(json.dumps({
-        "onnx": str(folder / "external.onnx"), "plugins": True, "profiles": [p.model_dump() for p in PROFILES]}))
-    weights = [WeightInput(name=name, file="experts.bin", offset=offset, bytes=size, dtype="float32", shape=shape)
-               for name, offset, size, shape in found]
-    entry = EngineEntry(file="a.engine", flavour="tensorrt", version="11.4.0.0", targets=["sm86", "sm89"],
-                        precision="fp32", experts="external", experts_op="plugin", profiles=PROFILES,
-                        plugin_build="b1", plugin_nodes=4, fallback_nodes=0, weight_inputs=weights)
-    return Bundle(folder, golden_bundle.manifest.model_copy(update={"engines": [entry]}))
+    return bundle_with_engine(golden_bundle, tmp_path_factory.mktemp("b") / "engines")
 
 
 @pytest.fixture(scope="module")
@@ -59,32 +34,6 @@ def cpu(golden_bundle):
 def prompts(golden):
     data = np.load(golden / "generate.npz")
     return [data[f"{run}.prompt"][0].tolist() for run in range(4)]
-
-
-def changed(bundle, **updates):
-    """The bundle with another engine entry."""
-    entry = bundle.manifest.engines[0].model_copy(update=updates)
-    return Bundle(bundle.folder, bundle.manifest.model_copy(update={"engines": [entry]}))
-
-
-class Setup:
-    """A device, the module on it, and the backend."""
-
-    def __init__(self, monkeypatch, bundle, graphs=True, rtx=False, **options):
-        self.device = HostDevice(**options)
-        self.trt = FakeTensorRT(self.device.fake, rtx=rtx)
-        if rtx:
-            bundle = changed(bundle, flavour="tensorrt-rtx")
-            # The PyPI wheel: no module tensorrt_rtx, and the bindings one level down.
-            wheel = SimpleNamespace(tensorrt_rtx_bindings=self.trt)
-            monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-            monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", wheel)
-        else:
-            monkeypatch.setitem(sys.modules, "tensorrt", self.trt)
-        self.bundle, self.graphs = bundle, graphs
-
-    def open(self):
-        return open_tensorrt(self.bundle, self.device, self.graphs)
 
 
 def _same(got, want):
@@ -214,106 +163,6 @@ def test_weights_arrive_and_stay(monkeypatch, engines):
     assert setup.device.fake.calls["cudaMemcpyAsync"] == len(entry.weight_inputs)  # each small enough for one chunk
 
 
-REFUSED = [
-    ({"version": "11.2.0.1"}, MissingRequirementError,
-     "Engine a.engine was built with TensorRT 11.2.0.1, installed is TensorRT 11.4.0.0; install 11.2.0.1"),
-    ({"targets": ["sm80", "sm120"]}, MissingRequirementError,
-     r"Engine a.engine is for sm80, sm120, this machine has Host Memory \(sm89\); .* --targets sm89"),
-    ({"file": "nowhere.engine"}, BundleError, "nowhere.engine cannot be read"),
-    ({"precision": "fp16"}, BundleError, "has a tensor past_key.0 of type FLOAT, the bundle's graph has HALF there"),
-]
-
-
-@pytest.mark.parametrize(("updates", "kind", "sentence"), REFUSED, ids=[next(iter(r[0])) for r in REFUSED])
-def test_engines_that_do_not_fit(monkeypatch, engines, updates, kind, sentence):
-    with pytest.raises(kind, match=sentence) as caught:
-        Setup(monkeypatch, changed(engines, **updates)).open()
-    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
-
-
-def test_flags_that_widen_what_fits(monkeypatch, engines):
-    wide = changed(engines, version="11.2.0.1", targets=["sm80"], flags=["version-compatible", "hardware-compatible"])
-    Setup(monkeypatch, wide).open()
-    with pytest.raises(MissingRequirementError, match=r"\(sm75\)"):
-        Setup(monkeypatch, wide, capability=(7, 5)).open()
-    with pytest.raises(MissingRequirementError, match=r"built with TensorRT 10\.2"):
-        Setup(monkeypatch, changed(wide, version="10.2")).open()
-
-
-@pytest.mark.parametrize("rtx", [False, True])
-@pytest.mark.parametrize("length", [0, 40])
-def test_truncated_engine(monkeypatch, engines, rtx, length):
-    name = f"cut{length}.engine"
-    (engines.folder / name).write_bytes((engines.folder / "a.engine").read_bytes()[:length])
-    sentence = f"{name} of 40 bytes cannot be opened by TensorRT" if length else f"{name} is empty"
-    with pytest.raises(BundleError, match=sentence) as caught:
-        Setup(monkeypatch, changed(engines, file=name), rtx=rtx).open()
-    assert ("malformed engine" in str(caught.value)) == (rtx and length > 0)
-    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
-
-
-def test_a_machine_that_cannot_is_not_the_file_s_fault(monkeypatch, engines):
-    setup = Setup(monkeypatch, engines)
-    setup.trt.trouble = "[x.cpp::y::2] Error Code 1: Cuda Runtime (out of memory)"
-    with pytest.raises(MissingRequirementError, match=r"on this machine \(.*out of memory\)\); update the NVIDIA"):
-        setup.open()
-
-
-def test_plugin_library_that_does_not_load(monkeypatch, engines):
-    setup = Setup(monkeypatch, engines)
-    setup.trt.plugins = False
-    with pytest.raises(MissingRequirementError, match=r"needs the dmoe plugin library of build b1.*dmoe-export build"):
-        setup.open()
-
-
-def test_no_engine_no_library_no_driver(monkeypatch, engines, golden_bundle):
-    with pytest.raises(MissingRequirementError, match="holds no engine; build one with: dmoe-export build"):
-        open_tensorrt(golden_bundle)
-    setup = Setup(monkeypatch, engines)
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MissingRequirementError, match=r"TensorRT cannot be imported .*pip install 'dmoe-export.tensor"):
-        setup.open()
-
-
-def test_the_engine_that_came_farthest_is_named(monkeypatch, engines):
-    entry = engines.manifest.engines[0]
-    entries = [entry.model_copy(update={"targets": ["sm75"]}), entry.model_copy(update={"version": "9.9"}),
-               entry.model_copy(update={"targets": ["sm80"]})]
-    bundle = Bundle(engines.folder, engines.manifest.model_copy(update={"engines": entries}))
-    with pytest.raises(MissingRequirementError, match=r"was built with TensorRT 9\.9"):
-        Setup(monkeypatch, bundle).open()
-    bundle = Bundle(engines.folder, engines.manifest.model_copy(update={"engines": [*entries, entry]}))
-    assert Setup(monkeypatch, bundle).open().name == "tensorrt"
-
-
-def test_weights_that_are_not_there(monkeypatch, engines):
-    first, *rest = engines.manifest.engines[0].weight_inputs
-    for updates, kind, sentence in (
-            ({"offset": first.offset + 10**9}, BundleError, "weights reach to byte .* has .* bytes"),
-            ({"file": "other.bin"}, BundleError, "is not listed in the manifest"),
-            ({"bytes": first.bytes - 4}, BundleError, f"Weight {first.name} .* its shape"),
-            ({"name": "unknown"}, BundleError, f"has a tensor {first.name} .* none of this name")):
-        with pytest.raises(kind, match=sentence):
-            Setup(monkeypatch, changed(engines, weight_inputs=[first.model_copy(update=updates), *rest])).open()
-    extra = first.model_copy(update={"name": "extra"})
-    with pytest.raises(BundleError, match="lacks the tensor extra"):
-        Setup(monkeypatch, changed(engines, weight_inputs=[first, *rest, extra])).open()
-    with pytest.raises(DeviceMemoryError, match=r"needs 0.0. GB for weights and scratch memory, Host Memory has 0.00"):
-        Setup(monkeypatch, engines, memory=100_000).open()
-
-
-def test_outputs_that_are_missing(monkeypatch, engines):
-    content = json.loads((engines.folder / "a.engine").read_text())
-    for without, fits in (("logits", True), ("expert_ids", False)):
-        (engines.folder / "b.engine").write_text(json.dumps({**content, "without": [without]}))
-        setup = Setup(monkeypatch, changed(engines, file="b.engine"))
-        if fits:
-            setup.open()
-        else:
-            with pytest.raises(BundleError, match="lacks the tensor expert_ids"):
-                setup.open()
-
-
 def test_through_the_generator(monkeypatch, engines, golden_bundle, prompts, tmp_path):
     """An engine listed in manifest.json, found by backend auto."""
     folder = tmp_path / "b"
@@ -332,50 +181,3 @@ def test_through_the_generator(monkeypatch, engines, golden_bundle, prompts, tmp
     want = Generator.open(golden_bundle.folder, backend="onnxruntime").generate(prompts[:2], **OPTIONS)
     got = generator.generate(prompts[:2], **OPTIONS)
     assert [g.token_ids for g in got] == [w.token_ids for w in want]
-
-
-CLASSES = {"engine": "ICudaEngine", "raw": "IExecutionContext", "runtime": "Runtime", "config": "IRuntimeConfig"}
-
-
-def test_every_name_exists_in_tensorrt_rtx():
-    trt = pytest.importorskip("tensorrt_rtx_bindings")
-    trt = getattr(trt, "tensorrt_rtx_bindings", trt)
-    source = "".join(Path(m.__file__).read_text() for m in (tensorrt_module, tensorrt_engine))
-    used = set()
-    for variable, kind in CLASSES.items():
-        for name in re.findall(rf"\b{variable}\.(\w+)", source):
-            assert hasattr(getattr(trt, kind), name), f"{kind}.{name}"
-            used.add(name)
-    for first, second in re.findall(r"\btrt\.([A-Z]\w+)(?:\.([A-Z_]+)\b)?", source):
-        assert hasattr(getattr(trt, first), second or "__doc__"), f"{first}.{second}"
-        used.add(first)
-    assert {"set_tensor_address", "execute_async_v3", "deserialize_cuda_engine", "create_runtime_config", "ILogger",
-            "set_device_memory", "get_tensor_location"} <= used
-    assert hasattr(trt.IExecutionContext, "is_stream_capturable") and trt.DataType.BF16.itemsize == 2
-    assert {"EAGER", "LAZY"} <= set(trt.DynamicShapesKernelSpecializationStrategy.__members__)
-    for name in tensorrt_module._PRECISIONS.values():
-        assert name in trt.DataType.__members__
-
-
-def test_stand_in_has_the_real_names_and_arguments():
-    trt = pytest.importorskip("tensorrt_rtx_bindings")
-    trt = getattr(trt, "tensorrt_rtx_bindings", trt)
-    for kind in ("Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "ILogger"):
-        for name, function in inspect.getmembers(getattr(fake_tensorrt, kind), inspect.isfunction):
-            if name.startswith("_"):
-                continue
-            signatures = re.findall(rf"{name}\(self: [^,)]*(.*?)\) ->", getattr(getattr(trt, kind), name).__doc__)
-            assert len(inspect.signature(function).parameters) - 1 in {
-                len(re.findall(r", \w+: ", signature)) for signature in signatures}, name
-    for kind in ("TensorIOMode", "TensorLocation", "ExecutionContextAllocationStrategy", "DataType",
-                 "DynamicShapesKernelSpecializationStrategy", "EngineInvalidityDiagnostics"):
-        assert set(getattr(fake_tensorrt, kind).__members__) <= set(getattr(trt, kind).__members__)
-
-
-def test_the_real_library_refuses_garbage_in_one_sentence(engines, monkeypatch):
-    """As far as TensorRT-RTX goes without a GPU: our logger, its Runtime, its answer to a broken file."""
-    trt = pytest.importorskip("tensorrt_rtx_bindings")
-    trt = getattr(trt, "tensorrt_rtx_bindings", trt)
-    bundle = changed(engines, flavour="tensorrt-rtx", version=trt.__version__)
-    with pytest.raises(BundleError, match=r"a.engine of .* bytes cannot be opened by TensorRT-RTX 1\.\d.*malformed"):
-        open_tensorrt(bundle, HostDevice())

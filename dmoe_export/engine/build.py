@@ -106,6 +106,7 @@ def _config(plan: BuildPlan, builder: Any, network: Any) -> Any:
     trt, settings = plan.flavour.trt, plan.settings
     config = builder.create_builder_config()
     plan.flavour.configure(config, plan.targets, settings.flags)
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; the router's float32 products must stay float32
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace)
     if settings.optimization_level is not None:
         config.builder_optimization_level = settings.optimization_level

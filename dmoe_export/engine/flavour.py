@@ -86,6 +86,7 @@ class Flavour:
         """Set targets and compatibility."""
         trt = self.trt
         if self.is_rtx:
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # without it a stream cannot be captured
             config.num_compute_capabilities = len(targets)
             for index, target in enumerate(targets):
                 config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
