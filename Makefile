@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo test lint types plugins engines test-slow accuracy bench-export bench-build gpu-test gpu-bench clean
+.PHONY: demo test lint types plugins ort-ops engines test-slow accuracy bench-export bench-build gpu-test gpu-bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
@@ -31,6 +31,9 @@ plugins: $(PLUGINS)
 $(PLUGINS): $(READY) plugins/build.py $(SOURCES)
 	$(BIN)/python plugins/build.py
 
+ort-ops: $(READY)
+	$(BIN)/python plugins/onnxruntime/build.py
+
 engines: out/sample.bundle/manifest.json $(PLUGINS)
 	$(BIN)/dmoe-export build samples/tiny-dmoe --out out/sample-fp16.bundle --force
 	$(BIN)/dmoe-export inspect out/sample-fp16.bundle
@@ -52,6 +55,9 @@ accuracy: out/sample.bundle/manifest.json
 
 bench-export: $(READY)
 	$(BIN)/python benchmarks/export_memory.py --work out/export-memory --out out/export-memory.json
+
+gpu-test: $(READY) $(PLUGINS)
+	$(BIN)/python -m pytest -m gpu
 
 bench-build: $(READY) $(PLUGINS)
 	$(BIN)/python benchmarks/build_memory.py --work out/build-memory --out out/build-memory.json
