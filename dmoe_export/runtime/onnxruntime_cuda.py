@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from .device import CPU_INSTEAD, CudaDevice, Device
 from .device_backend import DeviceBackend
 from .device_call import Call, Launcher, Sizes, Tensor, round_up
 from .device_memory import Pool
+from .ort_custom_ops import check_session, choose_custom_ops, prepare_session
 
 PROVIDER = "CUDAExecutionProvider"
 _BF16 = 16  # ONNX TensorProto.BFLOAT16; numpy has no such type
@@ -31,8 +33,11 @@ class OnnxRuntimeExecutor:
     """Runs calls with a session of ONNX Runtime whose inputs and outputs are bound to addresses."""
 
     def __init__(self, bundle: Bundle, device: Device, provider: str = PROVIDER,
-                 options: dict[str, str] | None = None) -> None:
-        """`options` of the provider; raises MissingRequirementError when the session does not run on it with them."""
+                 options: dict[str, str] | None = None, custom_ops: Path | None = None) -> None:
+        """`options` of the provider; `custom_ops`: a library of our kernels, None for the graph's own bodies.
+
+        Raises MissingRequirementError when the session does not run on the provider with them.
+        """
         self.precision: Precision = bundle.manifest.precision
         self.limits: Limits | None = None
         self._device_type = device.kind
@@ -40,14 +45,17 @@ class OnnxRuntimeExecutor:
         settings.log_severity_level = 3
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         path, options = bundle.denoiser_path, options or {}
+        model = prepare_session(bundle, settings, custom_ops) if custom_ops else str(path)
         try:
-            self._session = ort.InferenceSession(str(path), settings, providers=[(provider, options)])
+            self._session = ort.InferenceSession(model, settings, providers=[(provider, options)])
         except Exception as error:  # onnxruntime raises its own kinds
             raise MissingRequirementError(
                 f"ONNX Runtime {ort.__version__} cannot load {path} on {provider}: {str(error).splitlines()[0]} "
                 "Upgrade with: pip install -U onnxruntime-gpu.") from error
         self._session.disable_fallback()
         _check_provider(self._session, provider, options)
+        if custom_ops:
+            check_session(self._session, provider)
         self._binding = self._session.io_binding()
         self._bound: dict[str, Tensor] = {}
         self._inputs = {entry.name for entry in self._session.get_inputs()}
@@ -114,5 +122,5 @@ def open_onnxruntime_cuda(bundle: Bundle, device: Device | None = None) -> Devic
     # On our stream the provider's work and our copies run in order. TF32 would round the router's float32 products to
     # ten bits, and so choose other experts than the model.
     options = {"device_id": "0", "user_compute_stream": str(stream), "use_tf32": "0"}
-    executor = OnnxRuntimeExecutor(bundle, device, options=options)
+    executor = OnnxRuntimeExecutor(bundle, device, options=options, custom_ops=choose_custom_ops(bundle)[0])
     return DeviceBackend("onnxruntime-cuda", bundle, device, pool, stream, executor, cuda_graphs=False)

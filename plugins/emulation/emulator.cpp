@@ -211,7 +211,7 @@ Votes block_barrier(const char *what, int line, bool vote) {
 
 const void *warp_exchange(const char *what, int line, unsigned mask, const void *deposit, size_t bytes) {
     Machine &m = machine();
-    if (mask != 0xffffffffu) fail("%s in line %d: the emulator wants the mask of a whole warp, not %#x", what, line, mask);
+    if (mask != 0xffffffffu) fail("%s in line %d: the mask must be a whole warp's, not %#x", what, line, mask);
     if (bytes > kDepositBytes) fail("%s in line %d: %zu bytes per lane are too many", what, line, bytes);
     Warp &warp = m.warps[m.running / kLanes];
     std::memcpy(warp.deposits[warp.meeting.generation % 2] + m.running % kLanes * bytes, deposit, bytes);

@@ -25,7 +25,8 @@ constexpr size_t kStackBytes = 131072;
 }  // namespace
 
 Fiber::Fiber(void (*body)()) : body_(body) {
-    void *memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    constexpr int kPrivate = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void *memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_NONE, kPrivate, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     stack_ = static_cast<char *>(memory) + kGuardBytes;
     if (mprotect(stack_, kStackBytes, PROT_READ | PROT_WRITE) != 0) {

@@ -32,8 +32,8 @@ extern "C" int dmoe_block_route(const DmoeRouteAttributes *attributes, int32_t r
         (votes && !min_experts) || (fixed && !coreset_size)) {
         return DMOE_ERROR_POINTER;
     }
-    const RouteArguments a{at,          rows,        tokens,       experts,    router_logits,  expert_bias, position_ids,
-                           top_p,       min_experts, coreset_size, expert_ids, expert_weights, coreset};
+    const RouteArguments a{at,    rows,        tokens,       experts,    router_logits,  expert_bias, position_ids,
+                           top_p, min_experts, coreset_size, expert_ids, expert_weights, coreset};
     // Warps: as many tokens at once as the shared rows (32 KiB) allow.
     return experts <= 256 ? launch_route<8, 32>(a, stream) : launch_route<32, 8>(a, stream);
 }

@@ -112,8 +112,8 @@ extern "C" int dmoe_experts(const DmoeExpertsShape *shape, const void *hidden, c
     if (!shape) return DMOE_ERROR_POINTER;
     if (const int error = check(*shape)) return error;
     if (shape->tokens == 0) return 0;
-    for (const void *pointer : {hidden, static_cast<const void *>(expert_ids), static_cast<const void *>(expert_weights),
-                                gate_up, down, static_cast<const void *>(mixed), static_cast<const void *>(workspace)}) {
+    const void *const pointers[] = {hidden, expert_ids, expert_weights, gate_up, down, mixed, workspace};
+    for (const void *pointer : pointers) {
         if (!pointer || misaligned(pointer, 16)) return DMOE_ERROR_POINTER;
     }
     if (misaligned(workspace, 256)) return DMOE_ERROR_POINTER;

@@ -1,11 +1,11 @@
 // The two products of DmoeExperts: rows of an expert's weights times the tokens routed to it.
 //
 // The weights are read once from device memory, 16 bytes per lane straight into registers, and are operand A of
-// mma.m16n8k16 (16 weight rows); the tokens are operand B, eight per tile, read through L1. k may be permuted as long as
-// A and B agree, so lane (g, q) simply takes halfs 8q … 8q+7 of 32: words 0 and 1 of these 16 bytes are its k slots
-// {2q, 2q+1} and {2q+8, 2q+9} of one product, words 2 and 3 those of the next. Weight rows may be permuted too: A row g is
-// row 2g and A row g+8 is row 2g+1 of the sixteen, so that a lane ends up with two neighbouring rows of the same token:
-// a gate with its up, or two neighbouring outputs. See README.md for the picture.
+// mma.m16n8k16 (16 weight rows); the tokens are operand B, eight per tile, read through L1. k may be permuted as long
+// as A and B agree, so lane (g, q) simply takes halfs 8q … 8q+7 of 32: words 0 and 1 of these 16 bytes are its k slots
+// {2q, 2q+1} and {2q+8, 2q+9} of one product, words 2 and 3 those of the next. Weight rows may be permuted too: A row
+// g is row 2g and A row g+8 is row 2g+1 of the sixteen, so that a lane ends up with two neighbouring rows of the same
+// token: a gate with its up, or two neighbouring outputs. See README.md for the picture.
 #pragma once
 
 #include "device.cuh"
@@ -75,7 +75,7 @@ DMOE_DEVICE void load_weights(WeightPiece &piece, const uint4 *row, int row_unit
     }
 }
 
-// Adds one segment to up to four tiles of eight tokens. `offsets`: units from `tokens` to the lane's token of each tile.
+// Adds one segment to up to four tiles of eight tokens. `offsets`: units from `tokens` to the lane's token of a tile.
 template <class Half>
 DMOE_DEVICE void multiply(float (*sums)[4], const WeightPiece &piece, const uint4 *tokens, const uint32_t *offsets,
                           int tiles, int at, int end) {
