@@ -59,6 +59,10 @@ bench-export: $(READY)
 gpu-test: $(READY) $(PLUGINS)
 	$(BIN)/python -m pytest -m gpu
 
+gpu-bench: $(READY) $(PLUGINS)
+	$(BIN)/python benchmarks/gpu_kernels.py
+	$(BIN)/python benchmarks/gpu_generate.py
+
 bench-build: $(READY) $(PLUGINS)
 	$(BIN)/python benchmarks/build_memory.py --work out/build-memory --out out/build-memory.json
 

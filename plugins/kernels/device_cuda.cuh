@@ -26,7 +26,7 @@ DMOE_DEVICE uint32_t warp_max(uint32_t value) {
 DMOE_DEVICE uint32_t warp_min(uint32_t value) { return ~warp_max(~value); }
 
 // 16 bytes that are read once: past L1, with the whole 128-byte line fetched into L2. Zero when not wanted.
-// volatile and not .nc: otherwise the compiler for 10.0 and 12.0 keeps a row's first loads on the stack for later passes.
+// volatile and not .nc: otherwise the compiler for 10.0 and 12.0 keeps a row's first loads on the stack between passes.
 DMOE_DEVICE uint4 load_once(const uint4 *from, bool wanted) {
     uint4 v;
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t"
