@@ -154,7 +154,7 @@ first() {
     step test-kernels 200 bash -c 'gpu_pytest tests/gpu/test_gpu_kernels.py tests/test_device_gpu.py'
     step bench-kernels 150 "$PYTHON" benchmarks/gpu_kernels.py --out "$OUT"
     step test-sanitizer 180 bash -c 'gpu_pytest tests/gpu/test_gpu_sanitizer.py'
-    step test-generation 90 bash -c 'gpu_pytest tests/gpu/test_gpu_generation.py'
+    step test-generation 90 bash -c 'gpu_pytest tests/gpu/test_gpu_generation.py tests/gpu/test_gpu_ort_custom_ops.py'
 }
 
 engines() {
@@ -169,7 +169,7 @@ engines() {
     # The wheel has its libraries beside the bindings; name them, as their packages do on an ordinary installation.
     local libs; libs=$(find "$STASH/rtx" -name 'libtensorrt_rtx.so*' -printf '%h\n' 2>/dev/null | head -1)
     export LD_LIBRARY_PATH="${libs:+$libs:}${LD_LIBRARY_PATH:-}"
-    step test-generation 240 bash -c 'gpu_pytest tests/gpu/test_gpu_generation.py'
+    step test-generation 240 bash -c 'gpu_pytest tests/gpu/test_gpu_generation.py tests/gpu/test_gpu_ort_custom_ops.py'
     SHOWN=12 step bench-generate 280 "$PYTHON" benchmarks/gpu_generate.py --layers "${LAYERS:-2}" --out "$OUT" \
         --work "$STASH/work"
     rm -rf "$STASH/work"

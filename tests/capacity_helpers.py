@@ -32,8 +32,8 @@ def capacity_model(experts: int, k: int, hidden: int, width: int, capacity: int,
         initializers += map(numpy_helper.from_array, weights, ("gate_up", "down"))
     else:
         inputs += [value("gate_up", elem, ["slabs", 2 * width, hidden]), value("down", elem, ["slabs", hidden, width])]
-    nodes.append(helper.make_node(SCHEMA.name, SCHEMA.inputs, SCHEMA.outputs, domain=DOMAIN,
-                                  **SCHEMA.plugin_attributes))
+    # No plugin attributes, as engine/network.py leaves them out: a plugin that is registered must not be taken.
+    nodes.append(helper.make_node(SCHEMA.name, SCHEMA.inputs, SCHEMA.outputs, domain=DOMAIN))
     graph = helper.make_graph(nodes, "experts", inputs, [value("mixed", elem, ["N", hidden])], initializers)
     model = helper.make_model(graph, functions=[experts_capacity_body(experts, elem, capacity)], ir_version=10,
                               opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)])

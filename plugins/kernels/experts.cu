@@ -8,7 +8,7 @@ using namespace dmoe;
 
 namespace {
 
-// Bounds the workspace (67 MB for 8 places and H 2048); a longer prompt reads its experts once per chunk.
+// Bounds the workspace (76 MB for 8 places, H 2048, I' 512); a longer prompt reads its experts once per chunk.
 constexpr int kChunk = 1024;
 constexpr int kSplitDepth = 2048;  // from this depth on the warps of a block share 16 rows
 constexpr int kMaxSize = 1 << 18;  // of H and I'; keeps every 32-bit index in range
