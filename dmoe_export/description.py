@@ -62,6 +62,10 @@ class ModelDescription(Frozen):
     mask_id: int = Field(ge=0)
     eos_id: int = Field(ge=0)
     pad_id: int = Field(ge=0)
+    attention: Literal["block_causal", "full"] = Field(
+        "block_causal", description="who sees whom: earlier blocks and the own one (block diffusion), or everyone")
+    logit_shift: bool = Field(False, description="position i is predicted by the row of position i − 1 (Dream)")
+    qkv_bias: bool = False
 
     @property
     def moe_layers(self) -> range:
