@@ -1,0 +1,1 @@
+"""Speed and bytes, each beside its reference in the same run."""

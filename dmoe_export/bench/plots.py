@@ -1,0 +1,38 @@
+"""PNG plots of benchmark results (matplotlib, optional extra `check`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import MissingRequirementError
+from .decode import DecodeBench
+
+
+def plot_decode(bench: DecodeBench, path: Path) -> None:
+    """Tokens per second against agreement with the uncached result, one point a setting; and the forwards it took."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingRequirementError("A plot needs matplotlib; install it with: pip install matplotlib.") from error
+    shown = [result for result in bench.results if result.refused is None]
+    labels = [f"{r.cache} · {r.acceptance}" + ("" if r.salient == "off" else f" · salient {r.salient}") for r in shown]
+    figure = Figure(figsize=(10, 1.2 + 0.42 * len(shown)), layout="constrained")
+    speed, forwards, agreement = figure.subplots(1, 3, sharey=True)
+    places = range(len(shown))[::-1]
+    colours = ["tab:orange" if r.salient != "off" else "tab:grey" if r.cache == "none" else "tab:blue" for r in shown]
+    for axes, title, values in (
+            (speed, "tokens per second", [r.tokens_per_second for r in shown]),
+            (forwards, "tokens per forward", [r.tokens_per_forward for r in shown]),
+            (agreement, "agreement with no cache", [r.agreement or 0 for r in shown])):
+        bars = axes.barh(places, values, color=colours)
+        axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.margins(x=0.18)
+        axes.spines[["top", "right"]].set_visible(False)
+    speed.set_yticks(places, labels)
+    figure.suptitle(f"{bench.prompts} prompts of {bench.prompt_tokens[0]}–{bench.prompt_tokens[1]} tokens, "
+                    f"{bench.max_new_tokens} new, {bench.rounds} rounds", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)

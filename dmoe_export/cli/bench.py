@@ -1,0 +1,156 @@
+"""`dmoe-export bench`: speed, each figure beside its reference in the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from ..bench.decode import DecodeBench, Question, SettingResult, run, settings
+from ..errors import OutputError, RequestError
+from ..generator import Generator
+from ..runtime.choose import BACKENDS
+from .progress import step_bar
+
+_DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
+
+
+@click.group()
+def bench() -> None:
+    """Measure a bundle."""
+
+
+@bench.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--cache", "caches", default="none,prefix,dual,block", show_default=True,
+              help="Caches to compare, separated by commas.")
+@click.option("--acceptance", "acceptances", default="threshold:0.9", show_default=True,
+              help="Acceptance rules, each name or name:value, separated by commas.")
+@click.option("--salient", "salients", default="off", show_default=True,
+              help="Salient thresholds, separated by commas; off is without.")
+@click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given again.")
+@click.option("--prompts-file", type=click.Path(path_type=Path),
+              help='JSON lines with "question" and, for the accuracy, "answer".')
+@click.option("--random-prompt", type=click.IntRange(min=1), help="One prompt of so many random tokens.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use so many prompts, spread over the file.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), help="Most denoise steps per block [generate's default].")
+@click.option("--full-steps", type=click.IntRange(min=1), help="Dense steps before salient ones [generate's default].")
+@click.option("--refresh-interval", type=click.IntRange(min=1), help="Dense step every so many salient ones [never].")
+@click.option("--eos-id", type=int, help="Token that ends an answer [the model's]; -1 for none.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Timed repetitions.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompt.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option("--threads", type=int, help="Threads per operator on the CPU [ONNX Runtime's choice].")
+@click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
+def decode(bundle: Path, caches: str, acceptances: str, salients: str, prompts: tuple[str, ...],
+           prompts_file: Path | None, random_prompt: int | None, limit: int | None, rounds: int, seed: int,
+           backend: Any, threads: int | None, verify: Any, out: Path | None, plot: Path | None, as_json: bool,
+           **options: Any) -> None:
+    """Compare decoding settings of BUNDLE on the same prompts: cache × acceptance × salient steps.
+
+    Speed-up, agreement and equal answers are against cache `none` with the same acceptance.
+    """
+    generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify)
+    questions = _questions(generator, prompts, prompts_file, random_prompt, limit, seed)
+    common = {name: value for name, value in options.items() if value is not None}
+    salient_only: dict[str, Any] = {name: common.pop(name) for name in ("full_steps", "refresh_interval")
+                                    if name in common}
+    chosen = settings(_list(caches), _list(acceptances), _list(salients), common)
+    for setting in chosen:
+        if setting.salient != "off":
+            setting.options.update(salient_only)
+    with step_bar("decode", shown=not as_json) as report:
+        total, done = len(chosen) * (len(questions) * rounds + 1), 0
+
+        def advance(what: str) -> None:
+            nonlocal done
+            done += 1
+            report(what, done, total)
+
+        result = run(generator, questions, chosen, rounds, advance)
+    document = {"what": "bench decode", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "bundle": bundle.name, "family": generator.backend.description.family,
+                "backend": generator.backend.name, "threads": threads, "program": f"dmoe-export {__version__}",
+                "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+                **result.model_dump(mode="json")}
+    if out:
+        _write(out, json.dumps(document, indent=1) + "\n")
+    if plot:
+        from ..bench.plots import plot_decode
+
+        plot_decode(result, plot)
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        _show(result)
+
+
+def _list(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _questions(generator: Generator, prompts: tuple[str, ...], file: Path | None, random_prompt: int | None,
+               limit: int | None, seed: int) -> list[Question]:
+    if sum(map(bool, (prompts, file, random_prompt))) > 1:
+        raise RequestError("Give one of --prompt, --prompts-file, --random-prompt.")
+    if random_prompt:
+        import numpy as np
+
+        d = generator.backend.description
+        ids = np.random.default_rng(seed).integers(0, d.vocab_size, random_prompt)
+        special = {d.mask_id, d.eos_id, d.pad_id}
+        return [Question([int(i) if int(i) not in special else 0 for i in ids])]
+    if file is None:
+        return [Question(text) for text in prompts or _DEFAULT_PROMPTS]
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [Question(row["question"], row.get("answer")) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f'Prompts file {file} cannot be read as JSON lines with "question": {error!r}.') from None
+    if not found:
+        raise RequestError(f"Prompts file {file} holds no question.")
+    return found if limit is None else [found[i * len(found) // limit] for i in range(min(limit, len(found)))]
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror}).") from None
+
+
+def _show(result: DecodeBench) -> None:
+    table = Table("cache", "acceptance", "salient", "tokens/s", "speed-up", "forwards", "tokens/forward",
+                  "agreement", "unique experts", "accuracy",
+                  title=f"{result.prompts} prompts, {result.max_new_tokens} new tokens, {result.rounds} rounds")
+    refused: list[SettingResult] = []
+    for r in result.results:
+        if r.refused:
+            refused.append(r)
+            continue
+        table.add_row(r.cache, r.acceptance, r.salient, f"{r.tokens_per_second:.1f}", _or_dash(r.speedup, "×"),
+                      f"{r.forwards:.1f}", f"{r.tokens_per_forward:.2f}", _or_dash(r.agreement),
+                      f"{r.unique_experts:.1f}", _or_dash(r.accuracy))
+    console = Console()
+    console.print(table)
+    for r in refused:
+        console.print(f"{r.cache} · {r.acceptance} · salient {r.salient}: {r.refused}", highlight=False)
+
+
+def _or_dash(value: float | None, unit: str = "") -> str:
+    return "–" if value is None else f"{value:.2f}{unit}"
