@@ -14,15 +14,25 @@ from ..bundle.engines import add_engine, copied_bundle, engine_file
 from ..bundle.manifest import MANIFEST_NAME, EngineEntry
 from ..bundle.reader import Bundle, open_bundle
 from ..bundle.writer import check_target
+from ..engine.recipe import load_recipe
 from ..engine.settings import BuildSettings, parse_size, parse_targets
 from ..errors import DmoeError, InputError, MissingRequirementError
 from .progress import byte_bar, step_bar
+from .recipes import BUILT, check_bundle, list_recipes, with_recipe
+
+EXPORT_OPTIONS = {"routing": "routing", "block_length": "block_length", "layers": "layers", "coreset_top_p": "top_p",
+                  "min_experts": "min_experts", "coreset_size": "coreset_size"}
+"""Options that belong to the export of a checkpoint, and what `export_checkpoint` calls them."""
 
 
 @click.command()
-@click.argument("source", metavar="CHECKPOINT|BUNDLE")
+@click.argument("source", metavar="CHECKPOINT|BUNDLE", required=False)
+@click.option("--recipe", "recipe_name", metavar="NAME|FILE",
+              help="Take checkpoint and options from a recipe; what the command line says wins.")
+@click.option("--list-recipes", "listing", is_flag=True, help="Show the recipes and stop.")
 @click.option("--out", type=click.Path(path_type=Path),
-              help="Bundle to write; needed for a checkpoint. A bundle without --out gets the engine in place.")
+              help="Bundle to write; needed for a checkpoint [with a recipe: engines/NAME.bundle]. A bundle without "
+                   "--out gets the engine in place.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]),
               help="Of the export of a checkpoint [fp16]; a bundle keeps its own.")
 @click.option("--flavour", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True,
@@ -51,17 +61,32 @@ from .progress import byte_bar, step_bar
               help="Of the export of a checkpoint [top_p].")
 @click.option("--block-length", type=int, help="Of the export of a checkpoint [32].")
 @click.option("--layers", type=int, help="Of the export of a checkpoint: keep the first N layers.")
+@click.option("--coreset-top-p", type=float, help="Of the export of a checkpoint: default p of top_p routing.")
+@click.option("--min-experts", type=int, help="Of the export of a checkpoint: default least coreset size.")
+@click.option("--coreset-size", type=int, help="Of the export of a checkpoint: default C of top_c routing.")
 @click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True,
               help="What of a bundle is compared with its manifest first.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle at --out.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def build(source: str, out: Path | None, precision: str | None, force: bool, dry_run: bool, as_json: bool,
-          split_targets: bool, plugin_library: Path | None, verify: Any, **options: Any) -> None:
-    """Build engine files from a CHECKPOINT (folder or hub id; exported first) or a BUNDLE."""
+@click.pass_context
+def build(context: click.Context, source: str | None, recipe_name: str | None, listing: bool, out: Path | None,
+          force: bool, dry_run: bool, as_json: bool, split_targets: bool, plugin_library: Path | None, verify: Any,
+          **options: Any) -> None:
+    """Build engine files from a CHECKPOINT (folder or hub id; exported first), a BUNDLE or a recipe."""
+    if listing:
+        return list_recipes(as_json)
+    if source is None and recipe_name is None:
+        raise InputError("Name a CHECKPOINT, a BUNDLE or a --recipe; --list-recipes shows the known ones.")
+    recipe = load_recipe(recipe_name) if recipe_name else None
+    if recipe:
+        options = with_recipe(context, recipe, options)
+        source = source or recipe.checkpoint_source
+    assert source
     find_plugins, find_flavour = _engine_parts()
     start = time.perf_counter()
-    export_options = {name: options.pop(name) for name in ("routing", "block_length", "layers")}
+    precision = options.pop("precision")
+    export_options = {name: options.pop(name) for name in EXPORT_OPTIONS}
     name = options.pop("flavour")
     flavour = find_flavour(None if name == "auto" else name)
     settings = _settings(options)
@@ -69,6 +94,7 @@ def build(source: str, out: Path | None, precision: str | None, force: bool, dry
     flavour.targets(settings.targets)
     find_plugins(settings, plugin_library)
     if not (Path(source) / MANIFEST_NAME).is_file():
+        out = out or (BUILT / f"{recipe.name}.bundle" if recipe else None)
         if out is None:
             raise InputError(f"{source} is no bundle; exporting it as a checkpoint needs --out BUNDLE.")
         check_target(out, force)
@@ -78,10 +104,12 @@ def build(source: str, out: Path | None, precision: str | None, force: bool, dry
         bundle = _export(source, out, precision or "fp16", export_options, force, as_json)
         place: Any = contextlib.nullcontext(bundle.folder)
     else:
-        given = [f"--{key.replace('_', '-')}" for key, value in export_options.items() if value is not None]
+        given = [f"--{key.replace('_', '-')}" for key in EXPORT_OPTIONS if context.params[key] is not None]
         if given:
             raise InputError(f"{' and '.join(given)} belong to the export of a checkpoint; {source} is a bundle.")
         bundle = open_bundle(source, verify)
+        if recipe:
+            check_bundle(recipe, Path(source), bundle.manifest)
         if precision not in (None, bundle.manifest.precision):
             raise InputError(f"{source} is {bundle.manifest.precision}, not {precision}; precision is decided at "
                              f"export: dmoe-export export CHECKPOINT --precision {precision}.")
@@ -116,7 +144,7 @@ def _settings(options: dict[str, Any]) -> BuildSettings:
 def _export(source: str, out: Path, precision: Any, options: dict[str, Any], force: bool, as_json: bool) -> Bundle:
     from .. import export_checkpoint  # needs torch: only for a checkpoint
 
-    chosen = {name: value for name, value in options.items() if value is not None}
+    chosen = {EXPORT_OPTIONS[name]: value for name, value in options.items() if value is not None}
     with byte_bar("read", 0, shown=not as_json) as report:
         return export_checkpoint(source, out, precision=precision, overwrite=force, report=report, **chosen)
 

@@ -1,0 +1,53 @@
+"""What a recipe says, under what was said on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from rich.console import Console
+from rich.table import Table
+
+from ..bundle.manifest import Manifest
+from ..engine.recipe import Recipe, load_recipe, recipe_names
+from ..errors import InputError
+
+BUILT = Path("engines")
+"""Where bundles built from recipes land, below the current folder."""
+
+
+def with_recipe(context: click.Context, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a command with the recipe's values where the command line gave none."""
+    said = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    wanted = {name: value for name, value in recipe.options().items() if name in options and name not in said}
+    if "flavour" in said and options["flavour"] != recipe.engine.flavour:
+        wanted.pop("targets", None)  # another flavour cannot be held to these targets
+    return options | wanted
+
+
+def check_bundle(recipe: Recipe, bundle: Path, manifest: Manifest) -> None:
+    """Refuse a bundle that was exported another way than the recipe says (InputError)."""
+    routing = manifest.routing
+    for what, ours, theirs in (("routing", recipe.routing.mode, routing.mode),
+                               ("block length", recipe.routing.block_length, routing.block_length)):
+        if ours != theirs:
+            raise InputError(f"{bundle} was exported with {what} {theirs} and recipe {recipe.name} says {ours}; build "
+                             "it without the recipe, or export it again.")
+
+
+def list_recipes(as_json: bool) -> None:
+    """Print the recipes that come with the package."""
+    recipes = [load_recipe(name) for name in recipe_names()]
+    if as_json:
+        click.echo(json.dumps([recipe.model_dump(mode="json", exclude={"file"}) for recipe in recipes]))
+        return
+    table = Table("recipe", "checkpoint", "exported as", "built for", show_lines=True)
+    table.columns[0].no_wrap, table.columns[1].overflow = True, "fold"
+    for r in recipes:
+        sizes = f"batch {r.profiles.batch}, prefill {r.profiles.prefill}, context {r.profiles.context}"
+        table.add_row(r.name, r.checkpoint, f"{r.precision}, {r.routing.mode}, block {r.routing.block_length}",
+                      f"{r.engine.flavour} {' '.join(r.engine.targets)}, {sizes}")
+    Console().print(table)

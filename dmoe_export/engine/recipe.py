@@ -1,0 +1,142 @@
+"""Recipes: how a known model is exported, built and checked, as a TOML file (engines/README.md has the fields)."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from ..description import Frozen, Precision, RoutingMode
+from ..errors import InputError
+from .settings import ExpertsOp, ExpertsPlace, FlavourName
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = Path(__file__).parents[1] / "recipes"  # in the repository a link to engines/, in a wheel the files themselves
+
+
+class RecipeRouting(Frozen):
+    """How a block's experts are chosen; None leaves it to the checkpoint."""
+
+    mode: RoutingMode
+    block_length: int = Field(gt=0)
+    top_p: float | None = Field(None, ge=0, le=1)
+    min_experts: int | None = Field(None, ge=1)
+    coreset_size: int | None = Field(None, ge=1)
+
+
+class RecipeProfiles(Frozen):
+    """Largest sizes an engine takes; rows of a batch, tokens of a row."""
+
+    batch: int = Field(ge=1, le=1024)
+    prefill: int = Field(gt=0)
+    context: int = Field(gt=0)
+
+
+class RecipeEngine(Frozen):
+    """What is built, for which GPUs."""
+
+    flavour: Literal["auto"] | FlavourName
+    targets: tuple[str, ...] = Field((), description="compute capabilities such as sm89; empty: the flavour's default")
+    experts: ExpertsPlace = "external"
+    experts_op: ExpertsOp = "plugin"
+
+
+class Tolerances(Frozen):
+    """Limits of `dmoe-export check`, against the eager float32 reference."""
+
+    cosine: float = Field(gt=0, le=1, description="least cosine similarity of a row")
+    norm_ratio: float = Field(gt=0, lt=1, description="a row's norm is within 1 ± this of the reference's")
+    atol: float | None = Field(None, gt=0, description="largest absolute error of an element; None: not a gate")
+
+
+class Recipe(Frozen):
+    """One known model; `name` and `file` come from where it was found."""
+
+    name: str
+    file: Path
+    checkpoint: str = Field(min_length=1, description="hub id, or a folder that starts with ./ or ../, from the file")
+    precision: Precision
+    routing: RecipeRouting
+    profiles: RecipeProfiles
+    engine: RecipeEngine
+    check: Tolerances
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        block = self.routing.block_length
+        if self.profiles.prefill % block or self.profiles.context < block:
+            raise ValueError(f"profiles.prefill must be a multiple of routing.block_length, {block}, and "
+                             "profiles.context no less than it")
+        for target in self.engine.targets:
+            if not re.fullmatch(r"sm\d{2,3}", target):
+                raise ValueError(f"engine.targets names {target!r}, which is no compute capability such as sm89")
+        return self
+
+    @property
+    def checkpoint_source(self) -> str:
+        """The hub id, or the folder as an absolute path; raises InputError where it does not exist."""
+        if not self.checkpoint.startswith(("./", "../", "/")):
+            return self.checkpoint
+        folder = (self.file.resolve().parent / self.checkpoint).resolve()
+        if not folder.is_dir():
+            raise InputError(f"Recipe {self.name} names the checkpoint folder {folder}, which does not exist; give "
+                             "another CHECKPOINT on the command line.")
+        return str(folder)
+
+    def options(self) -> dict[str, Any]:
+        """The values of `dmoe-export build`'s options."""
+        return {
+            "precision": self.precision, "routing": self.routing.mode, "block_length": self.routing.block_length,
+            "coreset_top_p": self.routing.top_p, "min_experts": self.routing.min_experts,
+            "coreset_size": self.routing.coreset_size, "max_batch": self.profiles.batch,
+            "max_prefill": self.profiles.prefill, "max_context": self.profiles.context,
+            "flavour": self.engine.flavour, "targets": ",".join(self.engine.targets) or None,
+            "experts": self.engine.experts, "experts_op": self.engine.experts_op}
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """The recipe of that name, or in that .toml file; raises InputError naming file, field and value."""
+    path = Path(name)
+    if path.suffix != ".toml":
+        if str(name) not in recipe_names():
+            raise InputError(f"Recipe {str(name)!r} is not known; known: {', '.join(recipe_names())}, or give the path "
+                             "of a .toml file.")
+        path = FOLDER / f"{name}.toml"
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Recipe {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:  # bad TOML and bad UTF-8 are both ValueErrors
+        raise InputError(f"Recipe {path} is no TOML file: {error}.") from None
+    reserved = {"name", "file"} & fields.keys()
+    if reserved:
+        raise InputError(f"Recipe {path} sets {min(reserved)}, which is taken from the file's name; remove it.")
+    try:
+        return Recipe(name=path.stem, file=path, **fields)
+    except ValidationError as error:
+        raise InputError(f"Recipe {path}: {_sentence(error)}") from None
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first thing that is wrong, with field and value."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{field} is missing."
+    if first["type"] == "extra_forbidden":
+        return f"{field} = {first['input']!r} is not a field of a recipe; remove it."
+    if not field:
+        return first["msg"].removeprefix("Value error, ") + "."
+    return f"{field} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
