@@ -1,0 +1,245 @@
+"""Plots of the report: one SVG text per figure, to be put inline into HTML.
+
+Drawn with matplotlib's object interface, so no display and no global state. Text stays text, ids carry the plot's name so that
+figures of one page never share one, and nothing in them points outside the page. No text from a model or a user gets in here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from io import StringIO
+from itertools import zip_longest
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+from .result import BackendCheck, ConfidencePoint, Gate, LayerCheck, TensorError
+
+WIDTH, HEIGHT = 400, 280  # SVG units; readable both three to a row and on a telephone
+INK, FAINT, REFERENCE, BACKEND, BAD = "#1d2530", "#d9dee5", "#0b5cad", "#c45a00", "#b00020"
+SMALLEST = 1e-8  # below the resolution of a float32 cosine: drawn on the floor of the axis
+NORM_CEILING = 3.0  # ratios above it are drawn at it: the plot is about departures from 1
+MOST_POINTS = 1500
+STYLE = {"svg.fonttype": "none", "font.family": ["DejaVu Sans"], "font.size": 13, "text.color": INK,
+         "axes.edgecolor": "#69727d", "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+         "grid.color": FAINT, "grid.linewidth": 0.7, "lines.linewidth": 1.5, "legend.frameon": False,
+         "legend.fontsize": 12.5, "legend.handlelength": 1.5, "legend.columnspacing": 1.2, "legend.borderpad": 0.0}
+Series = tuple[str, Sequence[LayerCheck], str, str, str]  # legend, layers, colour, marker, line
+
+
+def layer_error(name: str, backend: BackendCheck) -> str:
+    """1 − worst cosine of update, key and value per layer, log axis, with the cosine gates as lines."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas("layer", "1 − worst cosine")
+        limits = [1 - limit for limit in _limits(backend.gates, "cosine")]
+        finite = [e for _, layers, *_ in _series(backend) for c in layers if math.isfinite(e := _error(c))]
+        high = max([*finite, *limits, 10 * SMALLEST])
+        top = 10.0 ** math.ceil(math.log10(high) + 0.25)
+        low = max(SMALLEST, min([*finite, *(g for g in limits if g > 0), top / 100]))
+        bottom = 10.0 ** math.floor(math.log10(low) - 0.05) if low > SMALLEST else SMALLEST
+        for legend, layers, colour, marker, line in _series(backend):
+            errors = [min(max(e, bottom), top) if math.isfinite(e := _error(c)) else top for c in layers]
+            axes.plot([c.layer for c in layers], errors, line, color=colour, marker=marker, label=legend,
+                      markersize=_marker_size(layers), clip_on=False)
+            failed = [(c.layer, e) for c, e in zip(layers, errors, strict=True) if not c.passed]
+            axes.plot([x for x, _ in failed], [e for _, e in failed], "X", color=BAD, markersize=9, zorder=5,
+                      markeredgecolor="white", clip_on=False)
+        _gate_lines(axes, (g for g in limits if bottom <= g <= top))
+        axes.set_yscale("log")
+        axes.set_ylim(bottom, top)
+        axes.yaxis.set_major_locator(LogLocator(base=10, numticks=7))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _power(y)))
+        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        _layer_axis(axes, backend)
+        return _svg(name, figure, f"Error per layer: {_range(finite)}; lower is better")
+
+
+def norm_ratio(name: str, backend: BackendCheck) -> str:
+    """Range of |backend| / |reference| over rows, per layer: hull of update, key and value."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas("layer", "norm ratio, least to largest")
+        limits = _limits(backend.gates, "norm")
+        ends = list(limits)
+        for place, (legend, layers, colour, marker, _) in enumerate(_series(backend)):
+            x = [c.layer + (0.14 if place else -0.14) for c in layers]
+            low = [_ratio(min(_finite_or(e.norm_ratio_low, 0.0) for e in _tensors(c))) for c in layers]
+            high = [_ratio(max(_finite_or(e.norm_ratio_high, NORM_CEILING) for e in _tensors(c))) for c in layers]
+            ends += low + high
+            axes.vlines(x, low, high, color=colour, linewidth=2)
+            for values in (low, high):
+                axes.plot(x, values, marker, color=colour, markersize=_marker_size(layers) - 1.5, clip_on=False,
+                          label=legend if values is low else None)
+        reach = max([abs(e - 1) for e in ends] + [1e-3]) * 1.15
+        axes.axhline(1.0, color="#8b95a1", linewidth=0.8, zorder=1)
+        _gate_lines(axes, limits)
+        axes.set_ylim(max(0.0, 1 - reach), 1 + reach)
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.6g}"))
+        _layer_axis(axes, backend)
+        return _svg(name, figure, f"Norm ratio per layer: {_range(ends)}; 1 is best")
+
+
+def router_agreement(name: str, backend: BackendCheck) -> str | None:
+    """Share of tokens with the reference's set of experts, per MoE layer; None for a model without a router."""
+    shares = [c.router.share for _, layers, *_ in _series(backend) for c in layers if c.router]
+    if not shares:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas("layer", "tokens with the same experts")
+        for legend, layers, colour, marker, line in _series(backend):
+            routed = [(c.layer, 100 * c.router.share) for c in layers if c.router]
+            axes.plot([x for x, _ in routed], [s for _, s in routed], line, color=colour, marker=marker, label=legend,
+                      markersize=_marker_size(layers), clip_on=False)
+        limits = [100 * limit for limit in _limits(backend.gates, "router")]
+        _gate_lines(axes, limits)
+        lowest = min([100 * s for s in shares] + limits + [95])
+        axes.set_ylim(max(0.0, 5 * math.floor((lowest - 1) / 5)), 100)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %"))
+        _layer_axis(axes, backend)
+        return _svg(name, figure, f"Router agreement per layer: least {100 * min(shares):.2f} %")
+
+
+def confidence(name: str, points: Sequence[ConfidencePoint]) -> str | None:
+    """Probability of the best token, reference against backend; None if there is no finite point."""
+    points = [p for p in points if math.isfinite(p.reference) and math.isfinite(p.backend)]
+    if not points:
+        return None
+    different = [p for p in points if not p.same_token]
+    same = _thinned([p for p in points if p.same_token], MOST_POINTS)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas("confidence of the reference", "confidence of the backend")
+        axes.plot([0, 1], [0, 1], color="#8b95a1", linewidth=0.8, zorder=1)
+        for legend, group, colour, marker, size in (("same token", same, REFERENCE, "o", 4.5),
+                                                    ("different token", _thinned(different, MOST_POINTS), BACKEND, "X", 7)):
+            axes.plot([p.reference for p in group], [p.backend for p in group], marker, color=colour, markersize=size,
+                      markeredgecolor="white", markeredgewidth=0.4, alpha=0.8, label=legend, clip_on=False)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        _legend(figure)
+        return _svg(name, figure, f"Confidence of {len(points)} positions; {len(different)} with a different token")
+
+
+def unique_experts(name: str, backend: BackendCheck) -> str | None:
+    """Different experts per MoE layer in use at each denoise step, mean over prompts; None without generations."""
+    reference = [g.reference_unique_experts for g in backend.generations if g.reference_unique_experts]
+    ours = [g.backend_unique_experts for g in backend.generations if g.backend_unique_experts]
+    if not reference and not ours:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas("denoise step", "experts per layer")
+        highest = 0.0
+        for legend, runs, colour, marker, line, wide in (("reference", reference, REFERENCE, "o", "-", 6.5),
+                                                         ("backend", ours, BACKEND, "s", "--", 3.5)):
+            steps = [[v for v in column if v is not None and math.isfinite(v)] for column in zip_longest(*runs)]
+            drawn = [(at, values) for at, values in enumerate(steps, start=1) if values]
+            x = [at for at, _ in drawn]
+            if len(runs) > 1:
+                axes.fill_between(x, [min(v) for _, v in drawn], [max(v) for _, v in drawn], color=colour, alpha=0.12,
+                                  linewidth=0)
+            axes.plot(x, [sum(v) / len(v) for _, v in drawn], line, color=colour, marker=marker, label=legend,
+                      markersize=wide if len(x) <= 32 else wide / 2)
+            highest = max([highest, *(max(v) for _, v in drawn)])
+        axes.set_ylim(0, highest * 1.1 or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        _legend(figure)
+        return _svg(name, figure, "Unique experts per denoise step, reference and backend")
+
+
+def _series(backend: BackendCheck) -> list[Series]:
+    both: list[Series] = [("alone", backend.layers_alone, REFERENCE, "o", "-"),
+                          ("in sequence", backend.layers_in_sequence, BACKEND, "s", "--")]
+    return [series for series in both if series[1]]
+
+
+def _tensors(check: LayerCheck) -> list[TensorError]:
+    return [e for e in (check.update, check.key, check.value) if e is not None]
+
+
+def _error(check: LayerCheck) -> float:
+    """Largest 1 − cosine of the layer's tensors; NaN wins, for it is worse than any number."""
+    errors = [1 - e.cosine_worst for e in _tensors(check)]
+    return math.nan if any(math.isnan(e) for e in errors) else max(errors)
+
+
+def _limits(gates: Iterable[Gate], word: str) -> list[float]:
+    """Different limits of the gates on layers whose name has the word."""
+    return sorted({g.limit for g in gates if word in g.name.lower() and "layer" in g.where.lower()})
+
+
+def _finite_or(value: float, instead: float) -> float:
+    return value if math.isfinite(value) else instead
+
+
+def _ratio(value: float) -> float:
+    return min(max(value, 0.0), NORM_CEILING)
+
+
+def _thinned(points: Sequence[ConfidencePoint], most: int) -> list[ConfidencePoint]:
+    """At most `most` points, evenly taken."""
+    return [points[i * len(points) // most] for i in range(most)] if len(points) > most else list(points)
+
+
+def _marker_size(layers: Sequence[LayerCheck]) -> float:
+    return 5.5 if len(layers) <= 24 else 3.5
+
+
+def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(dpi=72, figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained", facecolor="none")
+    axes = figure.add_subplot(facecolor="none")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.tick_params(length=0, pad=5)
+    return figure, axes
+
+
+def _gate_lines(axes: Axes, limits: Iterable[float]) -> None:
+    for at, limit in enumerate(limits):
+        axes.axhline(limit, color=INK, linewidth=1.3, linestyle=(0, (2, 2)), zorder=2, label=None if at else "gate")
+
+
+def _layer_axis(axes: Axes, backend: BackendCheck) -> None:
+    """Whole layers on the x axis, the first bad one on a red band."""
+    layers = [c.layer for _, checks, *_ in _series(backend) for c in checks] or [0]
+    axes.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
+    axes.grid(False, axis="x")
+    if backend.first_bad_layer is not None:
+        bad = backend.first_bad_layer
+        axes.axvspan(bad - 0.5, bad + 0.5, color=BAD, alpha=0.13, linewidth=0, zorder=0, label=f"first bad: {bad}")
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    _legend(figure)
+
+
+def _legend(figure: Figure) -> None:
+    figure.legend(loc="outside upper left", ncols=4)
+
+
+def _power(value: float) -> str:
+    """10⁻³, with the floor of the axis named as what it is."""
+    exponent = round(math.log10(value))
+    text = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return ("≤ " if value <= SMALLEST * 1.01 else "") + {0: "1", 1: "10"}.get(exponent, text)
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.3g} to {max(values):.3g}" if values else "no finite number"
+
+
+def _svg(name: str, figure: Figure, label: str) -> str:
+    """The figure as an SVG element that may stand in any page beside others."""
+    text = StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same report gives the same bytes
+        figure.savefig(text, format="svg")
+    body = text.getvalue()
+    body = body[body.index("<svg"):]
+    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style\b.*?</style>", "", body, flags=re.DOTALL)
+    body = re.sub(r' (?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", body[:(end := body.index(">"))]) + body[end:]
+    body = body.replace("xlink:href", "href")
+    body = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{name}-", body)
+    return body.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
