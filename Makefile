@@ -43,6 +43,8 @@ test: $(READY) $(PLUGINS) lint types
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck samples/deploy/*.sh
 
 types: $(READY)
 	$(BIN)/mypy
