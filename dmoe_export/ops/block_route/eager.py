@@ -34,6 +34,8 @@ def _coreset(select: Tensor, valid: Tensor, position_ids: Tensor, top_p: Tensor,
     rows, tokens, experts = select.shape
     if attributes.mode == "token":
         return valid[..., None].expand(rows, tokens, experts).clone()
+    if not tokens:  # a salient step may have nothing to route
+        return valid.new_zeros(rows, 0, experts)
     # One slot per block: slots are numbered over the whole batch, padding falls into a last one that is dropped.
     blocks = position_ids.clamp(min=0) // attributes.block_length
     row_ids = torch.arange(rows, device=select.device)[:, None]
