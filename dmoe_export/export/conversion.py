@@ -1,0 +1,122 @@
+"""A checkpoint's weights as a bundle stores them, and digests of what was read; used by the export and by `check`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..bundle.writer import PAGE
+from ..checkpoint.family import Checkpoint
+from ..errors import CheckpointError
+from ..model.load import interleave
+
+DENSE_FILE, EXPERTS_FILE = "denoiser.onnx.data", "experts.bin"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a bundle's data files; `chunks` can be read once, in order (one chunk per expert, for experts)."""
+
+    name: str  # the graph's initializer
+    layer: int | None  # None: embeddings, last norm, vocabulary head
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Iterator[memoryview]
+
+
+def padded_width(hidden: int, width: int, itemsize: int) -> int:
+    """Least I' ≥ I for which every expert slab of H·I'·itemsize bytes is whole pages."""
+    step = PAGE // math.gcd(PAGE, hidden * itemsize)
+    return -(-width // step) * step
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's memory, as bytes."""
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+class Digests:
+    """sha256 per part of a checkpoint, of names and bytes as stored: the trunk (all outside layers), then each layer."""
+
+    def __init__(self, layers: int) -> None:
+        self._trunk, self._layers = hashlib.sha256(), [hashlib.sha256() for _ in range(layers)]
+
+    def update(self, layer: int | None, data: bytes | memoryview) -> None:
+        """Add to a part."""
+        (self._trunk if layer is None else self._layers[layer]).update(data)
+
+    @property
+    def parts(self) -> list[str]:
+        """Hexadecimal, trunk first; final once dense tensors and experts were read to the end."""
+        return [part.hexdigest() for part in (self._trunk, *self._layers)]
+
+
+def identity(checkpoint: Checkpoint, parts: list[str]) -> str:
+    """sha256 over the description of the whole checkpoint and the digests of the parts that were read."""
+    description = repr(sorted(checkpoint.full_description.model_dump().items()))
+    return hashlib.sha256("\n".join((description, *parts)).encode()).hexdigest()
+
+
+class Conversion:
+    """Reads trunk and first layers of a checkpoint tensor by tensor: one chunk or one expert is in memory at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, stored_width: int,
+                 layers: int | None = None) -> None:
+        """`layers` None: all that the checkpoint object keeps."""
+        self._checkpoint, self._dtype, self._width = checkpoint, dtype, stored_width
+        self._layers = checkpoint.description.num_layers if layers is None else layers
+        self.digests = Digests(self._layers)
+
+    def dense(self) -> Iterator[StoredTensor]:
+        """Everything but the routed experts; the router stays float32."""
+        reader = self._checkpoint.reader
+        for ours, tensors in self._checkpoint.weights.dense.items():
+            match = re.match(r"layers\.(\d+)\.", ours)
+            layer = int(match[1]) if match else None
+            if layer is not None and layer >= self._layers:
+                continue
+            dtype = torch.float32 if ".router." in ours else self._dtype
+            shapes = [reader.shape(tensor) for tensor in tensors]
+            shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])  # one below the other
+            yield StoredTensor(ours, layer, dtype, shape, self._dense_chunks(tensors, layer, dtype))
+
+    def experts(self) -> Iterator[StoredTensor]:
+        """Routed experts: per layer [E, 2I', H] interleaved, then [E, H, I']."""
+        d, width = self._checkpoint.description, self._width
+        for layer in d.moe_layers:
+            if layer >= self._layers:
+                return
+            number, pad = d.experts.num_experts, width - d.experts.expert_width
+            for part, shape, padding in (("gate_up", (number, 2 * width, d.hidden_size), (0, 0, 0, 2 * pad)),
+                                         ("down", (number, d.hidden_size, width), (0, pad))):
+                yield StoredTensor(f"layers.{layer}.ffn.{part}", layer, self._dtype, shape,
+                                   self._expert_chunks(layer, part, padding))
+
+    def _dense_chunks(self, tensors: tuple[str, ...], layer: int | None, dtype: torch.dtype) -> Iterator[memoryview]:
+        for tensor in tensors:
+            self.digests.update(layer, tensor.encode())
+            for chunk in self._checkpoint.reader.chunks(tensor):
+                yield self._converted(chunk, layer, dtype, tensor)
+
+    def _expert_chunks(self, layer: int, part: str, padding: tuple[int, ...]) -> Iterator[memoryview]:
+        weights = self._checkpoint.weights
+        self.digests.update(layer, part.encode())
+        for expert in range(self._checkpoint.description.experts.num_experts):
+            slab = interleave(*weights.gate_up(layer, expert)) if part == "gate_up" else weights.down(layer, expert)
+            yield self._converted(slab, layer, self._dtype, f"of layer {layer}'s experts", padding)
+
+    def _converted(self, tensor: Tensor, layer: int | None, dtype: torch.dtype, name: str,
+                   padding: tuple[int, ...] = ()) -> memoryview:
+        self.digests.update(layer, raw_bytes(tensor))  # before type and padding: digests are the checkpoint's alone
+        out = F.pad(tensor.to(dtype), padding)
+        if dtype == torch.float16 and not torch.isfinite(out).all():
+            raise CheckpointError(f"Tensor {name} in {self._checkpoint.folder} has values beyond float16; "
+                                  "use --precision bf16 or fp32.")
+        return raw_bytes(out)
