@@ -34,7 +34,7 @@ def layer(at: int, loss: float, passed: bool = True, router: bool = True, agreei
     routed = RouterAgreement(tokens=512, agreeing=agreeing, largest_gap=2e-4 if agreeing < 512 else 0.0,
                              unique_reference=14, unique_backend=14) if router else None
     return LayerCheck(layer=at, kind="moe" if router else "dense", update=error(loss), key=error(loss / 2),
-                      value=error(loss / 4), router=routed, passed=passed, reason=None if passed else "cosine of update")
+                      value=error(loss / 4), router=routed, passed=passed, reason=None if passed else "cosine")
 
 
 def generation(prompt: str | None = "what is the sum of 3 4 5?", first_difference: int | None = None,
@@ -106,9 +106,10 @@ def failing() -> CheckReport:
         backends=[backend(bad=3, generations=[generation(), generation("What is 2 plus 3?", 9, backend=different),
                                               generation(None, 4, None)])],
         identity=IdentityCheck(same=False, bundle="sha256:8d1f0c…", reference="sha256:77aa31…",
-                               note="The bundle was made from another checkpoint than llada2-mini-tuned; export again or "
-                                    "name the right --reference."),
-        weights=WeightsCheck(compared=True, note="1 of 241 tensors differs from the checkpoint's.", tensors=241, experts=224,
-                             bytes=5_800_000, different=["layer 3 expert 5 gate_up"], first_bad_layer=3, passed=False),
+                               note="The bundle was made from another checkpoint than llada2-mini-tuned; export again "
+                                    "or name the right --reference."),
+        weights=WeightsCheck(compared=True, note="1 of 241 tensors differs from the checkpoint's.", tensors=241,
+                             experts=224, bytes=5_800_000, different=["layer 3 expert 5 gate_up"], first_bad_layer=3,
+                             passed=False),
         engines=[engine(False)], first_bad_layer=3, passed=False,
         verdict="Layer 3 is the first that differs: the worst cosine of its update is 0.88, at least 0.99 is asked.")

@@ -1,6 +1,6 @@
 """Plots of the report: one SVG text per figure, to be put inline into HTML.
 
-Drawn with matplotlib's object interface, so no display and no global state. Text stays text, ids carry the plot's name so that
+Drawn with matplotlib's object interface, so no display is needed. Text stays text, ids carry the plot's name so that
 figures of one page never share one, and nothing in them points outside the page. No text from a model or a user gets in here.
 """
 
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from io import StringIO
 from itertools import zip_longest
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ INK, FAINT, REFERENCE, BACKEND, BAD = "#1d2530", "#d9dee5", "#0b5cad", "#c45a00"
 SMALLEST = 1e-8  # below the resolution of a float32 cosine: drawn on the floor of the axis
 NORM_CEILING = 3.0  # ratios above it are drawn at it: the plot is about departures from 1
 MOST_POINTS = 1500
-STYLE = {"svg.fonttype": "none", "font.family": ["DejaVu Sans"], "font.size": 13, "text.color": INK,
+STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.family": ["DejaVu Sans"], "font.size": 13, "text.color": INK,
          "axes.edgecolor": "#69727d", "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
          "grid.color": FAINT, "grid.linewidth": 0.7, "lines.linewidth": 1.5, "legend.frameon": False,
@@ -49,6 +50,7 @@ def layer_error(name: str, backend: BackendCheck) -> str:
             failed = [(c.layer, e) for c, e in zip(layers, errors, strict=True) if not c.passed]
             axes.plot([x for x, _ in failed], [e for _, e in failed], "X", color=BAD, markersize=9, zorder=5,
                       markeredgecolor="white", clip_on=False)
+            _name_infinite(axes, layers, [_error(c) for c in layers], top)
         _gate_lines(axes, (g for g in limits if bottom <= g <= top))
         axes.set_yscale("log")
         axes.set_ylim(bottom, top)
@@ -74,6 +76,8 @@ def norm_ratio(name: str, backend: BackendCheck) -> str:
             for values in (low, high):
                 axes.plot(x, values, marker, color=colour, markersize=_marker_size(layers) - 1.5, clip_on=False,
                           label=legend if values is low else None)
+            sums = [sum(e.norm_ratio_low + e.norm_ratio_high for e in _tensors(c)) for c in layers]
+            _name_infinite(axes, layers, sums, NORM_CEILING)
         reach = max([abs(e - 1) for e in ends] + [1e-3]) * 1.15
         axes.axhline(1.0, color="#8b95a1", linewidth=0.8, zorder=1)
         _gate_lines(axes, limits)
@@ -114,8 +118,9 @@ def confidence(name: str, points: Sequence[ConfidencePoint]) -> str | None:
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas("confidence of the reference", "confidence of the backend")
         axes.plot([0, 1], [0, 1], color="#8b95a1", linewidth=0.8, zorder=1)
+        unlike = _thinned(different, MOST_POINTS)
         for legend, group, colour, marker, size in (("same token", same, REFERENCE, "o", 4.5),
-                                                    ("different token", _thinned(different, MOST_POINTS), BACKEND, "X", 7)):
+                                                    ("different token", unlike, BACKEND, "X", 7)):
             axes.plot([p.reference for p in group], [p.backend for p in group], marker, color=colour, markersize=size,
                       markeredgecolor="white", markeredgewidth=0.4, alpha=0.8, label=legend, clip_on=False)
         axes.set_xlim(0, 1)
@@ -145,6 +150,7 @@ def unique_experts(name: str, backend: BackendCheck) -> str | None:
                       markersize=wide if len(x) <= 32 else wide / 2)
             highest = max([highest, *(max(v) for _, v in drawn)])
         axes.set_ylim(0, highest * 1.1 or 1)
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         _legend(figure)
         return _svg(name, figure, "Unique experts per denoise step, reference and backend")
@@ -195,6 +201,16 @@ def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
     axes.set_ylabel(y)
     axes.tick_params(length=0, pad=5)
     return figure, axes
+
+
+def _name_infinite(axes: Axes, layers: Sequence[LayerCheck], values: Sequence[float], at: float) -> None:
+    """Say which point stands for no number at all."""
+    for check, value in zip(layers, values, strict=True):
+        if not math.isfinite(value):
+            left = check.layer > (layers[0].layer + layers[-1].layer) / 2
+            axes.annotate("not finite", (check.layer, at), (-9 if left else 9, -11), textcoords="offset points",
+                          ha="right" if left else "left", color=BAD, fontweight="bold")
+            return  # the first is the cause of the rest
 
 
 def _gate_lines(axes: Axes, limits: Iterable[float]) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ..errors import MissingRequirementError, OutputError
@@ -23,6 +25,7 @@ MOST_GENERATIONS = 12  # shown; those that differ come first
 MOST_FAILED_GATES = 8
 SHOWN_TEXT = 400  # characters before and after the first difference
 SHOWN_IDS = 24
+_WORD = re.compile(r"\s{0,80}\S{0,80}")
 _VISIBLE = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421}  # control characters as pictures
 
 
@@ -50,14 +53,19 @@ def write_report(report: CheckReport, path: Path) -> None:
 
 def render_report(report: CheckReport) -> str:
     """The page as text. Raises MissingRequirementError without matplotlib."""
+    drawn = [_plots(f"b{at}", backend) for at, backend in enumerate(report.backends)]
+    return _template().render(report=report, plots=drawn)
+
+
+@cache
+def _template() -> Template:
     environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True, finalize=_visible)
     environment.filters |= {"number": number, "percent": percent, "count": count, "size": size}
     environment.globals |= {"generations": shown_generations, "gate_groups": gate_groups, "key_numbers": key_numbers,
                             "compared": compared, "engine_summary": engine_summary, "failed_gates": failed_gates,
                             "least_exercised": least_exercised}
-    drawn = [_plots(f"b{at}", backend) for at, backend in enumerate(report.backends)]
-    return environment.get_template("report.html.jinja").render(report=report, plots=drawn)
+    return environment.get_template("report.html.jinja")
 
 
 class Plot(NamedTuple):
@@ -80,9 +88,9 @@ def _plots(prefix: str, backend: BackendCheck) -> list[Plot]:
          plots.layer_error(f"{prefix}-error", backend) if layers else None),
         ("Norm ratio per layer", "On 1 is right; between the gates is good.",
          plots.norm_ratio(f"{prefix}-norm", backend) if layers else None),
-        ("Router agreement per layer", "100 %: every token uses the reference's experts.",
+        ("Router agreement per layer", "100 %: same experts for every token.",
          plots.router_agreement(f"{prefix}-router", backend)),
-        ("Confidence, reference against backend", "On the diagonal is right.",
+        ("Confidence", "A dot is a position; on the diagonal is right.",
          plots.confidence(f"{prefix}-confidence", backend.confidence)),
         ("Unique experts per denoise step", "Both lines should coincide; bands are over prompts.",
          plots.unique_experts(f"{prefix}-experts", backend)),
@@ -166,7 +174,7 @@ def key_numbers(backend: BackendCheck) -> Iterator[tuple[str, str, str]]:
     layers = [(c, how) for checks, how in ((backend.layers_alone, "alone"), (backend.layers_in_sequence, "in sequence"))
               for c in checks]
     if layers:
-        worst, how = min(layers, key=lambda entry: _least_cosine(entry[0]))
+        worst, how = min(layers, key=lambda entry: _rank(_least_cosine(entry[0])))
         yield "worst cosine of a layer", number(_least_cosine(worst)), f"layer {worst.layer} {how}"
     yield "worst cosine of logits", number(backend.logits.cosine_worst), count(backend.logits.rows, "position")
     yield "same best token", percent(backend.same_best_token), "of those positions"
@@ -181,9 +189,13 @@ def key_numbers(backend: BackendCheck) -> Iterator[tuple[str, str, str]]:
 
 
 def _least_cosine(check: LayerCheck) -> float:
-    """Least cosine of the layer's tensors; NaN counts as less than any number."""
+    """Least cosine of the layer's tensors; NaN counts as worse than any number."""
     found: list[TensorError] = [e for e in (check.update, check.key, check.value) if e is not None]
-    return min((e.cosine_worst for e in found), key=lambda c: -math.inf if math.isnan(c) else c)
+    return min((e.cosine_worst for e in found), key=_rank)
+
+
+def _rank(cosine: float) -> float:
+    return -math.inf if math.isnan(cosine) else cosine
 
 
 def engine_summary(engine: EngineCheck) -> str:
@@ -215,7 +227,7 @@ def compared(generation: GenerationCheck) -> tuple[Marked, Marked]:
         return _marked_ids(generation.reference_ids, at), _marked_ids(generation.backend_ids, at)
     if generation.first_difference is None:
         return Marked(_head(left), "", ""), Marked(_head(right), "", "")
-    at = len(os.path.commonprefix([left, right]))
+    at = len(os.path.commonprefix([left, right]))  # noqa: RUF071  # by character is what is wanted
     while at and not left[at - 1].isspace():
         at -= 1  # the whole word
     return _marked_text(left, at), _marked_text(right, at)
@@ -223,9 +235,8 @@ def compared(generation: GenerationCheck) -> tuple[Marked, Marked]:
 
 def _marked_text(text: str, at: int) -> Marked:
     before = text[:at] if at <= SHOWN_TEXT else f"… ({at - SHOWN_TEXT:,} characters) … {text[at - SHOWN_TEXT:at]}"
-    word = (text[at:].split(maxsplit=1) or [""])[0][:80]
-    start = text.find(word, at) + len(word) if word else len(text)
-    return Marked(before, word or "(ends here)", _head(text[start:]))
+    word = _WORD.match(text, at)[0]  # type: ignore[index]  # it matches nothing, too
+    return Marked(before, word or "(ends here)", _head(text[at + len(word):]))
 
 
 def _marked_ids(ids: list[int], at: int | None) -> Marked:
