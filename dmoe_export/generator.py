@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundle.reader import Bundle, Verify, open_bundle
-from .decoding.loop import BlockDiffusion, check_batch
+from .decoding.loop import BlockDiffusion
 from .decoding.row import FinishReason
 from .decoding.settings import DecodeSettings
 from .decoding.telemetry import Statistics
@@ -78,9 +78,9 @@ class Generator:
         """Answer one prompt or a batch of prompts; always a list, in the order of the prompts.
 
         A prompt is text, a list of chat messages (`{"role", "content"}`), or a list of token ids. Text is wrapped in
-        the chat template unless `chat` is false. `options`: the fields of `DecodeSettings` (max_new_tokens, threshold,
-        steps, temperature, seed, …), the run-time routing settings `coreset_top_p`, `min_experts`, `coreset_size`, and
-        `block_length`, which must be the bundle's.
+        the chat template unless `chat` is false. `options`: the fields of `DecodeSettings` (max_new_tokens, cache,
+        acceptance, threshold, steps, temperature, seed, …) and the run-time routing settings `coreset_top_p`,
+        `min_experts`, `coreset_size`.
         """
         batch = self._batch(prompts)
         tokens: list[list[int]] = [[] for _ in batch]
@@ -97,14 +97,14 @@ class Generator:
         """Finished blocks as they come, `index` telling the prompt; arguments and errors as in `generate`."""
         settings = self._settings(options)
         encoded = [self._encode(prompt, chat) for prompt in self._batch(prompts)]
-        check_batch(self.backend, len(encoded))
+        loop = BlockDiffusion(self.backend, settings, self.bundle.manifest.bytes_per_expert)
         for number, ids in enumerate(encoded):
             self._check(number, ids, settings)
-        return self._blocks(encoded, settings)
+        loop.check(encoded)
+        return self._blocks(encoded, loop)
 
-    def _blocks(self, encoded: list[list[int]], settings: DecodeSettings) -> Iterator[Block]:
+    def _blocks(self, encoded: list[list[int]], loop: BlockDiffusion) -> Iterator[Block]:
         texts = [TextStream(self.text) for _ in encoded] if self.text else None
-        loop = BlockDiffusion(self.backend, settings, self.bundle.manifest.experts.bytes_per_expert)
         for block in loop.decode(encoded):
             text = texts[block.index].push(block.token_ids, block.finish_reason is not None) if texts else None
             yield Block(block.index, block.token_ids, text, block.finish_reason, block.statistics)
@@ -120,19 +120,17 @@ class Generator:
     def _settings(self, options: dict[str, Any]) -> DecodeSettings:
         options = dict(options)
         routing = self.backend.routing
-        block_length = options.pop("block_length", None)
-        if block_length not in (None, routing.block_length):
-            raise RequestError(f"block_length {block_length} differs from the bundle's {routing.block_length}; routing "
-                               "and decoding share one grid, so export with --block-length to change it.")
         chosen: dict[str, float | int] = {}
-        experts = self.backend.description.moe.num_experts
+        moe = self.backend.description.moe
+        experts = moe.num_experts if moe else 0
         for option, name, low, high in (("coreset_top_p", "top_p", 0, 1), ("min_experts", "min_experts", 1, experts),
                                         ("coreset_size", "coreset_size", 1, experts)):
             value = options.pop(option, None)
             if value is None:
                 continue
             if name not in RUNTIME_SETTINGS[routing.mode]:
-                raise RequestError(f"{option} has no meaning in this bundle: its routing mode is {routing.mode}.")
+                raise RequestError(f"{option} has no meaning in this bundle: " + (
+                    f"its routing mode is {routing.mode}." if moe else "its model is dense."))
             if not low <= value <= high:
                 raise RequestError(f"{option} is {value}, it must be between {low} and {high}.")
             chosen[name] = value

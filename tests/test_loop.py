@@ -76,7 +76,7 @@ def test_length_end_and_no_tail():
     tokens, last = run(Scripted(), [[7] * 6], max_new_tokens=5)
     assert tokens == [answer(6, 5)] and last[0].finish_reason == "length"
     statistics = last[0].statistics
-    assert statistics.forwards_by_phase == {"prefill": 1, "denoise": 2, "commit": 1}
+    assert statistics.forwards_by_phase == {"prefill": 1, "full": 0, "denoise": 2, "commit": 1}
     assert statistics.unique_experts == 4.0
     assert statistics.expert_bytes_touched == 4 * 4 * 10
     assert statistics.tokens_per_forward == 5 / 4

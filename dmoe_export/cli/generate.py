@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..bundle.reader import read_manifest
+from ..decoding.settings import ACCEPTANCES, CACHES
 from ..errors import RequestError
 from ..generator import Generation, Generator, Prompt
 from ..runtime.choose import BACKENDS
@@ -21,9 +22,18 @@ from .progress import byte_bar
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="File with the prompt's text.")
 @click.option("--prompt-ids", help="Token ids, separated by commas; needs no tokenizer.")
 @click.option("--max-new-tokens", type=int, default=128, show_default=True)
-@click.option("--acceptance", type=click.Choice(["threshold", "fixed", "factor"]), default="threshold",
-              show_default=True, help="Which decoded positions are kept after a step.")
-@click.option("--threshold", type=float, default=0.95, show_default=True, help="Confidence of acceptance threshold.")
+@click.option("--cache", type=click.Choice(CACHES), default="auto", show_default=True,
+              help="What is kept between forwards; auto: block for block-causal models, prefix for full-canvas ones.")
+@click.option("--acceptance", type=click.Choice(ACCEPTANCES), default="threshold", show_default=True,
+              help="Which decoded positions are kept after a step.")
+@click.option("--threshold", type=float, default=0.95, show_default=True,
+              help="Confidence of acceptance threshold, hierarchy and credit.")
+@click.option("--low-threshold", type=float, default=0.4, show_default=True, help="Of acceptance hierarchy.")
+@click.option("--credit-alpha", type=float, default=0.7, show_default=True, help="Strength of acceptance credit.")
+@click.option("--credit-beta", type=float, default=0.8, show_default=True, help="Decay of acceptance credit.")
+@click.option("--credit-gamma", type=float, default=0.2, show_default=True, help="Exponent of acceptance credit.")
+@click.option("--edit-threshold", type=float, help="Replace decoded tokens when another is surer than this [off].")
+@click.option("--edit-passes", type=int, default=16, show_default=True, help="Most edit forwards after the last mask.")
 @click.option("--factor", type=float, default=1.0, show_default=True, help="Factor of acceptance factor.")
 @click.option("--steps", type=int, default=32, show_default=True, help="Most denoise steps per block.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
@@ -33,7 +43,7 @@ from .progress import byte_bar
 @click.option("--coreset-top-p", type=float, help="p of top_p routing [the bundle's].")
 @click.option("--min-experts", type=int, help="Least coreset size of top_p routing [the bundle's].")
 @click.option("--coreset-size", type=int, help="C of top_c routing [the bundle's].")
-@click.option("--block-length", type=int, help="Must be the bundle's; for scripts that state it.")
+@click.option("--block-length", type=int, help="Decoding block of a full-canvas model [the bundle's].")
 @click.option("--eos-id", type=int, help="Token that ends the answer [the model's]; -1 for none.")
 @click.option("--early-stop/--no-early-stop", default=True, show_default=True, help="End inside a block at an EOS.")
 @click.option("--chat/--no-chat", default=True, show_default=True, help="Wrap text in the chat template.")
@@ -89,13 +99,14 @@ def _json(result: Generation, generator: Generator) -> str:
 
 
 def _summary(result: Generation, generator: Generator) -> str:
-    experts = generator.backend.description.moe.num_experts
+    moe = generator.backend.description.moe
     stats = result.stats
     phases = ", ".join(f"{count} {phase}" for phase, count in stats.forwards_by_phase.items() if count)
     seconds = sum(stats.seconds_by_phase.values())
+    experts = (f"{stats.unique_experts:.1f} of {moe.num_experts} experts per layer in a denoise forward, "
+               f"{stats.expert_bytes_touched / 1e6:.1f} MB of expert weights touched, ") if moe else ""
     return (f"[{result.finish_reason}: {stats.new_tokens} tokens, {stats.forwards} forward passes ({phases}), "
-            f"{stats.unique_experts:.1f} of {experts} experts per layer in a denoise forward, "
-            f"{stats.expert_bytes_touched / 1e6:.1f} MB of expert weights touched, {seconds:.2f} s "
+            f"{experts}{seconds:.2f} s "
             f"on {generator.backend.name}: {generator.backend_choice}]")
 
 

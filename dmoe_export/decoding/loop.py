@@ -1,6 +1,7 @@
-"""Block diffusion with the exact block cache: prefill, denoise and commit rows of a batch, each at its own block.
+"""Iterative denoising of a batch, each row at its own block: a cache policy plans, one forward runs, rows take results.
 
-Sources: LLaDA2.X and dMoE reference loops, with the corrections of spec decoding.md ("What the references get wrong").
+Sources: reference loops of LLaDA2.X, dMoE and Fast-dLLM, with the corrections of spec decoding.md ("What the references
+get wrong").
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import numpy as np
 
 from ..errors import RequestError
 from ..runtime.backend import Backend, Cache, ForwardInputs, ForwardOutputs, Ints, Limits
-from .acceptance import policy, schedule
+from .acceptance import credit, edits, schedule
+from .acceptance import policy as acceptance_policy
+from .caching import Plan, longest
+from .caching import policy as cache_policy
 from .row import FinishReason, Row
-from .sampling import sample
+from .sampling import Reals, greedy, sample, without
 from .settings import DecodeSettings
 from .telemetry import Statistics
 
@@ -36,30 +40,52 @@ class BlockDiffusion:
     """Decodes a batch of prompts; iterate to get finished blocks as they come."""
 
     def __init__(self, backend: Backend, settings: DecodeSettings, bytes_per_expert: int = 0) -> None:
+        """Raises RequestError for settings that make no sense with the backend's model."""
         self._backend, self._settings, self._bytes = backend, settings, bytes_per_expert
-        self._n = backend.routing.block_length
+        bundled = backend.routing.block_length
+        n = self._n = settings.block_length or bundled
+        if n != bundled and backend.description.attention == "block_causal":
+            raise RequestError(f"block_length {n} differs from the bundle's {bundled}; attention, routing and decoding "
+                               "share one grid, so export with --block-length to change it.")
         limit = (backend.limits or Limits()).max_tokens
-        if limit is not None and limit < self._n:
-            raise RequestError(f"The engine takes at most {limit} tokens in one forward, a block has {self._n}; build "
-                               f"one with: dmoe-export build BUNDLE --max-prefill {self._n}.")
-        self._chunk = max(1, min(PREFILL_TOKENS, limit or PREFILL_TOKENS) // self._n) * self._n
-        self._accept = policy(settings)
-        self._schedule = schedule(self._n, settings.steps)
+        if limit is not None and limit < n:
+            raise RequestError(f"The engine takes at most {limit} tokens in one forward, a block has {n}; build "
+                               f"one with: dmoe-export build BUNDLE --max-prefill {n}.")
+        chunk = max(1, min(PREFILL_TOKENS, limit or PREFILL_TOKENS) // n) * n
+        self._plan_of = cache_policy(backend.description, settings.cache, chunk)
+        self._accept = acceptance_policy(settings)
+        self._needs_logits = settings.temperature > 0 or settings.acceptance == "credit"
+
+    def check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raise RequestError when the prompts, or the forwards their answers take, are more than the backend takes."""
+        limits = self._backend.limits or Limits()
+        if limits.max_batch is not None and len(prompts) > limits.max_batch:
+            raise RequestError(f"{len(prompts)} prompts at once are more than the engine was built for "
+                               f"({limits.max_batch}); give fewer, or build one with: dmoe-export build BUNDLE "
+                               f"--max-batch {len(prompts)}.")
+        for i, prompt in enumerate(prompts):
+            total = len(prompt) + self._settings.max_new_tokens
+            tokens = longest(self._backend.description, self._settings.cache, total, self._n)
+            if limits.max_tokens is not None and tokens > limits.max_tokens:
+                grid = self._backend.routing.block_length
+                raise RequestError(f"Prompt {i} of {len(prompt)} tokens and {self._settings.max_new_tokens} new ones "
+                                   f"need forwards of {tokens} tokens, the engine takes at most {limits.max_tokens}; "
+                                   "build one with: dmoe-export build BUNDLE --max-prefill "
+                                   f"{-(-tokens // grid) * grid}.")
 
     def decode(self, prompts: Sequence[Sequence[int]]) -> Iterator[BlockDecoded]:
         """Prompts of token ids (not empty) → finished blocks; a row's result does not depend on its neighbours.
 
-        Raises RequestError when there are more prompts than the backend takes rows.
+        Raises RequestError as `check` does.
         """
-        check_batch(self._backend, len(prompts))
+        self.check(prompts)
         live = [Row(i, list(p), self._settings, self._backend.description, self._n, self._bytes)
                 for i, p in enumerate(prompts)]
         cache = self._backend.new_cache(len(live))
-        self._prefill(live, cache)
         while live:
             self._step(live, cache)
             for row in live:
-                if row.finish_reason or (row.committing and row.emitted < min(row.span.stop, row.end)):
+                if row.finish_reason or (row.settled and row.emitted < min(row.span.stop, row.end)):
                     yield BlockDecoded(row.index, row.take_new(), row.finish_reason, row.statistics)
             staying = [i for i, row in enumerate(live) if row.finish_reason is None]
             if len(staying) < len(live):
@@ -67,79 +93,103 @@ class BlockDiffusion:
                 if live:
                     cache.keep(staying)
 
-    def _prefill(self, rows: list[Row], cache: Cache) -> None:
-        """Whole prompt blocks, in chunks."""
-        chunk = self._chunk
-        longest = max(row.prefill_length for row in rows)
-        for start in range(0, longest, chunk):
-            width = min(chunk, longest - start)
-            ids = np.zeros((len(rows), width), np.int64)
-            positions = np.full((len(rows), width), -1, np.int64)
-            for i, row in enumerate(rows):
-                stop = min(row.prefill_length, start + width)
-                if stop > start:
-                    ids[i, :stop - start] = row.canvas[start:stop]
-                    positions[i, :stop - start] = np.arange(start, stop)
-            nothing = np.full((len(rows), 1), -1, np.int64)
-            inputs = ForwardInputs(ids, positions, nothing, self._settings.routing, want_keys_values=True)
-            outputs, seconds = self._forward(inputs, cache)
-            cache.commit(inputs, outputs, positions >= 0)
-            for i, row in enumerate(rows):
-                if (positions[i] >= 0).any():
-                    row.statistics.record("prefill", outputs.expert_ids[:, i], seconds)
-
     def _step(self, rows: list[Row], cache: Cache) -> None:
-        """One forward of every row's active block: a denoise step, or the commit of a finished block."""
-        committing = np.array([row.committing for row in rows])
-        ids = np.stack([row.canvas[row.span] for row in rows])
-        positions = np.stack([np.arange(row.span.start, row.span.stop) for row in rows])
-        gaps = [row.gaps() for row in rows]
-        inputs = ForwardInputs(ids, positions, _padded(gaps), self._settings.routing,
-                               want_logits=self._settings.temperature > 0, want_keys_values=bool(committing.any()))
-        outputs, seconds = self._forward(inputs, cache)
-        for i, row in enumerate(rows):
-            row.statistics.record("commit" if committing[i] else "denoise", outputs.expert_ids[:, i], seconds)
-            if not committing[i]:
-                self._denoise(row, gaps[i], outputs, i)
-        if committing.any():
-            cache.commit(inputs, outputs, np.broadcast_to(committing[:, None], ids.shape))
-            for row, is_commit in zip(rows, committing, strict=True):
-                if is_commit:
-                    row.advance()
-
-    def _denoise(self, row: Row, gaps: Ints, outputs: ForwardOutputs, i: int) -> None:
-        """Choose tokens for the masked places and keep those the policy accepts."""
-        m = len(gaps)
-        if self._settings.temperature > 0:
-            assert outputs.logits is not None
-            mask_id = self._backend.description.mask_id
-            tokens, confidence = sample(outputs.logits[i, :m], mask_id, self._settings, row.rng)
-        else:
-            tokens, confidence = outputs.token_ids[i, :m], outputs.confidence[i, :m]
-        if row.step + 1 >= self._settings.steps:
-            accepted = np.ones(m, bool)  # out of steps: what is still masked takes its choice
-        else:
-            accepted = self._accept(confidence, self._schedule[row.step])
-        row.fill(gaps[accepted], tokens[accepted])
-
-    def _forward(self, inputs: ForwardInputs, cache: Cache) -> tuple[ForwardOutputs, float]:
+        """One forward: of the rows whose turn it is, each with what its cache policy asks for."""
+        plans = _turn([self._plan(row) for row in rows])
+        cleared = [i for i, plan in enumerate(plans) if plan is not None and plan.clear]
+        if cleared:
+            cache.clear(cleared)
+        asked = [_asked(row) if plan is not None and plan.decodes else _nothing()
+                 for row, plan in zip(rows, plans, strict=True)]
+        inputs = self._inputs(rows, plans, asked)
         start = time.perf_counter()
         outputs = self._backend.forward(inputs, cache)
-        return outputs, time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        take = np.zeros(inputs.input_ids.shape, bool)
+        for i, (row, plan) in enumerate(zip(rows, plans, strict=True)):
+            if plan is None:
+                continue
+            row.statistics.record(plan.phase, outputs.expert_ids[:, i], seconds)
+            row.cached *= not plan.clear
+            changed = plan.decodes and self._denoise(row, asked[i], outputs, i)
+            if plan.commit is not None and not (plan.if_unchanged and changed):
+                take[i, :len(plan.commit)] = plan.commit
+                row.cached += int(plan.commit.sum())
+        if take.any():
+            cache.commit(inputs, outputs, take)
+
+    def _plan(self, row: Row) -> Plan:
+        plan = self._plan_of(row)
+        if plan is None:
+            row.advance()
+            plan = self._plan_of(row)
+        assert plan is not None, "a fresh block asks for a forward"
+        return plan
+
+    def _inputs(self, rows: list[Row], plans: list[Plan | None], asked: list[Ints]) -> ForwardInputs:
+        """The planned queries of all rows, padded at position −1; `asked`: places whose prediction is wanted."""
+        width = max(plan.stop - plan.start for plan in plans if plan is not None)
+        ids = np.zeros((len(rows), width), np.int64)
+        positions = np.full((len(rows), width), -1, np.int64)
+        wanted = np.full((len(rows), max(1, *(len(places) for places in asked))), -1, np.int64)
+        for i, (row, plan) in enumerate(zip(rows, plans, strict=True)):
+            if plan is not None:
+                ids[i, :plan.stop - plan.start] = row.canvas[plan.start:plan.stop]
+                positions[i, :plan.stop - plan.start] = np.arange(plan.start, plan.stop)
+                wanted[i, :len(asked[i])] = asked[i] + row.span.start - row.shift - plan.start
+        return ForwardInputs(ids, positions, wanted, self._settings.routing, self._needs_logits and bool(
+            (wanted >= 0).any()), any(plan is not None and plan.commit is not None for plan in plans))
+
+    def _denoise(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> bool:
+        """Fill the masked places whose choice the policy accepts, edit decoded ones; whether anything changed."""
+        gaps = row.gaps()
+        m, places = len(gaps), asked[len(gaps):]
+        tokens, confidence = self._choose(row, gaps, outputs, i)
+        if row.step + 1 >= self._settings.steps:
+            accepted = np.ones(m, bool)  # out of steps: what is still masked takes its choice
+        elif m:
+            width = row.span.stop - row.span.start
+            accepted = self._accept(confidence, gaps, schedule(width, self._settings.steps)[row.step])
+        else:
+            accepted = np.zeros(0, bool)
+        written, values = gaps[accepted], tokens[accepted]
+        if len(places):
+            best, certain = outputs.token_ids[i, m:m + len(places)], outputs.confidence[i, m:m + len(places)]
+            assert self._settings.edit_threshold is not None
+            chosen = edits(best, certain, row.canvas[row.span.start + places], self._settings.edit_threshold)
+            written, values = np.append(written, places[chosen]), np.append(values, best[chosen])
+            row.statistics.edits += int(chosen.sum())
+        row.write(written, values)
+        return len(written) > 0
+
+    def _choose(self, row: Row, gaps: Ints, outputs: ForwardOutputs, i: int) -> tuple[Ints, Reals]:
+        """Tokens [m] for the masked places and their confidences [m]."""
+        m, settings = len(gaps), self._settings
+        if not self._needs_logits or not m:
+            return outputs.token_ids[i, :m], outputs.confidence[i, :m]
+        assert outputs.logits is not None
+        logits = without(outputs.logits[i, :m], self._backend.description.mask_id)
+        if settings.acceptance == "credit":
+            logits, row.credits = credit(logits, gaps, row.credits, settings.credit_alpha, settings.credit_beta,
+                                         settings.credit_gamma)
+        return sample(logits, settings, row.rng) if settings.temperature > 0 else greedy(logits)
 
 
-def check_batch(backend: Backend, rows: int) -> None:
-    """Raise RequestError when a backend does not take so many rows at once."""
-    most = (backend.limits or Limits()).max_batch
-    if most is not None and rows > most:
-        raise RequestError(f"{rows} prompts at once are more than the engine was built for ({most}); give fewer, or "
-                           f"build one with: dmoe-export build BUNDLE --max-batch {rows}.")
+def _turn(plans: list[Plan]) -> list[Plan | None]:
+    """Whose turn it is: prefills first, then steps of blocks, full forwards when all rows have come to one.
+
+    A forward is as wide as its widest row, so rows wait for each other where waiting saves a wide forward.
+    """
+    for phases in (("prefill",), ("denoise", "commit"), ("full",)):
+        if any(plan.phase in phases for plan in plans):
+            break
+    return [plan if plan.phase in phases else None for plan in plans]
 
 
-def _padded(places: list[Ints]) -> Ints:
-    """Ragged index lists as one array [B, M ≥ 1], −1 = nothing."""
-    width = max(1, *(len(p) for p in places))
-    out = np.full((len(places), width), -1, np.int64)
-    for i, p in enumerate(places):
-        out[i, :len(p)] = p
-    return out
+def _asked(row: Row) -> Ints:
+    """Places of the active block whose prediction is wanted: the masked ones, then those that may be edited."""
+    return np.append(row.gaps(), row.editable())
+
+
+def _nothing() -> Ints:
+    return np.zeros(0, np.int64)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..description import ModelDescription
 from ..runtime.backend import Ints
+from .acceptance import Credits
 from .settings import DecodeSettings
 from .telemetry import Statistics
 
@@ -15,20 +16,31 @@ FinishReason = Literal["eos", "length"]
 
 
 class Row:
-    """State of one sequence; positions are absolute, blocks lie on the absolute grid."""
+    """State of one sequence; positions are absolute.
+
+    Block-causal models: blocks lie on the absolute grid, the first may begin with prompt. Full-canvas models: the
+    canvas is prompt + new tokens and the blocks count from the prompt's end, as in LLaDA; the last may be shorter.
+    """
 
     def __init__(self, index: int, prompt: list[int], settings: DecodeSettings, description: ModelDescription,
                  block_length: int, bytes_per_expert: int) -> None:
         self.index, self.settings, self.n = index, settings, block_length
         self.prompt_length = len(prompt)
         self.end = len(prompt) + settings.max_new_tokens
-        size = -(-self.end // block_length) * block_length
+        self._full = description.attention == "full"
+        size = self.end if self._full else -(-self.end // block_length) * block_length
         self.canvas = np.full(size, description.mask_id, np.int64)
         self.canvas[:len(prompt)] = prompt
         # What is masked is remembered apart from the ids: a mask id in the prompt is text, not a gap.
         self.masked = np.arange(size) >= len(prompt)
-        self.block = len(prompt) // block_length
-        self.step = 0
+        self._first = len(prompt) if self._full else len(prompt) // block_length * block_length
+        self.block = 0  # counted from the one in which the answer begins
+        self.step = 0  # forwards that decoded the active block
+        self.settled = False  # the active block is finished
+        self.cached = 0  # tokens in the row's cache
+        self.shift = int(description.logit_shift)
+        self.credits: Credits = {}
+        self._edit_passes = 0
         self.emitted = len(prompt)  # positions below this were yielded
         self.eos_id = description.eos_id if settings.eos_id is None else settings.eos_id
         self.rng = np.random.default_rng(settings.seed + index)
@@ -43,33 +55,48 @@ class Row:
     @property
     def span(self) -> slice:
         """Positions of the active block."""
-        return slice(self.block * self.n, (self.block + 1) * self.n)
+        start = self._first + self.block * self.n
+        return slice(start, min(start + self.n, len(self.canvas)))
 
     @property
-    def committing(self) -> bool:
-        """The active block has no mask left: its next forward is its commit."""
-        return not self.masked[self.span].any()
+    def horizon(self) -> int:
+        """The active block sees the positions below this."""
+        return len(self.canvas) if self._full else self.span.stop
 
     def gaps(self) -> Ints:
         """Masked places of the active block, as indices into it."""
         return np.flatnonzero(self.masked[self.span])
 
-    def fill(self, places: Ints, tokens: Ints) -> None:
-        """Decode places of the active block, and see whether the sequence has ended."""
-        start = self.block * self.n
-        self.canvas[start + places] = tokens
-        self.masked[start + places] = False
+    def editable(self) -> Ints:
+        """Decoded places of the active block that editing may change; the prompt's are not."""
+        if self.settings.edit_threshold is None:
+            return np.zeros(0, np.int64)
+        places = np.flatnonzero(~self.masked[self.span])
+        return places[places + self.span.start >= self.prompt_length]
+
+    def write(self, places: Ints, tokens: Ints) -> None:
+        """The outcome of a step: tokens for places of the active block; see whether block or sequence have ended."""
+        span = self.span
+        had_gaps = bool(self.masked[span].any())
+        self.canvas[span.start + places] = tokens
+        self.masked[span.start + places] = False
         self.step += 1
-        done = not self.masked[self.span].any()
-        if done or self.settings.early_stop:
-            self._look_for_end(start)
-        if done and self.finish_reason is None and self.span.stop >= self.end:
+        self._edit_passes += not had_gaps
+        editing = self.settings.edit_threshold is not None and self._edit_passes < self.settings.edit_passes
+        looked_over = not had_gaps and not len(places)
+        self.settled = not self.masked[span].any() and (looked_over or not editing)
+        # While tokens can still be edited, an EOS is not final.
+        if self.settled or (self.settings.early_stop and self.settings.edit_threshold is None):
+            self._look_for_end(span.start)
+        if self.settled and self.finish_reason is None and span.stop >= self.end:
             self.finish_reason = "length"
 
     def advance(self) -> None:
         """Go to the next block."""
         self.block += 1
-        self.step = 0
+        self.step = self._edit_passes = 0
+        self.settled = False
+        self.credits = {}
 
     def _look_for_end(self, start: int) -> None:
         """An EOS of the answer with nothing masked before it ends the sequence."""

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from ..runtime.backend import Floats, Ints
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.backend import Ints
 from .settings import DecodeSettings
 
+Reals = NDArray[np.floating[Any]]
 
-def sample(logits: Floats, mask_id: int, settings: DecodeSettings, rng: np.random.Generator) -> tuple[Ints, Floats]:
-    """Tokens [m] and confidences [m] from logits [m, V].
 
-    The mask token is never chosen. The confidence is the model's own probability of the chosen token (temperature 1,
-    no filter): filters must not make a guess look certain.
+def without(logits: Reals, mask_id: int) -> Reals:
+    """Logits [m, V] in float64 in which the mask token cannot be chosen."""
+    allowed = logits.astype(np.float64)
+    allowed[:, mask_id] = -np.inf
+    return allowed
+
+
+def greedy(logits: Reals) -> tuple[Ints, Reals]:
+    """Best tokens [m] and their probabilities [m] from logits [m, V]; ties: lower id first."""
+    tokens = logits.argmax(axis=-1)
+    return tokens, _probabilities(logits, tokens)
+
+
+def sample(logits: Reals, settings: DecodeSettings, rng: np.random.Generator) -> tuple[Ints, Reals]:
+    """Drawn tokens [m] and confidences [m] from logits [m, V].
+
+    The confidence is the model's own probability of the drawn token (temperature 1, no filter): filters must not make a
+    guess look certain.
     """
-    logits = logits.astype(np.float64)
-    logits[:, mask_id] = -np.inf
-    probs = _softmax(logits)
     drawn = np.array([_draw(row, settings, u) for row, u in zip(logits, rng.random(len(logits)), strict=True)],
                      dtype=np.int64)
-    return drawn, probs[np.arange(len(drawn)), drawn].astype(np.float32)
+    return drawn, _probabilities(logits, drawn)
+
+
+def _probabilities(logits: Reals, tokens: Ints) -> Reals:
+    return _softmax(logits)[np.arange(len(tokens)), tokens].astype(np.float32)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import RequestError
 
-AcceptanceName = Literal["threshold", "fixed", "factor"]
+AcceptanceName = Literal["threshold", "fixed", "factor", "hierarchy", "credit"]
+CacheName = Literal["auto", "block", "none", "prefix", "dual"]
+ACCEPTANCES: tuple[AcceptanceName, ...] = get_args(AcceptanceName)
+CACHES: tuple[CacheName, ...] = get_args(CacheName)
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
     """Settings of one request; defaults are those of LLaDA2 (spec decoding.md).
 
-    `steps`: most denoise forwards per block. `threshold`, `factor`: of the acceptance policy of that name.
+    `block_length` None is the bundle's; only full-canvas models decode in blocks of another length. `steps`: most
+    denoise forwards per block that fill masks. `cache`: see decoding/caching.py. `threshold`: of acceptance threshold,
+    hierarchy and credit; `factor`, `low_threshold` (hierarchy) and `credit_*` of the acceptance they name.
+    `edit_threshold`: decoded tokens of the active block are replaced when another has a higher probability than this
+    (LLaDA2.1; None = never), for at most `edit_passes` forwards after the block's last mask.
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off; row i of a batch draws with `seed` + i.
     `eos_id` −1 = never stop at a token, None = the model's. `early_stop`: end inside a block as soon as an EOS has
-    nothing masked before it. `routing`: run-time routing settings (top_p, min_experts, coreset_size) to change from the
-    bundle's defaults.
+    nothing masked before it (with editing always at the block's end). `routing`: run-time routing settings (top_p,
+    min_experts, coreset_size) to change from the bundle's defaults.
     """
 
     max_new_tokens: int = 128
+    block_length: int | None = None
     steps: int = 32
+    cache: CacheName = "auto"
     acceptance: AcceptanceName = "threshold"
     threshold: float = 0.95
     factor: float = 1.0
+    low_threshold: float = 0.4
+    credit_alpha: float = 0.7
+    credit_beta: float = 0.8
+    credit_gamma: float = 0.2
+    edit_threshold: float | None = None
+    edit_passes: int = 16
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -36,13 +51,22 @@ class DecodeSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
+        finite = float("inf")
         rules = [
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("block_length", self.block_length is None or self.block_length >= 1, "at least 1"),
             ("steps", self.steps >= 1, "at least 1"),
-            ("acceptance", self.acceptance in ("threshold", "fixed", "factor"), "threshold, fixed or factor"),
+            ("cache", self.cache in CACHES, _one_of(CACHES)),
+            ("acceptance", self.acceptance in ACCEPTANCES, _one_of(ACCEPTANCES)),
             ("threshold", 0 <= self.threshold <= 1, "between 0 and 1"),
             ("factor", self.factor >= 0, "at least 0"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("low_threshold", 0 <= self.low_threshold <= 1, "between 0 and 1"),
+            ("credit_alpha", 0 <= self.credit_alpha < finite, "0 (off) or more"),
+            ("credit_beta", 0 <= self.credit_beta <= 1, "between 0 and 1"),
+            ("credit_gamma", 0 <= self.credit_gamma < finite, "0 or more"),
+            ("edit_threshold", self.edit_threshold is None or 0 <= self.edit_threshold <= 1, "between 0 and 1"),
+            ("edit_passes", self.edit_passes >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < finite, "0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("seed", self.seed >= 0, "0 or more"),
@@ -51,3 +75,7 @@ class DecodeSettings:
         for name, holds, rule in rules:
             if not holds:
                 raise RequestError(f"{name} is {getattr(self, name)}, it must be {rule}.")
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-Phase = Literal["prefill", "denoise", "commit"]
+Phase = Literal["prefill", "full", "denoise", "commit"]
+PHASES: tuple[Phase, ...] = get_args(Phase)  # full: a decoding forward of all that the active block can see
 
 
 def unique_experts(expert_ids: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -24,11 +25,10 @@ class Statistics:
     bytes_per_expert: int
     new_tokens: int = 0
     blocks: int = 0
-    forwards_by_phase: dict[Phase, int] = field(default_factory=lambda: {"prefill": 0, "denoise": 0, "commit": 0})
-    seconds_by_phase: dict[Phase, float] = field(default_factory=lambda: {"prefill": 0.0, "denoise": 0.0,
-                                                                          "commit": 0.0})
-    unique_by_phase: dict[Phase, list[float]] = field(default_factory=lambda: {"prefill": [], "denoise": [],
-                                                                               "commit": []})
+    edits: int = 0
+    forwards_by_phase: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    seconds_by_phase: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    unique_by_phase: dict[Phase, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
     expert_bytes_touched: int = 0
 
     def record(self, phase: Phase, expert_ids: NDArray[np.int32], seconds: float) -> None:
@@ -36,7 +36,7 @@ class Statistics:
         unique = unique_experts(expert_ids)
         self.forwards_by_phase[phase] += 1
         self.seconds_by_phase[phase] += seconds
-        self.unique_by_phase[phase].append(float(unique.mean()))
+        self.unique_by_phase[phase].append(float(unique.mean()) if unique.size else 0.0)
         self.expert_bytes_touched += int(unique.sum()) * self.bytes_per_expert
 
     @property
@@ -46,8 +46,8 @@ class Statistics:
 
     @property
     def unique_experts(self) -> float:
-        """Unique experts of a denoise forward: mean over MoE layers, then over denoise forwards."""
-        values = self.unique_by_phase["denoise"]
+        """Unique experts of a denoise forward: mean over MoE layers, then over forwards; full ones if no other."""
+        values = self.unique_by_phase["denoise"] or self.unique_by_phase["full"]
         return float(np.mean(values)) if values else 0.0
 
     @property

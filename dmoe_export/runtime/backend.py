@@ -48,10 +48,14 @@ class Limits:
 
 
 class Cache(Protocol):
-    """Keys and values of finished blocks; only the host decides what enters."""
+    """Keys and values of earlier forwards; only the host decides what enters and when it leaves."""
 
     def commit(self, inputs: ForwardInputs, outputs: ForwardOutputs, take: Bools) -> None:
         """Append the tokens marked in take [B, T] to their rows."""
+        ...
+
+    def clear(self, rows: list[int]) -> None:
+        """Forget everything these rows have cached."""
         ...
 
     def keep(self, rows: list[int]) -> None:

@@ -33,6 +33,10 @@ class HostCache:
             self.positions[row, where] = inputs.position_ids[row, take[row]]
         self.lengths += counts
 
+    def clear(self, rows: list[int]) -> None:
+        """Forget everything these rows have cached; the arrays keep their length, so that shapes repeat."""
+        self.positions[rows], self.lengths[rows] = -1, 0
+
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only, in this order."""
         self.keys = [x[rows] for x in self.keys]

@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import RequestError
 from .backend import Bools, ForwardInputs, ForwardOutputs
@@ -117,6 +118,21 @@ class DeviceCache:
                     place += stop - start
                 self.positions[row, self.lengths[row]:place] = inputs.position_ids[row, take[row]]
         self.lengths += counts
+        self.stale = True
+
+    def fetch(self, outputs: ForwardOutputs) -> NDArray[np.uint8]:
+        """A forward's new keys, then values, on the host as bytes [2L, B, Hkv, T, D·itemsize]; waits for the device."""
+        new: Slab = outputs.keys_values
+        rows, heads, length, _ = new.shape
+        raw = np.empty((new.geometry.parts, new.height, new.pitch), np.uint8)
+        with self._lock:
+            self._pool.device.copy(raw.ctypes.data, new.address, new.bytes, self._stream)
+            self._pool.device.synchronize(self._stream)
+        return raw[:, :rows * heads].reshape(new.geometry.parts, rows, heads, length, new.geometry.row_bytes)
+
+    def clear(self, rows: list[int]) -> None:
+        """Forget everything these rows have cached: their places become empty, nothing moves on the device."""
+        self.positions[rows], self.lengths[rows] = -1, 0
         self.stale = True
 
     def keep(self, rows: list[int]) -> None:

@@ -1,0 +1,107 @@
+"""Which cache a request decodes with: each policy says what a row asks of its next forward, over one graph.
+
+The graph's mask follows from positions and a forward never writes the cache, so a policy is three decisions per row and
+step: which positions are queries, which of them enter the cache afterwards, whether the row's cache is dropped first.
+A position is never a query and cached at once (its key would count twice).
+
+Sources: `block` LLaDA2.X, dMoE; `none` LLaDA; `prefix`, `dual` Fast-dLLM (arXiv 2505.22618, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from ..description import ModelDescription
+from ..errors import RequestError
+from ..runtime.backend import Bools
+from .row import Row
+from .settings import CacheName
+from .telemetry import Phase
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A row's part in a forward: queries at positions start … stop − 1."""
+
+    phase: Phase
+    start: int
+    stop: int
+    commit: Bools | None = None  # [stop − start] queries whose keys and values enter the cache; None = none
+    clear: bool = False  # the row's cache is dropped before the forward
+    if_unchanged: bool = False  # commit only if the forward changed no token: then its keys and values are final
+
+    @property
+    def decodes(self) -> bool:
+        """Tokens are chosen from this forward."""
+        return self.phase in ("full", "denoise")
+
+
+Policy = Callable[[Row], Plan | None]  # None: the active block needs nothing more, go to the next
+
+
+def block(row: Row, chunk: int) -> Plan | None:
+    """Prompt blocks in chunks, denoise steps of the block, its commit: exact under block-causal attention."""
+    start, stop = row.span.start, row.span.stop
+    if row.cached < row.prefill_length:
+        to = min(row.cached + chunk, row.prefill_length)
+        return Plan("prefill", row.cached, to, np.ones(to - row.cached, bool))
+    if not row.settled:
+        looks_over = not row.masked[row.span].any()  # an edit pass: if nothing changes, it was the commit
+        return Plan("denoise", start, stop, np.ones(row.n, bool) if looks_over else None, if_unchanged=looks_over)
+    return Plan("commit", start, stop, np.ones(row.n, bool)) if row.cached < stop else None
+
+
+def none(row: Row) -> Plan | None:
+    """Every step a forward of all that the active block can see: exact, and the measure of the others."""
+    return None if row.settled else Plan("full", 0, row.horizon)
+
+
+def prefix(row: Row) -> Plan | None:
+    """A full forward at the block's start, which decodes a step and caches what lies before; then block and suffix."""
+    return _refreshed(row, row.horizon)
+
+
+def dual(row: Row) -> Plan | None:
+    """The same full forward caches all but the block; then the block alone, prefix and masked suffix equally stale."""
+    return _refreshed(row, row.span.stop)
+
+
+def _refreshed(row: Row, stop: int) -> Plan | None:
+    """Cache at the first step of a block all positions that the later ones do not ask for."""
+    if row.settled:
+        return None
+    start = row.span.start - row.shift  # with shifted logits the place before the block predicts its first token
+    if row.step:
+        return Plan("denoise", start, stop)
+    positions = np.arange(row.horizon)
+    return Plan("full", 0, row.horizon, (positions < start) | (positions >= stop), clear=True)
+
+
+def policy(description: ModelDescription, name: CacheName, chunk: int) -> Policy:
+    """The policy of a name; "auto" is `block` for block-causal models, else `prefix`, the more accurate of the two.
+
+    `chunk`: most tokens of a prefill forward. Raises RequestError for a cache that makes no sense with the model.
+    """
+    if description.attention == "block_causal":
+        if name in ("prefix", "dual"):
+            raise RequestError(f"Cache {name} is an approximation for models that attend to the whole canvas; family "
+                               f"{description.family} is block-causal and its block cache exact: use block or none.")
+        if name != "none" and description.logit_shift:
+            raise RequestError(f"Cache {name} is not offered for block-causal models with shifted logits such as "
+                               f"{description.family}; use none.")
+        return none if name == "none" else partial(block, chunk=chunk)
+    if name == "block":
+        raise RequestError(f"Cache block is exact only where blocks see no later ones, and family {description.family} "
+                           "attends to the whole canvas: use none, prefix or dual.")
+    return {"none": none, "dual": dual}.get(name, prefix)
+
+
+def longest(description: ModelDescription, name: CacheName, total: int, block_length: int) -> int:
+    """Most tokens of one forward of a sequence of `total` tokens, prefills aside: they are cut into chunks."""
+    if description.attention == "full":
+        return total
+    return -(-total // block_length) * block_length if name == "none" else block_length
