@@ -33,6 +33,7 @@ class MoeDescription(Frozen):
     routed_scaling: float = Field(gt=0, description="γ")
     score_function: Literal["sigmoid", "softmax"] = "sigmoid"
     renormalise: bool = True
+    expert_bias: bool = Field(True, description="a learnt bias selects experts; it never weighs them")
     first_dense_layers: int = Field(ge=0)
 
     def tight_guard(self) -> int:
@@ -52,7 +53,7 @@ class ModelDescription(Frozen):
     num_kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
     dense_width: int = Field(ge=0, description="inner width of the dense feed-forward layers")
-    moe: MoeDescription
+    moe: MoeDescription | None = Field(description="null for a dense model")
     qk_norm: bool
     rope_theta: float = Field(gt=0)
     rotary_dim: int = Field(gt=0)
@@ -69,12 +70,19 @@ class ModelDescription(Frozen):
 
     @property
     def moe_layers(self) -> range:
-        """Indices of the layers that hold experts."""
-        return range(self.moe.first_dense_layers, self.num_layers)
+        """Indices of the layers that hold experts; empty for a dense model."""
+        first = self.num_layers if self.moe is None else self.moe.first_dense_layers
+        return range(first, self.num_layers)
+
+    @property
+    def experts(self) -> MoeDescription:
+        """The experts of a model that has some; guard with `moe_layers` or `moe`."""
+        assert self.moe is not None, "a dense model has no experts"
+        return self.moe
 
 
 class RoutingDescription(Frozen):
-    """How experts are chosen, and the defaults of what a request may change."""
+    """How experts are chosen, and the defaults of what a request may change (a dense model: only `block_length`)."""
 
     mode: RoutingMode
     block_length: int = Field(gt=0, description="n: routing block = decoding block, on absolute positions")
@@ -83,9 +91,14 @@ class RoutingDescription(Frozen):
     coreset_size: int = Field(ge=1, description="C of top_c")
 
     @classmethod
-    def default(cls, moe: MoeDescription, mode: RoutingMode = "top_p", block_length: int = 32,
+    def default(cls, moe: MoeDescription | None, mode: RoutingMode = "top_p", block_length: int = 32,
                 top_p: float = 0.6) -> RoutingDescription:
-        """Defaults of the paper: p 0.6, guard k + G − Kg; C in LLaDA2.2's ratio 48/256, at least the guard."""
+        """Defaults of the paper: p 0.6, guard k + G − Kg; C in LLaDA2.2's ratio 48/256, at least the guard.
+
+        A dense model (None) routes nothing: mode `token`, and settings that no request can change.
+        """
+        if moe is None:
+            return cls(mode="token", block_length=block_length, top_p=1, min_experts=1, coreset_size=1)
         guard = moe.tight_guard()
         return cls(mode=mode, block_length=block_length, top_p=top_p, min_experts=guard,
                    coreset_size=max(guard, moe.num_experts * 48 // 256))

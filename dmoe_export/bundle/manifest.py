@@ -82,8 +82,10 @@ class ExpertsEntry(Frozen):
 class CheckpointEntry(Frozen):
     """Which checkpoint the bundle was made from."""
 
-    identity: str = Field(description="sha256 over config fields and every tensor that was read")
+    identity: str = Field(description="sha256 over the description and `parts`")
     layers_total: int
+    parts: list[str] = Field(default_factory=list, description="sha256 of what was read outside layers, then of each "
+                             "exported layer; empty in bundles from before this field")
 
 
 class TokenizerEntry(Frozen):
@@ -142,7 +144,12 @@ class Manifest(Frozen):
     precision: Precision
     checkpoint: CheckpointEntry
     denoiser: GraphEntry
-    experts: ExpertsEntry
+    experts: ExpertsEntry | None = Field(description="null for a dense model")
     tokenizer: TokenizerEntry | None
     files: list[FileEntry]
     engines: list[EngineEntry] = Field(default_factory=list)
+
+    @property
+    def bytes_per_expert(self) -> int:
+        """Bytes that using one expert touches; 0 for a dense model."""
+        return self.experts.bytes_per_expert if self.experts else 0

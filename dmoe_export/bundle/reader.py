@@ -67,7 +67,7 @@ def read_manifest(folder: Path) -> Manifest:
         where = ".".join(map(str, first["loc"]))
         raise BundleError(f"{path} contradicts schema version {version} at {where}: {first['msg']}.") from None
     listed = {entry.path for entry in manifest.files}
-    needed = [manifest.denoiser.file, manifest.experts.file]
+    needed = [manifest.denoiser.file, *([manifest.experts.file] if manifest.experts else [])]
     if manifest.tokenizer:
         needed += [f for f in (manifest.tokenizer.file, manifest.tokenizer.chat_template) if f]
     for engine in manifest.engines:

@@ -46,3 +46,26 @@ class Fields:
         if value is not None and value not in allowed:
             known = repr(allowed[0]) if allowed else "absent or null"
             raise self.refuse(f"{name} is {value!r}, which is not supported (supported: {known})")
+
+    def exactly(self, name: str, value: Any) -> None:
+        """Refuse anything but this value; absent is refused too, since the family's own default is another."""
+        if self.config.get(name) != value:
+            raise self.refuse(f"{name} is {self.config.get(name)!r}, which is not supported (supported: {value!r})")
+
+    def ids(self, vocab: int, mask: int, eos: int) -> dict[str, int]:
+        """`mask_id`, `eos_id`, `pad_id` of a description; absent fields take the published ids, padding the EOS."""
+        ids = {name: self.get(name, int, default) for name, default in (("mask_token_id", mask), ("eos_token_id", eos))}
+        ids["pad_token_id"] = self.get("pad_token_id", int, ids["eos_token_id"])
+        for name, value in ids.items():
+            if not 0 <= value < vocab:
+                raise self.refuse(f"{name} {value} is outside the vocabulary of {vocab}")
+        return {name.replace("_token_id", "_id"): value for name, value in ids.items()}
+
+    def heads(self, hidden: str, heads: str, kv_heads: str) -> dict[str, int]:
+        """`num_heads`, `num_kv_heads`, `head_dim` of a description that says nothing of head sizes."""
+        width, query, keys = self.positive(hidden), self.positive(heads), self.positive(kv_heads, self.positive(heads))
+        if query % keys:
+            raise self.refuse(f"{kv_heads} {keys} does not divide {heads} {query}")
+        if width % query:
+            raise self.refuse(f"{heads} {query} does not divide {hidden} {width}")
+        return {"num_heads": query, "num_kv_heads": keys, "head_dim": width // query}

@@ -6,26 +6,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from ..description import ModelDescription
 from ..errors import CheckpointError
+from .layout import Layout, StoredWeights
 from .reader import CheckpointReader, read_config
-
-
-class WeightMap(Protocol):
-    """Where the parameters of `model.Denoiser` lie in one checkpoint."""
-
-    dense: dict[str, str]
-    """Parameter name → tensor name, for everything that is not a routed expert."""
-
-    def gate_up(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
-        """Gate [I,H] and up [I,H] of one expert, as stored."""
-        ...
-
-    def down(self, layer: int, expert: int) -> Tensor:
-        """Down [H,I] of one expert, as stored."""
-        ...
 
 
 class Family(Protocol):
@@ -33,7 +18,12 @@ class Family(Protocol):
 
     @property
     def name(self) -> str:
-        """The family's name, config.json's model_type."""
+        """Our name of it."""
+        ...
+
+    @property
+    def model_type(self) -> str:
+        """Its model_type in config.json; families may share one."""
         ...
 
     @property
@@ -45,9 +35,30 @@ class Family(Protocol):
         """The model description; contradictions are errors that name `source`."""
         ...
 
-    def weights(self, description: ModelDescription, reader: CheckpointReader) -> WeightMap:
-        """The weight map, after checking that every tensor is there with the right shape."""
+    def layout(self, description: ModelDescription) -> Layout:
+        """Where its tensors lie."""
         ...
+
+
+def family_of(config: dict[str, Any], source: Path) -> Family:
+    """The family by the class names of config.json, or by a model_type that belongs to one family alone."""
+    from .dream import DREAM
+    from .llada import LLADA
+    from .llada2_moe import LLADA2_MOE
+    from .llada_moe import LLADA_MOE
+
+    families: tuple[Family, ...] = (LLADA2_MOE, LLADA, DREAM, LLADA_MOE)
+    named = config.get("architectures") or [config.get("model_type")]
+    named = named if isinstance(named, list) else [named]
+    found = [f for f in families if any(name in (*f.architectures, f.model_type) for name in named)]
+    known = ", ".join(a for f in families for a in f.architectures)
+    if not found:
+        raise CheckpointError(f"{source} names architecture {', '.join(map(str, named))}, which is not supported; "
+                              f"known: {known}.")
+    if len(found) > 1:
+        raise CheckpointError(f"{source} names {', '.join(map(str, named))}, which could be any of "
+                              f"{', '.join(a for f in found for a in f.architectures)}; name the architecture.")
+    return found[0]
 
 
 class Checkpoint:
@@ -55,18 +66,9 @@ class Checkpoint:
 
     def __init__(self, folder: Path, layers: int | None = None) -> None:
         """Read and check the folder; `layers` keeps the first N layers."""
-        from .llada2_moe import LLADA2_MOE
-
-        families: tuple[Family, ...] = (LLADA2_MOE,)
         self.folder = folder
         self.config = read_config(folder)
-        named = self.config.get("architectures") or [self.config.get("model_type")]
-        named = named if isinstance(named, list) else [named]
-        family = next((f for f in families if any(name in (*f.architectures, f.name) for name in named)), None)
-        if family is None:
-            known = ", ".join(a for f in families for a in f.architectures)
-            raise CheckpointError(f"{folder / 'config.json'} names architecture {', '.join(map(str, named))}, which is "
-                                  f"not supported; known: {known}.")
+        family = family_of(self.config, folder / "config.json")
         try:
             self.full_description = family.describe(self.config, folder / "config.json")
         except ValidationError as error:
@@ -77,12 +79,12 @@ class Checkpoint:
         if layers is not None:
             self.description = _first_layers(self.full_description, layers)
         self.reader = CheckpointReader(folder)
-        self.weights = family.weights(self.description, self.reader)
+        self.weights = StoredWeights(self.description, self.reader, family.layout(self.description))
 
 
 def _first_layers(description: ModelDescription, layers: int) -> ModelDescription:
-    low = description.moe.first_dense_layers + 1
+    low = description.moe.first_dense_layers + 1 if description.moe else 1
     if not low <= layers <= description.num_layers:
-        raise CheckpointError(f"--layers {layers} is not between {low} (the first layer with experts) and "
-                              f"{description.num_layers}.")
+        what = " (the first layer with experts)" if description.moe else ""
+        raise CheckpointError(f"--layers {layers} is not between {low}{what} and {description.num_layers}.")
     return description.model_copy(update={"num_layers": layers})

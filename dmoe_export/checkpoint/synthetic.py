@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..description import ModelDescription
-from .llada2_moe import LLADA2_MOE, dense_tensors
+from .family import family_of
+from .layout import Layout, dense_tensors, expert_tensors
 
 _LLADA2 = {
     "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "hidden_act": "silu", "use_qk_norm": True,
@@ -20,7 +21,22 @@ _LLADA2 = {
     "partial_rotary_factor": 0.5, "rope_theta": 600000.0, "rms_norm_eps": 1e-6, "norm_topk_prob": True,
     "tie_word_embeddings": False, "num_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
 }
-# Sizes of spec models.md; "tiny" is for tests.
+_LLADA = {
+    "architectures": ["LLaDAModelLM"], "model_type": "llada", "block_type": "llama", "layer_norm_type": "rms",
+    "activation_type": "silu", "rope": True, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "include_bias": False,
+    "include_qkv_bias": False, "weight_tying": False,
+}
+_DREAM = {
+    "architectures": ["DreamModel"], "model_type": "Dream", "hidden_act": "silu", "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}
+_LLADA_MOE = {
+    "architectures": ["LLaDAMoEModelLM"], "model_type": "llada", "hidden_act": "silu", "qk_layernorm": True,
+    "rope_theta": 50000.0, "rms_norm_eps": 1e-5, "partial_rotary_factor": 1.0, "norm_topk_prob": False,
+    "moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False, "routed_scaling_factor": 1,
+    "shared_expert_intermediate_size": None, "tie_word_embeddings": False,
+}
+# Sizes of spec models.md and of the published config.json files; "tiny" ones are for tests.
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "llada2.0-mini": _LLADA2 | {
         "vocab_size": 157184, "hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 20,
@@ -37,7 +53,38 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 16,
         "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 4, "topk_group": 2,
         "max_position_embeddings": 256, "pad_token_id": 94, "eos_token_id": 94, "mask_token_id": 95},
+    "llada-8b": _LLADA | {
+        "vocab_size": 126464, "embedding_size": 126464, "d_model": 4096, "n_layers": 32, "n_heads": 32,
+        "n_kv_heads": 32, "mlp_hidden_size": 12288, "max_sequence_length": 4096, "mask_token_id": 126336,
+        "eos_token_id": 126081, "pad_token_id": 126081},
+    "llada-tiny": _LLADA | {
+        "vocab_size": 96, "d_model": 32, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 48,
+        "max_sequence_length": 256, "mask_token_id": 95, "eos_token_id": 94},
+    "dream-7b": _DREAM | {
+        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131072,
+        "mask_token_id": 151666, "eos_token_id": 151643, "pad_token_id": 151643},
+    "dream-tiny": _DREAM | {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "mask_token_id": 95,
+        "eos_token_id": 94},
+    "llada-moe-7b": _LLADA_MOE | {
+        "vocab_size": 157184, "hidden_size": 2048, "dense_intermediate_size": 8192, "expert_intermediate_size": 1024,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64,
+        "num_experts_per_tok": 8, "moe_layer_freq": [1] * 16, "max_position_embeddings": 8192,
+        "mask_token_id": 156895, "eos_token_id": 156892, "pad_token_id": 156892},
+    "llada-moe-tiny": _LLADA_MOE | {
+        "vocab_size": 96, "hidden_size": 32, "expert_intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 16, "num_experts_per_tok": 2,
+        "max_position_embeddings": 256, "mask_token_id": 95, "eos_token_id": 94},
 }
+
+
+def dense_llada(layers: int = 8, hidden: int = 1024, vocab: int = 4096, positions: int = 2048) -> dict[str, Any]:
+    """config.json of a dense LLaDA of any size: heads of 64, feed-forward 3 × hidden as in LLaDA-8B; for benchmarks."""
+    return _LLADA | {"vocab_size": vocab, "d_model": hidden, "n_layers": layers, "n_heads": hidden // 64,
+                     "mlp_hidden_size": 3 * hidden, "max_sequence_length": positions, "mask_token_id": vocab - 1,
+                     "eos_token_id": vocab - 2}
 
 
 def write_synthetic(folder: Path, config: dict[str, Any], *, seed: int = 0, dtype: torch.dtype = torch.float32,
@@ -47,7 +94,8 @@ def write_synthetic(folder: Path, config: dict[str, Any], *, seed: int = 0, dtyp
     `merged` stores experts as `mlp.experts.{part}_proj [E, …]`. Shards close when they pass `shard_bytes`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    description = LLADA2_MOE.describe(config, folder / "config.json")
+    family = family_of(config, folder / "config.json")
+    description = family.describe(config, folder / "config.json")
     generator = torch.Generator().manual_seed(seed)
     shards: list[dict[str, Tensor]] = [{}]
     weight_map: dict[str, str] = {}
@@ -60,7 +108,7 @@ def write_synthetic(folder: Path, config: dict[str, Any], *, seed: int = 0, dtyp
         weight_map.update(dict.fromkeys(shards[0], name))
         shards[0], number, held = {}, number + 1, 0
 
-    for name, shape in _tensors(description, merged):
+    for name, shape in _tensors(description, family.layout(description), merged):
         shards[0][name] = _random(name, shape, dtype, generator)
         held += shards[0][name].nbytes
         if held >= shard_bytes:
@@ -71,23 +119,15 @@ def write_synthetic(folder: Path, config: dict[str, Any], *, seed: int = 0, dtyp
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
-def _tensors(d: ModelDescription, merged: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield from dense_tensors(d).values()
-    moe = d.moe
-    shapes = {"gate": (moe.expert_width, d.hidden_size), "up": (moe.expert_width, d.hidden_size),
-              "down": (d.hidden_size, moe.expert_width)}
-    for layer in d.moe_layers:
-        base = f"model.layers.{layer}.mlp.experts"
-        for part, shape in shapes.items():
-            if merged:
-                yield f"{base}.{part}_proj", (moe.num_experts, *shape)
-            else:
-                yield from ((f"{base}.{e}.{part}_proj.weight", shape) for e in range(moe.num_experts))
+def _tensors(d: ModelDescription, layout: Layout, merged: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for tensors in dense_tensors(d, layout).values():
+        yield from tensors.items()
+    yield from expert_tensors(d, layout, merged)
 
 
 def _random(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    if "norm" in name:
+    if "norm" in name or name.endswith("ln_f.weight"):
         return torch.ones(shape, dtype=dtype)
-    if name.endswith("expert_bias"):
+    if name.endswith("bias"):
         return (0.05 * torch.randn(shape, generator=generator)).to(dtype)
     return torch.randn(shape, generator=generator).mul_(shape[-1] ** -0.5).to(dtype)

@@ -16,8 +16,8 @@ from .progress import byte_bar
 @click.argument("checkpoint")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle to write.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
-@click.option("--routing", type=click.Choice(["token", "top_p", "top_c"]), default="top_p", show_default=True,
-              help="How a block's experts are chosen.")
+@click.option("--routing", type=click.Choice(["token", "top_p", "top_c"]),
+              help="How a block's experts are chosen [top_p; token for full-canvas models].")
 @click.option("--block-length", type=int, default=32, show_default=True,
               help="Tokens per block, of routing and decoding.")
 @click.option("--layers", type=int, help="Keep only the first N layers, for quick checks.")
@@ -39,7 +39,7 @@ def export(checkpoint: str, out: Path, coreset_top_p: float | None, force: bool,
         click.echo(json.dumps({"bundle": str(bundle.folder), "bytes": size, "seconds": time.perf_counter() - start,
                                "manifest": manifest.model_dump(mode="json")}))
         return
-    routing = manifest.routing
+    routing = f"routing {manifest.routing.mode}" if manifest.model.moe else "no experts"
     click.echo(f"Exported {manifest.model.num_layers} layers of {manifest.model.architecture} in {manifest.precision}, "
-               f"routing {routing.mode}, block {routing.block_length}: {bundle.folder} "
+               f"{routing}, block {manifest.routing.block_length}: {bundle.folder} "
                f"({size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s)")

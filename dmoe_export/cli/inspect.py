@@ -21,7 +21,7 @@ from ..bundle.reader import open_bundle
 def inspect(bundle: Path, verify: Any, as_json: bool) -> None:
     """Verify BUNDLE and show its model, routing, sizes, ops and files."""
     manifest = open_bundle(bundle, verify).manifest
-    summary = sizes(manifest)
+    summary, moe = sizes(manifest), manifest.model.moe
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle), "verified": verify, "sizes": summary,
                                "manifest": manifest.model_dump(mode="json")}))
@@ -34,22 +34,25 @@ def inspect(bundle: Path, verify: Any, as_json: bool) -> None:
         "hidden": manifest.model.hidden_size, "vocabulary": manifest.model.vocab_size,
         "heads": f"{manifest.model.num_heads} query, {manifest.model.num_kv_heads} key/value of "
                  f"{manifest.model.head_dim}",
-        "experts": f"{manifest.model.moe.num_experts}, {manifest.model.moe.experts_per_token} per token, "
-                   f"width {manifest.model.moe.expert_width}, {manifest.model.moe.num_groups} groups "
-                   f"({manifest.model.moe.groups_kept} kept)",
+        "experts": "none: a dense model" if moe is None else (
+            f"{moe.num_experts}, {moe.experts_per_token} per token, width {moe.expert_width}, {moe.num_groups} groups "
+            f"({moe.groups_kept} kept), {moe.score_function} scores"),
+        "attention": manifest.model.attention.replace("_", " ") + (
+            ", logits shifted by one position" if manifest.model.logit_shift else ""),
         "positions": manifest.model.max_positions,
         "mask / eos id": f"{manifest.model.mask_id} / {manifest.model.eos_id}",
         "tokenizer": "yes" if manifest.tokenizer else "none: use --prompt-ids",
         "checkpoint": manifest.checkpoint.identity[:16] + "…", "made by": manifest.created_by}))
     routing = manifest.routing
-    console.print(_table("Routing", {
+    console.print(_table("Blocks", {"block length": routing.block_length}) if moe is None else _table("Routing", {
         "mode": routing.mode, "block length": routing.block_length, "top_p": routing.top_p,
         "min_experts": routing.min_experts, "coreset_size": routing.coreset_size}))
     console.print(_table("Sizes", {name.replace("_", " "): f"{value:,}" for name, value in summary.items()}))
     ops = Table("op", "domain", "version", "nodes", title="Custom ops")
     for op in manifest.denoiser.ops:
         ops.add_row(op.name, op.domain, str(op.version), str(op.count))
-    console.print(ops)
+    if manifest.denoiser.ops:
+        console.print(ops)
     if manifest.engines:
         console.print(_engines(manifest))
     files = Table("file", "bytes", "sha256", title=f"Files (verified: {verify})")
@@ -60,12 +63,12 @@ def inspect(bundle: Path, verify: Any, as_json: bool) -> None:
 
 def sizes(manifest: Manifest) -> dict[str, int]:
     """Bytes a user plans with."""
-    model, experts = manifest.model, manifest.experts
+    model = manifest.model
     item = 4 if manifest.precision == "fp32" else 2
     return {
         "bundle_bytes": sum(entry.size for entry in manifest.files),
-        "bytes_per_expert": experts.bytes_per_expert,
-        "expert_bytes": experts.bytes_per_expert * model.moe.num_experts * len(experts.layers),
+        "bytes_per_expert": manifest.bytes_per_expert,
+        "expert_bytes": manifest.bytes_per_expert * (model.moe.num_experts if model.moe else 0) * len(model.moe_layers),
         "cache_bytes_per_token": 2 * model.num_layers * model.num_kv_heads * model.head_dim * item,
     }
 

@@ -62,7 +62,7 @@ def _set_bodies(model: ModelProto, bundle: Bundle, settings: BuildSettings, as_p
     del model.functions[:]
     for function in kept:
         if function.name == experts.SCHEMA.name:  # ONNX Runtime's MoE op is unknown to TensorRT
-            number = manifest.model.moe.num_experts
+            number = manifest.model.experts.num_experts
             capacity = settings.experts_capacity or min(DEFAULT_CAPACITY, number)
             function = experts_capacity_body(number, _ELEMENTS[manifest.precision], capacity)
         model.functions.append(function)
@@ -70,7 +70,7 @@ def _set_bodies(model: ModelProto, bundle: Bundle, settings: BuildSettings, as_p
 
 def _externalise(model: ModelProto, bundle: Bundle) -> list[WeightInput]:
     """Make inputs of the routed experts and the vocabulary matrices: most of the bytes, none of the fusions."""
-    expert_file = bundle.manifest.experts.file
+    expert_file = bundle.manifest.experts.file if bundle.manifest.experts else None
     weights = []
     for tensor in list(model.graph.initializer):
         place = {entry.key: entry.value for entry in tensor.external_data}

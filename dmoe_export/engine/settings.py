@@ -77,16 +77,18 @@ def _check(settings: BuildSettings, manifest: Manifest) -> None:
                          "the model's positions.")
     if settings.optimization_level is not None and not 0 <= settings.optimization_level <= 5:
         raise InputError(f"--builder-optimization-level {settings.optimization_level} is outside 0 … 5.")
-    if settings.experts_op == "plugin" and manifest.precision == "fp32":
+    if manifest.model.moe and settings.experts_op == "plugin" and manifest.precision == "fp32":
         raise InputError("The experts plugin computes in fp16 or bf16 and the bundle is fp32; export with --precision "
                          "fp16, or build with --experts-op onnx.")
     if manifest.precision == "bf16" and "sm75" in settings.targets:
         raise InputError("Target sm75 has no bfloat16 units; export with --precision fp16, or leave sm75 out.")
     if settings.experts_capacity is not None and settings.experts_op != "onnx":
         raise InputError("--experts-capacity belongs to --experts-op onnx; the plugin takes any number of experts.")
-    if settings.experts_capacity is not None and not 1 <= settings.experts_capacity <= manifest.model.moe.num_experts:
-        raise InputError(f"--experts-capacity {settings.experts_capacity} is outside 1 … "
-                         f"{manifest.model.moe.num_experts}.")
+    moe = manifest.model.moe
+    if moe is None and settings.experts_capacity is not None:
+        raise InputError("--experts-capacity has no meaning here: the model is dense.")
+    if moe and settings.experts_capacity is not None and not 1 <= settings.experts_capacity <= moe.num_experts:
+        raise InputError(f"--experts-capacity {settings.experts_capacity} is outside 1 … {moe.num_experts}.")
     if "refit" in settings.flags and settings.experts == "external":
         raise InputError("--refit has nothing to do with --experts external: those weights are read from the bundle's "
                          "files whenever the engine is opened; use --experts inline, or leave --refit out.")

@@ -43,7 +43,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 class Digests:
-    """sha256 per part of a checkpoint, of names and bytes as stored: the trunk (all outside layers), then each layer."""
+    """sha256 per part of a checkpoint, of names and bytes as stored: the trunk (all outside layers), each layer."""
 
     def __init__(self, layers: int) -> None:
         self._trunk, self._layers = hashlib.sha256(), [hashlib.sha256() for _ in range(layers)]

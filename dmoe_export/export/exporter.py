@@ -29,8 +29,9 @@ from ..description import RUNTIME_SETTINGS, ModelDescription, Precision, Routing
 from ..errors import CheckpointError, InputError
 from ..ops import block_route, experts
 from ..ops.schema import DOMAIN, OPSET
+from .conversion import identity, padded_width
 from .trace import custom_node_counts, trace_denoiser
-from .weights import WeightStream, padded_width
+from .weights import WeightStream
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRAPH_FILE, TOKENIZER_FILE, TEMPLATE_FILE = "denoiser.onnx", "tokenizer.json", "chat_template.jinja"
@@ -40,23 +41,25 @@ Report = Callable[[str, int, int], None]
 
 
 def export_checkpoint(checkpoint: str | Path, out: str | Path, *, precision: Precision = "fp32",
-                      routing: RoutingMode = "top_p", block_length: int = 32, layers: int | None = None,
+                      routing: RoutingMode | None = None, block_length: int = 32, layers: int | None = None,
                       top_p: float | None = None, min_experts: int | None = None, coreset_size: int | None = None,
                       overwrite: bool = False, report: Report | None = None) -> Bundle:
     """Export a checkpoint folder or hub id to the bundle folder `out`, and open it.
 
-    `layers` keeps the first N layers; `top_p`, `min_experts`, `coreset_size` set the bundle's defaults (0.6 or the
-    checkpoint's core_threshold; k + groups − groups kept; the guard or 48/256 of the experts).
+    `layers` keeps the first N layers. `routing` None: `top_p` for block diffusion with experts, `token` for
+    full-canvas models, which were trained with it; a dense model takes no other. `top_p`, `min_experts`,
+    `coreset_size` set the bundle's defaults (0.6 or the checkpoint's core_threshold; k + groups − groups kept; the
+    guard or 48/256 of the experts).
     Raises CheckpointError for what cannot be read, OutputError for what cannot be written; `out` is complete or absent.
     """
-    if precision not in DTYPES or routing not in RUNTIME_SETTINGS:
+    if precision not in DTYPES or routing not in (None, *RUNTIME_SETTINGS):
         raise InputError(f"Precision {precision!r} or routing {routing!r} is not known; known: {', '.join(DTYPES)} and "
                          f"{', '.join(RUNTIME_SETTINGS)}.")
     source = Checkpoint(resolve_checkpoint(checkpoint), layers)
     d, dtype = source.description, DTYPES[precision]
     route = _routing(source, routing, block_length,
                      {"top_p": top_p, "min_experts": min_experts, "coreset_size": coreset_size})
-    width = padded_width(d.hidden_size, d.moe.expert_width, dtype.itemsize)
+    width = padded_width(d.hidden_size, d.moe.expert_width, dtype.itemsize) if d.moe else 0
     total = _weight_bytes(d, width, dtype)
     written = 0
 
@@ -76,18 +79,27 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, *, precision: Pre
         graph = _save_graph(model, writer)
         manifest = Manifest(
             created_by=f"dmoe-export {__version__}", model=d, routing=route, precision=precision,
-            checkpoint=CheckpointEntry(identity=stream.identity, layers_total=source.full_description.num_layers),
+            checkpoint=CheckpointEntry(identity=identity(source, stream.parts), parts=stream.parts,
+                                       layers_total=source.full_description.num_layers),
             denoiser=graph, experts=expert_entry, tokenizer=_copy_text(source, writer), files=writer.entries)
         writer.seal(manifest)
     source.reader.close()
     return open_bundle(out, verify="sizes")
 
 
-def _routing(source: Checkpoint, mode: RoutingMode, block_length: int,
+def _routing(source: Checkpoint, mode: RoutingMode | None, block_length: int,
              settings: dict[str, float | None]) -> RoutingDescription:
     moe = source.description.moe
     if block_length < 1:
         raise CheckpointError(f"Block length {block_length} is not positive; LLaDA2 models use 32.")
+    if moe is None:
+        given = next((name for name, value in settings.items() if value is not None), None)
+        if mode not in (None, "token") or given:
+            what = f"routing {mode}" if mode not in (None, "token") else given
+            raise InputError(f"{source.folder} is a dense model ({source.description.architecture}): it has no experts "
+                             f"to route, so leave {what} out.")
+        return RoutingDescription.default(None, block_length=block_length)
+    mode = mode or ("token" if source.description.attention == "full" else "top_p")
     threshold = Fields(source.config, source.folder / "config.json").get("core_threshold", float, 0.6)
     if not 0 <= threshold <= 1:
         raise CheckpointError(f"core_threshold {threshold} in {source.folder / 'config.json'} is outside 0 … 1.")
@@ -102,9 +114,9 @@ def _routing(source: Checkpoint, mode: RoutingMode, block_length: int,
 
 def _weight_bytes(d: ModelDescription, width: int, dtype: torch.dtype) -> int:
     """About what the data files will take."""
-    layer = 3 * d.hidden_size * (d.moe.num_experts * width + d.moe.shared_width)
+    layer = 3 * d.hidden_size * (d.moe.num_experts * width + d.moe.shared_width) if d.moe else 0
     attention = d.hidden_size * d.head_dim * 2 * (d.num_heads + d.num_kv_heads)
-    dense = 2 * d.vocab_size * d.hidden_size + 3 * d.hidden_size * d.dense_width * d.moe.first_dense_layers
+    dense = 2 * d.vocab_size * d.hidden_size + 3 * d.hidden_size * d.dense_width * d.moe_layers.start
     return dtype.itemsize * (len(d.moe_layers) * layer + d.num_layers * attention + dense)
 
 
@@ -116,7 +128,7 @@ def _save_graph(model: ir.Model, writer: BundleWriter) -> GraphEntry:
     writer.add_file(GRAPH_FILE)
     counts = custom_node_counts(model)
     ops = [OpEntry(name=op.SCHEMA.name, domain=DOMAIN, version=op.SCHEMA.version, count=counts[op.SCHEMA.name])
-           for op in (block_route, experts)]
+           for op in (block_route, experts) if counts[op.SCHEMA.name]]
     return GraphEntry(file=GRAPH_FILE, opset=OPSET, inputs=[_entry(v) for v in model.graph.inputs],
                       outputs=[_entry(v) for v in model.graph.outputs], ops=ops)
 

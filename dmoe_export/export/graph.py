@@ -13,7 +13,7 @@ from ..model.moe import RoutingSettings
 
 
 class DenoiserGraph(nn.Module):
-    """Adds to the denoiser what the host wants: the best token and its probability, expert ids in one tensor."""
+    """Adds to the denoiser what the host wants: the best token and its probability, expert ids in one tensor if any."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -21,15 +21,23 @@ class DenoiserGraph(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, past_positions: Tensor, logit_rows: Tensor,
                 settings: dict[str, Tensor], past_key: list[Tensor], past_value: list[Tensor]) -> tuple[Any, ...]:
-        """Token ids [B,M], confidence [B,M], logits [B,M,V], expert ids [L,B,T,k], keys and values [B,Hkv,T,D]."""
+        """Token ids [B,M], confidence [B,M], logits [B,M,V], expert ids [L,B,T,k], keys and values [B,Hkv,T,D].
+
+        A dense model has no expert ids.
+        """
         fixed = RoutingSettings.of(self.denoiser.routing)._asdict()
         out = self.denoiser(input_ids, position_ids, Past(past_key, past_value, past_positions),
                             RoutingSettings(**{**fixed, **settings}), logit_rows)
-        vocabulary = torch.arange(out.logits.shape[-1])
-        allowed = torch.where(vocabulary == self.denoiser.description.mask_id, float("-inf"), out.logits)
-        best, token_ids = allowed.max(dim=-1)  # the mask token is never an answer
-        confidence = 1.0 / torch.exp(allowed - best[..., None]).sum(-1)
-        return token_ids, confidence, out.logits, torch.stack(out.expert_ids), out.keys, out.values
+        token_ids, confidence = best_tokens(out.logits, self.denoiser.description.mask_id)
+        ids = (torch.stack(out.expert_ids),) if out.expert_ids else ()
+        return token_ids, confidence, out.logits, *ids, out.keys, out.values
+
+
+def best_tokens(logits: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
+    """Best token [B,M] and its probability [B,M] from logits [B,M,V]; the mask token is never an answer."""
+    allowed = torch.where(torch.arange(logits.shape[-1]) == mask_id, float("-inf"), logits)
+    best, token_ids = allowed.max(dim=-1)
+    return token_ids, 1.0 / torch.exp(allowed - best[..., None]).sum(-1)
 
 
 def input_names(mode: RoutingMode, layers: int) -> list[str]:
@@ -38,9 +46,9 @@ def input_names(mode: RoutingMode, layers: int) -> list[str]:
     return ["input_ids", "position_ids", "past_positions", "logit_rows", *RUNTIME_SETTINGS[mode], *past]
 
 
-def output_names(layers: int) -> list[str]:
-    """Graph output names."""
-    return ["token_ids", "confidence", "logits", "expert_ids",
+def output_names(layers: int, experts: bool) -> list[str]:
+    """Graph output names; `experts`: some layers have experts."""
+    return ["token_ids", "confidence", "logits", *(["expert_ids"] if experts else []),
             *(f"{part}.{layer}" for part in ("key", "value") for layer in range(layers))]
 
 

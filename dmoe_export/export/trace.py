@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -14,7 +15,7 @@ import onnxscript
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..description import ModelDescription, RoutingDescription
+from ..description import ModelDescription, MoeDescription, RoutingDescription
 from ..model.denoiser import Denoiser
 from ..ops import block_route as route_op
 from ..ops import experts as experts_op
@@ -23,6 +24,7 @@ from ..ops.block_route.onnx_body import block_route_body
 from ..ops.experts.onnx_body import experts_body
 from ..ops.schema import DOMAIN, OPSET
 from .graph import DenoiserGraph, example_inputs, input_names, output_names
+from .salient_graph import SalientGraph
 
 _PARAMETER_PREFIX = "denoiser."
 
@@ -37,10 +39,20 @@ def trace_denoiser(description: ModelDescription, routing: RoutingDescription, d
     with FakeTensorMode(allow_non_fake_inputs=True):
         denoiser = Denoiser(description, routing, dtype, stored_width).eval()
         inputs, axes = example_inputs(denoiser, routing.mode)
+    layers = description.num_layers
+    return trace_graph(DenoiserGraph(denoiser), inputs, axes, input_names(routing.mode, layers),
+                       output_names(layers, bool(description.moe_layers)))
+
+
+def trace_graph(graph: DenoiserGraph | SalientGraph, inputs: tuple[Any, ...], axes: tuple[Any, ...],
+                inputs_named: list[str], outputs_named: list[str]) -> ir.Model:
+    """A module over fake parameters as an ONNX model; see `trace_denoiser`."""
+    denoiser = graph.denoiser
+    description = denoiser.description
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _quiet("torch.onnx", "onnx_ir"):
-            program = torch.onnx.export(DenoiserGraph(denoiser), inputs, dynamo=True, dynamic_shapes=axes,
+            program = torch.onnx.export(graph, inputs, dynamo=True, dynamic_shapes=axes,
                                         opset_version=OPSET, optimize=False, verbose=False)
             model = program.model
             for value in list(model.graph.initializers.values()):
@@ -50,9 +62,12 @@ def trace_denoiser(description: ModelDescription, routing: RoutingDescription, d
             if description.tie_embeddings and "embed.weight" not in model.graph.initializers:
                 model.graph.initializers["lm_head.weight"].name = "embed.weight"  # one tensor, under either name
             onnxscript.optimizer.optimize_ir(model)
-    _name_interface(model, description, routing)
+    for values, names in ((model.graph.inputs, inputs_named), (model.graph.outputs, outputs_named)):
+        for value, name in zip(values, names, strict=True):
+            value.name = name
     _strip_metadata(model)
-    _add_bodies(model, description, routing, dtype)
+    if description.moe is not None:
+        _add_bodies(model, description.moe, description.hidden_size, denoiser.routing, denoiser.dtype)
     return model
 
 
@@ -75,13 +90,6 @@ def custom_node_counts(model: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in model.graph if node.domain == DOMAIN)
 
 
-def _name_interface(model: ir.Model, description: ModelDescription, routing: RoutingDescription) -> None:
-    for values, names in ((model.graph.inputs, input_names(routing.mode, description.num_layers)),
-                          (model.graph.outputs, output_names(description.num_layers))):
-        for value, name in zip(values, names, strict=True):
-            value.name = name
-
-
 def _strip_metadata(model: ir.Model) -> None:
     """Drop torch's stack traces and symbol notes: they name the exporting machine's paths."""
     model.metadata_props.clear()
@@ -97,14 +105,13 @@ def _strip_metadata(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _add_bodies(model: ir.Model, description: ModelDescription, routing: RoutingDescription,
+def _add_bodies(model: ir.Model, moe: MoeDescription, hidden: int, routing: RoutingDescription,
                 dtype: torch.dtype) -> None:
-    moe = description.moe
     elem = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16,
             torch.bfloat16: onnx.TensorProto.BFLOAT16}[dtype]
     attributes = RouteAttributes.of(moe, routing.mode, routing.block_length)
     for body in (block_route_body(attributes, moe.num_experts),
-                 experts_body(moe.num_experts, moe.experts_per_token, description.hidden_size, elem)):
+                 experts_body(moe.num_experts, moe.experts_per_token, hidden, elem)):
         function = ir.serde.deserialize_function(body)
         model.functions[function.identifier()] = function
         model.opset_imports.update(function.opset_imports)

@@ -10,20 +10,21 @@ from .layers import rotate
 
 
 class Attention(nn.Module):
-    """Fused QKV → per-head RMSNorm → partial rotary → attention → output projection (spec models.md, llada2_moe)."""
+    """Fused QKV → per-head RMSNorm, if any → rotary, maybe partial → attention → output projection (spec models.md)."""
 
     def __init__(self, d: ModelDescription, dtype: torch.dtype) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = d.num_heads, d.num_kv_heads, d.head_dim
-        self.qkv = nn.Linear(d.hidden_size, (d.num_heads + 2 * d.num_kv_heads) * d.head_dim, bias=False, dtype=dtype)
+        self.qkv = nn.Linear(d.hidden_size, (d.num_heads + 2 * d.num_kv_heads) * d.head_dim, bias=d.qkv_bias,
+                             dtype=dtype)
         self.q_norm = nn.RMSNorm(d.head_dim, eps=d.rms_eps, dtype=dtype) if d.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(d.head_dim, eps=d.rms_eps, dtype=dtype) if d.qk_norm else nn.Identity()
         self.out = nn.Linear(d.num_heads * d.head_dim, d.hidden_size, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], bias: Tensor, past_key: Tensor,
                 past_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N,H], bias [B,1,1,T,S+T], past [B,Hkv,S,D] → output [N,H], new key and value [B,Hkv,T,D]; N = B·T."""
-        rows, _, _, tokens, _ = bias.shape
+        """x [N,H], bias [B,1,1,T or 1,S+T], past [B,Hkv,S,D] → output [N,H], new key and value [B,Hkv,T,D]; N = B·T."""
+        rows, tokens = angles[0].shape[:2]
         qkv = self.qkv(x).reshape(rows, tokens, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         q = rotate(self.q_norm(q), angles) * self.head_dim**-0.5

@@ -35,9 +35,11 @@ class EagerBackend:
                     torch.from_numpy(cache.positions))
         out = self._model(torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.position_ids), past,
                           RoutingSettings(**{**fixed, **changed}), torch.from_numpy(inputs.logit_rows))
+        ids = (torch.stack(out.expert_ids).numpy() if out.expert_ids
+               else np.zeros((0, *inputs.input_ids.shape, 0), np.int32))
         allowed = out.logits.clone()
         allowed[..., self.description.mask_id] = float("-inf")
         confidence, token_ids = torch.softmax(allowed, dim=-1).max(dim=-1)
-        return ForwardOutputs(token_ids.numpy(), confidence.numpy(), torch.stack(out.expert_ids).numpy(),
+        return ForwardOutputs(token_ids.numpy(), confidence.numpy(), ids,
                               out.logits.numpy() if inputs.want_logits else None,
                               ([x.numpy() for x in out.keys], [x.numpy() for x in out.values]))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..description import ModelDescription, RoutingDescription
 from .attention import Attention
-from .layers import FeedForward, attention_bias, rotary_angles
+from .layers import FeedForward, attention_bias, full_bias, rotary_angles
 from .moe import MoE, RoutingSettings
 
 
@@ -48,7 +47,8 @@ class Layer(nn.Module):
 class Denoiser(nn.Module):
     """A masked-diffusion transformer rebuilt from its description.
 
-    Logits of a token belong to its own position (no shift) for family `llada2_moe`.
+    Rows of logits are never shifted here: where `description.logit_shift` holds, the row of token i − 1 predicts
+    position i, and the host asks for that row.
     """
 
     def __init__(self, description: ModelDescription, routing: RoutingDescription,
@@ -86,7 +86,8 @@ class Denoiser(nn.Module):
         settings = settings or RoutingSettings.of(self.routing)
         angles = rotary_angles(position_ids, d.rope_theta, d.rotary_dim, self.dtype)
         keys_at = torch.cat([past.positions, position_ids], dim=1)
-        bias = attention_bias(position_ids, keys_at, self.routing.block_length)
+        bias = (full_bias(keys_at) if d.attention == "full"
+                else attention_bias(position_ids, keys_at, self.routing.block_length))
         out = DenoiserOutput(input_ids, [], [], [], [])
         x = self.embed(input_ids.flatten())  # [N, H], N = B·T: products of two dimensions take weights as stored
         for layer, past_key, past_value in zip(self.layers, past.keys, past.values, strict=True):
@@ -107,5 +108,5 @@ class Denoiser(nn.Module):
             logit_rows = torch.arange(tokens, device=x.device).expand(rows, tokens)
         first = torch.arange(rows, device=x.device)[:, None] * tokens
         x = x[(first + logit_rows.clamp(min=0)).flatten()]  # [B·M, H]
-        logits = F.linear(self.norm(x), self.lm_head.weight).float()
+        logits = self.lm_head(self.norm(x)).float()
         return out._replace(logits=logits.reshape(rows, logit_rows.shape[1], d.vocab_size))

@@ -45,3 +45,8 @@ def attention_bias(position_ids: Tensor, key_positions: Tensor, block_length: in
     key_block = torch.div(key_positions.clamp(min=0), block_length, rounding_mode="trunc")[:, None, :]
     seen = (key_block <= query_block) & (key_positions >= 0)[:, None, :]  # [B, T, keys]
     return torch.where(seen, 0.0, -1e30)[:, None, None]
+
+
+def full_bias(key_positions: Tensor) -> Tensor:
+    """Additive mask [B, 1, 1, 1, keys] in float32 of a full-canvas model: everyone sees every key but padding."""
+    return torch.where(key_positions >= 0, 0.0, -1e30)[:, None, None, None]

@@ -24,10 +24,10 @@ def load_denoiser(checkpoint: Checkpoint, routing: RoutingDescription, dtype: to
     model = model.to_empty(device="cpu").eval()
     model.tie()
     parameters = dict(model.named_parameters())
-    for ours, tensor in checkpoint.weights.dense.items():
-        parameters[ours].copy_(checkpoint.reader.read(tensor))
+    for ours, tensors in checkpoint.weights.dense.items():
+        parameters[ours].copy_(torch.cat([checkpoint.reader.read(tensor) for tensor in tensors]))
     for layer in d.moe_layers:
-        for expert in range(d.moe.num_experts):
+        for expert in range(d.experts.num_experts):
             gate, up = checkpoint.weights.gate_up(layer, expert)
             parameters[f"layers.{layer}.ffn.gate_up"][expert] = interleave(gate, up).to(dtype)
             parameters[f"layers.{layer}.ffn.down"][expert] = checkpoint.weights.down(layer, expert).to(dtype)

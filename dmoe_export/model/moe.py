@@ -31,10 +31,11 @@ class RoutingSettings(NamedTuple):
 class Router(nn.Module):
     """Router weights, float32 whatever the model's precision: logits decide, and halves tie."""
 
-    def __init__(self, hidden: int, num_experts: int) -> None:
+    def __init__(self, hidden: int, num_experts: int, biased: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=torch.float32))
-        self.expert_bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32), requires_grad=False)
+        self.expert_bias = (nn.Parameter(torch.zeros(num_experts, dtype=torch.float32), requires_grad=False)
+                            if biased else None)
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=hidden**-0.5)
 
@@ -49,11 +50,11 @@ class MoE(nn.Module):
     def __init__(self, d: ModelDescription, routing: RoutingDescription, dtype: torch.dtype,
                  stored_width: int | None = None) -> None:
         super().__init__()
-        moe = d.moe
+        moe = d.experts
         width = stored_width or moe.expert_width  # wider than expert_width when the bundle pads slabs to pages
         self.num_experts = moe.num_experts
         self.attributes = RouteAttributes.of(moe, routing.mode, routing.block_length)
-        self.router = Router(d.hidden_size, moe.num_experts)
+        self.router = Router(d.hidden_size, moe.num_experts, moe.expert_bias)
         self.gate_up = nn.Parameter(torch.empty(moe.num_experts, 2 * width, d.hidden_size, dtype=dtype))
         self.down = nn.Parameter(torch.empty(moe.num_experts, d.hidden_size, width, dtype=dtype))
         self.shared = FeedForward(d.hidden_size, moe.shared_width, dtype) if moe.shared_width else None
@@ -65,6 +66,9 @@ class MoE(nn.Module):
         """x [N,H], positions [B,T] → output [N,H], expert ids [B,T,k] int32, router logits [B,T,E]; N = B·T."""
         rows, tokens = position_ids.shape
         logits = self.router(x).reshape(rows, tokens, self.num_experts)
-        ids, weights, _ = block_route(logits, self.router.expert_bias, position_ids, *settings, self.attributes)
+        bias = self.router.expert_bias
+        if bias is None:  # the op always takes one; in the graph it is a constant of zeros
+            bias = torch.zeros(self.num_experts, device=x.device)
+        ids, weights, _ = block_route(logits, bias, position_ids, *settings, self.attributes)
         mixed = experts(x, ids.flatten(0, 1), weights.flatten(0, 1), self.gate_up, self.down)
         return (mixed if self.shared is None else mixed + self.shared(x)), ids, logits

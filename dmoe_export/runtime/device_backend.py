@@ -62,8 +62,9 @@ class DeviceBackend:
         step = block if (inputs.logit_rows >= 0).any() else 1
         sizes = self._executor.fit(Sizes(rows, tokens, cache.slab.length, wanted), step)
         staged, host = self._stage(inputs, cache, sizes)
+        experts = (len(d.moe_layers), rows, sizes.tokens, d.moe.experts_per_token if d.moe else 0)
         results = Layout([("token_ids", (rows, sizes.rows), "int64"), ("confidence", (rows, sizes.rows), "fp32"),
-                          ("expert_ids", (len(d.moe_layers), rows, sizes.tokens, d.moe.experts_per_token), "int32")])
+                          *([("expert_ids", experts, "int32")] if d.moe else [])])
         new = self._new_slab(rows, sizes.tokens, inputs.want_keys_values)
         places = (self._buffer("staged", staged.size), self._buffer("results", results.size),
                   self._buffer("logits", rows * sizes.rows * d.vocab_size * 4))
@@ -86,7 +87,8 @@ class DeviceBackend:
         cache.stale = False
         return ForwardOutputs(results.view(fetched, "token_ids")[:, :wanted].copy(),
                               results.view(fetched, "confidence")[:, :wanted].copy(),
-                              results.view(fetched, "expert_ids")[:, :, :tokens].copy(),
+                              results.view(fetched, "expert_ids")[:, :, :tokens].copy() if d.moe
+                              else np.zeros((0, rows, tokens, 0), np.int32),
                               None if logits is None else logits.copy(), new if inputs.want_keys_values else None)
 
     def _stage(self, inputs: ForwardInputs, cache: DeviceCache, sizes: Sizes) -> tuple[Layout, int]:

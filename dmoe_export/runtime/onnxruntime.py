@@ -21,8 +21,11 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     limits: Limits | None = None
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        """Load the graph; `threads` limits the threads of one operator (default: ONNX Runtime's choice)."""
+    def __init__(self, bundle: Bundle, threads: int | None = None, graph: bytes | None = None) -> None:
+        """Load the graph; `threads` limits the threads of one operator (default: ONNX Runtime's choice).
+
+        `graph`: an edited one in place of the bundle's, over the same data files (checks).
+        """
         manifest = bundle.manifest
         if manifest.precision not in _CACHE_DTYPES:
             raise MissingRequirementError(
@@ -34,8 +37,11 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3
         if threads:
             options.intra_op_num_threads = threads
+        if graph:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
         try:
-            self._session = ort.InferenceSession(str(bundle.denoiser_path), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(graph or str(bundle.denoiser_path), options,
+                                                 providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own kinds, all of them about this file
             raise MissingRequirementError(
                 f"ONNX Runtime {ort.__version__} cannot load {bundle.denoiser_path}: {str(error).splitlines()[0]} "
@@ -61,7 +67,7 @@ class OnnxRuntimeBackend:
         for name, default in self._defaults.items():
             feeds[name] = np.asarray([inputs.settings.get(name, default[0])], default.dtype)
         feeds.update(zip((f"past_{name}" for name in self._kv_names), (*cache.keys, *cache.values), strict=True))
-        wanted = ["token_ids", "confidence", "expert_ids"]
+        wanted = ["token_ids", "confidence", *(["expert_ids"] if self.description.moe else [])]
         if inputs.want_logits:
             wanted.append("logits")
         if inputs.want_keys_values:
@@ -69,5 +75,6 @@ class OnnxRuntimeBackend:
         results = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
         layers = self.description.num_layers
         new = [results[name] for name in self._kv_names] if inputs.want_keys_values else []
-        return ForwardOutputs(results["token_ids"], results["confidence"], results["expert_ids"],
+        return ForwardOutputs(results["token_ids"], results["confidence"],
+                              results.get("expert_ids", np.zeros((0, *inputs.input_ids.shape, 0), np.int32)),
                               results.get("logits"), (new[:layers], new[layers:]) if new else None)

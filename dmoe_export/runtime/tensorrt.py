@@ -158,7 +158,7 @@ class TensorRTExecutor:
                                   f"{engine.get_tensor_dtype(name).name}, the bundle's graph has "
                                   f"{f'{want} there' if known else 'none of this name'}; build the engine again with: "
                                   f"dmoe-export build {bundle.folder}.")
-        missing = (weights - set(inputs)) | (_NEEDED - set(outputs))
+        missing = (weights - set(inputs)) | ((_NEEDED & {entry.name for entry in graph.outputs}) - set(outputs))
         if missing:
             raise BundleError(f"Engine {self._entry.file} lacks the tensor {sorted(missing)[0]}; build it again with: "
                               f"dmoe-export build {bundle.folder}.")

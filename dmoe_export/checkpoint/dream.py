@@ -1,0 +1,52 @@
+"""Family `dream`: Dream-7B (arXiv 2508.15487; class DreamModel), a Qwen2.5 trunk that looks both ways.
+
+Its logits are shifted: the row of position i − 1 predicts position i.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..description import ModelDescription
+from .config_fields import Fields
+from .layout import Layout, below, split_qkv, swiglu, weights
+
+_MASK_ID, _EOS_ID = 151666, 151643  # of the published vocabulary of 152 064
+
+
+class Dream:
+    """Reads config.json and names the tensors of a Dream checkpoint."""
+
+    name, model_type = "dream", "Dream"
+    architectures = ("DreamModel",)
+    _layout = Layout(
+        family=name, layer_prefix="model.layers.{}.",
+        outer=weights(embed="model.embed_tokens", norm="model.norm", lm_head="lm_head"),
+        layer={**weights(attention_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
+               **split_qkv("self_attn.", bias=True), **below("attention.", weights(out="self_attn.o_proj"))},
+        dense_ffn=below("ffn.", swiglu("mlp")))
+
+    def describe(self, config: dict[str, Any], source: Path) -> ModelDescription:
+        """The description; unsupported or contradictory fields are errors."""
+        f = Fields(config, source)
+        f.only("hidden_act", ("silu",))
+        f.only("rope_scaling", ())
+        f.only("use_mrope", (False,))
+        f.only("use_sliding_window", (False,))
+        vocab, heads = f.positive("vocab_size"), f.heads("hidden_size", "num_attention_heads", "num_key_value_heads")
+        return ModelDescription(
+            family=self.name, architecture=self.architectures[0], vocab_size=vocab,
+            hidden_size=f.positive("hidden_size"), num_layers=f.positive("num_hidden_layers"), **heads,
+            dense_width=f.positive("intermediate_size"), moe=None, qk_norm=False,
+            rope_theta=f.get("rope_theta", float, 10000.0), rotary_dim=heads["head_dim"],
+            rms_eps=f.get("rms_norm_eps", float, 1e-6), max_positions=f.positive("max_position_embeddings"),
+            tie_embeddings=f.get("tie_word_embeddings", bool, False), attention="full", logit_shift=True,
+            qkv_bias=True, **f.ids(vocab, mask=_MASK_ID, eos=_EOS_ID))
+
+    def layout(self, description: ModelDescription) -> Layout:
+        """The names of its tensors."""
+        return self._layout
+
+
+DREAM = Dream()
