@@ -1,0 +1,131 @@
+"""What is fed to the reference and to every backend: a prefill forward and a denoise forward against its cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..description import ModelDescription, RoutingDescription
+from ..errors import RequestError
+from ..runtime.backend import Bools, ForwardInputs, Ints
+from ..runtime.text import TextCodec
+from .result import InputsUsed
+
+PROMPTS = (
+    "what is the capital of france?",
+    "tom has 12 apples and buys 7 more. how many apples does tom have?",
+    "write the numbers 4 7 1 9 from last to first.",
+)
+_PREFIX_BLOCKS = (2, 1, 3, 2)  # whole blocks in the cache, per row: ragged
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One forward for all rows, and which of its tokens enter the cache afterwards."""
+
+    phase: str
+    input_ids: Ints  # [B, T]
+    position_ids: Ints  # [B, T], −1 = padding
+    logit_rows: Ints  # [B, M], −1 = unused
+    commit: Bools  # [B, T]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As a Polygraphy feed."""
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "logit_rows": self.logit_rows,
+                "commit": self.commit}
+
+
+def forward_inputs(feed: dict[str, np.ndarray], rows: slice = slice(None)) -> ForwardInputs:
+    """A feed, or some of its rows, as the runtime takes it; everything is asked for."""
+    return ForwardInputs(feed["input_ids"][rows], feed["position_ids"][rows], feed["logit_rows"][rows], {},
+                         want_logits=True, want_keys_values=True)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to decode; text is None where there is no tokenizer."""
+
+    text: str | None
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class CheckInputs:
+    """Forwards to compare, prompts to decode, and what the report says of them."""
+
+    feeds: list[Feed]
+    prompts: list[Prompt]
+    used: InputsUsed
+
+
+def make_inputs(d: ModelDescription, routing: RoutingDescription, text: TextCodec | None, extra: list[str], seed: int,
+                longest: int) -> CheckInputs:
+    """Inputs for a model: the same for the same seed.
+
+    `extra`: prompts besides the built-in ones. `longest`: most tokens of a row, cached and new, that every backend
+    takes. Raises RequestError for prompts without a tokenizer and for models shorter than a block.
+    """
+    if extra and text is None:
+        raise RequestError("--prompt needs a tokenizer and the bundle has none; leave it out: random tokens are fed.")
+    n, rng = routing.block_length, np.random.default_rng(seed)
+    blocks = min(longest, d.max_positions) // n
+    if not blocks:
+        raise RequestError(f"The model takes {min(longest, d.max_positions)} positions, fewer than a block of {n}.")
+    prompts = _prompts(d, text, extra, n, rng)
+    prefix = [min(count, blocks - 1) for count in _PREFIX_BLOCKS]
+    rows = [_stretch(prompts, row, (count + 1) * n) for row, count in enumerate(prefix)]
+    feeds = [_denoise(rows, prefix, n, d.mask_id, rng)]
+    if max(prefix):
+        feeds.insert(0, _prefill(rows, prefix, n))
+    return CheckInputs(feeds, prompts, InputsUsed(
+        source="prompts" if text else "random tokens", rows=len(rows),
+        tokens=int(sum((feed.position_ids >= 0).sum() for feed in feeds)),
+        masked=int((feeds[-1].logit_rows >= 0).sum()), seed=seed))
+
+
+def _prompts(d: ModelDescription, text: TextCodec | None, extra: list[str], n: int,
+             rng: np.random.Generator) -> list[Prompt]:
+    if text is not None:
+        return [Prompt(p, text.encode_chat([{"role": "user", "content": p}])) for p in (*extra, *PROMPTS)]
+    ordinary = np.setdiff1d(np.arange(d.vocab_size), [d.mask_id, d.eos_id, d.pad_id])
+    return [Prompt(None, rng.choice(ordinary, size).tolist()) for size in (n // 2 + 1, n + n // 4 + 1, 3)]
+
+
+def _stretch(prompts: list[Prompt], first: int, length: int) -> list[int]:
+    """Prompts one after the other, from another one in each row, until `length` tokens are there."""
+    ids: list[int] = []
+    while len(ids) < length:
+        ids += prompts[first % len(prompts)].ids
+        first += 1
+    return ids[:length]
+
+
+def _prefill(rows: list[list[int]], prefix: list[int], n: int) -> Feed:
+    """Whole blocks of ragged number; only the last token's logits are asked for, as prefill in the loop."""
+    shape = (len(rows), max(prefix) * n)
+    ids, positions = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+    last = np.full((len(rows), 1), -1, np.int64)
+    for i, (row, count) in enumerate(zip(rows, prefix, strict=True)):
+        length = count * n
+        ids[i, :length], positions[i, :length] = row[:length], np.arange(length)
+        last[i] = length - 1
+    return Feed("prefill", ids, positions, last, positions >= 0)
+
+
+def _denoise(rows: list[list[int]], prefix: list[int], n: int, mask_id: int, rng: np.random.Generator) -> Feed:
+    """One block a row, partly masked: a masked tail, all, a random half; the last row is shorter, so padded."""
+    shape = (len(rows), n)
+    ids, positions = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+    masked = np.zeros(shape, bool)
+    for i, (row, count) in enumerate(zip(rows, prefix, strict=True)):
+        length = n if i + 1 < len(rows) else max(1, n - n // 4)
+        start = count * n
+        ids[i, :length], positions[i, :length] = row[start:start + length], np.arange(start, start + length)
+        kinds = (np.arange(length) >= length // 3, np.ones(length, bool), rng.random(length) < 0.5)
+        masked[i, :length] = kinds[i % len(kinds)]
+    ids[masked] = mask_id
+    wanted = np.full((len(rows), max(1, int(masked.sum(axis=1).max()))), -1, np.int64)
+    for i, places in enumerate(map(np.flatnonzero, masked)):
+        wanted[i, :len(places)] = places
+    return Feed("denoise", ids, positions, wanted, np.zeros(shape, bool))
