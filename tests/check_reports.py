@@ -60,9 +60,9 @@ def backend(layers: int = 8, bad: int | None = None, router: bool = True, **chan
                   passed=value >= limit if comparison == "at least" else value <= limit)
              for how, checks in (("alone", alone), ("in sequence", sequence)) for c in checks
              for name, value, limit, comparison in (
-                 ("cosine", c.update.cosine_worst, 0.99, "at least"),
-                 ("norm ratio", c.update.norm_ratio_low, 0.9, "at least"),
-                 ("norm ratio", c.update.norm_ratio_high, 1.1, "at most"))]
+                 ("cosine", c.update.cosine_worst if how == "alone" else c.update.cosine_mean,
+                  0.999 if how == "alone" else 0.99, "at least"),
+                 ("norm ratio", c.update.norm_ratio_high - 1, 0.02 if how == "alone" else 0.1, "at most"))]
     points = [ConfidencePoint(reference=p, backend=min(1.0, p + 0.02 * math.sin(9 * p)), same_token=at % 17 != 5)
               for at in range(96) for p in [0.05 + 0.95 * (at / 96) ** 0.5]]
     fields: dict[str, Any] = dict(

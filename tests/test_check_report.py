@@ -17,17 +17,9 @@ from hypothesis import strategies as st
 
 import dmoe_export.check
 from dmoe_export.check import plots
-from dmoe_export.check.report import (
-    MOST_GENERATIONS,
-    SHOWN_TEXT,
-    compared,
-    gate_groups,
-    key_numbers,
-    number,
-    percent,
-    render_report,
-    write_report,
-)
+from dmoe_export.check.answers import MOST_GENERATIONS, SHOWN_TEXT, compared
+from dmoe_export.check.digest import gate_groups, key_numbers, number, percent
+from dmoe_export.check.report import render_report, write_report
 from dmoe_export.check.result import ConfidencePoint, Gate
 from dmoe_export.errors import MissingRequirementError, OutputError
 
@@ -128,7 +120,7 @@ def test_passing_and_failing_pages_say_so(pages):
     assert "✓ PASSED" in passing and "FAILED" not in passing and "✗" not in passing
     assert given_by.report().verdict in passing
     assert "✗ FAILED" in failing and "PASSED" not in failing and "First bad layer: 3" in failing
-    assert "layer 3 expert 5 gate_up" in failing and "18 of 48 gates failed" in failing
+    assert "layer 3 expert 5 gate_up" in failing and "12 of 32 gates failed; first bad: layer 3" in failing
 
 
 def test_another_checkpoint_is_said_before_the_verdict(pages):
@@ -154,12 +146,12 @@ def test_no_backend_and_no_engine_are_said(pages):
 def test_numbers_that_are_none_are_named(pages):
     assert "not finite" in pages["not a number"]  # in the plots
     numbers = {what: (value, where) for what, value, where in key_numbers(broken_backend())}
-    assert numbers["worst cosine of a layer"] == ("not a number", "layer 2 alone")
-    assert numbers["worst cosine of logits"][0] == "not a number"
+    assert numbers["worst cosine alone"] == ("not a number", "least: layer 2")
+    assert numbers["mean cosine of logits"][1] == "worst: not a number"
 
 
 def test_a_perfect_layer_lies_on_the_floor_of_the_log_axis():
-    assert "≤ 10⁻⁸" in plots.layer_error("p", given_by.backend(
+    assert "≤ 10⁻¹²" in plots.layer_error("p", given_by.backend(
         1, layers_alone=[], layers_in_sequence=[given_by.layer(0, 0.0)]))
     assert "≤" not in plots.layer_error("p", given_by.backend())
 
@@ -167,9 +159,27 @@ def test_a_perfect_layer_lies_on_the_floor_of_the_log_axis():
 def test_plots_keep_text_as_text_and_draw_the_same_twice():
     first, again = (plots.layer_error("p", given_by.backend(bad=3)) for _ in range(2))
     assert first == again
-    for words in ("alone", "in sequence", "gate", "first bad: 3", "layer", "10⁻²"):
+    for words in ("alone, worst", "in sequence, mean", "first bad: 3", "layer", "10⁻²"):
         assert re.search(rf"<text[^>]*>{words}</text>", first), words
-    assert ">gate<" not in plots.layer_error("p", given_by.backend(gates=[]))
+
+
+def test_gates_are_lines_in_the_colour_of_what_they_hold():
+    gates = [Gate(name="norm ratio", where=f"layer 2 {how}", value=1e-3, limit=limit, comparison="at most", passed=True)
+             for how, limit in (("alone", 0.02), ("in sequence", 0.1))]
+
+    def dotted(backend):
+        return [re.search(r"stroke: (#\w+)", style)[1] for style in
+                re.findall(r'style="([^"]*dasharray: 2.25[^"]*)"', plots.norm_ratio("p", backend))]
+
+    assert dotted(given_by.backend(gates=[])) == []
+    assert dotted(given_by.backend(gates=gates)) == [plots.REFERENCE] * 2 + [plots.BACKEND] * 2  # 1 ± limit
+
+
+def test_infinity_as_the_comparison_writes_it_is_not_drawn_as_a_number():
+    far = given_by.error(2.0).model_copy(update={"norm_ratio_high": 1e30, "max_abs": 1e30})
+    layers = [given_by.layer(0, 0.0), given_by.layer(1, 0.0).model_copy(update={"update": far, "passed": False})]
+    assert "not finite" in plots.norm_ratio("p", given_by.backend(2, layers_alone=layers))
+    assert "infinite" in render_report(given_by.report(backends=[given_by.backend(2, layers_alone=layers)]))
 
 
 def test_many_positions_are_thinned_but_all_that_differ_stay():

@@ -1,7 +1,7 @@
 """Plots of the report: one SVG text per figure, to be put inline into HTML.
 
-Drawn with matplotlib's object interface, so no display is needed. Text stays text, ids carry the plot's name so that
-figures of one page never share one, and nothing in them points outside the page. No text from a model or a user gets in here.
+Drawn with matplotlib's object interface, so no display is needed. Text stays text, ids carry the plot's name so that no
+two figures of a page share one, nothing in them points outside the page, and no text from a model or a user gets in.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import re
 from collections.abc import Iterable, Sequence
 from io import StringIO
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from .result import BackendCheck, ConfidencePoint, Gate, LayerCheck, TensorError
+from . import digest
+from .result import BackendCheck, ConfidencePoint, Gate, LayerCheck
 
 WIDTH, HEIGHT = 400, 280  # SVG units; readable both three to a row and on a telephone
 INK, FAINT, REFERENCE, BACKEND, BAD = "#1d2530", "#d9dee5", "#0b5cad", "#c45a00", "#b00020"
-SMALLEST = 1e-8  # below the resolution of a float32 cosine: drawn on the floor of the axis
+SMALLEST = 1e-12  # differing in the last bit of float32; what is less is drawn on the floor of the axis
 NORM_CEILING = 3.0  # ratios above it are drawn at it: the plot is about departures from 1
 MOST_POINTS = 1500
 STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.family": ["DejaVu Sans"], "font.size": 13, "text.color": INK,
@@ -30,78 +31,95 @@ STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.family": ["DejaVu Sans"],
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
          "grid.color": FAINT, "grid.linewidth": 0.7, "lines.linewidth": 1.5, "legend.frameon": False,
          "legend.fontsize": 12.5, "legend.handlelength": 1.5, "legend.columnspacing": 1.2, "legend.borderpad": 0.0}
-Series = tuple[str, Sequence[LayerCheck], str, str, str]  # legend, layers, colour, marker, line
+
+
+class Series(NamedTuple):
+    """One way in which all layers were measured, and how it is drawn."""
+
+    how: str
+    of: str
+    layers: Sequence[LayerCheck]
+    colour: str
+    marker: str
+    line: str
+
+    @property
+    def size(self) -> float:
+        """Of a marker."""
+        return 5.5 if len(self.layers) <= 24 else 3.5
 
 
 def layer_error(name: str, backend: BackendCheck) -> str:
-    """1 − worst cosine of update, key and value per layer, log axis, with the cosine gates as lines."""
+    """1 − cosine per layer, log axis: of the worst token alone, of the mean token in sequence, as the gates ask."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _canvas("layer", "1 − worst cosine")
-        limits = [1 - limit for limit in _limits(backend.gates, "cosine")]
-        finite = [e for _, layers, *_ in _series(backend) for c in layers if math.isfinite(e := _error(c))]
-        high = max([*finite, *limits, 10 * SMALLEST])
+        figure, axes = _canvas("layer", "1 − cosine")
+        limits = {s.how: [1 - limit for limit in _limits(backend.gates, s.how, "cosine")] for s in _series(backend)}
+        drawn = {s.how: [_error(c, s.how) for c in s.layers] for s in _series(backend)}
+        finite = [e for errors in drawn.values() for e in errors if digest.finite(e)]
+        lines = [limit for group in limits.values() for limit in group if limit > 0]
+        high = max([*finite, *lines, 10 * SMALLEST])
         top = 10.0 ** math.ceil(math.log10(high) + 0.25)
-        low = max(SMALLEST, min([*finite, *(g for g in limits if g > 0), top / 100]))
-        bottom = 10.0 ** math.floor(math.log10(low) - 0.05) if low > SMALLEST else SMALLEST
-        for legend, layers, colour, marker, line in _series(backend):
-            errors = [min(max(e, bottom), top) if math.isfinite(e := _error(c)) else top for c in layers]
-            axes.plot([c.layer for c in layers], errors, line, color=colour, marker=marker, label=legend,
-                      markersize=_marker_size(layers), clip_on=False)
-            failed = [(c.layer, e) for c, e in zip(layers, errors, strict=True) if not c.passed]
+        low = max(SMALLEST, min([*finite, *lines, top / 100]))
+        bottom = max(SMALLEST, 10.0 ** math.floor(math.log10(low) - 0.05))
+        for s in _series(backend):
+            errors = [min(max(e, bottom), top) if digest.finite(e) else top for e in drawn[s.how]]
+            axes.plot([c.layer for c in s.layers], errors, s.line, color=s.colour, marker=s.marker,
+                      label=f"{s.how}, {s.of}", markersize=s.size, clip_on=False)
+            failed = [(c.layer, e) for c, e in zip(s.layers, errors, strict=True) if not c.passed]
             axes.plot([x for x, _ in failed], [e for _, e in failed], "X", color=BAD, markersize=9, zorder=5,
                       markeredgecolor="white", clip_on=False)
-            _name_infinite(axes, layers, [_error(c) for c in layers], top)
-        _gate_lines(axes, (g for g in limits if bottom <= g <= top))
+            _name_infinite(axes, s.layers, drawn[s.how], top)
+            _gate_lines(axes, (limit for limit in limits[s.how] if bottom <= limit <= top), s)
         axes.set_yscale("log")
         axes.set_ylim(bottom, top)
         axes.yaxis.set_major_locator(LogLocator(base=10, numticks=7))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _power(y)))
-        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.yaxis.set_minor_locator(NullLocator())
         _layer_axis(axes, backend)
         return _svg(name, figure, f"Error per layer: {_range(finite)}; lower is better")
 
 
 def norm_ratio(name: str, backend: BackendCheck) -> str:
-    """Range of |backend| / |reference| over rows, per layer: hull of update, key and value."""
+    """Range of |backend| / |reference| over tokens, per layer: hull of all that is compared of it."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas("layer", "norm ratio, least to largest")
-        limits = _limits(backend.gates, "norm")
-        ends = list(limits)
-        for place, (legend, layers, colour, marker, _) in enumerate(_series(backend)):
-            x = [c.layer + (0.14 if place else -0.14) for c in layers]
-            low = [_ratio(min(_finite_or(e.norm_ratio_low, 0.0) for e in _tensors(c))) for c in layers]
-            high = [_ratio(max(_finite_or(e.norm_ratio_high, NORM_CEILING) for e in _tensors(c))) for c in layers]
-            ends += low + high
-            axes.vlines(x, low, high, color=colour, linewidth=2)
+        ends: list[float] = []
+        for place, s in enumerate(_series(backend)):
+            x = [c.layer + (0.14 if place else -0.14) for c in s.layers]
+            hulls = [_hull(c) for c in s.layers]
+            low, high = [_ratio(a) for a, _ in hulls], [_ratio(b) for _, b in hulls]
+            axes.vlines(x, low, high, color=s.colour, linewidth=2)
             for values in (low, high):
-                axes.plot(x, values, marker, color=colour, markersize=_marker_size(layers) - 1.5, clip_on=False,
-                          label=legend if values is low else None)
-            sums = [sum(e.norm_ratio_low + e.norm_ratio_high for e in _tensors(c)) for c in layers]
-            _name_infinite(axes, layers, sums, NORM_CEILING)
-        reach = max([abs(e - 1) for e in ends] + [1e-3]) * 1.15
+                axes.plot(x, values, s.marker, color=s.colour, markersize=s.size - 1.5, clip_on=False,
+                          label=s.how if values is low else None)
+            _name_infinite(axes, s.layers, [a + b for a, b in hulls], NORM_CEILING)
+            limits = _norm_limits(backend.gates, s.how)
+            _gate_lines(axes, limits, s)
+            ends += low + high + limits
+        reach = max([abs(e - 1) for e in ends] + [1e-6]) * 1.15
         axes.axhline(1.0, color="#8b95a1", linewidth=0.8, zorder=1)
-        _gate_lines(axes, limits)
         axes.set_ylim(max(0.0, 1 - reach), 1 + reach)
         axes.yaxis.set_major_locator(MaxNLocator(6))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.6g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.8g}"))
         _layer_axis(axes, backend)
         return _svg(name, figure, f"Norm ratio per layer: {_range(ends)}; 1 is best")
 
 
 def router_agreement(name: str, backend: BackendCheck) -> str | None:
     """Share of tokens with the reference's set of experts, per MoE layer; None for a model without a router."""
-    shares = [c.router.share for _, layers, *_ in _series(backend) for c in layers if c.router]
+    shares = [c.router.share for s in _series(backend) for c in s.layers if c.router]
     if not shares:
         return None
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas("layer", "tokens with the same experts")
-        for legend, layers, colour, marker, line in _series(backend):
-            routed = [(c.layer, 100 * c.router.share) for c in layers if c.router]
-            axes.plot([x for x, _ in routed], [s for _, s in routed], line, color=colour, marker=marker, label=legend,
-                      markersize=_marker_size(layers), clip_on=False)
-        limits = [100 * limit for limit in _limits(backend.gates, "router")]
-        _gate_lines(axes, limits)
-        lowest = min([100 * s for s in shares] + limits + [95])
+        lowest = min([100 * share for share in shares] + [95])
+        for s in _series(backend):
+            routed = [(c.layer, 100 * c.router.share) for c in s.layers if c.router]
+            axes.plot([x for x, _ in routed], [y for _, y in routed], s.line, color=s.colour, marker=s.marker,
+                      label=s.how, markersize=s.size, clip_on=False)
+            limits = [100 * limit for limit in _limits(backend.gates, s.how, "router", "agree", "experts") if limit > 0]
+            _gate_lines(axes, limits, s)
+            lowest = min([lowest, *limits])
         axes.set_ylim(max(0.0, 5 * math.floor((lowest - 1) / 5)), 100)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %"))
         _layer_axis(axes, backend)
@@ -157,28 +175,34 @@ def unique_experts(name: str, backend: BackendCheck) -> str | None:
 
 
 def _series(backend: BackendCheck) -> list[Series]:
-    both: list[Series] = [("alone", backend.layers_alone, REFERENCE, "o", "-"),
-                          ("in sequence", backend.layers_in_sequence, BACKEND, "s", "--")]
-    return [series for series in both if series[1]]
+    both = (Series("alone", "worst", backend.layers_alone, REFERENCE, "o", "-"),
+            Series("in sequence", "mean", backend.layers_in_sequence, BACKEND, "s", "--"))
+    return [series for series in both if series.layers]
 
 
-def _tensors(check: LayerCheck) -> list[TensorError]:
-    return [e for e in (check.update, check.key, check.value) if e is not None]
-
-
-def _error(check: LayerCheck) -> float:
-    """Largest 1 − cosine of the layer's tensors; NaN wins, for it is worse than any number."""
-    errors = [1 - e.cosine_worst for e in _tensors(check)]
+def _error(check: LayerCheck, how: str) -> float:
+    """Largest 1 − cosine of what is compared of the layer; NaN wins, for it is worse than any number."""
+    errors = [1 - (e.cosine_worst if how == "alone" else e.cosine_mean) for e in digest.tensors(check)]
     return math.nan if any(math.isnan(e) for e in errors) else max(errors)
 
 
-def _limits(gates: Iterable[Gate], word: str) -> list[float]:
-    """Different limits of the gates on layers whose name has the word."""
-    return sorted({g.limit for g in gates if word in g.name.lower() and "layer" in g.where.lower()})
+def _hull(check: LayerCheck) -> tuple[float, float]:
+    """Least and largest norm ratio of what is compared of the layer; infinite if one is not a number."""
+    low = [e.norm_ratio_low for e in digest.tensors(check)]
+    high = [e.norm_ratio_high for e in digest.tensors(check)]
+    return (min(low), max(high)) if all(map(digest.finite, low + high)) else (0.0, math.inf)
 
 
-def _finite_or(value: float, instead: float) -> float:
-    return value if math.isfinite(value) else instead
+def _limits(gates: Iterable[Gate], how: str, *words: str) -> list[float]:
+    """Different limits of the gates on layers in this manner whose name has one of the words."""
+    return sorted({g.limit for g in gates if any(word in g.name.lower() for word in words)
+                   and "layer" in g.where.lower() and how in g.where.lower()})
+
+
+def _norm_limits(gates: Iterable[Gate], how: str) -> list[float]:
+    """Limits as ratios; a gate may hold the ratio or its distance from 1."""
+    limits = _limits(gates, how, "norm")
+    return sorted({end for limit in limits for end in ((1 - limit, 1 + limit) if limit < 0.5 else (limit,))})
 
 
 def _ratio(value: float) -> float:
@@ -188,10 +212,6 @@ def _ratio(value: float) -> float:
 def _thinned(points: Sequence[ConfidencePoint], most: int) -> list[ConfidencePoint]:
     """At most `most` points, evenly taken."""
     return [points[i * len(points) // most] for i in range(most)] if len(points) > most else list(points)
-
-
-def _marker_size(layers: Sequence[LayerCheck]) -> float:
-    return 5.5 if len(layers) <= 24 else 3.5
 
 
 def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
@@ -206,21 +226,22 @@ def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
 def _name_infinite(axes: Axes, layers: Sequence[LayerCheck], values: Sequence[float], at: float) -> None:
     """Say which point stands for no number at all."""
     for check, value in zip(layers, values, strict=True):
-        if not math.isfinite(value):
+        if not digest.finite(value):
             left = check.layer > (layers[0].layer + layers[-1].layer) / 2
             axes.annotate("not finite", (check.layer, at), (-9 if left else 9, -11), textcoords="offset points",
                           ha="right" if left else "left", color=BAD, fontweight="bold")
             return  # the first is the cause of the rest
 
 
-def _gate_lines(axes: Axes, limits: Iterable[float]) -> None:
-    for at, limit in enumerate(limits):
-        axes.axhline(limit, color=INK, linewidth=1.3, linestyle=(0, (2, 2)), zorder=2, label=None if at else "gate")
+def _gate_lines(axes: Axes, limits: Iterable[float], series: Series) -> None:
+    """Dotted, in the colour of what is held against them."""
+    for limit in limits:
+        axes.axhline(limit, color=series.colour, linewidth=1.5, linestyle=(0, (1.5, 1.5)), zorder=2)
 
 
 def _layer_axis(axes: Axes, backend: BackendCheck) -> None:
     """Whole layers on the x axis, the first bad one on a red band."""
-    layers = [c.layer for _, checks, *_ in _series(backend) for c in checks] or [0]
+    layers = [c.layer for s in _series(backend) for c in s.layers] or [0]
     axes.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     axes.grid(False, axis="x")
