@@ -111,7 +111,7 @@ class SalientDenoiser(nn.Module):
         self.description, self.routing, self.dtype = denoiser.description, denoiser.routing, denoiser.dtype
         self.capacity: Capacity = capacity
         self.embed, self.norm, self.lm_head = denoiser.embed, denoiser.norm, denoiser.lm_head
-        self.layers = nn.ModuleList(SalientLayer(layer) for layer in denoiser.layers)  # type: ignore[arg-type]
+        self.layers = nn.ModuleList(SalientLayer(layer) for layer in denoiser.layers)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, past: Past, old: RangeState | None = None,
                 unmasked: Tensor | None = None, threshold: Tensor | None = None,

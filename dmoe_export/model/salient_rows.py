@@ -102,7 +102,7 @@ class SomeRows:
         if isinstance(capacity, int):
             count = capacity
         else:
-            count = int(wanted.sum(dim=1).max().item())
+            count = wanted.sum(dim=1).amax(dim=0).item()  # stays symbolic while tracing: no int()
             torch._check(count >= 0)
             torch._check(count <= tokens)
         index = torch.topk(torch.where(wanted, cosine, 3.0), count, dim=1, largest=False).indices
@@ -116,12 +116,12 @@ class SomeRows:
 
     def take(self, x: Tensor) -> Tensor:
         """See `Rows`."""
-        return x[self.flat]
+        return x.index_select(0, self.flat)
 
     def take_pair(self, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """See `Rows`."""
         batch = self.index.shape[0]
-        cos, sin = (x.flatten(0, 1)[self.flat].reshape(batch, self.count, 1, x.shape[-1]) for x in angles)
+        cos, sin = (x.flatten(0, 1).index_select(0, self.flat).reshape(batch, self.count, 1, x.shape[-1]) for x in angles)
         return cos, sin
 
     def take_positions(self, position_ids: Tensor) -> Tensor:
@@ -131,20 +131,20 @@ class SomeRows:
     def take_heads(self, x: Tensor, share: int) -> Tensor:
         """See `Rows`."""
         batch, heads, rows, width = x.shape
-        taken = x.reshape(batch * heads * rows, width)[self._in_heads(heads * share, rows // share)]
+        taken = x.reshape(batch * heads * rows, width).index_select(0, self._in_heads(heads * share, rows // share))
         return taken.reshape(batch, heads, share * self.count, width)
 
     def put(self, old: Tensor, new: Tensor) -> Tensor:
         """See `Rows`."""
         wanted = self.wanted.flatten()[:, None]
-        return old.index_put((self.flat,), torch.where(wanted, new, old[self.flat]))
+        return old.index_put((self.flat,), torch.where(wanted, new, old.index_select(0, self.flat)))
 
     def put_heads(self, old: Tensor, new: Tensor) -> Tensor:
         """See `Rows`."""
         batch, heads, tokens, width = old.shape
         places = self._in_heads(heads, tokens)
         flat = old.reshape(batch * heads * tokens, width)
-        before = flat[places].reshape(batch, heads, self.count, width)
+        before = flat.index_select(0, places).reshape(batch, heads, self.count, width)
         kept = torch.where(self.wanted[:, None, :, None], new, before)
         return flat.index_put((places,), kept.reshape(batch * heads * self.count, width)).reshape(old.shape)
 
