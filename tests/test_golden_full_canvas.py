@@ -6,11 +6,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from bundles import eager
+from device_helpers import host_backend
 from toy_backend import decode
 
 from dmoe_export import export_checkpoint
 from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
+
+CACHES = ("none", "prefix", "dual")
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +22,24 @@ def llada(golden):
     return golden.parent / "llada_dense"
 
 
-@pytest.fixture(scope="module", params=["eager", "onnxruntime"])
-def backend(request, llada, tmp_path_factory):
+@pytest.fixture(scope="module")
+def bundle(llada, tmp_path_factory):
+    return export_checkpoint(llada / "model", tmp_path_factory.mktemp("b") / "llada")
+
+
+@pytest.fixture(scope="module", params=["eager", "onnxruntime", "device"])
+def backend(request, llada):
+    """`device`: the GPU backends' half, on host memory."""
     if request.param == "eager":
-        return eager(llada / "model")
-    return OnnxRuntimeBackend(export_checkpoint(llada / "model", tmp_path_factory.mktemp("b") / "llada"))
+        return _eager(llada)
+    bundle = request.getfixturevalue("bundle")
+    return OnnxRuntimeBackend(bundle) if request.param == "onnxruntime" else host_backend(bundle, cuda_graphs=True)
+
+
+def _eager(folder):
+    backend = eager(folder / "model")
+    torch.set_num_threads(1)  # threads that wait for work of this size are slower than one
+    return backend
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +51,13 @@ def runs(llada):
         blocks, limit = meta["gen"] // meta["block"], meta["threshold"]
         options = {"max_new_tokens": meta["gen"], "block_length": meta["block"], "steps": meta["steps"] // blocks,
                    "eos_id": -1, **({"acceptance": "fixed"} if limit is None else {"threshold": limit})}
-        answers = {cache: data[f"{meta['run']}.{cache}"][0, meta["P"]:].tolist() for cache in ("none", "prefix", "dual")}
+        answers = {cache: data[f"{meta['run']}.{cache}"][0, meta["P"]:].tolist() for cache in CACHES}
         found.append((data[f"{meta['run']}.prompt"][0].tolist(), options, answers,
                       {cache: meta[f"nfe_{cache}"] for cache in answers}))
     return found
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("run", range(6))
 def test_generation_equals_the_reference(backend, runs, run, cache):
     prompt, options, answers, forwards = runs[run]
@@ -55,7 +72,7 @@ def test_generation_equals_the_reference(backend, runs, run, cache):
         assert statistics.forwards == forwards[cache]
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("cache", CACHES)
 def test_a_batch_equals_each_row_alone(backend, runs, cache):
     """Rows come to their blocks at different times, and leave at different times."""
     prompts = [run[0] for run in runs]
@@ -67,3 +84,18 @@ def test_a_batch_equals_each_row_alone(backend, runs, cache):
         assert ends[i].finish_reason == end[0].finish_reason
         assert ends[i].statistics.forwards_by_phase == end[0].statistics.forwards_by_phase
     assert {end.finish_reason for end in ends} == {"eos", "length"}
+
+
+def test_shifted_logits_are_read_one_place_earlier(golden):
+    """Dream, all masks taken at once: the recorded row of position i − 1 says what stands at i."""
+    folder = golden.parent / "dream"
+    backend, data = _eager(folder), np.load(folder / "forward.npz")
+    ids, logits, mask_id = data["input_ids"], data["logits"].copy(), backend.description.mask_id
+    logits[..., mask_id] = -np.inf
+    length = int((ids[0] != mask_id).sum())
+    assert backend.description.logit_shift and (ids[:, length:] == mask_id).all()
+    masks = ids.shape[1] - length
+    for cache in CACHES:
+        tokens, _ = decode(backend, ids[:, :length].tolist(), cache=cache, max_new_tokens=masks, block_length=masks,
+                           steps=1, eos_id=-1)
+        assert tokens == logits[:, length - 1:-1].argmax(-1).tolist()

@@ -44,7 +44,10 @@ def fixed(confidence: Reals, scheduled: int) -> Bools:
 
 
 def threshold(confidence: Reals, scheduled: int, limit: float) -> Bools:
-    """All above `limit` (strictly, as LLaDA2), or the schedule's number of best ones when those are fewer."""
+    """All above `limit` (strictly, as LLaDA2), or the schedule's number of best ones when those are fewer.
+
+    Fast-dLLM takes ≥; its recorded runs come out the same, token for token.
+    """
     accepted = confidence > limit
     return accepted if accepted.sum() >= max(1, scheduled) else _best(confidence, scheduled)
 
