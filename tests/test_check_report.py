@@ -175,6 +175,13 @@ def test_gates_are_lines_in_the_colour_of_what_they_hold():
     assert dotted(given_by.backend(gates=gates)) == [plots.REFERENCE] * 2 + [plots.BACKEND] * 2  # 1 ± limit
 
 
+def test_a_router_gate_is_a_line_too():
+    gate = Gate(name="share of tokens with equal experts", where="layer 2 in sequence, router", value=1, limit=0.8,
+                comparison="at least", passed=True)
+    assert ">80 %<" in plots.router_agreement("p", given_by.backend(gates=[gate]))  # the axis reaches down to it
+    assert ">80 %<" not in plots.router_agreement("p", given_by.backend(gates=[]))
+
+
 def test_infinity_as_the_comparison_writes_it_is_not_drawn_as_a_number():
     far = given_by.error(2.0).model_copy(update={"norm_ratio_high": 1e30, "max_abs": 1e30})
     layers = [given_by.layer(0, 0.0), given_by.layer(1, 0.0).model_copy(update={"update": far, "passed": False})]

@@ -111,8 +111,9 @@ def key_numbers(backend: BackendCheck) -> Iterator[tuple[str, str, str]]:
 
 
 def tensors(check: LayerCheck) -> list[TensorError]:
-    """Errors of everything that the backend shows of a layer."""
-    return [error for name in COLUMNS if (error := getattr(check, name)) is not None]
+    """Errors of all that gates hold of a layer: the whole update only where its two parts are not shown."""
+    names = [name for name in COLUMNS if name != "update" or check.attention is None]
+    return [error for name in names if (error := getattr(check, name)) is not None]
 
 
 COLUMNS = {"update": "update", "attention": "attention", "feed_forward": "feed-forward",

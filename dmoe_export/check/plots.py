@@ -80,18 +80,18 @@ def layer_error(name: str, backend: BackendCheck) -> str:
 
 
 def norm_ratio(name: str, backend: BackendCheck) -> str:
-    """Range of |backend| / |reference| over tokens, per layer: hull of all that is compared of it."""
+    """|backend| / |reference| per layer, hull over what is compared: of all tokens alone, of means in sequence."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _canvas("layer", "norm ratio, least to largest")
+        figure, axes = _canvas("layer", "norm ratio, range")
         ends: list[float] = []
         for place, s in enumerate(_series(backend)):
             x = [c.layer + (0.14 if place else -0.14) for c in s.layers]
-            hulls = [_hull(c) for c in s.layers]
+            hulls = [_hull(c, s.how) for c in s.layers]
             low, high = [_ratio(a) for a, _ in hulls], [_ratio(b) for _, b in hulls]
             axes.vlines(x, low, high, color=s.colour, linewidth=2)
             for values in (low, high):
                 axes.plot(x, values, s.marker, color=s.colour, markersize=s.size - 1.5, clip_on=False,
-                          label=s.how if values is low else None)
+                          label=f"{s.how}, {'tokens' if s.how == 'alone' else s.of}" if values is low else None)
             _name_infinite(axes, s.layers, [a + b for a, b in hulls], NORM_CEILING)
             limits = _norm_limits(backend.gates, s.how)
             _gate_lines(axes, limits, s)
@@ -117,7 +117,7 @@ def router_agreement(name: str, backend: BackendCheck) -> str | None:
             routed = [(c.layer, 100 * c.router.share) for c in s.layers if c.router]
             axes.plot([x for x, _ in routed], [y for _, y in routed], s.line, color=s.colour, marker=s.marker,
                       label=s.how, markersize=s.size, clip_on=False)
-            limits = [100 * limit for limit in _limits(backend.gates, s.how, "router", "agree", "experts") if limit > 0]
+            limits = [100 * limit for limit in _limits(backend.gates, s.how, "share") if limit > 0]
             _gate_lines(axes, limits, s)
             lowest = min([lowest, *limits])
         axes.set_ylim(max(0.0, 5 * math.floor((lowest - 1) / 5)), 100)
@@ -186,10 +186,11 @@ def _error(check: LayerCheck, how: str) -> float:
     return math.nan if any(math.isnan(e) for e in errors) else max(errors)
 
 
-def _hull(check: LayerCheck) -> tuple[float, float]:
+def _hull(check: LayerCheck, how: str) -> tuple[float, float]:
     """Least and largest norm ratio of what is compared of the layer; infinite if one is not a number."""
-    low = [e.norm_ratio_low for e in digest.tensors(check)]
-    high = [e.norm_ratio_high for e in digest.tensors(check)]
+    errors = digest.tensors(check)
+    means = [e.norm_ratio_mean for e in errors if e.norm_ratio_mean is not None] if how != "alone" else []
+    low, high = means or [e.norm_ratio_low for e in errors], means or [e.norm_ratio_high for e in errors]
     return (min(low), max(high)) if all(map(digest.finite, low + high)) else (0.0, math.inf)
 
 
