@@ -80,6 +80,10 @@ class CompareForward:
             if kind == "feed_forward":
                 rows = rows & agree.get(layer, np.ones_like(rows))
             results[name] = row_errors(expected[rows], got[rows], self._limits)
+            if kind == "feed_forward" and f"attention.{layer}" in backend:
+                mine, theirs = (side[name].astype(np.float32) + side[f"attention.{layer}"]
+                                for side in (backend, reference))
+                results[f"update.{layer}"] = row_errors(theirs[rows], mine[rows], self._limits)
         if "confidence" in backend:
             results["confidence"] = _confidence(reference, backend, wanted)
         return results

@@ -1,4 +1,4 @@
-"""A bundle's graph, edited in memory: cut to its first layers, or opened at every layer. Weights stay in their files."""
+"""A bundle's graph, edited in memory: cut to its first layers, or opened at every one. Weights stay in their files."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class _View:
 
     def kept(self, output: str) -> bool:
         """Whether an output belongs to the kept layers."""
-        name, _, layer = output.partition(".")
+        layer = output.partition(".")[2]
         return not layer or int(layer) < self._layers
 
     def addend(self, total: str, part: str) -> str:

@@ -33,7 +33,7 @@ class _Slab:
         self._read = read
 
     @property
-    def T(self) -> Tensor:  # noqa: N802 - a tensor's own name for it
+    def T(self) -> Tensor:
         """The transposed matrix."""
         return self._read().T
 
@@ -142,7 +142,7 @@ class Reference:
         out = self.backend.forward(forward_inputs(feed), cached)
         last = d.num_layers
         self._seen[f"stream.{last}"] = sum(self._seen[f"{part}.{last - 1}"] for part in
-                                           ("stream", "attention", "feed_forward"))  # type: ignore[assignment]
+                                           ("stream", "attention", "feed_forward"))
         results = {name: x.reshape(shape).numpy() for name, x in self._seen.items()}
         self._seen.clear()
         return {**feed, **results, **named_outputs(out, d.moe_layers), **past_arrays(cached)}, out

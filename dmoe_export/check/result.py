@@ -23,6 +23,7 @@ class TensorError(Frozen):
     norm_ratio_high: float
     max_abs: float = Field(description="largest absolute difference of an element")
     rows: int = Field(description="rows compared")
+    norm_ratio_mean: float | None = None
 
 
 class RouterAgreement(Frozen):
@@ -31,9 +32,13 @@ class RouterAgreement(Frozen):
     tokens: int
     agreeing: int
     largest_gap: float = Field(description="where sets differ: largest difference between the reference's scores of an "
-                               "expert it took and of one the backend took instead; small = a near tie")
+                               "expert it took and of one the backend took instead; small = a near tie. Tokens whose "
+                               "block changed its coreset are left out: their choice was not theirs")
     unique_reference: int = Field(description="experts that occur at all")
     unique_backend: int
+    with_block: int = Field(0, description="of the tokens that differ, those whose whole block took another coreset")
+    unexplained: int | None = Field(None, description="tokens whose experts are not what the routing rule gives for "
+                                    "the backend's own router logits; null where the backend does not show them")
 
     @property
     def share(self) -> float:
@@ -52,6 +57,10 @@ class LayerCheck(Frozen):
     router: RouterAgreement | None = Field(description="null for dense layers")
     passed: bool
     reason: str | None = Field(description="the gate that failed, in a few words; null when passed")
+    attention: TensorError | None = Field(None, description="what attention adds to the stream")
+    feed_forward: TensorError | None = Field(None, description="what the feed-forward adds, over tokens whose experts "
+                                             "agree")
+    router_logits: TensorError | None = None
 
 
 class Gate(Frozen):
@@ -79,6 +88,8 @@ class GenerationCheck(Frozen):
     backend_forwards: int
     reference_unique_experts: list[float] = Field(description="mean over MoE layers, per denoise step; [] if dense")
     backend_unique_experts: list[float]
+    near_tie: bool | None = Field(None, description="whether the step where the two part was a near tie; null = all "
+                                  "tokens equal")
 
 
 class ConfidencePoint(Frozen):
@@ -105,6 +116,10 @@ class BackendCheck(Frozen):
     first_bad_layer: int | None
     passed: bool
     seconds: float
+    embedding_alone: TensorError | None = None
+    logits_alone: TensorError | None = Field(None, description="the head fed with the reference's last stream")
+    first_bad_part: str | None = Field(None, description="what failed first, such as 'embedding', 'head' or 'layer 3 alone, "
+                                       "attention'; null when passed")
 
 
 class IdentityCheck(Frozen):

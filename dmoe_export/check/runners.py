@@ -25,7 +25,7 @@ Arrays = dict[str, np.ndarray]
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 
 
-class _Runner(BaseRunner):  # type: ignore[misc]
+class _Runner(BaseRunner):
     """Takes the feeds it is told of; times what `run` does."""
 
     def __init__(self, name: str, feeds: list[Arrays]) -> None:
@@ -57,6 +57,7 @@ class ReferenceRunner(_Runner):
         self._reference = reference
 
     def activate_impl(self) -> None:
+        """An empty cache."""
         self._cache = self._reference.backend.new_cache(len(self._feeds[0]["input_ids"]))
 
     def run(self, feed: Arrays) -> Arrays:
@@ -74,6 +75,7 @@ class SequenceRunner(_Runner):
         self._backend, self._precision = backend, precision
 
     def activate_impl(self) -> None:
+        """Empty caches, one for each group of rows that the backend takes at once."""
         rows = len(self._feeds[0]["input_ids"])
         step = min((self._backend.limits or Limits()).max_batch or rows, rows)
         self._parts = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
@@ -89,23 +91,26 @@ class SequenceRunner(_Runner):
         out = self._backend.forward(inputs, cache)
         if feed["commit"][part].any():
             cache.commit(inputs, out, feed["commit"][part])
-        return named_outputs(_on_host(out, cache, self._precision, inputs.input_ids.shape[1]), self._backend.description.moe_layers)
+        out = _on_host(out, cache, self._precision, inputs.input_ids.shape[1])
+        return named_outputs(out, self._backend.description.moe_layers)
 
 
 class LayersRunner(_Runner):
     """A graph opened at every layer, on ONNX Runtime's CPU provider, fed with the reference's streams and cache."""
 
     def __init__(self, graph: OpenedGraph, folder: Path, d: ModelDescription, precision: Precision, feeds: list[Arrays],
-                 routing: dict[str, np.ndarray], threads: int | None) -> None:
+                 routing: Arrays) -> None:
         """`folder`: where the weights lie. `routing`: the run-time routing settings as the graph takes them."""
         super().__init__("layers alone", feeds)
-        self._graph, self._folder, self._hidden, self._threads = graph, folder, d.hidden_size, threads
+        self._graph, self._folder, self._hidden = graph, folder, d.hidden_size
         self._dtype, self._routing = DTYPES[precision], routing
 
     def activate_impl(self) -> None:
-        self._session = session_in(self._graph.model, self._folder, self._threads)
+        """Load the opened graph."""
+        self._session = session_in(self._graph.model, self._folder)
 
     def deactivate_impl(self) -> None:
+        """Unload it."""
         del self._session
 
     def run(self, feed: Arrays) -> Arrays:
@@ -124,13 +129,11 @@ class LayersRunner(_Runner):
         return array.astype(self._dtype) if array.dtype == np.float32 and name != "top_p" else array
 
 
-def session_in(model: bytes, folder: Path, threads: int | None = None) -> ort.InferenceSession:
+def session_in(model: bytes, folder: Path) -> ort.InferenceSession:
     """A CPU session of an edited graph whose weights lie in `folder`; raises BundleError."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    if threads:
-        options.intra_op_num_threads = threads
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own kinds

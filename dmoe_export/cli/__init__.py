@@ -51,9 +51,9 @@ def main(debug: bool) -> None:
 
 
 def _register() -> None:
-    from . import bench, build, export, generate, inspect
+    from . import bench, build, check, export, generate, inspect
 
-    for command in (bench.bench, build.build, export.export, generate.generate, inspect.inspect):
+    for command in (bench.bench, build.build, check.check, export.export, generate.generate, inspect.inspect):
         main.add_command(command)
 
 

@@ -1,0 +1,141 @@
+"""The numeric part: reference and backends through Polygraphy's Comparator, prompts through the decoding loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from polygraphy.comparator import Comparator, RunResults
+from polygraphy.logger import G_LOGGER
+
+from ..bundle.reader import Bundle
+from ..errors import InputError
+from ..runtime.backend import Backend
+from ..runtime.backend import Limits as BackendLimits
+from ..runtime.choose import BackendName, open_backend
+from ..runtime.onnxruntime import OnnxRuntimeBackend
+from ..runtime.text import TextCodec
+from .compare import CompareForward
+from .gates import Limits
+from .generation import ReferenceTokens
+from .inputs import CheckInputs, make_inputs
+from .instrument import first_layers, open_layers
+from .judge import Judge
+from .reference import Reference
+from .result import BackendCheck, InputsUsed
+from .runners import Arrays, LayersRunner, ReferenceRunner, SequenceRunner, streams_feeds
+from .sources import WeightSource
+
+Tell = Callable[[str, int, int], None]
+_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class NumericResult:
+    """What the backends' part of the report is made of."""
+
+    inputs: InputsUsed
+    experts_exercised: dict[int, int]
+    backends: list[BackendCheck]
+
+
+def check_numbers(bundle: Bundle, source: WeightSource, names: Sequence[BackendName], limits: Limits, *, cut: bool,
+                  prompts: list[str], seed: int, tell: Tell) -> NumericResult:
+    """Compare backends with the eager model of `source`, whose description may be the bundle's, cut to fewer layers.
+
+    `cut`: few-layer mode, nothing is decoded and weights are not kept. Raises what opening a backend raises.
+    """
+    d, manifest = source.description, bundle.manifest
+    here = Bundle(bundle.folder, manifest.model_copy(update={
+        "model": manifest.model.model_copy(update={"num_layers": d.num_layers})}))
+    backends = _open(bundle, here, names, cut)
+    text = TextCodec.of(bundle)
+    inputs = make_inputs(d, manifest.routing, text, prompts, seed, _longest(backends))
+    reference = Reference(source, manifest.routing, keep=not cut)
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        tell("reference", 0, 1)
+        feeds = [feed.arrays() for feed in inputs.feeds]
+        expected = Comparator.run([ReferenceRunner(reference, feeds)], feeds)
+        seen = [dict(forward.items()) for forward in expected["reference"]]
+        answers = None if cut else ReferenceTokens(reference.backend, inputs.prompts, _new_tokens(here, inputs), text)
+        compared = _Compared(bundle, here, reference, expected, seen, limits)
+        checks = []
+        for number, backend in enumerate(backends):
+            tell(backend.name, number, len(backends))
+            checks.append(compared.check(backend, feeds, answers))
+    return NumericResult(inputs.used, _exercised(seen, d.moe_layers), checks)
+
+
+class _Compared:
+    """Backends against one run of the reference."""
+
+    def __init__(self, bundle: Bundle, here: Bundle, reference: Reference, expected: Any, seen: list[Arrays],
+                 limits: Limits) -> None:
+        self._bundle, self._here, self._expected, self._seen = bundle, here, expected, seen
+        self._compare = CompareForward(reference, limits)
+        self._judge = Judge(here.manifest.model, limits)
+
+    def check(self, backend: Backend, feeds: list[Arrays], answers: ReferenceTokens | None) -> BackendCheck:
+        """One backend: in sequence, its layers alone where that is possible, its answers."""
+        start = time.perf_counter()
+        manifest = self._here.manifest
+        sequence = self._against(SequenceRunner(backend, manifest.precision, feeds), feeds)
+        alone = None
+        if isinstance(backend, OnnxRuntimeBackend):
+            streams = streams_feeds(self._seen)
+            routing = manifest.routing
+            settings = {"top_p": np.array([routing.top_p], np.float32), "min_experts": np.array([routing.min_experts]),
+                        "coreset_size": np.array([routing.coreset_size])}
+            graph = open_layers(self._bundle, manifest.model.num_layers)
+            alone = self._against(LayersRunner(graph, self._bundle.folder, manifest.model, manifest.precision, streams,
+                                               settings), streams)
+        generations = answers.compare(backend) if answers else []
+        return self._judge.backend(backend.name, _what_ran(self._here, backend), sequence, alone, generations,
+                                   time.perf_counter() - start)
+
+    def _against(self, runner: Any, feeds: list[Arrays]) -> list[Any]:
+        results = RunResults([*self._expected.lst, *Comparator.run([runner], feeds).lst])
+        accuracy = Comparator.compare_accuracy(results, comparisons=[(0, 1)], compare_func=self._compare)
+        return list(accuracy[0]["reference", runner.name])
+
+
+def _open(bundle: Bundle, here: Bundle, names: Sequence[BackendName], cut: bool) -> list[Backend]:
+    """The named backends, each once; none named: ONNX Runtime on the CPU, and what `auto` would take."""
+    others = [name for name in names if name not in ("auto", "onnxruntime")]
+    if cut and others:
+        raise InputError(f"--layers cuts the graph, which only --backend onnxruntime can run, not {others[0]}.")
+    if cut:
+        graph = first_layers(bundle, here.manifest.model.num_layers)
+        return [OnnxRuntimeBackend(here, graph=graph)]
+    opened = [open_backend(bundle, name)[0] for name in dict.fromkeys(names or ("onnxruntime", "auto"))]
+    return list({backend.name: backend for backend in opened}.values())
+
+
+def _longest(backends: list[Backend]) -> int:
+    """Most tokens of a row that all backends take in one forward."""
+    limits = [backend.limits or BackendLimits() for backend in backends]
+    return min((n for x in limits for n in (x.max_tokens, x.max_context) if n is not None), default=1 << 30)
+
+
+def _new_tokens(bundle: Bundle, inputs: CheckInputs) -> int:
+    """Two blocks where the model's positions allow."""
+    room = bundle.manifest.model.max_positions - max(len(prompt.ids) for prompt in inputs.prompts)
+    return max(1, min(_NEW_TOKENS, 2 * bundle.manifest.routing.block_length, room))
+
+
+def _exercised(seen: list[Arrays], moe_layers: range) -> dict[int, int]:
+    used = {layer: [forward[f"expert_ids.{layer}"][forward["position_ids"] >= 0] for forward in seen]
+            for layer in moe_layers}
+    return {layer: len(np.setdiff1d(np.concatenate(ids), [-1])) for layer, ids in used.items()}
+
+
+def _what_ran(bundle: Bundle, backend: Backend) -> str:
+    if backend.name == "tensorrt":
+        return "an engine of the bundle on TensorRT"
+    where = "CUDA" if backend.name == "onnxruntime-cuda" else "CPU"
+    return f"{Path(bundle.manifest.denoiser.file).name} on ONNX Runtime {ort.__version__}, {where}"

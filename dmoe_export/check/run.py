@@ -1,0 +1,178 @@
+"""The check of a bundle, from its folder to the report: identity first, then weights, numbers and engines."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+from ..bundle.manifest import Manifest
+from ..bundle.reader import Bundle, Verify, open_bundle
+from ..checkpoint.family import Checkpoint
+from ..checkpoint.hub import resolve_checkpoint
+from ..description import RUNTIME_SETTINGS
+from ..errors import CheckError, InputError, MissingRequirementError
+from ..runtime.choose import BackendName
+from .engines import check_engines
+from .gates import limits_for
+from .identity import check_identity
+from .numeric import Tell, check_numbers
+from .result import BackendCheck, CheckReport, EngineCheck, IdentityCheck, WeightsCheck
+from .sources import BundleWeights, CheckpointWeights, WeightSource
+from .weights import check_weights_and_digest
+
+_VERSIONS = ("dmoe-export", "polygraphy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt",
+             "tensorrt-rtx-cu13-libs", "numpy")
+
+
+def check_bundle(folder: str | Path, reference: str | Path | None = None, *, backends: Sequence[BackendName] = (),
+                 layers: int | None = None, atol: float | None = None, cosine: float | None = None,
+                 prompts: Sequence[str] = (), seed: int = 0, weights: bool = True, verify: Verify = "full",
+                 announce: Callable[[IdentityCheck], None] | None = None, tell: Tell | None = None) -> CheckReport:
+    """Check a bundle against the eager float32 model of a checkpoint (folder or hub id), or of its own weights.
+
+    `backends`: none = ONNX Runtime on the CPU and the best of this machine. `layers`: compare the first N layers only,
+    in little memory; nothing is decoded. `atol`, `cosine` replace limits of `gates.LIMITS`. `weights`: also compare
+    all bytes with the checkpoint. `announce` is told the identity before anything is computed.
+    Raises InputError for what cannot be read, MissingRequirementError for a machine that cannot run it, CheckError when
+    the checkpoint's sizes are not the bundle's.
+    """
+    start, tell = time.perf_counter(), tell or (lambda phase, done, of: None)
+    bundle = open_bundle(folder, verify)
+    _check_options(bundle.manifest, layers, atol, cosine)
+    kept = bundle.manifest.model.num_layers if layers is None else layers
+    checkpoint = None if reference is None else Checkpoint(resolve_checkpoint(reference), kept)
+    try:
+        weights_check, identity = _stored(bundle, checkpoint, layers, weights, tell)
+        if announce:
+            announce(identity)
+        source = _source(bundle, checkpoint, kept, identity)
+        if layers is None:
+            _check_memory(bundle)
+        numeric = check_numbers(bundle, source, backends, limits_for(bundle.manifest.precision, cosine, atol),
+                                cut=layers is not None, prompts=list(prompts), seed=seed, tell=tell)
+    finally:
+        if checkpoint:
+            checkpoint.reader.close()
+    tell("engines", 0, 1)
+    engines = check_engines(bundle)
+    bad, passed, verdict = _verdict(identity, weights_check, numeric.backends, engines)
+    manifest = bundle.manifest
+    return CheckReport(
+        bundle=str(folder), reference=str(reference) if checkpoint else "the bundle's own weights",
+        reference_kind="checkpoint" if checkpoint else "bundle weights", family=manifest.model.family,
+        precision=manifest.precision, routing=_routing(manifest), block_length=manifest.routing.block_length,
+        layers_checked=kept, layers_total=manifest.model.num_layers, experts_exercised=numeric.experts_exercised,
+        num_experts=manifest.model.moe.num_experts if manifest.model.moe else 0, inputs=numeric.inputs,
+        identity=identity, weights=weights_check, backends=numeric.backends, engines=engines, first_bad_layer=bad,
+        passed=passed, verdict=verdict, created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs", versions=_versions(),
+        seconds=time.perf_counter() - start)
+
+
+def _check_options(manifest: Manifest, layers: int | None, atol: float | None, cosine: float | None) -> None:
+    d = manifest.model
+    low = d.moe.first_dense_layers + 1 if d.moe else 1
+    if layers is not None and not low <= layers <= d.num_layers:
+        raise InputError(f"--layers {layers} is not between {low}{' (the first layer with experts)' if d.moe else ''} "
+                         f"and {d.num_layers}.")
+    if cosine is not None and not -1 <= cosine <= 1:
+        raise InputError(f"--cosine {cosine} is outside -1 … 1.")
+    if atol is not None and not atol >= 0:
+        raise InputError(f"--atol {atol} is not 0 or more.")
+
+
+def _stored(bundle: Bundle, checkpoint: Checkpoint | None, layers: int | None, compare: bool,
+            tell: Tell) -> tuple[WeightsCheck, IdentityCheck]:
+    """Bytes and identity; one reading of the checkpoint does for both."""
+    if checkpoint is None:
+        note = "Not compared: no --reference was given."
+        return _no_weights(note), IdentityCheck(same=None, bundle=bundle.manifest.checkpoint.identity, reference=None,
+                                                note=note)
+    if not compare:
+        return _no_weights("Not compared: --no-weights."), check_identity(bundle, checkpoint, layers)
+    result, digests = check_weights_and_digest(bundle, checkpoint, layers,
+                                               lambda done, of: tell("weights", done, of))
+    return result, check_identity(bundle, checkpoint, layers, digests)
+
+
+def _no_weights(note: str) -> WeightsCheck:
+    return WeightsCheck(compared=False, note=note, tensors=0, experts=0, bytes=0, different=[], first_bad_layer=None,
+                        passed=True)
+
+
+def _source(bundle: Bundle, checkpoint: Checkpoint | None, layers: int, identity: IdentityCheck) -> WeightSource:
+    """The reference's weights; a checkpoint of other sizes cannot be compared at all."""
+    d = bundle.manifest.model.model_copy(update={"num_layers": layers})
+    if checkpoint is None:
+        return BundleWeights(bundle, d)
+    theirs = checkpoint.description
+    sizes = ("vocab_size", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "moe_layers")
+    if any(getattr(d, name) != getattr(theirs, name) for name in sizes) or (
+            d.moe and theirs.moe and (d.moe.num_experts, d.moe.experts_per_token) != (
+                theirs.moe.num_experts, theirs.moe.experts_per_token)):
+        raise CheckError(identity.note)
+    return CheckpointWeights(checkpoint)
+
+
+def _check_memory(bundle: Bundle) -> None:
+    """The reference decodes with all weights in float32; say so before the machine swaps."""
+    wider = 1 if bundle.manifest.precision == "fp32" else 2
+    needed = wider * sum(entry.size for entry in bundle.manifest.files if not entry.path.endswith(".engine"))
+    try:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return
+    if needed > free:
+        raise MissingRequirementError(
+            f"The float32 reference of {bundle.folder} takes {needed / 1e9:.0f} GB, this machine has {free / 1e9:.0f} "
+            "GB of memory; check the first layers with: --layers 2.")
+
+
+def _verdict(identity: IdentityCheck, weights: WeightsCheck, backends: list[BackendCheck],
+             engines: list[EngineCheck]) -> tuple[int | None, bool, str]:
+    """First bad layer, passed, and one sentence; what computes wrongly comes before what is only stored wrongly."""
+    bad = next((b for b in backends if not b.passed), None)
+    engine = next((e for e in engines if not e.passed), None)
+    layer = bad.first_bad_layer if bad else None
+    if layer is None:
+        layer = weights.first_bad_layer
+    if identity.same is False:
+        also = f" On {bad.name} the first bad layer is {layer}." if bad and layer is not None else ""
+        return layer, False, identity.note + also
+    if bad and bad.first_bad_layer is not None:
+        reason = next(c.reason for c in (*bad.layers_alone, *bad.layers_in_sequence) if not c.passed)
+        return layer, False, f"Layer {bad.first_bad_layer} is the first bad layer on {bad.name}: {reason}."
+    if bad:
+        first = next(g for g in bad.gates if not g.passed)
+        return layer, False, (f"{bad.name} differs from the reference in {first.where}: {first.name} "
+                              f"{first.value:.6g}, {first.comparison} {first.limit:.6g} is asked.")
+    if not weights.passed:
+        return layer, False, f"The bundle's weights are not the checkpoint's: {', '.join(weights.different[:3])}."
+    if engine:
+        found = next(f for f in engine.findings if f.passed is False)
+        return layer, False, f"Engine {engine.file}: {found.name}: {found.detail}"
+    names = " and ".join(b.name for b in backends)
+    return None, True, f"Every layer on {names} computes what the float32 reference does, within the limits."
+
+
+def _routing(manifest: Manifest) -> str:
+    if manifest.model.moe is None:
+        return "none"
+    mode = manifest.routing.mode
+    settings = (f"{name} {getattr(manifest.routing, name)}" for name in RUNTIME_SETTINGS[mode])
+    return ", ".join((mode, *settings)) if mode != "top_p" else ", ".join(settings)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), **found}

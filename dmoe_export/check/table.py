@@ -1,0 +1,98 @@
+"""The report in the terminal: one table per backend, a line per gate that failed."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .gates import norm_distance
+from .result import BackendCheck, CheckReport, GenerationCheck, IdentityCheck, LayerCheck, TensorError
+
+_GATES_SHOWN = 12
+
+
+def show_identity(identity: IdentityCheck, stderr: bool) -> None:
+    """One line, before anything numeric."""
+    if identity.same is not True:
+        word = "DIFFERENT CHECKPOINT" if identity.same is False else "Checkpoint"
+        click.echo(f"{word}: {identity.note}", err=stderr)
+
+
+def show(report: CheckReport) -> None:
+    """Everything but the last line."""
+    console = Console()
+    where = f"{report.layers_checked} of {report.layers_total} layers"
+    click.echo(f"{report.bundle} ({report.family}, {report.precision}, {where}) against {report.reference} in float32: "
+               f"{report.inputs.rows} rows, {report.inputs.tokens} tokens, {report.inputs.masked} masked, from "
+               f"{report.inputs.source}")
+    if report.experts_exercised:
+        click.echo(f"Experts exercised, of {report.num_experts}: " + ", ".join(
+            f"layer {layer} {count}" for layer, count in report.experts_exercised.items()))
+    click.echo(f"Weights: {report.weights.note}")
+    for backend in report.backends:
+        console.print(_layers(backend))
+        _summary(backend)
+    for engine in report.engines:
+        bad = [f"{f.name}: {f.detail}" for f in engine.findings if f.passed is False]
+        click.echo(f"Engine {engine.file}: {'as the manifest says' if engine.passed else '; '.join(bad)}")
+
+
+def _layers(backend: BackendCheck) -> Table:
+    table = Table("layer", "kind", "1 − cosine", "norm off by", "same experts", "score gap", "in sequence", "",
+                  title=escape(f"{backend.name}: {backend.what_ran}"))
+    alone = {check.layer: check for check in backend.layers_alone}
+    for check in backend.layers_in_sequence:
+        mine = alone.get(check.layer)
+        table.add_row(str(check.layer), check.kind, *_errors(mine), *_router(mine or check),
+                      f"{1 - min(check.key.cosine_mean, check.value.cosine_mean):.1e}",
+                      _word(mine, check))
+    if backend.logits_alone:
+        table.add_row("head", "", *_pair(backend.logits_alone), "", "", f"{1 - backend.logits.cosine_mean:.1e}", "")
+    return table
+
+
+def _errors(check: LayerCheck | None) -> tuple[str, str]:
+    """Worst of what the layer adds, as it is fed alone."""
+    parts = [e for e in (check.attention, check.feed_forward, check.key, check.value) if e] if check else []
+    if not parts:
+        return "–", "–"
+    return (f"{1 - min(e.cosine_worst for e in parts):.1e}", f"{max(norm_distance(e) for e in parts):.1e}")
+
+
+def _pair(error: TensorError) -> tuple[str, str]:
+    return f"{1 - error.cosine_worst:.1e}", f"{norm_distance(error):.1e}"
+
+
+def _router(check: LayerCheck) -> tuple[str, str]:
+    if check.router is None:
+        return "", ""
+    blocks = f" + {check.router.with_block} with their block" if check.router.with_block else ""
+    return f"{check.router.agreeing} of {check.router.tokens}", f"{check.router.largest_gap:.1e}{blocks}"
+
+
+def _word(*checks: LayerCheck | None) -> str:
+    bad = next((check for check in checks if check and not check.passed), None)
+    return f"[red]FAILED[/] {escape(bad.reason or '')}" if bad else "ok"
+
+
+def _summary(backend: BackendCheck) -> None:
+    click.echo(f"Best token equal at {backend.same_best_token:.1%} of {len(backend.confidence)} positions; "
+               f"{len(backend.gates)} gates; {backend.seconds:.1f} s")
+    for generation in backend.generations:
+        click.echo(f"  {_answer(generation)}")
+    failed = [g for g in backend.gates if not g.passed]
+    for g in failed[:_GATES_SHOWN]:
+        click.echo(f"  FAILED {g.where}: {g.name} {g.value:.6g}, {g.comparison} {g.limit:.6g} is asked")
+    if len(failed) > _GATES_SHOWN:
+        click.echo(f"  and {len(failed) - _GATES_SHOWN} more")
+
+
+def _answer(g: GenerationCheck) -> str:
+    name = g.prompt if g.prompt is not None else f"{g.prompt_tokens} random tokens"
+    if g.first_difference is None:
+        return f"{name} → {len(g.reference_ids)} equal tokens, {g.reference_forwards} forwards"
+    tie = "a near tie" if g.near_tie else "no near tie"
+    return (f"{name} → tokens differ from number {g.first_difference} ({tie}), {g.reference_forwards} and "
+            f"{g.backend_forwards} forwards")
