@@ -146,10 +146,9 @@ def _show(result: DecodeBench) -> None:
         table.add_row(r.cache, r.acceptance, r.salient, f"{r.tokens_per_second:.1f}", _or_dash(r.speedup, "×"),
                       f"{r.forwards:.1f}", f"{r.tokens_per_forward:.2f}", _or_dash(r.agreement),
                       f"{r.unique_experts:.1f}", _or_dash(r.accuracy))
-    console = Console()
-    console.print(table)
+    Console().print(table)
     for r in refused:
-        console.print(f"{r.cache} · {r.acceptance} · salient {r.salient}: {r.refused}", highlight=False)
+        click.echo(f"{r.cache} · {r.acceptance} · salient {r.salient}: {r.refused}")
 
 
 def _or_dash(value: float | None, unit: str = "") -> str:
