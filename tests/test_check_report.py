@@ -128,6 +128,7 @@ def test_another_checkpoint_is_said_before_the_verdict(pages):
     failing = Page(pages["failing"]).text
     assert failing.index(alarm) < failing.index("✗ FAILED") < failing.index("What was checked")
     assert alarm not in pages["passing"]
+    assert "2026-11-21 15:20:00 UTC" in failing
 
 
 @pytest.mark.parametrize("name,figures,missing", [

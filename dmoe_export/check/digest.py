@@ -50,6 +50,16 @@ def size(amount: int) -> str:
     return count(amount, "byte")
 
 
+def short(identity: str | None) -> str:
+    """As much of a hash as tells two apart."""
+    return "not known" if identity is None else identity if len(identity) <= 20 else identity[:16] + "…"
+
+
+def date(moment: str) -> str:
+    """ISO 8601 in UTC, as people write it."""
+    return moment.replace("T", " ", 1).replace("+00:00", " UTC").replace("Z", " UTC")
+
+
 class GateGroup(NamedTuple):
     """Gates of one name and limit: how many, how many failed, and the one nearest to (or farthest past) its limit."""
 

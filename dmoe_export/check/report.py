@@ -55,7 +55,7 @@ def _template() -> Template:
     environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True, finalize=_visible)
     environment.filters |= {"number": digest.number, "percent": digest.percent, "count": digest.count,
-                            "size": digest.size}
+                            "size": digest.size, "short": digest.short, "date": digest.date}
     environment.globals |= {"answers": answers, "digest": digest}
     return environment.get_template("report.html.jinja")
 
