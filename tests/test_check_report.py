@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 import shutil
@@ -313,13 +314,14 @@ def test_what_cannot_be_written_is_said_and_nothing_stays(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
 
 
-def test_without_matplotlib_the_fix_is_named(monkeypatch, tmp_path):
+def test_without_matplotlib_the_fix_is_named_before_anything_is_checked(monkeypatch):
     monkeypatch.delattr(dmoe_export.check, "plots")
-    monkeypatch.delitem(sys.modules, "dmoe_export.check.plots")
+    for name in ("plots", "report"):
+        monkeypatch.delitem(sys.modules, f"dmoe_export.check.{name}")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingRequirementError, match=re.escape("dmoe-export[check]")):
-        write_report(given_by.report(), tmp_path / "r.html")
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(MissingRequirementError, match=re.escape("draws with matplotlib")) as caught:
+        importlib.import_module("dmoe_export.check.report")
+    assert caught.value.exit_code == 3
 
 
 @pytest.mark.slow

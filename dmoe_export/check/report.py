@@ -19,13 +19,19 @@ from ..errors import MissingRequirementError, OutputError
 from . import answers, digest
 from .result import BackendCheck, CheckReport
 
+try:
+    from . import plots
+except ModuleNotFoundError as missing:  # said on import: before minutes of checking, not after
+    raise MissingRequirementError(f"--report draws with {missing.name}, which is not installed; install it with "
+                                  "pip install 'dmoe-export[check]'.") from missing
+
 _VISIBLE = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421}  # control characters as pictures
 
 
 def write_report(report: CheckReport, path: Path) -> None:
     """Write the report to `path`; whoever reads it meanwhile sees the old file or the new one.
 
-    Raises MissingRequirementError without matplotlib, OutputError for what the file system refuses.
+    Raises OutputError for what the file system refuses.
     """
     page = render_report(report)
     try:
@@ -45,7 +51,7 @@ def write_report(report: CheckReport, path: Path) -> None:
 
 
 def render_report(report: CheckReport) -> str:
-    """The page as text. Raises MissingRequirementError without matplotlib."""
+    """The page as text."""
     drawn = [_plots(f"b{at}", backend) for at, backend in enumerate(report.backends)]
     return _template().render(report=report, plots=drawn)
 
@@ -69,11 +75,6 @@ class Plot(NamedTuple):
 
 
 def _plots(prefix: str, backend: BackendCheck) -> list[Plot]:
-    try:
-        from . import plots
-    except ImportError as error:
-        raise MissingRequirementError("--report draws with matplotlib, which is not installed; install it with "
-                                      "pip install 'dmoe-export[check]'.") from error
     layers = bool(backend.layers_alone or backend.layers_in_sequence)
     figures = [
         ("Error per layer", "Lower is better; dotted: the gates.",
