@@ -129,6 +129,7 @@ class ICudaEngine:
         for name in content.get("without", ()):
             del self._tensors[name]
         self.num_io_tensors = len(self._tensors)
+        self.num_optimization_profiles = len(self._profiles)
         if trt.rtx:
             self.create_runtime_config = IRuntimeConfig
 
@@ -140,6 +141,15 @@ class ICudaEngine:
 
     def get_tensor_dtype(self, name):
         return DataType(self._tensors[name][1].type)
+
+    def get_tensor_shape(self, name):
+        return tuple(dim if isinstance(dim, int) else -1 for dim in self._tensors[name][1].shape)
+
+    def get_tensor_profile_shape(self, name, profile_index):
+        profile = self._profiles[profile_index]
+        sizes = {"B": profile["batch"], "T": profile["tokens"], "S": profile["past"], "M": profile["rows"]}
+        return [tuple(dim if isinstance(dim, int) else sizes[dim][which] for dim in self._tensors[name][1].shape)
+                for which in range(3)]
 
     def get_tensor_location(self, name):
         return TensorLocation.HOST if name in self._trt.host_inputs else TensorLocation.DEVICE

@@ -21,7 +21,7 @@ from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.bundle.writer import DataFile
 from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.errors import BundleError, CheckpointError, InputError, OutputError
-from dmoe_export.export.weights import padded_width
+from dmoe_export.export.conversion import padded_width
 
 
 @pytest.fixture

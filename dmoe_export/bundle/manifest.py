@@ -56,6 +56,26 @@ class GraphEntry(Frozen):
     ops: list[OpEntry]
 
 
+class CapacityEntry(Frozen):
+    """A salient graph of static shapes."""
+
+    capacity: int = Field(gt=0, description="M: rows of a sequence that a layer recomputes at most")
+    graph: GraphEntry
+
+
+class SalientEntry(Frozen):
+    """The graphs of salient-token decoding, over the same data files as the denoiser."""
+
+    graph: GraphEntry = Field(description="as many rows as are salient")
+    fill: GraphEntry | None = Field(description="dense steps of static shapes; there if `fixed` is not empty")
+    fixed: list[CapacityEntry]
+
+    @property
+    def graphs(self) -> list[GraphEntry]:
+        """All of them."""
+        return [self.graph, *([self.fill] if self.fill else []), *(entry.graph for entry in self.fixed)]
+
+
 class ExpertLayer(Frozen):
     """Byte offsets of one layer's tensors in the expert file."""
 
@@ -116,6 +136,16 @@ class WeightInput(Frozen):
     shape: list[int]
 
 
+class NetworkEntry(Frozen):
+    """What TensorRT's own objects said of an engine's network before it was built; open dimensions are −1."""
+
+    inputs: list[TensorEntry]
+    outputs: list[TensorEntry]
+    profiles: list[dict[str, list[list[int]]]] = Field(description="least, usual, largest shape of each input with an "
+                                                       "open dimension")
+    layers: dict[str, int] = Field(description="TensorRT's kinds of layers, counted")
+
+
 class EngineEntry(Frozen):
     """An engine file and what it needs to run."""
 
@@ -132,6 +162,9 @@ class EngineEntry(Frozen):
     fallback_nodes: int = Field(ge=0, description="custom nodes that became their ONNX bodies (--allow-fallback)")
     weight_inputs: list[WeightInput]
     flags: list[str] = Field(default_factory=list, description="hardware-compatible, version-compatible, refit")
+    made_from: dict[str, str] = Field(default_factory=dict, description="sha256 of the graph and data files it was built "
+                                      "from; empty in older bundles")
+    network: NetworkEntry | None = Field(None, description="null in older bundles")
 
 
 class Manifest(Frozen):
@@ -144,6 +177,7 @@ class Manifest(Frozen):
     precision: Precision
     checkpoint: CheckpointEntry
     denoiser: GraphEntry
+    salient: SalientEntry | None = Field(None, description="null without --salient and in older bundles")
     experts: ExpertsEntry | None = Field(description="null for a dense model")
     tokenizer: TokenizerEntry | None
     files: list[FileEntry]

@@ -25,16 +25,17 @@ def check_identity(bundle: Bundle, checkpoint: Checkpoint, layers: int | None,
     if field:
         return _result(bundle, False, None, describe_difference(checkpoint, field))
     if not entry.parts:
-        return _result(bundle, None, None, "Not compared: the bundle is from before checkpoints were identified part by "
-                       "part; export it again.")
+        return _result(bundle, None, None, "Not compared: the bundle is from before checkpoints were identified part "
+                       "by part; export it again.")
     parts = (digests or read_digests(checkpoint, count)).parts
     whole = count == bundle.manifest.model.num_layers
     found = identity(checkpoint, parts) if whole else None
     names = ["the tensors outside the layers", *(f"layer {layer}" for layer in range(count))]
     wrong = [name for name, ours, theirs in zip(names, entry.parts, parts, strict=False) if ours != theirs]
     if wrong:
-        return _result(bundle, False, found, f"{checkpoint.folder} is not the checkpoint of this bundle: it has the same "
-                       f"sizes, but other weights in {_some(wrong)}; name the one it was exported from, or export again.")
+        return _result(bundle, False, found, f"{checkpoint.folder} is not the checkpoint of this bundle: it has the "
+                       f"same sizes, but other weights in {_some(wrong)}; name the one that the bundle was exported "
+                       "from, or export again.")
     what = "every tensor that the bundle was made from" if whole else f"all outside layers and layers 0 … {count - 1}"
     cut = f" (the bundle keeps {count} of {entry.layers_total} layers)" if whole and count < entry.layers_total else ""
     return _result(bundle, True, found, f"The same checkpoint: {what}, byte for byte{cut}.")
@@ -73,8 +74,8 @@ def first_difference(bundle: Bundle, checkpoint: Checkpoint) -> Difference | Non
 def describe_difference(checkpoint: Checkpoint, difference: Difference) -> str:
     """One sentence."""
     field, ours, theirs = difference
-    return (f"{checkpoint.folder} is another model: its {field} is {theirs}, the bundle's checkpoint had {ours}; name the "
-            "checkpoint that the bundle was exported from, or export again.")
+    return (f"{checkpoint.folder} is another model: its {field} is {theirs}, the bundle's checkpoint had {ours}; name "
+            "the checkpoint that the bundle was exported from, or export again.")
 
 
 def _first(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> Difference | None:

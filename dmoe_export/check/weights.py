@@ -1,4 +1,4 @@
-"""The bundle's bytes against the checkpoint's: every dense tensor and every expert slab, converted as the export does."""
+"""The bundle's bytes against the checkpoint's: every dense tensor and expert slab, converted as the export does."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _opened(place: _Place) -> BinaryIO | None:
     except OSError:
         return None
     file.seek(place.offset)
-    return file  # type: ignore[return-value]
+    return file
 
 
 def _equal(file: BinaryIO, chunk: memoryview) -> bool:

@@ -10,6 +10,7 @@ from ..bundle.manifest import EngineEntry, ProfileEntry
 from ..bundle.reader import Bundle
 from ..errors import CheckError, DmoeError, MissingRequirementError
 from .callbacks import Report, logger_of, make_monitor, make_writer
+from .facts import network_entry
 from .flavour import Flavour
 from .network import PreparedNetwork, model_path, prepare
 from .plugins import PluginLibrary, check_count, count_plugins, find_library, register
@@ -50,7 +51,7 @@ def plan_build(bundle: Bundle, settings: BuildSettings, flavour: Flavour,
     settings = resolved(settings, bundle.manifest)
     flavour.check_flags(settings.flags)
     targets = flavour.targets(settings.targets)
-    library = find_plugins(settings, plugin_library)
+    library = find_plugins(settings, plugin_library) if bundle.manifest.denoiser.ops else None
     return BuildPlan(bundle, settings, flavour, targets, library, prepare(bundle, settings, library),
                      profiles(settings, bundle.manifest))
 
@@ -69,7 +70,8 @@ def build_engine(plan: BuildPlan, path: Path, report: Report | None = None) -> E
     network = _parse(plan, builder, logger)
     plugins = count_plugins(trt, network)
     fallbacks = check_count(plugins, _wanted_plugins(plan), plan.settings.allow_fallback)
-    config = _config(plan, builder, network)
+    shapes = [_profile(builder, network, entry) for entry in plan.profiles]
+    config = _config(plan, builder, shapes)
     if report:
         config.progress_monitor = make_monitor(trt, report)
     _build(plan, builder, network, config, path, logger.told)
@@ -78,7 +80,16 @@ def build_engine(plan: BuildPlan, path: Path, report: Report | None = None) -> E
         precision=plan.bundle.manifest.precision, experts=plan.settings.experts, experts_op=plan.settings.experts_op,
         profiles=list(plan.profiles), plugin_build=plan.library.build if plan.library and plugins else None,
         plugin_nodes=plugins, fallback_nodes=fallbacks, weight_inputs=plan.network.weight_inputs,
-        flags=list(plan.settings.flags))
+        flags=list(plan.settings.flags), made_from=_sources(plan.bundle), network=network_entry(network, shapes))
+
+
+def _sources(bundle: Bundle) -> dict[str, str]:
+    """Hashes of the graph and of the weights, parts of which are now in the engine."""
+    manifest = bundle.manifest
+    other = {engine.file for engine in manifest.engines}
+    if manifest.tokenizer:
+        other |= {name for name in (manifest.tokenizer.file, manifest.tokenizer.chat_template) if name}
+    return {entry.path: entry.sha256 for entry in manifest.files if entry.path not in other}
 
 
 def _wanted_plugins(plan: BuildPlan) -> int:
@@ -102,7 +113,7 @@ def _parse(plan: BuildPlan, builder: Any, logger: Any) -> Any:
     return network
 
 
-def _config(plan: BuildPlan, builder: Any, network: Any) -> Any:
+def _config(plan: BuildPlan, builder: Any, shapes: list[Any]) -> Any:
     trt, settings = plan.flavour.trt, plan.settings
     config = builder.create_builder_config()
     plan.flavour.configure(config, plan.targets, settings.flags)
@@ -112,8 +123,8 @@ def _config(plan: BuildPlan, builder: Any, network: Any) -> Any:
         config.builder_optimization_level = settings.optimization_level
     if plan.library:
         config.plugins_to_serialize = [str(plan.library.path)]
-    for entry in plan.profiles:
-        config.add_optimization_profile(_profile(builder, network, entry))
+    for profile in shapes:
+        config.add_optimization_profile(profile)
     return config
 
 
