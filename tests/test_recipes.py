@@ -148,6 +148,22 @@ def test_a_bundle_that_was_exported_another_way_is_refused(rtx, tiny_bundle, tmp
     assert said.exit_code == 2 and "--block-length belong to the export of a checkpoint" in said.stderr
 
 
+def test_check_takes_a_recipes_limits_for_its_precision_only(tiny_bundle, tmp_path):
+    pytest.importorskip("polygraphy", reason="polygraphy is not installed (pip install '.[check]')")
+    limits = {}
+    for name, cosine in (("loose", "0.5"), ("impossible", "1.0")):
+        recipe = _write(tmp_path, name, precision='precision = "fp32"', cosine=f"cosine = {cosine}")
+        done = dmoe("check", tiny_bundle.folder, "--recipe", recipe, "--json")
+        report = json.loads(done.stdout)
+        gates = report["backends"][0]["gates"]
+        limits[name] = {g["limit"] for g in gates if g["name"] == "worst cosine"}
+        assert {g["limit"] for g in gates if g["name"].startswith("worst norm")} == {0.02}
+        assert done.exit_code == (0 if name == "loose" else 1)
+    assert limits == {"loose": {0.5}, "impossible": {1.0}}
+    other = dmoe("check", tiny_bundle.folder, "--recipe", "sample")
+    assert other.exit_code == 2 and "The limits of recipe sample are for fp16 and" in other.stderr
+
+
 def test_another_flavour_does_not_inherit_the_targets(tmp_path):
     """Targets are those of the recipe's flavour; TensorRT builds for the GPU it finds, and says so without one."""
     result = dmoe("build", "--recipe", "sample", "--flavour", "tensorrt", "--out", tmp_path / "b")

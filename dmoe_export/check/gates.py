@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..description import Precision
+from ..engine.recipe import Tolerances
 from .result import Gate, TensorError
 
 
@@ -38,9 +39,13 @@ LIMITS: dict[Precision, Limits] = {
 }
 
 
-def limits_for(precision: Precision, cosine: float | None, atol: float | None) -> Limits:
-    """The table's limits with what the user asked for."""
+def limits_for(precision: Precision, cosine: float | None, atol: float | None,
+               recipe: Tolerances | None = None) -> Limits:
+    """The table's limits, under a recipe's for the layers alone, under what the user asked for."""
     limits = LIMITS[precision]
+    if recipe is not None:
+        limits = replace(limits, cosine=recipe.cosine, norm=recipe.norm_ratio,
+                         atol=limits.atol if recipe.atol is None else recipe.atol)
     if cosine is not None:
         limits = replace(limits, cosine=cosine, sequence_cosine=cosine)
     return limits if atol is None else replace(limits, atol=atol)

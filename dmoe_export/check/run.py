@@ -15,6 +15,7 @@ from ..bundle.reader import Bundle, Verify, open_bundle
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.hub import resolve_checkpoint
 from ..description import RUNTIME_SETTINGS
+from ..engine.recipe import Tolerances, load_recipe
 from ..errors import CheckError, InputError, MissingRequirementError
 from ..runtime.choose import BackendName
 from .engines import check_engines
@@ -31,19 +32,23 @@ _VERSIONS = ("dmoe-export", "polygraphy", "torch", "onnx", "onnxruntime", "onnxr
 
 def check_bundle(folder: str | Path, reference: str | Path | None = None, *, backends: Sequence[BackendName] = (),
                  layers: int | None = None, atol: float | None = None, cosine: float | None = None,
-                 prompts: Sequence[str] = (), seed: int = 0, weights: bool = True, verify: Verify = "full",
-                 announce: Callable[[IdentityCheck], None] | None = None, tell: Tell | None = None) -> CheckReport:
+                 recipe: str | Path | None = None, prompts: Sequence[str] = (), seed: int = 0, weights: bool = True,
+                 verify: Verify = "full", announce: Callable[[IdentityCheck], None] | None = None,
+                 tell: Tell | None = None) -> CheckReport:
     """Check a bundle against the eager float32 model of a checkpoint (folder or hub id), or of its own weights.
 
     `backends`: none = ONNX Runtime on the CPU and the best of this machine. `layers`: compare the first N layers only,
-    in little memory; nothing is decoded. `atol`, `cosine` replace limits of `gates.LIMITS`. `weights`: also compare
-    all bytes with the checkpoint. `announce` is told the identity before anything is computed.
+    in little memory; nothing is decoded. `atol`, `cosine` replace limits of `gates.LIMITS`, and a `recipe` those of
+    layers alone. `weights`: also compare all bytes with the checkpoint. `announce` is told the identity before anything
+    is computed.
     Raises InputError for what cannot be read, MissingRequirementError for a machine that cannot run it, CheckError when
     the checkpoint's sizes are not the bundle's.
     """
     start, tell = time.perf_counter(), tell or (lambda phase, done, of: None)
     bundle = open_bundle(folder, verify)
-    _check_options(bundle.manifest, layers, atol, cosine)
+    manifest = bundle.manifest
+    _check_options(manifest, layers, atol, cosine)
+    tolerances = None if recipe is None else _tolerances(recipe, bundle)
     kept = bundle.manifest.model.num_layers if layers is None else layers
     checkpoint = None if reference is None else Checkpoint(resolve_checkpoint(reference), kept)
     try:
@@ -53,7 +58,7 @@ def check_bundle(folder: str | Path, reference: str | Path | None = None, *, bac
         source = _source(bundle, checkpoint, kept, identity)
         if layers is None:
             _check_memory(bundle)
-        numeric = check_numbers(bundle, source, backends, limits_for(bundle.manifest.precision, cosine, atol),
+        numeric = check_numbers(bundle, source, backends, limits_for(manifest.precision, cosine, atol, tolerances),
                                 cut=layers is not None, prompts=list(prompts), seed=seed, tell=tell)
     finally:
         if checkpoint:
@@ -61,7 +66,6 @@ def check_bundle(folder: str | Path, reference: str | Path | None = None, *, bac
     tell("engines", 0, 1)
     engines = check_engines(bundle)
     bad, passed, verdict = _verdict(identity, weights_check, numeric.backends, engines)
-    manifest = bundle.manifest
     return CheckReport(
         bundle=str(folder), reference=str(reference) if checkpoint else "the bundle's own weights",
         reference_kind="checkpoint" if checkpoint else "bundle weights", family=manifest.model.family,
@@ -84,6 +88,15 @@ def _check_options(manifest: Manifest, layers: int | None, atol: float | None, c
         raise InputError(f"--cosine {cosine} is outside -1 … 1.")
     if atol is not None and not atol >= 0:
         raise InputError(f"--atol {atol} is not 0 or more.")
+
+
+def _tolerances(recipe: str | Path, bundle: Bundle) -> Tolerances:
+    """A recipe's limits; they are for its own precision."""
+    found, precision = load_recipe(recipe), bundle.manifest.precision
+    if found.precision != precision:
+        raise InputError(f"The limits of recipe {found.name} are for {found.precision} and {bundle.folder} is "
+                         f"{precision}; leave --recipe out.")
+    return found.check
 
 
 def _stored(bundle: Bundle, checkpoint: Checkpoint | None, layers: int | None, compare: bool,

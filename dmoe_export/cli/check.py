@@ -24,6 +24,7 @@ if TYPE_CHECKING:
               help="What to check; may be given more than once [onnxruntime, and auto's choice].")
 @click.option("--layers", type=int, help="Check the first N layers only: little memory, nothing is decoded.")
 @click.option("--cosine", type=float, help="Least cosine of a token [by precision: 0.999999 fp32, 0.999 fp16].")
+@click.option("--recipe", metavar="NAME|FILE", help="Take the limits for layers alone from a recipe.")
 @click.option("--atol", type=float, help="Most absolute difference of a logit [1e-3 fp32, else not asked].")
 @click.option("--prompt", "prompts", multiple=True, help="Also feed and decode this text; may be given more than once.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of masks and random tokens.")
