@@ -68,6 +68,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{path} contradicts schema version {version} at {where}: {first['msg']}.") from None
     listed = {entry.path for entry in manifest.files}
     needed = [manifest.denoiser.file, *([manifest.experts.file] if manifest.experts else [])]
+    if manifest.salient:
+        needed += [graph.file for graph in manifest.salient.graphs]
     if manifest.tokenizer:
         needed += [f for f in (manifest.tokenizer.file, manifest.tokenizer.chat_template) if f]
     for engine in manifest.engines:

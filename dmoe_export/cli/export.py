@@ -24,6 +24,9 @@ from .progress import byte_bar
 @click.option("--coreset-top-p", type=float, help="Default p of top_p routing [checkpoint's core_threshold, or 0.6].")
 @click.option("--min-experts", type=int, help="Default least coreset size [k + groups - groups kept].")
 @click.option("--coreset-size", type=int, help="Default C of top_c routing [48/256 of the experts].")
+@click.option("--salient", is_flag=True, help="Add the graph of salient-token decoding.")
+@click.option("--salient-capacity", type=int, multiple=True, metavar="M",
+              help="Add one of static shapes, for at most M salient rows per layer (may be repeated).")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def export(checkpoint: str, out: Path, coreset_top_p: float | None, force: bool, as_json: bool, **options: Any) -> None:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import onnx
-import onnx_ir as ir
 import torch
 
 from .. import __version__
 from ..bundle.manifest import (
     CheckpointEntry,
-    GraphEntry,
     Manifest,
-    OpEntry,
-    TensorEntry,
     TokenizerEntry,
 )
 from ..bundle.reader import Bundle, open_bundle
@@ -27,10 +22,10 @@ from ..checkpoint.hub import resolve_checkpoint
 from ..checkpoint.text import chat_template, tokenizer_json
 from ..description import RUNTIME_SETTINGS, ModelDescription, Precision, RoutingDescription, RoutingMode
 from ..errors import CheckpointError, InputError
-from ..ops import block_route, experts
-from ..ops.schema import DOMAIN, OPSET
 from .conversion import identity, padded_width
-from .trace import custom_node_counts, trace_denoiser
+from .graph_file import save_graph
+from .salient import check_capacities, export_salient
+from .trace import trace_denoiser
 from .weights import WeightStream
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -43,13 +38,15 @@ Report = Callable[[str, int, int], None]
 def export_checkpoint(checkpoint: str | Path, out: str | Path, *, precision: Precision = "fp32",
                       routing: RoutingMode | None = None, block_length: int = 32, layers: int | None = None,
                       top_p: float | None = None, min_experts: int | None = None, coreset_size: int | None = None,
-                      overwrite: bool = False, report: Report | None = None) -> Bundle:
+                      salient: bool = False, salient_capacity: Sequence[int] = (), overwrite: bool = False,
+                      report: Report | None = None) -> Bundle:
     """Export a checkpoint folder or hub id to the bundle folder `out`, and open it.
 
     `layers` keeps the first N layers. `routing` None: `top_p` for block diffusion with experts, `token` for
     full-canvas models, which were trained with it; a dense model takes no other. `top_p`, `min_experts`,
     `coreset_size` set the bundle's defaults (0.6 or the checkpoint's core_threshold; k + groups − groups kept; the
-    guard or 48/256 of the experts).
+    guard or 48/256 of the experts). `salient` adds the graph of salient-token decoding, `salient_capacity` a graph of
+    static shapes for each M it names (docs/salient.md).
     Raises CheckpointError for what cannot be read, OutputError for what cannot be written; `out` is complete or absent.
     """
     if precision not in DTYPES or routing not in (None, *RUNTIME_SETTINGS):
@@ -59,6 +56,9 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, *, precision: Pre
     d, dtype = source.description, DTYPES[precision]
     route = _routing(source, routing, block_length,
                      {"top_p": top_p, "min_experts": min_experts, "coreset_size": coreset_size})
+    if salient_capacity and not salient:
+        raise InputError("salient_capacity adds to the salient graph; give salient (--salient), too.")
+    check_capacities(d, route, tuple(salient_capacity))
     width = padded_width(d.hidden_size, d.moe.expert_width, dtype.itemsize) if d.moe else 0
     total = _weight_bytes(d, width, dtype)
     written = 0
@@ -76,12 +76,15 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, *, precision: Pre
         stream.write_dense()
         expert_entry = stream.write_experts()
         tell("check", total, total)
-        graph = _save_graph(model, writer)
+        graph = save_graph(model, writer, GRAPH_FILE)
+        salient_entry = (export_salient(model, d, route, dtype, width, tuple(salient_capacity), writer) if salient
+                         else None)
         manifest = Manifest(
             created_by=f"dmoe-export {__version__}", model=d, routing=route, precision=precision,
             checkpoint=CheckpointEntry(identity=identity(source, stream.parts), parts=stream.parts,
                                        layers_total=source.full_description.num_layers),
-            denoiser=graph, experts=expert_entry, tokenizer=_copy_text(source, writer), files=writer.entries)
+            denoiser=graph, salient=salient_entry, experts=expert_entry, tokenizer=_copy_text(source, writer),
+            files=writer.entries)
         writer.seal(manifest)
     source.reader.close()
     return open_bundle(out, verify="sizes")
@@ -118,25 +121,6 @@ def _weight_bytes(d: ModelDescription, width: int, dtype: torch.dtype) -> int:
     attention = d.hidden_size * d.head_dim * 2 * (d.num_heads + d.num_kv_heads)
     dense = 2 * d.vocab_size * d.hidden_size + 3 * d.hidden_size * d.dense_width * d.moe_layers.start
     return dtype.itemsize * (len(d.moe_layers) * layer + d.num_layers * attention + dense)
-
-
-def _save_graph(model: ir.Model, writer: BundleWriter) -> GraphEntry:
-    """Write the graph, run the checker's full check on it, describe it."""
-    path = writer.folder / GRAPH_FILE
-    ir.save(model, path)
-    onnx.checker.check_model(str(path), full_check=True)
-    writer.add_file(GRAPH_FILE)
-    counts = custom_node_counts(model)
-    ops = [OpEntry(name=op.SCHEMA.name, domain=DOMAIN, version=op.SCHEMA.version, count=counts[op.SCHEMA.name])
-           for op in (block_route, experts) if counts[op.SCHEMA.name]]
-    return GraphEntry(file=GRAPH_FILE, opset=OPSET, inputs=[_entry(v) for v in model.graph.inputs],
-                      outputs=[_entry(v) for v in model.graph.outputs], ops=ops)
-
-
-def _entry(value: ir.Value) -> TensorEntry:
-    assert value.shape is not None and value.dtype is not None and value.name is not None
-    shape = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
-    return TensorEntry(name=value.name, dtype=value.dtype.name.lower(), shape=shape)
 
 
 def _copy_text(source: Checkpoint, writer: BundleWriter) -> TokenizerEntry | None:

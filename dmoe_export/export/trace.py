@@ -65,6 +65,7 @@ def trace_graph(graph: DenoiserGraph | SalientGraph, inputs: tuple[Any, ...], ax
     for values, names in ((model.graph.inputs, inputs_named), (model.graph.outputs, outputs_named)):
         for value, name in zip(values, names, strict=True):
             value.name = name
+    _name_dimensions(model)
     _strip_metadata(model)
     if description.moe is not None:
         _add_bodies(model, description.moe, description.hidden_size, denoiser.routing, denoiser.dtype)
@@ -88,6 +89,18 @@ def _quiet(*names: str) -> Iterator[None]:
 def custom_node_counts(model: ir.Model) -> Counter[str]:
     """How many nodes of each custom op the main graph holds."""
     return Counter(node.op_type for node in model.graph if node.domain == DOMAIN)
+
+
+def _name_dimensions(model: ir.Model) -> None:
+    """Name the symbolic dimensions B, T, S, M: of some graphs torch keeps its own names (s15)."""
+    inputs = {value.name: value for value in model.graph.inputs}
+    names = {str(inputs[name].shape[axis]): letter
+             for name, axis, letter in (("input_ids", 0, "B"), ("input_ids", 1, "T"), ("past_positions", 1, "S"),
+                                        ("logit_rows", 1, "M"))}
+    for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([dim if isinstance(dim, int) else names.get(str(dim), str(dim))
+                                    for dim in value.shape])
 
 
 def _strip_metadata(model: ir.Model) -> None:

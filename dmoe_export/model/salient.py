@@ -68,10 +68,12 @@ class SalientAttention(nn.Module):
         q = rotate(q, angles) * self.head_dim**-0.5
         q = q.unflatten(2, (self.kv_heads, share)).permute(0, 2, 3, 1, 4)  # [B, Hkv, share, T, D]
         q = q.reshape(batch, self.kv_heads, share * tokens, self.head_dim)
-        kv = self.kv(rows.take(x)).reshape(batch, rows.count, 2 * self.kv_heads, self.head_dim)
-        k, v = kv.split(self.kv_heads, dim=2)
-        k = rotate(self.k_norm(k), rows.take_pair(angles)).transpose(1, 2)  # [B, Hkv, M, D]
-        v = v.transpose(1, 2)
+        k, v = self.kv(rows.take(x)).split(self.kv_heads * self.head_dim, dim=1)
+        heads = (batch, rows.count, self.kv_heads, self.head_dim)
+        # Two dimensions for the norm: with more of them torch cannot trace a count that comes from the data.
+        k = self.k_norm(k.reshape(batch * rows.count * self.kv_heads, self.head_dim)).reshape(heads)
+        k = rotate(k, rows.take_pair(angles)).transpose(1, 2)  # [B, Hkv, M, D]
+        v = v.reshape(heads).transpose(1, 2)
         key = rows.put_heads(old[0], k) if old else k
         value = rows.put_heads(old[1], v) if old else v
         scores = torch.cat([q @ past[0].transpose(2, 3), q @ key.transpose(2, 3)], dim=-1)

@@ -121,7 +121,7 @@ class SomeRows:
     def take_pair(self, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """See `Rows`."""
         batch = self.index.shape[0]
-        cos, sin = (x.flatten(0, 1).index_select(0, self.flat).reshape(batch, self.count, 1, x.shape[-1]) for x in angles)
+        cos, sin = (self.take(x.flatten(0, 1)).reshape(batch, self.count, 1, x.shape[-1]) for x in angles)
         return cos, sin
 
     def take_positions(self, position_ids: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class SomeRows:
     def put(self, old: Tensor, new: Tensor) -> Tensor:
         """See `Rows`."""
         wanted = self.wanted.flatten()[:, None]
-        return old.index_put((self.flat,), torch.where(wanted, new, old.index_select(0, self.flat)))
+        return old.index_put((self.flat,), torch.where(wanted, new, self.take(old)))
 
     def put_heads(self, old: Tensor, new: Tensor) -> Tensor:
         """See `Rows`."""

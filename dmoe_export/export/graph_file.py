@@ -1,0 +1,31 @@
+"""A traced graph as a file of the bundle, checked and described."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+from ..bundle.manifest import GraphEntry, OpEntry, TensorEntry
+from ..bundle.writer import BundleWriter
+from ..ops import block_route, experts
+from ..ops.schema import DOMAIN, OPSET
+from .trace import custom_node_counts
+
+
+def save_graph(model: ir.Model, writer: BundleWriter, name: str) -> GraphEntry:
+    """Write the graph, run the checker's full check on it, describe it."""
+    path = writer.folder / name
+    ir.save(model, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    writer.add_file(name)
+    counts = custom_node_counts(model)
+    ops = [OpEntry(name=op.SCHEMA.name, domain=DOMAIN, version=op.SCHEMA.version, count=counts[op.SCHEMA.name])
+           for op in (block_route, experts) if counts[op.SCHEMA.name]]
+    return GraphEntry(file=name, opset=OPSET, inputs=[_entry(v) for v in model.graph.inputs],
+                      outputs=[_entry(v) for v in model.graph.outputs], ops=ops)
+
+
+def _entry(value: ir.Value) -> TensorEntry:
+    assert value.shape is not None and value.dtype is not None and value.name is not None
+    shape = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+    return TensorEntry(name=value.name, dtype=value.dtype.name.lower(), shape=shape)
