@@ -41,9 +41,9 @@ EXPORT_OPTIONS = {"routing": "routing", "block_length": "block_length", "layers"
 @click.option("--split-targets", is_flag=True, help="One engine file per target instead of one for all.")
 @click.option("--max-batch", default=1, show_default=True, help="Most rows of a batch.")
 @click.option("--max-prefill", type=click.IntRange(1),
-              help="Most prompt tokens of a row in one forward [512, or what the model takes].")
+              help="Most prompt tokens of a row in one forward [512, full-canvas models: the context].")
 @click.option("--max-context", type=click.IntRange(1),
-              help="Most cached tokens of a row [4096, or what the model takes].")
+              help="Most cached tokens of a row [4096, full-canvas models 2048; or what the model takes].")
 @click.option("--experts", type=click.Choice(["external", "inline"]), default="external", show_default=True,
               help="external: routed experts and vocabulary matrices stay in the bundle's files and are bound at run "
                    "time; inline: all weights go into the engine.")
@@ -92,8 +92,8 @@ def build(context: click.Context, source: str | None, recipe_name: str | None, l
     settings = _settings(options)
     flavour.check_flags(settings.flags)  # before an export of many minutes
     flavour.targets(settings.targets)
-    find_plugins(settings, plugin_library)
     if not (Path(source) / MANIFEST_NAME).is_file():
+        find_plugins(settings, plugin_library)
         out = out or (BUILT / f"{recipe.name}.bundle" if recipe else None)
         if out is None:
             raise InputError(f"{source} is no bundle; exporting it as a checkpoint needs --out BUNDLE.")

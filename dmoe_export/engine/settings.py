@@ -23,8 +23,8 @@ class BuildSettings:
 
     targets: tuple[str, ...] = ()  # compute capabilities such as sm89; empty: the flavour's default
     max_batch: int = 1
-    max_prefill: int | None = None  # tokens of a prefill forward; None: 512 or what the model takes
-    max_context: int | None = None  # cached tokens; None: 4096 or what the model takes
+    max_prefill: int | None = None  # tokens of a prefill forward; None: 512, full-canvas models max_context, or less
+    max_context: int | None = None  # cached tokens; None: 4096, full-canvas models 2048, or what the model takes
     experts: ExpertsPlace = "external"
     experts_op: ExpertsOp = "plugin"
     experts_capacity: int | None = None  # of experts_op onnx: experts in one round; None chooses
@@ -58,8 +58,10 @@ def parse_targets(text: str) -> tuple[str, ...]:
 def resolved(settings: BuildSettings, manifest: Manifest) -> BuildSettings:
     """The settings with the bundle's defaults filled in; refuses what cannot become an engine of it (InputError)."""
     block, positions = manifest.routing.block_length, manifest.model.max_positions
-    settings = replace(settings, max_context=settings.max_context or min(4096, positions),
-                       max_prefill=settings.max_prefill or max(1, min(512, positions) // block) * block)
+    full = manifest.model.attention == "full"  # then a forward may take the whole canvas
+    context = settings.max_context or min(2048 if full else 4096, positions)
+    prefill = settings.max_prefill or max(1, (context if full else min(512, positions)) // block) * block
+    settings = replace(settings, max_context=context, max_prefill=prefill)
     _check(settings, manifest)
     return settings
 

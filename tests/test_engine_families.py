@@ -1,0 +1,40 @@
+"""Engines of the full-canvas families, built by TensorRT-RTX without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+from engine_helpers import built, dmoe, plugin_library
+
+from dmoe_export import export_checkpoint
+from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
+from dmoe_export.engine import build
+from dmoe_export.engine.plugins import find_library
+
+pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed (pip install '.[rtx]')")
+
+
+def _bundle(folder, name, precision):
+    write_synthetic(folder / "c", GEOMETRIES[name])
+    return export_checkpoint(folder / "c", folder / "b", precision=precision, block_length=16).folder
+
+
+@pytest.mark.parametrize(("name", "precision"), [("llada-tiny", "fp32"), ("dream-tiny", "fp16")])
+def test_dense_engine_needs_no_plugin(tmp_path, monkeypatch, name, precision):
+    monkeypatch.setattr(build, "find_library", lambda path=None: pytest.fail("nobody asked for plugins"))
+    bundle = _bundle(tmp_path, name, precision)
+    (engine,) = built(bundle, "--targets", "sm89")["engines"]
+    assert engine["plugin_nodes"] == engine["fallback_nodes"] == 0 and engine["plugin_build"] is None
+    assert {weight["name"] for weight in engine["weight_inputs"]} == {"embed.weight", "lm_head.weight"}
+    prefill, denoise = engine["profiles"]
+    assert prefill["tokens"] == [16, 256, 256] and prefill["past"][2] == 256  # a forward may take the whole canvas
+    assert denoise["tokens"] == [16, 16, 16]
+    result = dmoe("build", bundle, "--targets", "sm89", "--experts-op", "onnx", "--experts-capacity", 4)
+    assert result.exit_code == 2 and "--experts-capacity has no meaning here: the model is dense." in result.stderr
+
+
+def test_llada_moe_engine(tmp_path):
+    plugin_library()
+    bundle = _bundle(tmp_path, "llada-moe-tiny", "fp16")
+    (engine,) = built(bundle, "--targets", "sm89")["engines"]
+    assert engine["plugin_nodes"] == 4 and engine["fallback_nodes"] == 0  # two layers, two ops each
+    assert engine["plugin_build"] == find_library().build
