@@ -9,6 +9,7 @@ import click
 import pytest
 from error_sentences import KINDS, Sentence, sentences
 
+from dmoe_export.check.gates import LIMITS
 from dmoe_export.cli import main
 
 REPOSITORY = Path(__file__).parents[1]
@@ -68,6 +69,15 @@ def test_troubleshooting_has_every_error_sentence_and_no_other():
     gone = sorted(on_page - in_source.keys())
     assert not gone, f"no longer in the source: {gone}"
     assert len(on_page) > 100  # the page was read
+
+
+def test_the_accuracy_page_has_the_limits_of_the_check():
+    page = (REPOSITORY / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    for precision, limits in LIMITS.items():
+        cells = next(line for line in page.splitlines() if line.startswith(f"| {precision} |")).split(" | ")[1:7]
+        shown = [float(cell.rstrip(" %")) if cell != "–" else None for cell in cells]
+        assert shown == [limits.cosine, limits.norm, limits.sequence_cosine, limits.sequence_norm,
+                         pytest.approx(limits.agreement * 100), limits.atol]
 
 
 def test_every_kind_of_error_with_words_is_an_exit_code_of_the_page():
