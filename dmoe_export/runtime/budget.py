@@ -1,0 +1,79 @@
+"""How much memory experts may take: what a user writes, what it means for a bundle, what is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from ..bundle.manifest import Manifest
+from ..description import RoutingDescription
+from ..errors import RequestError
+
+RESERVE = 1 / 8  # of the budget: room for experts that are used but not resident
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+@dataclass(frozen=True)
+class ExpertBudget:
+    """A budget for all MoE layers together, and the residents per layer (B) that fit beside the reserve."""
+
+    bytes: int
+    residents: int
+
+
+def plan_budget(manifest: Manifest, expert_budget: str | int | None = None, experts_per_layer: int | None = None,
+                machine_bytes: int | None = None) -> ExpertBudget | None:
+    """The budget of a bundle, from `expert_budget` ("4G", "25%" of all experts, or bytes) or `experts_per_layer`.
+
+    None when neither is given. Raises RequestError for what makes no sense: both, no experts, not positive, less than
+    one layer uses at once, more than the machine has (`machine_bytes`, by default its physical memory).
+    """
+    if expert_budget is None and experts_per_layer is None:
+        return None
+    if expert_budget is not None and experts_per_layer is not None:
+        raise RequestError("Give the expert budget in bytes or the experts per layer, not both.")
+    moe, layers, each = manifest.model.moe, len(manifest.model.moe_layers), manifest.bytes_per_expert
+    if moe is None or not layers:
+        raise RequestError("The model is dense: it has no experts to budget; leave the expert budget out.")
+    everything = each * moe.num_experts * layers
+    if experts_per_layer is not None:
+        if not 1 <= experts_per_layer <= moe.num_experts:
+            raise RequestError(f"Experts per layer is {experts_per_layer}, it must be between 1 and {moe.num_experts}.")
+        residents = experts_per_layer
+        asked = everything if residents == moe.num_experts else int(-(-residents * layers * each // (1 - RESERVE)))
+    else:
+        assert expert_budget is not None
+        asked = parse_bytes(expert_budget, everything)
+        residents = moe.num_experts if asked >= everything else int(asked * (1 - RESERVE)) // (layers * each)
+    least = least_coreset(manifest.routing, moe.experts_per_token)
+    if asked < least * each:
+        raise RequestError(f"The expert budget of {asked:,} bytes is less than one coreset: a layer uses at least "
+                           f"{least} experts of {each:,} bytes at once; give {least * each:,} or more.")
+    memory = machine_memory() if machine_bytes is None else machine_bytes
+    if asked > memory:
+        raise RequestError(f"The expert budget of {asked:,} bytes is more than this machine's memory of {memory:,}; "
+                           "give less, or leave it out.")
+    return ExpertBudget(asked, residents)
+
+
+def parse_bytes(text: str | int, everything: int) -> int:
+    """"4G", "4GiB", "512M", "25%" of `everything`, a number of bytes; units are powers of 1024. Raises RequestError."""
+    found = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*(?:(%)|([kmgt]?)(?:i?b)?)\s*", str(text), re.IGNORECASE)
+    if not found:
+        raise RequestError(f"Expert budget {text!r} is no size; write it like 4G, 512M or 25%.")
+    value = float(found[1]) * (everything / 100 if found[2] else _UNITS[found[3].lower()])
+    if value <= 0:
+        raise RequestError(f"Expert budget {text!r} is not positive; write it like 4G, 512M or 25%.")
+    return int(value)
+
+
+def least_coreset(routing: RoutingDescription, experts_per_token: int) -> int:
+    """Experts that one forward of one layer uses at least."""
+    return {"token": experts_per_token, "top_p": routing.min_experts,
+            "top_c": routing.coreset_size}[routing.mode]
+
+
+def machine_memory() -> int:
+    """Physical memory in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

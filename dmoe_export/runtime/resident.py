@@ -1,0 +1,169 @@
+"""A backend under an expert budget: the residency policy around every forward, over the CPU tier."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from ..bundle.manifest import ExpertsEntry, Manifest
+from ..bundle.reader import Bundle
+from ..errors import MissingRequirementError, RequestError
+from .backend import Backend, ForwardInputs, ForwardOutputs, Ints
+from .budget import ExpertBudget
+from .mapped_experts import MappedExperts
+from .mapped_memory import FileIdentity, new_spans
+from .residency import Costs, Interval, Residency, Tier
+
+
+@dataclass(frozen=True)
+class ResidencyStatistics:
+    """What residency did; an expert is used once per layer and forward, however many tokens it serves."""
+
+    budget_bytes: int
+    residents_per_layer: int
+    interval: str  # as asked for
+    last_interval: int  # in force at the end; 0 = never
+    change_per_step: float | None  # d as measured
+    hits: int
+    misses: int
+    refreshes: int
+    promotions: int
+    evictions: int
+    bring_cost: float | None  # C_io, seconds per expert as measured for the solver
+    miss_cost: float | None  # C_slow
+    policy_seconds: float  # counting and choosing
+    brought_bytes: int = 0  # promoted in the background
+    dropped_bytes: int = 0  # given back because the budget was full
+    bring_seconds: float = 0.0
+    drop_seconds: float = 0.0
+    peak_bytes: int = 0  # of the experts in memory, since the bundle was opened
+
+    def since(self, start: ResidencyStatistics) -> ResidencyStatistics:
+        """The same over a stretch of time: running totals become differences."""
+        totals = ("hits", "misses", "refreshes", "promotions", "evictions", "policy_seconds", "brought_bytes",
+                  "dropped_bytes", "bring_seconds", "drop_seconds")
+        return replace(self, **{name: getattr(self, name) - getattr(start, name) for name in totals})
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits / uses; 1 when nothing was used."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "hit_rate": self.hit_rate}
+
+
+class ResidentBackend:
+    """Another backend, with a residency policy watching its forwards and a tier acting on it. Tokens are the same."""
+
+    def __init__(self, backend: Backend, residency: Residency, tier: Tier, budget: ExpertBudget) -> None:
+        self.name, self.description, self.routing = backend.name, backend.description, backend.routing
+        self.limits = backend.limits
+        self._backend, self._residency, self._tier, self._budget = backend, residency, tier, budget
+        self._blocks: Ints | None = None  # active block per row, of the last denoise step
+        self._seconds = 0.0
+        self._costs: Costs | None = None
+
+    def new_cache(self, rows: int) -> Any:
+        """The other backend's cache."""
+        self._blocks = None
+        return self._backend.new_cache(rows)
+
+    def forward(self, inputs: ForwardInputs, cache: Any) -> ForwardOutputs:
+        """Run the denoiser, count what it used, refresh when it is time.
+
+        Raises BundleError when the expert file was changed before or while it was read: the result is not returned.
+        """
+        self._tier.check()
+        self._tier.forward_begins()
+        try:
+            outputs = self._backend.forward(inputs, cache)
+        finally:
+            self._tier.forward_ends()
+        self._tier.check()
+        start = time.perf_counter()
+        self._residency.observe(outputs.expert_ids, *self._step(inputs))
+        if self._residency.wants_costs:
+            self._costs = self._tier.costs()
+        moves = self._residency.refresh(self._costs)
+        self._seconds += time.perf_counter() - start
+        self._tier.move(moves)
+        return outputs
+
+    def _step(self, inputs: ForwardInputs) -> tuple[bool, bool]:
+        """Whether a forward is a denoise step, and whether a row began another block with it.
+
+        A denoise step asks for logits; its block is the one of the first place it asks for.
+        """
+        wanted = inputs.logit_rows.max(axis=1) >= 0
+        if not wanted.any():
+            return False, False
+        first = np.where(inputs.logit_rows >= 0, inputs.logit_rows, np.iinfo(np.int64).max).min(axis=1)
+        positions = np.take_along_axis(inputs.position_ids, np.where(wanted, first, 0)[:, None], axis=1)[:, 0]
+        blocks = np.where(wanted, positions // self.routing.block_length, -1)
+        before, self._blocks = self._blocks, blocks
+        same = before is not None and before.shape == blocks.shape and bool((before == blocks)[wanted].all())
+        return True, not same
+
+    def statistics(self) -> ResidencyStatistics:
+        """Totals since the bundle was opened."""
+        r, known = self._residency, {field.name for field in fields(ResidencyStatistics)}
+        figures = {name: value for name, value in self._tier.figures().items() if name in known}
+        return ResidencyStatistics(
+            self._budget.bytes, r.slots, str(r.interval), r.tau, r.change, r.used_fast, r.used_slow, r.refreshes,
+            r.promotions, r.evictions, self._costs.bring if self._costs else None,
+            self._costs.miss if self._costs else None, self._seconds, **figures)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Stop the tier; the backend stays usable."""
+        self._tier.close()
+
+
+def open_resident(bundle: Bundle, budget: ExpertBudget, interval: Interval,
+                  open_backend: Callable[[], tuple[Backend, str]]) -> tuple[ResidentBackend, str]:
+    """The backend that `open_backend` opens, under a budget, and why it is this one.
+
+    Raises MissingRequirementError where experts cannot stay mapped: another system than Linux, another backend than
+    ONNX Runtime's CPU provider, half precision.
+    """
+    if sys.platform != "linux":
+        raise MissingRequirementError(f"An expert budget needs Linux, this is {sys.platform}; leave it out.")
+    if bundle.manifest.precision != "fp32":
+        raise MissingRequirementError(
+            f"An expert budget needs a float32 bundle, {bundle.folder} is {bundle.manifest.precision}: ONNX Runtime's "
+            "CPU provider copies such experts into memory as float32; export with --precision fp32.")
+    path, entry = bundle.folder / _experts(bundle.manifest).file, _experts(bundle.manifest)
+    file = FileIdentity.of(path)
+    before = file.spans()
+    backend, why = open_backend()
+    if backend.name != "onnxruntime":
+        raise MissingRequirementError(f"An expert budget works with backend onnxruntime, not yet with {backend.name}; "
+                                      "choose --backend onnxruntime.")
+    experts = backend.description.experts.num_experts
+    tier = MappedExperts(path, entry, experts, new_spans(before, file.spans()), budget.bytes)
+    layers = len(backend.description.moe_layers)
+    return ResidentBackend(backend, Residency(layers, experts, budget.residents, interval), tier, budget), why
+
+
+def _experts(manifest: Manifest) -> ExpertsEntry:
+    assert manifest.experts is not None, "plan_budget refuses dense models"
+    return manifest.experts
+
+
+def parse_interval(value: str | int) -> Interval:
+    """`auto`, `never` or a number of denoise steps; raises RequestError."""
+    if value in ("auto", "never"):
+        return value  # type: ignore[return-value]
+    try:
+        steps = int(value)
+    except ValueError:
+        steps = 0
+    if steps < 1:
+        raise RequestError(f"Expert refresh interval {value!r} is not known; give auto, never or a number of steps.")
+    return steps
