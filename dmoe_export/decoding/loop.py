@@ -13,13 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import RequestError
-from ..runtime.backend import Backend, Cache, ForwardInputs, ForwardOutputs, Ints, Limits
-from .acceptance import credit, edits, schedule
-from .acceptance import policy as acceptance_policy
-from .caching import Plan, longest
-from .caching import policy as cache_policy
+from ..runtime.backend import Backend, Cache, ForwardInputs, Ints, Limits
+from .caching import Plan, longest, policy
+from .outcome import Outcome, asked_places
 from .row import FinishReason, Row
-from .sampling import Reals, greedy, sample, without
 from .settings import DecodeSettings
 from .telemetry import Statistics
 
@@ -52,9 +49,8 @@ class BlockDiffusion:
             raise RequestError(f"The engine takes at most {limit} tokens in one forward, a block has {n}; build "
                                f"one with: dmoe-export build BUNDLE --max-prefill {n}.")
         chunk = max(1, min(PREFILL_TOKENS, limit or PREFILL_TOKENS) // n) * n
-        self._plan_of = cache_policy(backend.description, settings.cache, chunk)
-        self._accept = acceptance_policy(settings)
-        self._needs_logits = settings.temperature > 0 or settings.acceptance == "credit"
+        self._plan_of = policy(backend.description, settings.cache, chunk)
+        self._outcome = Outcome(settings, backend.description.mask_id)
 
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raise RequestError when the prompts, or the forwards their answers take, are more than the backend takes."""
@@ -99,7 +95,7 @@ class BlockDiffusion:
         cleared = [i for i, plan in enumerate(plans) if plan is not None and plan.clear]
         if cleared:
             cache.clear(cleared)
-        asked = [_asked(row) if plan is not None and plan.decodes else _nothing()
+        asked = [asked_places(row) if plan is not None and plan.decodes else np.zeros(0, np.int64)
                  for row, plan in zip(rows, plans, strict=True)]
         inputs = self._inputs(rows, plans, asked)
         start = time.perf_counter()
@@ -110,8 +106,9 @@ class BlockDiffusion:
             if plan is None:
                 continue
             row.statistics.record(plan.phase, outputs.expert_ids[:, i], seconds)
-            row.cached *= not plan.clear
-            changed = plan.decodes and self._denoise(row, asked[i], outputs, i)
+            changed = plan.decodes and self._outcome.apply(row, asked[i], outputs, i)
+            if plan.clear:
+                row.cached = 0
             if plan.commit is not None and not (plan.if_unchanged and changed):
                 take[i, :len(plan.commit)] = plan.commit
                 row.cached += int(plan.commit.sum())
@@ -137,42 +134,10 @@ class BlockDiffusion:
                 ids[i, :plan.stop - plan.start] = row.canvas[plan.start:plan.stop]
                 positions[i, :plan.stop - plan.start] = np.arange(plan.start, plan.stop)
                 wanted[i, :len(asked[i])] = asked[i] + row.span.start - row.shift - plan.start
-        return ForwardInputs(ids, positions, wanted, self._settings.routing, self._needs_logits and bool(
-            (wanted >= 0).any()), any(plan is not None and plan.commit is not None for plan in plans))
-
-    def _denoise(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> bool:
-        """Fill the masked places whose choice the policy accepts, edit decoded ones; whether anything changed."""
-        gaps = row.gaps()
-        m, places = len(gaps), asked[len(gaps):]
-        tokens, confidence = self._choose(row, gaps, outputs, i)
-        if row.step + 1 >= self._settings.steps:
-            accepted = np.ones(m, bool)  # out of steps: what is still masked takes its choice
-        elif m:
-            width = row.span.stop - row.span.start
-            accepted = self._accept(confidence, gaps, schedule(width, self._settings.steps)[row.step])
-        else:
-            accepted = np.zeros(0, bool)
-        written, values = gaps[accepted], tokens[accepted]
-        if len(places):
-            best, certain = outputs.token_ids[i, m:m + len(places)], outputs.confidence[i, m:m + len(places)]
-            assert self._settings.edit_threshold is not None
-            chosen = edits(best, certain, row.canvas[row.span.start + places], self._settings.edit_threshold)
-            written, values = np.append(written, places[chosen]), np.append(values, best[chosen])
-            row.statistics.edits += int(chosen.sum())
-        row.write(written, values)
-        return len(written) > 0
-
-    def _choose(self, row: Row, gaps: Ints, outputs: ForwardOutputs, i: int) -> tuple[Ints, Reals]:
-        """Tokens [m] for the masked places and their confidences [m]."""
-        m, settings = len(gaps), self._settings
-        if not self._needs_logits or not m:
-            return outputs.token_ids[i, :m], outputs.confidence[i, :m]
-        assert outputs.logits is not None
-        logits = without(outputs.logits[i, :m], self._backend.description.mask_id)
-        if settings.acceptance == "credit":
-            logits, row.credits = credit(logits, gaps, row.credits, settings.credit_alpha, settings.credit_beta,
-                                         settings.credit_gamma)
-        return sample(logits, settings, row.rng) if settings.temperature > 0 else greedy(logits)
+        return ForwardInputs(
+            ids, positions, wanted, self._settings.routing,
+            want_logits=self._outcome.needs_logits and bool((wanted >= 0).any()),
+            want_keys_values=any(plan is not None and plan.commit is not None for plan in plans))
 
 
 def _turn(plans: list[Plan]) -> list[Plan | None]:
@@ -184,12 +149,3 @@ def _turn(plans: list[Plan]) -> list[Plan | None]:
         if any(plan.phase in phases for plan in plans):
             break
     return [plan if plan.phase in phases else None for plan in plans]
-
-
-def _asked(row: Row) -> Ints:
-    """Places of the active block whose prediction is wanted: the masked ones, then those that may be edited."""
-    return np.append(row.gaps(), row.editable())
-
-
-def _nothing() -> Ints:
-    return np.zeros(0, np.int64)

@@ -30,6 +30,7 @@ class Statistics:
     seconds_by_phase: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     unique_by_phase: dict[Phase, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
     expert_bytes_touched: int = 0
+    residency: dict[str, Any] | None = None  # of the whole batch, where experts live under a budget
 
     def record(self, phase: Phase, expert_ids: NDArray[np.int32], seconds: float) -> None:
         """Count one forward with this row's expert ids [L, T, k]."""
@@ -59,5 +60,7 @@ class Statistics:
         """For JSON."""
         raw = asdict(self)
         del raw["unique_by_phase"]
+        if self.residency is None:
+            del raw["residency"]
         return {**raw, "forwards": self.forwards, "tokens_per_forward": self.tokens_per_forward,
                 "unique_experts": self.unique_experts}

@@ -1,0 +1,60 @@
+"""What a forward means for a row: tokens chosen for masked places, accepted or not, and decoded ones edited."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..runtime.backend import Bools, ForwardOutputs, Ints
+from .acceptance import credit, edits, policy, schedule
+from .row import Row
+from .sampling import Reals, greedy, sample, without
+from .settings import DecodeSettings
+
+
+def asked_places(row: Row) -> Ints:
+    """Places of the active block whose prediction is wanted: the masked ones, then those that may be edited."""
+    return np.append(row.gaps(), row.editable())
+
+
+class Outcome:
+    """Writes the outcome of decoding forwards into rows, as the settings want it."""
+
+    def __init__(self, settings: DecodeSettings, mask_id: int) -> None:
+        self._settings, self._mask_id = settings, mask_id
+        self._accept = policy(settings)
+        self.needs_logits = settings.temperature > 0 or settings.acceptance == "credit"
+
+    def apply(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> bool:
+        """Take row i of the outputs, predictions for `asked_places`; whether any token changed."""
+        gaps = row.gaps()
+        tokens, confidence = self._choose(row, gaps, outputs, i)
+        accepted = self._accepted(row, gaps, confidence)
+        places, values = gaps[accepted], tokens[accepted]
+        limit, decoded = self._settings.edit_threshold, asked[len(gaps):]
+        if limit is not None and len(decoded):
+            there = slice(len(gaps), len(asked))
+            best, certain = outputs.token_ids[i, there], outputs.confidence[i, there]
+            edited = edits(best, certain, row.canvas[row.span.start + decoded], limit)
+            places, values = np.append(places, decoded[edited]), np.append(values, best[edited])
+            row.statistics.edits += int(edited.sum())
+        row.write(places, values)
+        return len(places) > 0
+
+    def _choose(self, row: Row, gaps: Ints, outputs: ForwardOutputs, i: int) -> tuple[Ints, Reals]:
+        """Tokens [m] for the masked places and their confidences [m]."""
+        m, settings = len(gaps), self._settings
+        if not self.needs_logits or not m:
+            return outputs.token_ids[i, :m], outputs.confidence[i, :m]
+        assert outputs.logits is not None
+        logits = without(outputs.logits[i, :m], self._mask_id)
+        if settings.acceptance == "credit":
+            logits, row.credits = credit(logits, gaps, row.credits, settings.credit_alpha, settings.credit_beta,
+                                         settings.credit_gamma)
+        return sample(logits, settings, row.rng) if settings.temperature > 0 else greedy(logits)
+
+    def _accepted(self, row: Row, gaps: Ints, confidence: Reals) -> Bools:
+        """Which masked places [m] keep their choice."""
+        if not len(gaps) or row.step + 1 >= self._settings.steps:
+            return np.ones(len(gaps), bool)  # out of steps: what is still masked takes its choice
+        width = row.span.stop - row.span.start
+        return self._accept(confidence, gaps, schedule(width, self._settings.steps)[row.step])
