@@ -29,6 +29,10 @@ class ExpertsShapeC(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("tokens", "places", "experts", "hidden", "width", "type")]
 
 
+class ExpertPoolC(ctypes.Structure):
+    _fields_ = [("slots", ctypes.c_int32)] + [(name, ctypes.c_void_p) for name in ("slot_of_expert", "gate_up", "down")]
+
+
 class KernelError(Exception):
     def __init__(self, code: int, text: str):
         super().__init__(f"{code}: {text}")
@@ -134,8 +138,11 @@ def from_half(words: np.ndarray, kind: int) -> np.ndarray:
     return (words.astype(np.uint32) << 16).view(np.float32)
 
 
-def kernel_experts(kind: int, hidden, ids, weights, gate_up, down) -> np.ndarray:
-    """Raw words of `mixed` from raw words of hidden, gate_up and down; float32 weights, int32 ids."""
+def kernel_experts(kind: int, hidden, ids, weights, gate_up, down, pool=None) -> np.ndarray:
+    """Raw words of `mixed` from raw words of hidden, gate_up and down; float32 weights, int32 ids.
+
+    `pool`: slot_of_expert and the slots' words of gate_up and down, for `dmoe_experts_resident`.
+    """
     shape = ExpertsShapeC(len(hidden), ids.shape[1], len(gate_up), hidden.shape[1], down.shape[2], kind)
     size = library().dmoe_experts_workspace_bytes(ctypes.byref(shape))
     check(min(size, 0))
@@ -143,7 +150,12 @@ def kernel_experts(kind: int, hidden, ids, weights, gate_up, down) -> np.ndarray
               _input(down, np.uint16)]
     workspace, mixed = Output(size, np.uint8), Output(hidden.shape, np.uint16)
     workspace.array[:] = 0x7f  # huge counts, NaN halfs, huge floats: what is read before it is written shows
-    check(library().dmoe_experts(ctypes.byref(shape), *map(pointer, inputs), pointer(mixed.array),
-                                 pointer(workspace.array), None))
+    arguments = [*map(pointer, inputs), pointer(mixed.array), pointer(workspace.array), None]
+    if pool is None:
+        check(library().dmoe_experts(ctypes.byref(shape), *arguments))
+    else:
+        table, *slots = _input(pool[0], np.int32), _input(pool[1], np.uint16), _input(pool[2], np.uint16)
+        c = ExpertPoolC(len(slots[0]), *map(pointer, (table, *slots)))
+        check(library().dmoe_experts_resident(ctypes.byref(shape), ctypes.byref(c), *arguments))
     workspace.checked()
     return mixed.checked()

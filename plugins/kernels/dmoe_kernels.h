@@ -2,7 +2,7 @@
  *
  * Semantics: dmoe_export/ops/block_route/__init__.py and dmoe_export/ops/experts/__init__.py.
  * Every pointer is a device pointer (emulation: host pointer), 16-byte aligned, contiguous, and must stay valid until
- * the stream has run the work. `stream` is a cudaStream_t; the emulation ignores it. Nothing here waits for the
+ * the stream has run the work. Weights may also be pinned host memory, which a device reads at the same address. `stream` is a cudaStream_t; the emulation ignores it. Nothing here waits for the
  * device or allocates, so the calls can be recorded in a CUDA graph.
  *
  * Returned: 0; a negative DMOE_ERROR_*, nothing launched; or a positive cudaError_t of a launch. */
@@ -71,6 +71,22 @@ DMOE_API int64_t dmoe_experts_workspace_bytes(const DmoeExpertsShape *shape);
 DMOE_API int dmoe_experts(const DmoeExpertsShape *shape, const void *hidden, const int32_t *expert_ids,
                           const float *expert_weights, const void *gate_up, const void *down, void *mixed,
                           void *workspace, void *stream);
+
+/* The fast tier of a layer's experts: copies of some of them in device memory. Read when the kernels run, not when they
+ * are launched, so a recorded graph follows later changes of the table and of the slots. */
+typedef struct DmoeExpertPool {
+    int32_t slots;                 /* 1..experts */
+    const int32_t *slot_of_expert; /* [E]; outside 0..slots-1 = not in the pool */
+    const void *gate_up;           /* [slots, 2I', H] */
+    const void *down;              /* [slots, H, I'] */
+} DmoeExpertPool;
+
+/* dmoe_experts() that reads an expert from its slot of the pool, and from gate_up and down (the slow tier, usually pinned
+ * host memory) only if it has none. The same bits for every table as long as a slot holds its expert's weights.
+ * pool: host memory, read before this returns; NULL = dmoe_experts(). */
+DMOE_API int dmoe_experts_resident(const DmoeExpertsShape *shape, const DmoeExpertPool *pool, const void *hidden,
+                                   const int32_t *expert_ids, const float *expert_weights, const void *gate_up,
+                                   const void *down, void *mixed, void *workspace, void *stream);
 
 /* What a returned code means, one sentence; a static string. */
 DMOE_API const char *dmoe_error_string(int code);

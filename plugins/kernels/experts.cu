@@ -1,4 +1,4 @@
-// dmoe_experts: arguments checked, tokens in chunks, four launches per chunk.
+// dmoe_experts and dmoe_experts_resident: arguments checked, tokens in chunks, four launches per chunk.
 #include "dmoe_kernels.h"
 #include "experts_group.cuh"
 #include "experts_product.cuh"
@@ -61,6 +61,13 @@ int launch_product(const ProductArguments &a, int tokens, void *stream) {
                         : launch_product<Half, 8, 1, GATE>(a, pairs, stream);
 }
 
+// What the kernels need of a DmoeExpertPool; all null and 0 without one.
+struct Pool {
+    const int32_t *slot_of_expert;
+    const uint4 *gate_up, *down;
+    int slots;
+};
+
 struct Tensors {
     const uint4 *hidden;
     const int32_t *expert_ids;
@@ -68,6 +75,7 @@ struct Tensors {
     const uint4 *gate_up, *down;
     uint2 *mixed;
     char *workspace;
+    Pool pool;
 };
 
 template <class Half>
@@ -81,12 +89,15 @@ int run_chunk(const DmoeExpertsShape &s, const Workspace &w, const Tensors &t, v
     const int warps = (s.experts + 7) / 8 * 8;
     if (const int error = launch(group_kernel, dim3(warps / 4), 128, stream, group)) return error;
 
-    const ProductArguments gate_up{t.gate_up, t.hidden,    groups,      s.experts, 2 * s.width,
-                                   s.hidden,  s.places,    activations, nullptr,   nullptr};
+    const Pool &pool = t.pool;
+    const ProductArguments gate_up{t.gate_up, pool.gate_up, pool.slot_of_expert, pool.slots, t.hidden,
+                                   groups,    s.experts,    2 * s.width,         s.hidden,   s.places,
+                                   activations, nullptr,    nullptr};
     if (const int error = launch_product<Half, true>(gate_up, s.tokens, stream)) return error;
 
-    const ProductArguments down{t.down,  reinterpret_cast<const uint4 *>(activations), groups, s.experts, s.hidden,
-                                s.width, s.places, nullptr, t.expert_weights, pair_outputs};
+    const ProductArguments down{t.down,   pool.down, pool.slot_of_expert, pool.slots,
+                                reinterpret_cast<const uint4 *>(activations), groups, s.experts, s.hidden,
+                                s.width,  s.places,  nullptr, t.expert_weights, pair_outputs};
     if (const int error = launch_product<Half, false>(down, s.tokens, stream)) return error;
 
     const ReduceArguments reduce{reinterpret_cast<const float4 *>(pair_outputs), t.expert_ids, s.tokens, s.places,
@@ -109,12 +120,28 @@ extern "C" int64_t dmoe_experts_workspace_bytes(const DmoeExpertsShape *shape) {
 extern "C" int dmoe_experts(const DmoeExpertsShape *shape, const void *hidden, const int32_t *expert_ids,
                             const float *expert_weights, const void *gate_up, const void *down, void *mixed,
                             void *workspace, void *stream) {
+    return dmoe_experts_resident(shape, nullptr, hidden, expert_ids, expert_weights, gate_up, down, mixed, workspace,
+                                 stream);
+}
+
+extern "C" int dmoe_experts_resident(const DmoeExpertsShape *shape, const DmoeExpertPool *pool, const void *hidden,
+                                     const int32_t *expert_ids, const float *expert_weights, const void *gate_up,
+                                     const void *down, void *mixed, void *workspace, void *stream) {
     if (!shape) return DMOE_ERROR_POINTER;
     if (const int error = check(*shape)) return error;
+    if (pool && (pool->slots < 1 || pool->slots > shape->experts)) return DMOE_ERROR_SHAPE;
     if (shape->tokens == 0) return 0;
-    const void *const pointers[] = {hidden, expert_ids, expert_weights, gate_up, down, mixed, workspace};
-    for (const void *pointer : pointers) {
+    for (const void *pointer : {hidden, static_cast<const void *>(expert_ids), static_cast<const void *>(expert_weights),
+                                gate_up, down, static_cast<const void *>(mixed), static_cast<const void *>(workspace)}) {
         if (!pointer || misaligned(pointer, 16)) return DMOE_ERROR_POINTER;
+    }
+    Pool slots{};
+    if (pool) {
+        for (const void *pointer : {static_cast<const void *>(pool->slot_of_expert), pool->gate_up, pool->down}) {
+            if (!pointer || misaligned(pointer, 16)) return DMOE_ERROR_POINTER;
+        }
+        slots = {pool->slot_of_expert, static_cast<const uint4 *>(pool->gate_up),
+                 static_cast<const uint4 *>(pool->down), pool->slots};
     }
     if (misaligned(workspace, 256)) return DMOE_ERROR_POINTER;
     if (shape->type == DMOE_TYPE_BF16 && !bf16_runs_here()) return DMOE_ERROR_TYPE;
@@ -130,7 +157,8 @@ extern "C" int dmoe_experts(const DmoeExpertsShape *shape, const void *hidden, c
                         static_cast<const uint4 *>(gate_up),
                         static_cast<const uint4 *>(down),
                         static_cast<uint2 *>(mixed) + at / 4,
-                        static_cast<char *>(workspace)};
+                        static_cast<char *>(workspace),
+                        slots};
         const int error = shape->type == DMOE_TYPE_FP16 ? run_chunk<Fp16>(chunk, w, t, stream)
                                                         : run_chunk<Bf16>(chunk, w, t, stream);
         if (error) return error;

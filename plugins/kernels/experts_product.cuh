@@ -19,7 +19,10 @@ constexpr int kUnit = 8;              // halfs in 16 bytes, the unit of all offs
 constexpr int kSegment = 64 / kUnit;  // units of k per step: one 128-byte line of every row
 
 struct ProductArguments {
-    const uint4 *weights;  // [experts, rows, depth]
+    const uint4 *weights;           // [experts, rows, depth]; pinned host memory where the pool is the fast tier
+    const uint4 *pool;              // [slots, rows, depth]
+    const int32_t *slot_of_expert;  // [experts], outside 0 … slots − 1 = not in the pool; null = no pool
+    int slots;
     const uint4 *tokens;   // gate_up: hidden [N, depth]; down: activations [grouped pairs, depth]
     Groups groups;
     int experts, rows, depth, places;
@@ -27,6 +30,13 @@ struct ProductArguments {
     const float *pair_weights;  // down: [N·k]
     float *pair_outputs;        // down writes weight · value [N·k, rows]
 };
+
+// The one place where an expert's weights are looked up: in the pool, or among all experts.
+DMOE_DEVICE const uint4 *weights_of(const ProductArguments &a, int expert) {
+    const int64_t units = static_cast<int64_t>(a.rows) * (a.depth / kUnit);
+    const int slot = a.slot_of_expert ? a.slot_of_expert[expert] : -1;
+    return slot >= 0 && slot < a.slots ? a.pool + slot * units : a.weights + expert * units;
+}
 
 // The experts with tokens, ascending, into `active`; how many. Thread t looks at experts 8t … 8t+7.
 DMOE_DEVICE int list_active(const int *count, int experts, uint16_t *active, int *warp_totals) {
@@ -167,7 +177,7 @@ __global__ void __launch_bounds__(kProductThreads, 4) product_kernel(ProductArgu
         if (SPLIT == 1 && row_base >= a.rows) continue;
         const int row = row_base + 2 * g;
         // Rows beyond the last are products nobody looks at: take the last two instead.
-        const uint4 *weights = a.weights + (static_cast<int64_t>(expert) * a.rows + min(row, a.rows - 2)) * row_units;
+        const uint4 *weights = weights_of(a, expert) + static_cast<int64_t>(min(row, a.rows - 2)) * row_units;
         for (int token = 0; token < count; token += TILES * 8) {
             const int tiles = min(TILES, (count - token + 7) / 8);
             uint32_t offsets[TILES];

@@ -7,7 +7,8 @@ using namespace nvinfer1;
 namespace dmoe {
 namespace {
 
-enum Input { kHidden, kIds, kWeights, kGateUp, kDown, kInputs };
+enum Input { kHidden, kIds, kWeights, kGateUp, kDown, kInputs, kSlots = kInputs, kGateUpPool, kDownPool, kAllInputs };
+constexpr char kResidency[] = "residency";
 
 DmoeExpertsShape shapeOf(Dims const& hidden, Dims const& ids, Dims const& gateUp, DataType type)
 {
@@ -21,22 +22,37 @@ DmoeExpertsShape shapeOf(Dims const& hidden, Dims const& ids, Dims const& gateUp
     return shape;
 }
 
+bool sameSlab(Dims const& one, Dims const& other)
+{
+    return one.nbDims == 3 && other.nbDims == 3 && one.d[1] == other.d[1] && one.d[2] == other.d[2];
+}
+
 } // namespace
 
-ExpertsPlugin* ExpertsPlugin::create(FieldReader&)
+ExpertsPlugin* ExpertsPlugin::create(FieldReader& fields)
 {
-    return new ExpertsPlugin();
+    int32_t const residency = fields.has(kResidency) ? fields.integer(kResidency) : 0;
+    if (!fields.problem().empty() || residency < 0 || residency > 1) {
+        logError(std::string(name) + ": attribute residency must be the integer 0 or 1.");
+        return nullptr;
+    }
+    return new ExpertsPlugin(residency == 1);
+}
+
+int32_t ExpertsPlugin::inputCount() const noexcept
+{
+    return mResidency ? kAllInputs : kInputs;
 }
 
 IPluginV3* ExpertsPlugin::clone() noexcept
 {
-    return new (std::nothrow) ExpertsPlugin();
+    return new (std::nothrow) ExpertsPlugin(mResidency);
 }
 
 int32_t ExpertsPlugin::getOutputDataTypes(DataType* outputs, int32_t nbOutputs, DataType const* inputs,
     int32_t nbInputs) const noexcept
 {
-    if (nbOutputs != 1 || nbInputs != kInputs) {
+    if (nbOutputs != 1 || nbInputs != inputCount()) {
         return -1;
     }
     outputs[0] = inputs[kHidden];
@@ -46,7 +62,7 @@ int32_t ExpertsPlugin::getOutputDataTypes(DataType* outputs, int32_t nbOutputs, 
 int32_t ExpertsPlugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const*, int32_t,
     DimsExprs* outputs, int32_t nbOutputs, IExprBuilder&) noexcept
 {
-    if (nbInputs != kInputs || nbOutputs != 1 || inputs[kHidden].nbDims != 2) {
+    if (nbInputs != inputCount() || nbOutputs != 1 || inputs[kHidden].nbDims != 2) {
         return -1;
     }
     outputs[0] = inputs[kHidden];
@@ -56,10 +72,13 @@ int32_t ExpertsPlugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs
 bool ExpertsPlugin::supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* inOut, int32_t nbInputs,
     int32_t nbOutputs) noexcept
 {
-    if (nbInputs != kInputs || nbOutputs != 1) {
+    if (nbInputs != inputCount() || nbOutputs != 1) {
         return false;
     }
     auto const& tensor = inOut[position].desc;
+    if (mResidency && position == kSlots) {
+        return linear(tensor, DataType::kINT32);
+    }
     switch (position) {
     case kHidden: return linear(tensor, DataType::kHALF) || linear(tensor, DataType::kBF16);
     case kIds: return linear(tensor, DataType::kINT32);
@@ -85,8 +104,20 @@ int32_t ExpertsPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDe
 {
     auto const shape
         = shapeOf(inputDesc[kHidden].dims, inputDesc[kIds].dims, inputDesc[kGateUp].dims, inputDesc[kHidden].type);
-    int32_t const status = dmoe_experts(&shape, inputs[kHidden], static_cast<int32_t const*>(inputs[kIds]),
-        static_cast<float const*>(inputs[kWeights]), inputs[kGateUp], inputs[kDown], outputs[0], workspace, stream);
+    DmoeExpertPool pool{};
+    if (mResidency) {
+        if (inputDesc[kSlots].dims.d[0] != shape.experts || !sameSlab(inputDesc[kGateUp].dims, inputDesc[kGateUpPool].dims)
+            || !sameSlab(inputDesc[kDown].dims, inputDesc[kDownPool].dims)
+            || inputDesc[kGateUpPool].dims.d[0] != inputDesc[kDownPool].dims.d[0]) {
+            logError(std::string(name) + ": the pool of resident experts does not have the shape of the experts.");
+            return DMOE_ERROR_SHAPE;
+        }
+        pool = {static_cast<int32_t>(inputDesc[kGateUpPool].dims.d[0]), static_cast<int32_t const*>(inputs[kSlots]),
+            inputs[kGateUpPool], inputs[kDownPool]};
+    }
+    int32_t const status = dmoe_experts_resident(&shape, mResidency ? &pool : nullptr, inputs[kHidden],
+        static_cast<int32_t const*>(inputs[kIds]), static_cast<float const*>(inputs[kWeights]), inputs[kGateUp],
+        inputs[kDown], outputs[0], workspace, stream);
     if (status != 0) {
         logError(std::string(name) + ": " + dmoe_error_string(status) + ".");
     }
@@ -96,6 +127,9 @@ int32_t ExpertsPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDe
 PluginFieldCollection const* ExpertsPlugin::getFieldsToSerialize() noexcept
 {
     mFields = Fields();
+    if (mResidency) {
+        mFields.add(kResidency, int32_t{1});
+    }
     mFields.add(kBuildField, std::string(dmoe_build_id()));
     return mFields.collection();
 }

@@ -11,7 +11,11 @@ namespace dmoe {
 class ExpertsPlugin final : public Plugin {
 public:
     static constexpr char name[] = "DmoeExperts";
-    static constexpr std::array<std::pair<char const*, nvinfer1::PluginFieldType>, 0> attributes{};
+    static constexpr std::array<std::pair<char const*, nvinfer1::PluginFieldType>, 1> attributes{
+        {{"residency", nvinfer1::PluginFieldType::kINT32}}};
+
+    // `residency`: there are three more inputs, the table and the pool of resident experts.
+    explicit ExpertsPlugin(bool residency) : mResidency(residency) {}
 
     static ExpertsPlugin* create(FieldReader& fields);
 
@@ -32,6 +36,9 @@ public:
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
 private:
+    int32_t inputCount() const noexcept;
+
+    bool mResidency;
     Fields mFields;
 };
 
