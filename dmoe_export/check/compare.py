@@ -129,10 +129,10 @@ class CompareForward:
 
 def row_errors(expected: np.ndarray, got: np.ndarray, limits: Limits) -> RowErrors:
     """Errors of `got` [R, …] against `expected` [R, …], row by row in float64."""
+    if not len(expected):
+        return RowErrors(_NOTHING, _NOTHING, 0.0, limits)
     a = expected.reshape(len(expected), -1).astype(np.float64)
     b = got.reshape(len(got), -1).astype(np.float64)
-    if not len(a):
-        return RowErrors(_NOTHING, _NOTHING, 0.0, limits)
     finite = np.isfinite(b).all(axis=1)
     b[~finite] = 0  # keeps the sums quiet; such rows are as wrong as can be, below
     size_a, size_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)

@@ -157,7 +157,7 @@ def _verdict(identity: IdentityCheck, weights: WeightsCheck, backends: list[Back
     if identity.same is False:
         also = f" On {bad.name} the first bad layer is {layer}." if bad and layer is not None else ""
         return layer, False, identity.note + also
-    if bad and bad.first_bad_layer is not None:
+    if bad and bad.first_bad_layer is not None and bad.first_bad_part != "embedding":
         reason = next(c.reason for c in (*bad.layers_alone, *bad.layers_in_sequence) if not c.passed)
         return layer, False, f"Layer {bad.first_bad_layer} is the first bad layer on {bad.name}: {reason}."
     if bad:

@@ -124,11 +124,12 @@ class DeviceCache:
         """A forward's new keys, then values, on the host as bytes [2L, B, Hkv, T, D·itemsize]; waits for the device."""
         new: Slab = outputs.keys_values
         rows, heads, length, _ = new.shape
-        raw = np.empty((new.geometry.parts, new.height, new.pitch), np.uint8)
         with self._lock:
+            raw = self._pool.device.pinned(new.bytes)
             self._pool.device.copy(raw.ctypes.data, new.address, new.bytes, self._stream)
             self._pool.device.synchronize(self._stream)
-        return raw[:, :rows * heads].reshape(new.geometry.parts, rows, heads, length, new.geometry.row_bytes)
+        parts = raw[:new.bytes].reshape(new.geometry.parts, new.height, new.pitch)[:, :rows * heads].copy()
+        return parts.reshape(new.geometry.parts, rows, heads, length, new.geometry.row_bytes)
 
     def clear(self, rows: list[int]) -> None:
         """Forget everything these rows have cached: their places become empty, nothing moves on the device."""
