@@ -61,10 +61,10 @@ def _logits(folder, ids):
         return model(torch.from_numpy(ids), torch.arange(ids.shape[1]).expand(ids.shape)).logits.numpy()
 
 
-# LLaDA-8B has 8.02 B parameters, Dream-7B 7.62 B, LLaDA-MoE-7B-A1B 7.36 B.
+# Names and shapes of all tensors, added up.
 @pytest.mark.parametrize(("name", "billions"), [("llada-8b", 8.02), ("dream-7b", 7.62), ("llada-moe-7b", 7.36),
                                                 ("llada2.0-mini", 16.26)])
-def test_published_sizes(name, billions, tmp_path):
+def test_sizes_fit_the_names(name, billions, tmp_path):
     family = family_of(GEOMETRIES[name], tmp_path)
     d = family.describe(GEOMETRIES[name], tmp_path)
     shapes = [shape for tensors in dense_tensors(d, family.layout(d)).values() for shape in tensors.values()]
