@@ -136,6 +136,16 @@ class WeightInput(Frozen):
     shape: list[int]
 
 
+class ExpertPool(Frozen):
+    """Engine inputs of one MoE layer's resident experts; `gate_up` and `down` are its weight inputs [E, …]."""
+
+    slot_of_expert: str = Field(description="int32 [E]: an expert's slot, −1 = none")
+    gate_up: str
+    down: str
+    gate_up_pool: str = Field(description="[P, …], P slots, otherwise as gate_up")
+    down_pool: str
+
+
 class NetworkEntry(Frozen):
     """What TensorRT's own objects said of an engine's network before it was built; open dimensions are −1."""
 
@@ -154,17 +164,32 @@ class EngineEntry(Frozen):
     version: str = Field(description="of the TensorRT library that built it; another one refuses it")
     targets: list[str] = Field(description="compute capabilities, such as sm89")
     precision: Precision
-    experts: Literal["inline", "external"]
+    experts: Literal["inline", "external", "resident"]
     experts_op: Literal["plugin", "onnx"]
     profiles: list[ProfileEntry]
     plugin_build: str | None = Field(description="build id of the plugin library inside; null = no plugins")
     plugin_nodes: int = Field(ge=0, description="custom nodes that are plugins")
     fallback_nodes: int = Field(ge=0, description="custom nodes that became their ONNX bodies (--allow-fallback)")
     weight_inputs: list[WeightInput]
+    expert_pools: list[ExpertPool] = Field(default_factory=list, description="one per MoE layer where experts are "
+                                           "resident")
     flags: list[str] = Field(default_factory=list, description="hardware-compatible, version-compatible, refit")
-    made_from: dict[str, str] = Field(default_factory=dict, description="sha256 of the graph and data files it was built "
-                                      "from; empty in older bundles")
+    made_from: dict[str, str] = Field(default_factory=dict, description="sha256 of the graph and data files it was "
+                                      "built from; empty in older bundles")
     network: NetworkEntry | None = Field(None, description="null in older bundles")
+
+
+    @property
+    def pool_inputs(self) -> list[TensorEntry]:
+        """The inputs of `expert_pools` as tensors; P slots."""
+        weights = {weight.name: weight for weight in self.weight_inputs}
+        inputs = []
+        for pool in self.expert_pools:
+            gate_up, down = weights[pool.gate_up], weights[pool.down]
+            inputs += [TensorEntry(name=pool.slot_of_expert, dtype="int32", shape=[*gate_up.shape[:1]]),
+                       TensorEntry(name=pool.gate_up_pool, dtype=gate_up.dtype, shape=["P", *gate_up.shape[1:]]),
+                       TensorEntry(name=pool.down_pool, dtype=down.dtype, shape=["P", *down.shape[1:]])]
+        return inputs
 
 
 class Manifest(Frozen):

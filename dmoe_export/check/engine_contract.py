@@ -7,9 +7,10 @@ from typing import Any
 import onnx
 from onnx import NodeProto, helper
 
-from ..bundle.manifest import EngineEntry
+from ..bundle.manifest import EngineEntry, ProfileEntry
 from ..bundle.reader import Bundle
 from ..engine.plan import PlanPlugin, PlanTensor, Range
+from ..engine.resident import SLOTS, slot_range
 from ..ops import experts
 from ..ops.schema import DOMAIN
 
@@ -46,7 +47,8 @@ def wrong_tensors(bundle: Bundle, entry: EngineEntry, profiles: list[list[PlanTe
                 return f"{name} is an {'input' if have.is_input else 'output'} of it, and not of the bundle's graph"
             if have.dtype != want.dtype:
                 return f"its {name} is {have.dtype}, the bundle's graph has {want.dtype}"
-            if not _same_shape(have.shape, want.shape, entry, index):
+            profile = entry.profiles[min(index, len(entry.profiles) - 1)]
+            if not _same_shape(have.shape, want.shape, _sizes(bundle, profile)):
                 return f"its {name} has shape {list(have.shape)}, the bundle's graph {list(want.shape)}"
     return None
 
@@ -56,13 +58,14 @@ def wrong_profiles(bundle: Bundle, entry: EngineEntry, profiles: list[dict[str, 
     if len(profiles) != len(entry.profiles):
         return f"it has {len(profiles)} profiles, the manifest says {len(entry.profiles)}"
     for said, found in zip(entry.profiles, profiles, strict=True):
-        for tensor in bundle.manifest.denoiser.inputs:
+        sizes = _sizes(bundle, said)
+        for tensor in (*bundle.manifest.denoiser.inputs, *entry.pool_inputs):
             if all(isinstance(dim, int) for dim in tensor.shape):
                 continue
             if tensor.name not in found:
                 return f"profile {said.name} leaves {tensor.name} out"
             for index, word in enumerate(("least", "usual", "largest")):
-                want = [dim if isinstance(dim, int) else getattr(said, _SIZES[dim])[index] for dim in tensor.shape]
+                want = [dim if isinstance(dim, int) else sizes[dim][index] for dim in tensor.shape]
                 if list(found[tensor.name][index]) != want:
                     return (f"profile {said.name} has {list(found[tensor.name][index])} as {word} shape of "
                             f"{tensor.name}, the manifest says {want}")
@@ -86,7 +89,7 @@ def wrong_plugins(graph: onnx.ModelProto, entry: EngineEntry, profiles: list[lis
         if len(found) != entry.plugin_nodes:
             return f"it has {len(found)} plugins{where}, the manifest says {entry.plugin_nodes}"
         for name, layer in found.items():
-            wrong = _wrong_attribute(wanted[name], layer, entry.plugin_build)
+            wrong = _wrong_attribute(wanted[name], layer, entry)
             if wrong:
                 return wrong
     return None
@@ -127,8 +130,12 @@ def wrong_weights(bundle: Bundle, graph: onnx.ModelProto, entry: EngineEntry) ->
     return None
 
 
-def _wrong_attribute(node: NodeProto, layer: PlanPlugin, build: str | None) -> str | None:
-    said: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute} | {"dmoe_build": build}
+def _wrong_attribute(node: NodeProto, layer: PlanPlugin, entry: EngineEntry) -> str | None:
+    said: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    said["dmoe_build"] = entry.plugin_build
+    if node.op_type == experts.SCHEMA.name and layer.attributes.get("residency", 0) != bool(entry.expert_pools):
+        return f"its {node.name} {'lacks' if entry.expert_pools else 'has'} a slot pool, against the manifest"
+    said["residency"] = int(bool(entry.expert_pools))
     if layer.op != node.op_type:
         return f"its {node.name} is {layer.op}, in the bundle's graph {node.op_type}"
     for name, value in layer.attributes.items():
@@ -143,7 +150,8 @@ def _wrong_attribute(node: NodeProto, layer: PlanPlugin, build: str | None) -> s
 def _wanted_tensors(bundle: Bundle, entry: EngineEntry) -> dict[str, Any]:
     """By name: tensors as the manifest describes them, with symbolic dimensions."""
     graph = bundle.manifest.denoiser
-    groups: tuple[tuple[Any, bool], ...] = ((graph.inputs, True), (entry.weight_inputs, True), (graph.outputs, False))
+    groups: tuple[tuple[Any, bool], ...] = ((graph.inputs, True), (entry.weight_inputs, True),
+                                            (entry.pool_inputs, True), (graph.outputs, False))
     return {tensor.name: PlanTensor(tensor.name, _dtype(tensor.dtype), tuple(tensor.shape), is_input)
             for tensors, is_input in groups for tensor in tensors}
 
@@ -152,7 +160,14 @@ def _dtype(name: str) -> str:
     return {"float32": "float"}.get(name, name)
 
 
-def _same_shape(have: tuple[int, ...], want: tuple[int | str, ...], entry: EngineEntry, profile: int) -> bool:
+def _sizes(bundle: Bundle, profile: ProfileEntry) -> dict[str, tuple[int, int, int]]:
+    """Least, usual and largest size of each symbolic dimension."""
+    moe = bundle.manifest.model.moe
+    slots = {SLOTS: slot_range(moe.num_experts)} if moe else {}
+    return {dim: getattr(profile, field) for dim, field in _SIZES.items()} | slots
+
+
+def _same_shape(have: tuple[int, ...], want: tuple[int | str, ...], sizes: dict[str, tuple[int, int, int]]) -> bool:
     """An open dimension is open in the engine too, or is the one size that the profile has."""
     if len(have) != len(want):
         return False
@@ -160,7 +175,7 @@ def _same_shape(have: tuple[int, ...], want: tuple[int | str, ...], entry: Engin
         if isinstance(dim, int):
             fits = found == dim
         else:
-            low, _, high = getattr(entry.profiles[min(profile, len(entry.profiles) - 1)], _SIZES[dim])
+            low, _, high = sizes[dim]
             fits = found == -1 or low == high == found
         if not fits:
             return False

@@ -44,9 +44,11 @@ EXPORT_OPTIONS = {"routing": "routing", "block_length": "block_length", "layers"
               help="Most prompt tokens of a row in one forward [512, full-canvas models: the context].")
 @click.option("--max-context", type=click.IntRange(1),
               help="Most cached tokens of a row [4096, full-canvas models 2048; or what the model takes].")
-@click.option("--experts", type=click.Choice(["external", "inline"]), default="external", show_default=True,
+@click.option("--experts", type=click.Choice(["external", "inline", "resident"]), default="external",
+              show_default=True,
               help="external: routed experts and vocabulary matrices stay in the bundle's files and are bound at run "
-                   "time; inline: all weights go into the engine.")
+                   "time; inline: all weights go into the engine; resident: external, and the device holds as many "
+                   "experts as its budget allows.")
 @click.option("--experts-op", type=click.Choice(["plugin", "onnx"]), default="plugin", show_default=True,
               help="Who computes the experts: our plugin, or standard ops in rounds of experts.")
 @click.option("--experts-capacity", type=int, help="Experts in one round of --experts-op onnx.")
@@ -180,7 +182,7 @@ def _planned(plan: Any) -> dict[str, Any]:
         precision=plan.bundle.manifest.precision, experts=plan.settings.experts, experts_op=plan.settings.experts_op,
         profiles=list(plan.profiles), plugin_build=plan.library.build if plan.library else None,
         plugin_nodes=plan.network.plugin_nodes, fallback_nodes=0, weight_inputs=plan.network.weight_inputs,
-        flags=list(plan.settings.flags))
+        expert_pools=plan.network.expert_pools, flags=list(plan.settings.flags))
     return entry.model_dump(mode="json", exclude={"fallback_nodes"})
 
 

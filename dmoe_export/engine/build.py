@@ -14,6 +14,7 @@ from .facts import network_entry
 from .flavour import Flavour
 from .network import PreparedNetwork, model_path, prepare
 from .plugins import PluginLibrary, check_count, count_plugins, find_library, register
+from .resident import slot_range
 from .settings import BuildSettings, profiles, resolved
 
 
@@ -31,8 +32,9 @@ class BuildPlan:
 
     @property
     def file_name(self) -> str:
-        """The engine's name in the bundle: flavour and targets."""
-        return f"denoiser.{self.flavour.name}.{'-'.join(self.targets)}.engine"
+        """The engine's name in the bundle: flavour and targets, and whether its experts are in a slot pool."""
+        resident = ".resident" if self.network.expert_pools else ""
+        return f"denoiser.{self.flavour.name}.{'-'.join(self.targets)}{resident}.engine"
 
 
 def find_plugins(settings: BuildSettings, path: Path | None) -> PluginLibrary | None:
@@ -70,7 +72,7 @@ def build_engine(plan: BuildPlan, path: Path, report: Report | None = None) -> E
     network = _parse(plan, builder, logger)
     plugins = count_plugins(trt, network)
     fallbacks = check_count(plugins, _wanted_plugins(plan), plan.settings.allow_fallback)
-    shapes = [_profile(builder, network, entry) for entry in plan.profiles]
+    shapes = [_profile(builder, network, entry, _slots(plan)) for entry in plan.profiles]
     config = _config(plan, builder, shapes)
     if report:
         config.progress_monitor = make_monitor(trt, report)
@@ -80,6 +82,7 @@ def build_engine(plan: BuildPlan, path: Path, report: Report | None = None) -> E
         precision=plan.bundle.manifest.precision, experts=plan.settings.experts, experts_op=plan.settings.experts_op,
         profiles=list(plan.profiles), plugin_build=plan.library.build if plan.library and plugins else None,
         plugin_nodes=plugins, fallback_nodes=fallbacks, weight_inputs=plan.network.weight_inputs,
+        expert_pools=plan.network.expert_pools,
         flags=list(plan.settings.flags), made_from=_sources(plan.bundle), network=network_entry(network, shapes))
 
 
@@ -128,13 +131,23 @@ def _config(plan: BuildPlan, builder: Any, shapes: list[Any]) -> Any:
     return config
 
 
-def _profile(builder: Any, network: Any, entry: ProfileEntry) -> Any:
+def _slots(plan: BuildPlan) -> dict[str, tuple[int, int, int]]:
+    """Least, usual and largest number of slots of every pool."""
+    moe = plan.bundle.manifest.model.moe
+    return {name: slot_range(moe.num_experts) for pool in plan.network.expert_pools if moe
+            for name in (pool.gate_up_pool, pool.down_pool)}
+
+
+def _profile(builder: Any, network: Any, entry: ProfileEntry, slots: dict[str, tuple[int, int, int]]) -> Any:
     """Sizes of every input with a symbolic dimension."""
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         shape = tuple(tensor.shape)
         if -1 not in shape:
+            continue
+        if tensor.name in slots:
+            profile.set_shape(tensor.name, *((count, *shape[1:]) for count in slots[tensor.name]))
             continue
         second = {"input_ids": entry.tokens, "position_ids": entry.tokens, "past_positions": entry.past,
                   "logit_rows": entry.rows}.get(tensor.name)

@@ -8,12 +8,13 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, TensorProto, helper
 
-from ..bundle.manifest import WeightInput
+from ..bundle.manifest import ExpertPool, WeightInput
 from ..bundle.reader import Bundle
 from ..ops import block_route, experts
 from ..ops.experts.onnx_capacity import DEFAULT_CAPACITY, experts_capacity_body
 from ..ops.schema import DOMAIN
 from .plugins import PluginLibrary
+from .resident import add_pools
 from .settings import BuildSettings
 
 _ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -27,6 +28,7 @@ class PreparedNetwork:
     model: ModelProto
     plugin_nodes: int  # custom nodes that are to be plugins
     weight_inputs: list[WeightInput]
+    expert_pools: list[ExpertPool]
 
 
 def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | None) -> PreparedNetwork:
@@ -51,8 +53,9 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
             kept = [a for a in node.attribute if a.name not in ("plugin_namespace", "plugin_version")]
             del node.attribute[:]
             node.attribute.extend(kept)
-    weights = _externalise(model, bundle) if settings.experts == "external" else []
-    return PreparedNetwork(model, nodes, weights)
+    weights = _externalise(model, bundle) if settings.experts != "inline" else []
+    pools = add_pools(model, weights) if settings.experts == "resident" else []
+    return PreparedNetwork(model, nodes, weights, pools)
 
 
 def _set_bodies(model: ModelProto, bundle: Bundle, settings: BuildSettings, as_plugins: set[str]) -> None:

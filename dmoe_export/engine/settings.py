@@ -10,7 +10,7 @@ from ..bundle.manifest import Manifest, ProfileEntry
 from ..errors import InputError
 
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
-ExpertsPlace = Literal["inline", "external"]
+ExpertsPlace = Literal["inline", "external", "resident"]
 ExpertsOp = Literal["plugin", "onnx"]
 FLAGS = ("hardware-compatible", "version-compatible", "refit")
 
@@ -91,9 +91,16 @@ def _check(settings: BuildSettings, manifest: Manifest) -> None:
         raise InputError("--experts-capacity has no meaning here: the model is dense.")
     if moe and settings.experts_capacity is not None and not 1 <= settings.experts_capacity <= moe.num_experts:
         raise InputError(f"--experts-capacity {settings.experts_capacity} is outside 1 … {moe.num_experts}.")
-    if "refit" in settings.flags and settings.experts == "external":
-        raise InputError("--refit has nothing to do with --experts external: those weights are read from the bundle's "
-                         "files whenever the engine is opened; use --experts inline, or leave --refit out.")
+    if settings.experts == "resident":
+        if moe is None:
+            raise InputError("--experts resident has no meaning here: the model is dense.")
+        if settings.experts_op == "onnx" or settings.allow_fallback:
+            raise InputError("--experts resident needs the experts plugin, which alone reads a slot pool; leave "
+                             "--experts-op onnx and --allow-fallback out.")
+    if "refit" in settings.flags and settings.experts != "inline":
+        raise InputError(f"--refit has nothing to do with --experts {settings.experts}: those weights are read "
+                         "from the bundle's files whenever the engine is opened; use --experts inline, or leave "
+                         "--refit out.")
 
 
 def profiles(settings: BuildSettings, manifest: Manifest) -> tuple[ProfileEntry, ProfileEntry]:

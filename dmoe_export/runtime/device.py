@@ -91,6 +91,14 @@ class Device(Protocol):
         """Wait until the event's last record is reached; returns at once when it was never recorded."""
         ...
 
+    def follow(self, event: Any, stream: int) -> None:
+        """Make later work on the stream wait for the event's last record; the host goes on."""
+        ...
+
+    def reached(self, event: Any) -> bool:
+        """Whether the event's last record is reached; never waits."""
+        ...
+
     def begin_capture(self, stream: int) -> None:
         """From now on work on the stream is recorded, not done."""
         ...
@@ -218,6 +226,17 @@ class CudaDevice:
     def wait(self, event: Any) -> None:
         """See `Device`."""
         self._call("cudaEventSynchronize", event)
+
+    def follow(self, event: Any, stream: int) -> None:
+        """See `Device`."""
+        self._call("cudaStreamWaitEvent", stream, event, 0)
+
+    def reached(self, event: Any) -> bool:
+        """See `Device`."""
+        if self._cuda.cudaEventQuery(event)[0] == self._cuda.cudaError_t.cudaErrorNotReady:
+            return False
+        self._call("cudaEventQuery", event)
+        return True
 
     def begin_capture(self, stream: int) -> None:
         """See `Device`; other threads may go on allocating meanwhile."""

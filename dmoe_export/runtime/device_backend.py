@@ -28,8 +28,11 @@ class DeviceBackend:
     """
 
     def __init__(self, name: str, bundle: Bundle, device: Device, pool: Pool, stream: int, executor: Executor,
-                 cuda_graphs: bool = True) -> None:
-        """`pool` and `executor` must use `stream`. `cuda_graphs`: record steps of one block that repeat."""
+                 cuda_graphs: bool = True, lock: threading.RLock | None = None) -> None:
+        """`pool` and `executor` must use `stream`. `cuda_graphs`: record steps of one block that repeat.
+
+        `lock` is taken around everything that is enqueued on `stream`; others who use the stream share it.
+        """
         manifest = bundle.manifest
         self.name, self.limits = name, executor.limits
         self.description, self.routing = manifest.model, manifest.routing
@@ -38,7 +41,7 @@ class DeviceBackend:
         d = self.description
         self._geometry = Geometry(2 * d.num_layers, d.num_kv_heads, d.head_dim, ITEMSIZES[executor.precision])
         self._settings = {name: getattr(self.routing, name) for name in RUNTIME_SETTINGS[self.routing.mode]}
-        self._lock = threading.RLock()
+        self._lock = lock or threading.RLock()
         # Buffers that every step uses keep their addresses, so that recorded steps can be replayed.
         self._buffers: dict[str, Buffer] = {}
         self._pinned: dict[str, NDArray[np.uint8]] = {}

@@ -6,10 +6,11 @@ Nothing here has run on a GPU yet: tests run it on a stand-in for TensorRT that 
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..bundle.manifest import EngineEntry, ProfileEntry
+from ..bundle.manifest import EngineEntry, ProfileEntry, WeightInput
 from ..bundle.reader import Bundle
 from ..description import Precision
 from ..errors import BundleError, MissingRequirementError, RequestError
@@ -18,6 +19,7 @@ from .device import CudaDevice, Device, DeviceError, DeviceMemoryError
 from .device_backend import DeviceBackend
 from .device_call import Call, Sizes, round_up
 from .device_memory import Buffer, Pool, upload
+from .device_residency import DeviceExperts
 from .tensorrt_engine import deserialise, find_engine, last_error, weight_path
 
 _DTYPES = {"input_ids": "INT64", "position_ids": "INT64", "past_positions": "INT64", "logit_rows": "INT64",
@@ -44,8 +46,12 @@ class TensorRTExecutor:
     All contexts share one scratch memory, as they take turns on one stream.
     """
 
-    def __init__(self, bundle: Bundle, entry: EngineEntry, trt: Any, pool: Pool, stream: int) -> None:
-        """Deserialises the engine and uploads its external weights; raises as `deserialise` and `Pool` do."""
+    def __init__(self, bundle: Bundle, entry: EngineEntry, trt: Any, pool: Pool, stream: int,
+                 slots: int | None = None, lock: threading.RLock | None = None) -> None:
+        """Deserialises the engine and uploads its external weights; raises as `deserialise` and `Pool` do.
+
+        `slots`: experts per layer on the device, of an engine with expert pools; None = all. `lock` guards `stream`.
+        """
         self._trt, self._entry, self._stream = trt, entry, stream
         self._engine = engine = deserialise(bundle, entry, trt)
         self.precision: Precision = entry.precision
@@ -55,9 +61,15 @@ class TensorRTExecutor:
                              if engine.get_tensor_location(name) == trt.TensorLocation.HOST}
         profiles = range(len(entry.profiles))
         scratch = max(int(engine.get_device_memory_size_for_profile_v2(index)) for index in profiles)
-        self._check_room(pool.device, scratch + sum(weight.bytes for weight in entry.weight_inputs))
+        pooled = {name for layer in entry.expert_pools for name in (layer.gate_up, layer.down)}
+        plain = [weight for weight in entry.weight_inputs if weight.name not in pooled]
+        moe = bundle.manifest.model.moe
+        slots = slots or (moe.num_experts if moe else 0)
+        self._check_room(pool.device, scratch + sum(weight.bytes for weight in plain)
+                         + DeviceExperts.device_bytes(entry, slots))
         self._scratch = pool.allocate(scratch)
-        self._weights = self._upload(bundle, pool)
+        self._weights = self._upload(bundle, pool, plain)
+        self.experts = DeviceExperts(bundle, entry, pool, stream, slots, lock or threading.RLock()) if pooled else None
         self._runtime_cache: Any = None
         self._contexts: dict[int, _Context] = {}
 
@@ -110,8 +122,9 @@ class TensorRTExecutor:
         context = _Context(raw, profile)
         self._must(raw.set_optimization_profile_async(profile, self._stream), "select a profile")
         raw.set_device_memory(self._scratch.address, self._scratch.size)
-        for name, (buffer, shape) in self._weights.items():
-            self._set(context, name, buffer.address, shape, is_input=True)
+        fixed = {name: (buffer.address, shape) for name, (buffer, shape) in self._weights.items()}
+        for name, (address, shape) in (fixed | (self.experts.bindings if self.experts else {})).items():
+            self._set(context, name, address, shape, is_input=True)
         return context
 
     def _bind(self, context: _Context, call: Call) -> None:
@@ -144,6 +157,7 @@ class TensorRTExecutor:
         """Inputs (without weights) and outputs; raises BundleError when they are not those of the bundle's graph."""
         trt, engine = self._trt, self._engine
         weights = {weight.name for weight in self._entry.weight_inputs}
+        weights |= {tensor.name for tensor in self._entry.pool_inputs}
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         outputs = [name for name in names if name not in inputs]
@@ -169,11 +183,13 @@ class TensorRTExecutor:
         if needed > free:
             raise DeviceMemoryError(
                 f"Engine {self._entry.file} needs {needed / 1e9:.2f} GB for weights and scratch memory, {device.name} "
-                f"has {free / 1e9:.2f} of {total / 1e9:.1f} GB free; end other programs on it, or use a larger GPU.")
+                f"has {free / 1e9:.2f} of {total / 1e9:.1f} GB free; end other programs on it, use a larger GPU, or "
+                "build with --experts resident and give an expert budget.")
 
-    def _upload(self, bundle: Bundle, pool: Pool) -> dict[str, tuple[Buffer, tuple[int, ...]]]:
+    def _upload(self, bundle: Bundle, pool: Pool,
+                weights: list[WeightInput]) -> dict[str, tuple[Buffer, tuple[int, ...]]]:
         placed, pieces = {}, []
-        for weight in self._entry.weight_inputs:
+        for weight in weights:
             itemsize = self._engine.get_tensor_dtype(weight.name).itemsize
             if math.prod(weight.shape) * itemsize != weight.bytes:
                 raise BundleError(f"Weight {weight.name} of engine {self._entry.file} has {weight.bytes} bytes in the "
@@ -231,8 +247,24 @@ def open_tensorrt(bundle: Bundle, device: Device | None = None, cuda_graphs: boo
     if not bundle.manifest.engines:  # the first thing to do, whatever else is missing
         raise MissingRequirementError(f"{bundle.folder} holds no engine; build one with: "
                                       f"dmoe-export build {bundle.folder}.")
+    return _open(bundle, device, cuda_graphs, None)[0]
+
+
+def open_tensorrt_resident(bundle: Bundle, slots: int, device: Device | None = None,
+                           cuda_graphs: bool = True) -> tuple[DeviceBackend, DeviceExperts]:
+    """The backend of an engine with expert pools, `slots` experts per layer on the device, and the tier that moves.
+
+    Raises as `open_tensorrt`.
+    """
+    backend, executor = _open(bundle, device, cuda_graphs, slots)
+    assert executor.experts  # such an engine was asked for
+    return backend, executor.experts
+
+
+def _open(bundle: Bundle, device: Device | None, cuda_graphs: bool,
+          slots: int | None) -> tuple[DeviceBackend, TensorRTExecutor]:
     device = device or CudaDevice.open()
-    entry, trt = find_engine(bundle, device)
-    pool, stream = Pool(device), device.stream()
-    executor = TensorRTExecutor(bundle, entry, trt, pool, stream)
-    return DeviceBackend("tensorrt", bundle, device, pool, stream, executor, cuda_graphs)
+    entry, trt = find_engine(bundle, device, resident=slots is not None)
+    pool, stream, lock = Pool(device), device.stream(), threading.RLock()
+    executor = TensorRTExecutor(bundle, entry, trt, pool, stream, slots, lock)
+    return DeviceBackend("tensorrt", bundle, device, pool, stream, executor, cuda_graphs, lock), executor

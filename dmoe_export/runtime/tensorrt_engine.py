@@ -35,10 +35,17 @@ def library(flavour: str) -> Any:
                                   f"{_INSTALL[flavour]}.")
 
 
-def find_engine(bundle: Bundle, device: Device) -> tuple[EngineEntry, Any]:
-    """The first of a bundle's engines for this GPU and library, and its module; raises MissingRequirementError."""
+def find_engine(bundle: Bundle, device: Device, resident: bool = False) -> tuple[EngineEntry, Any]:
+    """The first of a bundle's engines for this GPU and library, and its module; raises MissingRequirementError.
+
+    `resident`: only among those with a pool of resident experts.
+    """
+    engines = [entry for entry in bundle.manifest.engines if entry.expert_pools or not resident]
+    if not engines:
+        raise MissingRequirementError(f"{bundle.folder} holds no engine that takes an expert budget; build one with: "
+                                      f"dmoe-export build {bundle.folder} --experts resident.")
     refused: list[tuple[int, MissingRequirementError]] = []
-    for entry in bundle.manifest.engines:
+    for entry in engines:
         if not _runs_on(entry, device.target):
             refused.append((0, MissingRequirementError(
                 f"Engine {entry.file} is for {', '.join(entry.targets)}, this machine has {device.name} "

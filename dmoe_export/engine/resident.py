@@ -1,0 +1,41 @@
+"""Experts in a slot pool: the nodes of a graph get a table and a pool as inputs beside all their weights.
+
+Ensures: every experts node has the plugin's eight inputs (plugins/tensorrt/experts/README.md). How many slots there are
+is one open dimension, P, so that the budget is chosen when the engine is opened.
+"""
+
+from __future__ import annotations
+
+from onnx import ModelProto, TensorProto, helper
+
+from ..bundle.manifest import ExpertPool, WeightInput
+from ..ops import experts
+
+SLOTS = "P"
+
+
+def add_pools(model: ModelProto, weights: list[WeightInput]) -> list[ExpertPool]:
+    """Add the inputs to a graph whose experts are already inputs; one entry per MoE layer, in their order."""
+    shapes = {weight.name: weight.shape for weight in weights}
+    types = {entry.name: entry.type.tensor_type.elem_type for entry in model.graph.input}
+    pools = []
+    for node in model.graph.node:
+        if node.op_type != experts.SCHEMA.name:
+            continue
+        gate_up, down = list(node.input)[3:]
+        pool = ExpertPool(slot_of_expert=gate_up.removesuffix("gate_up") + "slot_of_expert", gate_up=gate_up, down=down,
+                          gate_up_pool=f"{gate_up}.pool", down_pool=f"{down}.pool")
+        added: list[tuple[str, int, list[int | str]]] = [(pool.slot_of_expert, TensorProto.INT32, [shapes[gate_up][0]])]
+        added += [(name, types[weight], [SLOTS, *shapes[weight][1:]])
+                  for name, weight in ((pool.gate_up_pool, gate_up), (pool.down_pool, down))]
+        for name, kind, shape in added:
+            model.graph.input.append(helper.make_tensor_value_info(name, kind, shape))
+            node.input.append(name)
+        node.attribute.append(helper.make_attribute("residency", 1))
+        pools.append(pool)
+    return pools
+
+
+def slot_range(num_experts: int) -> tuple[int, int, int]:
+    """Least, usual and largest number of slots of an engine: any."""
+    return 1, max(1, num_experts // 4), num_experts
