@@ -16,7 +16,9 @@ from .decoding.telemetry import Statistics
 from .description import RUNTIME_SETTINGS
 from .errors import RequestError
 from .runtime.backend import Backend, Limits
+from .runtime.budget import plan_budget
 from .runtime.choose import BACKENDS, BackendName, open_backend
+from .runtime.resident import ResidentBackend, open_resident, parse_interval
 from .runtime.text import Message, TextCodec, TextStream
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -61,18 +63,28 @@ class Generator:
 
     @classmethod
     def open(cls, path: str | Path, *, backend: BackendName = "auto", threads: int | None = None,
-             verify: Verify = "full", progress: Callable[[int], None] | None = None) -> Generator:
+             verify: Verify = "full", progress: Callable[[int], None] | None = None,
+             expert_budget: str | int | None = None, experts_per_layer: int | None = None,
+             expert_refresh_interval: str | int = "auto") -> Generator:
         """Open and verify a bundle folder.
 
         `backend` "auto" takes an engine of the bundle that fits this machine ("tensorrt"), else ONNX Runtime on the
         GPU ("onnxruntime-cuda"), else on the CPU ("onnxruntime"), and says why in `backend_choice`; any other name
-        means that backend or an error. `threads` is for the CPU. `verify`, `progress` as in `open_bundle`. Raises
-        BundleError for a bad bundle, MissingRequirementError when this machine cannot run it.
+        means that backend or an error. `threads` is for the CPU. `verify`, `progress` as in `open_bundle`.
+        `expert_budget` ("4G", "25%", bytes) or `experts_per_layer` bounds the memory of experts (docs/residency.md),
+        `expert_refresh_interval` is "auto", "never" or a number of denoise steps. Raises BundleError for a bad bundle,
+        RequestError for a bad budget, MissingRequirementError when this machine cannot run it.
         """
         if backend not in BACKENDS:
             raise RequestError(f"Backend {backend!r} is not known; known: {', '.join(BACKENDS)}.")
+        interval = parse_interval(expert_refresh_interval)
         bundle = open_bundle(path, verify, progress)
-        return cls(bundle, *open_backend(bundle, backend, threads))
+        budget = plan_budget(bundle.manifest, expert_budget, experts_per_layer)
+        if budget is None:
+            return cls(bundle, *open_backend(bundle, backend, threads))
+        # Without a named backend the budget decides: only ONNX Runtime's CPU provider keeps one.
+        name: BackendName = "onnxruntime" if backend == "auto" else backend
+        return cls(bundle, *open_resident(bundle, budget, interval, lambda: open_backend(bundle, name, threads)))
 
     def generate(self, prompts: Prompt | Sequence[Prompt], *, chat: bool = True, **options: Any) -> list[Generation]:
         """Answer one prompt or a batch of prompts; always a list, in the order of the prompts.
@@ -105,7 +117,11 @@ class Generator:
 
     def _blocks(self, encoded: list[list[int]], loop: BlockDiffusion) -> Iterator[Block]:
         texts = [TextStream(self.text) for _ in encoded] if self.text else None
+        resident = self.backend if isinstance(self.backend, ResidentBackend) else None
+        start = resident.statistics() if resident else None
         for block in loop.decode(encoded):
+            if resident and start and block.finish_reason:
+                block.statistics.residency = resident.statistics().since(start).as_dict()
             text = texts[block.index].push(block.token_ids, block.finish_reason is not None) if texts else None
             yield Block(block.index, block.token_ids, text, block.finish_reason, block.statistics)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import MissingRequirementError
 from .decode import DecodeBench
+from .residency import ResidencyBench
 
 
 def plot_decode(bench: DecodeBench, path: Path) -> None:
@@ -32,6 +33,38 @@ def plot_decode(bench: DecodeBench, path: Path) -> None:
     speed.set_yticks(places, labels)
     figure.suptitle(f"{bench.prompts} prompts of {bench.prompt_tokens[0]}–{bench.prompt_tokens[1]} tokens, "
                     f"{bench.max_new_tokens} new, {bench.rounds} rounds", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)
+
+
+def plot_residency(bench: ResidencyBench, path: Path) -> None:
+    """Tokens per second, hit rate, bytes read and peak memory of every budget, interval and routing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingRequirementError("A plot needs matplotlib; install it with: pip install matplotlib.") from error
+    shown = bench.results
+    labels = [f"{r.routing} · {r.budget} · {r.interval}" for r in shown]
+    figure = Figure(figsize=(12, 1.4 + 0.42 * len(shown)), layout="constrained")
+    places = range(len(shown))[::-1]
+    colours = [{"auto": "tab:orange", "–": "tab:grey"}.get(r.interval, "tab:blue") for r in shown]
+    columns = figure.subplots(1, 4, sharey=True)
+    for axes, title, values in zip(columns, (
+            "tokens per second", "hit rate", "read from disk, GB", "peak of experts in memory, GB"), (
+            [r.tokens_per_second for r in shown], [r.hit_rate or 0 for r in shown],
+            [r.read_bytes / 1e9 for r in shown], [r.peak_expert_bytes / 1e9 for r in shown]), strict=True):
+        bars = axes.barh(places, values, color=colours)
+        axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.margins(x=0.18)
+        axes.spines[["top", "right"]].set_visible(False)
+    columns[0].set_yticks(places, labels)
+    for budget in sorted({r.budget_bytes for r in shown if r.budget_bytes}):
+        columns[3].axvline(budget / 1e9, color="black", linewidth=0.8, linestyle=":")
+    figure.suptitle(f"{bench.expert_bytes / 1e9:.1f} GB of experts, {bench.max_new_tokens} new tokens, "
+                    f"{bench.rounds} rounds; dotted: the budget", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=120)

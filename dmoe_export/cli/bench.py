@@ -18,6 +18,7 @@ from ..bench.decode import DecodeBench, Question, SettingResult, run, settings
 from ..errors import OutputError, RequestError
 from ..generator import Generator
 from ..runtime.choose import BACKENDS
+from .bench_residency import residency
 from .progress import step_bar
 
 _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
@@ -27,6 +28,8 @@ _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
 def bench() -> None:
     """Measure a bundle."""
 
+
+bench.add_command(residency)
 
 @bench.command()
 @click.argument("bundle", type=click.Path(path_type=Path))

@@ -50,12 +50,17 @@ from .progress import byte_bar
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
               help="What runs the bundle; auto: the best that fits this machine.")
 @click.option("--threads", type=int, help="Threads per operator on the CPU [ONNX Runtime's choice].")
+@click.option("--expert-budget", help="Memory for experts, such as 4G or 25%; the others wait on disk (float32, CPU).")
+@click.option("--experts-per-layer", type=int, help="The same, as experts kept per layer.")
+@click.option("--expert-refresh-interval", default="auto", show_default=True,
+              help="Denoise steps between changes of the experts kept: auto, never or a number.")
 @click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True,
               help="What is compared with the manifest before use.")
 @click.option("--stream", is_flag=True, help="Print blocks as they are finished.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (with --stream: one per block first).")
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
-             as_json: bool, backend: Any, threads: int | None, verify: Any, **options: Any) -> None:
+             as_json: bool, backend: Any, threads: int | None, verify: Any, expert_budget: str | None,
+             experts_per_layer: int | None, expert_refresh_interval: str, **options: Any) -> None:
     """Generate with BUNDLE from exactly one of --prompt, --prompt-file, --prompt-ids."""
     given = _prompt(prompt, prompt_file, prompt_ids)
     total = sum(entry.size for entry in read_manifest(bundle).files)
@@ -67,7 +72,9 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
             done += count
             report("verify", done, total)
 
-        generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify, progress=progress)
+        generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify, progress=progress,
+                                   expert_budget=expert_budget, experts_per_layer=experts_per_layer,
+                                   expert_refresh_interval=expert_refresh_interval)
     if not stream:
         result = generator.generate([given], **options)[0]
         click.echo(_json(result, generator) if as_json else _shown(result))
@@ -105,6 +112,10 @@ def _summary(result: Generation, generator: Generator) -> str:
     seconds = sum(stats.seconds_by_phase.values())
     experts = (f"{stats.unique_experts:.1f} of {moe.num_experts} experts per layer in a denoise forward, "
                f"{stats.expert_bytes_touched / 1e6:.1f} MB of expert weights touched, ") if moe else ""
+    if stats.residency:
+        r = stats.residency
+        experts += (f"{r['hit_rate']:.0%} of uses resident, {r['brought_bytes'] / 1e6:.0f} MB of experts brought in "
+                    f"ahead, at most {r['peak_bytes'] / 1e6:.0f} MB in memory, ")
     return (f"[{result.finish_reason}: {stats.new_tokens} tokens, {stats.forwards} forward passes ({phases}), "
             f"{experts}{seconds:.2f} s "
             f"on {generator.backend.name}: {generator.backend_choice}]")

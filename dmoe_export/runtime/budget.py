@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass
 
 from ..bundle.manifest import Manifest
-from ..description import RoutingDescription
 from ..errors import RequestError
 
 RESERVE = 1 / 8  # of the budget: room for experts that are used but not resident
@@ -27,7 +26,7 @@ def plan_budget(manifest: Manifest, expert_budget: str | int | None = None, expe
     """The budget of a bundle, from `expert_budget` ("4G", "25%" of all experts, or bytes) or `experts_per_layer`.
 
     None when neither is given. Raises RequestError for what makes no sense: both, no experts, not positive, less than
-    one layer uses at once, more than the machine has (`machine_bytes`, by default its physical memory).
+    one token uses in a layer, more than the machine has (`machine_bytes`, by default its physical memory).
     """
     if expert_budget is None and experts_per_layer is None:
         return None
@@ -46,10 +45,10 @@ def plan_budget(manifest: Manifest, expert_budget: str | int | None = None, expe
         assert expert_budget is not None
         asked = parse_bytes(expert_budget, everything)
         residents = moe.num_experts if asked >= everything else int(asked * (1 - RESERVE)) // (layers * each)
-    least = least_coreset(manifest.routing, moe.experts_per_token)
-    if asked < least * each:
-        raise RequestError(f"The expert budget of {asked:,} bytes is less than one coreset: a layer uses at least "
-                           f"{least} experts of {each:,} bytes at once; give {least * each:,} or more.")
+    least = moe.experts_per_token * each
+    if asked < least:
+        raise RequestError(f"The expert budget of {asked:,} bytes is less than one coreset: a token uses "
+                           f"{moe.experts_per_token} experts of {each:,} bytes in a layer; give {least:,} or more.")
     memory = machine_memory() if machine_bytes is None else machine_bytes
     if asked > memory:
         raise RequestError(f"The expert budget of {asked:,} bytes is more than this machine's memory of {memory:,}; "
@@ -66,12 +65,6 @@ def parse_bytes(text: str | int, everything: int) -> int:
     if value <= 0:
         raise RequestError(f"Expert budget {text!r} is not positive; write it like 4G, 512M or 25%.")
     return int(value)
-
-
-def least_coreset(routing: RoutingDescription, experts_per_token: int) -> int:
-    """Experts that one forward of one layer uses at least."""
-    return {"token": experts_per_token, "top_p": routing.min_experts,
-            "top_c": routing.coreset_size}[routing.mode]
 
 
 def machine_memory() -> int:

@@ -1,9 +1,9 @@
 """The memory ↔ disk tier: experts stay in the mapped experts.bin, of which at most a budget is in memory.
 
 ONNX Runtime's CPU provider maps float32 experts and reads only those that are used, so a miss needs nothing from us:
-the kernel brings its pages in. What we do is bring residents in ahead (a background thread), and give non-residents back
-while a forward runs: a second thread watches the resident memory and drops their pages, layer after layer behind the
-forward, whenever the experts take more than the budget. Dropping is lossless (the mapping is never written), and
+the kernel brings its pages in. What we do is bring residents in ahead (a background thread), and give non-residents
+back while a forward runs: a second thread watches the resident memory and drops their pages, layer after layer behind
+the forward, whenever the experts take more than the budget. Dropping is lossless (the mapping is never written), and
 dropping a page that is about to be read costs a fault, not a wrong token.
 """
 

@@ -26,6 +26,7 @@ class Costs:
 
     bring: float
     miss: float
+    refresh: float = 0.0  # of a refresh that moves nothing, per resident; the spec leaves it out
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,13 @@ class Tier(Protocol):
 def interval_costs(change: float, floor: float, costs: Costs, horizon: int = HORIZON) -> NDArray[np.float64]:
     """Cost per step and resident of τ = 1 … horizon; `change` is d, `floor` m0 (misses right after a refresh / B).
 
-    C_io/τ·[1−(1−d)^τ] + C_slow·(m0 + 1/τ·Σ_{j<τ}[1−(1−d)^j]): the spec's sum divided by the constants T and B.
+    C_io/τ·[1−(1−d)^τ] + C_slow·(m0 + 1/τ·Σ_{j<τ}[1−(1−d)^j]): the spec's sum divided by the constants T and B. Its
+    slope has the sign of C_slow − d·C_io at every τ, so by itself it knows only the ends: refresh at every step, or
+    never. A cost of refreshing as such, C_refresh/τ, is what makes an interval between them best.
     """
     tau = np.arange(1, horizon + 1)
     drifted = 1 - (1 - change) ** np.arange(horizon + 1)  # share changed j steps after a refresh
-    return costs.bring * drifted[1:] / tau + costs.miss * (floor + np.cumsum(drifted[:-1]) / tau)
+    return (costs.refresh + costs.bring * drifted[1:]) / tau + costs.miss * (floor + np.cumsum(drifted[:-1]) / tau)
 
 
 def solve_interval(change: float, floor: float, costs: Costs, horizon: int = HORIZON) -> int:

@@ -6,17 +6,17 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..bundle.manifest import ExpertsEntry, Manifest
 from ..bundle.reader import Bundle
 from ..errors import MissingRequirementError, RequestError
 from .backend import Backend, ForwardInputs, ForwardOutputs, Ints
 from .budget import ExpertBudget
 from .mapped_experts import MappedExperts
-from .mapped_memory import FileIdentity, new_spans
+from .mapped_memory import FileIdentity, Span, new_spans
 from .residency import Costs, Interval, Residency, Tier
 
 
@@ -36,7 +36,8 @@ class ResidencyStatistics:
     evictions: int
     bring_cost: float | None  # C_io, seconds per expert as measured for the solver
     miss_cost: float | None  # C_slow
-    policy_seconds: float  # counting and choosing
+    refresh_cost: float | None  # C_refresh, per resident
+    policy_seconds: float  # counting, choosing, and measuring costs once
     brought_bytes: int = 0  # promoted in the background
     dropped_bytes: int = 0  # given back because the budget was full
     bring_seconds: float = 0.0
@@ -67,7 +68,7 @@ class ResidentBackend:
         self.limits = backend.limits
         self._backend, self._residency, self._tier, self._budget = backend, residency, tier, budget
         self._blocks: Ints | None = None  # active block per row, of the last denoise step
-        self._seconds = 0.0
+        self._seconds = self._refresh_seconds = 0.0
         self._costs: Costs | None = None
 
     def new_cache(self, rows: int) -> Any:
@@ -90,8 +91,13 @@ class ResidentBackend:
         start = time.perf_counter()
         self._residency.observe(outputs.expert_ids, *self._step(inputs))
         if self._residency.wants_costs:
-            self._costs = self._tier.costs()
+            r, costs = self._residency, self._tier.costs()
+            each = self._refresh_seconds / max(1, r.refreshes) / (len(r.resident) * r.slots)
+            self._costs = replace(costs, refresh=each)
+        middle = time.perf_counter()
         moves = self._residency.refresh(self._costs)
+        if moves:
+            self._refresh_seconds += time.perf_counter() - middle
         self._seconds += time.perf_counter() - start
         self._tier.move(moves)
         return outputs
@@ -118,7 +124,8 @@ class ResidentBackend:
         return ResidencyStatistics(
             self._budget.bytes, r.slots, str(r.interval), r.tau, r.change, r.used_fast, r.used_slow, r.refreshes,
             r.promotions, r.evictions, self._costs.bring if self._costs else None,
-            self._costs.miss if self._costs else None, self._seconds, **figures)  # type: ignore[arg-type]
+            self._costs.miss if self._costs else None, self._costs.refresh if self._costs else None, self._seconds,
+            **figures)  # type: ignore[arg-type]
 
     def close(self) -> None:
         """Stop the tier; the backend stays usable."""
@@ -138,22 +145,29 @@ def open_resident(bundle: Bundle, budget: ExpertBudget, interval: Interval,
         raise MissingRequirementError(
             f"An expert budget needs a float32 bundle, {bundle.folder} is {bundle.manifest.precision}: ONNX Runtime's "
             "CPU provider copies such experts into memory as float32; export with --precision fp32.")
-    path, entry = bundle.folder / _experts(bundle.manifest).file, _experts(bundle.manifest)
-    file = FileIdentity.of(path)
+    file = FileIdentity.of(expert_file(bundle))
     before = file.spans()
     backend, why = open_backend()
     if backend.name != "onnxruntime":
         raise MissingRequirementError(f"An expert budget works with backend onnxruntime, not yet with {backend.name}; "
                                       "choose --backend onnxruntime.")
-    experts = backend.description.experts.num_experts
-    tier = MappedExperts(path, entry, experts, new_spans(before, file.spans()), budget.bytes)
-    layers = len(backend.description.moe_layers)
-    return ResidentBackend(backend, Residency(layers, experts, budget.residents, interval), tier, budget), why
+    return under_budget(bundle, backend, new_spans(before, file.spans()), budget, interval), why
 
 
-def _experts(manifest: Manifest) -> ExpertsEntry:
-    assert manifest.experts is not None, "plan_budget refuses dense models"
-    return manifest.experts
+def under_budget(bundle: Bundle, backend: Backend, spans: list[Span], budget: ExpertBudget,
+                 interval: Interval) -> ResidentBackend:
+    """A backend whose session has mapped the expert file at `spans`, under a budget."""
+    model, entry = bundle.manifest.model, bundle.manifest.experts
+    assert entry is not None, "plan_budget refuses dense models"
+    tier = MappedExperts(expert_file(bundle), entry, model.experts.num_experts, spans, budget.bytes)
+    residency = Residency(len(model.moe_layers), model.experts.num_experts, budget.residents, interval)
+    return ResidentBackend(backend, residency, tier, budget)
+
+
+def expert_file(bundle: Bundle) -> Path:
+    """Where the experts lie."""
+    assert bundle.manifest.experts is not None, "a dense model has no experts"
+    return bundle.folder / bundle.manifest.experts.file
 
 
 def parse_interval(value: str | int) -> Interval:

@@ -1,0 +1,194 @@
+"""Expert residency compared in one process: budget × refresh interval × routing over the same prompt.
+
+One session serves all settings, which take turns round by round. Every setting of a round starts cold: no expert in
+memory, and the expert file out of the page cache as far as the kernel lets go of it. Budget `off` is the plain backend,
+where the kernel pages as it likes. Peaks are sampled from the page tables, not what the tier believes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from pydantic import Field
+
+from ..bundle.reader import Bundle
+from ..description import Frozen
+from ..errors import RequestError
+from ..generator import Generator, Prompt
+from ..runtime.budget import plan_budget
+from ..runtime.mapped_memory import DONTNEED, FileIdentity, advise, new_spans
+from ..runtime.onnxruntime import OnnxRuntimeBackend
+from ..runtime.resident import ResidentBackend, expert_file, parse_interval, under_budget
+
+_SAMPLE_EVERY = 0.1  # seconds
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One combination; `options` are the routing settings of `Generator.generate`."""
+
+    routing: str
+    budget: str
+    interval: str
+    options: dict[str, Any] = field(compare=False)
+
+
+class ResidencyResult(Frozen):
+    """What one setting did; totals and peak are of the round of median time, a hit is one (layer, forward, expert)."""
+
+    routing: str
+    budget: str
+    interval: str
+    budget_bytes: int | None
+    residents_per_layer: int | None
+    last_interval: int | None = Field(description="in force at the end; 0 = never")
+    tokens: int
+    forwards: int
+    unique_experts: float
+    seconds: list[float] = Field(description="of each round")
+    tokens_per_second: float
+    hit_rate: float | None
+    promotions: int | None
+    brought_bytes: int | None
+    dropped_bytes: int | None
+    read_bytes: int = Field(description="from the disk, by this process")
+    peak_expert_bytes: int
+    change_per_step: float | None
+    bring_cost: float | None = Field(description="C_io, seconds per expert")
+    miss_cost: float | None = Field(description="C_slow, seconds per expert")
+    same_tokens: bool = Field(description="as the first setting of this routing")
+
+
+class ResidencyBench(Frozen):
+    """All settings of one run."""
+
+    prompt_tokens: int
+    max_new_tokens: int
+    steps: int
+    rounds: int
+    expert_bytes: int
+    results: list[ResidencyResult]
+
+
+def settings(budgets: Sequence[str], intervals: Sequence[str], routings: Sequence[str],
+             num_experts: int) -> list[Setting]:
+    """Every combination; budget `off` has no interval. A routing is `token` or `top_p`, or `top_p:0.4`."""
+    chosen = []
+    for routing, budget in itertools.product(routings, budgets):
+        options = _routing(routing, num_experts)
+        for interval in intervals if budget != "off" else ["–"]:
+            chosen.append(Setting(routing, budget, interval, options))
+    return chosen
+
+
+def _routing(text: str, num_experts: int) -> dict[str, Any]:
+    """Token routing is block routing whose coreset is everybody."""
+    name, _, p = text.partition(":")
+    if name == "token" and not p:
+        return {"min_experts": num_experts}
+    try:
+        return {"coreset_top_p": float(p)} if p else {} if name == "top_p" else {"": float("")}
+    except ValueError:
+        raise RequestError(f"Routing {text!r} is not known; give token, top_p or top_p:0.6.") from None
+
+
+def run(bundle: Bundle, prompt: Prompt, chosen: Sequence[Setting], rounds: int, *, max_new_tokens: int, steps: int,
+        threads: int | None = None, advance: Callable[[str], None] = lambda what: None) -> ResidencyBench:
+    """Measure all settings; `advance` hears of every finished one. Raises as `Generator.open` and `generate` do."""
+    manifest = bundle.manifest
+    for setting in chosen:  # refuse before anything takes long
+        plan_budget(manifest, None if setting.budget == "off" else setting.budget)
+    file = FileIdentity.of(expert_file(bundle))
+    before = file.spans()
+    backend = OnnxRuntimeBackend(bundle, threads)
+    spans = new_spans(before, file.spans())
+    measured: dict[Setting, list[tuple[float, dict[str, Any]]]] = {setting: [] for setting in chosen}
+    first: dict[str, list[int]] = {}
+    length = 0
+    for _ in range(rounds):
+        for setting in chosen:
+            for span in spans:
+                advise(span.start, span.stop - span.start, DONTNEED)
+            _forget(bundle)
+            budget = plan_budget(manifest, None if setting.budget == "off" else setting.budget)
+            resident = None
+            if budget:
+                resident = under_budget(bundle, backend, spans, budget, parse_interval(setting.interval))
+            try:
+                seconds, row, tokens, length = _measure(bundle, resident or backend, file, prompt, setting,
+                                                        {"max_new_tokens": max_new_tokens, "steps": steps})
+            finally:
+                if resident:
+                    resident.close()
+            first.setdefault(setting.routing, tokens)
+            measured[setting].append((seconds, row | {"same_tokens": tokens == first[setting.routing]}))
+            advance(f"{setting.routing} {setting.budget} {setting.interval}")
+    return ResidencyBench(
+        prompt_tokens=length, max_new_tokens=max_new_tokens, steps=steps, rounds=rounds,
+        expert_bytes=manifest.bytes_per_expert * manifest.model.experts.num_experts * len(manifest.model.moe_layers),
+        results=[_result(setting, measured[setting]) for setting in chosen])
+
+
+def _result(setting: Setting, rounds: list[tuple[float, dict[str, Any]]]) -> ResidencyResult:
+    times = [seconds for seconds, _ in rounds]
+    _, row = min(rounds, key=lambda r: abs(r[0] - median(times)))
+    return ResidencyResult(routing=setting.routing, budget=setting.budget, interval=setting.interval, seconds=times,
+                           tokens_per_second=row["tokens"] / median(times),
+                           **row | {"same_tokens": all(r["same_tokens"] for _, r in rounds)})
+
+
+def _measure(bundle: Bundle, backend: Any, file: FileIdentity, prompt: Prompt, setting: Setting,
+             common: dict[str, Any]) -> tuple[float, dict[str, Any], list[int], int]:
+    generator, read = Generator(bundle, backend), _read_bytes()
+    with _peak(file) as peak:
+        start = time.perf_counter()
+        answer = generator.generate([prompt], eos_id=-1, **common, **setting.options)[0]
+        seconds = time.perf_counter() - start
+    done = backend.statistics() if isinstance(backend, ResidentBackend) else None
+    names = ("budget_bytes", "residents_per_layer", "last_interval", "hit_rate", "promotions", "brought_bytes",
+             "dropped_bytes", "change_per_step", "bring_cost", "miss_cost")
+    row = {name: getattr(done, name) if done else None for name in names}
+    return seconds, row | {"tokens": answer.stats.new_tokens, "forwards": answer.stats.forwards,
+                           "unique_experts": answer.stats.unique_experts, "read_bytes": _read_bytes() - read,
+                           "peak_expert_bytes": peak[0]}, answer.token_ids, answer.stats.prompt_tokens
+
+
+def _forget(bundle: Bundle) -> None:
+    """Ask the kernel to drop the expert file from its page cache."""
+    handle = os.open(expert_file(bundle), os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+
+
+def _read_bytes() -> int:
+    with open("/proc/self/io", encoding="ascii") as lines:  # noqa: PTH123
+        return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+@contextmanager
+def _peak(file: FileIdentity) -> Iterator[list[int]]:
+    """Samples the bytes of the file in memory while it is open; the one element is the most that was seen."""
+    most, stop = [0], threading.Event()
+
+    def look() -> None:
+        while not stop.wait(_SAMPLE_EVERY):
+            most[0] = max(most[0], file.resident_bytes())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield most
+    finally:
+        stop.set()
+        thread.join()
+        most[0] = max(most[0], file.resident_bytes())

@@ -1,0 +1,99 @@
+"""`dmoe-export bench residency`: what an expert budget costs, and what refreshing residents saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from ..bench.residency import ResidencyBench, run, settings
+from ..bundle.reader import open_bundle
+from ..errors import MissingRequirementError, OutputError, RequestError
+from .progress import step_bar
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--budget", "budgets", default="50%,25%,10%", show_default=True,
+              help="Expert budgets such as 8G or 25%, separated by commas; off is without.")
+@click.option("--interval", "intervals", default="auto,1,never", show_default=True,
+              help="Refresh intervals: auto, never or steps, separated by commas.")
+@click.option("--routing", "routings", default="token,top_p", show_default=True,
+              help="token, top_p (the bundle's p) or top_p:0.4, separated by commas; needs a top_p bundle.")
+@click.option("--prompt-ids", default="5,6,7,8", show_default=True, help="Token ids of the prompt.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=32, show_default=True, help="Most of a block.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Timed repetitions.")
+@click.option("--threads", type=int, help="Threads per operator on the CPU [ONNX Runtime's choice].")
+@click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True)
+@click.option("--device", help="Name of the machine for the result.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
+def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_ids: str, max_new_tokens: int,
+              steps: int, rounds: int, threads: int | None, verify: Any, device: str | None, out: Path | None,
+              plot: Path | None, as_json: bool) -> None:
+    """Compare expert budgets of BUNDLE (float32, with experts) on the CPU: budget × interval × routing."""
+    opened = open_bundle(bundle, verify)
+    moe = opened.manifest.model.moe
+    if moe is None:
+        raise RequestError(f"{bundle} is a dense model: it has no experts to keep.")
+    if opened.manifest.precision != "fp32" or platform.system() != "Linux":
+        raise MissingRequirementError("bench residency needs Linux and a float32 bundle; export with --precision fp32.")
+    try:
+        ids = [int(part) for part in prompt_ids.split(",")]
+    except ValueError:
+        raise RequestError(f"--prompt-ids {prompt_ids!r} is no list of integers such as 1,2,3.") from None
+    lists = [[part.strip() for part in text.split(",")] for text in (budgets, intervals, routings)]
+    chosen = settings(lists[0], lists[1], lists[2], moe.num_experts)
+    done = 0
+    with step_bar("residency", shown=not as_json) as report:
+
+        def advance(what: str) -> None:
+            nonlocal done
+            done += 1
+            report(what, done, len(chosen) * rounds)
+
+        result = run(opened, ids, chosen, rounds, max_new_tokens=max_new_tokens, steps=steps, threads=threads,
+                     advance=advance)
+    document = {"what": "bench residency", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "version": __version__, "bundle": str(bundle), "device": device or platform.machine(),
+                "cores": os.cpu_count(), "load_average": os.getloadavg(), **result.model_dump()}
+    if out:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(document, indent=1) + "\n")
+        except OSError as error:
+            raise OutputError(f"{out} cannot be written ({error.strerror}).") from None
+    if plot:
+        from ..bench.plots import plot_residency
+
+        plot_residency(result, plot)
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        _show(result)
+
+
+def _show(result: ResidencyBench) -> None:
+    table = Table("routing", "budget", "interval", "tokens/s", "hit rate", "brought GB", "dropped GB", "read GB",
+                  "peak GB", "same tokens", title=f"{result.expert_bytes / 1e9:.1f} GB of experts, "
+                  f"{result.max_new_tokens} new tokens, {result.rounds} rounds")
+    for r in result.results:
+        interval = f"{r.interval} ({r.last_interval or 'never'})" if r.interval == "auto" else r.interval
+        table.add_row(r.routing, r.budget, interval, f"{r.tokens_per_second:.2f}", _or_dash(r.hit_rate),
+                      _or_dash(r.brought_bytes, 1e-9), _or_dash(r.dropped_bytes, 1e-9), f"{r.read_bytes / 1e9:.2f}",
+                      f"{r.peak_expert_bytes / 1e9:.2f}", "yes" if r.same_tokens else "NO")
+    Console().print(table)
+
+
+def _or_dash(value: float | None, scale: float = 1.0) -> str:
+    return "–" if value is None else f"{value * scale:.2f}"
