@@ -52,3 +52,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("b") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def salient_llada(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A dense full-canvas model with salient graphs; its checkpoint lies beside the bundle."""
+    folder = tmp_path_factory.mktemp("salient")
+    write_synthetic(folder / "checkpoint", GEOMETRIES["llada-tiny"])
+    return export_checkpoint(folder / "checkpoint", folder / "llada", block_length=8, salient=True,
+                             salient_capacity=[8])
+
+
+@pytest.fixture(scope="session")
+def salient_block(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A block-diffusion model with experts and the salient graph of dynamic counts."""
+    return export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("b") / "salient", salient=True)

@@ -36,6 +36,11 @@ from .progress import byte_bar
 @click.option("--edit-threshold", type=float, help="Replace decoded tokens when another is surer than this [off].")
 @click.option("--edit-passes", type=int, default=16, show_default=True, help="Most edit forwards after the last mask.")
 @click.option("--steps", type=int, default=32, show_default=True, help="Most denoise steps per block.")
+@click.option("--salient-threshold", type=float, help="Salient-token steps at this cosine, such as 0.99 [off].")
+@click.option("--full-steps", type=int, help="Dense steps before salient ones [4; block-causal: 1 per block].")
+@click.option("--refresh-interval", type=int, help="A dense step every so many salient ones [never].")
+@click.option("--salient-capacity", type=int, metavar="M", help="Static shapes of M salient rows [dynamic].")
+@click.option("--exact-first-layer", is_flag=True, help="All rows enter layer 0 of a salient step.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, show_default=True, help="Sample from the k best tokens; 0 is off.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from the nucleus of this mass.")
@@ -112,6 +117,8 @@ def _summary(result: Generation, generator: Generator) -> str:
     seconds = sum(stats.seconds_by_phase.values())
     experts = (f"{stats.unique_experts:.1f} of {moe.num_experts} experts per layer in a denoise forward, "
                f"{stats.expert_bytes_touched / 1e6:.1f} MB of expert weights touched, ") if moe else ""
+    if stats.salient_rows is not None:
+        experts += f"{stats.salient_rows:.1f} salient rows per layer and sparse step, "
     if stats.residency:
         r = stats.residency
         experts += (f"{r['hit_rate']:.0%} of uses resident, {r['brought_bytes'] / 1e6:.0f} MB of experts brought in "

@@ -18,6 +18,7 @@ import numpy as np
 from ..description import ModelDescription
 from ..errors import RequestError
 from ..runtime.backend import Bools
+from ..runtime.salient import SalientStep
 from .row import Row
 from .settings import CacheName
 from .telemetry import Phase
@@ -32,6 +33,7 @@ class Plan:
     stop: int
     commit: Bools | None = None  # [stop − start] queries whose keys and values enter the cache; None = none
     clear: bool = False  # the row's cache is dropped before the forward
+    salient: SalientStep | None = None  # not a forward of the denoiser graph but a salient step
     if_unchanged: bool = False  # commit only if the forward changed no token: then its keys and values are final
 
     @property

@@ -14,9 +14,11 @@ import numpy as np
 
 from ..errors import RequestError
 from ..runtime.backend import Backend, Cache, ForwardInputs, Ints, Limits
+from ..runtime.salient import SalientBackend, SalientGraphs, SalientSteps
 from .caching import Plan, longest, policy
 from .outcome import Outcome, asked_places
 from .row import FinishReason, Row
+from .salient import policy as salient_policy
 from .settings import DecodeSettings
 from .telemetry import Statistics
 
@@ -49,7 +51,15 @@ class BlockDiffusion:
             raise RequestError(f"The engine takes at most {limit} tokens in one forward, a block has {n}; build "
                                f"one with: dmoe-export build BUNDLE --max-prefill {n}.")
         chunk = max(1, min(PREFILL_TOKENS, limit or PREFILL_TOKENS) // n) * n
-        self._plan_of = policy(backend.description, settings.cache, chunk)
+        self._graphs: SalientGraphs | None = None
+        if settings.salient_threshold is None:
+            self._plan_of = policy(backend.description, settings.cache, chunk)
+        else:
+            self._plan_of = salient_policy(backend.description, settings, chunk)
+            if not isinstance(backend, SalientBackend):
+                raise RequestError(f"Backend {backend.name} runs no salient steps; use backend onnxruntime, or leave "
+                                   "salient_threshold out.")
+            self._graphs = backend.salient_graphs(settings.salient_capacity)
         self._outcome = Outcome(settings, backend.description.mask_id)
 
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -78,18 +88,21 @@ class BlockDiffusion:
         live = [Row(i, list(p), self._settings, self._backend.description, self._n, self._bytes)
                 for i, p in enumerate(prompts)]
         cache = self._backend.new_cache(len(live))
+        salient = SalientSteps(self._graphs) if self._graphs else None
         while live:
-            self._step(live, cache)
+            self._step(live, cache, salient)
             for row in live:
                 if row.finish_reason or (row.settled and row.emitted < min(row.span.stop, row.end)):
                     yield BlockDecoded(row.index, row.take_new(), row.finish_reason, row.statistics)
+                if row.finish_reason and salient:
+                    salient.forget(row.index)
             staying = [i for i, row in enumerate(live) if row.finish_reason is None]
             if len(staying) < len(live):
                 live = [live[i] for i in staying]
                 if live:
                     cache.keep(staying)
 
-    def _step(self, rows: list[Row], cache: Cache) -> None:
+    def _step(self, rows: list[Row], cache: Cache, salient: SalientSteps | None) -> None:
         """One forward: of the rows whose turn it is, each with what its cache policy asks for."""
         plans = _turn([self._plan(row) for row in rows])
         cleared = [i for i, plan in enumerate(plans) if plan is not None and plan.clear]
@@ -99,13 +112,18 @@ class BlockDiffusion:
                  for row, plan in zip(rows, plans, strict=True)]
         inputs = self._inputs(rows, plans, asked)
         start = time.perf_counter()
-        outputs = self._backend.forward(inputs, cache)
+        steps = [plan.salient if plan else None for plan in plans]
+        if salient and any(steps):
+            outputs, recomputed = salient.forward(inputs, cache, [row.index for row in rows], steps)
+        else:
+            outputs, recomputed = self._backend.forward(inputs, cache), [None] * len(rows)
         seconds = time.perf_counter() - start
         take = np.zeros(inputs.input_ids.shape, bool)
         for i, (row, plan) in enumerate(zip(rows, plans, strict=True)):
             if plan is None:
                 continue
             row.statistics.record(plan.phase, outputs.expert_ids[:, i], seconds)
+            row.statistics.record_salient(recomputed[i])
             changed = plan.decodes and self._outcome.apply(row, asked[i], outputs, i)
             if plan.clear:
                 row.cached = 0
@@ -148,4 +166,5 @@ def _turn(plans: list[Plan]) -> list[Plan | None]:
     for phases in (("prefill",), ("denoise", "commit"), ("full",)):
         if any(plan.phase in phases for plan in plans):
             break
-    return [plan if plan.phase in phases else None for plan in plans]
+    exact = any(plan.phase in phases and plan.salient is None for plan in plans)  # a commit does not mix with a step
+    return [plan if plan.phase in phases and not (exact and plan.salient) else None for plan in plans]

@@ -22,6 +22,10 @@ class DecodeSettings:
     hierarchy and credit; `factor`, `low_threshold` (hierarchy) and `credit_*` of the acceptance they name.
     `edit_threshold`: decoded tokens of the active block are replaced when another has a higher probability than this
     (LLaDA2.1; None = never), for at most `edit_passes` forwards after the block's last mask.
+    `salient_threshold` τ: salient-token steps (DyLLM; None = off), of a bundle that has their graph; `full_steps` dense
+    ones first (None = 4, or 1 in every block of a block-causal model), a dense one again every `refresh_interval` steps
+    (None = never), `salient_capacity` the static graph to use (None = the one of dynamic counts), `exact_first_layer`
+    lets all rows enter layer 0.
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off; row i of a batch draws with `seed` + i.
     `eos_id` −1 = never stop at a token, None = the model's. `early_stop`: end inside a block as soon as an EOS has
     nothing masked before it (with editing always at the block's end). `routing`: run-time routing settings (top_p,
@@ -41,6 +45,11 @@ class DecodeSettings:
     credit_gamma: float = 0.2
     edit_threshold: float | None = None
     edit_passes: int = 16
+    salient_threshold: float | None = None
+    full_steps: int | None = None
+    refresh_interval: int | None = None
+    salient_capacity: int | None = None
+    exact_first_layer: bool = False
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -66,6 +75,11 @@ class DecodeSettings:
             ("credit_gamma", 0 <= self.credit_gamma < finite, "0 or more"),
             ("edit_threshold", self.edit_threshold is None or 0 <= self.edit_threshold <= 1, "between 0 and 1"),
             ("edit_passes", self.edit_passes >= 0, "0 or more"),
+            ("salient_threshold", self.salient_threshold is None or 0 < self.salient_threshold <= 2,
+             "a cosine such as 0.99; above 1 everything is recomputed but what enters the first layer"),
+            ("full_steps", self.full_steps is None or self.full_steps >= 1, "at least 1"),
+            ("refresh_interval", self.refresh_interval is None or self.refresh_interval >= 1, "at least 1"),
+            ("salient_capacity", self.salient_capacity is None or self.salient_capacity >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < finite, "0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -75,6 +89,9 @@ class DecodeSettings:
         for name, holds, rule in rules:
             if not holds:
                 raise RequestError(f"{name} is {getattr(self, name)}, it must be {rule}.")
+        for name in ("full_steps", "refresh_interval", "salient_capacity", "exact_first_layer"):
+            if getattr(self, name) and self.salient_threshold is None:
+                raise RequestError(f"{name} belongs to salient steps; give salient_threshold (such as 0.99), too.")
 
 
 def _one_of(names: tuple[str, ...]) -> str:

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.salient import SalientResult
+
 Phase = Literal["prefill", "full", "denoise", "commit"]
 PHASES: tuple[Phase, ...] = get_args(Phase)  # full: a decoding forward of all that the active block can see
 
@@ -30,6 +32,8 @@ class Statistics:
     seconds_by_phase: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     unique_by_phase: dict[Phase, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
     expert_bytes_touched: int = 0
+    salient_by_step: list[list[int]] = field(default_factory=list)  # per sparse step: salient rows of each layer
+    salient_overflows: int = 0  # steps made dense because more rows were salient than the capacity
     residency: dict[str, Any] | None = None  # of the whole batch, where experts live under a budget
 
     def record(self, phase: Phase, expert_ids: NDArray[np.int32], seconds: float) -> None:
@@ -39,6 +43,18 @@ class Statistics:
         self.seconds_by_phase[phase] += seconds
         self.unique_by_phase[phase].append(float(unique.mean()) if unique.size else 0.0)
         self.expert_bytes_touched += int(unique.sum()) * self.bytes_per_expert
+
+    def record_salient(self, result: SalientResult | None) -> None:
+        """Count a salient step; None was none."""
+        if result is not None:
+            self.salient_overflows += result.overflowed
+            if result.salient is not None:
+                self.salient_by_step.append(result.salient.sum(axis=-1).tolist())
+
+    @property
+    def salient_rows(self) -> float | None:
+        """Salient rows per layer and sparse step; None without sparse steps."""
+        return float(np.mean(self.salient_by_step)) if self.salient_by_step else None
 
     @property
     def forwards(self) -> int:
@@ -63,4 +79,4 @@ class Statistics:
         if self.residency is None:
             del raw["residency"]
         return {**raw, "forwards": self.forwards, "tokens_per_forward": self.tokens_per_forward,
-                "unique_experts": self.unique_experts}
+                "unique_experts": self.unique_experts, "salient_rows": self.salient_rows}

@@ -6,6 +6,7 @@ import math
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..bundle.manifest import CapacityEntry, GraphEntry, SalientEntry
@@ -33,13 +34,42 @@ def export_salient(main: ir.Model, d: ModelDescription, routing: RoutingDescript
                    stored_width: int, capacities: tuple[int, ...], writer: BundleWriter) -> SalientEntry:
     """Write the graphs beside `main`, whose initializers already point at the bundle's data files."""
 
-    def graph(capacity: Capacity, name: str) -> GraphEntry:
-        model = trace_salient(d, routing, dtype, stored_width, capacity)
-        share_weights(model, main, d)
+    def save(model: ir.Model, name: str) -> GraphEntry:
         return save_graph(model, writer, f"denoiser.salient.{name}onnx")
 
-    fixed = [CapacityEntry(capacity=m, graph=graph(m, f"{m}.")) for m in sorted(set(capacities))]
-    return SalientEntry(graph=graph("any", ""), fill=graph("all", "fill.") if fixed else None, fixed=fixed)
+    def traced(capacity: Capacity) -> ir.Model:
+        model = trace_salient(d, routing, dtype, stored_width, capacity)
+        share_weights(model, main, d)
+        return model
+
+    sparse = traced("any")
+    graph = save(sparse, "")
+    fixed = [CapacityEntry(capacity=m, graph=save(with_capacity(sparse, m), f"{m}.")) for m in sorted(set(capacities))]
+    return SalientEntry(graph=graph, fill=save(traced("all"), "fill.") if fixed else None, fixed=fixed)
+
+
+def with_capacity(model: ir.Model, capacity: int) -> ir.Model:
+    """A copy in which every layer recomputes M rows of a sequence: the counts that come from the data become constant.
+
+    Requires: the counts are the graph's only integer maxima. Ensures: no shape depends on values; T ≥ M.
+    """
+    fixed = ir.from_proto(ir.to_proto(model))
+    counts = [node for node in fixed.graph if node.op_type == "ReduceMax"
+              and node.outputs[0].dtype == ir.DataType.INT64]
+    layers = fixed.graph.outputs[-1].name
+    assert layers is not None and len(counts) == int(layers.rpartition(".")[2]) + 2, "one count enters, one per layer"
+    constant = ir.Value(name="salient_capacity", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]),
+                        const_value=ir.tensor(capacity, ir.DataType.INT64, "salient_capacity"))
+    fixed.graph.register_initializer(constant)
+    for node in counts:
+        for user, index in tuple(node.outputs[0].uses()):
+            user.replace_input_with(index, constant)
+    RemoveUnusedNodesPass()(fixed)
+    for node in fixed.graph:
+        for value in node.outputs:  # shapes were written with the old counts' symbols
+            if not value.is_graph_output():
+                value.shape = None
+    return fixed
 
 
 def trace_salient(d: ModelDescription, routing: RoutingDescription, dtype: torch.dtype, stored_width: int,

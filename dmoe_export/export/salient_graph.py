@@ -40,8 +40,6 @@ class SalientGraph(nn.Module):
             outputs.append(torch.stack(out.expert_ids))
         if capacity != "all":
             outputs.append(torch.stack(out.salient))
-        if isinstance(capacity, int):
-            outputs.append((torch.stack(out.salient).sum(dim=-1).amax(dim=0) - capacity).clamp(min=0))
         return *outputs, *out.state
 
 
@@ -55,7 +53,7 @@ def input_names(mode: RoutingMode, layers: int, capacity: Capacity) -> list[str]
 
 def output_names(layers: int, experts: bool, capacity: Capacity) -> list[str]:
     """Graph output names; `experts`: some layers have experts."""
-    optional = [("expert_ids", experts), ("salient", capacity != "all"), ("overflow", isinstance(capacity, int))]
+    optional = [("expert_ids", experts), ("salient", capacity != "all")]
     return ["token_ids", "confidence", "logits", *(name for name, there in optional if there),
             *(f"{part}.{layer}" for part in PARTS for layer in range(layers))]
 
@@ -71,10 +69,8 @@ def example_inputs(model: Denoiser, mode: RoutingMode, capacity: Capacity
                    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Inputs to trace with, and their dynamic axes (batch B, tokens T, past S, logit_rows M)."""
     d = model.description
-    least = capacity if isinstance(capacity, int) else 1
-    batch, past, rows = (torch.export.Dim(name) for name in ("B", "S", "M"))
-    tokens = torch.export.Dim("T", min=least)
-    b, t, s, m = 2, max(67, least + 3), 41, 5
+    batch, tokens, past, rows = (torch.export.Dim(name) for name in ("B", "T", "S", "M"))
+    b, t, s, m = 2, 67, 41, 5
     settings = RoutingSettings.of(model.routing)._asdict()
     names = RUNTIME_SETTINGS[mode]
     ids = torch.zeros(b, t, dtype=torch.int64)

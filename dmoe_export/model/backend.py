@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from ..runtime.backend import ForwardInputs, ForwardOutputs, Limits
 from ..runtime.cache import HostCache
+from ..runtime.salient import PARTS, Arrays, GraphName
 from .denoiser import Denoiser, Past
 from .moe import RoutingSettings
+from .salient import Capacity, RangeState, SalientDenoiser
 
 
 class EagerBackend:
@@ -25,6 +29,10 @@ class EagerBackend:
         """An empty cache in host memory."""
         d = self.description
         return HostCache(rows, d.num_layers, d.num_kv_heads, d.head_dim, np.dtype(np.float32))
+
+    def salient_graphs(self, capacity: int | None) -> EagerSalient:
+        """Salient steps of the same model (`SalientBackend`)."""
+        return EagerSalient(self._model, capacity)
 
     @torch.no_grad()
     def forward(self, inputs: ForwardInputs, cache: HostCache) -> ForwardOutputs:
@@ -43,3 +51,41 @@ class EagerBackend:
         return ForwardOutputs(token_ids.numpy(), confidence.numpy(), ids,
                               out.logits.numpy() if inputs.want_logits else None,
                               ([x.numpy() for x in out.keys], [x.numpy() for x in out.values]))
+
+
+class EagerSalient:
+    """`SalientGraphs` over a float32 `Denoiser` on the CPU."""
+
+    def __init__(self, model: Denoiser, capacity: int | None) -> None:
+        self._model, self.description, self.capacity = model, model.description, capacity
+
+    @torch.no_grad()
+    def run(self, graph: GraphName, feeds: Arrays, settings: dict[str, float | int], want_logits: bool) -> Arrays:
+        """See `SalientGraphs`."""
+        given: dict[str, Any] = {name: torch.from_numpy(value) for name, value in feeds.items()}
+        layers = range(self.description.num_layers)
+
+        def per_layer(name: str) -> list[torch.Tensor]:
+            return [given[f"{name}.{layer}"] for layer in layers]
+
+        fixed = RoutingSettings.of(self._model.routing)._asdict()
+        changed = {name: torch.tensor([value], dtype=fixed[name].dtype) for name, value in settings.items()}
+        capacity: Capacity = {"fill": "all", "fixed": self.capacity}.get(graph) or "any"
+        old = None if graph == "fill" else RangeState(*(per_layer(f"range_{part}") for part in PARTS))
+        out = SalientDenoiser(self._model, capacity)(
+            given["input_ids"], given["position_ids"],
+            Past(per_layer("past_key"), per_layer("past_value"), given["past_positions"]), old, given.get("unmasked"),
+            given.get("threshold"), RoutingSettings(**{**fixed, **changed}), given["logit_rows"])
+        allowed = out.logits.clone()
+        allowed[..., self.description.mask_id] = float("-inf")
+        confidence, token_ids = torch.softmax(allowed, dim=-1).max(dim=-1)
+        named: dict[str, Any] = {"token_ids": token_ids, "confidence": confidence}
+        if want_logits:
+            named["logits"] = out.logits
+        if out.expert_ids:
+            named["expert_ids"] = torch.stack(out.expert_ids)
+        if old is not None:
+            named["salient"] = torch.stack(out.salient)
+        for part, values in zip(PARTS, out.state, strict=True):
+            named |= {f"{part}.{layer}": values[layer] for layer in layers}
+        return {name: value.numpy() for name, value in named.items()}

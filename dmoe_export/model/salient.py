@@ -132,10 +132,12 @@ class SalientDenoiser(nn.Module):
         bias = (full_bias(keys_at) if d.attention == "full"
                 else attention_bias(position_ids, keys_at, self.routing.block_length))
         valid = position_ids >= 0
+        least = 1 if d.moe else 0  # ONNX Runtime expands no empty tensors in the routing body: one row that only fills
         rows: Rows = AllRows(batch, tokens)
         if old is not None:
             assert unmasked is not None and threshold is not None
-            rows = SomeRows.lowest(unmasked & valid, torch.zeros_like(position_ids, dtype=torch.float32), self.capacity)
+            nothing = torch.zeros_like(position_ids, dtype=torch.float32)
+            rows = SomeRows.lowest(unmasked & valid, nothing, self.capacity, least)
         out = SalientOutput(input_ids, [], [], RangeState([], [], [], []))
         x = self.embed(input_ids.flatten())  # [N, H], N = B·T
         for index, layer in enumerate(self.layers):
@@ -147,7 +149,7 @@ class SalientDenoiser(nn.Module):
             if before is not None:
                 cosine = F.cosine_similarity(context.float(), before[2].float(), dim=-1)  # [B, T]
                 salient = (cosine < threshold) & valid
-                rows = SomeRows.lowest(salient, cosine, self.capacity)
+                rows = SomeRows.lowest(salient, cosine, self.capacity, least)
             h = layer.ffn_norm(rows.take(x))
             if isinstance(layer.ffn, MoE):
                 mixed, ids, _ = layer.ffn(h, rows.take_positions(position_ids), settings)

@@ -96,14 +96,17 @@ class SomeRows:
     wanted: Tensor  # [B, M] bool; the others fill the list
 
     @classmethod
-    def lowest(cls, wanted: Tensor, cosine: Tensor, capacity: int | Literal["any", "all"]) -> SomeRows:
-        """The wanted rows of [B, T], of more than a fixed capacity M those with the lowest cosine [B, T]."""
+    def lowest(cls, wanted: Tensor, cosine: Tensor, capacity: int | Literal["any", "all"], least: int) -> SomeRows:
+        """The wanted rows of [B, T], of more than a fixed capacity M those with the lowest cosine [B, T].
+
+        `least`: of M where it comes from the data.
+        """
         batch, tokens = wanted.shape
         if isinstance(capacity, int):
             count = capacity
         else:
-            count = wanted.sum(dim=1).amax(dim=0).item()  # stays symbolic while tracing: no int()
-            torch._check(count >= 0)
+            count = wanted.sum(dim=1).amax(dim=0).clamp(min=least).item()  # stays symbolic while tracing: no int()
+            torch._check(count >= least)
             torch._check(count <= tokens)
         index = torch.topk(torch.where(wanted, cosine, 3.0), count, dim=1, largest=False).indices
         first = torch.arange(batch, device=index.device)[:, None] * tokens

@@ -11,6 +11,7 @@ from ..bundle.reader import Bundle
 from ..errors import MissingRequirementError
 from .backend import ForwardInputs, ForwardOutputs, Limits
 from .cache import HostCache
+from .onnxruntime_salient import OnnxRuntimeSalient
 
 _CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
@@ -32,6 +33,8 @@ class OnnxRuntimeBackend:
                 f"{bundle.folder} has precision {manifest.precision}, for which ONNX Runtime's CPU provider has no "
                 "kernels; export with --precision fp32 or fp16.")
         self.description, self.routing = manifest.model, manifest.routing
+        self._bundle, self._threads = bundle, threads
+        self._salient: dict[int | None, OnnxRuntimeSalient] = {}
         self._dtype = np.dtype(_CACHE_DTYPES[manifest.precision])
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -54,6 +57,12 @@ class OnnxRuntimeBackend:
         self._defaults = {name: value for name, value in defaults.items() if name in given}
         layers = range(self.description.num_layers)
         self._kv_names = [f"{part}.{layer}" for part in ("key", "value") for layer in layers]
+
+    def salient_graphs(self, capacity: int | None) -> OnnxRuntimeSalient:
+        """The bundle's salient graphs (`SalientBackend`); raises RequestError where it has none."""
+        if capacity not in self._salient:
+            self._salient[capacity] = OnnxRuntimeSalient(self._bundle, self._threads, capacity)
+        return self._salient[capacity]
 
     def new_cache(self, rows: int) -> HostCache:
         """An empty cache in host memory."""

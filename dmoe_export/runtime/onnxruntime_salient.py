@@ -1,0 +1,64 @@
+"""The salient graphs of a bundle on ONNX Runtime's CPU provider."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..bundle.manifest import GraphEntry
+from ..bundle.reader import Bundle
+from ..errors import MissingRequirementError, RequestError
+from .salient import Arrays, GraphName
+
+
+class OnnxRuntimeSalient:
+    """Sessions over the salient graphs, each opened when it first runs."""
+
+    def __init__(self, bundle: Bundle, threads: int | None, capacity: int | None) -> None:
+        """Raises RequestError where the bundle has no graph for this."""
+        manifest = bundle.manifest
+        self.description, self.capacity = manifest.model, capacity
+        entry = manifest.salient
+        if entry is None:
+            raise RequestError(f"{bundle.folder} has no salient graph; export it with --salient, or leave "
+                               "salient_threshold out.")
+        self._files: dict[GraphName, GraphEntry] = {"any": entry.graph}
+        if capacity is not None:
+            fixed = {e.capacity: e.graph for e in entry.fixed}
+            if capacity not in fixed or entry.fill is None:
+                known = f"has graphs for {', '.join(map(str, fixed))}" if fixed else "has none of fixed capacity"
+                raise RequestError(f"{bundle.folder} has no salient graph for capacity {capacity}, it {known}; export "
+                                   f"it with --salient-capacity {capacity}.")
+            self._files = {"fixed": fixed[capacity], "fill": entry.fill}
+        self._folder, self._threads = bundle.folder, threads
+        self._sessions: dict[GraphName, Any] = {}
+        routing = manifest.routing
+        self._defaults: dict[str, Any] = {
+            "top_p": np.array([routing.top_p], np.float32), "min_experts": np.array([routing.min_experts], np.int64),
+            "coreset_size": np.array([routing.coreset_size], np.int64)}
+
+    def run(self, graph: GraphName, feeds: Arrays, settings: dict[str, float | int], want_logits: bool) -> Arrays:
+        """See `SalientGraphs`."""
+        entry = self._files[graph]
+        given = {tensor.name for tensor in entry.inputs}
+        chosen = {name: np.asarray([settings.get(name, default[0])], default.dtype)
+                  for name, default in self._defaults.items() if name in given}
+        wanted = [tensor.name for tensor in entry.outputs if want_logits or tensor.name != "logits"]
+        return dict(zip(wanted, self._session(graph).run(wanted, feeds | chosen), strict=True))
+
+    def _session(self, graph: GraphName) -> Any:
+        if graph not in self._sessions:
+            path = self._folder / self._files[graph].file
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            if self._threads:
+                options.intra_op_num_threads = self._threads
+            try:
+                self._sessions[graph] = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # onnxruntime raises its own kinds, all of them about this file
+                raise MissingRequirementError(
+                    f"ONNX Runtime {ort.__version__} cannot load {path}: {str(error).splitlines()[0]} Upgrade with: "
+                    "pip install -U onnxruntime.") from error
+        return self._sessions[graph]
