@@ -31,6 +31,7 @@ def bench() -> None:
 
 bench.add_command(residency)
 
+
 @bench.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--cache", "caches", default="none,prefix,dual,block", show_default=True,
