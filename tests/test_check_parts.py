@@ -125,7 +125,7 @@ def _step(ids, token, confidence):
 def test_near_ties(confidence, near):
     same = _step([1, 9], 3, 0.9)
     assert _near_tie([same, _step([1, 3], 4, 0.5), _step([1, 4], 0, 1)],
-                     [same, _step([1, 3], 5, confidence), _step([1, 5], 0, 1)]) is near
+                     [same, _step([1, 3], 5, confidence), _step([1, 5], 0, 1)], 1e-3) is near
 
 
 @pytest.mark.parametrize("most", [None, 1, 3])

@@ -25,6 +25,7 @@ class Limits:
     sequence_norm: float  # most |mean norm ratio − 1|, in sequence
     agreement: float  # least share of tokens with the reference's experts, in sequence
     atol: float | None  # most absolute difference of logits, head alone; None: not asked
+    tie: float  # confidences closer than this are a near tie
     equal_tokens: bool  # decoded tokens must be the reference's, up to near ties
 
 
@@ -33,9 +34,9 @@ class Limits:
 # fp16 has 11 bits: 1 − cosine 6e-6, norm ratio 4e-3 off; limits 5 to 100 times that, for deeper sums.
 # bf16 has 8 bits, so 8 times fp16's error in norm and 64 times in 1 − cosine; not measured here, no CPU runs it.
 LIMITS: dict[Precision, Limits] = {
-    "fp32": Limits(0.999999, 1e-3, 0.9999, 1e-2, 0.95, 1e-3, True),
-    "fp16": Limits(0.999, 2e-2, 0.98, 5e-2, 0.50, None, False),
-    "bf16": Limits(0.99, 8e-2, 0.95, 1e-1, 0.30, None, False),
+    "fp32": Limits(0.999999, 1e-3, 0.9999, 1e-2, 0.95, 1e-3, 1e-3, True),
+    "fp16": Limits(0.999, 2e-2, 0.98, 5e-2, 0.50, None, 2e-2, False),
+    "bf16": Limits(0.99, 8e-2, 0.95, 1e-1, 0.30, None, 8e-2, False),
 }
 
 

@@ -15,8 +15,6 @@ from ..runtime.text import TextCodec
 from .inputs import Prompt
 from .result import GenerationCheck
 
-_NEAR = 1e-3  # confidences and probabilities closer than this are a near tie
-
 
 @dataclass
 class _Watched:
@@ -54,9 +52,10 @@ class ReferenceTokens:
         self._text, self._new_tokens = text, new_tokens
         self._answers = [(prompt, self._decode(reference, prompt)) for prompt in prompts]
 
-    def compare(self, backend: Backend) -> list[GenerationCheck]:
-        """Greedy answers of a backend beside the reference's."""
-        return [self._compare(prompt, expected, self._decode(backend, prompt)) for prompt, expected in self._answers]
+    def compare(self, backend: Backend, tie: float) -> list[GenerationCheck]:
+        """Greedy answers of a backend beside the reference's; confidences closer than `tie` are a near tie."""
+        return [self._compare(prompt, expected, self._decode(backend, prompt), tie)
+                for prompt, expected in self._answers]
 
     def _decode(self, backend: Backend, prompt: Prompt) -> _Decoded:
         watched = _Watched(backend)
@@ -64,7 +63,7 @@ class ReferenceTokens:
         blocks = list(loop.decode([prompt.ids]))
         return _Decoded([i for block in blocks for i in block.token_ids], blocks[-1].statistics, watched.steps)
 
-    def _compare(self, prompt: Prompt, expected: _Decoded, got: _Decoded) -> GenerationCheck:
+    def _compare(self, prompt: Prompt, expected: _Decoded, got: _Decoded, tie: float) -> GenerationCheck:
         first = _first_difference(expected.ids, got.ids)
         shown = (lambda ids: self._text.decode(ids)) if self._text else (lambda ids: None)
         return GenerationCheck(
@@ -72,7 +71,7 @@ class ReferenceTokens:
             reference_text=shown(expected.ids), backend_text=shown(got.ids), first_difference=first,
             reference_forwards=expected.statistics.forwards, backend_forwards=got.statistics.forwards,
             reference_unique_experts=expected.unique, backend_unique_experts=got.unique,
-            near_tie=None if first is None else _near_tie(expected.steps, got.steps))
+            near_tie=None if first is None else _near_tie(expected.steps, got.steps, tie))
 
 
 def _first_difference(a: list[int], b: list[int]) -> int | None:
@@ -82,7 +81,7 @@ def _first_difference(a: list[int], b: list[int]) -> int | None:
 
 
 def _near_tie(expected: list[tuple[ForwardInputs, ForwardOutputs]],
-              got: list[tuple[ForwardInputs, ForwardOutputs]]) -> bool:
+              got: list[tuple[ForwardInputs, ForwardOutputs]], tie: float) -> bool:
     """Whether the forward that parted the two gave the same numbers: then only a near tie can have decided."""
     last: tuple[ForwardOutputs, ForwardOutputs, np.ndarray] | None = None
     for (inputs, a), (others, b) in zip(expected, got, strict=False):
@@ -95,4 +94,4 @@ def _near_tie(expected: list[tuple[ForwardInputs, ForwardOutputs]],
         return False
     a, b, wanted = last
     # A token that differs is a near tie when both found theirs equally probable; an acceptance, likewise.
-    return bool(np.abs(a.confidence - b.confidence)[wanted].max() <= _NEAR)
+    return bool(np.abs(a.confidence - b.confidence)[wanted].max() <= tie)

@@ -53,7 +53,7 @@ def check_numbers(bundle: Bundle, source: WeightSource, names: Sequence[BackendN
     d, manifest = source.description, bundle.manifest
     here = Bundle(bundle.folder, manifest.model_copy(update={
         "model": manifest.model.model_copy(update={"num_layers": d.num_layers})}))
-    backends = _open(bundle, here, names, cut)
+    backends = _open(bundle, names, cut)
     text = TextCodec.of(bundle)
     inputs = make_inputs(d, manifest.routing, text, prompts, seed, _longest(backends))
     reference = Reference(source, manifest.routing, keep=not cut)
@@ -65,8 +65,8 @@ def check_numbers(bundle: Bundle, source: WeightSource, names: Sequence[BackendN
         answers = None if cut else ReferenceTokens(reference.backend, inputs.prompts, _new_tokens(here, inputs), text)
         compared = _Compared(bundle, here, reference, expected, seen, limits)
         checks = []
-        for number, backend in enumerate(backends):
-            tell(backend.name, number, len(backends))
+        for number, backend in enumerate(backends or [None]):
+            tell("backend", number, max(1, len(backends)))
             checks.append(compared.check(backend, feeds, answers))
     return NumericResult(inputs.used, _exercised(seen, d.moe_layers), checks)
 
@@ -76,27 +76,32 @@ class _Compared:
 
     def __init__(self, bundle: Bundle, here: Bundle, reference: Reference, expected: Any, seen: list[Arrays],
                  limits: Limits) -> None:
-        self._bundle, self._here, self._expected, self._seen = bundle, here, expected, seen
+        self._bundle, self._here, self._expected, self._seen, self._limits = bundle, here, expected, seen, limits
         self._compare = CompareForward(reference, limits)
         self._judge = Judge(here.manifest.model, limits)
 
-    def check(self, backend: Backend, feeds: list[Arrays], answers: ReferenceTokens | None) -> BackendCheck:
-        """One backend: in sequence, its layers alone where that is possible, its answers."""
-        start = time.perf_counter()
-        manifest = self._here.manifest
+    def check(self, opened: Backend | None, feeds: list[Arrays], answers: ReferenceTokens | None) -> BackendCheck:
+        """One backend (None: the cut graph): in sequence, its answers, its layers alone where that is possible."""
+        start, manifest = time.perf_counter(), self._here.manifest
+        backend = opened or OnnxRuntimeBackend(
+            self._here, graph=first_layers(self._bundle, manifest.model.num_layers))
+        name, what_ran, alone = backend.name, _what_ran(self._here, backend), None
+        has_layers = isinstance(backend, OnnxRuntimeBackend)
         sequence = self._against(SequenceRunner(backend, manifest.precision, feeds), feeds)
-        alone = None
-        if isinstance(backend, OnnxRuntimeBackend):
-            streams = streams_feeds(self._seen)
-            routing = manifest.routing
-            settings = {"top_p": np.array([routing.top_p], np.float32), "min_experts": np.array([routing.min_experts]),
-                        "coreset_size": np.array([routing.coreset_size])}
-            graph = open_layers(self._bundle, manifest.model.num_layers)
-            alone = self._against(LayersRunner(graph, self._bundle.folder, manifest.model, manifest.precision, streams,
-                                               settings), streams)
-        generations = answers.compare(backend) if answers else []
-        return self._judge.backend(backend.name, _what_ran(self._here, backend), sequence, alone, generations,
-                                   time.perf_counter() - start)
+        generations = answers.compare(backend, self._limits.tie) if answers else []
+        del backend  # two sessions of a large graph would not fit side by side
+        if has_layers:
+            alone = self._layers_alone()
+        return self._judge.backend(name, what_ran, sequence, alone, generations, time.perf_counter() - start)
+
+    def _layers_alone(self) -> list[Any]:
+        manifest, routing = self._here.manifest, self._here.manifest.routing
+        feeds = streams_feeds(self._seen)
+        settings = {"top_p": np.array([routing.top_p], np.float32), "min_experts": np.array([routing.min_experts]),
+                    "coreset_size": np.array([routing.coreset_size])}
+        graph = open_layers(self._bundle, manifest.model.num_layers)
+        return self._against(LayersRunner(graph, self._bundle.folder, manifest.model, manifest.precision, feeds,
+                                          settings), feeds)
 
     def _against(self, runner: Any, feeds: list[Arrays]) -> list[Any]:
         results = RunResults([*self._expected.lst, *Comparator.run([runner], feeds).lst])
@@ -104,14 +109,16 @@ class _Compared:
         return list(accuracy[0]["reference", runner.name])
 
 
-def _open(bundle: Bundle, here: Bundle, names: Sequence[BackendName], cut: bool) -> list[Backend]:
-    """The named backends, each once; none named: ONNX Runtime on the CPU, and what `auto` would take."""
+def _open(bundle: Bundle, names: Sequence[BackendName], cut: bool) -> list[Backend]:
+    """The named backends, each once; none named: ONNX Runtime on the CPU, and what `auto` would take.
+
+    None at all in few-layer mode, where the only one there can be is opened when it runs.
+    """
     others = [name for name in names if name not in ("auto", "onnxruntime")]
     if cut and others:
         raise InputError(f"--layers cuts the graph, which only --backend onnxruntime can run, not {others[0]}.")
     if cut:
-        graph = first_layers(bundle, here.manifest.model.num_layers)
-        return [OnnxRuntimeBackend(here, graph=graph)]
+        return []
     opened = [open_backend(bundle, name)[0] for name in dict.fromkeys(names or ("onnxruntime", "auto"))]
     return list({backend.name: backend for backend in opened}.values())
 

@@ -118,8 +118,8 @@ class BackendCheck(Frozen):
     seconds: float
     embedding_alone: TensorError | None = None
     logits_alone: TensorError | None = Field(None, description="the head fed with the reference's last stream")
-    first_bad_part: str | None = Field(None, description="what failed first, such as 'embedding', 'head' or 'layer 3 alone, "
-                                       "attention'; null when passed")
+    first_bad_part: str | None = Field(None, description="what failed first, such as 'layer 3 alone, attention'; null "
+                                       "when passed")
 
 
 class IdentityCheck(Frozen):
