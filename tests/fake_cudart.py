@@ -1,6 +1,7 @@
 """`cuda.bindings.runtime` on host memory: what a GPU would do with the calls, made strict.
 
-Streams run nothing until somebody waits; fresh memory is poison (NaN as float, absurd as index); every address is
+Streams run nothing until somebody waits, or a little of it when somebody asks whether they are done; a copy is two
+operations, between which its target is poison; fresh memory is poison (NaN as float, absurd as index); every address is
 checked against live allocations; recording a stream records. Structs, enums and error texts are the real module's.
 """
 
@@ -40,6 +41,7 @@ class FakeCudart:
         self.streams = {}
         self.calls = Counter()
         self.used = 0
+        self.pace = 1  # operations a stream gets done while somebody asks
 
     def __getattr__(self, name):
         """Structs and enums are real; so is a function nobody wrote here, which then fails for want of a driver."""
@@ -142,11 +144,16 @@ class FakeCudart:
         return (OK,)
 
     def cudaMemcpyAsync(self, dst, src, count, kind, stream):
-        def work():
+        def begin():
+            target = self.view(dst, count)
+            target[::2], target[1::2] = POISON
+
+        def end():
             self.view(dst, count)[:] = self.view(src, count)
 
         self.calls["cudaMemcpyAsync"] += 1
-        self.enqueue(stream, work)
+        self.enqueue(stream, begin)
+        self.enqueue(stream, end)
         return (OK,)
 
     def cudaMemcpy3DAsync(self, p, stream):
@@ -182,6 +189,22 @@ class FakeCudart:
     def cudaEventSynchronize(self, event):
         if event.stream is not None:
             self._drain(event.stream, event.place)
+        return (OK,)
+
+    def cudaEventQuery(self, event):
+        state = self.streams.get(event.stream)
+        if state is None or state.done >= event.place:
+            return (OK,)
+        self._drain(event.stream, min(event.place, state.done + self.pace))
+        return (real.cudaError_t.cudaErrorNotReady,)
+
+    def cudaStreamWaitEvent(self, stream, event, flags):
+        source, place = event.stream, event.place
+        if self._capturing():
+            return (real.cudaError_t.cudaErrorStreamCaptureIsolation,)
+        self.calls["cudaStreamWaitEvent"] += 1
+        if source is not None:
+            self.enqueue(stream, lambda: self._drain(source, place))
         return (OK,)
 
     def cudaStreamBeginCapture(self, stream, mode):

@@ -123,6 +123,7 @@ class IRuntimeConfig:
 class ICudaEngine:
     def __init__(self, trt, logger, content):
         self._trt, self._logger, self._profiles = trt, logger, content["profiles"]
+        self.pools = content.get("pools", [])
         self._session = ort.InferenceSession(content["onnx"], providers=["CPUExecutionProvider"])
         self._tensors = {e.name: (TensorIOMode.INPUT, e) for e in self._session.get_inputs()}
         self._tensors |= {e.name: (TensorIOMode.OUTPUT, e) for e in self._session.get_outputs()}
@@ -195,6 +196,8 @@ class IExecutionContext:
         assert mode is TensorIOMode.INPUT and isinstance(shape, tuple)
         sizes = {"B": "batch", "T": "tokens", "S": "past", "M": "rows"}
         for dim, got in zip(entry.shape, shape, strict=True):
+            if dim == "P":
+                continue
             low, _, high = self._engine._profiles[self.profile][sizes[dim]] if dim in sizes else (dim, dim, dim)
             if not low <= got <= high:
                 return self._fail(f"{name}: {got} is not in {low} … {high}.")
@@ -222,6 +225,7 @@ class IExecutionContext:
         def work():
             feeds = {name: host[name] if name in host else self._array(name, shape, addresses[name])
                      for name, shape in shapes.items()}
+            check_slots(self._engine.pools, feeds)
             outputs = [name for name, (mode, _) in tensors.items() if mode is TensorIOMode.OUTPUT]
             for name, result in zip(outputs, self._engine._session.run(outputs, feeds), strict=True):
                 np.copyto(self._array(name, result.shape, addresses[name]), result)
@@ -233,6 +237,19 @@ class IExecutionContext:
     def _array(self, name, shape, address):
         dtype = np.dtype(self._engine.get_tensor_dtype(name).numpy)
         return self._trt.cudart.view(address, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+
+
+def check_slots(pools, feeds):
+    """What the table says is in a slot must be there, whole, at the time the forward runs."""
+    for pool in pools:
+        slots = feeds[pool["slot_of_expert"]]
+        resident = np.flatnonzero(slots >= 0)
+        assert len(set(slots[resident])) == len(resident), f"two experts in a slot of {pool['gate_up_pool']}: {slots}"
+        for tensor in ("gate_up", "down"):
+            have, want = feeds[pool[f"{tensor}_pool"]], feeds[pool[tensor]]
+            for expert in resident:
+                right = have[slots[expert]].tobytes() == want[expert].tobytes()
+                assert right, f"slot {slots[expert]} of {pool[f'{tensor}_pool']} does not hold expert {expert}"
 
 
 def weights_as_inputs(source, target, of_file):

@@ -7,11 +7,16 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import numpy as np
+import onnx
 from fake_cudart import HostDevice
 from fake_tensorrt import FakeTensorRT, weights_as_inputs
 
 from dmoe_export.bundle.manifest import EngineEntry, ProfileEntry, WeightInput
 from dmoe_export.bundle.reader import Bundle
+from dmoe_export.engine.resident import add_pools
+from dmoe_export.runtime.budget import plan_budget
+from dmoe_export.runtime.resident_device import open_tensorrt_under_budget
 from dmoe_export.runtime.tensorrt import open_tensorrt
 
 PROFILES = [ProfileEntry(name="prefill", batch=(1, 1, 4), tokens=(32, 96, 96), past=(1, 128, 600), rows=(1, 1, 32)),
@@ -31,6 +36,45 @@ def bundle_with_engine(golden_bundle, folder):
                         precision="fp32", experts="external", experts_op="plugin", profiles=PROFILES,
                         plugin_build="b1", plugin_nodes=4, fallback_nodes=0, weight_inputs=weights)
     return Bundle(folder, golden_bundle.manifest.model_copy(update={"engines": [entry]}))
+
+
+def bundle_with_resident_engine(bundle, folder):
+    """The same with a slot pool: in front of each experts node, ONNX takes an expert from its slot if it has one."""
+    plain = bundle_with_engine(bundle, folder)
+    (entry,) = plain.manifest.engines
+    model = onnx.load(folder / "external.onnx", load_external_data=False)
+    pools = add_pools(model, entry.weight_inputs)
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "DmoeExperts":
+            gate_up, down, slots, gate_up_pool, down_pool = node.input[3:]
+            found = [_looked_up(nodes, slots, *pair) for pair in ((gate_up_pool, gate_up), (down_pool, down))]
+            del node.input[3:]
+            node.input.extend(found)
+            node.attribute.remove(next(a for a in node.attribute if a.name == "residency"))
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, folder / "external.onnx")
+    engine = json.loads((folder / "a.engine").read_text())
+    (folder / "a.engine").write_text(json.dumps(engine | {"pools": [pool.model_dump() for pool in pools]}))
+    return changed(plain, experts="resident", expert_pools=pools)
+
+
+def _looked_up(nodes, slots, pool, weights):
+    """Name of [E, …]: each expert from its slot, else from all weights; the nodes that make it are appended."""
+    def made(op, *inputs, **attributes):
+        nodes.append(onnx.helper.make_node(op, inputs, [f"{pool}.{len(nodes)}"], **attributes))
+        return nodes[-1].output[0]
+
+    def number(value):
+        return made("Constant", value=onnx.numpy_helper.from_array(np.int64(value)))
+
+    slot, zero, one = made("Cast", slots, to=onnx.TensorProto.INT64), number(0), number(1)
+    count, experts = (made("Squeeze", made("Shape", name, start=0, end=1)) for name in (pool, slots))
+    behind = made("Add", made("Range", zero, experts, one), count)
+    index = made("Where", made("GreaterOrEqual", slot, zero), slot, behind)
+    return made("Gather", made("Concat", pool, weights, axis=0), index, axis=0)
 
 
 def changed(bundle, **updates):
@@ -57,3 +101,8 @@ class Setup:
 
     def open(self):
         return open_tensorrt(self.bundle, self.device, self.graphs)
+
+    def under_budget(self, slots, interval):
+        """Of an engine with slot pools: `slots` experts per layer on the device."""
+        budget = plan_budget(self.bundle.manifest, experts_per_layer=slots)
+        return open_tensorrt_under_budget(self.bundle, budget, interval, self.device, self.graphs)

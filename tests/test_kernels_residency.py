@@ -92,7 +92,7 @@ def test_the_pool_is_what_is_read():
 def test_slots_out_of_range_are_refused(slots):
     case = make_case(FP16, 2, 1, 3, 16, 8)
     pool = (np.full(3, -1, np.int32), np.zeros((slots, 16, 16), np.uint16), np.zeros((slots, 16, 8), np.uint16))
-    with pytest.raises(KernelError, match="-1: .* slots 1..experts"):
+    with pytest.raises(KernelError, match=r"-1: .* slots 1..experts"):
         kernel_experts(FP16, *case, pool=pool)
 
 

@@ -4,8 +4,8 @@ The engine's experts look a slot up in a table on the device (plugins/kernels/RE
 from the pinned master copy by the kernel itself. Every address stays the same for as long as the engine is open, so
 recorded graphs stay valid and follow the table. What changes, and in which order:
 
-    evict     table entry → −1          on the forwards' stream: forwards enqueued before it still may read the slot
-    bring     slab → the freed slot     on a side stream, which first waits for that table edit
+    evict     table entry → −1          on the forwards' stream: forwards enqueued before it may still read the slot
+    bring     slab → the freed slot     on a side stream, which first waits for those forwards and the table edit
     arrive    table entry → slot        on the forwards' stream, before the first forward that finds the copy complete
 
 So no slot is written while a forward may read it, no forward waits for a copy, and a use before it arrived is a miss.
@@ -13,8 +13,10 @@ So no slot is written while a forward may read it, no forward waits for a copy, 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,8 @@ import numpy as np
 
 from ..bundle.manifest import EngineEntry, ExpertPool, WeightInput
 from ..bundle.reader import Bundle
-from .device import Device, DeviceMemoryError
+from .backend import Bools
+from .device import Device, DeviceError, DeviceMemoryError
 from .device_call import round_up
 from .device_memory import ALIGNMENT, Buffer, Pool, upload
 from .residency import Costs, Move
@@ -75,6 +78,7 @@ class DeviceExperts:
         if self.holds_all:
             self._assigned[:] = np.arange(experts)
         self._table = self._assigned.copy()  # what the next forward sees
+        self.shown: Bools = self._table >= 0  # [L, E], what the latest forward saw
         self._free = [list(range(self.slots))[::-1] if not self.holds_all else [] for _ in self._layers]
         self._device_table = self._allocate(len(self._layers) * self._pitch * 4)
         self._staging = [self._device.pinned(len(self._layers) * self._pitch * 4) for _ in range(2)]
@@ -86,6 +90,7 @@ class DeviceExperts:
         self._freed, self._spare = self._device.event(), list[Any]()
         self._costs: Costs | None = None
         self._brought_bytes = 0
+        weakref.finalize(self, _settle, self._device, self._side).atexit = False
         self._send_table()
 
     @staticmethod
@@ -143,6 +148,7 @@ class DeviceExperts:
                 changed |= bool(arrival.slot_of)
             if changed:
                 self._send_table()
+            self.shown = self._table >= 0
 
     def forward_ends(self) -> None:
         """Nothing to do: slots stay as they are."""
@@ -229,3 +235,9 @@ class DeviceExperts:
         self._device.copy(self._device_table, staging.ctypes.data, rows.nbytes, self._stream)
         self._device.record(sent, self._stream)
         self._turn = 1 - self._turn
+
+
+def _settle(device: Device, stream: int) -> None:
+    """Copies end before the memory they use goes."""
+    with contextlib.suppress(DeviceError):  # nobody is left to be told
+        device.synchronize(stream)
