@@ -18,7 +18,8 @@ from .errors import RequestError
 from .runtime.backend import Backend, Limits
 from .runtime.budget import plan_budget
 from .runtime.choose import BACKENDS, BackendName, open_backend
-from .runtime.resident import ResidentBackend, open_resident, parse_interval
+from .runtime.resident import ResidentBackend, parse_interval
+from .runtime.resident_device import open_under_budget
 from .runtime.text import Message, TextCodec, TextStream
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -71,7 +72,8 @@ class Generator:
         `backend` "auto" takes an engine of the bundle that fits this machine ("tensorrt"), else ONNX Runtime on the
         GPU ("onnxruntime-cuda"), else on the CPU ("onnxruntime"), and says why in `backend_choice`; any other name
         means that backend or an error. `threads` is for the CPU. `verify`, `progress` as in `open_bundle`.
-        `expert_budget` ("4G", "25%", bytes) or `experts_per_layer` bounds the memory of experts (docs/residency.md),
+        `expert_budget` ("4G", "25%", bytes) or `experts_per_layer` bounds the memory of experts (docs/residency.md:
+        on the device with "tensorrt" and an engine built with --experts resident, else on the CPU),
         `expert_refresh_interval` is "auto", "never" or a number of denoise steps. Raises BundleError for a bad bundle,
         RequestError for a bad budget, MissingRequirementError when this machine cannot run it.
         """
@@ -82,9 +84,7 @@ class Generator:
         budget = plan_budget(bundle.manifest, expert_budget, experts_per_layer)
         if budget is None:
             return cls(bundle, *open_backend(bundle, backend, threads))
-        # Without a named backend the budget decides: only ONNX Runtime's CPU provider keeps one.
-        name: BackendName = "onnxruntime" if backend == "auto" else backend
-        return cls(bundle, *open_resident(bundle, budget, interval, lambda: open_backend(bundle, name, threads)))
+        return cls(bundle, *open_under_budget(bundle, budget, interval, backend, threads))
 
     def generate(self, prompts: Prompt | Sequence[Prompt], *, chat: bool = True, **options: Any) -> list[Generation]:
         """Answer one prompt or a batch of prompts; always a list, in the order of the prompts.

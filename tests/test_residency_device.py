@@ -13,9 +13,15 @@ import pytest
 from device_helpers import decode
 from tensorrt_helpers import Setup, bundle_with_engine, bundle_with_resident_engine, changed
 
+from dmoe_export import Generator
+from dmoe_export.bundle.manifest import FileEntry
+from dmoe_export.bundle.reader import hash_file
 from dmoe_export.errors import MissingRequirementError
+from dmoe_export.runtime import tensorrt as tensorrt_module
+from dmoe_export.runtime.budget import plan_budget
 from dmoe_export.runtime.device import DeviceMemoryError
 from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
+from dmoe_export.runtime.resident_device import open_under_budget
 
 OPTIONS = {"max_new_tokens": 64, "threshold": 0.99, "steps": 12, "eos_id": -1}
 
@@ -176,6 +182,35 @@ def test_what_cannot_be(monkeypatch, golden_subject, golden_bundle, tmp_path):
     monkeypatch.setattr(setup.device, "pinned", no_large_ones)
     with pytest.raises(DeviceMemoryError, match=r"no room to pin .* of experts \(cudaHostAlloc failed\)"):
         setup.under_budget(32, 4)
+
+
+@pytest.mark.parametrize("name", ["auto", "tensorrt"])
+def test_through_the_generator(monkeypatch, golden_subject, tmp_path, name):
+    """A budget given to the generator, the engine found in the manifest, statistics in the answer."""
+    bundle, folder = golden_subject.bundle, tmp_path / "b"
+    shutil.copytree(bundle.folder, folder)
+    engine = folder / "a.engine"
+    files = [*bundle.manifest.files, FileEntry(path="a.engine", size=engine.stat().st_size, sha256=hash_file(engine))]
+    (folder / "manifest.json").write_text(bundle.manifest.model_copy(update={"files": files}).model_dump_json())
+    setup = Setup(monkeypatch, bundle)
+    setup.device.fake.pace = 100_000
+    monkeypatch.setattr(tensorrt_module.CudaDevice, "open", classmethod(lambda cls: setup.device))
+    generator = Generator.open(folder, backend=name, experts_per_layer=16, expert_refresh_interval=4)
+    assert generator.backend.name == "tensorrt" and ("expert pools" in generator.backend_choice) == (name == "auto")
+    answers = generator.generate(golden_subject.prompts, **OPTIONS)
+    assert [answer.token_ids for answer in answers] == golden_subject.tokens
+    residency = answers[0].stats.residency
+    assert residency["hits"] and residency["misses"] and residency["residents_per_layer"] == 16
+    generator.backend.close()
+
+
+def test_auto_without_a_gpu_keeps_the_budget_on_the_cpu(golden_subject):
+    bundle = golden_subject.bundle
+    budget = plan_budget(bundle.manifest, experts_per_layer=32)
+    backend, why = open_under_budget(bundle, budget, 4)
+    assert backend.name == "onnxruntime" and "NVIDIA" in why
+    assert golden_subject.answer(backend) == golden_subject.tokens
+    backend.close()
 
 
 def test_a_plain_engine_beside_one_with_pools(monkeypatch, golden_subject):

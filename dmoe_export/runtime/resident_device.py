@@ -1,4 +1,4 @@
-"""TensorRT under an expert budget: the residency policy over an engine with expert pools."""
+"""TensorRT under an expert budget: the policy over an engine with expert pools; and where a budget is kept."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 from ..bundle.reader import Bundle
+from ..errors import MissingRequirementError
 from .backend import ForwardInputs, ForwardOutputs
 from .budget import ExpertBudget
+from .choose import BackendName, open_backend
 from .device import Device
 from .device_backend import DeviceBackend
 from .device_residency import DeviceExperts
 from .residency import Interval, Residency
-from .resident import ResidencyStatistics, ResidentBackend
+from .resident import ResidencyStatistics, ResidentBackend, open_resident
 from .tensorrt import open_tensorrt_resident
 
 
@@ -53,3 +55,24 @@ def open_tensorrt_under_budget(bundle: Bundle, budget: ExpertBudget, interval: I
     residency = Residency(len(model.moe_layers), model.experts.num_experts, tier.slots, interval)
     residency.resident[:] = tier.holds_all
     return ResidentOnDevice(backend, residency, tier, budget)
+
+
+def open_under_budget(bundle: Bundle, budget: ExpertBudget, interval: Interval, name: BackendName = "auto",
+                      threads: int | None = None) -> tuple[ResidentBackend, str]:
+    """The backend that keeps a budget here, and why it is this one.
+
+    "auto" takes TensorRT when the bundle has an engine with expert pools that runs here, else ONNX Runtime on the CPU.
+    Raises as `open_tensorrt_under_budget` and `open_resident`.
+    """
+    if name == "tensorrt":
+        return open_tensorrt_under_budget(bundle, budget, interval), "as asked for"
+    why = ""
+    if name == "auto" and any(entry.expert_pools for entry in bundle.manifest.engines):
+        try:
+            return (open_tensorrt_under_budget(bundle, budget, interval),
+                    "the bundle has an engine with expert pools for this GPU")
+        except MissingRequirementError as error:
+            why = str(error).split("; ")[0].rstrip(".")
+    cpu: BackendName = "onnxruntime" if name == "auto" else name
+    backend, reason = open_resident(bundle, budget, interval, lambda: open_backend(bundle, cpu, threads))
+    return backend, why or reason
