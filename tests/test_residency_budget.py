@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import json
 
+import pytest
+from click.testing import CliRunner
+
+from dmoe_export.cli import main
 from dmoe_export.errors import RequestError
 from dmoe_export.runtime.budget import parse_bytes, plan_budget
 from dmoe_export.runtime.resident import parse_interval
@@ -55,3 +59,14 @@ def test_intervals():
     for bad in ("0", "-2", "often", 0):
         with pytest.raises(RequestError, match="interval"):
             parse_interval(bad)
+
+
+def test_inspect_predicts_memory(sample_bundle):
+    command = ["inspect", str(sample_bundle.folder), "--verify", "sizes", "--json"]
+    sizes = json.loads(CliRunner().invoke(main, [*command, "--expert-budget", "25%"]).output)["sizes"]
+    dense = (sample_bundle.folder / "denoiser.onnx.data").stat().st_size
+    assert sizes["predicted_weight_memory_bytes"] == dense + sizes["expert_bytes"] // 4
+    assert sizes["resident_experts_per_layer"] == 7
+    assert "predicted_weight_memory_bytes" not in json.loads(CliRunner().invoke(main, command).output)["sizes"]
+    refused = CliRunner().invoke(main, [*command, "--expert-budget", "1k"])
+    assert refused.exit_code == 2 and "less than one coreset" in refused.output

@@ -91,13 +91,17 @@ def settings(budgets: Sequence[str], intervals: Sequence[str], routings: Sequenc
 
 def _routing(text: str, num_experts: int) -> dict[str, Any]:
     """Token routing is block routing whose coreset is everybody."""
-    name, _, p = text.partition(":")
-    if name == "token" and not p:
+    if text == "token":
         return {"min_experts": num_experts}
+    if text == "top_p":
+        return {}
+    name, _, p = text.partition(":")
     try:
-        return {"coreset_top_p": float(p)} if p else {} if name == "top_p" else {"": float("")}
+        if name == "top_p":
+            return {"coreset_top_p": float(p)}
     except ValueError:
-        raise RequestError(f"Routing {text!r} is not known; give token, top_p or top_p:0.6.") from None
+        pass
+    raise RequestError(f"Routing {text!r} is not known; give token, top_p or top_p:0.6.")
 
 
 def run(bundle: Bundle, prompt: Prompt, chosen: Sequence[Setting], rounds: int, *, max_new_tokens: int, steps: int,

@@ -65,7 +65,7 @@ def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_
         result = run(opened, ids, chosen, rounds, max_new_tokens=max_new_tokens, steps=steps, threads=threads,
                      advance=advance)
     document = {"what": "bench residency", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "version": __version__, "bundle": str(bundle), "device": device or platform.machine(),
+                "version": __version__, "bundle": bundle.name, "device": device or platform.machine(),
                 "cores": os.cpu_count(), "load_average": os.getloadavg(), **result.model_dump()}
     if out:
         try:

@@ -12,16 +12,18 @@ from rich.table import Table
 
 from ..bundle.manifest import Manifest
 from ..bundle.reader import open_bundle
+from ..runtime.budget import plan_budget
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True)
+@click.option("--expert-budget", help="Predict the memory of generating under this budget (4G, 25%).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(bundle: Path, verify: Any, as_json: bool) -> None:
+def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool) -> None:
     """Verify BUNDLE and show its model, routing, sizes, ops and files."""
     manifest = open_bundle(bundle, verify).manifest
-    summary, moe = sizes(manifest), manifest.model.moe
+    summary, moe = sizes(manifest) | prediction(manifest, expert_budget), manifest.model.moe
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle), "verified": verify, "sizes": summary,
                                "manifest": manifest.model_dump(mode="json")}))
@@ -71,6 +73,20 @@ def sizes(manifest: Manifest) -> dict[str, int]:
         "expert_bytes": manifest.bytes_per_expert * (model.moe.num_experts if model.moe else 0) * len(model.moe_layers),
         "cache_bytes_per_token": 2 * model.num_layers * model.num_kv_heads * model.head_dim * item,
     }
+
+
+def prediction(manifest: Manifest, expert_budget: str | None) -> dict[str, int]:
+    """What generating takes in memory under a budget, beside the interpreter and the cache; empty without one.
+
+    Raises RequestError as `plan_budget` does.
+    """
+    budget = plan_budget(manifest, expert_budget)
+    if budget is None:
+        return {}
+    dense = sum(entry.size for entry in manifest.files if entry.path == f"{manifest.denoiser.file}.data")
+    kept = min(budget.bytes, sizes(manifest)["expert_bytes"])
+    return {"dense_weight_bytes": dense, "expert_budget_bytes": kept, "resident_experts_per_layer": budget.residents,
+            "predicted_weight_memory_bytes": dense + kept}
 
 
 def _engines(manifest: Manifest) -> Table:
