@@ -139,20 +139,22 @@ def _write(path: Path, text: str) -> None:
 
 
 def _show(result: DecodeBench) -> None:
-    table = Table("cache", "acceptance", "salient", "tokens/s", "speed-up", "forwards", "tokens/forward",
-                  "agreement", "unique experts", "accuracy",
+    table = Table("cache", "acceptance", "salient", "tokens/s", "speed-up", "forwards", "tokens/fwd", "agreement",
+                  "experts", "accuracy",
                   title=f"{result.prompts} prompts, {result.max_new_tokens} new tokens, {result.rounds} rounds")
-    refused: list[SettingResult] = []
+    refused: dict[str, list[SettingResult]] = {}
     for r in result.results:
         if r.refused:
-            refused.append(r)
+            refused.setdefault(r.refused, []).append(r)
             continue
         table.add_row(r.cache, r.acceptance, r.salient, f"{r.tokens_per_second:.1f}", _or_dash(r.speedup, "×"),
                       f"{r.forwards:.1f}", f"{r.tokens_per_forward:.2f}", _or_dash(r.agreement),
                       f"{r.unique_experts:.1f}", _or_dash(r.accuracy))
-    Console().print(table)
-    for r in refused:
-        click.echo(f"{r.cache} · {r.acceptance} · salient {r.salient}: {r.refused}")
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)
+    for reason, them in refused.items():
+        first = f"{them[0].cache} · {them[0].acceptance} · salient {them[0].salient}"
+        click.echo(first + (f" and {len(them) - 1} more" if len(them) > 1 else "") + f": {reason}")
 
 
 def _or_dash(value: float | None, unit: str = "") -> str:
