@@ -129,6 +129,13 @@ def test_bad_options(sample_bundle):
             _open(sample_bundle, **options)
 
 
+def test_salient_steps_are_refused(sample_bundle):
+    generator = _open(sample_bundle, expert_budget="50%")
+    with pytest.raises(RequestError, match="do not go together"):
+        generator.generate(QUESTIONS[0], max_new_tokens=32, salient_threshold=0.99)
+    generator.backend.close()
+
+
 def test_other_systems_are_refused(sample_bundle, monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
     with pytest.raises(MissingRequirementError, match="needs Linux"):

@@ -76,6 +76,11 @@ class ResidentBackend:
         self._blocks = None
         return self._backend.new_cache(rows)
 
+    def salient_graphs(self, capacity: int | None) -> Any:
+        """Raises RequestError: a salient graph has weights of its own in memory, which the budget does not see."""
+        raise RequestError("Salient steps and an expert budget do not go together: the salient graph maps the experts "
+                           "a second time; leave salient_threshold or the budget out.")
+
     def forward(self, inputs: ForwardInputs, cache: Any) -> ForwardOutputs:
         """Run the denoiser, count what it used, refresh when it is time.
 
