@@ -63,6 +63,7 @@ gpu-test: $(READY) $(PLUGINS)
 
 gpu-bench: $(READY) $(PLUGINS)
 	$(BIN)/python benchmarks/gpu_kernels.py
+	$(BIN)/python benchmarks/gpu_residency.py
 	$(BIN)/python benchmarks/gpu_generate.py
 
 bench-build: $(READY) $(PLUGINS)

@@ -41,6 +41,12 @@ class ExpertsShapeC(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("tokens", "places", "experts", "hidden", "width", "type")]
 
 
+class ExpertPoolC(ctypes.Structure):
+    """DmoeExpertPool."""
+
+    _fields_ = [("slots", ctypes.c_int32)] + [(name, ctypes.c_void_p) for name in ("slot_of_expert", "gate_up", "down")]
+
+
 class KernelError(Exception):
     """A kernel call was refused, or its launch failed."""
 
@@ -75,6 +81,12 @@ class KernelLibrary:
     def experts(self, shape: ExpertsShapeC, addresses: Sequence[int | None], stream: int) -> None:
         """`dmoe_experts`; hidden, ids, weights, gate_up, down, mixed, workspace."""
         self._call("dmoe_experts", ctypes.byref(shape), *_pointers(addresses, 7), ctypes.c_void_p(stream))
+
+    def experts_resident(self, shape: ExpertsShapeC, pool: ExpertPoolC, addresses: Sequence[int | None],
+                         stream: int) -> None:
+        """`dmoe_experts_resident`; addresses as in `experts`."""
+        self._call("dmoe_experts_resident", ctypes.byref(shape), ctypes.byref(pool), *_pointers(addresses, 7),
+                   ctypes.c_void_p(stream))
 
     def _call(self, name: str, *arguments: Any) -> None:
         self._check(getattr(self._library, name)(*arguments))

@@ -1,0 +1,15 @@
+"""Experts in slots on a GPU; the kernel reads misses from pinned host memory. On a CPU: test_gpu_residency_on_cpu."""
+
+from __future__ import annotations
+
+import pytest
+
+from .expert_checks import ExpertCase, routed_ids
+from .residency_checks import check_residency
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 32, 200])
+def test_any_table_gives_the_same_bits(space, kind, tokens):
+    case = ExpertCase(kind, routed_ids(tokens, 8, 256, min(64, tokens * 8), empty=0.02), 256, 2048, 512)
+    check_residency(space, case, slots=24)
