@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -113,19 +113,22 @@ def run(generator: Generator, questions: Sequence[Question], chosen: Sequence[Se
     refused: dict[Key, str] = {}
     answers: dict[Key, list[Generation]] = {}
     seconds: dict[Key, list[float]] = {}
-    for turn in range(-1, rounds):  # turn −1 warms up with one prompt, and finds out what is refused
+    for turn in range(-1, rounds):  # turn −1 warms up on a few tokens, and finds out what is refused
         for setting in chosen:
             key = _key(setting)
             if key in refused:
                 continue
             try:
-                results, elapsed = _answer(generator, questions[:1] if turn < 0 else questions, setting, advance)
+                if turn < 0:
+                    few = {**setting.options, "max_new_tokens": min(4, setting.options["max_new_tokens"])}
+                    _answer(generator, questions[:1], replace(setting, options=few), advance)
+                    continue
+                results, elapsed = _answer(generator, questions, setting, advance)
             except RequestError as error:
                 refused[key] = str(error)
                 continue
-            if turn >= 0:
-                answers[key] = results
-                seconds.setdefault(key, []).append(elapsed)
+            answers[key] = results
+            seconds.setdefault(key, []).append(elapsed)
     if len(refused) == len({_key(setting) for setting in chosen}):
         raise RequestError(f"No setting of this comparison fits the bundle; the first reason: "
                            f"{next(iter(refused.values()))}")
