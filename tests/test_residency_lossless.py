@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -127,6 +128,16 @@ def test_bad_options(sample_bundle):
                     {"experts_per_layer": 0}, {"expert_budget": "1G", "expert_refresh_interval": 0}):
         with pytest.raises(RequestError):
             _open(sample_bundle, **options)
+
+
+def test_a_dropped_generator_stops_its_threads(sample_bundle):
+    generator = _open(sample_bundle, expert_budget="25%")
+    generator.generate(QUESTIONS[0], max_new_tokens=32)
+    tier = generator.backend._tier
+    assert tier._watcher.is_alive()
+    del generator
+    gc.collect()
+    assert tier._closed and not tier._watcher.is_alive()
 
 
 def test_salient_steps_are_refused(sample_bundle):

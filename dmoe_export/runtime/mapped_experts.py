@@ -75,7 +75,7 @@ class MappedExperts:
         self._costs: Costs | None = None
         self._cursor = 0
         self._busy = 0
-        self._awake, self._lock = threading.Event(), threading.Lock()
+        self._awake, self._lock, self._giving_back = threading.Event(), threading.Lock(), threading.RLock()
         self._closed = False
         self._worker = ThreadPoolExecutor(1, "bring-experts")
         self.totals = Totals()
@@ -147,14 +147,16 @@ class MappedExperts:
         return dict(vars(self.totals))
 
     def close(self) -> None:
-        """Stop both threads."""
-        if not self._closed:
+        """Stop both threads; afterwards no page is given back, so that the session may go."""
+        with self._giving_back:
+            if self._closed:
+                return
             self._closed = True
-            self._awake.set()
-            self._worker.shutdown()
+        self._awake.set()
+        self._worker.shutdown(wait=False, cancel_futures=True)
+        if threading.current_thread() is not self._watcher:  # the collector may call from any thread
             self._watcher.join()
-            os.close(self._file)
-            os.close(self._statm)
+        os.close(self._file)
 
     def _work(self, change: int) -> None:
         with self._lock:
@@ -174,7 +176,8 @@ class MappedExperts:
 
     def _brought(self, done: Future[None]) -> None:
         self._work(-1)
-        done.result()
+        if not done.cancelled():
+            done.result()
 
     def _expert_bytes(self) -> int:
         return file_backed_bytes(self._statm) - self._other
@@ -196,6 +199,7 @@ class MappedExperts:
                 if time.monotonic() - self._calibrated > _CALIBRATE_EVERY:
                     self._calibrate()
             time.sleep(min(0.02, max(0.0005, (self._budget - self._expert_bytes()) / _FILL_RATE)))
+        os.close(self._statm)
 
     def _drop(self) -> None:
         """Give pages of non-residents back, layer by layer behind the forward, until half the reserve is free."""
@@ -204,9 +208,11 @@ class MappedExperts:
         for _ in range(len(self._tensors)):
             if held <= goal:
                 break
-            for first, count in _runs(~self._resident[self._cursor]):
-                for address, slab in self._tensors[self._cursor]:
-                    advise(address + first * slab, count * slab, DONTNEED)
+            with self._giving_back:
+                for first, count in _runs(~self._resident[self._cursor]):
+                    for address, slab in self._tensors[self._cursor]:
+                        if not self._closed:
+                            advise(address + first * slab, count * slab, DONTNEED)
             self._cursor = (self._cursor + 1) % len(self._tensors)
             held = self._expert_bytes()
         self.totals.dropped_bytes += max(0, before - held)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -70,6 +71,9 @@ class ResidentBackend:
         self._blocks: Ints | None = None  # active block per row, of the last denoise step
         self._seconds = self._refresh_seconds = 0.0
         self._costs: Costs | None = None
+        # Before the session goes: its addresses may be somebody else's afterwards.
+        self._finalizer = weakref.finalize(self, tier.close)
+        self._finalizer.atexit = False  # the process takes everything with it, drivers first
 
     def new_cache(self, rows: int) -> Any:
         """The other backend's cache."""
@@ -134,7 +138,7 @@ class ResidentBackend:
 
     def close(self) -> None:
         """Stop the tier; the backend stays usable."""
-        self._tier.close()
+        self._finalizer()
 
 
 def open_resident(bundle: Bundle, budget: ExpertBudget, interval: Interval,
