@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
+import torch
 from bundles import GOLDEN_GUARD
 from hypothesis import settings
 
 from dmoe_export import export_checkpoint
-from dmoe_export.bundle.reader import Bundle
+from dmoe_export.bundle.reader import Bundle, open_bundle
+from dmoe_export.bundle.writer import BundleWriter
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
+from dmoe_export.export.salient import export_salient
 
 # Landing must not hang on a lucky draw; by hand, every run looks somewhere else.
 settings.register_profile("ci", derandomize=True)
@@ -64,6 +69,15 @@ def salient_llada(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def salient_block(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A block-diffusion model with experts and the salient graph of dynamic counts."""
-    return export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("b") / "salient", salient=True)
+def salient_block(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """`tiny_bundle` (block diffusion, experts) and the salient graph of dynamic counts; traces only that."""
+    manifest, target = tiny_bundle.manifest, tmp_path_factory.mktemp("b") / "salient"
+    with BundleWriter(target) as writer:
+        for entry in manifest.files:
+            shutil.copyfile(tiny_bundle.folder / entry.path, writer.folder / entry.path)
+            writer.add_file(entry.path)
+        assert manifest.experts
+        salient = export_salient(ir.load(tiny_bundle.denoiser_path), manifest.model, manifest.routing, torch.float32,
+                                 manifest.experts.stored_width, (), writer)
+        writer.seal(manifest.model_copy(update={"salient": salient, "files": writer.entries}))
+    return open_bundle(target)
