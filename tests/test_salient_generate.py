@@ -77,8 +77,8 @@ def test_streaming(llada):
 
 def test_command_line(salient_llada):
     arguments = ["generate", str(salient_llada.folder), "--prompt-ids", "5,6,7", "--max-new-tokens", "16",
-                 "--steps", "4", "--eos-id", "-1", "--salient-threshold", "0.95", "--full-steps", "1", "--refresh-interval", "4",
-                 "--salient-capacity", "8", "--backend", "onnxruntime"]
+                 "--steps", "4", "--eos-id", "-1", "--salient-threshold", "0.95", "--full-steps", "1",
+                 "--refresh-interval", "4", "--salient-capacity", "8", "--backend", "onnxruntime"]
     result = CliRunner().invoke(main, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     stats = json.loads(result.stdout)["stats"]
