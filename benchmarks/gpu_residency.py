@@ -104,7 +104,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{r['misses']:>3} misses: {1e3 * r['ms']:>8.1f} us" for r in result["resident"]]
     cpu = f"{result['cpu']['ms']:.3f} ms on {result['cpu']['threads']} threads" if result["cpu"] else "not measured"
     return "\n".join([*lines, f"a miss: {result['ms_per_miss']:.3f} ms read by the kernel, "
-                      f"{result['ms_per_copy']:.3f} ms copied to a slot, {cpu} computed on the CPU (without the waiting)"])
+                      f"{result['ms_per_copy']:.3f} ms copied to a slot, {cpu} computed on the CPU (without "
+                      "the waiting)"])
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from dmoe_export import Generator
 from dmoe_export.bundle.manifest import FileEntry
 from dmoe_export.bundle.reader import hash_file
 from dmoe_export.errors import MissingRequirementError
+from dmoe_export.runtime import device_residency
 from dmoe_export.runtime import tensorrt as tensorrt_module
 from dmoe_export.runtime.budget import plan_budget
 from dmoe_export.runtime.device import DeviceMemoryError
@@ -172,6 +173,9 @@ def test_what_cannot_be(monkeypatch, golden_subject, golden_bundle, tmp_path):
         Setup(monkeypatch, golden_subject.bundle, memory=1 << 20).under_budget(32, 4)
     setup = Setup(monkeypatch, golden_subject.bundle)
 
+    with monkeypatch.context() as small, pytest.raises(DeviceMemoryError, match=r"keeps all 0.00 GB .* has 0.00 GB"):
+        small.setattr(device_residency, "machine_memory", lambda: 1 << 20)
+        setup.under_budget(32, 4)
     pinned = setup.device.pinned
 
     def no_large_ones(size):

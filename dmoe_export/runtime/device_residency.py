@@ -26,6 +26,7 @@ import numpy as np
 from ..bundle.manifest import EngineEntry, ExpertPool, WeightInput
 from ..bundle.reader import Bundle
 from .backend import Bools
+from .budget import machine_memory
 from .device import Device, DeviceError, DeviceMemoryError
 from .device_call import round_up
 from .device_memory import ALIGNMENT, Buffer, Pool, upload
@@ -70,6 +71,9 @@ class DeviceExperts:
         experts = weights[entry.expert_pools[0].gate_up].shape[0]
         self.slots = min(slots, experts)
         self.holds_all = self.slots == experts
+        if not self.holds_all:
+            self._check_host(sum(weights[name].bytes for layer in entry.expert_pools
+                                 for name in (layer.gate_up, layer.down)))
         self._keep: list[Any] = []  # memory that lives as long as this
         self.bindings: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._layers = [self._load(bundle, layer, weights) for layer in entry.expert_pools]
@@ -118,6 +122,14 @@ class DeviceExperts:
             self.bindings[pool_name] = slots, (self.slots, *weight.shape[1:])
             found.append(_Weights(master, slots, slab))
         return tuple(found)
+
+    @staticmethod
+    def _check_host(needed: int) -> None:
+        """Before minutes of loading."""
+        if needed > machine_memory():
+            raise DeviceMemoryError(
+                f"An expert budget on the device keeps all {needed / 1e9:.2f} GB of experts in host memory, this "
+                f"machine has {machine_memory() / 1e9:.2f} GB; use --backend onnxruntime, which leaves them on disk.")
 
     def _allocate(self, size: int) -> int:
         buffer: Buffer = self._pool.allocate(size)
