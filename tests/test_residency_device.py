@@ -77,7 +77,8 @@ def _run(monkeypatch, subject, percent, interval, pace, graphs=True):
     assert subject.answer(backend) == subject.tokens
     s = backend.statistics()
     assert s.hits + s.misses == subject.uses and s.residents_per_layer == slots
-    assert s.brought_bytes == s.promotions * subject.each and s.peak_bytes == slots * subject.layers * subject.each
+    assert s.brought_bytes % subject.each == 0 and s.brought_bytes <= s.promotions * subject.each
+    assert s.peak_bytes == slots * subject.layers * subject.each
     assert 0 <= s.promotions - s.evictions <= slots * subject.layers
     backend.close()
     return s, backend, setup

@@ -9,6 +9,8 @@ recorded graphs stay valid and follow the table. What changes, and in which orde
     arrive    table entry → slot        on the forwards' stream, before the first forward that finds the copy complete
 
 So no slot is written while a forward may read it, no forward waits for a copy, and a use before it arrived is a miss.
+Copies go in batches, the next one when the last has arrived: nobody is evicted before the copy that needs the slot can
+start, and who is no longer wanted by then is not copied.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from .device_memory import ALIGNMENT, Buffer, Pool, upload
 from .residency import Costs, Move
 from .tensorrt_engine import weight_path
 
+_BATCH = 256 << 20  # bytes of copies enqueued at once: 10 ms of PCIe 4
 _TIMED = 8  # experts copied to measure what bringing one costs
 
 
@@ -78,7 +81,8 @@ class DeviceExperts:
         self.bindings: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._layers = [self._load(bundle, layer, weights) for layer in entry.expert_pools]
         self._pitch = round_up(experts * 4, ALIGNMENT) // 4
-        self._assigned = np.full((len(self._layers), experts), -1, np.int32)  # whose a slot is, arrived or not
+        self._wanted: Bools = np.zeros((len(self._layers), experts), bool)  # residents as the policy has them
+        self._assigned = np.full(self._wanted.shape, -1, np.int32)  # whose a slot is, arrived or not
         if self.holds_all:
             self._assigned[:] = np.arange(experts)
         self._table = self._assigned.copy()  # what the next forward sees
@@ -90,7 +94,8 @@ class DeviceExperts:
         self._turn = 0
         for index, layer in enumerate(entry.expert_pools):
             self.bindings[layer.slot_of_expert] = self._device_table + index * self._pitch * 4, (experts,)
-        self._arrivals: deque[_Arrival] = deque()  # in the order of the side stream
+        self._arrivals: deque[_Arrival] = deque()  # of one batch, in the order of the side stream
+        self._first = 0  # layer that comes first in the next batch
         self._freed, self._spare = self._device.event(), list[Any]()
         self._costs: Costs | None = None
         self._brought_bytes = 0
@@ -151,14 +156,7 @@ class DeviceExperts:
     def forward_begins(self) -> None:
         """Show the next forward what has arrived; does not wait for anything."""
         with self._lock:
-            changed = False
-            while self._arrivals and self._device.reached(self._arrivals[0].event):
-                arrival = self._arrivals.popleft()
-                self._spare.append(arrival.event)
-                for expert, slot in arrival.slot_of.items():
-                    self._table[arrival.layer, expert] = slot
-                changed |= bool(arrival.slot_of)
-            if changed:
+            if self._arrived() and not self._start():
                 self._send_table()
             self.shown = self._table >= 0
 
@@ -166,24 +164,20 @@ class DeviceExperts:
         """Nothing to do: slots stay as they are."""
 
     def move(self, moves: list[Move]) -> None:
-        """Evict at once, copy on the side stream, show each expert when its copy is complete."""
+        """Start copying on the side stream, at once or when the copies of earlier moves have arrived."""
         if self.holds_all or not moves:
             return
         with self._lock:
-            slots = [self._assign(move) for move in moves]
-            self._send_table()
-            self._side_follows()
-            for move, slot_of in zip(moves, slots, strict=True):
-                for expert, slot in slot_of.items():
-                    for weights in self._layers[move.layer]:
-                        self._copy(weights, expert, weights.slots + slot * weights.slab)
-                event = self._spare.pop() if self._spare else self._device.event()
-                self._device.record(event, self._side)
-                self._arrivals.append(_Arrival(event, move.layer, slot_of))
+            for move in moves:
+                self._wanted[move.layer, move.evict[move.evict >= 0]] = False
+                self._wanted[move.layer, move.bring] = True
+            self._start()
 
     def wait(self) -> None:
         """Until everything that was moved has arrived; the next forward sees it."""
-        self._device.synchronize(self._side)
+        while self._arrivals:
+            self._device.synchronize(self._side)
+            self.forward_begins()
 
     def costs(self) -> Costs:
         """Copies timed once. A miss reads the same bytes over the same link, so it is taken to cost the same.
@@ -212,26 +206,59 @@ class DeviceExperts:
 
     def close(self) -> None:
         """Let copies end; what is resident stays, and stays right."""
-        self.wait()
+        self._device.synchronize(self._side)
 
-    def _assign(self, move: Move) -> dict[int, int]:
-        """Slots of the experts that come; whoever leaves is out of the table, and of what is still on its way."""
-        assigned, slot_of = self._assigned[move.layer], {}
-        for expert, leaves in zip(move.bring.tolist(), move.evict.tolist(), strict=True):
-            if leaves < 0:
-                slot = self._free[move.layer].pop()
+    def _arrived(self) -> bool:
+        """Enter into the table whose copies are complete; whether there were any."""
+        before = len(self._arrivals)
+        while self._arrivals and self._device.reached(self._arrivals[0].event):
+            arrival = self._arrivals.popleft()
+            self._spare.append(arrival.event)
+            for expert, slot in arrival.slot_of.items():
+                self._table[arrival.layer, expert] = slot
+        return len(self._arrivals) < before
+
+    def _start(self) -> bool:
+        """Enqueue the next batch if the last one has arrived: evictions, then copies; whether the table was sent."""
+        if self._arrivals:
+            return False
+        room, batch = _BATCH, []
+        for layer in np.roll(np.arange(len(self._layers)), -self._first).tolist():
+            each = sum(weights.slab for weights in self._layers[layer])
+            slot_of = self._assign(layer, -(-room // each))
+            room -= each * len(slot_of)
+            if slot_of:
+                batch.append((layer, slot_of))
+            if room <= 0:
+                self._first = layer
+                break
+        if batch:
+            self._send_table()
+            self._side_follows()
+        for layer, slot_of in batch:
+            for expert, slot in slot_of.items():
+                for weights in self._layers[layer]:
+                    self._device.copy(weights.slots + slot * weights.slab, weights.master + expert * weights.slab,
+                                      weights.slab, self._side)
+                    self._brought_bytes += weights.slab
+            event = self._spare.pop() if self._spare else self._device.event()
+            self._device.record(event, self._side)
+            self._arrivals.append(_Arrival(event, layer, slot_of))
+        return bool(batch)
+
+    def _assign(self, layer: int, most: int) -> dict[int, int]:
+        """Slots for at most `most` wanted experts that have none; who has to leave for them is out of the table."""
+        assigned, wanted, slot_of = self._assigned[layer], self._wanted[layer], {}
+        leave = np.flatnonzero(~wanted & (assigned >= 0)).tolist()
+        for expert in np.flatnonzero(wanted & (assigned < 0)).tolist()[:most]:
+            if self._free[layer]:
+                slot = self._free[layer].pop()
             else:
+                leaves = leave.pop()
                 slot = int(assigned[leaves])
-                assigned[leaves] = self._table[move.layer, leaves] = -1
-                for arrival in self._arrivals:
-                    if arrival.layer == move.layer:
-                        arrival.slot_of.pop(leaves, None)
+                assigned[leaves] = self._table[layer, leaves] = -1
             assigned[expert] = slot_of[expert] = slot
         return slot_of
-
-    def _copy(self, weights: _Weights, expert: int, to: int) -> None:
-        self._device.copy(to, weights.master + expert * weights.slab, weights.slab, self._side)
-        self._brought_bytes += weights.slab
 
     def _side_follows(self) -> None:
         """The side stream waits for what the forwards' stream has been given so far."""
