@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +184,11 @@ def test_manifest(salient_llada, tmp_path):
     text = (copy / "manifest.json").read_text()
     (copy / "manifest.json").write_text(text.replace(f'"path": "{entry.graph.file}"', '"path": "other.onnx"'))
     with pytest.raises(BundleError, match=f"uses {entry.graph.file} but does not list it"):
+        open_bundle(copy)
+    raw = json.loads(text)
+    raw["salient"]["fill"] = None
+    (copy / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(BundleError, match="at salient: .*need a fill graph"):
         open_bundle(copy)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..description import Frozen, ModelDescription, Precision, RoutingDescription
 
@@ -69,6 +69,12 @@ class SalientEntry(Frozen):
     graph: GraphEntry = Field(description="as many rows as are salient")
     fill: GraphEntry | None = Field(description="dense steps of static shapes; there if `fixed` is not empty")
     fixed: list[CapacityEntry]
+
+    @model_validator(mode="after")
+    def _fill_where_needed(self) -> SalientEntry:
+        if self.fixed and self.fill is None:
+            raise ValueError("graphs of fixed capacity need a fill graph")
+        return self
 
     @property
     def graphs(self) -> list[GraphEntry]:
