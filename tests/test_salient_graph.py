@@ -188,7 +188,7 @@ def test_manifest(salient_llada, tmp_path):
     raw = json.loads(text)
     raw["salient"]["fill"] = None
     (copy / "manifest.json").write_text(json.dumps(raw))
-    with pytest.raises(BundleError, match="at salient: .*need a fill graph"):
+    with pytest.raises(BundleError, match=r"at salient: .*need a fill graph"):
         open_bundle(copy)
 
 
