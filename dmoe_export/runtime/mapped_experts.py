@@ -70,12 +70,12 @@ class MappedExperts:
                                           "they lie), so no budget can be kept; leave the expert budget out.")
         self._resident: Bools = np.zeros((len(entry.layers), experts), bool)
         self._statm = os.open("/proc/self/statm", os.O_RDONLY)
+        self._awake, self._lock, self._giving_back = threading.Event(), threading.Lock(), threading.RLock()
         self._other, self._calibrated = 0, 0.0
         self._calibrate()
         self._costs: Costs | None = None
         self._cursor = 0
         self._busy = 0
-        self._awake, self._lock, self._giving_back = threading.Event(), threading.Lock(), threading.RLock()
         self._closed = False
         self._worker = ThreadPoolExecutor(1, "bring-experts")
         self.totals = Totals()
@@ -184,7 +184,10 @@ class MappedExperts:
 
     def _calibrate(self) -> None:
         """Measure what else is file-backed: libraries, dense weights. It grows as they are used, so we err upwards."""
-        self._other = file_backed_bytes(self._statm) - self._identity.resident_bytes()
+        with self._giving_back:
+            before, experts = file_backed_bytes(self._statm), self._identity.resident_bytes()
+            # Pages come, and under pressure go, while the tables are walked: the lower count keeps the error upwards.
+            self._other = min(before, file_backed_bytes(self._statm)) - experts
         self._calibrated = time.monotonic()
 
     def _watch(self) -> None:
@@ -196,8 +199,8 @@ class MappedExperts:
             self.totals.peak_bytes = max(self.totals.peak_bytes, held)
             if held > self._budget:
                 self._drop()
-                if time.monotonic() - self._calibrated > _CALIBRATE_EVERY:
-                    self._calibrate()
+            if time.monotonic() - self._calibrated > _CALIBRATE_EVERY:
+                self._calibrate()
             time.sleep(min(0.02, max(0.0005, (self._budget - self._expert_bytes()) / _FILL_RATE)))
         os.close(self._statm)
 
