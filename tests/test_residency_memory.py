@@ -74,6 +74,7 @@ def plain(wide_bundle):
     return answer["tokens"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("interval", ["auto", "1", "never"])
 def test_resident_memory_obeys_the_budget(wide_bundle, plain, interval):
     budget = 160 << 20
@@ -107,6 +108,7 @@ def cgroup():
     pytest.skip("this user cannot make a memory cgroup")
 
 
+@pytest.mark.alone
 def test_survives_a_hard_limit(wide_bundle, plain, cgroup):
     assert _within(110 << 20, wide_bundle, cgroup)["tokens"] == plain
 
