@@ -1,5 +1,6 @@
 # make demo   export the sample checkpoint and ask it a question
 # make test   lint, types and the fast tests (builds the plugin library first)
+# make check  prove the numerics of the demo's bundle; out/check.html is the report
 # make plugins  libdmoe_plugins.so for every GPU generation; needs no GPU and no TensorRT
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo test lint types plugins ort-ops engines test-slow accuracy bench-export bench-build gpu-test gpu-bench clean
+.PHONY: demo check bench-decode test lint types plugins ort-ops engines test-slow accuracy bench-export bench-build gpu-test gpu-bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
@@ -22,6 +23,13 @@ demo: out/sample.bundle/manifest.json
 	$(BIN)/dmoe-export inspect out/sample.bundle
 	@echo; echo "> $(QUESTION)"
 	$(BIN)/dmoe-export generate out/sample.bundle --prompt "$(QUESTION)" --max-new-tokens 32
+
+check: out/sample.bundle/manifest.json
+	$(BIN)/dmoe-export check out/sample.bundle --reference samples/tiny-dmoe --report out/check.html
+
+bench-decode: out/sample.bundle/manifest.json
+	$(BIN)/dmoe-export bench decode out/sample.bundle --prompts-file samples/tiny-dmoe/held_out.jsonl --limit 100 \
+		--max-new-tokens 32 --cache none,block --out out/decode.json --plot out/decode.png
 
 PLUGINS := dmoe_export/lib/libdmoe_plugins.so
 SOURCES := $(shell find plugins -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' -o -name CMakeLists.txt)
