@@ -62,6 +62,13 @@ def test_the_same_as_the_eager_loop(llada, salient_llada, options):
             for i, p in enumerate(PROMPTS)] == want
 
 
+def test_more_rows_than_the_capacity_become_a_dense_step(llada):
+    """Above 1 every row is salient, so no step fits 8 rows: each is repeated densely: the exact oracle."""
+    answers = llada.generate(PROMPTS, **COMMON, salient_threshold=1.5, salient_capacity=8)
+    assert [answer.token_ids for answer in answers] == tokens(llada, salient_threshold=1.5, exact_first_layer=True)
+    assert all(answer.stats.salient_overflows > 0 for answer in answers)
+
+
 def test_fewer_experts_are_used(block):
     plain = block.generate(PROMPTS[:1], **COMMON)[0].stats
     sparse = block.generate(PROMPTS[:1], salient_threshold=0.9, **COMMON)[0].stats
