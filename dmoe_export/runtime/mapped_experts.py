@@ -68,6 +68,7 @@ class MappedExperts:
         if any(len(tensors) < 2 for tensors in self._tensors):
             raise MissingRequirementError(f"ONNX Runtime has not mapped {path} (it copies weights it cannot use as "
                                           "they lie), so no budget can be kept; leave the expert budget out.")
+        self._brim = budget * (1 - RESERVE / 2)  # half the reserve is for what comes while the watcher is not running
         self._resident: Bools = np.zeros((len(entry.layers), experts), bool)
         self._statm = os.open("/proc/self/statm", os.O_RDONLY)
         self._awake, self._lock, self._giving_back = threading.Event(), threading.Lock(), threading.RLock()
@@ -197,16 +198,16 @@ class MappedExperts:
             self._awake.wait()
             held = self._expert_bytes()
             self.totals.peak_bytes = max(self.totals.peak_bytes, held)
-            if held > self._budget:
+            if held > self._brim:
                 self._drop()
             if time.monotonic() - self._calibrated > _CALIBRATE_EVERY:
                 self._calibrate()
-            time.sleep(min(0.02, max(0.0005, (self._budget - self._expert_bytes()) / _FILL_RATE)))
+            time.sleep(min(0.02, max(0.0005, (self._brim - self._expert_bytes()) / _FILL_RATE)))
         os.close(self._statm)
 
     def _drop(self) -> None:
-        """Give pages of non-residents back, layer by layer behind the forward, until half the reserve is free."""
-        start, goal = time.perf_counter(), self._budget * (1 - RESERVE / 2)
+        """Give pages of non-residents back, layer by layer behind the forward, until the reserve is free."""
+        start, goal = time.perf_counter(), self._budget * (1 - RESERVE)
         before = held = self._expert_bytes()
         for _ in range(len(self._tensors)):
             if held <= goal:
