@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 RoutingMode = Literal["token", "top_p", "top_c"]
 Precision = Literal["fp32", "fp16", "bf16"]
+QuantisedPrecision = Literal["int8", "int4"]
+ExportPrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+"""What an export may be asked for: a type for everything, or integers for the routed experts."""
 
 
 RUNTIME_SETTINGS: dict[RoutingMode, tuple[str, ...]] = {
@@ -19,6 +22,18 @@ class Frozen(BaseModel):
     """Immutable, and strict about unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ExpertQuantisation(Frozen):
+    """How routed experts are stored as integers: weights alone, symmetric, a scale per group (ops/experts)."""
+
+    bits: Literal[8, 4]
+    group_size: Literal[32, 64, 128] = Field(description="G: values along the product's inner axis that share a scale")
+
+    @property
+    def name(self) -> QuantisedPrecision:
+        """int8 or int4."""
+        return "int8" if self.bits == 8 else "int4"
 
 
 class MoeDescription(Frozen):

@@ -4,20 +4,25 @@
 `gate_up [E, 2I, H]` holds gate and up rows interleaved (row 2i = gate i, row 2i + 1 = up i), `down [E, H, I]`; so one
 expert is two contiguous slabs. Products in the hidden state's precision, the weighted sum in float32.
 Only experts that occur in `expert_ids` are read.
+
+Quantised experts (`QUANTISED_SCHEMA`: the same op with two more inputs and two attributes) are integers of `bits` bits
+with one scale per group of `group_size` values along the last axis, symmetric: value = (u − offset) · scale, where u is
+the stored unsigned integer and the offset 2^(bits − 1), 128 or 8. Of 4 bits two values share a byte, the even index in
+the low nibble. So `gate_up` is uint8 [E, 2I, H·bits/8] with `gate_up_scales [E, 2I, H/G]`, `down` is uint8
+[E, H, I·bits/8] with `down_scales [E, H, I/G]`; scales have the hidden state's type, and G divides H and I.
 """
 
 from ..schema import OpSchema
 
-SCHEMA = OpSchema(
-    name="DmoeExperts",
-    version=1,
-    inputs=(
-        "hidden",  # [N, H], N tokens
-        "expert_ids",  # [N, k] int32, −1 = none
-        "expert_weights",  # [N, k] float32
-        "gate_up",  # [E, 2I, H]
-        "down",  # [E, H, I]
-    ),
-    outputs=("mixed",),  # [N, H], type of hidden
-    attributes=(),
+_INPUTS = (
+    "hidden",  # [N, H], N tokens
+    "expert_ids",  # [N, k] int32, −1 = none
+    "expert_weights",  # [N, k] float32
+    "gate_up",  # [E, 2I, H], or packed
+    "down",  # [E, H, I], or packed
 )
+_OUTPUTS = ("mixed",)  # [N, H], type of hidden
+
+SCHEMA = OpSchema("DmoeExperts", 1, _INPUTS, _OUTPUTS, attributes=())
+QUANTISED_SCHEMA = OpSchema("DmoeExperts", 1, (*_INPUTS, "gate_up_scales", "down_scales"), _OUTPUTS,
+                            attributes=("bits", "group_size"))
