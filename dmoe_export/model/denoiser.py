@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..description import ModelDescription, RoutingDescription
+from ..description import ExpertQuantisation, ModelDescription, RoutingDescription
 from .attention import Attention
 from .layers import FeedForward, attention_bias, full_bias, rotary_angles
 from .moe import MoE, RoutingSettings
@@ -35,12 +35,12 @@ class Layer(nn.Module):
     """Pre-norm transformer layer; its feed-forward is dense or a mixture."""
 
     def __init__(self, d: ModelDescription, routing: RoutingDescription, index: int, dtype: torch.dtype,
-                 stored_width: int | None) -> None:
+                 stored_width: int | None, quantisation: ExpertQuantisation | None = None) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(d.hidden_size, eps=d.rms_eps, dtype=dtype)
         self.attention = Attention(d, dtype)
         self.ffn_norm = nn.RMSNorm(d.hidden_size, eps=d.rms_eps, dtype=dtype)
-        self.ffn: FeedForward | MoE = (MoE(d, routing, dtype, stored_width) if index in d.moe_layers
+        self.ffn: FeedForward | MoE = (MoE(d, routing, dtype, stored_width, quantisation) if index in d.moe_layers
                                        else FeedForward(d.hidden_size, d.dense_width, dtype))
 
 
@@ -52,13 +52,15 @@ class Denoiser(nn.Module):
     """
 
     def __init__(self, description: ModelDescription, routing: RoutingDescription,
-                 dtype: torch.dtype = torch.float32, stored_width: int | None = None) -> None:
+                 dtype: torch.dtype = torch.float32, stored_width: int | None = None,
+                 quantisation: ExpertQuantisation | None = None) -> None:
         super().__init__()
         d = self.description = description
         self.routing = routing
         self.dtype = dtype
         self.embed = nn.Embedding(d.vocab_size, d.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(Layer(d, routing, i, dtype, stored_width) for i in range(d.num_layers))
+        self.layers = nn.ModuleList(Layer(d, routing, i, dtype, stored_width, quantisation)
+                                    for i in range(d.num_layers))
         self.norm = nn.RMSNorm(d.hidden_size, eps=d.rms_eps, dtype=dtype)
         self.lm_head = nn.Linear(d.hidden_size, d.vocab_size, bias=False, dtype=dtype)
         self.tie()

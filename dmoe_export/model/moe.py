@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..description import ModelDescription, RoutingDescription
+from ..description import ExpertQuantisation, ModelDescription, RoutingDescription
 from ..ops.block_route.attributes import RouteAttributes
 from ..ops.torch_ops import block_route, experts
 from .layers import FeedForward
@@ -48,17 +48,18 @@ class MoE(nn.Module):
     """Routed experts plus shared experts."""
 
     def __init__(self, d: ModelDescription, routing: RoutingDescription, dtype: torch.dtype,
-                 stored_width: int | None = None) -> None:
+                 stored_width: int | None = None, quantisation: ExpertQuantisation | None = None) -> None:
         super().__init__()
         moe = d.experts
         width = stored_width or moe.expert_width  # wider than expert_width when the bundle pads slabs to pages
         self.num_experts = moe.num_experts
         self.attributes = RouteAttributes.of(moe, routing.mode, routing.block_length)
         self.router = Router(d.hidden_size, moe.num_experts, moe.expert_bias)
-        self.gate_up = nn.Parameter(torch.empty(moe.num_experts, 2 * width, d.hidden_size, dtype=dtype))
-        self.down = nn.Parameter(torch.empty(moe.num_experts, d.hidden_size, width, dtype=dtype))
+        self.quantisation = quantisation
+        self.gate_up, self.gate_up_scales = _weights((moe.num_experts, 2 * width, d.hidden_size), dtype, quantisation)
+        self.down, self.down_scales = _weights((moe.num_experts, d.hidden_size, width), dtype, quantisation)
         self.shared = FeedForward(d.hidden_size, moe.shared_width, dtype) if moe.shared_width else None
-        if not self.gate_up.is_meta:
+        if not self.gate_up.is_meta and quantisation is None:
             nn.init.normal_(self.gate_up, std=d.hidden_size**-0.5)
             nn.init.normal_(self.down, std=moe.expert_width**-0.5)
 
@@ -70,5 +71,16 @@ class MoE(nn.Module):
         if bias is None:  # the op always takes one; in the graph it is a constant of zeros
             bias = torch.zeros(self.num_experts, device=x.device)
         ids, weights, _ = block_route(logits, bias, position_ids, *settings, self.attributes)
-        mixed = experts(x, ids.flatten(0, 1), weights.flatten(0, 1), self.gate_up, self.down)
+        scales = None if self.quantisation is None else (self.gate_up_scales, self.down_scales)
+        mixed = experts(x, ids.flatten(0, 1), weights.flatten(0, 1), self.gate_up, self.down, scales, self.quantisation)
         return (mixed if self.shared is None else mixed + self.shared(x)), ids, logits
+
+
+def _weights(shape: tuple[int, int, int], dtype: torch.dtype,
+             how: ExpertQuantisation | None) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Room for the experts' weights; quantised, for packed integers and their scales."""
+    if how is None:
+        return nn.Parameter(torch.empty(shape, dtype=dtype)), None
+    experts, rows, inner = shape
+    return (nn.Parameter(torch.empty(experts, rows, inner * how.bits // 8, dtype=torch.uint8), requires_grad=False),
+            nn.Parameter(torch.empty(experts, rows, inner // how.group_size, dtype=dtype), requires_grad=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..description import ExpertQuantisation
 from . import block_route as route_op
 from . import experts as experts_op
 from .block_route.attributes import RouteAttributes
@@ -28,11 +29,13 @@ def block_route(router_logits: Tensor, expert_bias: Tensor, position_ids: Tensor
     return ids, weights, coreset
 
 
-def experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """`DmoeExperts`; arguments and results as in ops/experts/__init__.py."""
-    inputs = (hidden, expert_ids, expert_weights, gate_up, down)
+def experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor,
+            scales: tuple[Tensor, Tensor] | None = None, quantisation: ExpertQuantisation | None = None) -> Tensor:
+    """`DmoeExperts`; arguments and results as in ops/experts/__init__.py. `scales` of gate_up and of down."""
+    inputs = (hidden, expert_ids, expert_weights, gate_up, down, *(scales or ()))
     if not torch.onnx.is_in_onnx_export():
         return eager_experts(*inputs)
-    schema = experts_op.SCHEMA
-    return torch.onnx.ops.symbolic(schema.qualified_name, inputs, dict(schema.plugin_attributes), dtype=hidden.dtype,
+    schema = experts_op.QUANTISED_SCHEMA if quantisation else experts_op.SCHEMA
+    attributes = dict(schema.plugin_attributes) | (quantisation.model_dump() if quantisation else {})
+    return torch.onnx.ops.symbolic(schema.qualified_name, inputs, attributes, dtype=hidden.dtype,
                                    shape=hidden.shape, version=schema.version)

@@ -3,6 +3,11 @@
 ONNX Runtime's op routes by softmax over `router_probs`. With one row per pair and k = 1 the chosen expert's
 probability is exactly 1, so the weights stay outside, in float32, and need not sum to 1.
 A pair without an expert (id −1) borrows the largest id of the forward: no expert is read that is not already active.
+
+Quantised experts go to `com.microsoft.QMoE` in the same way, with one trick. Weights that ONNX Runtime knows to be
+constant are packed again when the model is loaded, all experts of them, and 8-bit products then round the hidden state
+to 8 bits as well (relative error 1e-2). So the body reshapes the weights to the shape they have, plus a zero that only
+a run knows: nothing is copied, nothing is known before, and the op dequantises the active experts to float32.
 """
 
 from __future__ import annotations
@@ -10,15 +15,27 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
+from ...description import ExpertQuantisation
 from ..schema import DOMAIN, OPSET, int64s
-from . import SCHEMA
+from . import QUANTISED_SCHEMA, SCHEMA
+
+_SWIGLU = ('k = 1, activation_type = "swiglu", swiglu_fusion = 1, activation_alpha = 1.0, activation_beta = 0.0, '
+           "normalize_routing_weights = 1")
 
 
-def experts_body(num_experts: int, experts_per_token: int, hidden_size: int, elem_type: int) -> onnx.FunctionProto:
-    """The function body for these sizes; `elem_type` is the hidden state's onnx.TensorProto type."""
+def experts_body(num_experts: int, experts_per_token: int, hidden_size: int, elem_type: int,
+                 quantisation: ExpertQuantisation | None = None, width: int = 0) -> onnx.FunctionProto:
+    """The function body for these sizes; `elem_type` is the hidden state's onnx.TensorProto type.
+
+    `width`: I as stored, asked for with `quantisation` only.
+    """
+    schema = QUANTISED_SCHEMA if quantisation else SCHEMA
+    attributes = ", ".join(("plugin_namespace", "plugin_version", *schema.attributes))
+    product = (_quantised_product(quantisation, num_experts, hidden_size, width) if quantisation
+               else f"row_out = com.microsoft.MoE <{_SWIGLU}> (rows, probs, gate_up, , down)")
     text = f"""
     <opset_import: ["" : {OPSET}, "com.microsoft" : 1], domain: "{DOMAIN}">
-    {SCHEMA.name} <plugin_namespace, plugin_version> ({", ".join(SCHEMA.inputs)}) => ({", ".join(SCHEMA.outputs)})
+    {schema.name} <{attributes}> ({", ".join(schema.inputs)}) => ({", ".join(schema.outputs)})
     {{
       flat = {int64s(-1)}
       pair_ids = Reshape (expert_ids, flat)
@@ -38,8 +55,7 @@ def experts_body(num_experts: int, experts_per_token: int, hidden_size: int, ele
       hidden_pairs = Tile (hidden_column, repeats)
       row_shape = {int64s(-1, hidden_size)}
       rows = Reshape (hidden_pairs, row_shape)
-      row_out = com.microsoft.MoE <k = 1, activation_type = "swiglu", swiglu_fusion = 1, activation_alpha = 1.0,
-        activation_beta = 0.0, normalize_routing_weights = 1> (rows, probs, gate_up, , down)
+      {product}
       row_out_f = Cast <to = 1> (row_out)
       pair_shape = Shape (hidden_pairs)
       pair_out = Reshape (row_out_f, pair_shape)
@@ -54,3 +70,20 @@ def experts_body(num_experts: int, experts_per_token: int, hidden_size: int, ele
     }}
     """
     return onnx.parser.parse_function(text)
+
+
+def _quantised_product(how: ExpertQuantisation, experts: int, hidden: int, width: int) -> str:
+    """`row_out` from weights whose shape is known when it runs."""
+    gate_up, down = (int64s(experts, 2 * width, hidden * how.bits // 8), int64s(experts, hidden, width * how.bits // 8))
+    return f"""
+      never_above = Min (active_id, zero_id)
+      run_time_zero = Cast <to = 7> (never_above)
+      gate_up_shape = {gate_up}
+      gate_up_shape_now = Add (gate_up_shape, run_time_zero)
+      gate_up_now = Reshape (gate_up, gate_up_shape_now)
+      down_shape = {down}
+      down_shape_now = Add (down_shape, run_time_zero)
+      down_now = Reshape (down, down_shape_now)
+      row_out = com.microsoft.QMoE <{_SWIGLU}, expert_weight_bits = {how.bits}, block_size = {how.group_size}> (rows,
+        probs, gate_up_now, gate_up_scales, , down_now, down_scales)
+"""
