@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..description import Frozen, ModelDescription, Precision, RoutingDescription
+from ..description import ExpertQuantisation, Frozen, ModelDescription, Precision, RoutingDescription
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -88,6 +88,8 @@ class ExpertLayer(Frozen):
     layer: int
     gate_up_offset: int
     down_offset: int
+    gate_up_scales_offset: int | None = Field(None, description="where experts are quantised")
+    down_scales_offset: int | None = None
 
 
 class ExpertsEntry(Frozen):
@@ -98,11 +100,25 @@ class ExpertsEntry(Frozen):
     gate_up_slab_bytes: int
     down_slab_bytes: int
     layers: list[ExpertLayer]
+    quantisation: ExpertQuantisation | None = Field(None, description="null: weights are in the bundle's precision")
+    gate_up_scales_slab_bytes: int = 0
+    down_scales_slab_bytes: int = 0
+
+    @model_validator(mode="after")
+    def _scales_where_quantised(self) -> ExpertsEntry:
+        places = [offset for layer in self.layers for offset in (layer.gate_up_scales_offset, layer.down_scales_offset)]
+        sizes = [self.gate_up_scales_slab_bytes, self.down_scales_slab_bytes]
+        if self.quantisation and (None in places or 0 in sizes):
+            raise ValueError("quantised experts need scales")
+        if not self.quantisation and (any(place is not None for place in places) or any(sizes)):
+            raise ValueError("scales need quantisation")
+        return self
 
     @property
     def bytes_per_expert(self) -> int:
-        """Bytes that using one expert touches."""
-        return self.gate_up_slab_bytes + self.down_slab_bytes
+        """Bytes that using one expert touches, scales included."""
+        return (self.gate_up_slab_bytes + self.down_slab_bytes + self.gate_up_scales_slab_bytes
+                + self.down_scales_slab_bytes)
 
 
 class CheckpointEntry(Frozen):
@@ -218,3 +234,14 @@ class Manifest(Frozen):
     def bytes_per_expert(self) -> int:
         """Bytes that using one expert touches; 0 for a dense model."""
         return self.experts.bytes_per_expert if self.experts else 0
+
+    @property
+    def quantisation(self) -> ExpertQuantisation | None:
+        """How routed experts are quantised, if they are."""
+        return self.experts.quantisation if self.experts else None
+
+    @property
+    def precision_in_words(self) -> str:
+        """Such as "fp32" or "fp32, experts int4 in groups of 64"."""
+        how = self.quantisation
+        return self.precision + (f", experts {how.name} in groups of {how.group_size}" if how else "")

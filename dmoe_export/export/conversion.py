@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..bundle.writer import PAGE
 from ..checkpoint.family import Checkpoint
+from ..description import ExpertQuantisation
 from ..errors import CheckpointError
 from ..model.load import interleave
+from ..ops.experts.quantised import quantise
 
 DENSE_FILE, EXPERTS_FILE = "denoiser.onnx.data", "experts.bin"
 
@@ -31,9 +33,13 @@ class StoredTensor:
     chunks: Iterator[memoryview]
 
 
-def padded_width(hidden: int, width: int, itemsize: int) -> int:
-    """Least I' ≥ I for which every expert slab of H·I'·itemsize bytes is whole pages."""
-    step = PAGE // math.gcd(PAGE, hidden * itemsize)
+def padded_width(hidden: int, width: int, itemsize: int, how: ExpertQuantisation | None = None) -> int:
+    """Least I' ≥ I for which every expert slab of H·I'·itemsize bytes is whole pages.
+
+    Quantised: of H·I'·bits/8 bytes, and groups fill I'. The scales beside it need not be whole pages.
+    """
+    bits = how.bits if how else 8 * itemsize
+    step = math.lcm(8 * PAGE // math.gcd(8 * PAGE, hidden * bits), how.group_size if how else 1)
     return -(-width // step) * step
 
 
@@ -68,9 +74,10 @@ class Conversion:
     """Reads trunk and first layers of a checkpoint tensor by tensor: one chunk or one expert is in memory at a time."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, stored_width: int,
-                 layers: int | None = None) -> None:
+                 layers: int | None = None, quantisation: ExpertQuantisation | None = None) -> None:
         """`layers` None: all that the checkpoint object keeps."""
         self._checkpoint, self._dtype, self._width = checkpoint, dtype, stored_width
+        self._how = quantisation
         self._layers = checkpoint.description.num_layers if layers is None else layers
         self.digests = Digests(self._layers)
 
@@ -88,7 +95,7 @@ class Conversion:
             yield StoredTensor(ours, layer, dtype, shape, self._dense_chunks(tensors, layer, dtype))
 
     def experts(self) -> Iterator[StoredTensor]:
-        """Routed experts: per layer [E, 2I', H] interleaved, then [E, H, I']."""
+        """Routed experts: per layer [E, 2I', H] interleaved, then [E, H, I']; quantised, each before its scales."""
         d, width = self._checkpoint.description, self._width
         for layer in d.moe_layers:
             if layer >= self._layers:
@@ -96,27 +103,51 @@ class Conversion:
             number, pad = d.experts.num_experts, width - d.experts.expert_width
             for part, shape, padding in (("gate_up", (number, 2 * width, d.hidden_size), (0, 0, 0, 2 * pad)),
                                          ("down", (number, d.hidden_size, width), (0, pad))):
-                yield StoredTensor(f"layers.{layer}.ffn.{part}", layer, self._dtype, shape,
-                                   self._expert_chunks(layer, part, padding))
+                name, slabs = f"layers.{layer}.ffn.{part}", self._slabs(layer, part, padding)
+                if self._how is None:
+                    yield StoredTensor(name, layer, self._dtype, shape, (raw_bytes(slab) for slab in slabs))
+                else:
+                    yield from self._quantised(name, layer, shape, slabs, self._how)
 
     def _dense_chunks(self, tensors: tuple[str, ...], layer: int | None, dtype: torch.dtype) -> Iterator[memoryview]:
         for tensor in tensors:
             self.digests.update(layer, tensor.encode())
             for chunk in self._checkpoint.reader.chunks(tensor):
-                yield self._converted(chunk, layer, dtype, tensor)
+                yield raw_bytes(self._converted(chunk, layer, dtype, tensor))
 
-    def _expert_chunks(self, layer: int, part: str, padding: tuple[int, ...]) -> Iterator[memoryview]:
+    def _quantised(self, name: str, layer: int, shape: tuple[int, ...], slabs: Iterator[Tensor],
+                   how: ExpertQuantisation) -> Iterator[StoredTensor]:
+        """Packed weights, then their scales, which wait in memory meanwhile: bits / 2G of a layer's tensor in fp32."""
+        scales: list[Tensor] = []
+
+        def packed() -> Iterator[memoryview]:
+            for slab in slabs:
+                integers, slab_scales = quantise(slab, how, self._dtype)
+                if not torch.isfinite(slab_scales).all():
+                    raise CheckpointError(f"Tensor {name} from {self._checkpoint.folder} has values that are not "
+                                          "finite, or beyond the type of its scales; use --dense-precision fp32.")
+                scales.append(slab_scales)
+                yield raw_bytes(integers)
+
+        *rows, inner = shape
+        yield StoredTensor(name, layer, torch.uint8, (*rows, inner * how.bits // 8), packed())
+        yield StoredTensor(f"{name}_scales", layer, self._dtype, (*rows, inner // how.group_size),
+                           (raw_bytes(slab) for slab in scales))
+
+    def _slabs(self, layer: int, part: str, padding: tuple[int, ...]) -> Iterator[Tensor]:
         weights = self._checkpoint.weights
         self.digests.update(layer, part.encode())
         for expert in range(self._checkpoint.description.experts.num_experts):
             slab = interleave(*weights.gate_up(layer, expert)) if part == "gate_up" else weights.down(layer, expert)
-            yield self._converted(slab, layer, self._dtype, f"of layer {layer}'s experts", padding)
+            dtype = torch.float32 if self._how else self._dtype
+            yield self._converted(slab, layer, dtype, f"of layer {layer}'s experts", padding)
 
     def _converted(self, tensor: Tensor, layer: int | None, dtype: torch.dtype, name: str,
-                   padding: tuple[int, ...] = ()) -> memoryview:
+                   padding: tuple[int, ...] = ()) -> Tensor:
         self.digests.update(layer, raw_bytes(tensor))  # before type and padding: digests are the checkpoint's alone
         out = F.pad(tensor.to(dtype), padding)
         if dtype == torch.float16 and not torch.isfinite(out).all():
+            option = "--dense-precision" if self._how else "--precision"
             raise CheckpointError(f"Tensor {name} in {self._checkpoint.folder} has values beyond float16; "
-                                  "use --precision bf16 or fp32.")
-        return raw_bytes(out)
+                                  f"use {option} bf16 or fp32.")
+        return out

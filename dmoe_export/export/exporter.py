@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -20,10 +21,19 @@ from ..checkpoint.config_fields import Fields
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.hub import resolve_checkpoint
 from ..checkpoint.text import chat_template, tokenizer_json
-from ..description import RUNTIME_SETTINGS, ModelDescription, Precision, RoutingDescription, RoutingMode
+from ..description import (
+    RUNTIME_SETTINGS,
+    ExpertQuantisation,
+    ExportPrecision,
+    ModelDescription,
+    Precision,
+    RoutingDescription,
+    RoutingMode,
+)
 from ..errors import CheckpointError, InputError
 from .conversion import identity, padded_width
 from .graph_file import save_graph
+from .quantisation import choose_precision
 from .salient import check_capacities, export_salient
 from .trace import trace_denoiser
 from .weights import WeightStream
@@ -35,13 +45,16 @@ Report = Callable[[str, int, int], None]
 """Told the phase, the bytes written and the bytes to write."""
 
 
-def export_checkpoint(checkpoint: str | Path, out: str | Path, *, precision: Precision = "fp32",
+def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *, precision: ExportPrecision = "fp32",
+                      dense_precision: Precision | None = None, group_size: int | None = None,
                       routing: RoutingMode | None = None, block_length: int = 32, layers: int | None = None,
                       top_p: float | None = None, min_experts: int | None = None, coreset_size: int | None = None,
                       salient: bool = False, salient_capacity: Sequence[int] = (), overwrite: bool = False,
                       report: Report | None = None) -> Bundle:
     """Export a checkpoint folder or hub id to the bundle folder `out`, and open it.
 
+    `precision` int8 or int4 quantises the routed experts, with a scale per `group_size` weights (64, or 32 where the
+    hidden size takes no 64), and keeps the rest in `dense_precision` (fp32; docs/quantisation.md).
     `layers` keeps the first N layers. `routing` None: `top_p` for block diffusion with experts, `token` for
     full-canvas models, which were trained with it; a dense model takes no other. `top_p`, `min_experts`,
     `coreset_size` set the bundle's defaults (0.6 or the checkpoint's core_threshold; k + groups − groups kept; the
@@ -49,18 +62,21 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, *, precision: Pre
     static shapes for each M it names (docs/salient.md).
     Raises CheckpointError for what cannot be read, OutputError for what cannot be written; `out` is complete or absent.
     """
-    if precision not in DTYPES or routing not in (None, *RUNTIME_SETTINGS):
-        raise InputError(f"Precision {precision!r} or routing {routing!r} is not known; known: {', '.join(DTYPES)} and "
-                         f"{', '.join(RUNTIME_SETTINGS)}.")
-    source = Checkpoint(resolve_checkpoint(checkpoint), layers)
-    d, dtype = source.description, DTYPES[precision]
+    if precision not in get_args(ExportPrecision) or routing not in (None, *RUNTIME_SETTINGS):
+        raise InputError(f"Precision {precision!r} or routing {routing!r} is not known; known: "
+                         f"{', '.join(get_args(ExportPrecision))} and {', '.join(RUNTIME_SETTINGS)}.")
+    source = (checkpoint if isinstance(checkpoint, Checkpoint)
+              else Checkpoint(resolve_checkpoint(checkpoint), layers))
+    d = source.description
+    kept, how = choose_precision(d, precision, dense_precision, group_size)
+    dtype = DTYPES[kept]
     route = _routing(source, routing, block_length,
                      {"top_p": top_p, "min_experts": min_experts, "coreset_size": coreset_size})
     if salient_capacity and not salient:
         raise InputError("salient_capacity adds to the salient graph; give salient (--salient), too.")
     check_capacities(d, route, tuple(salient_capacity))
-    width = padded_width(d.hidden_size, d.moe.expert_width, dtype.itemsize) if d.moe else 0
-    total = _weight_bytes(d, width, dtype)
+    width = padded_width(d.hidden_size, d.moe.expert_width, dtype.itemsize, how) if d.moe else 0
+    total = _weight_bytes(d, width, dtype, how)
     written = 0
 
     def advance(count: int) -> None:
@@ -71,16 +87,16 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, *, precision: Pre
     tell = report or (lambda phase, done, of: None)
     with BundleWriter(out, overwrite, bytes_needed=total) as writer:
         tell("trace", 0, total)
-        model = trace_denoiser(d, route, dtype, width)
-        stream = WeightStream(source, writer, model, dtype, width, advance)
+        model = trace_denoiser(d, route, dtype, width, how)
+        stream = WeightStream(source, writer, model, dtype, width, advance, how)
         stream.write_dense()
         expert_entry = stream.write_experts()
         tell("check", total, total)
         graph = save_graph(model, writer, GRAPH_FILE)
-        salient_entry = (export_salient(model, d, route, dtype, width, tuple(salient_capacity), writer) if salient
-                         else None)
+        salient_entry = (export_salient(model, d, route, dtype, width, tuple(salient_capacity), writer, how)
+                         if salient else None)
         manifest = Manifest(
-            created_by=f"dmoe-export {__version__}", model=d, routing=route, precision=precision,
+            created_by=f"dmoe-export {__version__}", model=d, routing=route, precision=kept,
             checkpoint=CheckpointEntry(identity=identity(source, stream.parts), parts=stream.parts,
                                        layers_total=source.full_description.num_layers),
             denoiser=graph, salient=salient_entry, experts=expert_entry, tokenizer=_copy_text(source, writer),
@@ -115,12 +131,15 @@ def _routing(source: Checkpoint, mode: RoutingMode | None, block_length: int,
     return base.model_copy(update=chosen)
 
 
-def _weight_bytes(d: ModelDescription, width: int, dtype: torch.dtype) -> int:
+def _weight_bytes(d: ModelDescription, width: int, dtype: torch.dtype, how: ExpertQuantisation | None) -> int:
     """About what the data files will take."""
-    layer = 3 * d.hidden_size * (d.moe.num_experts * width + d.moe.shared_width) if d.moe else 0
+    per_weight = how.bits / 8 + dtype.itemsize / how.group_size if how else dtype.itemsize
+    experts = int(3 * d.hidden_size * width * d.moe.num_experts * per_weight) if d.moe else 0
+    shared = 3 * d.hidden_size * d.moe.shared_width if d.moe else 0
     attention = d.hidden_size * d.head_dim * 2 * (d.num_heads + d.num_kv_heads)
     dense = 2 * d.vocab_size * d.hidden_size + 3 * d.hidden_size * d.dense_width * d.moe_layers.start
-    return dtype.itemsize * (len(d.moe_layers) * layer + d.num_layers * attention + dense)
+    return (len(d.moe_layers) * experts
+            + dtype.itemsize * (len(d.moe_layers) * shared + d.num_layers * attention + dense))
 
 
 def _copy_text(source: Checkpoint, writer: BundleWriter) -> TokenizerEntry | None:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..bundle.manifest import CapacityEntry, GraphEntry, SalientEntry
 from ..bundle.writer import BundleWriter
-from ..description import ModelDescription, RoutingDescription
+from ..description import ExpertQuantisation, ModelDescription, RoutingDescription
 from ..errors import InputError
 from ..model.denoiser import Denoiser
 from ..model.salient import Capacity
@@ -31,14 +31,15 @@ def check_capacities(d: ModelDescription, routing: RoutingDescription, capacitie
 
 
 def export_salient(main: ir.Model, d: ModelDescription, routing: RoutingDescription, dtype: torch.dtype,
-                   stored_width: int, capacities: tuple[int, ...], writer: BundleWriter) -> SalientEntry:
+                   stored_width: int, capacities: tuple[int, ...], writer: BundleWriter,
+                   quantisation: ExpertQuantisation | None = None) -> SalientEntry:
     """Write the graphs beside `main`, whose initializers already point at the bundle's data files."""
 
     def save(model: ir.Model, name: str) -> GraphEntry:
         return save_graph(model, writer, f"denoiser.salient.{name}onnx")
 
     def traced(capacity: Capacity) -> ir.Model:
-        model = trace_salient(d, routing, dtype, stored_width, capacity)
+        model = trace_salient(d, routing, dtype, stored_width, capacity, quantisation)
         share_weights(model, main, d)
         return model
 
@@ -73,10 +74,10 @@ def with_capacity(model: ir.Model, capacity: int) -> ir.Model:
 
 
 def trace_salient(d: ModelDescription, routing: RoutingDescription, dtype: torch.dtype, stored_width: int,
-                  capacity: Capacity) -> ir.Model:
+                  capacity: Capacity, quantisation: ExpertQuantisation | None = None) -> ir.Model:
     """A salient graph whose weight initializers carry no data yet; ensures what `trace_denoiser` does."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        denoiser = Denoiser(d, routing, dtype, stored_width).eval()
+        denoiser = Denoiser(d, routing, dtype, stored_width, quantisation).eval()
         inputs, axes = example_inputs(denoiser, routing.mode, capacity)
         module = SalientGraph(denoiser, capacity)
     return trace_graph(module, inputs, axes, input_names(routing.mode, d.num_layers, capacity),

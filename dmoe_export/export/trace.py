@@ -15,7 +15,7 @@ import onnxscript
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..description import ModelDescription, MoeDescription, RoutingDescription
+from ..description import ExpertQuantisation, ModelDescription, MoeDescription, RoutingDescription
 from ..model.denoiser import Denoiser
 from ..ops import block_route as route_op
 from ..ops import experts as experts_op
@@ -30,14 +30,14 @@ _PARAMETER_PREFIX = "denoiser."
 
 
 def trace_denoiser(description: ModelDescription, routing: RoutingDescription, dtype: torch.dtype,
-                   stored_width: int) -> ir.Model:
+                   stored_width: int, quantisation: ExpertQuantisation | None = None) -> ir.Model:
     """The denoiser as an ONNX model whose weight initializers carry no data yet.
 
     Ensures: inputs and outputs named as in graph.py; initializers named as the eager model's parameters; each custom
     op is one node with plugin attributes and one function body.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        denoiser = Denoiser(description, routing, dtype, stored_width).eval()
+        denoiser = Denoiser(description, routing, dtype, stored_width, quantisation).eval()
         inputs, axes = example_inputs(denoiser, routing.mode)
     layers = description.num_layers
     return trace_graph(DenoiserGraph(denoiser), inputs, axes, input_names(routing.mode, layers),
@@ -68,7 +68,7 @@ def trace_graph(graph: DenoiserGraph | SalientGraph, inputs: tuple[Any, ...], ax
     _name_dimensions(model)
     _strip_metadata(model)
     if description.moe is not None:
-        _add_bodies(model, description.moe, description.hidden_size, denoiser.routing, denoiser.dtype)
+        _add_bodies(model, description.moe, denoiser)
     return model
 
 
@@ -118,13 +118,14 @@ def _strip_metadata(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _add_bodies(model: ir.Model, moe: MoeDescription, hidden: int, routing: RoutingDescription,
-                dtype: torch.dtype) -> None:
+def _add_bodies(model: ir.Model, moe: MoeDescription, denoiser: Denoiser) -> None:
     elem = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16,
-            torch.bfloat16: onnx.TensorProto.BFLOAT16}[dtype]
+            torch.bfloat16: onnx.TensorProto.BFLOAT16}[denoiser.dtype]
+    hidden, routing = denoiser.description.hidden_size, denoiser.routing
     attributes = RouteAttributes.of(moe, routing.mode, routing.block_length)
     for body in (block_route_body(attributes, moe.num_experts),
-                 experts_body(moe.num_experts, moe.experts_per_token, hidden, elem)):
+                 experts_body(moe.num_experts, moe.experts_per_token, hidden, elem, denoiser.quantisation,
+                              denoiser.stored_width)):
         function = ir.serde.deserialize_function(body)
         model.functions[function.identifier()] = function
         model.opset_imports.update(function.opset_imports)

@@ -11,9 +11,11 @@ import torch
 from ..bundle.manifest import ExpertLayer, ExpertsEntry
 from ..bundle.writer import PAGE, BundleWriter, DataFile
 from ..checkpoint.family import Checkpoint
+from ..description import ExpertQuantisation
 from .conversion import DENSE_FILE, EXPERTS_FILE, Conversion, StoredTensor
 
-_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
+           torch.uint8: ir.DataType.UINT8}
 
 Progress = Callable[[int], None]
 
@@ -22,10 +24,10 @@ class WeightStream:
     """Moves all weights of a checkpoint into a bundle and points the model's initializers at them."""
 
     def __init__(self, checkpoint: Checkpoint, writer: BundleWriter, model: ir.Model, dtype: torch.dtype,
-                 stored_width: int, progress: Progress) -> None:
+                 stored_width: int, progress: Progress, quantisation: ExpertQuantisation | None = None) -> None:
         self._checkpoint, self._writer, self._model = checkpoint, writer, model
-        self._dtype, self._width, self._progress = dtype, stored_width, progress
-        self._conversion = Conversion(checkpoint, dtype, stored_width)
+        self._width, self._progress, self._how = stored_width, progress, quantisation
+        self._conversion = Conversion(checkpoint, dtype, stored_width, quantisation=quantisation)
 
     @property
     def parts(self) -> list[str]:
@@ -45,13 +47,16 @@ class WeightStream:
         if d.moe is None:
             return None
         file = self._writer.data_file(EXPERTS_FILE)
-        offsets = {tensor.name: self._write(file, EXPERTS_FILE, tensor, PAGE) for tensor in self._conversion.experts()}
+        offsets: dict[str, int] = {}
+        slabs: dict[str, int] = {}
+        for tensor in self._conversion.experts():
+            offsets[tensor.name] = self._write(file, EXPERTS_FILE, tensor, PAGE)
+            slabs[tensor.name.rpartition(".")[2]] = (file.offset - offsets[tensor.name]) // d.moe.num_experts
         self._writer.finish_data_file(file)
-        slab = d.hidden_size * self._width * self._dtype.itemsize
-        layers = [ExpertLayer(layer=layer, gate_up_offset=offsets[f"layers.{layer}.ffn.gate_up"],
-                              down_offset=offsets[f"layers.{layer}.ffn.down"]) for layer in d.moe_layers]
-        return ExpertsEntry(file=EXPERTS_FILE, stored_width=self._width, gate_up_slab_bytes=2 * slab,
-                            down_slab_bytes=slab, layers=layers)
+        layers = [ExpertLayer(layer=layer, **{f"{part}_offset": offsets[f"layers.{layer}.ffn.{part}"] for part in slabs})
+                  for layer in d.moe_layers]
+        return ExpertsEntry(file=EXPERTS_FILE, stored_width=self._width, layers=layers, quantisation=self._how,
+                            **{f"{part}_slab_bytes": size for part, size in slabs.items()})
 
     def _write(self, file: DataFile, name: str, tensor: StoredTensor, alignment: int) -> int:
         """The tensor's offset in the file, after writing it and pointing the initializer there."""

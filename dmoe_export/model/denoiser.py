@@ -57,7 +57,8 @@ class Denoiser(nn.Module):
         super().__init__()
         d = self.description = description
         self.routing = routing
-        self.dtype = dtype
+        self.dtype, self.quantisation = dtype, quantisation
+        self.stored_width = stored_width or (d.moe.expert_width if d.moe else 0)
         self.embed = nn.Embedding(d.vocab_size, d.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(Layer(d, routing, i, dtype, stored_width, quantisation)
                                     for i in range(d.num_layers))
