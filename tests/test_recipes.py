@@ -58,7 +58,7 @@ def _write(folder: Path, name: str = "mine", **changes: str) -> Path:
 
 
 BAD = [
-    ({"precision": 'precision = "fp8"'}, "precision is 'fp8': input should be 'fp32', 'fp16' or 'bf16'"),
+    ({"precision": 'precision = "fp8"'}, "precision is 'fp8': input should be 'fp32', 'fp16', 'bf16', 'int8' or 'int4'"),
     ({"precision": ""}, "precision is missing"),
     ({"precision": 'precision = "fp16"\nprecison = 1'}, "precison = 1 is not a field of a recipe; remove it"),
     ({"precision": 'precision = "fp16"\nname = "x"'}, "sets name, which is taken from the file's name"),

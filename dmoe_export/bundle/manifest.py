@@ -7,7 +7,14 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..description import ExpertQuantisation, Frozen, ModelDescription, Precision, RoutingDescription
+from ..description import (
+    ExpertQuantisation,
+    ExportPrecision,
+    Frozen,
+    ModelDescription,
+    Precision,
+    RoutingDescription,
+)
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -239,6 +246,11 @@ class Manifest(Frozen):
     def quantisation(self) -> ExpertQuantisation | None:
         """How routed experts are quantised, if they are."""
         return self.experts.quantisation if self.experts else None
+
+    @property
+    def export_precision(self) -> ExportPrecision:
+        """What `export --precision` said."""
+        return self.quantisation.name if self.quantisation else self.precision
 
     @property
     def precision_in_words(self) -> str:

@@ -92,7 +92,7 @@ def _check_options(manifest: Manifest, layers: int | None, atol: float | None, c
 
 def _tolerances(recipe: str | Path, bundle: Bundle) -> Tolerances:
     """A recipe's limits; they are for its own precision."""
-    found, precision = load_recipe(recipe), bundle.manifest.precision
+    found, precision = load_recipe(recipe), bundle.manifest.export_precision
     if found.precision != precision:
         raise InputError(f"The limits of recipe {found.name} are for {found.precision} and {bundle.folder} is "
                          f"{precision}; leave --recipe out.")

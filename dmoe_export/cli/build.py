@@ -17,11 +17,13 @@ from ..bundle.writer import check_target
 from ..engine.recipe import load_recipe
 from ..engine.settings import BuildSettings, parse_size, parse_targets
 from ..errors import DmoeError, InputError, MissingRequirementError
+from .export import as_number
 from .progress import byte_bar, step_bar
 from .recipes import BUILT, check_bundle, list_recipes, with_recipe
 
 EXPORT_OPTIONS = {"routing": "routing", "block_length": "block_length", "layers": "layers", "coreset_top_p": "top_p",
-                  "min_experts": "min_experts", "coreset_size": "coreset_size"}
+                  "min_experts": "min_experts", "coreset_size": "coreset_size", "dense_precision": "dense_precision",
+                  "group_size": "group_size"}
 """Options that belong to the export of a checkpoint, and what `export_checkpoint` calls them."""
 
 
@@ -33,8 +35,13 @@ EXPORT_OPTIONS = {"routing": "routing", "block_length": "block_length", "layers"
 @click.option("--out", type=click.Path(path_type=Path),
               help="Bundle to write; needed for a checkpoint [with a recipe: engines/NAME.bundle]. A bundle without "
                    "--out gets the engine in place.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]),
-              help="Of the export of a checkpoint [fp16]; a bundle keeps its own.")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
+              help="Of the export of a checkpoint [fp16]; int8, int4: of the routed experts' weights alone; a bundle "
+                   "keeps its own.")
+@click.option("--dense-precision", type=click.Choice(["fp32", "fp16", "bf16"]),
+              help="Of the export of a checkpoint, with int8 or int4: of everything else [fp16].")
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), callback=as_number,
+              help="Of the export of a checkpoint, with int8 or int4: weights that share a scale.")
 @click.option("--flavour", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True,
               help="auto: TensorRT where it and a GPU are found, else TensorRT-RTX, which needs no GPU.")
 @click.option("--targets", help="Compute capabilities [TensorRT-RTX: sm80,sm86,sm89,sm120; TensorRT: this GPU].")
@@ -112,9 +119,9 @@ def build(context: click.Context, source: str | None, recipe_name: str | None, l
         bundle = open_bundle(source, verify)
         if recipe:
             check_bundle(recipe, Path(source), bundle.manifest)
-        if precision not in (None, bundle.manifest.precision):
-            raise InputError(f"{source} is {bundle.manifest.precision}, not {precision}; precision is decided at "
-                             f"export: dmoe-export export CHECKPOINT --precision {precision}.")
+        if precision not in (None, bundle.manifest.export_precision):
+            raise InputError(f"{source} is {bundle.manifest.export_precision}, not {precision}; precision is decided "
+                             f"at export: dmoe-export export CHECKPOINT --precision {precision}.")
         place = copied_bundle(bundle, out, force) if out and not dry_run else contextlib.nullcontext(bundle.folder)
     try:
         with place as folder:
@@ -147,6 +154,8 @@ def _export(source: str, out: Path, precision: Any, options: dict[str, Any], for
     from .. import export_checkpoint  # needs torch: only for a checkpoint
 
     chosen = {EXPORT_OPTIONS[name]: value for name, value in options.items() if value is not None}
+    if precision in ("int8", "int4"):
+        chosen.setdefault("dense_precision", "fp16")
     with byte_bar("read", 0, shown=not as_json) as report:
         return export_checkpoint(source, out, precision=precision, overwrite=force, report=report, **chosen)
 

@@ -12,10 +12,20 @@ import click
 from .progress import byte_bar
 
 
+def as_number(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """A chosen word as the number it is (click's choices are words)."""
+    return None if value is None else int(value)
+
+
 @click.command()
 @click.argument("checkpoint")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle to write.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), default="fp32",
+              show_default=True, help="int8, int4: of the routed experts' weights alone.")
+@click.option("--dense-precision", type=click.Choice(["fp32", "fp16", "bf16"]),
+              help="With int8 or int4: of everything else [fp32].")
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), callback=as_number,
+              help="With int8 or int4: weights that share a scale [64, or 32 where that does not fit].")
 @click.option("--routing", type=click.Choice(["token", "top_p", "top_c"]),
               help="How a block's experts are chosen [top_p; token for full-canvas models].")
 @click.option("--block-length", type=int, default=32, show_default=True,
@@ -43,6 +53,6 @@ def export(checkpoint: str, out: Path, coreset_top_p: float | None, force: bool,
                                "manifest": manifest.model_dump(mode="json")}))
         return
     routing = f"routing {manifest.routing.mode}" if manifest.model.moe else "no experts"
-    click.echo(f"Exported {manifest.model.num_layers} layers of {manifest.model.architecture} in {manifest.precision}, "
-               f"{routing}, block {manifest.routing.block_length}: {bundle.folder} "
+    click.echo(f"Exported {manifest.model.num_layers} layers of {manifest.model.architecture} in "
+               f"{manifest.precision_in_words}, {routing}, block {manifest.routing.block_length}: {bundle.folder} "
                f"({size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s)")

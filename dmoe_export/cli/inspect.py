@@ -30,7 +30,7 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool)
         return
     console = Console()
     console.print(_table("Model", {
-        "family": f"{manifest.model.family} ({manifest.model.architecture})", "precision": manifest.precision,
+        "family": f"{manifest.model.family} ({manifest.model.architecture})", "precision": manifest.precision_in_words,
         "layers": f"{manifest.model.num_layers} of {manifest.checkpoint.layers_total}, "
                   f"{len(manifest.model.moe_layers)} with experts",
         "hidden": manifest.model.hidden_size, "vocabulary": manifest.model.vocab_size,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..description import Frozen, Precision, RoutingMode
+from ..description import ExportPrecision, Frozen, Precision, QuantisedPrecision, RoutingMode
 from ..errors import InputError
 from .settings import ExpertsOp, ExpertsPlace, FlavourName
 
@@ -62,7 +62,9 @@ class Recipe(Frozen):
     name: str
     file: Path
     checkpoint: str = Field(min_length=1, description="hub id, or a folder that starts with ./ or ../, from the file")
-    precision: Precision
+    precision: ExportPrecision
+    dense_precision: Precision | None = Field(None, description="with int8 and int4: of everything but routed experts")
+    group_size: Literal[32, 64, 128] | None = None
     routing: RecipeRouting
     profiles: RecipeProfiles
     engine: RecipeEngine
@@ -74,6 +76,8 @@ class Recipe(Frozen):
         if self.profiles.prefill % block or self.profiles.context < block:
             raise ValueError(f"profiles.prefill must be a multiple of routing.block_length, {block}, and "
                              "profiles.context no less than it")
+        if self.precision not in get_args(QuantisedPrecision) and (self.dense_precision or self.group_size):
+            raise ValueError(f"dense_precision and group_size belong to precision int8 or int4, not {self.precision}")
         for target in self.engine.targets:
             if not re.fullmatch(r"sm\d{2,3}", target):
                 raise ValueError(f"engine.targets names {target!r}, which is no compute capability such as sm89")
@@ -93,7 +97,8 @@ class Recipe(Frozen):
     def options(self) -> dict[str, Any]:
         """The values of `dmoe-export build`'s options."""
         return {
-            "precision": self.precision, "routing": self.routing.mode, "block_length": self.routing.block_length,
+            "precision": self.precision, "dense_precision": self.dense_precision, "group_size": self.group_size,
+            "routing": self.routing.mode, "block_length": self.routing.block_length,
             "coreset_top_p": self.routing.top_p, "min_experts": self.routing.min_experts,
             "coreset_size": self.routing.coreset_size, "max_batch": self.profiles.batch,
             "max_prefill": self.profiles.prefill, "max_context": self.profiles.context,

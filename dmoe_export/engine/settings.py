@@ -81,7 +81,12 @@ def _check(settings: BuildSettings, manifest: Manifest) -> None:
         raise InputError(f"--builder-optimization-level {settings.optimization_level} is outside 0 … 5.")
     if manifest.model.moe and settings.experts_op == "plugin" and manifest.precision == "fp32":
         raise InputError("The experts plugin computes in fp16 or bf16 and the bundle is fp32; export with --precision "
-                         "fp16, or build with --experts-op onnx.")
+                         "fp16, or build with --experts-op onnx." if manifest.quantisation is None else
+                         "The experts plugin computes in fp16 or bf16 and all but the experts of this bundle is fp32; "
+                         "export with --dense-precision fp16.")
+    if manifest.quantisation and (settings.experts_op == "onnx" or settings.allow_fallback):
+        raise InputError(f"{manifest.quantisation.name} experts need the experts plugin, which alone reads them; leave "
+                         "--experts-op onnx and --allow-fallback out.")
     if manifest.precision == "bf16" and "sm75" in settings.targets:
         raise InputError("Target sm75 has no bfloat16 units; export with --precision fp16, or leave sm75 out.")
     if settings.experts_capacity is not None and settings.experts_op != "onnx":

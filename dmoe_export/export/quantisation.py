@@ -32,4 +32,4 @@ def choose_precision(d: ModelDescription, precision: ExportPrecision, dense_prec
         known = f"use {' or '.join(map(str, fits))}" if fits else "no group size fits it; use --precision fp16"
         what = f"Group size {size} does" if size else "Groups of 32, 64 and 128 do"
         raise InputError(f"{what} not divide the hidden size {d.hidden_size}, or is not 32, 64 or 128; {known}.")
-    return dense_precision or "fp32", ExpertQuantisation(bits=_BITS[precision], group_size=size)  # type: ignore[arg-type]
+    return dense_precision or "fp32", ExpertQuantisation(bits=_BITS[precision], group_size=size)

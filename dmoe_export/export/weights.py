@@ -53,8 +53,8 @@ class WeightStream:
             offsets[tensor.name] = self._write(file, EXPERTS_FILE, tensor, PAGE)
             slabs[tensor.name.rpartition(".")[2]] = (file.offset - offsets[tensor.name]) // d.moe.num_experts
         self._writer.finish_data_file(file)
-        layers = [ExpertLayer(layer=layer, **{f"{part}_offset": offsets[f"layers.{layer}.ffn.{part}"] for part in slabs})
-                  for layer in d.moe_layers]
+        layers = [ExpertLayer(layer=layer, **{f"{part}_offset": offsets[f"layers.{layer}.ffn.{part}"]
+                                              for part in slabs}) for layer in d.moe_layers]
         return ExpertsEntry(file=EXPERTS_FILE, stored_width=self._width, layers=layers, quantisation=self._how,
                             **{f"{part}_slab_bytes": size for part, size in slabs.items()})
 

@@ -26,7 +26,8 @@ def experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up:
                      strict=True)
     for x, gate_up_slab, down_slab in per_expert:
         if len(x):
-            gate, up = (x @ _matrix(*gate_up_slab, bits, hidden.dtype).T).unflatten(-1, (-1, 2)).unbind(-1)  # [n, I] each
+            gate_and_up = x @ _matrix(*gate_up_slab, bits, hidden.dtype).T
+            gate, up = gate_and_up.unflatten(-1, (-1, 2)).unbind(-1)  # [n, I] each
             pieces.append((F.silu(gate) * up) @ _matrix(*down_slab, bits, hidden.dtype).T)
     mixed = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     if pieces:
