@@ -1,8 +1,8 @@
 """Expert residency compared in one process: budget × refresh interval × routing over the same prompt.
 
-One session serves all settings, which take turns round by round. Every setting of a round starts cold: no expert in
-memory, and the expert file out of the page cache as far as the kernel lets go of it. Budget `off` is the plain backend,
-where the kernel pages as it likes. Peaks are sampled from the page tables, not what the tier believes.
+One session in pieces serves all budgets, which take turns round by round. Every setting of a round starts cold: no
+expert in memory, and their file out of the page cache as far as the kernel lets go of it. Budget `off` is the plain
+backend, opened anew: the kernel pages as it likes. Peaks are what the kernel says of this process, not the tier.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from ..description import Frozen
 from ..errors import RequestError
 from ..generator import Generator, Prompt
 from ..runtime.budget import plan_budget
-from ..runtime.mapped_memory import DONTNEED, FileIdentity, advise, new_spans
+from ..runtime.mapped_memory import FileIdentity, file_backed_bytes
 from ..runtime.onnxruntime import OnnxRuntimeBackend
+from ..runtime.onnxruntime_pieces import PieceSession
 from ..runtime.resident import ResidentBackend, expert_file, parse_interval, under_budget
 
-_SAMPLE_EVERY = 0.1  # seconds
+_SAMPLE_EVERY = 0.02  # seconds
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,13 @@ class ResidencyResult(Frozen):
     hit_rate: float | None
     promotions: int | None
     brought_bytes: int | None
+    missed_bytes: int | None
     dropped_bytes: int | None
     read_bytes: int = Field(description="from the disk, by this process")
     peak_expert_bytes: int
     change_per_step: float | None
-    bring_cost: float | None = Field(description="C_io, seconds per expert")
-    miss_cost: float | None = Field(description="C_slow, seconds per expert")
+    bring_cost: float | None = Field(description="C_io, seconds per expert, as timed so far")
+    miss_cost: float | None = Field(description="C_slow, seconds per expert, as timed so far")
     same_tokens: bool = Field(description="as the first setting of this routing")
 
 
@@ -110,28 +112,27 @@ def run(bundle: Bundle, prompt: Prompt, chosen: Sequence[Setting], rounds: int, 
     manifest = bundle.manifest
     for setting in chosen:  # refuse before anything takes long
         plan_budget(manifest, None if setting.budget == "off" else setting.budget)
-    file = FileIdentity.of(expert_file(bundle))
-    before = file.spans()
-    backend = OnnxRuntimeBackend(bundle, threads)
-    spans = new_spans(before, file.spans())
     measured: dict[Setting, list[tuple[float, dict[str, Any]]]] = {setting: [] for setting in chosen}
     first: dict[str, list[int]] = {}
-    length = 0
+    length, session = 0, None
     for _ in range(rounds):
         for setting in chosen:
-            for span in spans:
-                advise(span.start, span.stop - span.start, DONTNEED)
             _forget(bundle)
             budget = plan_budget(manifest, None if setting.budget == "off" else setting.budget)
-            resident = None
             if budget:
-                resident = under_budget(bundle, backend, spans, budget, parse_interval(setting.interval))
+                session = session or PieceSession(bundle, threads)
+                backend: Any = under_budget(bundle, session, budget, parse_interval(setting.interval))
+            else:
+                backend = OnnxRuntimeBackend(bundle, threads)
             try:
-                seconds, row, tokens, length = _measure(bundle, resident or backend, file, prompt, setting,
+                seconds, row, tokens, length = _measure(bundle, backend, prompt, setting,
                                                         {"max_new_tokens": max_new_tokens, "steps": steps})
             finally:
-                if resident:
-                    resident.close()
+                if isinstance(backend, ResidentBackend):
+                    backend.close()
+                if session:
+                    session.source = None
+                del backend  # and with it the last mapping of the experts, or their pages would stay cached
             first.setdefault(setting.routing, tokens)
             measured[setting].append((seconds, row | {"same_tokens": tokens == first[setting.routing]}))
             advance(f"{setting.routing} {setting.budget} {setting.interval}")
@@ -149,16 +150,16 @@ def _result(setting: Setting, rounds: list[tuple[float, dict[str, Any]]]) -> Res
                            **row | {"same_tokens": all(r["same_tokens"] for _, r in rounds)})
 
 
-def _measure(bundle: Bundle, backend: Any, file: FileIdentity, prompt: Prompt, setting: Setting,
+def _measure(bundle: Bundle, backend: Any, prompt: Prompt, setting: Setting,
              common: dict[str, Any]) -> tuple[float, dict[str, Any], list[int], int]:
     generator, read = Generator(bundle, backend), _read_bytes()
-    with _peak(file) as peak:
+    with _peak(FileIdentity.of(expert_file(bundle))) as peak:
         start = time.perf_counter()
         answer = generator.generate([prompt], eos_id=-1, **common, **setting.options)[0]
         seconds = time.perf_counter() - start
     done = backend.statistics() if isinstance(backend, ResidentBackend) else None
     names = ("budget_bytes", "residents_per_layer", "last_interval", "hit_rate", "promotions", "brought_bytes",
-             "dropped_bytes", "change_per_step", "bring_cost", "miss_cost")
+             "missed_bytes", "dropped_bytes", "change_per_step", "bring_cost", "miss_cost")
     row = {name: getattr(done, name) if done else None for name in names}
     return seconds, row | {"tokens": answer.stats.new_tokens, "forwards": answer.stats.forwards,
                            "unique_experts": answer.stats.unique_experts, "read_bytes": _read_bytes() - read,
@@ -181,12 +182,15 @@ def _read_bytes() -> int:
 
 @contextmanager
 def _peak(file: FileIdentity) -> Iterator[list[int]]:
-    """Samples the bytes of the file in memory while it is open; the one element is the most that was seen."""
-    most, stop = [0], threading.Event()
+    """Samples the file-backed memory of this process; the one element is the most beyond what was no expert at first.
+
+    Not a walk through the page tables: while pages move it adds up what was never there at once.
+    """
+    other, most, stop = file_backed_bytes() - file.resident_bytes(), [0], threading.Event()
 
     def look() -> None:
         while not stop.wait(_SAMPLE_EVERY):
-            most[0] = max(most[0], file.resident_bytes())
+            most[0] = max(most[0], file_backed_bytes() - other)
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -195,4 +199,4 @@ def _peak(file: FileIdentity) -> Iterator[list[int]]:
     finally:
         stop.set()
         thread.join()
-        most[0] = max(most[0], file.resident_bytes())
+        most[0] = max(most[0], file_backed_bytes() - other)

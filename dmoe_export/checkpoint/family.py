@@ -77,12 +77,13 @@ class Checkpoint:
             raise CheckpointError(f"{folder / 'config.json'}: {field} is {first['input']!r}: {first['msg']}.") from None
         self.description = self.full_description
         if layers is not None:
-            self.description = _first_layers(self.full_description, layers)
+            self.description = first_layers(self.full_description, layers)
         self.reader = CheckpointReader(folder)
         self.weights = StoredWeights(self.description, self.reader, family.layout(self.description))
 
 
-def _first_layers(description: ModelDescription, layers: int) -> ModelDescription:
+def first_layers(description: ModelDescription, layers: int) -> ModelDescription:
+    """The model cut after its first layers; raises CheckpointError when there are not so many, or none with experts."""
     low = description.moe.first_dense_layers + 1 if description.moe else 1
     if not low <= layers <= description.num_layers:
         what = " (the first layer with experts)" if description.moe else ""

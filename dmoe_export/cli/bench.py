@@ -19,6 +19,7 @@ from ..errors import OutputError, RequestError
 from ..generator import Generator
 from ..runtime.choose import BACKENDS
 from .bench_residency import residency
+from .bench_step import step
 from .progress import step_bar
 
 _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
@@ -26,10 +27,11 @@ _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
 
 @click.group()
 def bench() -> None:
-    """Measure a bundle."""
+    """Measure speed and memory."""
 
 
-bench.add_command(residency)
+for _command in (residency, step):
+    bench.add_command(_command)
 
 
 @bench.command()

@@ -1,0 +1,80 @@
+"""A checkpoint of a published geometry that lies nowhere: tensors are made when they are read, for benchmarks of size.
+
+Values are pieces of one seeded pool of normal numbers, so a model of 10 GB is made at the speed of copying. Pieces
+begin an odd prime apart: no two tensors, experts or rows of the vocabulary are the same.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..description import ModelDescription
+from ..errors import RequestError
+from .family import Checkpoint, family_of, first_layers
+from .layout import Layout, StoredWeights, dense_tensors, expert_tensors
+from .reader import CheckpointReader
+from .synthetic import GEOMETRIES
+
+_POOL = 1 << 25  # numbers: 128 MiB
+_STRIDE = 999_983
+ALIASES = {"llada-moe": "llada-moe-7b"}
+
+
+class GeneratedReader(CheckpointReader):
+    """Reads what no file holds; see `CheckpointReader`."""
+
+    def __init__(self, folder: Path, description: ModelDescription, layout: Layout, seed: int) -> None:
+        self.folder = folder
+        self._shapes = {name: shape for tensors in dense_tensors(description, layout).values()
+                        for name, shape in tensors.items()}
+        self._shapes |= dict(expert_tensors(description, layout, merged=True))
+        self._where = dict.fromkeys(self._shapes, folder)
+        self._pool = torch.from_numpy(np.random.default_rng(seed).standard_normal(_POOL, np.float32))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def read(self, name: str, index: int | slice | None = None) -> Tensor:
+        """The same numbers whenever the same part is asked for; parts are rows of the first axis."""
+        shape = self.shape(name)
+        rows = range(shape[0])[index] if isinstance(index, slice) else range(shape[0])
+        if isinstance(index, int):
+            return self.read(name, slice(index, index + 1))[0]
+        part = (len(rows), *shape[1:])
+        if "norm" in name or name.endswith("ln_f.weight"):
+            return torch.ones(part)
+        count = torch.Size(part).numel()
+        start = (zlib.crc32(name.encode()) + rows.start) * _STRIDE % (_POOL // 2)
+        while start + count > len(self._pool):
+            self._pool = torch.cat([self._pool, self._pool.flip(0)])
+        return self._pool[start:start + count].reshape(part) * (0.05 if name.endswith("bias") else shape[-1] ** -0.5)
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """A tensor in order, in pieces of at most half the pool."""
+        shape = self.shape(name)
+        step = max(1, _POOL // 2 // max(1, torch.Size(shape[1:]).numel()))
+        for first in range(0, shape[0], step):
+            yield self.read(name, slice(first, min(first + step, shape[0])))
+
+
+class GeneratedCheckpoint(Checkpoint):
+    """A checkpoint of a named geometry with seeded random float32 weights."""
+
+    def __init__(self, geometry: str, layers: int | None = None, seed: int = 0) -> None:
+        """`layers`: the first N [all]. Raises RequestError for an unknown name, CheckpointError for bad `layers`."""
+        config = GEOMETRIES.get(ALIASES.get(geometry, geometry))
+        if config is None:
+            raise RequestError(f"Geometry {geometry!r} is not known; known: {', '.join((*GEOMETRIES, *ALIASES))}.")
+        self.folder, self.config = Path(geometry), config
+        family = family_of(config, self.folder)
+        self.full_description = family.describe(config, self.folder)
+        self.description = self.full_description if layers is None else first_layers(self.full_description, layers)
+        layout = family.layout(self.description)
+        self.reader = GeneratedReader(self.folder, self.description, layout, seed)
+        self.weights = StoredWeights(self.description, self.reader, layout)

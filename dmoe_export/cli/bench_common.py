@@ -1,0 +1,73 @@
+"""What the verbs of `dmoe-export bench` share: which bundle, and where a result goes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ..bench.workload import generated_bundle
+from ..bundle.reader import Bundle, open_bundle
+from ..errors import OutputError, RequestError
+from .progress import byte_bar
+
+F = TypeVar("F", bound=Callable[..., Any])
+_NAMES = ("bundle", "geometry", "layers", "precision", "routing", "work", "verify")
+
+
+def bundle_options(command: F) -> F:
+    """BUNDLE or --geometry and what goes with them, and --seed; to be handed to `opened`."""
+    for option in reversed((
+            click.argument("bundle", type=click.Path(path_type=Path), required=False),
+            click.option("--geometry", help="A published size with generated weights, such as llada2.0-mini."),
+            click.option("--layers", type=click.IntRange(min=1), help="Of the geometry, the first so many [all]."),
+            click.option("--precision", type=click.Choice(["fp32", "fp16", "int8", "int4"]), default="fp32",
+                         show_default=True, help="Of the geometry's bundle."),
+            click.option("--routing", type=click.Choice(["token", "top_p", "top_c"]),
+                         help="Of the geometry's bundle [export's default]."),
+            click.option("--work", type=click.Path(path_type=Path),
+                         help="Folder that keeps the geometry's bundle for later runs [a temporary one]."),
+            click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True,
+                         help="Of BUNDLE."),
+            click.option("--seed", type=int, default=0, show_default=True, help="Of weights and inputs."))):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def opened(options: dict[str, Any], quiet: bool) -> Iterator[Bundle]:
+    """The bundle that `bundle_options` describe, which are taken out of `options`, all but the seed."""
+    chosen = {name: options.pop(name) for name in _NAMES}
+    if bool(chosen["bundle"]) == bool(chosen["geometry"]):
+        raise RequestError("Give either a BUNDLE or --geometry.")
+    if chosen["bundle"]:
+        yield open_bundle(chosen["bundle"], chosen["verify"])
+        return
+    with tempfile.TemporaryDirectory() as temporary, byte_bar("bundle", 0, shown=not quiet) as report:
+        yield generated_bundle(chosen["work"] or Path(temporary), chosen["geometry"], layers=chosen["layers"],
+                               precision=chosen["precision"], routing=chosen["routing"], seed=options["seed"],
+                               report=report)
+
+
+def outcome(document: dict[str, Any], out: Path | None, as_json: bool, show: Callable[[], None],
+            draw: Callable[[Path], None], plot: Path | None) -> None:
+    """Write the JSON and the plot where asked for; print the JSON or show tables."""
+    if out:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            temporary = out.with_name(f".{out.name}.tmp")
+            temporary.write_text(json.dumps(document, indent=1) + "\n")
+            temporary.replace(out)
+        except OSError as error:
+            raise OutputError(f"{out} cannot be written ({error.strerror}).") from None
+    if plot:
+        draw(plot)
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        show()

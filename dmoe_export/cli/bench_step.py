@@ -1,0 +1,96 @@
+"""`dmoe-export bench step`: one denoise step, by part and op, against its matrix products and the machine's limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ..bench.parts import PARTS
+from ..bench.record import document, record
+from ..bench.step import StepBench, StepOptions, run
+from ..errors import RequestError
+from .bench_common import bundle_options, opened, outcome
+from .progress import step_bar
+
+
+@click.command()
+@bundle_options
+@click.option("--active-experts", default="natural", show_default=True,
+              help="Active experts of every MoE layer, separated by commas; natural is the router's own choice.")
+@click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True, help="New tokens.")
+@click.option("--rows", type=click.IntRange(min=1), help="Vocabulary rows asked for: places still masked [all].")
+@click.option("--cached", default="0,256,1024,4096", show_default=True, help="Cached tokens, separated by commas.")
+@click.option("--phase", type=click.Choice(["denoise", "commit"]), default="denoise", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=9, show_default=True)
+@click.option("--warmup", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--ops", type=click.IntRange(min=0), default=0, help="Show so many of the slowest ops [none].")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
+def step(active_experts: str, cached: str, ops: int, out: Path | None, plot: Path | None, as_json: bool,
+         **options: Any) -> None:
+    """One forward on the CPU: of BUNDLE, or of --geometry with generated weights.
+
+    Every setting of --active-experts and --cached is timed in turns with the step's matrix products, each by itself.
+    """
+    head = record("bench step")
+    with opened(options, as_json) as bundle, step_bar("step", shown=not as_json) as report:
+        active = [None if text == "natural" else _number("--active-experts", text) for text in _list(active_experts)]
+        result = run(bundle, active, [_number("--cached", text) for text in _list(cached)], StepOptions(**options),
+                     report)
+
+    def draw(path: Path) -> None:
+        from ..bench.plots_step import plot_step
+
+        plot_step(result, path)
+
+    outcome(document(head, result), out, as_json, lambda: _show(result, ops), draw, plot)
+
+
+def _list(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _number(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise RequestError(f"{option} holds {text!r}, which is no integer.") from None
+
+
+def _show(result: StepBench, ops: int) -> None:
+    console = Console()
+    console = console if console.is_terminal else Console(width=140)
+    limits = result.limits
+    console.print(f"{result.model}, {result.layers} layers, {result.precision}, {result.routing}: {result.tokens} "
+                  f"tokens, {result.rows} vocabulary rows, {limits.threads} threads\nlimits: read "
+                  f"{limits.read_gb_per_s:.1f} GB/s, copy {limits.copy_gb_per_s:.1f} GB/s, product "
+                  f"{limits.gflop_per_s:.0f} GFLOP/s")
+    table = Table("experts", "cached", "step ms", "products ms", "ratio", "of least", "limit", "GB/s", "GFLOP/s",
+                  "outside", title="median (quartiles); ratio = step / products; limit = share of the machine's limit")
+    parts = Table("experts", "cached", *PARTS, title="milliseconds in ONNX Runtime's profile (products alone)")
+    for r in result.results:
+        names = (_experts(r.unique_experts), str(r.cached))
+        table.add_row(*names, r.seconds.shown(1e3), r.products_seconds.shown(1e3), f"{r.ratio:.2f}",
+                      f"{r.ratio_of_least:.2f}", f"{r.limit_share:.0%}", f"{r.gb_per_s:.1f}", f"{r.gflop_per_s:.0f}",
+                      f"{r.outside_share:.2%}")
+        parts.add_row(*names, *(f"{r.profile_milliseconds[part]:.1f}" + (
+            f" ({r.products_by_part[part]:.1f})" if part in r.products_by_part else "") for part in PARTS))
+    console.print(table)
+    console.print(parts)
+    if ops:
+        slowest = Table("experts", "cached", "part", "op", "nodes", "ms", title="slowest ops")
+        for r in result.results:
+            for op in r.profile_ops[:ops]:
+                slowest.add_row(_experts(r.unique_experts), str(r.cached), op.part, op.op, str(op.nodes),
+                                f"{op.milliseconds:.2f}")
+        console.print(slowest)
+
+
+def _experts(unique: list[int]) -> str:
+    return "–" if not unique else str(unique[0]) if len(set(unique)) == 1 else f"{min(unique)}–{max(unique)}"
