@@ -26,8 +26,9 @@ from .generation import ReferenceTokens
 from .inputs import CheckInputs, make_inputs
 from .instrument import first_layers, open_layers
 from .judge import Judge
+from .quantisation import QuantisedWeights, compare_quantised
 from .reference import Reference
-from .result import BackendCheck, InputsUsed
+from .result import BackendCheck, InputsUsed, QuantisationCheck
 from .runners import Arrays, LayersRunner, ReferenceRunner, SequenceRunner, streams_feeds
 from .sources import WeightSource
 
@@ -42,6 +43,7 @@ class NumericResult:
     inputs: InputsUsed
     experts_exercised: dict[int, int]
     backends: list[BackendCheck]
+    quantisation: QuantisationCheck | None
 
 
 def check_numbers(bundle: Bundle, source: WeightSource, names: Sequence[BackendName], limits: Limits, *, cut: bool,
@@ -62,13 +64,24 @@ def check_numbers(bundle: Bundle, source: WeightSource, names: Sequence[BackendN
         feeds = [feed.arrays() for feed in inputs.feeds]
         expected = Comparator.run([ReferenceRunner(reference, feeds)], feeds)
         seen = [dict(forward.items()) for forward in expected["reference"]]
+        rounding = _rounding(here, source, feeds, seen, limits)
         answers = None if cut else ReferenceTokens(reference.backend, inputs.prompts, _new_tokens(here, inputs), text)
         compared = _Compared(bundle, here, reference, expected, seen, limits)
         checks = []
         for number, backend in enumerate(backends or [None]):
             tell("backend", number, max(1, len(backends)))
             checks.append(compared.check(backend, feeds, answers))
-    return NumericResult(inputs.used, _exercised(seen, d.moe_layers), checks)
+    return NumericResult(inputs.used, _exercised(seen, d.moe_layers), checks, rounding)
+
+
+def _rounding(bundle: Bundle, source: WeightSource, feeds: list[Arrays], seen: list[Arrays],
+              limits: Limits) -> QuantisationCheck | None:
+    """What the reference would have computed without quantisation; None where that is not known or not asked."""
+    if not isinstance(source, QuantisedWeights):
+        return None
+    original = ReferenceRunner(Reference(source.original, bundle.manifest.routing, keep=False), feeds)
+    run = Comparator.run([original], feeds)
+    return compare_quantised(bundle.manifest, [dict(forward.items()) for forward in run["reference"]], seen, limits)
 
 
 class _Compared:

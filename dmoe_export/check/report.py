@@ -18,6 +18,7 @@ from markupsafe import Markup
 from ..errors import MissingRequirementError, OutputError
 from . import answers, digest
 from .result import BackendCheck, CheckReport
+from .table import quantisation_in_words
 
 try:
     from . import plots
@@ -61,7 +62,8 @@ def _template() -> Template:
     environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True, finalize=_visible)
     environment.filters |= {"number": digest.number, "percent": digest.percent, "count": digest.count,
-                            "size": digest.size, "short": digest.short, "date": digest.date}
+                            "size": digest.size, "short": digest.short, "date": digest.date,
+                            "quantised": quantisation_in_words}
     environment.globals |= {"answers": answers, "digest": digest}
     return environment.get_template("report.html.jinja")
 

@@ -163,6 +163,18 @@ class EngineCheck(Frozen):
     passed: bool
 
 
+class QuantisationCheck(Frozen):
+    """What quantising the experts itself does: the float32 reference with the checkpoint's own weights against the one
+    with the quantised values. No gate: the backends are held against the latter."""
+
+    bits: Literal[8, 4]
+    group_size: int = Field(description="weights that share a scale")
+    logits: TensorError
+    divergence: float = Field(description="Kullback-Leibler divergence of the next-token distributions, mean, in nats")
+    same_best_token: float = Field(description="share of positions with the same best token")
+    same_experts: float = Field(description="share of tokens and MoE layers with the same experts")
+
+
 class InputsUsed(Frozen):
     """What was fed."""
 
@@ -200,3 +212,5 @@ class CheckReport(Frozen):
     machine: str
     versions: dict[str, str]
     seconds: float
+    quantisation: QuantisationCheck | None = Field(None, description="null where experts are not quantised or no "
+                                                   "checkpoint was given")

@@ -22,6 +22,7 @@ from .engines import check_engines
 from .gates import limits_for
 from .identity import check_identity
 from .numeric import Tell, check_numbers
+from .quantisation import QuantisedWeights
 from .result import BackendCheck, CheckReport, EngineCheck, IdentityCheck, WeightsCheck
 from .sources import BundleWeights, CheckpointWeights, WeightSource
 from .weights import check_weights_and_digest
@@ -75,7 +76,7 @@ def check_bundle(folder: str | Path, reference: str | Path | None = None, *, bac
         identity=identity, weights=weights_check, backends=numeric.backends, engines=engines, first_bad_layer=bad,
         passed=passed, verdict=verdict, created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs", versions=_versions(),
-        seconds=time.perf_counter() - start)
+        quantisation=numeric.quantisation, seconds=time.perf_counter() - start)
 
 
 def _check_options(manifest: Manifest, layers: int | None, atol: float | None, cosine: float | None) -> None:
@@ -129,13 +130,18 @@ def _source(bundle: Bundle, checkpoint: Checkpoint | None, layers: int, identity
             d.moe and theirs.moe and (d.moe.num_experts, d.moe.experts_per_token) != (
                 theirs.moe.num_experts, theirs.moe.experts_per_token)):
         raise CheckError(identity.note)
-    return CheckpointWeights(checkpoint)
+    source = CheckpointWeights(checkpoint)
+    return QuantisedWeights(source, bundle.manifest) if bundle.manifest.quantisation else source
 
 
 def _check_memory(bundle: Bundle) -> None:
     """The reference decodes with all weights in float32; say so before the machine swaps."""
-    wider = 1 if bundle.manifest.precision == "fp32" else 2
-    needed = wider * sum(entry.size for entry in bundle.manifest.files if not entry.path.endswith(".engine"))
+    manifest = bundle.manifest
+    wider = 1 if manifest.precision == "fp32" else 2
+    expert_file = manifest.experts.file if manifest.experts and manifest.quantisation else None
+    per_value = 32 // manifest.quantisation.bits if manifest.quantisation else wider  # of the experts' file
+    needed = sum((per_value if entry.path == expert_file else wider) * entry.size for entry in manifest.files
+                 if not entry.path.endswith(".engine"))
     try:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):

@@ -15,6 +15,7 @@ from ..checkpoint.family import Checkpoint
 from ..description import ModelDescription
 from ..errors import BundleError
 from ..model.load import interleave
+from ..ops.experts.quantised import dequantise
 
 _CHUNK_BYTES = 64 << 20
 
@@ -72,21 +73,27 @@ class BundleWeights:
     def __init__(self, bundle: Bundle, description: ModelDescription) -> None:
         """Raises BundleError for weights that do not lie beside the graph as external data."""
         self.description = description
-        self._folder = bundle.folder
+        self._folder, self._quantisation = bundle.folder, bundle.manifest.quantisation
         graph = onnx.load(str(bundle.denoiser_path), load_external_data=False).graph
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
 
     def dense(self, name: str, rows: slice | None = None) -> Tensor:
         """As in WeightSource."""
-        return self._read(name, rows)
+        return self._read(name, rows).float()
 
     def gate_up(self, layer: int, expert: int) -> Tensor:
         """As in WeightSource."""
-        return self._read(f"layers.{layer}.ffn.gate_up", slice(expert, expert + 1))[0]
+        return self._expert(f"layers.{layer}.ffn.gate_up", expert)
 
     def down(self, layer: int, expert: int) -> Tensor:
         """As in WeightSource."""
-        return self._read(f"layers.{layer}.ffn.down", slice(expert, expert + 1))[0]
+        return self._expert(f"layers.{layer}.ffn.down", expert)
+
+    def _expert(self, name: str, expert: int) -> Tensor:
+        rows = slice(expert, expert + 1)
+        if self._quantisation is None:
+            return self._read(name, rows)[0].float()
+        return dequantise(self._read(name, rows)[0], self._read(f"{name}_scales", rows)[0], self._quantisation.bits)
 
     def _read(self, name: str, rows: slice | None) -> Tensor:
         tensor = self._tensors.get(name)
@@ -94,11 +101,11 @@ class BundleWeights:
             raise BundleError(f"{self._folder} has no weight {name} beside its graph; export the bundle again.")
         where = {entry.key: entry.value for entry in tensor.external_data}
         dtype = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16,
-                 onnx.TensorProto.BFLOAT16: torch.bfloat16}[tensor.data_type]
+                 onnx.TensorProto.BFLOAT16: torch.bfloat16, onnx.TensorProto.UINT8: torch.uint8}[tensor.data_type]
         shape = tuple(tensor.dims)
         start, stop, _ = (rows or slice(None)).indices(shape[0])
         row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
         with (self._folder / where["location"]).open("rb") as file:
             file.seek(int(where.get("offset", 0)) + start * row_bytes)
             raw = np.fromfile(file, np.uint8, (stop - start) * row_bytes)
-        return torch.from_numpy(raw).view(dtype).reshape(stop - start, *shape[1:]).float()
+        return torch.from_numpy(raw).view(dtype).reshape(stop - start, *shape[1:])

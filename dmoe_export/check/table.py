@@ -8,7 +8,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from .gates import norm_distance
-from .result import BackendCheck, CheckReport, GenerationCheck, IdentityCheck, LayerCheck, TensorError
+from .result import (
+    BackendCheck,
+    CheckReport,
+    GenerationCheck,
+    IdentityCheck,
+    LayerCheck,
+    QuantisationCheck,
+    TensorError,
+)
 
 _GATES_SHOWN = 12
 
@@ -18,6 +26,15 @@ def show_identity(identity: IdentityCheck, stderr: bool) -> None:
     if identity.same is not True:
         word = "DIFFERENT CHECKPOINT" if identity.same is False else "Checkpoint"
         click.echo(f"{word}: {identity.note}", err=stderr)
+
+
+def quantisation_in_words(found: QuantisationCheck) -> str:
+    """One sentence: what rounding the experts alone did to the reference."""
+    mean, worst = 1 - found.logits.cosine_mean, 1 - found.logits.cosine_worst
+    return (f"experts of {found.bits} bits in groups of {found.group_size} move the reference's own logits by "
+            f"1 − cosine {mean:.1e} (worst row {worst:.1e}), {found.divergence:.1e} nats; best token equal at "
+            f"{found.same_best_token:.1%}, experts at {found.same_experts:.1%}. No gate: backends are held against the "
+            "quantised weights.")
 
 
 def show(report: CheckReport) -> None:
@@ -31,6 +48,8 @@ def show(report: CheckReport) -> None:
         click.echo(f"Experts exercised, of {report.num_experts}: " + ", ".join(
             f"layer {layer} {count}" for layer, count in report.experts_exercised.items()))
     click.echo(f"Weights: {report.weights.note}")
+    if report.quantisation:
+        click.echo(f"Quantisation: {quantisation_in_words(report.quantisation)}")
     for backend in report.backends:
         console.print(_layers(backend))
         _summary(backend)

@@ -69,7 +69,7 @@ def check_weights_and_digest(bundle: Bundle, checkpoint: Checkpoint, layers: int
     manifest, tally = bundle.manifest, _Tally()
     count = compared_layers(bundle, checkpoint, layers)
     width = manifest.experts.stored_width if manifest.experts else 0
-    conversion = Conversion(checkpoint, DTYPES[manifest.precision], width, count)
+    conversion = Conversion(checkpoint, DTYPES[manifest.precision], width, count, manifest.quantisation)
     places = _places(bundle)
     kept = [name for name in places if (_layer(name) or 0) < count]
     total = sum(places[name].length for name in kept)
