@@ -33,6 +33,12 @@ class ExpertPoolC(ctypes.Structure):
     _fields_ = [("slots", ctypes.c_int32)] + [(name, ctypes.c_void_p) for name in ("slot_of_expert", "gate_up", "down")]
 
 
+class QuantisationC(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("bits", "group_size")] + [
+        (name, ctypes.c_void_p) for name in ("gate_up_scales", "down_scales", "gate_up_pool_scales",
+                                             "down_pool_scales")]
+
+
 class KernelError(Exception):
     def __init__(self, code: int, text: str):
         super().__init__(f"{code}: {text}")
@@ -138,24 +144,38 @@ def from_half(words: np.ndarray, kind: int) -> np.ndarray:
     return (words.astype(np.uint32) << 16).view(np.float32)
 
 
-def kernel_experts(kind: int, hidden, ids, weights, gate_up, down, pool=None) -> np.ndarray:
+def kernel_experts(kind: int, hidden, ids, weights, gate_up, down, pool=None, scales=None) -> np.ndarray:
     """Raw words of `mixed` from raw words of hidden, gate_up and down; float32 weights, int32 ids.
 
-    `pool`: slot_of_expert and the slots' words of gate_up and down, for `dmoe_experts_resident`.
+    `pool`: slot_of_expert and the slots' words of gate_up and down, for `dmoe_experts_resident`. `scales`: words
+    of the scales of gate_up and down and, with a pool, of its two, for `dmoe_experts_quantised` (uint8 weights).
     """
-    shape = ExpertsShapeC(len(hidden), ids.shape[1], len(gate_up), hidden.shape[1], down.shape[2], kind)
+    element = np.uint16 if scales is None else np.uint8
+    inputs = [_input(hidden, np.uint16), _input(ids, np.int32), _input(weights, np.float32), _input(gate_up, element),
+              _input(down, element)]
+    keep, quantisation, slots = [_input(part, np.uint16) for part in scales or ()], None, None
+    width = down.shape[2]
+    if scales is not None:
+        bits = 8 * gate_up.shape[2] // hidden.shape[1]
+        width = 8 * down.shape[2] // bits
+        group = hidden.shape[1] // scales[0].shape[2]
+        quantisation = QuantisationC(bits, group, *map(pointer, keep))
+    if pool is not None:
+        table, *parts = _input(pool[0], np.int32), _input(pool[1], element), _input(pool[2], element)
+        keep += [table, *parts]
+        slots = ExpertPoolC(len(parts[0]), *map(pointer, (table, *parts)))
+    shape = ExpertsShapeC(len(hidden), ids.shape[1], len(gate_up), hidden.shape[1], width, kind)
     size = library().dmoe_experts_workspace_bytes(ctypes.byref(shape))
     check(min(size, 0))
-    inputs = [_input(hidden, np.uint16), _input(ids, np.int32), _input(weights, np.float32), _input(gate_up, np.uint16),
-              _input(down, np.uint16)]
     workspace, mixed = Output(size, np.uint8), Output(hidden.shape, np.uint16)
     workspace.array[:] = 0x7f  # huge counts, NaN halfs, huge floats: what is read before it is written shows
     arguments = [*map(pointer, inputs), pointer(mixed.array), pointer(workspace.array), None]
-    if pool is None:
-        check(library().dmoe_experts(ctypes.byref(shape), *arguments))
+    if quantisation is not None:
+        check(library().dmoe_experts_quantised(ctypes.byref(shape), ctypes.byref(quantisation),
+                                               slots and ctypes.byref(slots), *arguments))
+    elif slots is not None:
+        check(library().dmoe_experts_resident(ctypes.byref(shape), ctypes.byref(slots), *arguments))
     else:
-        table, *slots = _input(pool[0], np.int32), _input(pool[1], np.uint16), _input(pool[2], np.uint16)
-        c = ExpertPoolC(len(slots[0]), *map(pointer, (table, *slots)))
-        check(library().dmoe_experts_resident(ctypes.byref(shape), ctypes.byref(c), *arguments))
+        check(library().dmoe_experts(ctypes.byref(shape), *arguments))
     workspace.checked()
     return mixed.checked()

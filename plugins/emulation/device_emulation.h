@@ -41,6 +41,7 @@ struct alignas(16) uint4 {
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 inline uint32_t __float_as_uint(float value) {
     uint32_t bits;
@@ -51,6 +52,12 @@ inline float __uint_as_float(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+    const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return result;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
@@ -107,7 +114,19 @@ namespace dmoe {
 namespace emulation {
 float widen_fp16(uint16_t half);
 uint16_t narrow_fp16(float value);
+uint16_t narrow_bf16(float value);
 inline float widen_bf16(uint16_t half) { return __uint_as_float(static_cast<uint32_t>(half) << 16); }
+// `work` on the low and on the high halfs. Sums and products of halfs are rounded once to float here, which changes
+// nothing for fp16 (float has more than twice its bits) and for the integers and the one product of dequantise().
+template <class Work>
+uint32_t each_half(float (*widen)(uint16_t), uint16_t (*narrow)(float), uint32_t a, uint32_t b, uint32_t c, Work work) {
+    uint32_t result = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const auto half = [shift](uint32_t word) { return static_cast<uint16_t>(word >> shift); };
+        result |= static_cast<uint32_t>(narrow(work(widen(half(a)), widen(half(b)), widen(half(c))))) << shift;
+    }
+    return result;
+}
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*widen)(uint16_t), const char *what,
          int line);
 }  // namespace emulation
@@ -123,7 +142,30 @@ DMOE_DEVICE uint32_t warp_min(uint32_t value, int line = __builtin_LINE()) { ret
 DMOE_DEVICE uint4 load_once(const uint4 *from, bool wanted) { return wanted ? *from : uint4{0, 0, 0, 0}; }
 DMOE_DEVICE uint4 load_shared_by_many(const uint4 *from, bool wanted) { return wanted ? *from : uint4{0, 0, 0, 0}; }
 
+// What is not wanted is left as garbage, as the registers of a GPU are.
+template <int WORDS>
+void load_once(uint32_t (&to)[WORDS], const char *from, bool wanted) {
+    if (wanted) {
+        std::memcpy(to, __builtin_assume_aligned(from, 4 * WORDS), sizeof to);
+    } else {
+        std::memset(to, 0xa5, sizeof to);
+    }
+}
+DMOE_DEVICE uint32_t load_scale(const uint16_t *from, bool wanted) { return wanted ? *from : 0; }
+
 DMOE_DEVICE uint16_t narrow_fp16(float value) { return emulation::narrow_fp16(value); }
+DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {
+    return emulation::each_half(emulation::widen_fp16, emulation::narrow_fp16, a, b, 0u,
+                                [](float x, float y, float) { return x - y; });
+}
+DMOE_DEVICE uint32_t mul_fp16x2(uint32_t a, uint32_t b) {
+    return emulation::each_half(emulation::widen_fp16, emulation::narrow_fp16, a, b, 0u,
+                                [](float x, float y, float) { return x * y; });
+}
+DMOE_DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+    return emulation::each_half(emulation::widen_bf16, emulation::narrow_bf16, a, b, c,
+                                [](float x, float y, float z) { return std::fma(x, y, z); });
+}
 DMOE_DEVICE void mma_fp16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
                           int line = __builtin_LINE()) {
     emulation::mma(c, {a0, a1, a2, a3}, {b0, b1}, emulation::widen_fp16, "mma_fp16", line);

@@ -1,7 +1,7 @@
 // mma.m16n8k16 and half precision in plain C++ (no CUDA headers, no compiler half types).
 #include <cmath>
 
-#include "device_emulation.h"
+#include "../kernels/device.cuh"
 
 namespace dmoe::emulation {
 
@@ -33,6 +33,8 @@ uint16_t narrow_fp16(float value) {
     const int rounded = static_cast<int>(std::nearbyint(mantissa * 2048.0f)) - 1024;
     return static_cast<uint16_t>(sign | (((exponent + 14) << 10) + rounded));
 }
+
+uint16_t narrow_bf16(float value) { return Bf16::narrow(value); }
 
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*widen)(uint16_t), const char *what,
          int line) {

@@ -31,13 +31,23 @@ DMOE_DEVICE float warp_max(float value) {
     return value;
 }
 
-// Element types as raw 16-bit words: how a float is rounded (to nearest, ties to even) and which mma multiplies them.
+// Element types as raw 16-bit words: how a float is rounded (to nearest, ties to even), how small integers become such
+// words, and which mma multiplies them.
+//
+// dequantise: two unsigned integers of BITS bits, bytes i and i+1 of `word` (`spread`: 0x4140 or 0x4342, what puts them
+// into the low bytes of two halfs), less 2^(BITS − 1), times `scale` (given twice), rounded once. A byte u below an upper
+// byte that makes the half 2^m + u is u as a float, but for 2^m; the subtraction of 2^m and the middle is exact.
 //
 // mma: c += a · b on the fragments of mma.m16n8k16; a = weights, row-major, b = tokens, column-major, c float32. With
 // g = lane / 4 and q = lane % 4: a0 = (g, 2q..2q+1), a1 = (g+8, same), a2 = (g, 2q+8..2q+9), a3 = (g+8, same);
 // b0 = (2q..2q+1, g), b1 = (2q+8..2q+9, g); c = (g, 2q), (g, 2q+1), (g+8, 2q), (g+8, 2q+1).
 struct Fp16 {
     static DMOE_DEVICE uint16_t narrow(float value) { return narrow_fp16(value); }
+    template <int BITS>
+    static DMOE_DEVICE uint32_t dequantise(uint32_t word, uint32_t spread, uint32_t scale) {
+        const uint32_t raised = __byte_perm(word, 0x64646464u, spread);  // 1024 + u
+        return mul_fp16x2(sub_fp16x2(raised, BITS == 8 ? 0x64806480u : 0x64086408u), scale);
+    }
     static DMOE_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                 uint32_t b1) {
         mma_fp16(c, a0, a1, a2, a3, b0, b1);
@@ -49,6 +59,18 @@ struct Bf16 {
         const uint32_t bits = __float_as_uint(value);
         if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);  // NaN stays NaN
         return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    }
+    template <int BITS>
+    static DMOE_DEVICE uint32_t dequantise(uint32_t word, uint32_t spread, uint32_t scale) {
+        constexpr uint32_t kOne = 0x3f803f80u, kMinusOne = 0xbf80bf80u, kMinus136 = 0xc308c308u, kMinusZero = 0x80008000u;
+        const uint32_t raised = __byte_perm(word, 0x43434343u, spread);
+        uint32_t integer;
+        if constexpr (BITS == 4) {
+            integer = fma_bf16x2(raised, kOne, kMinus136);  // 128 + u
+        } else {  // seven bits of fraction: 128 + u mod 128, less 128 where u has bit 7, else 256
+            integer = fma_bf16x2((raised ^ 0x00800080u) & 0xff80ff80u, kMinusOne, raised & 0xff7fff7fu);
+        }
+        return fma_bf16x2(integer, scale, kMinusZero);
     }
     static DMOE_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                 uint32_t b1) {

@@ -37,6 +37,29 @@ DMOE_DEVICE uint4 load_once(const uint4 *from, bool wanted) {
     return v;
 }
 
+// The same into words that hold anything when not wanted.
+DMOE_DEVICE void load_once(uint32_t (&to)[4], const char *from, bool wanted) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t"
+        "@p ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+        : "l"(from), "r"(static_cast<unsigned>(wanted)));
+}
+DMOE_DEVICE void load_once(uint32_t (&to)[2], const char *from, bool wanted) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %3, 0;\n\t"
+        "@p ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];\n\t}"
+        : "=r"(to[0]), "=r"(to[1])
+        : "l"(from), "r"(static_cast<unsigned>(wanted)));
+}
+
+// A scale, which the next groups of its row follow in the same sector: through L1. Zero when not wanted.
+DMOE_DEVICE uint32_t load_scale(const uint16_t *from, bool wanted) {
+    uint32_t scale;
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\tmov.u32 %0, 0;\n\t@p ld.global.nc.u16 %0, [%1];\n\t}"
+        : "=&r"(scale)
+        : "l"(from), "r"(static_cast<unsigned>(wanted)));
+    return scale;
+}
+
 // 16 bytes that other warps read too: through L1. Zero when not wanted.
 DMOE_DEVICE uint4 load_shared_by_many(const uint4 *from, bool wanted) {
     uint4 v;
@@ -52,6 +75,24 @@ DMOE_DEVICE uint16_t narrow_fp16(float value) {
     uint16_t half;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
     return half;
+}
+
+DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+DMOE_DEVICE uint32_t mul_fp16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+DMOE_DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d = 0;
+#if __CUDA_ARCH__ >= 800
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#endif  // below, mma_bf16 traps
+    return d;
 }
 
 DMOE_DEVICE void mma_fp16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {

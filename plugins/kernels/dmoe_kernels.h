@@ -2,8 +2,9 @@
  *
  * Semantics: dmoe_export/ops/block_route/__init__.py and dmoe_export/ops/experts/__init__.py.
  * Every pointer is a device pointer (emulation: host pointer), 16-byte aligned, contiguous, and must stay valid until
- * the stream has run the work. Weights may also be pinned host memory, which a device reads at the same address. `stream` is a cudaStream_t; the emulation ignores it. Nothing here waits for the
- * device or allocates, so the calls can be recorded in a CUDA graph.
+ * the stream has run the work. Weights may also be pinned host memory, which a device reads at the same address.
+ * `stream` is a cudaStream_t; the emulation ignores it. Nothing here waits for the device or allocates, so the calls can
+ * be recorded in a CUDA graph.
  *
  * Returned: 0; a negative DMOE_ERROR_*, nothing launched; or a positive cudaError_t of a launch. */
 #ifndef DMOE_KERNELS_H
@@ -87,6 +88,25 @@ typedef struct DmoeExpertPool {
 DMOE_API int dmoe_experts_resident(const DmoeExpertsShape *shape, const DmoeExpertPool *pool, const void *hidden,
                                    const int32_t *expert_ids, const float *expert_weights, const void *gate_up,
                                    const void *down, void *mixed, void *workspace, void *stream);
+
+/* Weights as integers: u stored unsigned, the weight is (u - 2^(bits - 1)) * scale rounded to the type of hidden. Groups
+ * of group_size neighbours of a row share a scale, whose type is that of hidden. With 4 bits a byte holds two values, the
+ * one of the even index in its low half. */
+typedef struct DmoeQuantisation {
+    int32_t bits;                    /* 4 or 8 */
+    int32_t group_size;              /* 32, 64 or 128; divides H and I' */
+    const void *gate_up_scales;      /* [E, 2I', H / group_size] */
+    const void *down_scales;         /* [E, H, I' / group_size] */
+    const void *gate_up_pool_scales; /* [slots, ...] of the pool; NULL without one */
+    const void *down_pool_scales;
+} DmoeQuantisation;
+
+/* dmoe_experts_resident() with integer weights: gate_up and down, also those of the pool, are uint8, rows of bits * H / 8
+ * and bits * I' / 8 bytes. quantisation: host memory, read before this returns; NULL = dmoe_experts_resident(). */
+DMOE_API int dmoe_experts_quantised(const DmoeExpertsShape *shape, const DmoeQuantisation *quantisation,
+                                    const DmoeExpertPool *pool, const void *hidden, const int32_t *expert_ids,
+                                    const float *expert_weights, const void *gate_up, const void *down, void *mixed,
+                                    void *workspace, void *stream);
 
 /* What a returned code means, one sentence; a static string. */
 DMOE_API const char *dmoe_error_string(int code);

@@ -1,7 +1,7 @@
-// dmoe_experts and dmoe_experts_resident: arguments checked, tokens in chunks, four launches per chunk.
+// dmoe_experts, dmoe_experts_resident and dmoe_experts_quantised: arguments checked, tokens in chunks, four launches per chunk.
 #include "dmoe_kernels.h"
 #include "experts_group.cuh"
-#include "experts_product.cuh"
+#include "experts_launch.cuh"
 #include "experts_reduce.cuh"
 
 using namespace dmoe;
@@ -10,7 +10,6 @@ namespace {
 
 // Bounds the workspace (76 MB for 8 places, H 2048, I' 512); a longer prompt reads its experts once per chunk.
 constexpr int kChunk = 1024;
-constexpr int kSplitDepth = 2048;  // from this depth on the warps of a block share 16 rows
 constexpr int kMaxSize = 1 << 18;  // of H and I'; keeps every 32-bit index in range
 
 struct Workspace {
@@ -41,45 +40,35 @@ int check(const DmoeExpertsShape &s) {
     return s.type == DMOE_TYPE_FP16 || s.type == DMOE_TYPE_BF16 ? 0 : DMOE_ERROR_TYPE;
 }
 
-template <class Half, int TILES, int SPLIT, bool GATE>
-int launch_product(const ProductArguments &a, int pair_count, void *stream) {
-    constexpr auto kernel = product_kernel<Half, TILES, SPLIT, GATE>;
-    const int row_tiles = (a.rows + 64 / SPLIT - 1) / (64 / SPLIT);
-    const int items = min(a.experts, pair_count) * row_tiles;  // at most: how many experts are active is not known here
-    const int blocks = max(1, min(items, resident_blocks<kernel>(kProductThreads)));
-    return launch(kernel, dim3(blocks), kProductThreads, stream, a);
+int check(const DmoeExpertsShape &s, const DmoeQuantisation &q) {
+    if (q.bits != 4 && q.bits != 8) return DMOE_ERROR_ATTRIBUTE;
+    if (q.group_size != 32 && q.group_size != 64 && q.group_size != 128) return DMOE_ERROR_ATTRIBUTE;
+    return s.hidden % q.group_size || s.width % q.group_size ? DMOE_ERROR_ATTRIBUTE : 0;
 }
 
-template <class Half, bool GATE>
-int launch_product(const ProductArguments &a, int tokens, void *stream) {
-    const int pairs = tokens * a.places;
-    if (a.depth >= kSplitDepth) {
-        return tokens <= 32 ? launch_product<Half, 4, 4, GATE>(a, pairs, stream)
-                            : launch_product<Half, 8, 4, GATE>(a, pairs, stream);
-    }
-    return tokens <= 32 ? launch_product<Half, 4, 1, GATE>(a, pairs, stream)
-                        : launch_product<Half, 8, 1, GATE>(a, pairs, stream);
-}
-
-// What the kernels need of a DmoeExpertPool; all null and 0 without one.
-struct Pool {
+// Where the experts' weights are: for each product all of them and those in the slots.
+struct Weights {
+    Matrices gate_up, down, gate_up_pool, down_pool;
     const int32_t *slot_of_expert;
-    const uint4 *gate_up, *down;
-    int slots;
+    int slots, bits, group_shift;
 };
 
 struct Tensors {
     const uint4 *hidden;
     const int32_t *expert_ids;
     const float *expert_weights;
-    const uint4 *gate_up, *down;
     uint2 *mixed;
     char *workspace;
-    Pool pool;
 };
 
+template <class Half, bool GATE>
+int launch_product(const Weights &weights, const ProductArguments &a, int tokens, void *stream) {
+    return weights.bits == 16 ? launch_product<Half, PlainRows<Half>, GATE>(a, tokens, stream)
+                              : launch_quantised_product<Half, GATE>(weights.bits, a, tokens, stream);
+}
+
 template <class Half>
-int run_chunk(const DmoeExpertsShape &s, const Workspace &w, const Tensors &t, void *stream) {
+int run_chunk(const DmoeExpertsShape &s, const Workspace &w, const Weights &weights, const Tensors &t, void *stream) {
     const Groups groups{reinterpret_cast<int *>(t.workspace + w.count), reinterpret_cast<int *>(t.workspace + w.first),
                         reinterpret_cast<int *>(t.workspace + w.pairs)};
     auto *const activations = reinterpret_cast<uint16_t *>(t.workspace + w.activations);
@@ -89,16 +78,20 @@ int run_chunk(const DmoeExpertsShape &s, const Workspace &w, const Tensors &t, v
     const int warps = (s.experts + 7) / 8 * 8;
     if (const int error = launch(group_kernel, dim3(warps / 4), 128, stream, group)) return error;
 
-    const Pool &pool = t.pool;
-    const ProductArguments gate_up{t.gate_up, pool.gate_up, pool.slot_of_expert, pool.slots, t.hidden,
-                                   groups,    s.experts,    2 * s.width,         s.hidden,   s.places,
-                                   activations, nullptr,    nullptr};
-    if (const int error = launch_product<Half, true>(gate_up, s.tokens, stream)) return error;
+    ProductArguments a{};
+    a.slot_of_expert = weights.slot_of_expert, a.slots = weights.slots, a.group_shift = weights.group_shift;
+    a.groups = groups, a.experts = s.experts, a.places = s.places;
 
-    const ProductArguments down{t.down,   pool.down, pool.slot_of_expert, pool.slots,
-                                reinterpret_cast<const uint4 *>(activations), groups, s.experts, s.hidden,
-                                s.width,  s.places,  nullptr, t.expert_weights, pair_outputs};
-    if (const int error = launch_product<Half, false>(down, s.tokens, stream)) return error;
+    a.all = weights.gate_up, a.pool = weights.gate_up_pool;
+    a.rows = 2 * s.width, a.depth = s.hidden;
+    a.tokens = t.hidden, a.activations = activations;
+    if (const int error = launch_product<Half, true>(weights, a, s.tokens, stream)) return error;
+
+    a.all = weights.down, a.pool = weights.down_pool;
+    a.rows = s.hidden, a.depth = s.width;
+    a.tokens = reinterpret_cast<const uint4 *>(activations), a.activations = nullptr;
+    a.pair_weights = t.expert_weights, a.pair_outputs = pair_outputs;
+    if (const int error = launch_product<Half, false>(weights, a, s.tokens, stream)) return error;
 
     const ReduceArguments reduce{reinterpret_cast<const float4 *>(pair_outputs), t.expert_ids, s.tokens, s.places,
                                  s.experts, s.hidden / 4, t.mixed};
@@ -107,7 +100,35 @@ int run_chunk(const DmoeExpertsShape &s, const Workspace &w, const Tensors &t, v
                   kReduceThreads, stream, reduce);
 }
 
-bool misaligned(const void *pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes != 0; }
+bool usable(const void *pointer, uintptr_t alignment = 16) {
+    return pointer && reinterpret_cast<uintptr_t>(pointer) % alignment == 0;
+}
+
+// Everything about weights, scales and slots into one struct; 0 or what is wrong with it.
+int weights_of(Weights &w, const DmoeExpertsShape &shape, const DmoeQuantisation *q, const DmoeExpertPool *pool,
+               const void *gate_up, const void *down) {
+    w = Weights{{gate_up, nullptr}, {down, nullptr}, {}, {}, nullptr, 0, 16, 0};
+    bool good = usable(gate_up) && usable(down);
+    if (q) {
+        if (const int error = check(shape, *q)) return error;
+        w.bits = q->bits, w.group_shift = q->group_size == 32 ? 5 : q->group_size == 64 ? 6 : 7;
+        good = good && usable(q->gate_up_scales) && usable(q->down_scales);
+        w.gate_up.scales = static_cast<const uint16_t *>(q->gate_up_scales);
+        w.down.scales = static_cast<const uint16_t *>(q->down_scales);
+    }
+    if (pool) {
+        if (pool->slots < 1 || pool->slots > shape.experts) return DMOE_ERROR_SHAPE;
+        w.slot_of_expert = pool->slot_of_expert, w.slots = pool->slots;
+        w.gate_up_pool.weights = pool->gate_up, w.down_pool.weights = pool->down;
+        good = good && usable(pool->slot_of_expert) && usable(pool->gate_up) && usable(pool->down);
+    }
+    if (pool && q) {
+        good = good && usable(q->gate_up_pool_scales) && usable(q->down_pool_scales);
+        w.gate_up_pool.scales = static_cast<const uint16_t *>(q->gate_up_pool_scales);
+        w.down_pool.scales = static_cast<const uint16_t *>(q->down_pool_scales);
+    }
+    return good ? 0 : DMOE_ERROR_POINTER;
+}
 
 }  // namespace
 
@@ -127,23 +148,24 @@ extern "C" int dmoe_experts(const DmoeExpertsShape *shape, const void *hidden, c
 extern "C" int dmoe_experts_resident(const DmoeExpertsShape *shape, const DmoeExpertPool *pool, const void *hidden,
                                      const int32_t *expert_ids, const float *expert_weights, const void *gate_up,
                                      const void *down, void *mixed, void *workspace, void *stream) {
+    return dmoe_experts_quantised(shape, nullptr, pool, hidden, expert_ids, expert_weights, gate_up, down, mixed,
+                                  workspace, stream);
+}
+
+extern "C" int dmoe_experts_quantised(const DmoeExpertsShape *shape, const DmoeQuantisation *quantisation,
+                                      const DmoeExpertPool *pool, const void *hidden, const int32_t *expert_ids,
+                                      const float *expert_weights, const void *gate_up, const void *down, void *mixed,
+                                      void *workspace, void *stream) {
     if (!shape) return DMOE_ERROR_POINTER;
     if (const int error = check(*shape)) return error;
-    if (pool && (pool->slots < 1 || pool->slots > shape->experts)) return DMOE_ERROR_SHAPE;
-    if (shape->tokens == 0) return 0;
-    for (const void *pointer : {hidden, static_cast<const void *>(expert_ids), static_cast<const void *>(expert_weights),
-                                gate_up, down, static_cast<const void *>(mixed), static_cast<const void *>(workspace)}) {
-        if (!pointer || misaligned(pointer, 16)) return DMOE_ERROR_POINTER;
+    Weights weights;
+    const int problem = weights_of(weights, *shape, quantisation, pool, gate_up, down);
+    if (problem && problem != DMOE_ERROR_POINTER) return problem;
+    if (shape->tokens == 0) return 0;  // tensors without elements have no address
+    if (problem || !usable(hidden) || !usable(expert_ids) || !usable(expert_weights) || !usable(mixed) ||
+        !usable(workspace, 256)) {
+        return DMOE_ERROR_POINTER;
     }
-    Pool slots{};
-    if (pool) {
-        for (const void *pointer : {static_cast<const void *>(pool->slot_of_expert), pool->gate_up, pool->down}) {
-            if (!pointer || misaligned(pointer, 16)) return DMOE_ERROR_POINTER;
-        }
-        slots = {pool->slot_of_expert, static_cast<const uint4 *>(pool->gate_up),
-                 static_cast<const uint4 *>(pool->down), pool->slots};
-    }
-    if (misaligned(workspace, 256)) return DMOE_ERROR_POINTER;
     if (shape->type == DMOE_TYPE_BF16 && !bf16_runs_here()) return DMOE_ERROR_TYPE;
 
     const Workspace w = workspace_of(*shape);
@@ -154,13 +176,9 @@ extern "C" int dmoe_experts_resident(const DmoeExpertsShape *shape, const DmoeEx
         const Tensors t{static_cast<const uint4 *>(hidden) + at / 8,
                         expert_ids + static_cast<int64_t>(start) * shape->places,
                         expert_weights + static_cast<int64_t>(start) * shape->places,
-                        static_cast<const uint4 *>(gate_up),
-                        static_cast<const uint4 *>(down),
-                        static_cast<uint2 *>(mixed) + at / 4,
-                        static_cast<char *>(workspace),
-                        slots};
-        const int error = shape->type == DMOE_TYPE_FP16 ? run_chunk<Fp16>(chunk, w, t, stream)
-                                                        : run_chunk<Bf16>(chunk, w, t, stream);
+                        static_cast<uint2 *>(mixed) + at / 4, static_cast<char *>(workspace)};
+        const int error = shape->type == DMOE_TYPE_FP16 ? run_chunk<Fp16>(chunk, w, weights, t, stream)
+                                                        : run_chunk<Bf16>(chunk, w, weights, t, stream);
         if (error) return error;
     }
     return 0;

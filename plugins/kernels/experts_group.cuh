@@ -1,17 +1,9 @@
 // First launch of DmoeExperts: which pairs (token, place) belong to which expert. A warp per expert, no atomics.
 #pragma once
 
-#include "device.cuh"
+#include "experts_pairs.cuh"
 
 namespace dmoe {
-
-constexpr int kMaxExperts = 1024;
-
-// Where the pairs of each expert are. A pair is token · places + place; `pairs` lists expert 0's, then expert 1's, …,
-// each in ascending order; an expert's position in that list is also its row in the activations.
-struct Groups {
-    int *count, *first, *pairs;  // [kMaxExperts], [kMaxExperts], [N·k]
-};
 
 struct GroupArguments {
     const int32_t *expert_ids;  // [pair_count]; outside 0..experts−1 = none

@@ -1,28 +1,34 @@
 // The two products of DmoeExperts: rows of an expert's weights times the tokens routed to it.
 //
-// The weights are read once from device memory, 16 bytes per lane straight into registers, and are operand A of
-// mma.m16n8k16 (16 weight rows); the tokens are operand B, eight per tile, read through L1. k may be permuted as long
-// as A and B agree, so lane (g, q) simply takes halfs 8q … 8q+7 of 32: words 0 and 1 of these 16 bytes are its k slots
-// {2q, 2q+1} and {2q+8, 2q+9} of one product, words 2 and 3 those of the next. Weight rows may be permuted too: A row
-// g is row 2g and A row g+8 is row 2g+1 of the sixteen, so that a lane ends up with two neighbouring rows of the same
-// token: a gate with its up, or two neighbouring outputs. See README.md for the picture.
+// The weights are read once from device memory, straight into registers, and are operand A of mma.m16n8k16 (16 weight
+// rows); the tokens are operand B, eight per tile, read through L1. k may be permuted as long as A and B agree, so a lane
+// takes whole pieces of 16 bytes (experts_weights.cuh): words 0 and 1 of eight halfs are its k slots {2q, 2q+1} and
+// {2q+8, 2q+9} of one product, words 2 and 3 those of the next. Weight rows may be permuted too: A row g is row 2g and A
+// row g+8 is row 2g+1 of the sixteen, so that a lane ends up with two neighbouring rows of the same token: a gate with
+// its up, or two neighbouring outputs. See README.md for the picture.
 #pragma once
 
 #include "device.cuh"
-#include "experts_group.cuh"
+#include "experts_pairs.cuh"
+#include "experts_weights.cuh"
 
 namespace dmoe {
 
 constexpr int kProductWarps = 4;
 constexpr int kProductThreads = kProductWarps * kWarp;
-constexpr int kUnit = 8;              // halfs in 16 bytes, the unit of all offsets below
-constexpr int kSegment = 64 / kUnit;  // units of k per step: one 128-byte line of every row
+
+// An expert's matrix in many copies: [number, rows, depth] weights and, quantised, [number, rows, depth / group] scales.
+struct Matrices {
+    const void *weights;
+    const uint16_t *scales;
+};
 
 struct ProductArguments {
-    const uint4 *weights;           // [experts, rows, depth]; pinned host memory where the pool is the fast tier
-    const uint4 *pool;              // [slots, rows, depth]
+    Matrices all;                   // of every expert; pinned host memory where the pool is the fast tier
+    Matrices pool;                  // of every slot
     const int32_t *slot_of_expert;  // [experts], outside 0 … slots − 1 = not in the pool; null = no pool
     int slots;
+    int group_shift;       // log2 of the values per scale
     const uint4 *tokens;   // gate_up: hidden [N, depth]; down: activations [grouped pairs, depth]
     Groups groups;
     int experts, rows, depth, places;
@@ -32,10 +38,16 @@ struct ProductArguments {
 };
 
 // The one place where an expert's weights are looked up: in the pool, or among all experts.
-DMOE_DEVICE const uint4 *weights_of(const ProductArguments &a, int expert) {
-    const int64_t units = static_cast<int64_t>(a.rows) * (a.depth / kUnit);
+template <class Rows>
+DMOE_DEVICE RowPair rows_of(const ProductArguments &a, int expert, int row) {
     const int slot = a.slot_of_expert ? a.slot_of_expert[expert] : -1;
-    return slot >= 0 && slot < a.slots ? a.pool + slot * units : a.weights + expert * units;
+    const bool pooled = slot >= 0 && slot < a.slots;
+    const Matrices &from = pooled ? a.pool : a.all;
+    const int64_t index = static_cast<int64_t>(pooled ? slot : expert) * a.rows + row;
+    const int64_t pitch = static_cast<int64_t>(a.depth / 8) * Rows::kBits;
+    const int groups = Rows::kBits == 16 ? 0 : a.depth >> a.group_shift;
+    return {static_cast<const char *>(from.weights) + index * pitch, pitch, from.scales + index * groups, groups,
+            a.group_shift, a.depth / kUnit};
 }
 
 // The experts with tokens, ascending, into `active`; how many. Thread t looks at experts 8t … 8t+7.
@@ -71,31 +83,17 @@ DMOE_DEVICE int list_active(const int *count, int experts, uint16_t *active, int
     return total;
 }
 
-// A lane's part of 16 weight rows in one segment: two rows, two pieces of 16 bytes each.
-struct WeightPiece {
-    uint4 even[2], odd[2];
-};
-
-DMOE_DEVICE void load_weights(WeightPiece &piece, const uint4 *row, int row_units, int at, int end) {
+// Adds one step to up to four tiles of eight tokens. `offsets`: units from `tokens` to the lane's token of a tile.
+template <class Half, class Rows>
+DMOE_DEVICE void multiply(float (*sums)[4], const Rows &rows, const uint4 *tokens, const uint32_t *offsets, int tiles,
+                          int at, int units) {
     DMOE_UNROLL
     for (int half = 0; half < 2; ++half) {
-        const bool wanted = at + 4 * half < end;
-        piece.even[half] = load_once(row + at + 4 * half, wanted);
-        piece.odd[half] = load_once(row + row_units + at + 4 * half, wanted);
-    }
-}
-
-// Adds one segment to up to four tiles of eight tokens. `offsets`: units from `tokens` to the lane's token of a tile.
-template <class Half>
-DMOE_DEVICE void multiply(float (*sums)[4], const WeightPiece &piece, const uint4 *tokens, const uint32_t *offsets,
-                          int tiles, int at, int end) {
-    DMOE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        const int unit = at + 4 * half;
+        const int unit = Rows::token_unit(at, half, units);
         uint4 b[4];
         DMOE_UNROLL
-        for (int j = 0; j < 4; ++j) b[j] = load_shared_by_many(tokens + offsets[j] + unit, j < tiles && unit < end);
-        const uint4 &e = piece.even[half], &o = piece.odd[half];
+        for (int j = 0; j < 4; ++j) b[j] = load_shared_by_many(tokens + offsets[j] + unit, j < tiles && unit < units);
+        const uint4 e = rows.values(0, half), o = rows.values(1, half);
         DMOE_UNROLL
         for (int j = 0; j < 4; ++j) {
             if (j >= tiles) continue;
@@ -105,26 +103,26 @@ DMOE_DEVICE void multiply(float (*sums)[4], const WeightPiece &piece, const uint
     }
 }
 
-// sums += (sixteen weight rows) · (tokens), over segments first, first + step, … of k; weights are fetched DEPTH steps
+// sums += (sixteen weight rows) · (tokens), over steps first, first + every, … of k; weights are fetched some steps
 // ahead into a ring of registers whose places are known at compile time.
-template <class Half, int TILES, int DEPTH>
-DMOE_DEVICE void multiply_rows(float (&sums)[TILES][4], const uint4 *row, int row_units, const uint4 *tokens,
-                               const uint32_t (&offsets)[TILES], int tiles, int first, int step) {
-    const int q = lane_id() % 4;
-    const int stride = step * kSegment;
-    WeightPiece ring[DEPTH];
-    int at = first * kSegment + q;  // the lane's unit of the segment
+template <class Half, class Rows, int TILES>
+DMOE_DEVICE void multiply_rows(float (&sums)[TILES][4], const RowPair &from, const uint4 *tokens,
+                               const uint32_t (&offsets)[TILES], int tiles, int first, int every) {
+    constexpr int kAhead = Rows::template kAhead<TILES>;
+    const int stride = every * kSegment;
+    Rows ring[kAhead];
+    int at = first * kSegment;  // first unit of the step
     DMOE_UNROLL
-    for (int i = 0; i < DEPTH; ++i) load_weights(ring[i], row, row_units, at + i * stride, row_units);
-    while (at - q < row_units) {
+    for (int i = 0; i < kAhead; ++i) ring[i].load(from, at + i * stride);
+    while (at < from.units) {
         DMOE_UNROLL
-        for (int i = 0; i < DEPTH; ++i) {
-            if (at - q < row_units) {
+        for (int i = 0; i < kAhead; ++i) {
+            if (at < from.units) {
                 DMOE_UNROLL
                 for (int j = 0; j < TILES; j += 4) {
-                    if (j < tiles) multiply<Half>(sums + j, ring[i], tokens, offsets + j, tiles - j, at, row_units);
+                    if (j < tiles) multiply<Half>(sums + j, ring[i], tokens, offsets + j, tiles - j, at, from.units);
                 }
-                load_weights(ring[i], row, row_units, at + DEPTH * stride, row_units);
+                ring[i].load(from, at + kAhead * stride);
                 at += stride;
             }
         }
@@ -155,10 +153,9 @@ DMOE_DEVICE void write_tile(const ProductArguments &a, const float (&c)[4], int 
 // Persistent: block b takes items b, b + gridDim.x, …; an item is 64 / SPLIT rows of an active expert.
 // TILES: tiles of eight tokens per pass over the rows. SPLIT 1: a warp has 16 rows of its own. SPLIT 4: the warps share
 // 16 rows and take every fourth segment of k.
-template <class Half, int TILES, int SPLIT, bool GATE>
+template <class Half, class Rows, int TILES, int SPLIT, bool GATE>
 __global__ void __launch_bounds__(kProductThreads, 4) product_kernel(ProductArguments a) {
     static_assert(TILES % 4 == 0 && (SPLIT == 1 || SPLIT == kProductWarps), "tiles are handled in fours");
-    constexpr int kDepth = TILES == 4 ? 3 : 2;
     constexpr int kRows = kProductWarps * 16 / SPLIT;
     constexpr bool kTwoBuffers = TILES == 4;  // one barrier per item instead of two, where shared memory is cheap
     constexpr int kPartials = kProductWarps * TILES * kWarp;
@@ -177,7 +174,7 @@ __global__ void __launch_bounds__(kProductThreads, 4) product_kernel(ProductArgu
         if (SPLIT == 1 && row_base >= a.rows) continue;
         const int row = row_base + 2 * g;
         // Rows beyond the last are products nobody looks at: take the last two instead.
-        const uint4 *weights = weights_of(a, expert) + static_cast<int64_t>(min(row, a.rows - 2)) * row_units;
+        const RowPair weights = rows_of<Rows>(a, expert, min(row, a.rows - 2));
         for (int token = 0; token < count; token += TILES * 8) {
             const int tiles = min(TILES, (count - token + 7) / 8);
             uint32_t offsets[TILES];
@@ -188,8 +185,7 @@ __global__ void __launch_bounds__(kProductThreads, 4) product_kernel(ProductArgu
                 const int slot = first + min(token + j * 8 + g, count - 1);
                 offsets[j] = static_cast<uint32_t>(GATE ? a.groups.pairs[slot] / a.places : slot) * row_units;
             }
-            multiply_rows<Half, TILES, kDepth>(sums, weights, row_units, a.tokens, offsets, tiles,
-                                               SPLIT == 1 ? 0 : warp, SPLIT);
+            multiply_rows<Half, Rows, TILES>(sums, weights, a.tokens, offsets, tiles, SPLIT == 1 ? 0 : warp, SPLIT);
             if constexpr (SPLIT == 1) {
                 DMOE_UNROLL
                 for (int j = 0; j < TILES; ++j) {

@@ -1,0 +1,236 @@
+// The experts op over the instruction set's products: which expert has which tokens, and in what pieces it is done.
+#include "experts.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace dmoe::cpu {
+
+extern InstructionSet const kGeneric;
+#if defined(__x86_64__)
+extern InstructionSet const kAvx2, kAvx512;
+#endif
+
+InstructionSet const& instructionSet()
+{
+    static InstructionSet const& chosen = []() -> InstructionSet const& {
+        char const* const wanted = std::getenv("DMOE_CPU_ISA");
+        auto const fits = [&](InstructionSet const& set) { return !wanted || std::string(wanted) == set.name; };
+#if defined(__x86_64__)
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+            && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && fits(kAvx512)) {
+            return kAvx512;
+        }
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")
+            && fits(kAvx2)) {
+            return kAvx2;
+        }
+#endif
+        return kGeneric;
+    }();
+    return chosen;
+}
+
+namespace {
+
+constexpr int32_t kWidthChunk = 64; // intermediate values of one piece of gate and up
+constexpr int32_t kHiddenChunk = 256; // outputs of one piece of down
+
+// The pairs (token, place) of each expert that has any, in token order.
+struct Group {
+    int32_t expert, begin, end; // range of `pairs`
+};
+
+// Kept by the calling thread from call to call: fresh memory would be paged in anew every time.
+struct Scratch {
+    std::vector<float> permuted, activated, products;
+};
+
+template <class T>
+T* room(std::vector<T>& memory, size_t count)
+{
+    if (memory.size() < count) {
+        memory = std::vector<T>(count); // not resize: nothing is worth copying
+    }
+    return memory.data();
+}
+
+class Call {
+public:
+    Call(Experts const& e, Parallel parallel, void* pool, Scratch& scratch)
+        : e(e), set(instructionSet()), parallel(parallel), pool(pool), scratch(scratch)
+    {
+    }
+
+    void run()
+    {
+        group();
+        inputs();
+        auto const pairs = static_cast<size_t>(order.size());
+        activated = room(scratch.activated, pairs * e.width);
+        products = room(scratch.products, pairs * e.hidden);
+        pieces(groups.size(), e.width, kWidthChunk, [this](Group const& g, int32_t first, int32_t last) {
+            gateUp(g, first, last);
+        });
+        pieces(groups.size(), e.hidden, kHiddenChunk, [this](Group const& g, int32_t first, int32_t last) {
+            down(g, first, last);
+        });
+        each(e.tokens, [this](size_t token) { mix(static_cast<int32_t>(token)); });
+    }
+
+private:
+    void group()
+    {
+        int32_t const pairs = e.tokens * e.places;
+        std::vector<int32_t> count(e.experts + 1);
+        for (int32_t i = 0; i < pairs; ++i) {
+            if (e.ids[i] >= e.experts || e.ids[i] < -1) {
+                throw std::runtime_error("expert id " + std::to_string(e.ids[i]) + " is outside -1 ... "
+                    + std::to_string(e.experts - 1) + ".");
+            }
+            count[e.ids[i] + 1] += 1;
+        }
+        count[0] = 0;
+        std::partial_sum(count.begin(), count.end(), count.begin());
+        for (int32_t i = 0; i < e.experts; ++i) {
+            if (count[i] < count[i + 1]) {
+                groups.push_back({i, count[i], count[i + 1]});
+            }
+        }
+        order.resize(count[e.experts]);
+        place.assign(pairs, -1);
+        for (int32_t i = 0; i < pairs; ++i) {
+            if (e.ids[i] >= 0) {
+                place[i] = count[e.ids[i]]++;
+                order[place[i]] = i / e.places;
+            }
+        }
+    }
+
+    // Addresses of each pair's hidden state, in the order of its expert; int4 wants the values in its own order.
+    void inputs()
+    {
+        float const* from = e.x;
+        if (e.format == Format::kInt4) {
+            float* const permuted = room(scratch.permuted, static_cast<size_t>(e.tokens) * e.hidden);
+            each(e.tokens, [this, permuted](size_t token) {
+                for (int32_t i = 0; i < e.hidden; ++i) {
+                    permuted[token * e.hidden + placeInt4(i)] = e.x[token * e.hidden + i];
+                }
+            });
+            from = permuted;
+        }
+        x.resize(order.size());
+        std::transform(order.begin(), order.end(), x.begin(), [&](int32_t token) {
+            return from + static_cast<size_t>(token) * e.hidden;
+        });
+    }
+
+    Matrix matrix(void const* all, float const* scales, int32_t expert, int64_t rows, int32_t columns) const
+    {
+        int64_t const bytes = rowBytes(e.format, columns);
+        return {static_cast<uint8_t const*>(all) + expert * rows * bytes,
+            scales ? scales + expert * rows * (columns / e.group) : nullptr, e.format, e.group, columns, bytes};
+    }
+
+    void gateUp(Group const& g, int32_t first, int32_t last)
+    {
+        int32_t const tokens = g.end - g.begin, rows = 2 * (last - first);
+        thread_local std::vector<float> both, line;
+        thread_local std::vector<float*> out;
+        float* const begin = room(both, static_cast<size_t>(tokens) * rows);
+        line.resize(kWidthChunk);
+        out.resize(tokens);
+        for (int32_t t = 0; t < tokens; ++t) {
+            out[t] = begin + static_cast<size_t>(t) * rows;
+        }
+        set.product(matrix(e.gateUp, e.gateUpScales, g.expert, 2 * int64_t{e.width}, e.hidden), 2 * first, 2 * last,
+            x.data() + g.begin, tokens, out.data());
+        for (int32_t t = 0; t < tokens; ++t) {
+            float* const row = activated + static_cast<size_t>(g.begin + t) * e.width;
+            if (e.format != Format::kInt4) {
+                set.swiglu(out[t], last - first, row + first);
+                continue;
+            }
+            set.swiglu(out[t], last - first, line.data());
+            for (int32_t i = first; i < last; ++i) {
+                row[placeInt4(i)] = line[i - first];
+            }
+        }
+    }
+
+    void down(Group const& g, int32_t first, int32_t last)
+    {
+        int32_t const tokens = g.end - g.begin;
+        thread_local std::vector<float const*> in;
+        thread_local std::vector<float*> out;
+        in.resize(tokens);
+        out.resize(tokens);
+        for (int32_t t = 0; t < tokens; ++t) {
+            in[t] = activated + static_cast<size_t>(g.begin + t) * e.width;
+            out[t] = products + static_cast<size_t>(g.begin + t) * e.hidden + first;
+        }
+        set.product(matrix(e.down, e.downScales, g.expert, e.hidden, e.width), first, last, in.data(), tokens,
+            out.data());
+    }
+
+    // The weighted sum in the order of the places, whatever the experts are.
+    void mix(int32_t token)
+    {
+        float* const mixed = e.mixed + static_cast<size_t>(token) * e.hidden;
+        std::fill_n(mixed, e.hidden, 0.0f);
+        for (int32_t j = 0; j < e.places; ++j) {
+            int32_t const pair = token * e.places + j;
+            if (place[pair] < 0) {
+                continue;
+            }
+            float const weight = e.weights[pair], *const row = products + static_cast<size_t>(place[pair]) * e.hidden;
+            for (int32_t i = 0; i < e.hidden; ++i) {
+                mixed[i] += weight * row[i];
+            }
+        }
+    }
+
+    template <class Work>
+    void each(size_t count, Work work)
+    {
+        parallel(pool, count, [](void* context, size_t i) { (*static_cast<Work*>(context))(i); }, &work);
+    }
+
+    // Every group in pieces of `chunk` out of `size` rows.
+    template <class Work>
+    void pieces(size_t count, int32_t size, int32_t chunk, Work work)
+    {
+        int32_t const perGroup = (size + chunk - 1) / chunk;
+        each(count * perGroup, [&](size_t i) {
+            int32_t const first = static_cast<int32_t>(i % perGroup) * chunk;
+            work(groups[i / perGroup], first, std::min(first + chunk, size));
+        });
+    }
+
+    Experts const& e;
+    InstructionSet const& set;
+    Parallel parallel;
+    void* pool;
+    Scratch& scratch;
+    float* activated = nullptr; // [pairs, I]
+    float* products = nullptr; // [pairs, H]
+    std::vector<Group> groups;
+    std::vector<int32_t> order, place; // token of each pair sorted by expert; where each pair went, −1 = nowhere
+    std::vector<float const*> x;
+};
+
+} // namespace
+
+void runExperts(Experts const& call, Parallel parallel, void* pool)
+{
+    thread_local Scratch scratch;
+    Call(call, parallel, pool, scratch).run();
+}
+
+} // namespace dmoe::cpu

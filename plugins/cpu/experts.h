@@ -1,0 +1,72 @@
+// The experts op on a CPU: what one call is given, and the parts that are compiled once per instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dmoe::cpu {
+
+enum class Format : int32_t { kFloat, kHalf, kInt8, kInt4 };
+
+// One weight matrix of one expert: rows of K values. Quantised values are unsigned around the middle of their range, in
+// groups of `group` along K, value = (u − offset) · scale; int4 has the even index in the low four bits.
+struct Matrix {
+    uint8_t const* values;
+    float const* scales; // [rows, K / group]; null unless quantised
+    Format format;
+    int32_t group;
+    int32_t columns; // K
+    int64_t rowBytes;
+};
+
+// Bytes of one row of K values. Static, like all that the isa_*.cpp see: a shared copy might be the AVX-512 one.
+static inline int64_t rowBytes(Format format, int64_t columns)
+{
+    switch (format) {
+    case Format::kFloat: return 4 * columns;
+    case Format::kHalf: return 2 * columns;
+    case Format::kInt8: return columns;
+    default: return columns / 2;
+    }
+}
+
+// int4 unpacks 32 values into 16 even ones and 16 odd ones: vectors that meet such a matrix are stored in that order.
+constexpr int32_t kInt4Run = 32;
+static inline int32_t placeInt4(int32_t i) { return (i & ~(kInt4Run - 1)) + (i % 2) * (kInt4Run / 2) + (i % kInt4Run) / 2; }
+
+// What depends on the instruction set.
+struct InstructionSet {
+    char const* name;
+    // out[t][r − first] = Σ_k matrix[r, k] · x[t][k] for rows first … last − 1 and `tokens` vectors x.
+    void (*product)(Matrix const& matrix, int32_t first, int32_t last, float const* const* x, int32_t tokens,
+        float* const* out);
+    // activated[i] = silu(gateUp[2 i]) · gateUp[2 i + 1].
+    void (*swiglu)(float const* gateUp, int32_t count, float* activated);
+    void (*fromHalf)(uint16_t const* in, int64_t count, float* out);
+    void (*toHalf)(float const* in, int64_t count, uint16_t* out);
+};
+
+InstructionSet const& instructionSet(); // the best this processor has; DMOE_CPU_ISA=name takes another
+
+// One call of the op; arrays as in dmoe_export/ops/experts/__init__.py, hidden and mixed in float32.
+struct Experts {
+    int32_t tokens, places, experts, hidden, width;
+    float const* x; // [N, H]
+    int32_t const* ids; // [N, k]
+    float const* weights; // [N, k]
+    void const* gateUp; // [E, 2I, H]
+    void const* down; // [E, H, I]
+    float const* gateUpScales; // [E, 2I, H / group]
+    float const* downScales; // [E, H, I / group]
+    Format format;
+    int32_t group;
+    float* mixed; // [N, H]
+};
+
+// Runs work(context, 0 … count − 1), on as many threads as the caller likes.
+using Parallel = void (*)(void* pool, size_t count, void (*work)(void*, size_t), void* context);
+
+// Throws std::runtime_error for an id that is no expert.
+void runExperts(Experts const& call, Parallel parallel, void* pool);
+
+} // namespace dmoe::cpu

@@ -1,0 +1,151 @@
+// dmoe::DmoeExperts for ONNX Runtime's CPU provider, on its threads.
+#include "../onnxruntime/common.h"
+
+#include "experts.h"
+
+namespace dmoe {
+namespace {
+
+constexpr char kName[] = "DmoeExperts";
+constexpr size_t kScales = 5; // gate_up_scales, down_scales: of quantised experts only
+
+void onThreads(void* context, size_t count, void (*work)(void*, size_t), void* argument)
+{
+    // ONNX Runtime's workers run no exception handlers of ours: the work does not throw.
+    Ort::KernelContext(static_cast<OrtKernelContext*>(context)).ParallelFor(work, count, 0, argument);
+}
+
+struct Kinds {
+    ONNXTensorElementDataType hidden, weights;
+};
+
+class Kernel {
+public:
+    Kernel(OrtKernelInfo const* info, Kinds kinds) : mKinds(kinds)
+    {
+        if (kinds.weights == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8) {
+            Ort::ConstKernelInfo const facts(info);
+            mBits = facts.GetAttribute<int64_t>("bits");
+            mGroup = facts.GetAttribute<int64_t>("group_size");
+            if ((mBits != 8 && mBits != 4) || mGroup < 32 || mGroup % 32 != 0) {
+                throw std::runtime_error("bits " + std::to_string(mBits) + " and group_size " + std::to_string(mGroup)
+                    + " are not offered; bits are 8 or 4, group_size a multiple of 32.");
+            }
+        }
+    }
+
+    OrtStatus* ComputeV2(OrtKernelContext* context) noexcept
+    {
+        return guarded(kName, [&] { compute(context); });
+    }
+
+private:
+    void compute(OrtKernelContext* context) const
+    {
+        Input const hidden(context, 0, "hidden"), ids(context, 1, "expert_ids"), weights(context, 2, "expert_weights");
+        Input const gateUp(context, 3, "gate_up"), down(context, 4, "down");
+        hidden.expect({-1, -1});
+        ids.expect({hidden.size(0), -1});
+        weights.expect({hidden.size(0), ids.size(1)});
+        cpu::Experts call{};
+        call.tokens = hidden.size(0);
+        call.places = ids.size(1);
+        call.hidden = hidden.size(1);
+        call.ids = ids.data<int32_t>();
+        call.weights = weights.data<float>();
+        call.gateUp = gateUp.data<void>();
+        call.down = down.data<void>();
+        bool const half = mKinds.hidden == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+        call.format = mBits == 8 ? cpu::Format::kInt8 : mBits == 4 ? cpu::Format::kInt4
+            : half ? cpu::Format::kHalf : cpu::Format::kFloat;
+        down.expect({-1, call.hidden, -1});
+        call.experts = down.size(0);
+        call.width = static_cast<int32_t>(mBits == 4 ? 2 * int64_t{down.size(2)} : down.size(2));
+        int64_t const columns = mBits == 4 ? call.hidden / 2 : call.hidden;
+        gateUp.expect({call.experts, 2 * int64_t{call.width}, columns});
+        std::vector<float> scales[2];
+        if (mBits) {
+            call.group = static_cast<int32_t>(mGroup);
+            if (call.hidden % call.group != 0 || call.width % call.group != 0) {
+                throw std::runtime_error("group_size " + std::to_string(mGroup) + " does not divide the hidden size "
+                    + std::to_string(call.hidden) + " and the width " + std::to_string(call.width) + ".");
+            }
+            Input const gateUpScales(context, kScales, "gate_up_scales"), downScales(context, kScales + 1,
+                "down_scales");
+            gateUpScales.expect({call.experts, 2 * int64_t{call.width}, call.hidden / call.group});
+            downScales.expect({call.experts, call.hidden, call.width / call.group});
+            call.gateUpScales = gateUpScales.data<float>();
+            call.downScales = downScales.data<float>();
+        }
+        int64_t const values = int64_t{call.tokens} * call.hidden;
+        void* const mixed = output<void>(context, 0, {call.tokens, call.hidden});
+        if (values == 0) {
+            return; // no tensor has an address then
+        }
+        thread_local std::vector<float> in, out;
+        if (half) {
+            in.resize(values);
+            out.resize(values);
+            cpu::instructionSet().fromHalf(hidden.data<uint16_t>(), values, in.data());
+        }
+        call.x = half ? in.data() : hidden.data<float>();
+        call.mixed = half ? out.data() : static_cast<float*>(mixed);
+        cpu::runExperts(call, onThreads, context);
+        if (half) {
+            cpu::instructionSet().toHalf(out.data(), values, static_cast<uint16_t*>(mixed));
+        }
+    }
+
+    Kinds mKinds;
+    int64_t mBits = 0, mGroup = 0; // 0: the weights are not quantised
+};
+
+struct Op : Ort::CustomOpBase<Op, Kernel, true> {
+    explicit Op(Kinds kinds) : kinds(kinds) {}
+
+    char const* GetName() const { return kName; }
+    char const* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
+    size_t GetInputTypeCount() const { return kScales + 2; }
+    size_t GetOutputTypeCount() const { return 1; }
+
+    OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const
+    {
+        return index < kScales ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    }
+
+    ONNXTensorElementDataType GetInputType(size_t index) const
+    {
+        switch (index) {
+        case 0: return kinds.hidden;
+        case 1: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+        case 3:
+        case 4: return kinds.weights;
+        default: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+        }
+    }
+
+    ONNXTensorElementDataType GetOutputType(size_t) const { return kinds.hidden; }
+
+    OrtStatus* CreateKernelV2(OrtApi const&, OrtKernelInfo const* info, void** kernel) const noexcept
+    {
+        return guarded(kName, [&] { *kernel = new Kernel(info, kinds); });
+    }
+
+    Kinds kinds;
+};
+
+} // namespace
+
+void addExperts(Ort::CustomOpDomain& domain)
+{
+    constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
+                   kByte = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+    static Op const floats({kFloat, kFloat}), halves({kHalf, kHalf}), bytes({kFloat, kByte});
+    for (Op const* op : {&floats, &halves, &bytes}) {
+        domain.Add(op);
+    }
+}
+
+void addBlockRoute(Ort::CustomOpDomain&) {} // routing has its ONNX body
+
+} // namespace dmoe
