@@ -16,7 +16,8 @@ def plot_step(bench: StepBench, path: Path) -> None:
     experts, context, share = figure.subplots(1, 3, width_ratios=[1, 1, 1.4])
     _lines(experts, bench.results, "unique experts per layer", lambda r: r.cached, "cached",
            lambda r: sum(r.unique_experts) / max(1, len(r.unique_experts)))
-    _lines(context, bench.results, "cached tokens", _experts, "experts", lambda r: r.cached)
+    _lines(context, bench.results, "cached tokens", lambda r: r.active_experts or "natural", "experts",
+           lambda r: r.cached)
     _shares(share, bench)
     limits = bench.limits
     figure.suptitle(f"{bench.model}, {bench.layers} layers, {bench.precision}: one {bench.phase} forward of "

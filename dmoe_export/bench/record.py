@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -56,17 +57,47 @@ class Machine(Frozen):
 class Record(Frozen):
     """The head of a result."""
 
-    what: str
+    what: str = Field(description="the verb")
     date: str = Field(description="UTC")
     command: str = Field(description="paths are cut to their last part")
     machine: Machine
     versions: dict[str, str]
+    others_share: float | None = Field(None, description="of the machine's processor time while measuring, what other "
+                                       "programs took; null where the system does not tell")
 
 
-def record(what: str) -> Record:
-    """The head of a result that is about to be measured."""
-    return Record(what=what, date=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=_command(),
-                  machine=_machine(), versions={"dmoe-export": __version__, **_versions()})
+class Started:
+    """A benchmark that is running; `document` ends it."""
+
+    def __init__(self, what: str) -> None:
+        self.head = Record(what=what, date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                           command=_command(), machine=_machine(),
+                           versions={"dmoe-export": __version__, **_versions()})
+        self._busy, self._own, self._time = _busy_seconds(), _own_seconds(), time.perf_counter()
+
+    def document(self, result: Frozen) -> dict[str, Any]:
+        """Head and result as one JSON object."""
+        share, busy = None, _busy_seconds()
+        if busy is not None and self._busy is not None:
+            spent = (time.perf_counter() - self._time) * (os.cpu_count() or 1)
+            share = round(max(0.0, (busy - self._busy) - (_own_seconds() - self._own)) / spent, 4)
+        head = self.head.model_copy(update={"others_share": share})
+        return {**head.model_dump(mode="json"), **result.model_dump(mode="json")}
+
+
+def _busy_seconds() -> float | None:
+    """Processor time of all programs since the machine started, waiting aside."""
+    try:
+        fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """Processor time of this program and of children that have ended."""
+    return sum(os.times()[:4])
 
 
 def _machine() -> Machine:
@@ -101,8 +132,3 @@ def _versions() -> dict[str, str]:
 def _command() -> str:
     """The command line as typed, without folders: results are published."""
     return " ".join(["dmoe-export", *(re.sub(r"(^|=)\S*/(?=[^/]*$)", r"\1", word) for word in sys.argv[1:])])
-
-
-def document(head: Record, result: Frozen) -> dict[str, Any]:
-    """Both as one JSON object."""
-    return {**head.model_dump(mode="json"), **result.model_dump(mode="json")}

@@ -18,6 +18,7 @@ from ..bench.decode import DecodeBench, Question, SettingResult, run, settings
 from ..errors import OutputError, RequestError
 from ..generator import Generator
 from ..runtime.choose import BACKENDS
+from .bench_generate import generate
 from .bench_residency import residency
 from .bench_step import step
 from .progress import step_bar
@@ -30,7 +31,7 @@ def bench() -> None:
     """Measure speed and memory."""
 
 
-for _command in (residency, step):
+for _command in (generate, residency, step):
     bench.add_command(_command)
 
 

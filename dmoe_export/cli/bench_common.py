@@ -16,8 +16,21 @@ from ..bundle.reader import Bundle, open_bundle
 from ..errors import OutputError, RequestError
 from .progress import byte_bar
 
+_QUIET = 0.05  # of the processor's time
 F = TypeVar("F", bound=Callable[..., Any])
 _NAMES = ("bundle", "geometry", "layers", "precision", "routing", "work", "verify")
+
+
+def words(text: str) -> list[str]:
+    """Of an option's value, which commas separate; each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def integers(option: str, text: str) -> list[int]:
+    """The same as integers, none below 0; RequestError for anything else."""
+    if not words(text) or not all(word.isdigit() for word in words(text)):
+        raise RequestError(f"{option} is {text!r}; give integers separated by commas, such as 0,256.")
+    return [int(word) for word in words(text)]
 
 
 def bundle_options(command: F) -> F:
@@ -69,5 +82,8 @@ def outcome(document: dict[str, Any], out: Path | None, as_json: bool, show: Cal
         draw(plot)
     if as_json:
         click.echo(json.dumps(document))
-    else:
-        show()
+        return
+    show()
+    if (document["others_share"] or 0) > _QUIET:
+        click.echo(f"Other programs took {document['others_share']:.0%} of the processor meanwhile: measure again on a "
+                   "quiet machine before you quote a figure.", err=True)

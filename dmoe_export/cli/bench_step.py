@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..bench.parts import PARTS
-from ..bench.record import document, record
+from ..bench.record import Started
 from ..bench.step import StepBench, StepOptions, run
-from ..errors import RequestError
-from .bench_common import bundle_options, opened, outcome
+from .bench_common import bundle_options, integers, opened, outcome, words
 from .progress import step_bar
 
 
@@ -38,29 +37,18 @@ def step(active_experts: str, cached: str, ops: int, out: Path | None, plot: Pat
 
     Every setting of --active-experts and --cached is timed in turns with the step's matrix products, each by itself.
     """
-    head = record("bench step")
     with opened(options, as_json) as bundle, step_bar("step", shown=not as_json) as report:
-        active = [None if text == "natural" else _number("--active-experts", text) for text in _list(active_experts)]
-        result = run(bundle, active, [_number("--cached", text) for text in _list(cached)], StepOptions(**options),
-                     report)
+        started = Started("bench step")
+        active = [None if text == "natural" else integers("--active-experts", text)[0]
+                  for text in words(active_experts)]
+        result = run(bundle, active, integers("--cached", cached), StepOptions(**options), report)
 
     def draw(path: Path) -> None:
         from ..bench.plots_step import plot_step
 
         plot_step(result, path)
 
-    outcome(document(head, result), out, as_json, lambda: _show(result, ops), draw, plot)
-
-
-def _list(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _number(option: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise RequestError(f"{option} holds {text!r}, which is no integer.") from None
+    outcome(started.document(result), out, as_json, lambda: _show(result, ops), draw, plot)
 
 
 def _show(result: StepBench, ops: int) -> None:
