@@ -1,6 +1,7 @@
 # make demo   export the sample checkpoint and ask it a question
 # make test   lint, types and the fast tests (builds the plugin library first)
 # make check  prove the numerics of the demo's bundle; out/check.html is the report
+# make cpu-ops  libdmoe_cpu.so, experts on the CPU; a few seconds
 # make plugins  libdmoe_plugins.so for every GPU generation; needs no GPU and no TensorRT
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo check bench-decode test lint types plugins ort-ops engines test-slow accuracy bench-export bench-build gpu-test gpu-bench clean
+.PHONY: demo cpu-ops check bench-decode test lint types plugins ort-ops engines test-slow accuracy bench-export bench-build gpu-test gpu-bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
@@ -16,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[export,rtx,check,dev]'
 	touch $(READY)
 
-out/sample.bundle/manifest.json: $(READY) samples/tiny-dmoe/model.safetensors
+out/sample.bundle/manifest.json: $(READY) $(CPU_OPS) samples/tiny-dmoe/model.safetensors
 	$(BIN)/dmoe-export export samples/tiny-dmoe --out out/sample.bundle --force
 
 demo: out/sample.bundle/manifest.json
@@ -39,6 +40,14 @@ plugins: $(PLUGINS)
 $(PLUGINS): $(READY) plugins/build.py $(SOURCES)
 	$(BIN)/python plugins/build.py
 
+# Kernels of ONNX Runtime's CPU provider; without a C++ compiler its own op takes their place.
+CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
+
+cpu-ops: $(CPU_OPS)
+
+$(CPU_OPS): $(READY) $(wildcard plugins/cpu/*) plugins/onnxruntime/common.h plugins/onnxruntime/register.cpp
+	$(BIN)/python plugins/cpu/build.py || { test $$? -eq 3 && echo "[cpu-ops] going on with ONNX Runtime's own op"; }
+
 ort-ops: $(READY)
 	$(BIN)/python plugins/onnxruntime/build.py
 
@@ -47,7 +56,7 @@ engines: out/sample.bundle/manifest.json $(PLUGINS)
 	$(BIN)/dmoe-export inspect out/sample-fp16.bundle
 
 # Two workers, each with files of its own and one thread for torch.
-test: $(READY) $(PLUGINS) lint types
+test: $(READY) $(PLUGINS) $(CPU_OPS) lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not alone'
 	$(BIN)/python -m pytest -m alone
 

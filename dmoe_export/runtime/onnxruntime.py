@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from ..bundle.reader import Bundle
 from ..errors import MissingRequirementError
 from .backend import ForwardInputs, ForwardOutputs, Limits
 from .cache import HostCache
+from .cpu_ops import CpuOps
 from .onnxruntime_salient import OnnxRuntimeSalient
+from .onnxruntime_session import Session, open_session
 
 _CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
@@ -22,10 +23,12 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     limits: Limits | None = None
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, graph: bytes | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, graph: bytes | None = None,
+                 session: Session | None = None, cpu_ops: CpuOps = "auto") -> None:
         """Load the graph; `threads` limits the threads of one operator (default: ONNX Runtime's choice).
 
-        `graph`: an edited one in place of the bundle's, over the same data files (checks).
+        `graph`: an edited one in place of the bundle's, over the same data files (checks). `session`: what computes it
+        instead (experts under a budget). `cpu_ops`: whether our kernels compute the experts ("auto": where installed).
         """
         manifest = bundle.manifest
         if manifest.precision not in _CACHE_DTYPES:
@@ -33,23 +36,12 @@ class OnnxRuntimeBackend:
                 f"{bundle.folder} has precision {manifest.precision}, for which ONNX Runtime's CPU provider has no "
                 "kernels; export with --precision fp32 or fp16.")
         self.description, self.routing = manifest.model, manifest.routing
-        self._bundle, self._threads = bundle, threads
+        self._bundle, self._threads, self._cpu_ops = bundle, threads, cpu_ops
         self._salient: dict[int | None, OnnxRuntimeSalient] = {}
         self._dtype = np.dtype(_CACHE_DTYPES[manifest.precision])
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads:
-            options.intra_op_num_threads = threads
-        if graph:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
-        try:
-            self._session = ort.InferenceSession(graph or str(bundle.denoiser_path), options,
-                                                 providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises its own kinds, all of them about this file
-            raise MissingRequirementError(
-                f"ONNX Runtime {ort.__version__} cannot load {bundle.denoiser_path}: {str(error).splitlines()[0]} "
-                "Upgrade with: pip install -U onnxruntime.") from error
-        given = {i.name: i.type for i in self._session.get_inputs()}
+        self._session = session or open_session(graph or str(bundle.denoiser_path), bundle, threads,
+                                                cpu_ops=cpu_ops)
+        given = {entry.name for entry in manifest.denoiser.inputs}
         defaults: dict[str, Any] = {
             "top_p": np.array([self.routing.top_p], np.float32),
             "min_experts": np.array([self.routing.min_experts], np.int64),
@@ -61,7 +53,7 @@ class OnnxRuntimeBackend:
     def salient_graphs(self, capacity: int | None) -> OnnxRuntimeSalient:
         """The bundle's salient graphs (`SalientBackend`); raises RequestError where it has none."""
         if capacity not in self._salient:
-            self._salient[capacity] = OnnxRuntimeSalient(self._bundle, self._threads, capacity)
+            self._salient[capacity] = OnnxRuntimeSalient(self._bundle, self._threads, capacity, self._cpu_ops)
         return self._salient[capacity]
 
     def new_cache(self, rows: int) -> HostCache:

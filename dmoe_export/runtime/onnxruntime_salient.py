@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from ..bundle.manifest import GraphEntry
 from ..bundle.reader import Bundle
-from ..errors import MissingRequirementError, RequestError
+from ..errors import RequestError
+from .cpu_ops import CpuOps
+from .onnxruntime_session import open_session
 from .salient import Arrays, GraphName
 
 
 class OnnxRuntimeSalient:
     """Sessions over the salient graphs, each opened when it first runs."""
 
-    def __init__(self, bundle: Bundle, threads: int | None, capacity: int | None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None, capacity: int | None,
+                 cpu_ops: CpuOps = "auto") -> None:
         """Raises RequestError where the bundle has no graph for this."""
         manifest = bundle.manifest
         self.description, self.capacity = manifest.model, capacity
@@ -32,7 +34,7 @@ class OnnxRuntimeSalient:
                 raise RequestError(f"{bundle.folder} has no salient graph for capacity {capacity}, it {known}; export "
                                    f"it with --salient-capacity {capacity}.")
             self._files = {"fixed": fixed[capacity], "fill": entry.fill}
-        self._folder, self._threads = bundle.folder, threads
+        self._bundle, self._threads, self._cpu_ops = bundle, threads, cpu_ops
         self._sessions: dict[GraphName, Any] = {}
         routing = manifest.routing
         self._defaults: dict[str, Any] = {
@@ -50,15 +52,6 @@ class OnnxRuntimeSalient:
 
     def _session(self, graph: GraphName) -> Any:
         if graph not in self._sessions:
-            path = self._folder / self._files[graph].file
-            options = ort.SessionOptions()
-            options.log_severity_level = 3
-            if self._threads:
-                options.intra_op_num_threads = self._threads
-            try:
-                self._sessions[graph] = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # onnxruntime raises its own kinds, all of them about this file
-                raise MissingRequirementError(
-                    f"ONNX Runtime {ort.__version__} cannot load {path}: {str(error).splitlines()[0]} Upgrade with: "
-                    "pip install -U onnxruntime.") from error
+            path = self._bundle.folder / self._files[graph].file
+            self._sessions[graph] = open_session(str(path), self._bundle, self._threads, cpu_ops=self._cpu_ops)
         return self._sessions[graph]

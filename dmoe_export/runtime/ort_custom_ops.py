@@ -9,6 +9,7 @@ The CUDA library has not run on a GPU yet; its adapters are tested on the CPU, w
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ NAMES = (block_route.SCHEMA.name, experts.SCHEMA.name)
 CustomOps = Literal["auto", "on", "off"]
 
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
-_MODEL_FUNCTIONS, _FUNCTION_DOMAIN = 25, 10  # field numbers of onnx.proto's ModelProto and FunctionProto
+_MODEL_FUNCTIONS, _FUNCTION_NAME, _FUNCTION_DOMAIN = 25, 1, 10  # field numbers in onnx.proto
 
 
 def choose_custom_ops(bundle: Bundle, wanted: CustomOps = "auto") -> tuple[Path | None, str]:
@@ -97,15 +98,16 @@ def _check_precision(bundle: Bundle) -> None:
             "--precision fp16 or bf16, or leave the custom ops off.")
 
 
-def without_bodies(model: bytes) -> bytes:
-    """A serialised ModelProto without its functions of our domain; ValueError when it is none.
+def without_bodies(model: bytes, names: Collection[str] = NAMES) -> bytes:
+    """A serialised ModelProto without its functions of our domain of these names; ValueError when it is no model.
 
     By hand, because `onnx` is not among the packages needed at run time.
     """
     kept, start = [], 0
     for field, value, end in _fields(model):
-        ours = field == _MODEL_FUNCTIONS and any(
-            inner == _FUNCTION_DOMAIN and part == DOMAIN.encode() for inner, part, _ in _fields(value))
+        parts = {inner: part for inner, part, _ in _fields(value)} if field == _MODEL_FUNCTIONS else {}
+        ours = (parts.get(_FUNCTION_DOMAIN) == DOMAIN.encode()
+                and parts.get(_FUNCTION_NAME, b"").decode() in names)
         if not ours:
             kept.append(model[start:end])
         start = end

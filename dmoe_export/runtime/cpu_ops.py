@@ -1,0 +1,53 @@
+"""Our experts kernel for ONNX Runtime's CPU provider: used where its library is installed, and told.
+
+Without it the op's ONNX body runs (com.microsoft.MoE), which gives the same tokens, slower.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import onnxruntime as ort
+
+from ..errors import MissingRequirementError
+from ..ops import experts
+from .ort_custom_ops import without_bodies
+
+INSTALLED = Path(__file__).parents[1] / "lib" / "libdmoe_cpu.so"
+
+CpuOps = Literal["auto", "on", "off"]
+
+
+def use_cpu_ops(model: str | bytes, options: ort.SessionOptions, wanted: CpuOps = "auto") -> str | bytes:
+    """The graph to make a CPU session from: with the library registered, the experts op without its body.
+
+    `model` is a file or a serialised graph, and comes back as it is where the library is not used: "off", or "auto" and
+    it is not installed, or no node asks for it. Raises MissingRequirementError where it should be used and cannot.
+    """
+    if wanted == "off" or (wanted == "auto" and not INSTALLED.is_file()):
+        return model
+    if not INSTALLED.is_file():
+        raise MissingRequirementError(f"The CPU kernels {INSTALLED} do not exist; build them with `make cpu-ops`, or "
+                                      "leave them off.")
+    graph = model if isinstance(model, bytes) else Path(model).read_bytes()
+    try:
+        rest = without_bodies(graph, {experts.SCHEMA.name})
+    except ValueError:
+        return model  # no ONNX model: let ONNX Runtime say so
+    if rest == graph:
+        return model
+    try:
+        options.register_custom_ops_library(str(INSTALLED))
+    except Exception as error:  # onnxruntime raises its own kinds
+        raise MissingRequirementError(
+            f"ONNX Runtime {ort.__version__} cannot use the CPU kernels {INSTALLED} "
+            f"({str(error).splitlines()[0].rstrip('.')}); build them again with `make cpu-ops`.") from error
+    return rest
+
+
+def experts_clause(dense: bool) -> str:
+    """What computes the experts on the CPU, as an end of a sentence; empty for a dense model."""
+    if dense:
+        return ""
+    return "; experts on our CPU kernels" if INSTALLED.is_file() else "; experts on ONNX Runtime's own op"

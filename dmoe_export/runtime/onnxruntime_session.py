@@ -1,0 +1,45 @@
+"""Sessions of ONNX Runtime's CPU provider over a bundle's graphs."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import onnxruntime as ort
+
+from ..bundle.reader import Bundle
+from ..errors import MissingRequirementError
+from .cpu_ops import CpuOps, use_cpu_ops
+
+
+class Session(Protocol):
+    """What computes the graph."""
+
+    def run(self, wanted: list[str], feeds: dict[str, Any]) -> list[Any]:
+        """The wanted outputs, in this order."""
+        ...
+
+
+def open_session(model: str | bytes, bundle: Bundle, threads: int | None, spinning: bool = True,
+                 cpu_ops: CpuOps = "auto") -> Any:
+    """A session over a file or, as bytes, an edited graph over the bundle's data files.
+
+    `spinning`: its threads wait for work awake, which takes the processor from other sessions. `cpu_ops`: whether our
+    kernels compute the experts ("auto": where installed). Raises MissingRequirementError where this ONNX Runtime
+    cannot load it.
+    """
+    path = bundle.denoiser_path if isinstance(model, bytes) else model
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    model = use_cpu_ops(model, options, cpu_ops)
+    if isinstance(model, bytes):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own kinds, all of them about this file
+        raise MissingRequirementError(
+            f"ONNX Runtime {ort.__version__} cannot load {path}: {str(error).splitlines()[0]} "
+            "Upgrade with: pip install -U onnxruntime.") from error

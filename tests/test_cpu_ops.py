@@ -1,0 +1,156 @@
+"""The experts op on the CPU kernels: against the eager op in every format, on every instruction set, and in bundles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import cpu_ops_helpers as helpers
+import numpy as np
+import onnxruntime as ort
+import pytest
+from bundles import GOLDEN_GUARD
+from cpu_ops_helpers import FORMATS, TOLERANCE, case, error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmoe_export import export_checkpoint
+from dmoe_export.decoding.loop import BlockDiffusion
+from dmoe_export.decoding.settings import DecodeSettings
+from dmoe_export.errors import MissingRequirementError
+from dmoe_export.runtime import cpu_ops
+from dmoe_export.runtime.cpu_ops import use_cpu_ops
+from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
+
+ROOT = Path(__file__).parents[1]
+QUANTISED = [name for name, (bits, _) in FORMATS.items() if bits]
+
+
+@cache
+def built(*options: str) -> Path:
+    """The library, built from these sources; skips where compiler or headers are missing, but never in CI."""
+    out = ROOT / "build" / "cpu-ops" / f"libdmoe_cpu{''.join(options)}.so"
+    done = subprocess.run([sys.executable, str(ROOT / "plugins" / "cpu" / "build.py"), "--out", str(out), *options],
+                          capture_output=True, text=True, check=False)
+    if done.returncode == 3 and not os.environ.get("CI"):
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """The package finds the library."""
+    monkeypatch.setattr(cpu_ops, "INSTALLED", built())
+    return built()
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+def test_every_instruction_set_equals_eager(isa):
+    """Tiles of every size and tails; an instruction set this processor lacks gives way to a lesser one."""
+    subprocess.run([sys.executable, helpers.__file__, str(built())], check=True, timeout=200,
+                   env=os.environ | {"DMOE_CPU_ISA": isa, "OMP_NUM_THREADS": "1"})
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(["float", "half"]), st.integers(0, 40), st.integers(1, 4), st.integers(4, 9),
+       st.integers(1, 70), st.integers(1, 150), st.integers(0, 99))
+def test_any_size(kind, tokens, k, count, hidden, width, seed):
+    assert error(built(), kind, case(kind, tokens, k, count, hidden, width, seed=seed)) < TOLERANCE[kind]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from(QUANTISED), st.sampled_from([32, 64, 128]), st.integers(1, 20), st.integers(1, 3),
+       st.integers(1, 3), st.integers(0, 99))
+def test_any_group(kind, group, tokens, hidden, width, seed):
+    feeds = case(kind, tokens, 2, 5, hidden * group, width * group, group, seed)
+    assert error(built(), kind, feeds, group) < TOLERANCE[kind]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_token_does_not_depend_on_its_neighbours(kind):
+    """Bit for bit: an expert's rows may be computed in any company, so residency can group experts as it likes."""
+    feeds = case(kind, 30, 4, 6, 96, 64)
+    run = helpers.session(built(), kind).run
+    alone = {name: value[7:8] if name in ("hidden", "expert_ids", "expert_weights") else value
+             for name, value in feeds.items()}
+    np.testing.assert_array_equal(run(None, feeds)[0][7:8], run(None, alone)[0])
+
+
+def test_no_expert_is_no_output():
+    feeds = case("float", 5, 2, 4, 32, 24)
+    feeds["expert_ids"][:] = -1
+    assert not helpers.session(built(), "float").run(None, feeds)[0].any()
+
+
+def test_unused_weights_are_not_read():
+    """NaN in experts that nobody chose changes nothing."""
+    feeds = case("float", 12, 2, 6, 32, 24)
+    feeds["expert_ids"][feeds["expert_ids"] == 3] = 2
+    run = helpers.session(built(), "float").run
+    want = run(None, feeds)[0]
+    feeds["gate_up"][3], feeds["down"][3] = np.nan, np.nan
+    np.testing.assert_array_equal(run(None, feeds)[0], want)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda f: f["expert_ids"].__setitem__((0, 0), 6), "expert id 6 is outside -1 ... 5"),
+    (lambda f: f["expert_ids"].__setitem__((0, 0), -2), "expert id -2 is outside"),
+    (lambda f: f.update(down=f["down"][:, :, 1:]), r"gate_up has shape \[6, 48, 32\] where \[6, 46, 32\]"),
+    (lambda f: f.update(expert_weights=f["expert_weights"][:-1]), r"expert_weights has shape"),
+])
+def test_wrong_inputs_are_refused(change, words):
+    feeds = case("float", 12, 2, 6, 32, 24)
+    change(feeds)
+    with pytest.raises(Exception, match=words):
+        helpers.session(built(), "float").run(None, feeds)
+
+
+def test_wrong_group_is_refused():
+    feeds = case("int8", 3, 2, 4, 64, 64)
+    with pytest.raises(Exception, match="group_size 128 does not divide the hidden size 64"):
+        helpers.session(built(), "int8", 128).run(None, feeds)
+    with pytest.raises(Exception, match="bits 8 and group_size 20 are not offered"):
+        helpers.session(built(), "int8", 20)
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "int8"}, {"precision": "int4"}], ids=["fp32", "int8", "int4"])
+def test_bundles_give_the_same_tokens_with_and_without(options, installed, golden, tmp_path):
+    bundle = export_checkpoint(golden / "model", tmp_path / "b", min_experts=GOLDEN_GUARD, **options)
+    prompts = [list(range(3, 40)), list(range(50, 57))]
+    tokens = []
+    for wanted in ("on", "off"):
+        loop = BlockDiffusion(OnnxRuntimeBackend(bundle, cpu_ops=wanted), DecodeSettings(max_new_tokens=48))
+        tokens.append([(block.index, block.token_ids) for block in loop.decode(prompts)])
+    assert tokens[0] == tokens[1]
+
+
+def test_half_bundle_runs_on_the_kernels(installed, sample_bundle, tmp_path):
+    """ONNX Runtime's own op would turn all experts into float32 first."""
+    from conftest import SAMPLE
+
+    bundle = export_checkpoint(SAMPLE, tmp_path / "half", precision="fp16")
+    prompts, decode = [[5, 6, 7, 8]], DecodeSettings(max_new_tokens=32)
+    got, want = ([block.token_ids for block in BlockDiffusion(backend, decode).decode(prompts)]
+                 for backend in (OnnxRuntimeBackend(bundle, cpu_ops="on"), OnnxRuntimeBackend(sample_bundle)))
+    assert got == want
+
+
+def test_library_that_is_missing_or_no_library(sample_bundle, tmp_path, monkeypatch):
+    path = str(sample_bundle.denoiser_path)
+    monkeypatch.setattr(cpu_ops, "INSTALLED", tmp_path / "libdmoe_cpu.so")
+    assert use_cpu_ops(path, ort.SessionOptions()) == path
+    with pytest.raises(MissingRequirementError, match="do not exist; build them with `make cpu-ops`"):
+        use_cpu_ops(path, ort.SessionOptions(), "on")
+    (tmp_path / "libdmoe_cpu.so").write_text("no library")
+    with pytest.raises(MissingRequirementError, match="build them again"):
+        use_cpu_ops(path, ort.SessionOptions())
+
+
+def test_without_experts_nothing_changes(installed):
+    dense = helpers.helper.make_model(helpers.helper.make_graph([], "empty", [], [])).SerializeToString()
+    assert use_cpu_ops(dense, ort.SessionOptions(), "on") is dense
+    assert use_cpu_ops(b"\xff", ort.SessionOptions(), "on") == b"\xff"
