@@ -71,7 +71,7 @@ def test_half_precision_scales_keep_the_bound(given_, dtype):
     _, scales, back = _rounded(weight, how, dtype)
     assert scales.dtype == dtype
     wide = np.abs(scales.float().numpy().astype(float))
-    half = np.repeat(np.maximum(wide / 2, 5e-6), how.group_size, axis=-1)  # scales below fp16's normal numbers are coarse
+    half = np.repeat(np.maximum(wide / 2, 5e-6), how.group_size, axis=-1)  # fp16: scales below its normal numbers
     assert (np.abs(back.numpy().astype(float) - weight) <= half * (1 + 1e-4)).all()
     assert (back.numpy()[weight == 0] == 0).all()
 

@@ -124,8 +124,8 @@ class Conversion:
             for slab in slabs:
                 integers, slab_scales = quantise(slab, how, self._dtype)
                 if not torch.isfinite(slab_scales).all():
-                    raise CheckpointError(f"Tensor {name} from {self._checkpoint.folder} has values that are not "
-                                          "finite, or beyond the type of its scales; use --dense-precision fp32.")
+                    raise CheckpointError(f"Tensor {name} from {self._checkpoint.folder} has values that no scale in "
+                                          "float16 reaches; use --dense-precision bf16 or fp32.")
                 scales.append(slab_scales)
                 yield raw_bytes(integers)
 

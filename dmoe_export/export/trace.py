@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..description import ExpertQuantisation, ModelDescription, MoeDescription, RoutingDescription
 from ..model.denoiser import Denoiser
+from ..model.salient import SalientDenoiser
 from ..ops import block_route as route_op
 from ..ops import experts as experts_op
 from ..ops.block_route.attributes import RouteAttributes
@@ -118,7 +119,7 @@ def _strip_metadata(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _add_bodies(model: ir.Model, moe: MoeDescription, denoiser: Denoiser) -> None:
+def _add_bodies(model: ir.Model, moe: MoeDescription, denoiser: Denoiser | SalientDenoiser) -> None:
     elem = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16,
             torch.bfloat16: onnx.TensorProto.BFLOAT16}[denoiser.dtype]
     hidden, routing = denoiser.description.hidden_size, denoiser.routing

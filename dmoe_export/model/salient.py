@@ -111,6 +111,7 @@ class SalientDenoiser(nn.Module):
     def __init__(self, denoiser: Denoiser, capacity: Capacity = "any") -> None:
         super().__init__()
         self.description, self.routing, self.dtype = denoiser.description, denoiser.routing, denoiser.dtype
+        self.quantisation, self.stored_width = denoiser.quantisation, denoiser.stored_width
         self.capacity: Capacity = capacity
         self.embed, self.norm, self.lm_head = denoiser.embed, denoiser.norm, denoiser.lm_head
         self.layers = nn.ModuleList(SalientLayer(layer) for layer in denoiser.layers)
