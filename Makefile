@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
 .PHONY: demo cpu-ops check bench-decode test lint types plugins ort-ops engines test-slow accuracy bench-export bench-build gpu-test gpu-bench clean
@@ -41,8 +42,6 @@ $(PLUGINS): $(READY) plugins/build.py $(SOURCES)
 	$(BIN)/python plugins/build.py
 
 # Kernels of ONNX Runtime's CPU provider; without a C++ compiler its own op takes their place.
-CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
-
 cpu-ops: $(CPU_OPS)
 
 $(CPU_OPS): $(READY) $(wildcard plugins/cpu/*) plugins/onnxruntime/common.h plugins/onnxruntime/register.cpp

@@ -19,6 +19,7 @@ from dmoe_export.cli import main
 from dmoe_export.errors import BundleError, MissingRequirementError, RequestError
 from dmoe_export.runtime import choose, onnxruntime_cuda
 from dmoe_export.runtime.backend import Limits
+from dmoe_export.runtime.cpu_ops import experts_clause
 from dmoe_export.runtime.device import CudaDevice
 from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
 
@@ -165,8 +166,9 @@ def test_command_line(golden_bundle, no_driver, monkeypatch):
     result = run("--backend", "onnxruntime-cuda")
     assert result.exit_code == 3 and "No NVIDIA driver" in result.stderr
     result = run("--backend", "onnxruntime", "--json")
-    assert json.loads(result.stdout)["backend"] == {"name": "onnxruntime", "why": "as asked for"}
-    assert "on onnxruntime: as asked for]" in run("--backend", "onnxruntime").stderr
+    why = "as asked for" + experts_clause(dense=False)
+    assert json.loads(result.stdout)["backend"] == {"name": "onnxruntime", "why": why}
+    assert f"on onnxruntime: {why}]" in run("--backend", "onnxruntime").stderr
     assert run("--backend", "cuda").exit_code == 2
 
 
