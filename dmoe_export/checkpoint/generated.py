@@ -6,12 +6,14 @@ begin an odd prime apart: no two tensors, experts or rows of the vocabulary are 
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..description import ModelDescription
@@ -23,17 +25,18 @@ from .synthetic import GEOMETRIES
 
 _POOL = 1 << 25  # numbers: 128 MiB
 _STRIDE = 999_983
+_SHARD = 2 << 30  # bytes
 ALIASES = {"llada-moe": "llada-moe-7b"}
 
 
 class GeneratedReader(CheckpointReader):
     """Reads what no file holds; see `CheckpointReader`."""
 
-    def __init__(self, folder: Path, description: ModelDescription, layout: Layout, seed: int) -> None:
+    def __init__(self, folder: Path, description: ModelDescription, layout: Layout, seed: int, merged: bool) -> None:
         self.folder = folder
         self._shapes = {name: shape for tensors in dense_tensors(description, layout).values()
                         for name, shape in tensors.items()}
-        self._shapes |= dict(expert_tensors(description, layout, merged=True))
+        self._shapes |= dict(expert_tensors(description, layout, merged))
         self._where = dict.fromkeys(self._shapes, folder)
         self._pool = torch.from_numpy(np.random.default_rng(seed).standard_normal(_POOL, np.float32))
 
@@ -66,8 +69,11 @@ class GeneratedReader(CheckpointReader):
 class GeneratedCheckpoint(Checkpoint):
     """A checkpoint of a named geometry with seeded random float32 weights."""
 
-    def __init__(self, geometry: str, layers: int | None = None, seed: int = 0) -> None:
-        """`layers`: the first N [all]. Raises RequestError for an unknown name, CheckpointError for bad `layers`."""
+    def __init__(self, geometry: str, layers: int | None = None, seed: int = 0, merged: bool = True) -> None:
+        """`layers`: the first N [all]; `merged`: a tensor for all experts of a layer, not one for each.
+
+        Raises RequestError for an unknown name, CheckpointError for bad `layers`.
+        """
         config = GEOMETRIES.get(ALIASES.get(geometry, geometry))
         if config is None:
             raise RequestError(f"Geometry {geometry!r} is not known; known: {', '.join((*GEOMETRIES, *ALIASES))}.")
@@ -76,5 +82,20 @@ class GeneratedCheckpoint(Checkpoint):
         self.full_description = family.describe(config, self.folder)
         self.description = self.full_description if layers is None else first_layers(self.full_description, layers)
         layout = family.layout(self.description)
-        self.reader = GeneratedReader(self.folder, self.description, layout, seed)
+        self.reader = GeneratedReader(self.folder, self.description, layout, seed, merged)
         self.weights = StoredWeights(self.description, self.reader, layout)
+
+    def write(self, folder: Path, dtype: str = "float32") -> None:
+        """The checkpoint as a folder after all: config.json and safetensors shards of 2 GiB."""
+        folder.mkdir(parents=True, exist_ok=True)
+        field = "n_layers" if "n_layers" in self.config else "num_hidden_layers"
+        config = self.config | {field: self.description.num_layers}
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        shard: dict[str, Tensor] = {}
+        number = 0
+        names = self.reader.names
+        for name in names:
+            shard[name] = self.reader.read(name).to(getattr(torch, dtype))
+            if sum(tensor.nbytes for tensor in shard.values()) >= _SHARD or name == names[-1]:
+                save_file(shard, folder / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
+                number, shard = number + 1, {}

@@ -19,6 +19,7 @@ from ..errors import OutputError, RequestError
 from ..generator import Generator
 from ..runtime.choose import BACKENDS
 from .bench_generate import generate
+from .bench_memory import build, export
 from .bench_residency import residency
 from .bench_step import step
 from .progress import step_bar
@@ -31,7 +32,7 @@ def bench() -> None:
     """Measure speed and memory."""
 
 
-for _command in (generate, residency, step):
+for _command in (build, export, generate, residency, step):
     bench.add_command(_command)
 
 

@@ -68,7 +68,7 @@ def opened(options: dict[str, Any], quiet: bool) -> Iterator[Bundle]:
 
 
 def outcome(document: dict[str, Any], out: Path | None, as_json: bool, show: Callable[[], None],
-            draw: Callable[[Path], None], plot: Path | None) -> None:
+            draw: Callable[[Path], None] | None = None, plot: Path | None = None) -> None:
     """Write the JSON and the plot where asked for; print the JSON or show tables."""
     if out:
         try:
@@ -78,7 +78,7 @@ def outcome(document: dict[str, Any], out: Path | None, as_json: bool, show: Cal
             temporary.replace(out)
         except OSError as error:
             raise OutputError(f"{out} cannot be written ({error.strerror}).") from None
-    if plot:
+    if plot and draw:
         draw(plot)
     if as_json:
         click.echo(json.dumps(document))
