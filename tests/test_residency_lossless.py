@@ -6,6 +6,8 @@ import gc
 import json
 import os
 import shutil
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -15,7 +17,11 @@ from dmoe_export.bundle.reader import Bundle
 from dmoe_export.cli import main
 from dmoe_export.errors import BundleError, MissingRequirementError, RequestError
 from dmoe_export.generator import Generator
+from dmoe_export.runtime import cpu_ops
+from dmoe_export.runtime.backend import ForwardInputs
 from dmoe_export.runtime.budget import ExpertBudget
+from dmoe_export.runtime.mapped_memory import FileIdentity
+from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
 from dmoe_export.runtime.resident import open_resident
 
 BUDGETS, INTERVALS = ("100%", "50%", "25%", "10%"), (1, 4, 32)
@@ -47,17 +53,45 @@ def test_sample_answers_are_the_same(sample_bundle, sample_answers, budget, inte
 @pytest.mark.parametrize("interval", INTERVALS)
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_recorded_runs_are_the_same(golden, golden_bundle, budget, interval):
-    """Two of the reference's recordings, against what it recorded."""
+    """All of the reference's recordings, token for token."""
     meta, data = json.loads((golden / "generate.json").read_text()), np.load(golden / "generate.npz")
     generator = _open(golden_bundle, expert_budget=budget, expert_refresh_interval=interval)
-    runs = [i for i, m in enumerate(meta) if "eos_id" not in m and not m["contains_prompt"]]
-    for run in sorted(runs, key=lambda i: meta[i]["forwards"])[:2]:
-        m = meta[run]
+    assert len(meta) == 8
+    for run, m in enumerate(meta):
+        eos = m.get("eos_id", None if m["eos"] else -1)
         (answer,) = generator.generate([data[f"{run}.prompt"][0].tolist()], max_new_tokens=m["gen"], steps=m["steps"],
-                                       threshold=m["thr"], early_stop=m["eos"], eos_id=None if m["eos"] else -1)
-        assert answer.token_ids == data[f"{run}.tokens"][0].tolist()
+                                       threshold=m["thr"], early_stop=m["eos"], eos_id=eos)
+        want = data[f"{run}.tokens"][0].tolist()[m["P"] if m["contains_prompt"] else 0:]
+        assert [*answer.token_ids, *([eos] if "eos_id" in m else [])] == want
+        assert answer.stats.forwards == m["forwards"]
     assert generator.backend.statistics().refreshes > 0
     generator.backend.close()
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_bit_is_the_same(golden_bundle, budget, threads, kernel, monkeypatch):
+    """Logits, confidences, keys and values; rows of different lengths, one of nothing but padding."""
+    if not kernel:
+        monkeypatch.setattr(cpu_ops, "INSTALLED", cpu_ops.INSTALLED.with_name("none"))
+    elif not cpu_ops.INSTALLED.is_file():
+        pytest.skip("our CPU kernels are not built (make cpu-ops)")
+    plain = OnnxRuntimeBackend(golden_bundle, threads)
+    under = Generator.open(golden_bundle.folder, backend="onnxruntime", threads=threads, verify="sizes",
+                           expert_budget=budget, expert_refresh_interval=1).backend
+    random = np.random.default_rng(0)
+    for tokens in (1, 2, 31, 96, 32):
+        ids = random.integers(0, 300, (3, tokens))
+        positions = np.tile(np.arange(tokens), (3, 1))
+        positions[1, (tokens + 1) // 2:] = positions[2] = -1
+        inputs = ForwardInputs(ids, positions, np.tile(np.arange(tokens), (3, 1)), {}, True, True)
+        one, other = (backend.forward(inputs, backend.new_cache(3)) for backend in (plain, under))
+        for name in ("token_ids", "confidence", "expert_ids", "logits"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        for a, b in zip(one.keys_values, other.keys_values, strict=True):
+            np.testing.assert_array_equal(a, b)
+    under.close()
 
 
 def test_statistics_are_of_the_request(sample_bundle):
@@ -120,7 +154,13 @@ def test_changed_during_a_forward_gives_no_token(own_bundle):
 def test_half_precision_is_refused(sample_bundle):
     half = Bundle(sample_bundle.folder, sample_bundle.manifest.model_copy(update={"precision": "fp16"}))
     with pytest.raises(MissingRequirementError, match="needs a float32 bundle"):
-        open_resident(half, ExpertBudget(10**6, 1), "auto", lambda: pytest.fail("nothing is opened"))
+        open_resident(half, ExpertBudget(10**6, 1), "auto")
+
+
+def test_the_onnx_package_is_asked_for(sample_bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(MissingRequirementError, match=r"needs onnx, .* pip install onnx"):
+        _open(sample_bundle, expert_budget="25%")
 
 
 def test_bad_options(sample_bundle):
@@ -130,14 +170,28 @@ def test_bad_options(sample_bundle):
             _open(sample_bundle, **options)
 
 
-def test_a_dropped_generator_stops_its_threads(sample_bundle):
-    generator = _open(sample_bundle, expert_budget="25%")
+def test_a_dropped_generator_lets_go(sample_bundle):
+    file, before = FileIdentity.of(sample_bundle.folder / "experts.bin"), set(threading.enumerate())
+    gc.collect()
+    others = file.resident_bytes()
+    generator = _open(sample_bundle, expert_budget="25%", expert_refresh_interval=1)
     generator.generate(QUESTIONS[0], max_new_tokens=32)
-    tier = generator.backend._tier
-    assert tier._watcher.is_alive()
+    threads = set(threading.enumerate()) - before
+    assert file.resident_bytes() > others and any(thread.name.startswith("bring-experts") for thread in threads)
     del generator
     gc.collect()
-    assert tier._closed and not tier._watcher.is_alive()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert file.resident_bytes() == others
+
+
+def test_a_closed_one_goes_on_under_its_budget(sample_bundle, sample_answers):
+    generator = _open(sample_bundle, expert_budget="25%")
+    generator.backend.close()
+    assert [g.token_ids for g in generator.generate(QUESTIONS, max_new_tokens=48)] == sample_answers
+    done = generator.backend.statistics()
+    assert done.misses > 0 and 0 < done.peak_bytes <= done.budget_bytes
 
 
 def test_salient_steps_are_refused(sample_bundle):

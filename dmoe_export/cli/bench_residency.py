@@ -84,14 +84,14 @@ def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_
 
 
 def _show(result: ResidencyBench) -> None:
-    table = Table("routing", "budget", "interval", "tokens/s", "hit rate", "brought GB", "dropped GB", "read GB",
-                  "peak GB", "same tokens", title=f"{result.expert_bytes / 1e9:.1f} GB of experts, "
+    table = Table("routing", "budget", "interval", "tokens/s", "hit rate", "brought GB", "missed GB", "dropped GB",
+                  "read GB", "peak GB", "same tokens", title=f"{result.expert_bytes / 1e9:.1f} GB of experts, "
                   f"{result.max_new_tokens} new tokens, {result.rounds} rounds")
     for r in result.results:
         interval = f"{r.interval} ({r.last_interval or 'never'})" if r.interval == "auto" else r.interval
         table.add_row(r.routing, r.budget, interval, f"{r.tokens_per_second:.2f}", _or_dash(r.hit_rate),
-                      _or_dash(r.brought_bytes, 1e-9), _or_dash(r.dropped_bytes, 1e-9), f"{r.read_bytes / 1e9:.2f}",
-                      f"{r.peak_expert_bytes / 1e9:.2f}", "yes" if r.same_tokens else "NO")
+                      _or_dash(r.brought_bytes, 1e-9), _or_dash(r.missed_bytes, 1e-9), _or_dash(r.dropped_bytes, 1e-9),
+                      f"{r.read_bytes / 1e9:.2f}", f"{r.peak_expert_bytes / 1e9:.2f}", "yes" if r.same_tokens else "NO")
     Console().print(table)
 
 

@@ -19,13 +19,18 @@ INSTALLED = Path(__file__).parents[1] / "lib" / "libdmoe_cpu.so"
 CpuOps = Literal["auto", "on", "off"]
 
 
+def uses_cpu_ops(wanted: CpuOps = "auto") -> bool:
+    """Whether the experts op of a graph would run on the library."""
+    return wanted == "on" or (wanted == "auto" and INSTALLED.is_file())
+
+
 def use_cpu_ops(model: str | bytes, options: ort.SessionOptions, wanted: CpuOps = "auto") -> str | bytes:
     """The graph to make a CPU session from: with the library registered, the experts op without its body.
 
     `model` is a file or a serialised graph, and comes back as it is where the library is not used: "off", or "auto" and
     it is not installed, or no node asks for it. Raises MissingRequirementError where it should be used and cannot.
     """
-    if wanted == "off" or (wanted == "auto" and not INSTALLED.is_file()):
+    if not uses_cpu_ops(wanted):
         return model
     if not INSTALLED.is_file():
         raise MissingRequirementError(f"The CPU kernels {INSTALLED} do not exist; build them with `make cpu-ops`, or "

@@ -1,45 +1,34 @@
-"""The memory ↔ disk tier: experts stay in the mapped experts.bin, of which at most a budget is in memory.
+"""The memory ↔ disk tier: experts stay in a mapping of experts.bin of which at most a budget is in memory.
 
-ONNX Runtime's CPU provider maps float32 experts and reads only those that are used, so a miss needs nothing from us:
-the kernel brings its pages in. What we do is bring residents in ahead (a background thread), and give non-residents
-back while a forward runs: a second thread watches the resident memory and drops their pages, layer after layer behind
-the forward, whenever the experts take more than the budget. Dropping is lossless (the mapping is never written), and
-dropping a page that is about to be read costs a fault, not a wrong token.
+We know what is in memory without asking the kernel, because pages come and go only here, an expert at a time:
+`MADV_POPULATE_READ` maps the two slabs of an expert before it is used, `MADV_DONTNEED` gives them back when room is
+wanted.
+Every second slab gets a flag of its own (left out of core dumps), so that each is a mapping by itself: faults map
+pages around the one they are for, up to 64 KB or a large folio, but never past the end of their mapping.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
+import mmap
 import os
 import threading
 import time
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..bundle.manifest import ExpertsEntry
 from ..errors import BundleError, MissingRequirementError
-from .backend import Bools
-from .budget import RESERVE
-from .mapped_memory import (
-    DONTNEED,
-    POPULATE_READ,
-    WILLNEED,
-    FileIdentity,
-    Span,
-    addresses,
-    advise,
-    file_backed_bytes,
-    touch,
-)
+from .backend import Ints
+from .mapped_memory import DONTDUMP, DONTNEED, PAGE, POPULATE_READ, RANDOM, WILLNEED, advise, touch
 from .residency import Costs, Move
-
-_FILL_RATE = 8e9  # bytes/s: nothing fills memory faster, so that the watcher may sleep until the budget could be full
-_CALIBRATE_EVERY = 0.25  # seconds; walking the page tables of 8 GB takes about 10 ms
-_SAMPLES = 4  # experts whose faults are timed for the costs
 
 
 @dataclass
@@ -47,43 +36,49 @@ class Totals:
     """Running totals of the tier."""
 
     brought_bytes: int = 0
+    missed_bytes: int = 0
     dropped_bytes: int = 0
     bring_seconds: float = 0.0
+    miss_seconds: float = 0.0
     drop_seconds: float = 0.0
     peak_bytes: int = 0
 
 
 class MappedExperts:
-    """A `Tier` over the mappings that one session has of an expert file."""
+    """A `Tier`, and the `ExpertSource` of a session in pieces. Any thread may ask for groups."""
 
-    def __init__(self, path: Path, entry: ExpertsEntry, experts: int, spans: list[Span], budget: int) -> None:
-        """`spans`: the session's mappings of `path`; `budget` in bytes. Starts the watching thread."""
-        self._path, self._experts, self._budget, self._identity = path, experts, budget, FileIdentity.of(path)
+    def __init__(self, path: Path, entry: ExpertsEntry, experts: int, hidden: int, budget: int) -> None:
+        """float32 experts [E, 2I, hidden] and [E, hidden, I] of every layer; `budget` in bytes, at least an expert's.
+
+        Raises MissingRequirementError where this system's pages or limits do not allow it.
+        """
+        self._path, self._each = path, entry.bytes_per_expert
+        self._capacity = budget // self._each  # experts that may be in memory
+        assert self._capacity >= 1, "plan_budget refuses less than a token's experts"
         self._file = os.open(path, os.O_RDONLY)  # keeps the inode: what is checked is what is mapped
+        weakref.finalize(self, os.close, self._file)
         self._stamp = _stamp(os.fstat(self._file))
-        slabs = (entry.gate_up_slab_bytes, entry.down_slab_bytes)
-        self._tensors = [[(address, slab) for offset, slab in zip((layer.gate_up_offset, layer.down_offset), slabs,
-                                                                  strict=True)
-                          for address in addresses(spans, offset, experts * slab)] for layer in entry.layers]
-        if any(len(tensors) < 2 for tensors in self._tensors):
-            raise MissingRequirementError(f"ONNX Runtime has not mapped {path} (it copies weights it cannot use as "
-                                          "they lie), so no budget can be kept; leave the expert budget out.")
-        self._brim = budget * (1 - RESERVE / 2)  # half the reserve is for what comes while the watcher is not running
-        self._resident: Bools = np.zeros((len(entry.layers), experts), bool)
-        self._statm = os.open("/proc/self/statm", os.O_RDONLY)
-        self._awake, self._lock, self._giving_back = threading.Event(), threading.Lock(), threading.RLock()
-        self._other, self._calibrated = 0, 0.0
-        self._calibrate()
-        self._costs: Costs | None = None
-        self._cursor = 0
-        self._busy = 0
+        self._mapping = mmap.mmap(self._file, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+        slabs, width = (entry.gate_up_slab_bytes, entry.down_slab_bytes), entry.stored_width
+        shapes = ((experts, 2 * width, hidden), (experts, hidden, width))
+        self._tensors = [[np.frombuffer(self._mapping, np.float32, experts * slab // 4, offset).reshape(shape)
+                          for offset, slab, shape in zip((layer.gate_up_offset, layer.down_offset), slabs, shapes,
+                                                         strict=True)] for layer in entry.layers]
+        self._slabs = [[(tensor.ctypes.data, slab) for tensor, slab in zip(pair, slabs, strict=True)]
+                       for pair in self._tensors]  # address of expert 0 and bytes of each
+        self._part(experts)
+        shape = (len(entry.layers), experts)
+        self._resident, self._mapped = np.zeros(shape, bool), np.zeros(shape, bool)
+        self._held = np.zeros(shape, np.int16)  # in use, by so many
+        self._used = np.zeros(shape, np.int64)  # when last, for the order of leaving
+        self._clock = 0
+        self._changed = threading.Condition()  # guards all of the above
         self._closed = False
         self._worker = ThreadPoolExecutor(1, "bring-experts")
+        self._reader = ThreadPoolExecutor(1, "read-experts")
         self.totals = Totals()
-        if not faulthandler.is_enabled():  # a file cut short under a forward ends in SIGBUS: let it say where
+        if not faulthandler.is_enabled():  # a file cut short under a product ends in SIGBUS: let it say where
             faulthandler.enable()
-        self._watcher = threading.Thread(target=self._watch, name="watch-experts", daemon=True)
-        self._watcher.start()
 
     def check(self) -> None:
         """Raise BundleError when the expert file is not the one that was opened, by identity, size and time."""
@@ -95,143 +90,170 @@ class MappedExperts:
             raise BundleError(f"{self._path} was changed or removed while it was in use; open the bundle again.")
 
     def forward_begins(self) -> None:
-        """The watcher looks from now on."""
-        self._cursor = 0
-        self._work(1)
+        """Nothing to do: room is made group by group."""
 
     def forward_ends(self) -> None:
-        """What is mapped stays until room is wanted; while over budget, what else is in memory is measured anew."""
-        self._work(-1)
-        if self._expert_bytes() > self._budget * (1 - RESERVE):
-            self._calibrate()
-            if self._expert_bytes() > self._budget:
-                self._drop()
+        """Nothing to do: what is in memory stays until its room is wanted."""
+
+    def weights(self, layer: int) -> list[NDArray[Any]]:
+        """gate_up [E, 2I, H] and down [E, H, I] of a layer, read-only."""
+        return self._tensors[layer]
+
+    def groups(self, layer: int, experts: Ints) -> Iterator[Ints]:
+        """See `ExpertSource`: first those in memory, meanwhile the disk reads the others; these as room allows."""
+        with self._changed:
+            group = experts[self._mapped[layer, experts]]
+            self._held[layer, group] += 1
+        absent = np.setdiff1d(experts, group)
+        while len(group) or len(absent):
+            if not len(group):
+                group, absent = self._admit(layer, absent)
+            try:
+                if len(absent) and not self._closed:
+                    self._reader.submit(self._read, layer, self._share(absent, self._room()))
+                yield group
+            finally:
+                self._release(layer, group)
+            group = group[:0]
 
     def move(self, moves: list[Move]) -> None:
-        """Residents change at once; their pages are brought in the background. An evicted expert's go when room is
+        """Residents change at once; who is absent is brought in the background. Who is evicted goes when room is
         wanted."""
-        for move in moves:
-            evict = move.evict[move.evict >= 0]
-            self._resident[move.layer, evict] = False
-            self._resident[move.layer, move.bring] = True
-        if moves:
-            self._work(1)
-            self._worker.submit(self._bring, moves).add_done_callback(self._brought)
+        with self._changed:
+            for move in moves:
+                self._resident[move.layer, move.evict[move.evict >= 0]] = False
+                self._resident[move.layer, move.bring] = True
+        if moves and not self._closed:
+            self._worker.submit(self._bring, moves).add_done_callback(_raise)
 
     def wait(self) -> None:
         """Until everything moved is in memory."""
         self._worker.submit(lambda: None).result()
 
     def costs(self) -> Costs:
-        """Timed once: faults of a few experts that are not resident, taken in one piece and page by page."""
-        if self._costs is None:
-            self.wait()
-            layer = len(self._tensors) // 2
-            free = np.flatnonzero(~self._resident[layer])
-            chosen = (free if len(free) else np.arange(self._experts))[:: max(1, len(free) // (2 * _SAMPLES))]
-            ways = (_populate, touch)
-            seconds = [0.0, 0.0]
-            for i, expert in enumerate(chosen[:2 * _SAMPLES]):
-                parts = [(address + int(expert) * slab, slab) for address, slab in self._tensors[layer]]
-                for part in parts:
-                    advise(*part, DONTNEED)
-                start = time.perf_counter()
-                for part in parts:
-                    ways[i % 2](*part)
-                seconds[i % 2] += time.perf_counter() - start
-            counts = np.maximum(np.bincount(np.arange(min(len(chosen), 2 * _SAMPLES)) % 2, minlength=2), 1)
-            self._costs = Costs(*(second / count for second, count in zip(seconds, counts.tolist(), strict=True)))
-        return self._costs
+        """As timed so far: bringing an expert in the background, and waiting for one that is missing."""
+        miss = self.totals.miss_seconds / max(1, self.totals.missed_bytes // self._each)
+        brought = self.totals.brought_bytes // self._each
+        return Costs(self.totals.bring_seconds / brought if brought else miss, miss)
 
     def figures(self) -> dict[str, float]:
-        """Bytes and seconds so far, and the peak of the experts' resident memory as the watcher saw it."""
+        """Bytes and seconds so far, and the most bytes of experts that were in memory at once."""
         return dict(vars(self.totals))
 
     def close(self) -> None:
-        """Stop both threads; afterwards no page is given back, so that the session may go."""
-        with self._giving_back:
-            if self._closed:
-                return
+        """Stop the threads; the weights stay usable, and the budget is still kept."""
+        if not self._closed:
             self._closed = True
-        self._awake.set()
-        self._worker.shutdown(wait=False, cancel_futures=True)
-        if threading.current_thread() is not self._watcher:  # the collector may call from any thread
-            self._watcher.join()
-        os.close(self._file)
+            for pool in (self._worker, self._reader):
+                pool.shutdown(wait=False, cancel_futures=True)
 
-    def _work(self, change: int) -> None:
-        with self._lock:
-            self._busy += change
-            self._awake.set() if self._busy else self._awake.clear()
+    def _part(self, experts: int) -> None:
+        """Make every slab a mapping by itself, read only where it is asked for."""
+        for layer in self._slabs:
+            for address, slab in layer:
+                if address % PAGE or slab % PAGE:
+                    raise MissingRequirementError(f"An expert budget needs memory pages of 4096 bytes, this machine's "
+                                                  f"have {PAGE}; leave the expert budget out.")
+                apart = all(advise(address + e * slab, slab, DONTDUMP) for e in range(0, experts, 2))
+                if not (apart and advise(address, experts * slab, RANDOM)):
+                    raise MissingRequirementError(
+                        f"This system does not keep {2 * experts * len(self._slabs)} mappings of experts apart; raise "
+                        "vm.max_map_count, or leave the expert budget out.")
 
-    def _bring(self, moves: list[Move]) -> None:
+    def _room(self) -> int:
+        """Experts that could be in memory beside the residents that are; at least one."""
+        return max(1, self._capacity - int((self._mapped & self._resident).sum()))
+
+    @staticmethod
+    def _share(absent: Ints, room: int) -> Ints:
+        """At most `room` of them, from everywhere: ONNX Runtime's threads take ranges of expert ids."""
+        return absent[::-(-len(absent) // room)]
+
+    def _admit(self, layer: int, absent: Ints) -> tuple[Ints, Ints]:
+        """Bring as many as there is room for, and hold them: these, and the others."""
         start = time.perf_counter()
-        for move in moves:
-            for expert in move.bring.tolist():
-                if self._closed or not self._resident[move.layer, expert]:
-                    continue
-                for address, slab in self._tensors[move.layer]:
-                    _populate(address + expert * slab, slab)
-                    self.totals.brought_bytes += slab
-        self.totals.bring_seconds += time.perf_counter() - start
+        with self._changed:
+            while not (free := self._capacity - int((self._mapped & (self._held > 0)).sum())) > 0:
+                self._changed.wait()  # another thread's group, or an expert on its way
+            group = self._share(absent, min(free, self._room()))
+            self._enter(layer, group)
+        try:
+            for expert in group.tolist():
+                self._populate(layer, expert)
+        except BaseException:
+            self._release(layer, group)
+            raise
+        self.totals.missed_bytes += len(group) * self._each
+        self.totals.miss_seconds += time.perf_counter() - start
+        return group, np.setdiff1d(absent, group)
 
-    def _brought(self, done: Future[None]) -> None:
-        self._work(-1)
-        if not done.cancelled():
-            done.result()
+    def _enter(self, layer: int, group: Ints) -> None:
+        """Make room and count them as mapped and held; under the lock."""
+        self._leave(int(self._mapped.sum()) + len(group) - self._capacity)
+        self._mapped[layer, group] = True
+        self._held[layer, group] += 1
+        self.totals.peak_bytes = max(self.totals.peak_bytes, int(self._mapped.sum()) * self._each)
 
-    def _expert_bytes(self) -> int:
-        return file_backed_bytes(self._statm) - self._other
-
-    def _calibrate(self) -> None:
-        """Measure what else is file-backed: libraries, dense weights. It grows as they are used, so we err upwards."""
-        with self._giving_back:
-            before, experts = file_backed_bytes(self._statm), self._identity.resident_bytes()
-            # Pages come, and under pressure go, while the tables are walked: the lower count keeps the error upwards.
-            self._other = min(before, file_backed_bytes(self._statm)) - experts
-        self._calibrated = time.monotonic()
-
-    def _watch(self) -> None:
-        with contextlib.suppress(OSError):  # on a busy machine it should not queue; only root may ask for that
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -10)
-        while not self._closed:
-            self._awake.wait()
-            held = self._expert_bytes()
-            self.totals.peak_bytes = max(self.totals.peak_bytes, held)
-            if held > self._brim:
-                self._drop()
-            if time.monotonic() - self._calibrated > _CALIBRATE_EVERY:
-                self._calibrate()
-            time.sleep(min(0.02, max(0.0005, (self._brim - self._expert_bytes()) / _FILL_RATE)))
-        os.close(self._statm)
-
-    def _drop(self) -> None:
-        """Give pages of non-residents back, layer by layer behind the forward, until the reserve is free."""
-        start, goal = time.perf_counter(), self._budget * (1 - RESERVE)
-        before = held = self._expert_bytes()
-        for _ in range(len(self._tensors)):
-            if held <= goal:
-                break
-            with self._giving_back:
-                for first, count in _runs(~self._resident[self._cursor]):
-                    for address, slab in self._tensors[self._cursor]:
-                        if not self._closed:
-                            advise(address + first * slab, count * slab, DONTNEED)
-            self._cursor = (self._cursor + 1) % len(self._tensors)
-            held = self._expert_bytes()
-        self.totals.dropped_bytes += max(0, before - held)
+    def _leave(self, count: int) -> None:
+        """Give back `count` experts that nobody holds: no resident if possible, and first the longest unused."""
+        if count <= 0:
+            return
+        start = time.perf_counter()
+        layers, experts = np.nonzero(self._mapped & (self._held == 0))
+        order = np.lexsort((self._used[layers, experts], self._resident[layers, experts]))[:count]
+        for layer, expert in zip(layers[order].tolist(), experts[order].tolist(), strict=True):
+            for address, slab in self._slabs[layer]:
+                advise(address + expert * slab, slab, DONTNEED)
+            self._mapped[layer, expert] = False
+        self.totals.dropped_bytes += len(order) * self._each
         self.totals.drop_seconds += time.perf_counter() - start
 
+    def _release(self, layer: int, group: Ints) -> None:
+        with self._changed:
+            self._held[layer, group] -= 1
+            self._clock += 1
+            self._used[layer, group] = self._clock
+            self._changed.notify_all()
 
-def _populate(address: int, length: int) -> None:
-    advise(address, length, WILLNEED)  # reads exactly this range; faults would read around it
-    advise(address, length, POPULATE_READ)  # Linux 5.14; before, the first use maps the pages
+    def _read(self, layer: int, group: Ints) -> None:
+        """Start reading into the page cache; faults would read page by page."""
+        for address, slab in self._slabs[layer]:
+            for expert in group.tolist():
+                advise(address + expert * slab, slab, WILLNEED)
+
+    def _populate(self, layer: int, expert: int) -> None:
+        self._read(layer, np.array([expert]))
+        for address, slab in self._slabs[layer]:
+            if not advise(address + expert * slab, slab, POPULATE_READ):
+                self.check()  # the kernel refuses what the file no longer has
+                touch(address + expert * slab, slab)  # before Linux 5.14
+
+    def _bring(self, moves: list[Move]) -> None:
+        """Residents that are absent, as far as there is room without another resident's leaving."""
+        for move in moves:
+            for expert in move.bring.tolist():
+                alone = np.array([expert])
+                with self._changed:
+                    fixed = self._mapped & (self._resident | (self._held > 0))
+                    if (self._closed or self._mapped[move.layer, expert] or not self._resident[move.layer, expert]
+                            or fixed.sum() >= self._capacity):
+                        continue
+                    self._enter(move.layer, alone)
+                start = time.perf_counter()
+                try:
+                    self._populate(move.layer, expert)
+                except BundleError:
+                    return  # the next forward's check says so
+                finally:
+                    self._release(move.layer, alone)
+                self.totals.brought_bytes += self._each
+                self.totals.bring_seconds += time.perf_counter() - start
 
 
-def _runs(wanted: Bools) -> list[tuple[int, int]]:
-    """Runs of true places: (first, count)."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], wanted, [False]])))
-    return [(int(first), int(stop - first)) for first, stop in edges.reshape(-1, 2)]
+def _raise(done: Future[None]) -> None:
+    """A failure in the background is logged, not lost."""
+    if not done.cancelled():
+        done.result()
 
 
 def _stamp(file: os.stat_result) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from ..errors import MissingRequirementError, RequestError
 from .backend import Backend, ForwardInputs, ForwardOutputs, Ints
 from .budget import ExpertBudget
 from .mapped_experts import MappedExperts
-from .mapped_memory import FileIdentity, Span, new_spans
+from .onnxruntime import OnnxRuntimeBackend
+from .onnxruntime_pieces import PieceSession
 from .residency import Costs, Interval, Residency, Tier
 
 
@@ -40,15 +40,17 @@ class ResidencyStatistics:
     refresh_cost: float | None  # C_refresh, per resident
     policy_seconds: float  # counting, choosing, and measuring costs once
     brought_bytes: int = 0  # promoted in the background
+    missed_bytes: int = 0  # brought because a forward could not go on without
     dropped_bytes: int = 0  # given back because the budget was full
     bring_seconds: float = 0.0
+    miss_seconds: float = 0.0
     drop_seconds: float = 0.0
     peak_bytes: int = 0  # of the experts in memory, since the bundle was opened
 
     def since(self, start: ResidencyStatistics) -> ResidencyStatistics:
         """The same over a stretch of time: running totals become differences."""
         totals = ("hits", "misses", "refreshes", "promotions", "evictions", "policy_seconds", "brought_bytes",
-                  "dropped_bytes", "bring_seconds", "drop_seconds")
+                  "missed_bytes", "dropped_bytes", "bring_seconds", "miss_seconds", "drop_seconds")
         return replace(self, **{name: getattr(self, name) - getattr(start, name) for name in totals})
 
     @property
@@ -71,7 +73,6 @@ class ResidentBackend:
         self._blocks: Ints | None = None  # active block per row, of the last denoise step
         self._seconds = self._refresh_seconds = 0.0
         self._costs: Costs | None = None
-        # Before the session goes: its addresses may be somebody else's afterwards.
         self._finalizer = weakref.finalize(self, tier.close)
         self._finalizer.atexit = False  # the process takes everything with it, drivers first
 
@@ -81,7 +82,7 @@ class ResidentBackend:
         return self._backend.new_cache(rows)
 
     def salient_graphs(self, capacity: int | None) -> Any:
-        """Raises RequestError: a salient graph has weights of its own in memory, which the budget does not see."""
+        """Raises RequestError: a salient graph maps the experts itself, which the budget does not see."""
         raise RequestError("Salient steps and an expert budget do not go together: the salient graph maps the experts "
                            "a second time; leave salient_threshold or the budget out.")
 
@@ -142,11 +143,10 @@ class ResidentBackend:
 
 
 def open_resident(bundle: Bundle, budget: ExpertBudget, interval: Interval,
-                  open_backend: Callable[[], tuple[Backend, str]]) -> tuple[ResidentBackend, str]:
-    """The backend that `open_backend` opens, under a budget, and why it is this one.
+                  threads: int | None = None) -> ResidentBackend:
+    """ONNX Runtime's CPU provider under a budget.
 
-    Raises MissingRequirementError where experts cannot stay mapped: another system than Linux, another backend than
-    ONNX Runtime's CPU provider, half precision.
+    Raises MissingRequirementError where that is not possible: another system than Linux, half precision, no onnx.
     """
     if sys.platform != "linux":
         raise MissingRequirementError(f"An expert budget needs Linux, this is {sys.platform}; leave it out.")
@@ -154,23 +154,17 @@ def open_resident(bundle: Bundle, budget: ExpertBudget, interval: Interval,
         raise MissingRequirementError(
             f"An expert budget needs a float32 bundle, {bundle.folder} is {bundle.manifest.precision}: ONNX Runtime's "
             "CPU provider copies such experts into memory as float32; export with --precision fp32.")
-    file = FileIdentity.of(expert_file(bundle))
-    before = file.spans()
-    backend, why = open_backend()
-    if backend.name != "onnxruntime":
-        raise MissingRequirementError(f"An expert budget works with backend onnxruntime, not yet with {backend.name}; "
-                                      "choose --backend onnxruntime.")
-    return under_budget(bundle, backend, new_spans(before, file.spans()), budget, interval), why
+    return under_budget(bundle, PieceSession(bundle, threads), budget, interval)
 
 
-def under_budget(bundle: Bundle, backend: Backend, spans: list[Span], budget: ExpertBudget,
-                 interval: Interval) -> ResidentBackend:
-    """A backend whose session has mapped the expert file at `spans`, under a budget."""
+def under_budget(bundle: Bundle, session: PieceSession, budget: ExpertBudget, interval: Interval) -> ResidentBackend:
+    """A backend that runs `session` under a budget; another one over the same session takes it over."""
     model, entry = bundle.manifest.model, bundle.manifest.experts
     assert entry is not None, "plan_budget refuses dense models"
-    tier = MappedExperts(expert_file(bundle), entry, model.experts.num_experts, spans, budget.bytes)
-    residency = Residency(len(model.moe_layers), model.experts.num_experts, budget.residents, interval)
-    return ResidentBackend(backend, residency, tier, budget)
+    experts = model.experts.num_experts
+    session.source = tier = MappedExperts(expert_file(bundle), entry, experts, model.hidden_size, budget.bytes)
+    residency = Residency(len(model.moe_layers), experts, budget.residents, interval)
+    return ResidentBackend(OnnxRuntimeBackend(bundle, session=session), residency, tier, budget)
 
 
 def expert_file(bundle: Bundle) -> Path:

@@ -11,7 +11,8 @@ from ..bundle.reader import Bundle
 from ..errors import MissingRequirementError
 from .backend import ForwardInputs, ForwardOutputs
 from .budget import ExpertBudget
-from .choose import BackendName, open_backend
+from .choose import BackendName
+from .cpu_ops import experts_clause
 from .device import Device
 from .device_backend import DeviceBackend
 from .device_residency import DeviceExperts
@@ -73,6 +74,7 @@ def open_under_budget(bundle: Bundle, budget: ExpertBudget, interval: Interval, 
                     "the bundle has an engine with expert pools for this GPU")
         except MissingRequirementError as error:
             why = str(error).split("; ")[0].rstrip(".")
-    cpu: BackendName = "onnxruntime" if name == "auto" else name
-    backend, reason = open_resident(bundle, budget, interval, lambda: open_backend(bundle, cpu, threads))
-    return backend, why or reason
+    if name not in ("auto", "onnxruntime"):
+        raise MissingRequirementError(f"An expert budget works with backend onnxruntime, not yet with {name}; choose "
+                                      "--backend onnxruntime.")
+    return open_resident(bundle, budget, interval, threads), (why or "as asked for") + experts_clause(dense=False)
