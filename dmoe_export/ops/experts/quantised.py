@@ -15,6 +15,7 @@ from ...description import ExpertQuantisation
 # The group's largest magnitude is put at 2^(bits−1) + one of these.
 # The first is always allowed: it is what the shorter side takes.
 _REACHES = (-1.0, -0.5, 0.0, 0.5)
+_CHUNK = 1 << 17  # values rounded at a time: what the many passes over them leave in the cache, four times as fast
 
 
 def quantise(weight: Tensor, how: ExpertQuantisation, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -22,25 +23,31 @@ def quantise(weight: Tensor, how: ExpertQuantisation, scale_dtype: torch.dtype) 
 
     |weight − value| ≤ |scale| / 2, unless the scale is below the least normal number of its type; zeros stay zeros.
     """
-    top, shape = 1 << (how.bits - 1), weight.shape
-    groups = weight.float().reshape(-1, how.group_size)
+    top, groups = 1 << (how.bits - 1), weight.float().reshape(-1, how.group_size)
+    chosen = [_rounded(part, top, scale_dtype) for part in groups.split(_CHUNK // how.group_size)]
+    stored = (torch.cat([integers for integers, _ in chosen]) + top).to(torch.uint8).reshape(weight.shape)
+    scales = torch.cat([scale for _, scale in chosen]).to(scale_dtype)
+    return (stored if how.bits == 8 else _pack(stored)), scales.reshape(*weight.shape[:-1], -1)
+
+
+def _rounded(groups: Tensor, top: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Groups [n, G] → integers in −top … top − 1 [n, G] and scales [n, 1], both as float32."""
     high, low = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
     largest, opposite = torch.maximum(high, -low), torch.minimum(high, -low)
     sign = torch.where(high > -low, -1.0, 1.0)
-    best_scale, best_error = torch.empty_like(largest), torch.empty_like(largest, dtype=torch.float64)
-    best = torch.empty_like(groups)
+    best, best_scale, best_error = groups, largest, largest
     for reach in _REACHES:
-        scale = (largest / (top + reach)).to(scale_dtype).float()
-        integers = _integers(groups, sign * scale, top)
+        size = (largest / (top + reach)).to(scale_dtype).float()
+        scale = sign * size
+        integers = (groups / torch.where(size == 0, 1.0, scale)).round_().clamp_(-top, top - 1)
         # In float64: a choice that depended on the order of a sum would differ from machine to machine.
-        error = (integers * (sign * scale) - groups).double().square_().sum(-1, keepdim=True)
-        allowed = (opposite <= (top - 0.5) * scale) & (largest <= (top + 0.5) * scale) & (error < best_error)
-        better = allowed if reach > _REACHES[0] else torch.ones_like(allowed)
-        best_scale = torch.where(better, sign * scale, best_scale)
-        best_error = torch.where(better, error, best_error)
-        best = torch.where(better, integers, best)
-    stored = (best + top).to(torch.uint8).reshape(shape)
-    return (stored if how.bits == 8 else _pack(stored)), best_scale.to(scale_dtype).reshape(*shape[:-1], -1)
+        error = (integers * scale).sub_(groups).double().square_().sum(-1, keepdim=True)
+        better = (opposite <= (top - 0.5) * size) & (largest <= (top + 0.5) * size) & (error < best_error)
+        if reach == _REACHES[0]:
+            better = torch.ones_like(better)
+        best, best_scale, best_error = (torch.where(better, new, old) for new, old in (
+            (integers, best), (scale, best_scale), (error, best_error)))
+    return best, best_scale
 
 
 def dequantise(packed: Tensor, scales: Tensor, bits: int) -> Tensor:
@@ -48,10 +55,6 @@ def dequantise(packed: Tensor, scales: Tensor, bits: int) -> Tensor:
     stored = packed if bits == 8 else _unpack(packed)
     groups = stored.unflatten(-1, (scales.shape[-1], -1)).float() - (1 << (bits - 1))
     return (groups * scales.float()[..., None]).flatten(-2)
-
-
-def _integers(groups: Tensor, scale: Tensor, top: int) -> Tensor:
-    return torch.round(groups / torch.where(scale == 0, 1.0, scale)).clamp_(-top, top - 1)
 
 
 def _pack(values: Tensor) -> Tensor:
