@@ -50,7 +50,9 @@ def _parts(graph: Any) -> dict[int, tuple[str, str]]:
     for i, node in enumerate(graph.node):
         for name in node.input:
             consumers[name].append(i)
-    after = [[j for name in node.output for j in consumers[name]] for node in graph.node]
+    # A shape is no data: sizes of one layer's cache serve all layers.
+    after = [[] if node.op_type in ("Shape", "Size") else [j for name in node.output for j in consumers[name]]
+             for node in graph.node]
     before = [[producer[name] for name in node.input if name in producer] for node in graph.node]
     starts: dict[tuple[str, str], set[int]] = defaultdict(set)
     ends: dict[tuple[str, str], set[int]] = defaultdict(set)

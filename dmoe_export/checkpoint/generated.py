@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,11 @@ class GeneratedReader(CheckpointReader):
                         for name, shape in tensors.items()}
         self._shapes |= dict(expert_tensors(description, layout, merged))
         self._where = dict.fromkeys(self._shapes, folder)
-        self._pool = torch.from_numpy(np.random.default_rng(seed).standard_normal(_POOL, np.float32))
+        self._seed = seed
+
+    @cached_property
+    def _pool(self) -> Tensor:
+        return torch.from_numpy(np.random.default_rng(self._seed).standard_normal(_POOL, np.float32))
 
     def close(self) -> None:
         """Nothing is open."""
@@ -54,9 +59,10 @@ class GeneratedReader(CheckpointReader):
             return torch.ones(part)
         count = torch.Size(part).numel()
         start = (zlib.crc32(name.encode()) + rows.start) * _STRIDE % (_POOL // 2)
-        while start + count > len(self._pool):
-            self._pool = torch.cat([self._pool, self._pool.flip(0)])
-        return self._pool[start:start + count].reshape(part) * (0.05 if name.endswith("bias") else shape[-1] ** -0.5)
+        pool = self._pool
+        while start + count > len(pool):
+            pool = torch.cat([pool, pool.flip(0)])
+        return pool[start:start + count].reshape(part) * (0.05 if name.endswith("bias") else shape[-1] ** -0.5)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """A tensor in order, in pieces of at most half the pool."""
