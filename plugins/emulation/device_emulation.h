@@ -139,19 +139,22 @@ DMOE_DEVICE uint32_t warp_max(uint32_t value, int line = __builtin_LINE()) {
 }
 DMOE_DEVICE uint32_t warp_min(uint32_t value, int line = __builtin_LINE()) { return ~warp_max(~value, line); }
 
+template <class T>
+void make_opaque(T *&) {}
 DMOE_DEVICE uint4 load_once(const uint4 *from, bool wanted) { return wanted ? *from : uint4{0, 0, 0, 0}; }
-DMOE_DEVICE uint4 load_shared_by_many(const uint4 *from, bool wanted) { return wanted ? *from : uint4{0, 0, 0, 0}; }
+DMOE_DEVICE uint4 load_shared_by_many(const uint4 *from) { return *from; }
 
-// What is not wanted is left as garbage, as the registers of a GPU are.
+// Words that are not wanted are left as garbage, as the registers of a GPU are.
 template <int WORDS>
-void load_once(uint32_t (&to)[WORDS], const char *from, bool wanted) {
-    if (wanted) {
-        std::memcpy(to, __builtin_assume_aligned(from, 4 * WORDS), sizeof to);
-    } else {
-        std::memset(to, 0xa5, sizeof to);
-    }
+void load_once(uint32_t (&to)[2][WORDS], uint32_t (&scales)[2], const char *row0, const char *row1,
+               const uint16_t *scale0, const uint16_t *scale1, bool wanted) {
+    std::memset(to, 0xa5, sizeof to);
+    scales[0] = scales[1] = 0;
+    if (!wanted) return;
+    std::memcpy(to[0], __builtin_assume_aligned(row0, 4 * WORDS), sizeof to[0]);
+    std::memcpy(to[1], __builtin_assume_aligned(row1, 4 * WORDS), sizeof to[1]);
+    scales[0] = *scale0, scales[1] = *scale1;
 }
-DMOE_DEVICE uint32_t load_scale(const uint16_t *from, bool wanted) { return wanted ? *from : 0; }
 
 DMOE_DEVICE uint16_t narrow_fp16(float value) { return emulation::narrow_fp16(value); }
 DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {

@@ -20,6 +20,7 @@ int launch_variant(const ProductArguments &a, int pair_count, void *stream) {
 template <class Half, class Rows, bool GATE>
 int launch_product(const ProductArguments &a, int tokens, void *stream) {
     const int pairs = tokens * a.places;
+    // The split depends on the depth alone, so a token's bits do not depend on how many others there are.
     if (a.depth >= kSplitDepth) {
         return tokens <= 32 ? launch_variant<Half, Rows, 4, 4, GATE>(a, pairs, stream)
                             : launch_variant<Half, Rows, 8, 4, GATE>(a, pairs, stream);

@@ -46,8 +46,9 @@ DMOE_DEVICE RowPair rows_of(const ProductArguments &a, int expert, int row) {
     const int64_t index = static_cast<int64_t>(pooled ? slot : expert) * a.rows + row;
     const int64_t pitch = static_cast<int64_t>(a.depth / 8) * Rows::kBits;
     const int groups = Rows::kBits == 16 ? 0 : a.depth >> a.group_shift;
-    return {static_cast<const char *>(from.weights) + index * pitch, pitch, from.scales + index * groups, groups,
-            a.group_shift, a.depth / kUnit};
+    const char *const even = static_cast<const char *>(from.weights) + index * pitch;
+    const uint16_t *const scales = from.scales + index * groups;
+    return {{even, even + pitch}, {scales, scales + groups}, a.group_shift, a.depth / kUnit};
 }
 
 // The experts with tokens, ascending, into `active`; how many. Thread t looks at experts 8t … 8t+7.
@@ -87,12 +88,16 @@ DMOE_DEVICE int list_active(const int *count, int experts, uint16_t *active, int
 template <class Half, class Rows>
 DMOE_DEVICE void multiply(float (*sums)[4], const Rows &rows, const uint4 *tokens, const uint32_t *offsets, int tiles,
                           int at, int units) {
+    const int unit = Rows::unit(at, units);
     DMOE_UNROLL
     for (int half = 0; half < 2; ++half) {
-        const int unit = Rows::token_unit(at, half, units);
+        const bool there = !Rows::kPartial || unit + half * Rows::kNext < units;
         uint4 b[4];
         DMOE_UNROLL
-        for (int j = 0; j < 4; ++j) b[j] = load_shared_by_many(tokens + offsets[j] + unit, j < tiles && unit < units);
+        for (int j = 0; j < 4; ++j) {
+            if (Rows::kPartial) b[j] = make_uint4(0, 0, 0, 0);
+            if (j < tiles && there) b[j] = load_shared_by_many(tokens + (offsets[j] + unit) + half * Rows::kNext);
+        }
         const uint4 e = rows.values(0, half), o = rows.values(1, half);
         DMOE_UNROLL
         for (int j = 0; j < 4; ++j) {
@@ -106,8 +111,13 @@ DMOE_DEVICE void multiply(float (*sums)[4], const Rows &rows, const uint4 *token
 // sums += (sixteen weight rows) · (tokens), over steps first, first + every, … of k; weights are fetched some steps
 // ahead into a ring of registers whose places are known at compile time.
 template <class Half, class Rows, int TILES>
-DMOE_DEVICE void multiply_rows(float (&sums)[TILES][4], const RowPair &from, const uint4 *tokens,
+DMOE_DEVICE void multiply_rows(float (&sums)[TILES][4], RowPair from, const uint4 *tokens,
                                const uint32_t (&offsets)[TILES], int tiles, int first, int every) {
+    DMOE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+        make_opaque(from.row[r]);
+        if (Rows::kBits != 16) make_opaque(from.scales[r]);
+    }
     constexpr int kAhead = Rows::template kAhead<TILES>;
     const int stride = every * kSegment;
     Rows ring[kAhead];

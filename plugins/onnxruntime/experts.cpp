@@ -1,4 +1,5 @@
-// dmoe::DmoeExperts on dmoe_experts(), once for fp16 and once for bf16.
+// dmoe::DmoeExperts on dmoe_experts() and dmoe_experts_quantised(), for fp16 and bf16, each with weights of that type and
+// of uint8.
 #include "common.h"
 
 namespace dmoe {
@@ -43,8 +44,18 @@ private:
 
 class Kernel {
 public:
-    Kernel(OrtKernelInfo const* info, int32_t type) : mType(type)
+    // `quantised`: the weights are uint8, and the node says of how many bits and in which groups.
+    Kernel(OrtKernelInfo const* info, int32_t type, bool quantised) : mType(type), mQuantised(quantised)
     {
+        if (quantised) {
+            Ort::ConstKernelInfo const attributes(info);
+            mBits = attributes.GetAttribute<int64_t>("bits");
+            mGroupSize = attributes.GetAttribute<int64_t>("group_size");
+            if ((mBits != 4 && mBits != 8) || (mGroupSize != 32 && mGroupSize != 64 && mGroupSize != 128)) {
+                throw std::runtime_error("weights of " + std::to_string(mBits) + " bits in groups of "
+                    + std::to_string(mGroupSize) + ", where 4 or 8 bits in groups of 32, 64 or 128 are needed.");
+            }
+        }
         Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(info, OrtMemTypeDefault, &mAllocator));
     }
     ~Kernel() { Ort::GetApi().ReleaseAllocator(mAllocator); }
@@ -69,10 +80,19 @@ private:
         ids.expect({shape.tokens, -1});
         shape.places = ids.size(1);
         weights.expect({shape.tokens, shape.places});
+        int64_t const perElement = 8 / mBits;
         down.expect({-1, shape.hidden, -1});
         shape.experts = down.size(0);
-        shape.width = down.size(2);
-        gateUp.expect({shape.experts, 2 * int64_t{shape.width}, shape.hidden});
+        shape.width = static_cast<int32_t>(down.size(2) * perElement);
+        gateUp.expect({shape.experts, 2 * int64_t{shape.width}, shape.hidden / perElement});
+        DmoeQuantisation quantisation{};
+        if (mQuantised) {
+            Input const gateUpScales(context, 5, "gate_up_scales"), downScales(context, 6, "down_scales");
+            gateUpScales.expect({shape.experts, 2 * int64_t{shape.width}, shape.hidden / mGroupSize});
+            downScales.expect({shape.experts, shape.hidden, shape.width / mGroupSize});
+            quantisation = {static_cast<int32_t>(mBits), static_cast<int32_t>(mGroupSize), gateUpScales.data<void>(),
+                downScales.data<void>(), nullptr, nullptr};
+        }
 
         int64_t const bytes = dmoe_experts_workspace_bytes(&shape);
         check(bytes < 0 ? bytes : 0);
@@ -81,20 +101,23 @@ private:
             return; // no tensor has an address then
         }
         Workspace const workspace(context, mAllocator, bytes);
-        check(dmoe_experts(&shape, hidden.data<void>(), ids.data<int32_t>(), weights.data<float>(), gateUp.data<void>(),
-            down.data<void>(), mixed, workspace.data(), stream(context)));
+        check(dmoe_experts_quantised(&shape, mQuantised ? &quantisation : nullptr, nullptr, hidden.data<void>(),
+            ids.data<int32_t>(), weights.data<float>(), gateUp.data<void>(), down.data<void>(), mixed, workspace.data(),
+            stream(context)));
     }
 
     int32_t mType;
+    bool mQuantised;
+    int64_t mBits = 8, mGroupSize = 0; // so that a plain weight is one element
     OrtAllocator* mAllocator = nullptr;
 };
 
 struct Op : Ort::CustomOpBase<Op, Kernel, true> {
-    explicit Op(int32_t type) : type(type) {}
+    Op(int32_t type, bool quantised) : type(type), quantised(quantised) {}
 
     char const* GetName() const { return kName; }
     char const* GetExecutionProviderType() const { return kProvider; }
-    size_t GetInputTypeCount() const { return 5; }
+    size_t GetInputTypeCount() const { return 7; }
     size_t GetOutputTypeCount() const { return 1; }
 
     ONNXTensorElementDataType half() const
@@ -107,27 +130,38 @@ struct Op : Ort::CustomOpBase<Op, Kernel, true> {
         switch (index) {
         case 1: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
         case 2: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+        case 3:
+        case 4: return quantised ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : half();
         default: return half();
         }
     }
 
     ONNXTensorElementDataType GetOutputType(size_t) const { return half(); }
 
+    // ONNX Runtime wants one list of inputs for all ops of a name: the scales are there with uint8 only.
+    OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const
+    {
+        return index >= 5 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+    }
+
     OrtStatus* CreateKernelV2(OrtApi const&, OrtKernelInfo const* info, void** kernel) const noexcept
     {
-        return guarded(kName, [&] { *kernel = new Kernel(info, type); });
+        return guarded(kName, [&] { *kernel = new Kernel(info, type, quantised); });
     }
 
     int32_t type; // DMOE_TYPE_*
+    bool quantised;
 };
 
 } // namespace
 
 void addExperts(Ort::CustomOpDomain& domain)
 {
-    static Op const fp16(DMOE_TYPE_FP16), bf16(DMOE_TYPE_BF16);
-    domain.Add(&fp16);
-    domain.Add(&bf16);
+    static Op const ops[] = {{DMOE_TYPE_FP16, false}, {DMOE_TYPE_BF16, false}, {DMOE_TYPE_FP16, true},
+        {DMOE_TYPE_BF16, true}};
+    for (Op const& op : ops) {
+        domain.Add(&op);
+    }
 }
 
 } // namespace dmoe

@@ -13,7 +13,7 @@ namespace dmoe {
 constexpr char kNamespace[] = "dmoe";
 constexpr char kVersion[] = "1";
 
-// Tells the host's logger; silent before setLoggerFinder was called.
+// Tells the host's logger; silent where there is none.
 void logError(std::string const& message) noexcept;
 
 // A named value that travels from an ONNX attribute into the plugin and from there into the engine file.
@@ -76,7 +76,7 @@ public:
     char const* getPluginNamespace() const noexcept final { return kNamespace; }
     nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept final { return clone(); }
     int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const*, int32_t, nvinfer1::DynamicPluginTensorDesc const*,
-        int32_t) noexcept final
+        int32_t) noexcept override
     {
         return 0;
     }

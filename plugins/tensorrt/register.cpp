@@ -58,6 +58,10 @@ void logError(std::string const& message) noexcept
 {
     std::lock_guard<std::mutex> const lock(gLoggerMutex);
     auto* logger = gLoggerFinder ? gLoggerFinder->findLogger() : nullptr;
+    if (logger == nullptr) { // TensorRT-RTX 1.7 finds none for a library that is loaded by hand
+        auto const global = reinterpret_cast<nvinfer1::ILogger* (*) ()>(dlsym(RTLD_DEFAULT, "getLogger"));
+        logger = global ? global() : nullptr;
+    }
     if (logger != nullptr) {
         logger->log(nvinfer1::ILogger::Severity::kERROR, message.c_str());
     }

@@ -1,58 +1,77 @@
 #include "plugin.h"
 
-#include "../../kernels/dmoe_kernels.h"
-
 using namespace nvinfer1;
 
 namespace dmoe {
 namespace {
 
-enum Input { kHidden, kIds, kWeights, kGateUp, kDown, kInputs, kSlots = kInputs, kGateUpPool, kDownPool, kAllInputs };
-constexpr char kResidency[] = "residency";
+enum Input { kHidden, kIds, kWeights, kGateUp, kDown };
+constexpr char kResidency[] = "residency", kBits[] = "bits", kGroupSize[] = "group_size";
+constexpr int32_t kMaxInputs = 12;
 
-DmoeExpertsShape shapeOf(Dims const& hidden, Dims const& ids, Dims const& gateUp, DataType type)
+std::string text(Dims const& dims)
 {
-    DmoeExpertsShape shape{};
-    shape.tokens = static_cast<int32_t>(hidden.d[0]);
-    shape.places = static_cast<int32_t>(ids.d[1]);
-    shape.experts = static_cast<int32_t>(gateUp.d[0]);
-    shape.hidden = static_cast<int32_t>(hidden.d[1]);
-    shape.width = static_cast<int32_t>(gateUp.d[1] / 2);
-    shape.type = type == DataType::kBF16 ? 1 : 0;
-    return shape;
+    std::string all;
+    for (int32_t i = 0; i < dims.nbDims; ++i) {
+        all += (i ? ", " : "") + std::to_string(dims.d[i]);
+    }
+    return "[" + all + "]";
 }
 
-bool sameSlab(Dims const& one, Dims const& other)
-{
-    return one.nbDims == 3 && other.nbDims == 3 && one.d[1] == other.d[1] && one.d[2] == other.d[2];
-}
+// The dimensions of inputs, wherever TensorRT keeps them: desc.dims when it runs, max while it builds.
+struct InputDims {
+    template <class Desc, class Get>
+    InputDims(Desc const* inputs, int32_t count, Get get)
+    {
+        for (int32_t i = 0; i < count && i < kMaxInputs; ++i) {
+            all[i] = &get(inputs[i]);
+        }
+    }
+    Dims const* all[kMaxInputs]{};
+};
+
+Dims const& dimsOf(PluginTensorDesc const& desc) { return desc.dims; }
+Dims const& mostOf(DynamicPluginTensorDesc const& desc) { return desc.max; }
 
 } // namespace
+
+ExpertsPlugin::ExpertsPlugin(bool residency, int32_t bits, int32_t groupSize)
+    : mResidency(residency), mBits(bits), mGroupSize(groupSize)
+{
+}
 
 ExpertsPlugin* ExpertsPlugin::create(FieldReader& fields)
 {
     int32_t const residency = fields.has(kResidency) ? fields.integer(kResidency) : 0;
-    if (!fields.problem().empty() || residency < 0 || residency > 1) {
-        logError(std::string(name) + ": attribute residency must be the integer 0 or 1.");
+    int32_t const bits = fields.has(kBits) ? fields.integer(kBits) : 16;
+    int32_t const group = fields.has(kGroupSize) ? fields.integer(kGroupSize) : 0;
+    std::string problem = fields.problem();
+    if (problem.empty() && (residency < 0 || residency > 1)) {
+        problem = "attribute residency is " + std::to_string(residency) + ", it must be 0 or 1";
+    } else if (problem.empty() && bits != 4 && bits != 8 && bits != 16) {
+        problem = "attribute bits is " + std::to_string(bits) + ", it must be 4, 8 or 16";
+    } else if (problem.empty() && (bits == 16 ? group != 0 : group != 32 && group != 64 && group != 128)) {
+        problem = "attribute group_size is " + std::to_string(group) + ", it must be "
+            + (bits == 16 ? "left out with weights of 16 bits" : "32, 64 or 128");
+    }
+    if (!problem.empty()) {
+        logError(std::string(name) + ": " + problem + ".");
         return nullptr;
     }
-    return new ExpertsPlugin(residency == 1);
-}
-
-int32_t ExpertsPlugin::inputCount() const noexcept
-{
-    return mResidency ? kAllInputs : kInputs;
+    return new ExpertsPlugin(residency == 1, bits, group);
 }
 
 IPluginV3* ExpertsPlugin::clone() noexcept
 {
-    return new (std::nothrow) ExpertsPlugin(mResidency);
+    return new (std::nothrow) ExpertsPlugin(mResidency, mBits, mGroupSize);
 }
 
 int32_t ExpertsPlugin::getOutputDataTypes(DataType* outputs, int32_t nbOutputs, DataType const* inputs,
     int32_t nbInputs) const noexcept
 {
     if (nbOutputs != 1 || nbInputs != inputCount()) {
+        logError(std::string(name) + ": " + std::to_string(nbInputs) + " inputs where "
+            + std::to_string(inputCount()) + " are needed.");
         return -1;
     }
     outputs[0] = inputs[kHidden];
@@ -76,21 +95,97 @@ bool ExpertsPlugin::supportsFormatCombination(int32_t position, DynamicPluginTen
         return false;
     }
     auto const& tensor = inOut[position].desc;
-    if (mResidency && position == kSlots) {
-        return linear(tensor, DataType::kINT32);
-    }
     switch (position) {
     case kHidden: return linear(tensor, DataType::kHALF) || linear(tensor, DataType::kBF16);
     case kIds: return linear(tensor, DataType::kINT32);
     case kWeights: return linear(tensor, DataType::kFLOAT);
-    default: return linear(tensor, inOut[kHidden].desc.type); // weights and output have the hidden state's type
+    default: break;
     }
+    if (mResidency && position == slotsAt()) {
+        return linear(tensor, DataType::kINT32);
+    }
+    bool const pooled = mResidency && (position == slotsAt() + 1 || position == slotsAt() + 2);
+    if (quantised() && (position == kGateUp || position == kDown || pooled)) {
+        return linear(tensor, DataType::kINT8); // the bytes of unsigned integers: TensorRT gives a plugin no uint8
+    }
+    return linear(tensor, inOut[kHidden].desc.type); // other weights, scales and the output have the hidden state's type
 }
 
-size_t ExpertsPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t, DynamicPluginTensorDesc const*,
-    int32_t) const noexcept
+DmoeExpertsShape ExpertsPlugin::shapeOf(Dims const* const* inputs, DataType type) const
 {
-    auto const shape = shapeOf(inputs[kHidden].max, inputs[kIds].max, inputs[kGateUp].max, inputs[kHidden].desc.type);
+    DmoeExpertsShape shape{};
+    shape.tokens = static_cast<int32_t>(inputs[kHidden]->d[0]);
+    shape.places = static_cast<int32_t>(inputs[kIds]->d[1]);
+    shape.experts = static_cast<int32_t>(inputs[kGateUp]->d[0]);
+    shape.hidden = static_cast<int32_t>(inputs[kHidden]->d[1]);
+    shape.width = static_cast<int32_t>(inputs[kGateUp]->d[1] / 2);
+    shape.type = type == DataType::kBF16 ? DMOE_TYPE_BF16 : DMOE_TYPE_FP16;
+    return shape;
+}
+
+std::string ExpertsPlugin::complaint(Dims const* const* inputs) const
+{
+    std::string found;
+    auto const expect = [&](int32_t index, char const* what, Dims const& wanted) {
+        Dims const& have = *inputs[index];
+        bool same = have.nbDims == wanted.nbDims;
+        for (int32_t i = 0; same && i < wanted.nbDims; ++i) {
+            same = wanted.d[i] == have.d[i];
+        }
+        if (!same && found.empty()) {
+            found = std::string(what) + " has shape " + text(have) + " where " + text(wanted) + " is needed";
+        }
+    };
+    auto const& hidden = *inputs[kHidden];
+    auto const& gateUp = *inputs[kGateUp];
+    if (hidden.nbDims != 2 || inputs[kIds]->nbDims != 2 || gateUp.nbDims != 3) {
+        return "hidden and expert_ids must have two axes, gate_up three";
+    }
+    int64_t const experts = gateUp.d[0], rows = gateUp.d[1], size = hidden.d[1], width = rows / 2;
+    int64_t const group = quantised() ? mGroupSize : 1;
+    if (size % group != 0 || width % group != 0 || rows % 2 != 0) {
+        return "the hidden size " + std::to_string(size) + " and the expert width " + std::to_string(width)
+            + " must be whole groups of " + std::to_string(group);
+    }
+    int64_t const shift = quantised() ? mBits : 8; // weights of 16 bits are counted, the others are bytes
+    expect(kWeights, "expert_weights", Dims{2, {hidden.d[0], inputs[kIds]->d[1]}});
+    expect(kGateUp, "gate_up", Dims{3, {experts, rows, size * shift / 8}});
+    expect(kDown, "down", Dims{3, {experts, size, width * shift / 8}});
+    if (quantised()) {
+        expect(scalesAt(), "gate_up_scales", Dims{3, {experts, rows, size / group}});
+        expect(scalesAt() + 1, "down_scales", Dims{3, {experts, size, width / group}});
+    }
+    if (mResidency) {
+        int64_t const slots = inputs[slotsAt() + 1]->d[0];
+        expect(slotsAt(), "slot_of_expert", Dims{1, {experts}});
+        expect(slotsAt() + 1, "gate_up_pool", Dims{3, {slots, rows, size * shift / 8}});
+        expect(slotsAt() + 2, "down_pool", Dims{3, {slots, size, width * shift / 8}});
+        if (quantised()) {
+            expect(slotsAt() + 3, "gate_up_scales_pool", Dims{3, {slots, rows, size / group}});
+            expect(slotsAt() + 4, "down_scales_pool", Dims{3, {slots, size, width / group}});
+        }
+    }
+    return found;
+}
+
+int32_t ExpertsPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
+    DynamicPluginTensorDesc const*, int32_t) noexcept
+{
+    if (nbInputs != inputCount()) {
+        return DMOE_ERROR_SHAPE;
+    }
+    std::string const problem = complaint(InputDims(inputs, nbInputs, mostOf).all);
+    if (!problem.empty()) {
+        logError(std::string(name) + ": " + problem + ".");
+        return DMOE_ERROR_SHAPE;
+    }
+    return 0;
+}
+
+size_t ExpertsPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
+    DynamicPluginTensorDesc const*, int32_t) const noexcept
+{
+    auto const shape = shapeOf(InputDims(inputs, nbInputs, mostOf).all, inputs[kHidden].desc.type);
     int64_t const bytes = dmoe_experts_workspace_bytes(&shape);
     if (bytes < 0) {
         logError(std::string(name) + ": " + dmoe_error_string(static_cast<int32_t>(bytes)) + ".");
@@ -102,22 +197,30 @@ size_t ExpertsPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, in
 int32_t ExpertsPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*, void const* const* inputs,
     void* const* outputs, void* workspace, cudaStream_t stream) noexcept
 {
-    auto const shape
-        = shapeOf(inputDesc[kHidden].dims, inputDesc[kIds].dims, inputDesc[kGateUp].dims, inputDesc[kHidden].type);
-    DmoeExpertPool pool{};
-    if (mResidency) {
-        if (inputDesc[kSlots].dims.d[0] != shape.experts || !sameSlab(inputDesc[kGateUp].dims, inputDesc[kGateUpPool].dims)
-            || !sameSlab(inputDesc[kDown].dims, inputDesc[kDownPool].dims)
-            || inputDesc[kGateUpPool].dims.d[0] != inputDesc[kDownPool].dims.d[0]) {
-            logError(std::string(name) + ": the pool of resident experts does not have the shape of the experts.");
-            return DMOE_ERROR_SHAPE;
-        }
-        pool = {static_cast<int32_t>(inputDesc[kGateUpPool].dims.d[0]), static_cast<int32_t const*>(inputs[kSlots]),
-            inputs[kGateUpPool], inputs[kDownPool]};
+    InputDims const dims(inputDesc, inputCount(), dimsOf);
+    std::string const problem = complaint(dims.all);
+    if (!problem.empty()) {
+        logError(std::string(name) + ": " + problem + ".");
+        return DMOE_ERROR_SHAPE;
     }
-    int32_t const status = dmoe_experts_resident(&shape, mResidency ? &pool : nullptr, inputs[kHidden],
-        static_cast<int32_t const*>(inputs[kIds]), static_cast<float const*>(inputs[kWeights]), inputs[kGateUp],
-        inputs[kDown], outputs[0], workspace, stream);
+    auto const shape = shapeOf(dims.all, inputDesc[kHidden].type);
+    DmoeExpertPool pool{};
+    DmoeQuantisation quantisation{mBits, mGroupSize, nullptr, nullptr, nullptr, nullptr};
+    if (quantised()) {
+        quantisation.gate_up_scales = inputs[scalesAt()];
+        quantisation.down_scales = inputs[scalesAt() + 1];
+    }
+    if (mResidency) {
+        pool = {static_cast<int32_t>(dims.all[slotsAt() + 1]->d[0]), static_cast<int32_t const*>(inputs[slotsAt()]),
+            inputs[slotsAt() + 1], inputs[slotsAt() + 2]};
+    }
+    if (quantised() && mResidency) {
+        quantisation.gate_up_pool_scales = inputs[slotsAt() + 3];
+        quantisation.down_pool_scales = inputs[slotsAt() + 4];
+    }
+    int32_t const status = dmoe_experts_quantised(&shape, quantised() ? &quantisation : nullptr,
+        mResidency ? &pool : nullptr, inputs[kHidden], static_cast<int32_t const*>(inputs[kIds]),
+        static_cast<float const*>(inputs[kWeights]), inputs[kGateUp], inputs[kDown], outputs[0], workspace, stream);
     if (status != 0) {
         logError(std::string(name) + ": " + dmoe_error_string(status) + ".");
     }
@@ -129,6 +232,10 @@ PluginFieldCollection const* ExpertsPlugin::getFieldsToSerialize() noexcept
     mFields = Fields();
     if (mResidency) {
         mFields.add(kResidency, int32_t{1});
+    }
+    if (quantised()) {
+        mFields.add(kBits, mBits);
+        mFields.add(kGroupSize, mGroupSize);
     }
     mFields.add(kBuildField, std::string(dmoe_build_id()));
     return mFields.collection();

@@ -1,9 +1,11 @@
 // DmoeExperts as an IPluginV3; README.md beside this says what goes in and out.
 #pragma once
 
+#include "../../kernels/dmoe_kernels.h"
 #include "../common.h"
 
 #include <array>
+#include <string>
 #include <utility>
 
 namespace dmoe {
@@ -11,11 +13,15 @@ namespace dmoe {
 class ExpertsPlugin final : public Plugin {
 public:
     static constexpr char name[] = "DmoeExperts";
-    static constexpr std::array<std::pair<char const*, nvinfer1::PluginFieldType>, 1> attributes{
-        {{"residency", nvinfer1::PluginFieldType::kINT32}}};
+    static constexpr std::array<std::pair<char const*, nvinfer1::PluginFieldType>, 3> attributes{{
+        {"residency", nvinfer1::PluginFieldType::kINT32},
+        {"bits", nvinfer1::PluginFieldType::kINT32},
+        {"group_size", nvinfer1::PluginFieldType::kINT32},
+    }};
 
-    // `residency`: there are three more inputs, the table and the pool of resident experts.
-    explicit ExpertsPlugin(bool residency) : mResidency(residency) {}
+    // `residency`: there are further inputs, the table and the pool of resident experts. `bits` of a weight: 16, or 8 or 4
+    // with a scale per `groupSize` of them as further inputs.
+    ExpertsPlugin(bool residency, int32_t bits, int32_t groupSize);
 
     static ExpertsPlugin* create(FieldReader& fields);
 
@@ -29,6 +35,8 @@ public:
         nvinfer1::IExprBuilder& builder) noexcept override;
     bool supportsFormatCombination(int32_t position, nvinfer1::DynamicPluginTensorDesc const* inOut, int32_t nbInputs,
         int32_t nbOutputs) noexcept override;
+    int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
+        nvinfer1::DynamicPluginTensorDesc const* outputs, int32_t nbOutputs) noexcept override;
     size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
         nvinfer1::DynamicPluginTensorDesc const* outputs, int32_t nbOutputs) const noexcept override;
     int32_t enqueue(nvinfer1::PluginTensorDesc const* inputDesc, nvinfer1::PluginTensorDesc const* outputDesc,
@@ -36,9 +44,18 @@ public:
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
 private:
-    int32_t inputCount() const noexcept;
+    // Where inputs are that not every form has; only what is there may be asked for.
+    int32_t scalesAt() const noexcept { return 5; }
+    int32_t slotsAt() const noexcept { return quantised() ? 7 : 5; }
+    int32_t inputCount() const noexcept { return slotsAt() + (mResidency ? quantised() ? 5 : 3 : 0); }
+    bool quantised() const noexcept { return mBits != 16; }
+
+    // The kernel's shape from the inputs' dimensions, and one sentence about the first input that does not fit.
+    DmoeExpertsShape shapeOf(nvinfer1::Dims const* const* inputs, nvinfer1::DataType type) const;
+    std::string complaint(nvinfer1::Dims const* const* inputs) const;
 
     bool mResidency;
+    int32_t mBits, mGroupSize;
     Fields mFields;
 };
 
