@@ -131,4 +131,8 @@ def _versions() -> dict[str, str]:
 
 def _command() -> str:
     """The command line as typed, without folders: results are published."""
-    return " ".join(["dmoe-export", *(re.sub(r"(^|=)\S*/(?=[^/]*$)", r"\1", word) for word in sys.argv[1:])])
+    words = []
+    for word in sys.argv[1:]:
+        option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        words.append(option + equals + value.rstrip("/").rpartition("/")[2])
+    return " ".join(["dmoe-export", *words])

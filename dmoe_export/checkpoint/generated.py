@@ -24,7 +24,7 @@ from .layout import Layout, StoredWeights, dense_tensors, expert_tensors
 from .reader import CheckpointReader
 from .synthetic import GEOMETRIES
 
-_POOL = 1 << 25  # numbers: 128 MiB
+_POOL = 1 << 24  # numbers: 64 MiB
 _STRIDE = 999_983
 _SHARD = 2 << 30  # bytes
 ALIASES = {"llada-moe": "llada-moe-7b"}
