@@ -75,6 +75,22 @@ def experts_model(half: int) -> bytes:
                           for name in schema.inputs], [("mixed", TensorProto.FLOAT, None)])
 
 
+def quantised_model(half: int, **attributes) -> bytes:
+    """As `experts_model`, with weights of uint8 and scales that are cast too; attributes bits and group_size."""
+    schema, nodes, names, inputs = experts.QUANTISED_SCHEMA, [], [], []
+    kinds = {"expert_ids": TensorProto.INT32, "gate_up": TensorProto.UINT8, "down": TensorProto.UINT8}
+    for name in schema.inputs:
+        inputs.append((name, kinds.get(name, TensorProto.FLOAT), None))
+        cast = name not in (*kinds, "expert_weights")
+        if cast:
+            nodes.append(helper.make_node("Cast", [name], [f"{name}_half"], to=half))
+        names.append(f"{name}_half" if cast else name)
+    nodes.append(helper.make_node(schema.name, names, ["mixed_half"], domain=DOMAIN, **schema.plugin_attributes,
+                                  **attributes))
+    nodes.append(helper.make_node("Cast", ["mixed_half"], ["mixed"], to=TensorProto.FLOAT))
+    return _model(nodes, inputs, [("mixed", TensorProto.FLOAT, None)])
+
+
 def route_feeds(logits, bias, positions, top_p=0.6, min_experts=1, coreset_size=8) -> dict[str, np.ndarray]:
     """Inputs of DmoeBlockRoute."""
     values = (np.float32(logits), np.float32(bias), np.int64(positions), np.float32([top_p]), np.int64([min_experts]),

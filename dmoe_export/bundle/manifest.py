@@ -166,13 +166,34 @@ class WeightInput(Frozen):
 
 
 class ExpertPool(Frozen):
-    """Engine inputs of one MoE layer's resident experts; `gate_up` and `down` are its weight inputs [E, …]."""
+    """Engine inputs of one MoE layer's resident experts; `gate_up`, `down` and scales are its weight inputs [E, …]."""
 
     slot_of_expert: str = Field(description="int32 [E]: an expert's slot, −1 = none")
     gate_up: str
     down: str
     gate_up_pool: str = Field(description="[P, …], P slots, otherwise as gate_up")
     down_pool: str
+    gate_up_scales: str | None = Field(None, description="null where experts are not quantised")
+    down_scales: str | None = None
+    gate_up_scales_pool: str | None = None
+    down_scales_pool: str | None = None
+
+    @model_validator(mode="after")
+    def _all_scales_or_none(self) -> ExpertPool:
+        scales = [self.gate_up_scales, self.down_scales, self.gate_up_scales_pool, self.down_scales_pool]
+        if any(scales) and not all(scales):
+            raise ValueError("a pool of quantised experts has four tensors of scales")
+        return self
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each weight input and its pool, in the order in which the plugin takes them."""
+        pairs = [(self.gate_up, self.gate_up_pool), (self.down, self.down_pool)]
+        for weight, pool in ((self.gate_up_scales, self.gate_up_scales_pool),
+                             (self.down_scales, self.down_scales_pool)):
+            if weight and pool:
+                pairs.append((weight, pool))
+        return pairs
 
 
 class NetworkEntry(Frozen):
@@ -214,10 +235,9 @@ class EngineEntry(Frozen):
         weights = {weight.name: weight for weight in self.weight_inputs}
         inputs = []
         for pool in self.expert_pools:
-            gate_up, down = weights[pool.gate_up], weights[pool.down]
-            inputs += [TensorEntry(name=pool.slot_of_expert, dtype="int32", shape=[*gate_up.shape[:1]]),
-                       TensorEntry(name=pool.gate_up_pool, dtype=gate_up.dtype, shape=["P", *gate_up.shape[1:]]),
-                       TensorEntry(name=pool.down_pool, dtype=down.dtype, shape=["P", *down.shape[1:]])]
+            inputs.append(TensorEntry(name=pool.slot_of_expert, dtype="int32", shape=[weights[pool.gate_up].shape[0]]))
+            inputs += [TensorEntry(name=name, dtype=weights[of].dtype, shape=["P", *weights[of].shape[1:]])
+                       for of, name in pool.pairs]
         return inputs
 
 

@@ -15,7 +15,7 @@ from ..ops import experts
 from ..ops.schema import DOMAIN
 
 _SIZES = {"B": "batch", "T": "tokens", "S": "past", "M": "rows"}  # symbolic dimension → field of a profile
-_ITEM = {"float": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
+_ITEM = {"float": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1}
 
 
 def graph_of(bundle: Bundle) -> onnx.ModelProto:

@@ -135,7 +135,7 @@ def _slots(plan: BuildPlan) -> dict[str, tuple[int, int, int]]:
     """Least, usual and largest number of slots of every pool."""
     moe = plan.bundle.manifest.model.moe
     return {name: slot_range(moe.num_experts) for pool in plan.network.expert_pools if moe
-            for name in (pool.gate_up_pool, pool.down_pool)}
+            for _, name in pool.pairs}
 
 
 def _profile(builder: Any, network: Any, entry: ProfileEntry, slots: dict[str, tuple[int, int, int]]) -> Any:

@@ -53,6 +53,7 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
             kept = [a for a in node.attribute if a.name not in ("plugin_namespace", "plugin_version")]
             del node.attribute[:]
             node.attribute.extend(kept)
+    _bytes_as_int8(model)
     weights = _externalise(model, bundle) if settings.experts != "inline" else []
     pools = add_pools(model, weights) if settings.experts == "resident" else []
     return PreparedNetwork(model, nodes, weights, pools)
@@ -69,6 +70,13 @@ def _set_bodies(model: ModelProto, bundle: Bundle, settings: BuildSettings, as_p
             capacity = settings.experts_capacity or min(DEFAULT_CAPACITY, number)
             function = experts_capacity_body(number, _ELEMENTS[manifest.precision], capacity)
         model.functions.append(function)
+
+
+def _bytes_as_int8(model: ModelProto) -> None:
+    """Quantised weights under another name: TensorRT gives no uint8 to a plugin, and to ours they are bytes."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.UINT8:
+            tensor.data_type = TensorProto.INT8
 
 
 def _externalise(model: ModelProto, bundle: Bundle) -> list[WeightInput]:

@@ -1,6 +1,6 @@
 """Experts in a slot pool: the nodes of a graph get a table and a pool as inputs beside all their weights.
 
-Ensures: every experts node has the plugin's eight inputs (plugins/tensorrt/experts/README.md). How many slots there are
+Ensures: every experts node has all of the plugin's inputs (plugins/tensorrt/experts/README.md). The number of slots
 is one open dimension, P, so that the budget is chosen when the engine is opened.
 """
 
@@ -22,12 +22,13 @@ def add_pools(model: ModelProto, weights: list[WeightInput]) -> list[ExpertPool]
     for node in model.graph.node:
         if node.op_type != experts.SCHEMA.name:
             continue
-        gate_up, down = list(node.input)[3:]
-        pool = ExpertPool(slot_of_expert=gate_up.removesuffix("gate_up") + "slot_of_expert", gate_up=gate_up, down=down,
-                          gate_up_pool=f"{gate_up}.pool", down_pool=f"{down}.pool")
-        added: list[tuple[str, int, list[int | str]]] = [(pool.slot_of_expert, TensorProto.INT32, [shapes[gate_up][0]])]
-        added += [(name, types[weight], [SLOTS, *shapes[weight][1:]])
-                  for name, weight in ((pool.gate_up_pool, gate_up), (pool.down_pool, down))]
+        names = dict(zip(("gate_up", "down", "gate_up_scales", "down_scales"), list(node.input)[3:],
+                         strict=False))  # scales or none
+        pool = ExpertPool(slot_of_expert=names["gate_up"].removesuffix("gate_up") + "slot_of_expert", **names,
+                          **{f"{kind}_pool": f"{name}.pool" for kind, name in names.items()})
+        added: list[tuple[str, int, list[int | str]]] = [
+            (pool.slot_of_expert, TensorProto.INT32, [shapes[pool.gate_up][0]])]
+        added += [(name, types[weight], [SLOTS, *shapes[weight][1:]]) for weight, name in pool.pairs]
         for name, kind, shape in added:
             model.graph.input.append(helper.make_tensor_value_info(name, kind, shape))
             node.input.append(name)

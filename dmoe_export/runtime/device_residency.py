@@ -41,7 +41,7 @@ _TIMED = 8  # experts copied to measure what bringing one costs
 
 @dataclass(frozen=True)
 class _Weights:
-    """One of a layer's two tensors: where its experts lie on the host, where its slots on the device."""
+    """One of a layer's tensors: where its experts lie on the host, where its slots on the device."""
 
     master: int
     slots: int
@@ -75,8 +75,7 @@ class DeviceExperts:
         self.slots = min(slots, experts)
         self.holds_all = self.slots == experts
         if not self.holds_all:
-            self._check_host(sum(weights[name].bytes for layer in entry.expert_pools
-                                 for name in (layer.gate_up, layer.down)))
+            self._check_host(sum(weights[name].bytes for layer in entry.expert_pools for name, _ in layer.pairs))
         self._keep: list[Any] = []  # memory that lives as long as this
         self.bindings: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._layers = [self._load(bundle, layer, weights) for layer in entry.expert_pools]
@@ -105,14 +104,14 @@ class DeviceExperts:
     @staticmethod
     def device_bytes(entry: EngineEntry, slots: int) -> int:
         """Device memory that the pools of an engine take."""
-        names = {name for layer in entry.expert_pools for name in (layer.gate_up, layer.down)}
+        names = {name for layer in entry.expert_pools for name, _ in layer.pairs}
         return sum(weight.bytes // weight.shape[0] * min(slots, weight.shape[0]) for weight in entry.weight_inputs
                    if weight.name in names)
 
     def _load(self, bundle: Bundle, layer: ExpertPool, weights: dict[str, WeightInput]) -> tuple[_Weights, ...]:
         """Memory of a layer: its pool, and the master copy, which is read from the bundle once."""
         found = []
-        for name, pool_name in ((layer.gate_up, layer.gate_up_pool), (layer.down, layer.down_pool)):
+        for name, pool_name in layer.pairs:
             weight = weights[name]
             path, slab = weight_path(bundle, weight.file, weight.offset, weight.bytes), weight.bytes // weight.shape[0]
             slots = self._allocate(self.slots * slab)

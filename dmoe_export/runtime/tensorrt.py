@@ -61,7 +61,7 @@ class TensorRTExecutor:
                              if engine.get_tensor_location(name) == trt.TensorLocation.HOST}
         profiles = range(len(entry.profiles))
         scratch = max(int(engine.get_device_memory_size_for_profile_v2(index)) for index in profiles)
-        pooled = {name for layer in entry.expert_pools for name in (layer.gate_up, layer.down)}
+        pooled = {name for layer in entry.expert_pools for name, _ in layer.pairs}
         plain = [weight for weight in entry.weight_inputs if weight.name not in pooled]
         moe = bundle.manifest.model.moe
         slots = slots or (moe.num_experts if moe else 0)
