@@ -1,6 +1,7 @@
 # make demo   export the sample checkpoint and ask it a question
 # make test   lint, types and the fast tests (builds the plugin library first)
 # make check  prove the numerics of the demo's bundle; out/check.html is the report
+# make bench  speed and memory at LLaDA2.0-mini's size, against a peer and the machine's limits; out/bench
 # make cpu-ops  libdmoe_cpu.so, experts on the CPU; a few seconds
 # make plugins  libdmoe_plugins.so for every GPU generation; needs no GPU and no TensorRT
 PYTHON ?= python3
@@ -10,7 +11,7 @@ READY := $(VENV)/.ready
 CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo cpu-ops check bench-decode test lint types plugins ort-ops engines test-slow accuracy bench-export bench-build gpu-test gpu-bench clean
+.PHONY: demo cpu-ops check bench bench-decode test lint types plugins ort-ops engines test-slow accuracy bench-export bench-build gpu-test gpu-bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
@@ -73,8 +74,21 @@ test-slow: $(READY)
 accuracy: out/sample.bundle/manifest.json
 	$(BIN)/python samples/evaluate.py out/sample.bundle --json out/accuracy.json
 
+# Everything of docs/benchmarks.md on 4 layers of LLaDA2.0-mini's size, made here: under 10 minutes on 2 quiet cores,
+# 12 GB of disk and 16 GB of memory for a while. KEEP=1 keeps the bundle for the next time.
+BENCH := out/bench
+SIZE := --geometry llada2.0-mini --layers 4 --work $(BENCH)/work
+
+bench: $(READY) $(PLUGINS)
+	$(BIN)/dmoe-export bench step $(SIZE) --active-experts 15,70 --out $(BENCH)/step.json --plot $(BENCH)/step.png
+	$(BIN)/dmoe-export bench generate $(SIZE) --coreset 15,all --max-new-tokens 32 --rounds 2 \
+		--out $(BENCH)/generate.json --plot $(BENCH)/generate.png
+	test -n "$(KEEP)" || rm -rf $(BENCH)/work
+	$(BIN)/dmoe-export bench export --layers 2 --work $(BENCH) --out $(BENCH)/export.json
+	$(BIN)/dmoe-export bench build --layers 2 --work $(BENCH) --out $(BENCH)/build.json
+
 bench-export: $(READY)
-	$(BIN)/python benchmarks/export_memory.py --work out/export-memory --out out/export-memory.json
+	$(BIN)/dmoe-export bench export --work out/bench --out out/bench/export-4.json
 
 gpu-test: $(READY) $(PLUGINS)
 	$(BIN)/python -m pytest -m gpu
@@ -85,7 +99,7 @@ gpu-bench: $(READY) $(PLUGINS)
 	$(BIN)/python benchmarks/gpu_generate.py
 
 bench-build: $(READY) $(PLUGINS)
-	$(BIN)/python benchmarks/build_memory.py --work out/build-memory --out out/build-memory.json
+	$(BIN)/dmoe-export bench build --work out/bench --out out/bench/build-4.json
 
 clean:
 	rm -rf out build dist dmoe_export/lib *.egg-info
