@@ -34,6 +34,8 @@ def open_session(model: str | bytes, bundle: Bundle, threads: int | None, spinni
         options.intra_op_num_threads = threads
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if bundle.manifest.quantisation and bundle.manifest.precision != "fp32":
+        cpu_ops = "off"  # our kernels take scales in float32; bundles with others are made for GPUs
     model = use_cpu_ops(model, options, cpu_ops)
     if isinstance(model, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
