@@ -47,6 +47,14 @@ class ExpertPoolC(ctypes.Structure):
     _fields_ = [("slots", ctypes.c_int32)] + [(name, ctypes.c_void_p) for name in ("slot_of_expert", "gate_up", "down")]
 
 
+class QuantisationC(ctypes.Structure):
+    """DmoeQuantisation."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("bits", "group_size")] + [
+        (name, ctypes.c_void_p) for name in ("gate_up_scales", "down_scales", "gate_up_pool_scales",
+                                             "down_pool_scales")]
+
+
 class KernelError(Exception):
     """A kernel call was refused, or its launch failed."""
 
@@ -87,6 +95,12 @@ class KernelLibrary:
         """`dmoe_experts_resident`; addresses as in `experts`."""
         self._call("dmoe_experts_resident", ctypes.byref(shape), ctypes.byref(pool), *_pointers(addresses, 7),
                    ctypes.c_void_p(stream))
+
+    def experts_quantised(self, shape: ExpertsShapeC, quantisation: QuantisationC, addresses: Sequence[int | None],
+                          stream: int) -> None:
+        """`dmoe_experts_quantised` without a pool; addresses as in `experts`."""
+        self._call("dmoe_experts_quantised", ctypes.byref(shape), ctypes.byref(quantisation), None,
+                   *_pointers(addresses, 7), ctypes.c_void_p(stream))
 
     def _call(self, name: str, *arguments: Any) -> None:
         self._check(getattr(self._library, name)(*arguments))

@@ -18,7 +18,7 @@ from conftest import SAMPLE
 from device_helpers import host_backend
 from fake_cudart import HostDevice
 from gpu import expert_checks, replay, route_checks, sanitizer_driver
-from gpu.expert_checks import ExpertCase, odd_ids, routed_ids
+from gpu.expert_checks import ExpertCase, QuantisedCase, odd_ids, routed_ids
 from gpu.spaces import emulated_space
 from gpu_common import LIBRARY, gpu_missing
 
@@ -80,6 +80,16 @@ def test_no_tokens(space):
     assert loaded.run().shape == (0, 16)
 
 
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_experts(space, kind, bits):
+    for tokens, group in ((1, 32), (33, 64)):
+        case = QuantisedCase(kind, routed_ids(tokens, 3, 12, 7, empty=0.1), 12, 192, 64, bits=bits, group=group)
+        assert expert_checks.check_experts(space, case) > 1e-5
+    expert_checks.check_same_bits(space, case, runs=2)
+    expert_checks.check_graph_follows_inputs(space, case)
+
+
 def test_every_place_is_taken_when_places_suffice():
     for tokens, active in ((32, 80), (32, 10), (512, 256)):
         ids = routed_ids(tokens, 8, 256, active)
@@ -105,6 +115,19 @@ class TestChecksCanFail:
         loaded.inputs[1].put(np.array([[0, 2]]), space.stream)
         loaded.inputs[2].put(np.ones((1, 2)), space.stream)
         assert expert_checks.relative_error(case, loaded.run()) == float("inf")
+
+    @pytest.mark.parametrize(("bits", "wrong"), [(4, {"scales": 1}), (8, {"scales": 1}), (4, {"words": 1})])
+    def test_quantised_weights_that_are_off(self, space, bits, wrong):
+        """Every scale that of the next row; every pair of integers of 4 bits the other way round."""
+        case = QuantisedCase("fp16", routed_ids(9, 2, 3, 3), 3, 64, 64, bits=bits, group=32)
+        loaded = expert_checks.LoadedExperts(space, case)
+        for expert in range(3):
+            gate_up, _, scales, _ = case.stored(expert)
+            if "scales" in wrong:
+                loaded.scales[0].put_row(expert, np.roll(scales, 1, axis=0), space.stream)
+            else:
+                loaded.gate_up.put_row(expert, gate_up >> 4 | gate_up << 4, space.stream)
+        assert expert_checks.relative_error(case, loaded.run()) > expert_checks.BOUNDS["fp16"]
 
     def test_an_unwritten_output(self, space):
         case = ExpertCase("fp16", np.array([[0, 1]]), 3, 16, 8)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
-from gpu_common import TYPES, ExpertsShapeC
+from gpu_common import TYPES, ExpertsShapeC, QuantisationC
 
 from .spaces import Array, Space
 
@@ -70,8 +70,13 @@ class ExpertCase:
                 for _ in range(min(_DISTINCT, self.experts))]
 
     def slabs(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of one expert."""
+        """Words of one expert's weights."""
         return self._slabs[expert % len(self._slabs)]
+
+    def stored(self, expert: int) -> tuple[np.ndarray, ...]:
+        """What the kernel reads of an expert, tensor by tensor; of one that is not active, poison."""
+        slabs = self.slabs(expert)
+        return slabs if expert in self.active else tuple(np.full_like(slab, _NAN) for slab in slabs)
 
     def _rng(self, part: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, part))
@@ -89,6 +94,43 @@ class ExpertCase:
         return mixed.cpu().numpy()
 
 
+@dataclass
+class QuantisedCase(ExpertCase):
+    """The same with weights of `bits` bits and a scale per `group` of them; their slabs are what dequantising gives."""
+
+    bits: int = 4
+    group: int = 64
+
+    @cached_property
+    def _packed(self) -> list[tuple[np.ndarray, ...]]:
+        """Bytes of gate_up and down and words of their scales, of the distinct experts."""
+        rng, h, i, found = self._rng(4), self.hidden_size, self.width, []
+        for _ in range(min(_DISTINCT, self.experts)):
+            parts, scales = [], []
+            for rows, depth in ((2 * i, h), (h, i)):
+                parts.append(rng.integers(0, 256, (rows, depth * self.bits // 8), np.uint8))
+                steps = rng.uniform(1, 3, (rows, depth // self.group)) / (2 ** (self.bits - 1) * np.sqrt(depth))
+                scales.append(to_words(steps, self.kind))
+            found.append((*parts, *scales))
+        return found
+
+    @cached_property
+    def _slabs(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(self._dequantised(gate_up, s), self._dequantised(down, t)) for gate_up, down, s, t in self._packed]
+
+    def _dequantised(self, packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        values = packed if self.bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)
+        steps = torch.from_numpy(scales.view(np.int16)).view(_TORCH[self.kind]).float().numpy()
+        return to_words((values - np.float32(2 ** (self.bits - 1))) * np.repeat(steps, self.group, -1), self.kind)
+
+    def stored(self, expert: int) -> tuple[np.ndarray, ...]:
+        """See `ExpertCase`; integers cannot be NaN, their scales can."""
+        gate_up, down, *scales = self._packed[expert % len(self._packed)]
+        if expert not in self.active:
+            scales = [np.full_like(part, _NAN) for part in scales]
+        return gate_up, down, *scales
+
+
 class LoadedExperts:
     """A case in a space; weights stay while inputs change."""
 
@@ -96,15 +138,16 @@ class LoadedExperts:
         self.space, self.case = space, case
         tokens, places = case.ids.shape
         self.shape = ExpertsShapeC(tokens, places, case.experts, case.hidden_size, case.width, TYPES[case.kind])
-        h, i = case.hidden_size, case.width
-        self.gate_up = space.empty((case.experts, 2 * i, h), np.uint16)
-        self.down = space.empty((case.experts, h, i), np.uint16)
+        stored = [space.empty((case.experts, *part.shape), part.dtype) for part in case.stored(0)]
         for expert in range(case.experts) if case.experts < 32 else case.active.tolist():  # the rest is poison: NaN
-            slabs = case.slabs(expert) if expert in case.active else (np.full((2 * i, h), _NAN), np.full((h, i), _NAN))
-            self.gate_up.put_row(expert, slabs[0], space.stream)
-            self.down.put_row(expert, slabs[1], space.stream)
+            for array, part in zip(stored, case.stored(expert), strict=True):
+                array.put_row(expert, part, space.stream)
+        self.gate_up, self.down, *self.scales = stored
+        self.quantisation = None
+        if isinstance(case, QuantisedCase):
+            self.quantisation = QuantisationC(case.bits, case.group, *(scale.address for scale in self.scales))
         self.inputs = [space.array(case.hidden), space.array(np.int32(case.ids)), space.array(case.weights)]
-        self.mixed = space.empty((tokens, h), np.uint16)
+        self.mixed = space.empty((tokens, case.hidden_size), np.uint16)
         self.workspace = space.empty((space.library.workspace_bytes(self.shape),), np.uint8)
 
     def enqueue(self, stream: int) -> None:
@@ -112,7 +155,11 @@ class LoadedExperts:
         self.mixed.poison(stream)
         self.workspace.poison(stream)
         arrays: list[Array] = [*self.inputs, self.gate_up, self.down, self.mixed, self.workspace]
-        self.space.experts(self.shape, [a.address for a in arrays], stream)
+        addresses = [array.address for array in arrays]
+        if self.quantisation:
+            self.space.experts_quantised(self.shape, self.quantisation, addresses, stream)
+        else:
+            self.space.experts(self.shape, addresses, stream)
 
     def result(self, stream: int) -> np.ndarray:
         """Words of mixed; fails when a fence was crossed."""
@@ -167,7 +214,7 @@ def check_graph_follows_inputs(space: Space, case: ExpertCase) -> None:
     loaded.run()  # loads the kernels, which a capture should not
     graph = space.recorded(loaded.enqueue)
     order = np.random.default_rng(5).permutation(len(case.ids))
-    changed = ExpertCase(case.kind, case.ids[order], case.experts, case.hidden_size, case.width, case.seed)
+    changed = replace(case, ids=case.ids[order])
     changed.hidden, changed.weights = case.hidden[::-1].copy(), np.where(changed._real, np.float32(0.5), np.nan)
     for array, values in zip(loaded.inputs, (changed.hidden, changed.ids, changed.weights), strict=True):
         array.put(values, space.stream)

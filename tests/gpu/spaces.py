@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_common import ExpertsShapeC, KernelLibrary, RouteAttributesC
+from gpu_common import ExpertsShapeC, KernelLibrary, QuantisationC, RouteAttributesC
 
 FENCE = 256  # bytes behind every output that must stay as they were
 POISON = 0xFF  # NaN as fp16, bf16 and fp32; −1 as an integer
@@ -95,6 +95,11 @@ class Space:
     def experts(self, shape: ExpertsShapeC, addresses: list[int | None], stream: int) -> None:
         """Enqueue `dmoe_experts`."""
         self._enqueue(stream, lambda: self.library.experts(shape, addresses, stream))
+
+    def experts_quantised(self, shape: ExpertsShapeC, quantisation: QuantisationC, addresses: list[int | None],
+                          stream: int) -> None:
+        """Enqueue `dmoe_experts_quantised`."""
+        self._enqueue(stream, lambda: self.library.experts_quantised(shape, quantisation, addresses, stream))
 
     def recorded(self, work: Callable[[int], None]) -> Any:
         """A CUDA graph of what `work(stream)` enqueues."""

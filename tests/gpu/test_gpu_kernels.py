@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from . import expert_checks, route_checks
-from .expert_checks import ExpertCase, odd_ids, routed_ids
+from .expert_checks import ExpertCase, QuantisedCase, odd_ids, routed_ids
 
 MINI, FLASH = (2048, 512), (4096, 1024)  # H, I of LLaDA2.0
 
@@ -80,3 +80,28 @@ def test_experts_same_bits_over_runs_and_streams(space, kind, tokens, active):
 @pytest.mark.parametrize("tokens", [32, 128, 1500])
 def test_experts_in_a_graph_whose_inputs_change(space, kind, tokens):
     expert_checks.check_graph_follows_inputs(space, ExpertCase(kind, routed_ids(tokens, 8, 32, 20), 32, *MINI))
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize(("bits", "group"), [(8, 32), (8, 128), (4, 32), (4, 64), (4, 128)])
+@pytest.mark.parametrize(("tokens", "active"), [(1, 8), (9, 40), (32, 15), (33, 64), (500, 64)])
+def test_quantised_experts(space, found, kind, bits, group, tokens, active):
+    ids = routed_ids(tokens, 8, 64, active, empty=0.02)
+    error = expert_checks.check_experts(space, QuantisedCase(kind, ids, 64, *MINI, bits=bits, group=group))
+    found(f"int{bits} in groups of {group}, {kind}, {tokens} tokens", error)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("tokens", "k", "hidden", "width"), [(13, 3, 2144, 32), (40, 1, 96, 2080), (64, 8, 32, 32)])
+def test_quantised_experts_of_odd_sizes(space, kind, bits, tokens, k, hidden, width):
+    ids = routed_ids(tokens, k, 12, 12, empty=0.1)
+    expert_checks.check_experts(space, QuantisedCase(kind, ids, 12, hidden, width, bits=bits, group=32))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tokens", [32, 200])
+def test_quantised_experts_same_bits_and_in_graphs(space, bits, tokens):
+    case = QuantisedCase("fp16", routed_ids(tokens, 8, 64, 15), 64, *MINI, bits=bits)
+    expert_checks.check_same_bits(space, case, runs=10)
+    expert_checks.check_graph_follows_inputs(space, case)
