@@ -23,10 +23,9 @@ from dmoe_export.cli import main
 from dmoe_export.decoding.loop import BlockDiffusion
 from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.description import ExpertQuantisation
-from dmoe_export.errors import CheckpointError, InputError, RequestError
+from dmoe_export.errors import CheckpointError, InputError
 from dmoe_export.export.conversion import Conversion, padded_width
 from dmoe_export.export.quantisation import choose_precision
-from dmoe_export.runtime.budget import plan_budget
 
 BITS = {"int8": 8, "int4": 4}
 PROMPTS = [[5, 6, 7, 1, 9, 2, 4, 4, 3, 8], [9, 9, 4]]
@@ -207,11 +206,6 @@ def test_scales_and_quantisation_go_together(bundles):
     for change in ({"quantisation": None}, {"down_scales_slab_bytes": 0}):
         with pytest.raises(ValueError, match="scales"):
             ExpertsEntry.model_validate(entry | change)
-
-
-def test_an_expert_budget_is_refused(bundles):
-    with pytest.raises(RequestError, match="are int8, which an expert budget cannot hold yet; leave the budget out"):
-        plan_budget(bundles["int8"].manifest, "50%")
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [

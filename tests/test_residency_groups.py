@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmoe_export.bundle.manifest import ExpertLayer, ExpertsEntry
 from dmoe_export.errors import BundleError, MissingRequirementError
 from dmoe_export.runtime import mapped_experts
+from dmoe_export.runtime.expert_layout import ExpertTensor
 from dmoe_export.runtime.mapped_experts import MappedExperts
 from dmoe_export.runtime.mapped_memory import FileIdentity
 from dmoe_export.runtime.residency import Move
@@ -33,11 +33,10 @@ def file(tmp_path_factory):
 
 
 def _tier(path, capacity):
-    layers = [ExpertLayer(layer=i, gate_up_offset=i * sum(SLABS), down_offset=i * sum(SLABS) + SLABS[0])
-              for i in range(LAYERS)]
-    entry = ExpertsEntry(file=path.name, stored_width=WIDTH, gate_up_slab_bytes=SLABS[0] // EXPERTS,
-                         down_slab_bytes=SLABS[1] // EXPERTS, layers=layers)
-    return MappedExperts(path, entry, EXPERTS, HIDDEN, capacity * EACH + EACH // 2)
+    shapes = (EXPERTS, 2 * WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH)
+    layers = [[ExpertTensor(layer * sum(SLABS) + place * SLABS[0], SLABS[place] // EXPERTS, np.dtype(np.float32), shape)
+               for place, shape in enumerate(shapes)] for layer in range(LAYERS)]
+    return MappedExperts(path, layers, capacity * EACH + EACH // 2)
 
 
 _SETS = st.sets(st.integers(0, EXPERTS - 1), min_size=1).map(sorted)
@@ -168,5 +167,5 @@ def test_what_a_system_may_refuse(file, monkeypatch):
         _tier(file, 3)
     monkeypatch.undo()
     monkeypatch.setattr(mapped_experts, "PAGE", 65536)
-    with pytest.raises(MissingRequirementError, match="have 65536"):
+    with pytest.raises(MissingRequirementError, match="no whole memory pages of 65536"):
         _tier(file, 3)

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle
+from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
 from dmoe_export.cli import main
 from dmoe_export.errors import BundleError, MissingRequirementError, RequestError
 from dmoe_export.generator import Generator
@@ -68,21 +70,23 @@ def test_recorded_runs_are_the_same(golden, golden_bundle, budget, interval):
     generator.backend.close()
 
 
-@pytest.mark.parametrize("kernel", [False, True])
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_every_bit_is_the_same(golden_bundle, budget, threads, kernel, monkeypatch):
-    """Logits, confidences, keys and values; rows of different lengths, one of nothing but padding."""
-    if not kernel:
-        monkeypatch.setattr(cpu_ops, "INSTALLED", cpu_ops.INSTALLED.with_name("none"))
-    elif not cpu_ops.INSTALLED.is_file():
+def _without_kernel(monkeypatch):
+    monkeypatch.setattr(cpu_ops, "INSTALLED", cpu_ops.INSTALLED.with_name("none"))
+
+
+def _skip_without_kernel():
+    if not cpu_ops.INSTALLED.is_file():
         pytest.skip("our CPU kernels are not built (make cpu-ops)")
-    plain = OnnxRuntimeBackend(golden_bundle, threads)
-    under = Generator.open(golden_bundle.folder, backend="onnxruntime", threads=threads, verify="sizes",
+
+
+def _same_bits(bundle, budget, threads):
+    """Logits, confidences, keys and values; rows of different lengths, one of nothing but padding."""
+    plain = OnnxRuntimeBackend(bundle, threads)
+    under = Generator.open(bundle.folder, backend="onnxruntime", threads=threads, verify="sizes",
                            expert_budget=budget, expert_refresh_interval=1).backend
     random = np.random.default_rng(0)
     for tokens in (1, 2, 31, 96, 32):
-        ids = random.integers(0, 300, (3, tokens))
+        ids = random.integers(0, 90, (3, tokens))
         positions = np.tile(np.arange(tokens), (3, 1))
         positions[1, (tokens + 1) // 2:] = positions[2] = -1
         inputs = ForwardInputs(ids, positions, np.tile(np.arange(tokens), (3, 1)), {}, True, True)
@@ -91,7 +95,29 @@ def test_every_bit_is_the_same(golden_bundle, budget, threads, kernel, monkeypat
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         for a, b in zip(one.keys_values, other.keys_values, strict=True):
             np.testing.assert_array_equal(a, b)
+    assert under.statistics().misses > 0
     under.close()
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_bit_is_the_same(golden_bundle, budget, threads, kernel, monkeypatch):
+    _skip_without_kernel() if kernel else _without_kernel(monkeypatch)
+    _same_bits(golden_bundle, budget, threads)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_every_bit_of_quantised_experts_is_the_same(precision, tmp_path, monkeypatch):
+    _skip_without_kernel()
+    config = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 2}
+    write_synthetic(tmp_path / "checkpoint", GEOMETRIES["tiny"] | config)
+    bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision=precision)
+    for budget in BUDGETS[:3]:
+        _same_bits(bundle, budget, 2)
+    _without_kernel(monkeypatch)
+    with pytest.raises(MissingRequirementError, match=rf"needs our CPU kernels where experts are {precision}"):
+        _open(bundle, expert_budget="50%")
 
 
 def test_statistics_are_of_the_request(sample_bundle):
@@ -153,7 +179,7 @@ def test_changed_during_a_forward_gives_no_token(own_bundle):
 
 def test_half_precision_is_refused(sample_bundle):
     half = Bundle(sample_bundle.folder, sample_bundle.manifest.model_copy(update={"precision": "fp16"}))
-    with pytest.raises(MissingRequirementError, match="needs a float32 bundle"):
+    with pytest.raises(MissingRequirementError, match=r"needs float32 outside experts, .* is fp16"):
         open_resident(half, ExpertBudget(10**6, 1), "auto")
 
 

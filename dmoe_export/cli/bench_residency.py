@@ -16,7 +16,8 @@ from rich.table import Table
 from .. import __version__
 from ..bench.residency import ResidencyBench, run, settings
 from ..bundle.reader import open_bundle
-from ..errors import MissingRequirementError, OutputError, RequestError
+from ..errors import OutputError, RequestError
+from ..runtime.resident import check_experts
 from .progress import step_bar
 
 
@@ -41,13 +42,12 @@ from .progress import step_bar
 def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_ids: str, max_new_tokens: int,
               steps: int, rounds: int, threads: int | None, verify: Any, device: str | None, out: Path | None,
               plot: Path | None, as_json: bool) -> None:
-    """Compare expert budgets of BUNDLE (float32, with experts) on the CPU: budget × interval × routing."""
+    """Compare expert budgets of BUNDLE (not of half precision) on the CPU: budget × interval × routing."""
     opened = open_bundle(bundle, verify)
     moe = opened.manifest.model.moe
     if moe is None:
         raise RequestError(f"{bundle} is a dense model: it has no experts to keep.")
-    if opened.manifest.precision != "fp32" or platform.system() != "Linux":
-        raise MissingRequirementError("bench residency needs Linux and a float32 bundle; export with --precision fp32.")
+    check_experts(opened)
     try:
         ids = [int(part) for part in prompt_ids.split(",")]
     except ValueError:

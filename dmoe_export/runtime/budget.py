@@ -35,9 +35,6 @@ def plan_budget(manifest: Manifest, expert_budget: str | int | None = None, expe
     moe, layers, each = manifest.model.moe, len(manifest.model.moe_layers), manifest.bytes_per_expert
     if moe is None or not layers:
         raise RequestError("The model is dense: it has no experts to budget; leave the expert budget out.")
-    if manifest.quantisation:
-        raise RequestError(f"The experts of this bundle are {manifest.quantisation.name}, which an expert budget "
-                           "cannot hold yet; leave the budget out, or export with --precision fp32 or fp16.")
     everything = each * moe.num_experts * layers
     if experts_per_layer is not None:
         if not 1 <= experts_per_layer <= moe.num_experts:

@@ -1,7 +1,7 @@
 """The memory ↔ disk tier: experts stay in a mapping of experts.bin of which at most a budget is in memory.
 
 We know what is in memory without asking the kernel, because pages come and go only here, an expert at a time:
-`MADV_POPULATE_READ` maps the two slabs of an expert before it is used, `MADV_DONTNEED` gives them back when room is
+`MADV_POPULATE_READ` maps the slabs of an expert before it is used, `MADV_DONTNEED` gives them back when room is
 wanted.
 Every second slab gets a flag of its own (left out of core dumps), so that each is a mapping by itself: faults map
 pages around the one they are for, up to 64 KB or a large folio, but never past the end of their mapping.
@@ -10,6 +10,7 @@ pages around the one they are for, up to 64 KB or a large folio, but never past 
 from __future__ import annotations
 
 import faulthandler
+import math
 import mmap
 import os
 import threading
@@ -24,9 +25,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle.manifest import ExpertsEntry
 from ..errors import BundleError, MissingRequirementError
 from .backend import Ints
+from .expert_layout import ExpertTensor
 from .mapped_memory import DONTDUMP, DONTNEED, PAGE, POPULATE_READ, RANDOM, WILLNEED, advise, touch
 from .residency import Costs, Move
 
@@ -47,27 +48,23 @@ class Totals:
 class MappedExperts:
     """A `Tier`, and the `ExpertSource` of a session in pieces. Any thread may ask for groups."""
 
-    def __init__(self, path: Path, entry: ExpertsEntry, experts: int, hidden: int, budget: int) -> None:
-        """float32 experts [E, 2I, hidden] and [E, hidden, I] of every layer; `budget` in bytes, at least an expert's.
-
-        Raises MissingRequirementError where this system's pages or limits do not allow it.
-        """
-        self._path, self._each = path, entry.bytes_per_expert
+    def __init__(self, path: Path, layers: list[list[ExpertTensor]], budget: int) -> None:
+        """`budget` in bytes, at least an expert's. Raises MissingRequirementError where this system's pages or limits
+        do not allow it."""
+        self._path, self._each = path, sum(tensor.slab for tensor in layers[0])
         self._capacity = budget // self._each  # experts that may be in memory
         assert self._capacity >= 1, "plan_budget refuses less than a token's experts"
         self._file = os.open(path, os.O_RDONLY)  # keeps the inode: what is checked is what is mapped
         weakref.finalize(self, os.close, self._file)
         self._stamp = _stamp(os.fstat(self._file))
-        self._mapping = mmap.mmap(self._file, 0, mmap.MAP_SHARED, mmap.PROT_READ)
-        slabs, width = (entry.gate_up_slab_bytes, entry.down_slab_bytes), entry.stored_width
-        shapes = ((experts, 2 * width, hidden), (experts, hidden, width))
-        self._tensors = [[np.frombuffer(self._mapping, np.float32, experts * slab // 4, offset).reshape(shape)
-                          for offset, slab, shape in zip((layer.gate_up_offset, layer.down_offset), slabs, shapes,
-                                                         strict=True)] for layer in entry.layers]
-        self._slabs = [[(tensor.ctypes.data, slab) for tensor, slab in zip(pair, slabs, strict=True)]
-                       for pair in self._tensors]  # address of expert 0 and bytes of each
-        self._part(experts)
-        shape = (len(entry.layers), experts)
+        mapping = mmap.mmap(self._file, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._weights = [[np.frombuffer(mapping, tensor.dtype, math.prod(tensor.shape), tensor.offset)
+                          .reshape(tensor.shape) for tensor in layer] for layer in layers]
+        # Of every tensor the address of expert 0, and the bytes of each expert.
+        self._slabs = [[(array.ctypes.data, tensor.slab) for array, tensor in zip(arrays, layer, strict=True)]
+                       for arrays, layer in zip(self._weights, layers, strict=True)]
+        shape = len(layers), layers[0][0].shape[0]
+        self._part(shape[1])
         self._resident, self._mapped = np.zeros(shape, bool), np.zeros(shape, bool)
         self._held = np.zeros(shape, np.int16)  # in use, by so many
         self._used = np.zeros(shape, np.int64)  # when last, for the order of leaving
@@ -96,8 +93,8 @@ class MappedExperts:
         """Nothing to do: what is in memory stays until its room is wanted."""
 
     def weights(self, layer: int) -> list[NDArray[Any]]:
-        """gate_up [E, 2I, H] and down [E, H, I] of a layer, read-only."""
-        return self._tensors[layer]
+        """Tensors of a layer, read-only."""
+        return self._weights[layer]
 
     def groups(self, layer: int, experts: Ints) -> Iterator[Ints]:
         """See `ExpertSource`: first those in memory, meanwhile the disk reads the others; these as room allows."""
@@ -149,16 +146,18 @@ class MappedExperts:
 
     def _part(self, experts: int) -> None:
         """Make every slab a mapping by itself, read only where it is asked for."""
-        for layer in self._slabs:
-            for address, slab in layer:
-                if address % PAGE or slab % PAGE:
-                    raise MissingRequirementError(f"An expert budget needs memory pages of 4096 bytes, this machine's "
-                                                  f"have {PAGE}; leave the expert budget out.")
-                apart = all(advise(address + e * slab, slab, DONTDUMP) for e in range(0, experts, 2))
-                if not (apart and advise(address, experts * slab, RANDOM)):
-                    raise MissingRequirementError(
-                        f"This system does not keep {2 * experts * len(self._slabs)} mappings of experts apart; raise "
-                        "vm.max_map_count, or leave the expert budget out.")
+        tensors = sorted(tensor for layer in self._slabs for tensor in layer)
+        for number, (address, slab) in enumerate(tensors):
+            if address % PAGE or slab % PAGE:
+                raise MissingRequirementError(
+                    f"{self._path} has experts with parts of {slab} bytes, no whole memory pages of {PAGE}, so no "
+                    "budget can be kept; leave the expert budget out.")
+            second = range(number * experts % 2, experts, 2)  # of all slabs in the file
+            apart = all(advise(address + e * slab, slab, DONTDUMP) for e in second)
+            if not (apart and advise(address, experts * slab, RANDOM)):
+                raise MissingRequirementError(
+                    f"This system does not keep {len(tensors) * experts} mappings of experts apart; raise "
+                    "vm.max_map_count, or leave the expert budget out.")
 
     def _room(self) -> int:
         """Experts that could be in memory beside the residents that are; at least one."""

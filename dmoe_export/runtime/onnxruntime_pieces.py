@@ -25,7 +25,7 @@ class ExpertSource(Protocol):
     """Where the weights of experts are; layers are counted among those with experts."""
 
     def weights(self, layer: int) -> list[Array]:
-        """gate_up [E, 2I, H] and down [E, H, I] of a layer; only experts of the present group may be read."""
+        """The weights [E, …] of a layer, as the experts op takes them; only those of the present group may be read."""
         ...
 
     def groups(self, layer: int, experts: Ints) -> Iterator[Ints]:
@@ -67,23 +67,17 @@ class PieceSession:
     def _tokens(self, layer: int, inputs: list[Any]) -> Any:
         """hidden [N, H], expert_ids and expert_weights [N, k] → mixed [N, H], with our kernel.
 
-        The kernel computes a pair the same in any company, and sums a token's pairs in the order of their places.
+        It computes a pair the same in any company, and sums a token's pairs in float32, in the order of their places.
         """
-        ids = inputs[1].numpy()
-        pairs: Array | None = None
-        for group in self._groups(layer, np.unique(ids[ids >= 0])):
+        hidden, ids, weights = (value.numpy() for value in inputs)
+        there, pairs = ids >= 0, np.zeros((*ids.shape, hidden.shape[1]), np.float32)
+        for group in self._groups(layer, np.unique(ids[there])):
             pick = np.isin(ids, group)
-            if pick.sum() == (ids >= 0).sum():
-                return self._run_experts(layer, inputs)
-            if pairs is None:
-                hidden = inputs[0].numpy()
-                pairs = np.zeros((*ids.shape, hidden.shape[1]), hidden.dtype)
+            if (pick == there).all():
+                return _value(self._run_experts(layer, hidden, ids, weights))
             once = np.ones((int(pick.sum()), 1), np.float32)
-            rows = [_value(array) for array in (hidden[pick.nonzero()[0]], ids[pick][:, None], once)]
-            pairs[pick] = self._run_experts(layer, rows).numpy()
-        if pairs is None:  # nothing but padding
-            return self._run_experts(layer, inputs)
-        weights, mixed = inputs[2].numpy(), np.zeros_like(hidden)
+            pairs[pick] = self._run_experts(layer, hidden[pick.nonzero()[0]], ids[pick][:, None], once)
+        mixed = np.zeros_like(hidden)
         for place in range(ids.shape[1]):
             mixed += weights[:, place, None] * pairs[:, place]
         return _value(mixed)
@@ -95,20 +89,18 @@ class PieceSession:
         chosen, answer = probs.argmax(axis=1), np.empty_like(rows)
         for group in self._groups(layer, np.unique(chosen)):
             pick = np.isin(chosen, group)
-            if pick.all():
-                return self._run_experts(layer, inputs)
-            answer[pick] = self._run_experts(layer, [_value(rows[pick]), _value(probs[pick])]).numpy()
+            answer[pick] = self._run_experts(layer, rows[pick], probs[pick])
         return _value(answer)
 
     def _groups(self, layer: int, experts: Ints) -> Iterator[Ints]:
         assert self.source is not None
         return self.source.groups(layer, experts)
 
-    def _run_experts(self, layer: int, inputs: list[Any]) -> Any:
+    def _run_experts(self, layer: int, *inputs: Array) -> Array:
         assert self.source is not None
-        weights = [_value(array) for array in self.source.weights(layer)]
-        feeds = {str(i): value for i, value in enumerate([*inputs, *weights])}
-        return self._experts.run_with_ort_values(["answer"], feeds)[0]
+        feeds = {str(i): _value(array) for i, array in enumerate([*inputs, *self.source.weights(layer)])}
+        result: Array = self._experts.run_with_ort_values(["answer"], feeds)[0].numpy()
+        return result
 
 
 def _value(array: Array) -> Any:

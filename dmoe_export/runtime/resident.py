@@ -15,6 +15,8 @@ from ..bundle.reader import Bundle
 from ..errors import MissingRequirementError, RequestError
 from .backend import Backend, ForwardInputs, ForwardOutputs, Ints
 from .budget import ExpertBudget
+from .cpu_ops import uses_cpu_ops
+from .expert_layout import expert_tensors
 from .mapped_experts import MappedExperts
 from .onnxruntime import OnnxRuntimeBackend
 from .onnxruntime_pieces import PieceSession
@@ -146,24 +148,33 @@ def open_resident(bundle: Bundle, budget: ExpertBudget, interval: Interval,
                   threads: int | None = None) -> ResidentBackend:
     """ONNX Runtime's CPU provider under a budget.
 
-    Raises MissingRequirementError where that is not possible: another system than Linux, half precision, no onnx.
+    Raises MissingRequirementError where that is not possible: see `check_experts`, and without the onnx package.
     """
+    check_experts(bundle)
+    return under_budget(bundle, PieceSession(bundle, threads), budget, interval)
+
+
+def check_experts(bundle: Bundle) -> None:
+    """Raise MissingRequirementError where a bundle cannot be under a budget on the CPU with the same tokens."""
+    manifest = bundle.manifest
     if sys.platform != "linux":
         raise MissingRequirementError(f"An expert budget needs Linux, this is {sys.platform}; leave it out.")
-    if bundle.manifest.precision != "fp32":
+    if manifest.precision != "fp32":
         raise MissingRequirementError(
-            f"An expert budget needs a float32 bundle, {bundle.folder} is {bundle.manifest.precision}: ONNX Runtime's "
-            "CPU provider copies such experts into memory as float32; export with --precision fp32.")
-    return under_budget(bundle, PieceSession(bundle, threads), budget, interval)
+            f"An expert budget on the CPU needs float32 outside experts, {bundle.folder} is {manifest.precision}: in a "
+            "graph that is cut, ONNX Runtime rounds half precision elsewhere, so tokens could change; export with "
+            "--precision fp32, int8 or int4.")
+    if manifest.quantisation and not uses_cpu_ops():
+        raise MissingRequirementError(
+            f"An expert budget needs our CPU kernels where experts are {manifest.quantisation.name}, as in "
+            f"{bundle.folder}; build them with `make cpu-ops`, or export with --precision fp32.")
 
 
 def under_budget(bundle: Bundle, session: PieceSession, budget: ExpertBudget, interval: Interval) -> ResidentBackend:
     """A backend that runs `session` under a budget; another one over the same session takes it over."""
-    model, entry = bundle.manifest.model, bundle.manifest.experts
-    assert entry is not None, "plan_budget refuses dense models"
-    experts = model.experts.num_experts
-    session.source = tier = MappedExperts(expert_file(bundle), entry, experts, model.hidden_size, budget.bytes)
-    residency = Residency(len(model.moe_layers), experts, budget.residents, interval)
+    model = bundle.manifest.model
+    session.source = tier = MappedExperts(expert_file(bundle), expert_tensors(bundle.manifest), budget.bytes)
+    residency = Residency(len(model.moe_layers), model.experts.num_experts, budget.residents, interval)
     return ResidentBackend(OnnxRuntimeBackend(bundle, session=session), residency, tier, budget)
 
 
