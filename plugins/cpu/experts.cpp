@@ -51,13 +51,15 @@ struct Scratch {
     std::vector<float> permuted, activated, products;
 };
 
-template <class T>
-T* room(std::vector<T>& memory, size_t count)
+// At least `count` floats at a cache line's begin: vectors that straddle two lines cost twice.
+float* room(std::vector<float>& memory, size_t count)
 {
-    if (memory.size() < count) {
-        memory = std::vector<T>(count); // not resize: nothing is worth copying
+    constexpr size_t kLine = 64;
+    if (memory.size() < count + kLine / 4) {
+        memory = std::vector<float>(count + kLine / 4); // not resize: nothing is worth copying
     }
-    return memory.data();
+    auto const address = reinterpret_cast<uintptr_t>(memory.data());
+    return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
 }
 
 class Call {
@@ -135,7 +137,7 @@ private:
     {
         int64_t const bytes = rowBytes(e.format, columns);
         return {static_cast<uint8_t const*>(all) + expert * rows * bytes,
-            scales ? scales + expert * rows * (columns / e.group) : nullptr, e.format, e.group, columns, bytes};
+            scales ? scales + expert * rows * (columns >> e.groupShift) : nullptr, e.format, e.groupShift, columns, bytes};
     }
 
     void gateUp(Group const& g, int32_t first, int32_t last)

@@ -9,12 +9,12 @@ namespace dmoe::cpu {
 enum class Format : int32_t { kFloat, kHalf, kInt8, kInt4 };
 
 // One weight matrix of one expert: rows of K values. Quantised values are unsigned around the middle of their range, in
-// groups of `group` along K, value = (u − offset) · scale; int4 has the even index in the low four bits.
+// groups of 2^groupShift along K, value = (u − offset) · scale; int4 has the even index in the low four bits.
 struct Matrix {
     uint8_t const* values;
-    float const* scales; // [rows, K / group]; null unless quantised
+    float const* scales; // [rows, K >> groupShift]; null unless quantised
     Format format;
-    int32_t group;
+    int32_t groupShift;
     int32_t columns; // K
     int64_t rowBytes;
 };
@@ -59,7 +59,7 @@ struct Experts {
     float const* gateUpScales; // [E, 2I, H / group]
     float const* downScales; // [E, H, I / group]
     Format format;
-    int32_t group;
+    int32_t groupShift; // group = 1 << groupShift
     float* mixed; // [N, H]
 };
 

@@ -2,6 +2,8 @@
 #define DMOE_ISA kAvx2
 #define DMOE_NAME "avx2"
 #define DMOE_LANES 8
-#define DMOE_ROWS 4
+#define DMOE_ROWS 6
 #define DMOE_TOKENS 2
+#define DMOE_INTEGER_ROWS 2
+#define DMOE_INTEGER_TOKENS 4
 #include "kernel.inc"

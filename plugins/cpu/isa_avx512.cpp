@@ -2,6 +2,8 @@
 #define DMOE_ISA kAvx512
 #define DMOE_NAME "avx512"
 #define DMOE_LANES 16
-#define DMOE_ROWS 4
-#define DMOE_TOKENS 6
+#define DMOE_ROWS 8
+#define DMOE_TOKENS 3
+#define DMOE_INTEGER_ROWS 4
+#define DMOE_INTEGER_TOKENS 6
 #include "kernel.inc"

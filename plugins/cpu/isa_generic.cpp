@@ -8,4 +8,6 @@
 #else
 #define DMOE_TOKENS 2
 #endif
+#define DMOE_INTEGER_ROWS 2
+#define DMOE_INTEGER_TOKENS 4
 #include "kernel.inc"

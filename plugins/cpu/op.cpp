@@ -27,9 +27,9 @@ public:
             Ort::ConstKernelInfo const facts(info);
             mBits = facts.GetAttribute<int64_t>("bits");
             mGroup = facts.GetAttribute<int64_t>("group_size");
-            if ((mBits != 8 && mBits != 4) || mGroup < 32 || mGroup % 32 != 0) {
+            if ((mBits != 8 && mBits != 4) || mGroup < 32 || (mGroup & (mGroup - 1)) != 0) {
                 throw std::runtime_error("bits " + std::to_string(mBits) + " and group_size " + std::to_string(mGroup)
-                    + " are not offered; bits are 8 or 4, group_size a multiple of 32.");
+                    + " are not offered; bits are 8 or 4, group_size is a power of two from 32 on.");
             }
         }
     }
@@ -65,15 +65,16 @@ private:
         gateUp.expect({call.experts, 2 * int64_t{call.width}, columns});
         std::vector<float> scales[2];
         if (mBits) {
-            call.group = static_cast<int32_t>(mGroup);
-            if (call.hidden % call.group != 0 || call.width % call.group != 0) {
+            auto const group = static_cast<int32_t>(mGroup);
+            call.groupShift = __builtin_ctz(static_cast<unsigned>(group));
+            if (call.hidden % group != 0 || call.width % group != 0) {
                 throw std::runtime_error("group_size " + std::to_string(mGroup) + " does not divide the hidden size "
                     + std::to_string(call.hidden) + " and the width " + std::to_string(call.width) + ".");
             }
             Input const gateUpScales(context, kScales, "gate_up_scales"), downScales(context, kScales + 1,
                 "down_scales");
-            gateUpScales.expect({call.experts, 2 * int64_t{call.width}, call.hidden / call.group});
-            downScales.expect({call.experts, call.hidden, call.width / call.group});
+            gateUpScales.expect({call.experts, 2 * int64_t{call.width}, call.hidden / group});
+            downScales.expect({call.experts, call.hidden, call.width / group});
             call.gateUpScales = gateUpScales.data<float>();
             call.downScales = downScales.data<float>();
         }
