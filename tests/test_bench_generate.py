@@ -31,17 +31,25 @@ def test_result_has_every_setting_and_equal_tokens(tiny_bundle, tmp_path):
     names = [(r["prompt_tokens"], r["coreset"]) for r in found["results"]]
     assert names == [(n, c) for n in (5, 64) for c in ("default", "3", "all")]
     for r in found["results"]:
-        assert r["same_tokens"] is True and r["first_difference"] is None
+        assert r["peers"]["eager"]["same_tokens"] is True and r["peers"]["eager"]["first_difference"] is None
         assert r["new_tokens"] == 40 and r["forwards"] == sum(r["forwards_by_phase"].values())
-        assert 0 < r["host_share"]["median"] < 1 and r["ratio"] > 0 and r["denoise_ratio"] > 0
-        for side in ("ours", "peer"):
-            assert r[side]["tokens_per_second"]["median"] == pytest.approx(40 / r[side]["seconds"]["median"])
+        assert 0 < r["host_share"]["median"] < 1
+        assert r["peers"]["eager"]["ratio"] > 0 and r["peers"]["eager"]["step_ratio"] > 0
+        for side in (r["ours"], r["peers"]["eager"]):
+            assert side["tokens_per_second"]["median"] == pytest.approx(40 / side["seconds"]["median"])
     unique = {r["coreset"]: r["unique_experts"] for r in found["results"] if r["prompt_tokens"] == 64}
     assert unique["3"] <= 3 < unique["all"] <= 16
 
 
+def test_the_published_loop_gives_the_same_tokens(tiny_bundle):
+    pytest.importorskip("diffusers", reason="no part of `make test`; pip install diffusers transformers")
+    found = bench_json("generate", tiny_bundle.folder, "--prompt-tokens", "24,88", "--coreset", "3,all",
+                       "--peer", "diffusers", *QUICK)
+    assert all(r["peers"]["diffusers"]["same_tokens"] for r in found["results"])
+
+
 def test_without_a_peer(tiny_bundle):
-    result = bench("generate", tiny_bundle.folder, "--prompt-tokens", 5, "--no-peer", *QUICK)
+    result = bench("generate", tiny_bundle.folder, "--prompt-tokens", 5, "--peer", "none", *QUICK)
     assert result.exit_code == 0, result.output
     assert "tokens/s" in result.stdout and "NO" not in result.stdout
 
@@ -50,9 +58,10 @@ def test_a_peer_with_other_tokens_fails_the_command_after_the_result(tiny_bundle
     experts = Peer._experts
     monkeypatch.setattr(Peer, "_experts", lambda self, h, *rest: -3 * experts(self, h, *rest))
     result = bench("generate", tiny_bundle.folder, "--prompt-tokens", 64, *QUICK, "--out", tmp_path / "g.json")
-    assert result.exit_code == 1 and "The baseline's answer differs from ours at place" in result.output
+    assert result.exit_code == 1 and "The answer of peer eager differs from ours at place" in result.output
     (found,) = json.loads((tmp_path / "g.json").read_text())["results"]
-    assert found["same_tokens"] is False and found["first_difference"] is not None
+    side = found["peers"]["eager"]
+    assert side["same_tokens"] is False and side["first_difference"] is not None
 
 
 @pytest.mark.parametrize("geometry", ["tiny", "dream-tiny", "llada-moe-tiny"])
@@ -83,6 +92,7 @@ def test_peer_computes_what_the_bundle_does(geometry, tmp_path, tiny_bundle):
     (("--coreset", "17"), "min_experts is 17, it must be between 1 and 16."),
     (("--cache", "dual"), "Cache dual is an approximation"),
     (("--prompt-tokens", "0"), "Prompt 0 is empty"),
+    (("--peer", "mine"), "Peer 'mine' is not known; known: eager, diffusers, none."),
 ])
 def test_settings_that_make_no_sense(tiny_bundle, arguments, said):
     result = bench("generate", tiny_bundle.folder, "--prompt-tokens", "5", *QUICK, *arguments)

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from ..bundle.reader import Bundle
+from ..decoding.settings import DecodeSettings
 from ..description import Frozen
 from ..errors import RequestError
 from ..generator import Generation, Generator
@@ -36,7 +37,16 @@ class Side(Frozen):
 
     seconds: Spread = Field(description="of a whole answer")
     tokens_per_second: Spread
-    denoise_milliseconds: Spread = Field(description="per denoise step (full forward, without a cache): its forward")
+    step_milliseconds: Spread = Field(description="of the forward of a denoise step")
+
+
+class PeerSide(Side):
+    """A peer, and ours against it."""
+
+    ratio: float = Field(description="median over rounds of the peer's seconds / ours of the same round")
+    step_ratio: float = Field(description="the same of the seconds per step alone")
+    same_tokens: bool = Field(description="in every round")
+    first_difference: int | None = Field(description="place in the answer")
 
 
 class GenerateResult(Frozen):
@@ -52,11 +62,7 @@ class GenerateResult(Frozen):
     ours: Side
     host_share: Spread = Field(description="of the whole answer, outside ONNX Runtime's calls")
     expert_gb_per_s: float = Field(description="weights of active experts / seconds of an answer")
-    peer: Side | None = Field(description="null without one")
-    ratio: float | None = Field(description="median over rounds of the peer's seconds / ours of the same round")
-    denoise_ratio: float | None = Field(description="the same of denoise forwards alone")
-    same_tokens: bool | None = Field(description="in every round")
-    first_difference: int | None = Field(description="place in the answer")
+    peers: dict[str, PeerSide]
 
 
 class GenerateBench(Frozen):
@@ -79,15 +85,13 @@ class _Turn:
     """One answer of one side."""
 
     seconds: float
-    inside: float  # ONNX Runtime's calls
-    answer: Generation
+    step: float  # seconds of a denoise step's forward
+    tokens: list[int]
+    inside: float = 0.0  # ONNX Runtime's calls
+    answer: Generation | None = None
 
-    @property
-    def denoise(self) -> float:
-        """Seconds per decoding forward."""
-        stats = self.answer.stats
-        phase: Any = "denoise" if stats.forwards_by_phase["denoise"] else "full"
-        return stats.seconds_by_phase[phase] / stats.forwards_by_phase[phase]
+
+Answer = Callable[[list[int], dict[str, Any]], _Turn]
 
 
 def settings(prompt_tokens: Sequence[int], caches: Sequence[str], coresets: Sequence[str]) -> list[Setting]:
@@ -110,28 +114,25 @@ def routing_options(bundle: Bundle, coreset: str) -> dict[str, Any]:
 
 
 def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps: int, rounds: int, threads: int,
-        seed: int, peer: bool, advance: Callable[[str, int, int], None] = lambda what, done, of: None) -> GenerateBench:
+        seed: int, peers: Sequence[str],
+        advance: Callable[[str, int, int], None] = lambda what, done, of: None) -> GenerateBench:
     """Measure all settings; what is compared takes turns, round by round, after a short answer that warms up.
 
-    Raises RequestError for settings the bundle does not take, MissingRequirementError when `peer` cannot run.
+    `peers`: eager, diffusers. Raises RequestError for settings the bundle or a peer does not take,
+    MissingRequirementError when a peer cannot run here.
     """
     manifest = bundle.manifest
     options = {setting: {"max_new_tokens": max_new_tokens, "steps": steps, "eos_id": -1, "cache": setting.cache,
                          **routing_options(bundle, setting.coreset)} for setting in chosen}
     limits = measure_limits(threads)
-    with watched() as watch:
-        sides = {"ours": Generator(bundle, OnnxRuntimeBackend(bundle, threads))}
-    if peer:
-        from .peer import Peer
-
-        sides["peer"] = Generator(bundle, Peer(bundle, threads))
+    sides = {"ours": _ours(bundle, threads)} | {name: _peer(name, bundle, threads) for name in peers}
     turns: dict[tuple[str, Setting], list[_Turn]] = {(side, setting): [] for side in sides for setting in chosen}
     total, done = len(turns) * (rounds + 1), 0
     for turn in range(-1, rounds):
-        for setting, (side, generator) in itertools.product(chosen, sides.items()):
+        for setting, (side, answer) in itertools.product(chosen, sides.items()):
             prompt = random_prompt(bundle, setting.prompt_tokens, seed)
-            few = {"max_new_tokens": min(max_new_tokens, 2), "steps": 2} if turn < 0 else {}
-            measured = _answer(generator, watch, prompt, options[setting] | few)
+            few = {"steps": 1} if turn < 0 else {}
+            measured = answer(prompt, options[setting] | few)
             if turn >= 0:
                 turns[side, setting].append(measured)
             done += 1
@@ -140,7 +141,8 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
         model=manifest.model.architecture, layers=manifest.model.num_layers, precision=manifest.precision,
         routing=manifest.routing.mode, block_length=manifest.routing.block_length, max_new_tokens=max_new_tokens,
         steps=steps, rounds=rounds, limits=limits,
-        results=[_result(setting, turns["ours", setting], turns.get(("peer", setting))) for setting in chosen])
+        results=[_result(setting, turns["ours", setting], {name: turns[name, setting] for name in peers})
+                 for setting in chosen])
 
 
 def random_prompt(bundle: Bundle, tokens: int, seed: int) -> list[int]:
@@ -151,30 +153,67 @@ def random_prompt(bundle: Bundle, tokens: int, seed: int) -> list[int]:
     return ids.tolist()
 
 
-def _answer(generator: Generator, watch: Watch, prompt: list[int], options: dict[str, Any]) -> _Turn:
-    watch.seconds = 0.0
+def _ours(bundle: Bundle, threads: int) -> Answer:
+    with watched() as watch:
+        generator = Generator(bundle, OnnxRuntimeBackend(bundle, threads))
+    return lambda prompt, options: _generated(generator, watch, prompt, options)
+
+
+def _peer(name: str, bundle: Bundle, threads: int) -> Answer:
+    if name == "eager":
+        from .peer import Peer
+
+        generator = Generator(bundle, Peer(bundle, threads))
+        return lambda prompt, options: _generated(generator, None, prompt, options)
+    if name != "diffusers":
+        raise RequestError(f"Peer {name!r} is not known; known: eager, diffusers, none.")
+    from .peer_diffusers import DiffusersPeer
+
+    peer = DiffusersPeer(bundle, threads)
+
+    def answer(prompt: list[int], options: dict[str, Any]) -> _Turn:
+        names = {"coreset_top_p": "top_p", "min_experts": "min_experts", "coreset_size": "coreset_size"}
+        routing = {names[key]: value for key, value in options.items() if key in names}
+        start = time.perf_counter()
+        tokens, step = peer.answer(prompt, options["max_new_tokens"], options["steps"], DecodeSettings.threshold,
+                                   routing)
+        return _Turn(time.perf_counter() - start, step, tokens)
+
+    return answer
+
+
+def _generated(generator: Generator, watch: Watch | None, prompt: list[int], options: dict[str, Any]) -> _Turn:
+    before = watch.seconds if watch else 0.0
     start = time.perf_counter()
     (answer,) = generator.generate([prompt], **options)
-    return _Turn(time.perf_counter() - start, watch.seconds, answer)
+    seconds, stats = time.perf_counter() - start, answer.stats
+    phase: Any = "denoise" if stats.forwards_by_phase["denoise"] else "full"  # full: without a cache
+    return _Turn(seconds, stats.seconds_by_phase[phase] / stats.forwards_by_phase[phase], answer.token_ids,
+                 (watch.seconds if watch else 0.0) - before, answer)
 
 
 def _side(turns: list[_Turn]) -> Side:
     return Side(seconds=Spread.of([turn.seconds for turn in turns]),
-                tokens_per_second=Spread.of([len(turn.answer.token_ids) / turn.seconds for turn in turns]),
-                denoise_milliseconds=Spread.of([1e3 * turn.denoise for turn in turns]))
+                tokens_per_second=Spread.of([len(turn.tokens) / turn.seconds for turn in turns]),
+                step_milliseconds=Spread.of([1e3 * turn.step for turn in turns]))
 
 
-def _result(setting: Setting, ours: list[_Turn], peer: list[_Turn] | None) -> GenerateResult:
+def _against(ours: list[_Turn], peer: list[_Turn]) -> PeerSide:
+    pairs = list(zip(ours, peer, strict=True))
+    places = [place for a, b in pairs for place, (mine, theirs) in enumerate(
+        itertools.zip_longest(a.tokens, b.tokens)) if mine != theirs]
+    return PeerSide(**_side(peer).model_dump(), ratio=median(b.seconds / a.seconds for a, b in pairs),
+                    step_ratio=median(b.step / a.step for a, b in pairs), same_tokens=not places,
+                    first_difference=min(places, default=None))
+
+
+def _result(setting: Setting, ours: list[_Turn], peers: dict[str, list[_Turn]]) -> GenerateResult:
+    assert ours[0].answer is not None
     stats, seconds = ours[0].answer.stats, median(turn.seconds for turn in ours)
-    pairs = list(zip(ours, peer or [], strict=peer is not None))
-    places = [place for a, b in pairs for place, (mine, theirs) in enumerate(itertools.zip_longest(
-        a.answer.token_ids, b.answer.token_ids)) if mine != theirs]
     return GenerateResult(
         prompt_tokens=setting.prompt_tokens, cache=setting.cache, coreset=setting.coreset, new_tokens=stats.new_tokens,
         forwards=stats.forwards, forwards_by_phase={str(phase): n for phase, n in stats.forwards_by_phase.items()},
         unique_experts=stats.unique_experts, ours=_side(ours),
         host_share=Spread.of([1 - turn.inside / turn.seconds for turn in ours]),
-        expert_gb_per_s=stats.expert_bytes_touched / seconds / 1e9, peer=_side(peer) if peer else None,
-        ratio=median(b.seconds / a.seconds for a, b in pairs) if pairs else None,
-        denoise_ratio=median(b.denoise / a.denoise for a, b in pairs) if pairs else None,
-        same_tokens=not places if pairs else None, first_difference=min(places, default=None))
+        expert_gb_per_s=stats.expert_bytes_touched / seconds / 1e9,
+        peers={name: _against(ours, turns) for name, turns in peers.items()})

@@ -10,7 +10,7 @@ decoding is this package's loop, so tokens can be compared one by one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ try:
     from torch import Tensor
 except ImportError as _error:
     raise MissingRequirementError(f"The PyTorch baseline needs torch and onnx_ir ({_error}); install them with: "
-                                  "pip install 'dmoe-export[export]', or add --no-peer.") from None
+                                  "pip install 'dmoe-export[export]', or use --peer none.") from None
 
 from ..ops.block_route.attributes import RouteAttributes
 from ..ops.block_route.eager import block_route
@@ -35,8 +35,8 @@ def weights_of(bundle: Bundle) -> dict[str, Tensor]:
     """Float32 weights by name, mapped from the bundle's files; raises MissingRequirementError for other precisions."""
     if bundle.manifest.precision != "fp32":
         raise MissingRequirementError(f"The PyTorch baseline runs float32 bundles, and {bundle.folder.name} has "
-                                      f"precision {bundle.manifest.precision}; export with --precision fp32 or add "
-                                      "--no-peer.")
+                                      f"precision {bundle.manifest.precision}; export with --precision fp32 or use "
+                                      "--peer none.")
     found: dict[str, Tensor] = {}
     for name, value in ir.load(bundle.denoiser_path).graph.initializers.items():
         stored = value.const_value
@@ -46,6 +46,14 @@ def weights_of(bundle: Bundle) -> dict[str, Tensor]:
             array = np.memmap(bundle.folder / stored.location, np.float32, "c", stored.offset or 0, shape)
             found[name] = torch.from_numpy(array)
     return found
+
+
+class RawOutputs(NamedTuple):
+    """Results of the model alone."""
+
+    logits: Tensor  # [T, V]
+    expert_ids: Any  # [L, 1, T, k] int32
+    keys_values: tuple[list[Tensor], list[Tensor]]  # per layer [Hkv, T, D]
 
 
 class PeerCache:
@@ -95,13 +103,21 @@ class Peer:
         """Of one row."""
         return PeerCache(self.description.num_layers)
 
+    @torch.inference_mode()
     def forward(self, inputs: ForwardInputs, cache: PeerCache) -> ForwardOutputs:
-        """One forward."""
-        torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            return self._forward(inputs, cache)
+        """One forward, and the best token of every row but the mask."""
+        raw = self.logits(inputs, cache)
+        allowed = raw.logits.clone()
+        allowed[:, self.description.mask_id] = float("-inf")
+        confidence, tokens = torch.softmax(allowed, dim=-1).max(dim=-1)
+        rows = torch.from_numpy(inputs.logit_rows.clip(min=0))  # [1, M]
+        return ForwardOutputs(tokens[rows].numpy(), confidence[rows].numpy(), raw.expert_ids,
+                              raw.logits[rows].numpy() if inputs.want_logits else None, raw.keys_values)
 
-    def _forward(self, inputs: ForwardInputs, cache: PeerCache) -> ForwardOutputs:
+    @torch.inference_mode()
+    def logits(self, inputs: ForwardInputs, cache: PeerCache) -> RawOutputs:
+        """The model itself, as the reference runs it: every token has its vocabulary row."""
+        torch.set_num_threads(self._threads)
         d, w = self.description, self._weights
         positions = torch.from_numpy(inputs.position_ids[0])
         x = F.embedding(torch.from_numpy(inputs.input_ids[0]), w["embed.weight"])  # [T, H]
@@ -125,14 +141,9 @@ class Peer:
                 h = self._feed_forward(h, name + "ffn.")
             x = x + h
         head = "embed.weight" if d.tie_embeddings else "lm_head.weight"
-        logits = F.linear(_rms_norm(x, w["norm.weight"], d.rms_eps), w[head]).float()  # [T, V]
-        allowed = logits.clone()
-        allowed[:, d.mask_id] = float("-inf")
-        confidence, tokens = torch.softmax(allowed, dim=-1).max(dim=-1)
-        rows = torch.from_numpy(inputs.logit_rows.clip(min=0))  # [1, M]
+        logits = F.linear(_rms_norm(x, w["norm.weight"], d.rms_eps), w[head]).float()
         ids = torch.stack(expert_ids)[:, None].numpy() if expert_ids else np.zeros((0, 1, len(x), 0), np.int32)
-        return ForwardOutputs(tokens[rows].numpy(), confidence[rows].numpy(), ids,
-                              logits[rows].numpy() if inputs.want_logits else None, (keys, values))
+        return RawOutputs(logits, ids, (keys, values))
 
     def _mask(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Additive [T, S + T]: who sees whom."""
@@ -202,8 +213,8 @@ class _Named(dict[str, "Tensor"]):
     """Weights, with a sentence for one that is missing."""
 
     def __missing__(self, name: str) -> Any:
-        raise CheckError(f"The bundle's graph has no weight {name} of its own, which the PyTorch baseline needs; add "
-                         "--no-peer.")
+        raise CheckError(f"The bundle's graph has no weight {name} of its own, which the PyTorch baseline needs; use "
+                         "--peer none.")
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""`dmoe-export bench generate`: whole answers on the CPU, against an eager PyTorch baseline on the same weights."""
+"""`dmoe-export bench generate`: whole answers on the CPU, against peers on the same weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.generate import GenerateBench, run, settings
+from ..bench.generate import GenerateBench, Side, run, settings
 from ..bench.record import Started
 from ..errors import CheckError
 from .bench_common import bundle_options, integers, opened, outcome, words
@@ -29,20 +29,22 @@ from .progress import step_bar
               "all (token routing).")
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Timed repetitions.")
-@click.option("--peer/--no-peer", default=True, show_default=True, help="Compare with eager PyTorch.")
+@click.option("--peer", "peers", default="eager", show_default=True,
+              help="Compare with, separated by commas: eager (PyTorch), diffusers (its LLaDA2Pipeline), none.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
-def generate(prompt_tokens: str, cache: str, coreset: str, out: Path | None, plot: Path | None, as_json: bool,
-             **options: Any) -> None:
+def generate(prompt_tokens: str, cache: str, coreset: str, peers: str, out: Path | None, plot: Path | None,
+             as_json: bool, **options: Any) -> None:
     """Answers to a random prompt on the CPU: of BUNDLE, or of --geometry with generated weights.
 
-    The baseline must give the same tokens, else the exit code is 1.
+    Peers must give the same tokens, else the exit code is 1.
     """
     chosen = settings(integers("--prompt-tokens", prompt_tokens), words(cache), words(coreset))
     with opened(options, as_json) as bundle, step_bar("generate", shown=not as_json) as report:
         started = Started("bench generate")
-        result = run(bundle, chosen, **options, advance=report)
+        result = run(bundle, chosen, **options, advance=report,
+                     peers=[name for name in words(peers) if name != "none"])
 
     def draw(path: Path) -> None:
         from ..bench.plots_generate import plot_generate
@@ -51,10 +53,11 @@ def generate(prompt_tokens: str, cache: str, coreset: str, out: Path | None, plo
 
     outcome(started.document(result), out, as_json, lambda: _show(result), draw, plot)
     for r in result.results:
-        if r.same_tokens is False:
-            raise CheckError(f"The baseline's answer differs from ours at place {r.first_difference} "
-                             f"({r.prompt_tokens} prompt tokens, cache {r.cache}, coreset {r.coreset}); near-ties can "
-                             "do that, so try another --seed before you suspect the model.")
+        for name, side in r.peers.items():
+            if not side.same_tokens:
+                raise CheckError(f"The answer of peer {name} differs from ours at place {side.first_difference} "
+                                 f"({r.prompt_tokens} prompt tokens, cache {r.cache}, coreset {r.coreset}); near-ties "
+                                 "can do that, so try another --seed before you suspect the model.")
 
 
 def _show(result: GenerateBench) -> None:
@@ -65,15 +68,16 @@ def _show(result: GenerateBench) -> None:
                   f"{result.max_new_tokens} new tokens in blocks of {result.block_length}, {result.steps} steps each, "
                   f"{limits.threads} threads, {result.rounds} rounds\nlimits: read {limits.read_gb_per_s:.1f} GB/s, "
                   f"copy {limits.copy_gb_per_s:.1f} GB/s, product {limits.gflop_per_s:.0f} GFLOP/s")
-    table = Table("prompt", "cache", "coreset", "experts", "forwards", "tokens/s", "ms/step", "outside",
-                  "peer tok/s", "peer ms/step", "ratio", "of steps", "same",
-                  title="median (quartiles); ratio = peer's time / ours")
+    table = Table("prompt", "cache", "coreset", "experts", "forwards", "who", "tokens/s", "ms per step", "outside",
+                  "ratio", "of steps", "same", title="median (quartiles); ratio = peer's time / ours")
     for r in result.results:
-        theirs = ["–"] * 5
-        if r.peer:
-            theirs = [f"{r.peer.tokens_per_second.median:.2f}", r.peer.denoise_milliseconds.shown(), f"{r.ratio:.2f}×",
-                      f"{r.denoise_ratio:.2f}×", "yes" if r.same_tokens else "NO"]
-        table.add_row(str(r.prompt_tokens), r.cache, r.coreset, f"{r.unique_experts:.1f}", str(r.forwards),
-                      f"{r.ours.tokens_per_second.median:.2f}", r.ours.denoise_milliseconds.shown(),
-                      f"{r.host_share.median:.2%}", *theirs)
+        table.add_row(str(r.prompt_tokens), r.cache, r.coreset, f"{r.unique_experts:.1f}", str(r.forwards), "ours",
+                      *_speed(r.ours), f"{r.host_share.median:.2%}")
+        for name, side in r.peers.items():
+            table.add_row(*[""] * 5, name, *_speed(side), "", f"{side.ratio:.2f}×", f"{side.step_ratio:.2f}×",
+                          "yes" if side.same_tokens else "NO")
     console.print(table)
+
+
+def _speed(side: Side) -> tuple[str, str]:
+    return side.tokens_per_second.shown(digits=2), side.step_milliseconds.shown()
