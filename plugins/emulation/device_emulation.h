@@ -139,8 +139,6 @@ DMOE_DEVICE uint32_t warp_max(uint32_t value, int line = __builtin_LINE()) {
 }
 DMOE_DEVICE uint32_t warp_min(uint32_t value, int line = __builtin_LINE()) { return ~warp_max(~value, line); }
 
-template <class T>
-void make_opaque(T *&) {}
 DMOE_DEVICE uint4 load_once(const uint4 *from, bool wanted) { return wanted ? *from : uint4{0, 0, 0, 0}; }
 DMOE_DEVICE uint4 load_shared_by_many(const uint4 *from) { return *from; }
 

@@ -25,13 +25,6 @@ DMOE_DEVICE uint32_t warp_max(uint32_t value) {
 
 DMOE_DEVICE uint32_t warp_min(uint32_t value) { return ~warp_max(~value); }
 
-// The compiler knows nothing of the pointer any more, so it cannot keep addresses made from it out of a loop: those of the
-// first loads of a row would be held in registers, or on the stack, through a whole pass for the next one.
-template <class T>
-DMOE_DEVICE void make_opaque(T *&pointer) {
-    asm volatile("" : "+l"(pointer));
-}
-
 // 16 bytes that are read once: past L1, with the whole 128-byte line fetched into L2. Zero when not wanted.
 // volatile and not .nc: otherwise the compiler for 10.0 and 12.0 keeps a row's first words on the stack between passes.
 DMOE_DEVICE uint4 load_once(const uint4 *from, bool wanted) {

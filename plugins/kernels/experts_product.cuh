@@ -108,31 +108,29 @@ DMOE_DEVICE void multiply(float (*sums)[4], const Rows &rows, const uint4 *token
     }
 }
 
-// sums += (sixteen weight rows) · (tokens), over steps first, first + every, … of k; weights are fetched some steps
-// ahead into a ring of registers whose places are known at compile time.
-template <class Half, class Rows, int TILES>
-DMOE_DEVICE void multiply_rows(float (&sums)[TILES][4], RowPair from, const uint4 *tokens,
+// Fetches the first steps of two rows: steps first, first + every, … of k.
+template <class Rows, int AHEAD>
+DMOE_DEVICE void load_ahead(Rows (&ring)[AHEAD], const RowPair &from, int first, int every) {
+    DMOE_UNROLL
+    for (int i = 0; i < AHEAD; ++i) ring[i].load(from, (first + i * every) * kSegment);
+}
+
+// sums += (sixteen weight rows) · (tokens), over steps first, first + every, … of k. `ring` holds the first of them and
+// is refilled as it is used up; its places are known at compile time, so it is registers.
+template <class Half, class Rows, int AHEAD, int TILES>
+DMOE_DEVICE void multiply_rows(float (&sums)[TILES][4], Rows (&ring)[AHEAD], const RowPair &from, const uint4 *tokens,
                                const uint32_t (&offsets)[TILES], int tiles, int first, int every) {
-    DMOE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-        make_opaque(from.row[r]);
-        if (Rows::kBits != 16) make_opaque(from.scales[r]);
-    }
-    constexpr int kAhead = Rows::template kAhead<TILES>;
     const int stride = every * kSegment;
-    Rows ring[kAhead];
     int at = first * kSegment;  // first unit of the step
-    DMOE_UNROLL
-    for (int i = 0; i < kAhead; ++i) ring[i].load(from, at + i * stride);
     while (at < from.units) {
         DMOE_UNROLL
-        for (int i = 0; i < kAhead; ++i) {
+        for (int i = 0; i < AHEAD; ++i) {
             if (at < from.units) {
                 DMOE_UNROLL
                 for (int j = 0; j < TILES; j += 4) {
                     if (j < tiles) multiply<Half>(sums + j, ring[i], tokens, offsets + j, tiles - j, at, from.units);
                 }
-                ring[i].load(from, at + kAhead * stride);
+                ring[i].load(from, at + AHEAD * stride);
                 at += stride;
             }
         }
@@ -160,9 +158,10 @@ DMOE_DEVICE void write_tile(const ProductArguments &a, const float (&c)[4], int 
     }
 }
 
-// Persistent: block b takes items b, b + gridDim.x, …; an item is 64 / SPLIT rows of an active expert.
+// Persistent: block b takes items b, b + gridDim.x, …; an item is 64 / SPLIT rows of an active expert. The first weights
+// of an item are fetched before the last one's results are written, so the stream of weights has no gaps.
 // TILES: tiles of eight tokens per pass over the rows. SPLIT 1: a warp has 16 rows of its own. SPLIT 4: the warps share
-// 16 rows and take every fourth segment of k.
+// 16 rows and take every fourth step of k.
 template <class Half, class Rows, int TILES, int SPLIT, bool GATE>
 __global__ void __launch_bounds__(kProductThreads, 4) product_kernel(ProductArguments a) {
     static_assert(TILES % 4 == 0 && (SPLIT == 1 || SPLIT == kProductWarps), "tiles are handled in fours");
@@ -173,29 +172,35 @@ __global__ void __launch_bounds__(kProductThreads, 4) product_kernel(ProductArgu
     DMOE_SHARED(int, warp_totals, kProductWarps);
     DMOE_SHARED(float4, partials, SPLIT == 1 ? 1 : kTwoBuffers ? 2 * kPartials : kPartials);
 
-    const int warp = warp_id(), lane = lane_id(), g = lane / 4;
+    const int warp = warp_id(), lane = lane_id(), g = lane / 4, first_step = SPLIT == 1 ? 0 : warp;
     const int row_units = a.depth / kUnit, row_tiles = (a.rows + kRows - 1) / kRows;
     const int items = list_active(a.groups.count, a.experts, active, warp_totals) * row_tiles;
+    const auto row_of = [&](int item) { return item % row_tiles * kRows + (SPLIT == 1 ? warp * 16 : 0) + 2 * g; };
+    const auto rows_at = [&](int item) {
+        if (item >= items) return RowPair{};  // no units: nothing is fetched
+        // Rows beyond the last are products nobody looks at: take the last two instead.
+        return rows_of<Rows>(a, active[item / row_tiles], min(row_of(item), a.rows - 2));
+    };
+    RowPair from = rows_at(blockIdx.x);
+    Rows ring[Rows::template kAhead<TILES>];
+    load_ahead(ring, from, first_step, SPLIT);
     int buffer = 0;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const int expert = active[item / row_tiles];
+        const int expert = active[item / row_tiles], row = row_of(item);
         const int count = a.groups.count[expert], first = a.groups.first[expert];
-        const int row_base = item % row_tiles * kRows + (SPLIT == 1 ? warp * 16 : 0);
-        if (SPLIT == 1 && row_base >= a.rows) continue;
-        const int row = row_base + 2 * g;
-        // Rows beyond the last are products nobody looks at: take the last two instead.
-        const RowPair weights = rows_of<Rows>(a, expert, min(row, a.rows - 2));
         for (int token = 0; token < count; token += TILES * 8) {
             const int tiles = min(TILES, (count - token + 7) / 8);
             uint32_t offsets[TILES];
             float sums[TILES][4] = {};
             DMOE_UNROLL
             for (int j = 0; j < TILES; ++j) {
-                // The same holds for tokens beyond the last.
+                // Tokens beyond the last are like rows beyond the last.
                 const int slot = first + min(token + j * 8 + g, count - 1);
                 offsets[j] = static_cast<uint32_t>(GATE ? a.groups.pairs[slot] / a.places : slot) * row_units;
             }
-            multiply_rows<Half, Rows, TILES>(sums, weights, a.tokens, offsets, tiles, SPLIT == 1 ? 0 : warp, SPLIT);
+            multiply_rows<Half>(sums, ring, from, a.tokens, offsets, tiles, first_step, SPLIT);
+            if (token + TILES * 8 >= count) from = rows_at(item + gridDim.x);
+            load_ahead(ring, from, first_step, SPLIT);
             if constexpr (SPLIT == 1) {
                 DMOE_UNROLL
                 for (int j = 0; j < TILES; ++j) {

@@ -26,6 +26,33 @@ Creator<ExpertsPlugin>& expertsCreator()
     return creator;
 }
 
+// TensorRT-RTX 1.7 (found out by calling it): its loggers are interfaces with a version, which those of TensorRT 10 are
+// not, so that log() has another place in the table of functions.
+class VersionedLogger : public nvinfer1::IVersionedInterface {
+public:
+    virtual void log(nvinfer1::ILogger::Severity severity, nvinfer1::AsciiChar const* message) noexcept = 0;
+};
+constexpr int32_t kRtxMajor = 1;
+
+// A function of the TensorRT in this process; null where there is none. Python loads TensorRT-RTX for itself alone.
+template <class Function>
+Function* ofTensorRT(char const* name)
+{
+    void* found = dlsym(RTLD_DEFAULT, name);
+    if (found == nullptr) {
+        void* const rtx = dlopen("libtensorrt_rtx.so.1", RTLD_LAZY | RTLD_NOLOAD);
+        found = rtx ? dlsym(rtx, name) : nullptr;
+    }
+    return reinterpret_cast<Function*>(found);
+}
+
+// Major version of the TensorRT in this process; 0 where there is none.
+int32_t runningMajor()
+{
+    auto* const major = ofTensorRT<int32_t()>("getInferLibMajorVersion");
+    return major ? major() : 0;
+}
+
 // TensorRT unpacks the copy inside an engine under a name of its own and asks getCreators itself.
 bool loadedUnderOwnName()
 {
@@ -43,9 +70,8 @@ __attribute__((constructor)) void registerOnLoad()
     if (!loadedUnderOwnName()) {
         return;
     }
-    auto const version = reinterpret_cast<int32_t (*)()>(dlsym(RTLD_DEFAULT, "getInferLibVersion"));
-    auto const registry = reinterpret_cast<nvinfer1::IPluginRegistry* (*) ()>(dlsym(RTLD_DEFAULT, "getPluginRegistry"));
-    if (version == nullptr || registry == nullptr || version() / 10000 != NV_TENSORRT_MAJOR) {
+    auto* const registry = ofTensorRT<nvinfer1::IPluginRegistry*()>("getPluginRegistry");
+    if (registry == nullptr || runningMajor() != NV_TENSORRT_MAJOR) {
         return;
     }
     registry()->registerCreator(routeCreator(), kNamespace);
@@ -58,12 +84,15 @@ void logError(std::string const& message) noexcept
 {
     std::lock_guard<std::mutex> const lock(gLoggerMutex);
     auto* logger = gLoggerFinder ? gLoggerFinder->findLogger() : nullptr;
-    if (logger == nullptr) { // TensorRT-RTX 1.7 finds none for a library that is loaded by hand
-        auto const global = reinterpret_cast<nvinfer1::ILogger* (*) ()>(dlsym(RTLD_DEFAULT, "getLogger"));
+    if (logger == nullptr) { // a library that was loaded by hand may be told of none
+        auto* const global = ofTensorRT<nvinfer1::ILogger*()>("getLogger");
         logger = global ? global() : nullptr;
     }
-    if (logger != nullptr) {
+    int32_t const running = runningMajor();
+    if (logger != nullptr && running == NV_TENSORRT_MAJOR) {
         logger->log(nvinfer1::ILogger::Severity::kERROR, message.c_str());
+    } else if (logger != nullptr && running == kRtxMajor) {
+        reinterpret_cast<VersionedLogger*>(logger)->log(nvinfer1::ILogger::Severity::kERROR, message.c_str());
     }
 }
 
