@@ -79,7 +79,7 @@ accuracy: out/sample.bundle/manifest.json
 BENCH := out/bench
 SIZE := --geometry llada2.0-mini --layers 4 --work $(BENCH)/work
 
-bench: $(READY) $(PLUGINS)
+bench: $(READY) $(PLUGINS) $(CPU_OPS)
 	$(BIN)/dmoe-export bench step $(SIZE) --active-experts 15,70 --out $(BENCH)/step.json --plot $(BENCH)/step.png
 	$(BIN)/dmoe-export bench generate $(SIZE) --coreset 15,all --max-new-tokens 32 --rounds 2 \
 		--out $(BENCH)/generate.json --plot $(BENCH)/generate.png
@@ -93,7 +93,7 @@ bench-export: $(READY)
 gpu-test: $(READY) $(PLUGINS)
 	$(BIN)/python -m pytest -m gpu
 
-gpu-bench: $(READY) $(PLUGINS)
+gpu-bench: $(READY) $(PLUGINS) $(CPU_OPS)
 	$(BIN)/python benchmarks/gpu_kernels.py
 	$(BIN)/python benchmarks/gpu_residency.py
 	$(BIN)/python benchmarks/gpu_generate.py
