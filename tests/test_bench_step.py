@@ -173,3 +173,17 @@ def test_watched_sessions_tell_the_time_of_their_calls(tiny_bundle):
     assert watch.calls == 0 and watch.seconds == 0
     backend.forward(ForwardInputs(token, token, token, {}), backend.new_cache(1))
     assert watch.calls == 1 and watch.seconds > 0
+
+
+def test_quantised_experts_count_with_their_scales_and_are_traced_anew(tiny_bundle, tmp_path, monkeypatch):
+    arguments = ("step", "--geometry", "tiny", "--precision", "int8", "--cached", 0, "--active-experts", 8,
+                 "--work", tmp_path, *QUICK)
+    found = bench_json(*arguments)
+    assert found["precision"] == "fp32, experts int8 in groups of 32"
+    whole = bench_json("step", tiny_bundle.folder, "--cached", 0, "--active-experts", 8, *QUICK)
+    saved = whole["results"][0]["bytes_touched"] - found["results"][0]["bytes_touched"]
+    # Stored in groups of 32: one byte a weight and four a scale, instead of four bytes a weight.
+    assert saved == pytest.approx(8 * 3 * 32 * 24 * (4 - 1 - 4 / 32), rel=0.01)
+    monkeypatch.setattr("dmoe_export.bench.workload.sources_digest", lambda: "other sources")
+    monkeypatch.setattr("dmoe_export.export.exporter.export_checkpoint", None)  # not made again
+    assert bench_json(*arguments)["precision"] == found["precision"]

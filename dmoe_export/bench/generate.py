@@ -138,7 +138,7 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
             done += 1
             advance(f"{side}, {setting.prompt_tokens} prompt tokens, coreset {setting.coreset}", done, total)
     return GenerateBench(
-        model=manifest.model.architecture, layers=manifest.model.num_layers, precision=manifest.precision,
+        model=manifest.model.architecture, layers=manifest.model.num_layers, precision=manifest.precision_in_words,
         routing=manifest.routing.mode, block_length=manifest.routing.block_length, max_new_tokens=max_new_tokens,
         steps=steps, rounds=rounds, limits=limits,
         results=[_result(setting, turns["ours", setting], {name: turns[name, setting] for name in peers})

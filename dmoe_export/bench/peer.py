@@ -33,9 +33,10 @@ from ..ops.block_route.eager import block_route
 
 def weights_of(bundle: Bundle) -> dict[str, Tensor]:
     """Float32 weights by name, mapped from the bundle's files; raises MissingRequirementError for other precisions."""
-    if bundle.manifest.precision != "fp32":
+    precision = bundle.manifest.precision_in_words
+    if precision != "fp32":
         raise MissingRequirementError(f"The PyTorch baseline runs float32 bundles, and {bundle.folder.name} has "
-                                      f"precision {bundle.manifest.precision}; export with --precision fp32 or use "
+                                      f"precision {precision}; export with --precision fp32 or use "
                                       "--peer none.")
     found: dict[str, Tensor] = {}
     for name, value in ir.load(bundle.denoiser_path).graph.initializers.items():

@@ -71,7 +71,7 @@ class StepResult(Frozen):
     ratio: float = Field(description="median over rounds of step / products of the same round")
     ratio_of_least: float = Field(description="fastest step / fastest products")
     flop: int
-    bytes_touched: int = Field(description="weights, keys and values in the bundle's precision, each read once")
+    bytes_touched: int = Field(description="weights, keys and values as the bundle stores them, each read once")
     limit_seconds: float = Field(description="sum over products of max(operations / rate, bytes / bandwidth)")
     limit_share: float = Field(description="limit_seconds / median step")
     gb_per_s: float
@@ -189,11 +189,10 @@ def run(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], opt
     for count in active:
         mine = [(case, products) for case, products in zip(cases, work, strict=True) if case.active == count]
         profiles = _profiles(bundle, [case for case, _ in mine], options)
-        itemsize = 4 if manifest.precision == "fp32" else 2
-        results += [_result(case, products, profile, limits, itemsize)
+        results += [_result(case, products, profile, limits, _sizes(bundle))
                     for (case, products), profile in zip(mine, profiles, strict=True)]
         tell("profile")
-    return StepBench(model=d.architecture, layers=d.num_layers, precision=manifest.precision,
+    return StepBench(model=d.architecture, layers=d.num_layers, precision=manifest.precision_in_words,
                      routing=manifest.routing.mode, tokens=options.tokens, rows=rows, phase=options.phase,
                      limits=limits, results=results)
 
@@ -244,15 +243,25 @@ def _profiles(bundle: Bundle, cases: list[_Case], options: StepOptions) -> list[
     return profiles
 
 
-def _result(case: _Case, products: list[Product], profile: Profile, limits: Limits, itemsize: int) -> StepResult:
+def _sizes(bundle: Bundle) -> Callable[[Product], float]:
+    """Bytes of one number of a product's right-hand side; an expert's with its scales."""
+    manifest, d = bundle.manifest, bundle.manifest.model
+    dense = 4 if manifest.precision == "fp32" else 2
+    expert = (manifest.bytes_per_expert / (3 * d.hidden_size * manifest.experts.stored_width) if manifest.experts
+              else dense)
+    return lambda product: 4 if product.part == "router" else expert if product.part == "experts" else dense
+
+
+def _result(case: _Case, products: list[Product], profile: Profile, limits: Limits,
+            size: Callable[[Product], float]) -> StepResult:
     each = [median(times) for times in zip(*case.products, strict=True)]
     sums = [sum(times) for times in case.products]
     by_part: dict[str, float] = {}
     for product, seconds in zip(products, each, strict=True):
         by_part[product.part] = by_part.get(product.part, 0.0) + 1e3 * seconds
-    flop, touched = sum(p.flop for p in products), itemsize * sum(p.values for p in products)
+    flop, touched = sum(p.flop for p in products), round(sum(size(p) * p.values for p in products))
     seconds, session = Spread.of(case.seconds), Spread.of(case.session)
-    limit = sum(limits.seconds(p.flop, itemsize * p.values) for p in products)
+    limit = sum(limits.seconds(p.flop, size(p) * p.values) for p in products)
     middle = sorted(range(len(profile.runs)), key=lambda i: sum(profile.runs[i].values()))[len(profile.runs) // 2]
     ops = sorted(profile.ops[middle].items(), key=lambda item: -item[1][0])
     return StepResult(

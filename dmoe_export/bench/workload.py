@@ -69,7 +69,8 @@ def _retraced(folder: Path) -> bool:
         return False
     width = manifest.experts.stored_width if manifest.experts else 0
     old = ir.load(folder / manifest.denoiser.file).graph.initializers
-    model = trace_denoiser(manifest.model, manifest.routing, DTYPES[manifest.precision], width)
+    model = trace_denoiser(manifest.model, manifest.routing, DTYPES[manifest.precision], width,
+                           manifest.quantisation)
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
             continue
