@@ -52,14 +52,16 @@ class DataType(enum.Enum):
     HALF = "tensor(float16)"
     INT32 = "tensor(int32)"
     INT64 = "tensor(int64)"
+    UINT8 = "tensor(uint8)"
 
     @property
     def itemsize(self):
-        return {"FLOAT": 4, "HALF": 2, "INT32": 4, "INT64": 8}[self.name]
+        return {"FLOAT": 4, "HALF": 2, "INT32": 4, "INT64": 8, "UINT8": 1}[self.name]
 
     @property
     def numpy(self):
-        return {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64}[self.name]
+        return {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64,
+                "UINT8": np.uint8}[self.name]
 
 
 class ILogger:
@@ -245,7 +247,7 @@ def check_slots(pools, feeds):
         slots = feeds[pool["slot_of_expert"]]
         resident = np.flatnonzero(slots >= 0)
         assert len(set(slots[resident])) == len(resident), f"two experts in a slot of {pool['gate_up_pool']}: {slots}"
-        for tensor in ("gate_up", "down"):
+        for tensor in (name for name in ("gate_up", "down", "gate_up_scales", "down_scales") if pool[name]):
             have, want = feeds[pool[f"{tensor}_pool"]], feeds[pool[tensor]]
             for expert in resident:
                 right = have[slots[expert]].tobytes() == want[expert].tobytes()
@@ -253,13 +255,14 @@ def check_slots(pools, feeds):
 
 
 def weights_as_inputs(source, target, of_file):
-    """A copy of a graph whose initializers in `of_file` are inputs; their (name, offset, bytes, shape)."""
+    """A copy of a graph whose initializers in `of_file` are inputs; their (name, offset, bytes, dtype, shape)."""
     model = onnx.load(source, load_external_data=False)
     found = []
     for tensor in list(model.graph.initializer):
         where = {entry.key: entry.value for entry in tensor.external_data}
         if where.get("location") == of_file:
-            found.append((tensor.name, int(where["offset"]), int(where["length"]), list(tensor.dims)))
+            found.append((tensor.name, int(where["offset"]), int(where["length"]),
+                          str(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)), list(tensor.dims)))
             model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
             model.graph.initializer.remove(tensor)
     onnx.save(model, target)

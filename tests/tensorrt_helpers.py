@@ -27,11 +27,12 @@ def bundle_with_engine(golden_bundle, folder):
     """A copy of the golden bundle with an engine whose experts are external."""
     shutil.copytree(golden_bundle.folder, folder)
     found = weights_as_inputs(folder / "denoiser.onnx", folder / "external.onnx", "experts.bin")
-    assert len(found) == 2 * len(golden_bundle.manifest.model.moe_layers)
+    tensors = 4 if golden_bundle.manifest.quantisation else 2
+    assert len(found) == tensors * len(golden_bundle.manifest.model.moe_layers)
     (folder / "a.engine").write_text(json.dumps({
         "onnx": str(folder / "external.onnx"), "plugins": True, "profiles": [p.model_dump() for p in PROFILES]}))
-    weights = [WeightInput(name=name, file="experts.bin", offset=offset, bytes=size, dtype="float32", shape=shape)
-               for name, offset, size, shape in found]
+    weights = [WeightInput(name=name, file="experts.bin", offset=offset, bytes=size, dtype=dtype, shape=shape)
+               for name, offset, size, dtype, shape in found]
     entry = EngineEntry(file="a.engine", flavour="tensorrt", version="11.4.0.0", targets=["sm86", "sm89"],
                         precision="fp32", experts="external", experts_op="plugin", profiles=PROFILES,
                         plugin_build="b1", plugin_nodes=4, fallback_nodes=0, weight_inputs=weights)
@@ -44,11 +45,13 @@ def bundle_with_resident_engine(bundle, folder):
     (entry,) = plain.manifest.engines
     model = onnx.load(folder / "external.onnx", load_external_data=False)
     pools = add_pools(model, entry.weight_inputs)
-    nodes = []
+    nodes, left = [], iter(pools)
     for node in model.graph.node:
         if node.op_type == "DmoeExperts":
-            gate_up, down, slots, gate_up_pool, down_pool = node.input[3:]
-            found = [_looked_up(nodes, slots, *pair) for pair in ((gate_up_pool, gate_up), (down_pool, down))]
+            pool = next(left)
+            assert list(node.input[3:]) == [*(weight for weight, _ in pool.pairs), pool.slot_of_expert,
+                                            *(slots for _, slots in pool.pairs)]
+            found = [_looked_up(nodes, pool.slot_of_expert, slots, weight) for weight, slots in pool.pairs]
             del node.input[3:]
             node.input.extend(found)
             node.attribute.remove(next(a for a in node.attribute if a.name == "residency"))

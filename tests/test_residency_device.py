@@ -13,7 +13,7 @@ import pytest
 from device_helpers import decode
 from tensorrt_helpers import Setup, bundle_with_engine, bundle_with_resident_engine, changed
 
-from dmoe_export import Generator
+from dmoe_export import Generator, export_checkpoint
 from dmoe_export.bundle.manifest import FileEntry
 from dmoe_export.bundle.reader import hash_file
 from dmoe_export.errors import MissingRequirementError
@@ -68,6 +68,13 @@ def sample_subject(sample_bundle, tmp_path_factory):
     return Subject(sample_bundle, tmp_path_factory.mktemp("s") / "b", [[5, 9, 40, 7, 77, 12], [30] * 40])
 
 
+@pytest.fixture(scope="module")
+def quantised_subject(tiny_checkpoint, tmp_path_factory):
+    """Experts of 4 bits, whose scales move with them."""
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("q") / "int4", precision="int4")
+    return Subject(bundle, tmp_path_factory.mktemp("q") / "b", [[5, 9, 40, 7, 77, 12], [30] * 40])
+
+
 def _run(monkeypatch, subject, percent, interval, pace, graphs=True):
     """Decode under a budget; everything that must hold whatever it is."""
     setup = Setup(monkeypatch, subject.bundle, graphs)
@@ -96,6 +103,13 @@ def test_tokens_do_not_depend_on_budget_and_interval(monkeypatch, sample_subject
 def test_golden_model(monkeypatch, golden_subject, percent, interval, pace):
     s, _, _ = _run(monkeypatch, golden_subject, percent, interval, pace)
     assert (s.hits == 0) == (pace == 1)  # on a link that slow no copy ever arrives, and all is served from the host
+
+
+@pytest.mark.parametrize(("percent", "interval"), [(100, 4), (25, 4)])
+def test_quantised_experts(monkeypatch, quantised_subject, percent, interval):
+    """Four tensors per layer: `_run` counts the bytes of scales too, the stand-in compares every slot."""
+    s, _, _ = _run(monkeypatch, quantised_subject, percent, interval, pace=100_000)
+    assert s.hits > 0 and (s.misses == 0) == (percent == 100)
 
 
 def test_recorded_steps_follow_the_table(monkeypatch, golden_subject):

@@ -9,6 +9,15 @@
 #include <string_view>
 
 namespace dmoe {
+
+// TensorRT-RTX 1.7 (found out by calling it): its loggers are interfaces with a version, which those of TensorRT 10 are
+// not, so that log() has another place in the table of functions. Not in the unnamed namespace: there the compiler sees
+// that nobody implements it, and calls nothing.
+class VersionedLogger : public nvinfer1::IVersionedInterface {
+public:
+    virtual void log(nvinfer1::ILogger::Severity severity, nvinfer1::AsciiChar const* message) noexcept = 0;
+};
+
 namespace {
 
 nvinfer1::ILoggerFinder* gLoggerFinder{};
@@ -26,12 +35,6 @@ Creator<ExpertsPlugin>& expertsCreator()
     return creator;
 }
 
-// TensorRT-RTX 1.7 (found out by calling it): its loggers are interfaces with a version, which those of TensorRT 10 are
-// not, so that log() has another place in the table of functions.
-class VersionedLogger : public nvinfer1::IVersionedInterface {
-public:
-    virtual void log(nvinfer1::ILogger::Severity severity, nvinfer1::AsciiChar const* message) noexcept = 0;
-};
 constexpr int32_t kRtxMajor = 1;
 
 // A function of the TensorRT in this process; null where there is none. Python loads TensorRT-RTX for itself alone.
