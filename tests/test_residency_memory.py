@@ -39,7 +39,8 @@ if options:
     generator.backend._tier.wait()
 print(file_backed_bytes() - FileIdentity.of(folder / "experts.bin").resident_bytes(), flush=True)
 answer = generate()
-print(json.dumps({"tokens": answer.token_ids, "residency": answer.stats.residency}))
+high = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+print(json.dumps({"tokens": answer.token_ids, "residency": answer.stats.residency, "high": high}))
 """
 
 
@@ -96,6 +97,15 @@ def test_resident_memory_obeys_the_budget(wide_bundle, plain, budget, interval):
     residency = answer["residency"]
     assert residency["peak_bytes"] == budget // EXPERT * EXPERT
     assert residency["misses"] > 0 and residency["dropped_bytes"] > budget
+
+
+@pytest.mark.alone
+def test_the_whole_process_grows_by_the_budget_alone(wide_bundle):
+    """Resident set size of everything: what is no expert is the same for every budget."""
+    most = {budget: _run(wide_bundle, expert_budget=budget)[0]["high"] for budget in (4 * EXPERT, 160 << 20, 300 << 20)}
+    rest = most[4 * EXPERT] - 4 * EXPERT
+    for budget, high in most.items():
+        assert 0.9 * budget < high - rest < 1.1 * budget
 
 
 @pytest.fixture

@@ -41,10 +41,9 @@ class PieceSession:
         """Raises MissingRequirementError without the onnx package; `source` may be set later."""
         self.source, self._kernel = source, uses_cpu_ops(cpu_ops)
         cut = cut_at_experts(bundle.denoiser_path, len(bundle.manifest.model.moe_layers), self._kernel)
-        # Threads of twenty sessions that spin would take the processor from the one that works.
-        self._pieces = [(piece, open_session(piece.model, bundle, threads, spinning=False, cpu_ops="off"))
+        self._pieces = [(piece, open_session(piece.model, bundle, threads, alone=False, cpu_ops="off"))
                         for piece in cut.pieces]
-        self._experts = open_session(cut.experts, bundle, threads, spinning=False, cpu_ops=cpu_ops)
+        self._experts = open_session(cut.experts, bundle, threads, alone=False, cpu_ops=cpu_ops)
         self._mixtures: list[Mixture | None] = [*cut.mixtures, None]
         self._last_use = {name: number for number, piece in enumerate(cut.pieces) for name in piece.inputs}
 

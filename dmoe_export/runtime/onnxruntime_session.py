@@ -19,21 +19,22 @@ class Session(Protocol):
         ...
 
 
-def open_session(model: str | bytes, bundle: Bundle, threads: int | None, spinning: bool = True,
+def open_session(model: str | bytes, bundle: Bundle, threads: int | None, alone: bool = True,
                  cpu_ops: CpuOps = "auto") -> Any:
     """A session over a file or, as bytes, an edited graph over the bundle's data files.
 
-    `spinning`: its threads wait for work awake, which takes the processor from other sessions. `cpu_ops`: whether our
-    kernels compute the experts ("auto": where installed). Raises MissingRequirementError where this ONNX Runtime
-    cannot load it.
+    `alone`: not one of many that run in turn; these should neither take the processor from each other, by threads that
+    wait for work awake, nor keep memory of their own. `cpu_ops`: whether our kernels compute the experts ("auto": where
+    installed). Raises MissingRequirementError where this ONNX Runtime cannot load it.
     """
     path = bundle.denoiser_path if isinstance(model, bytes) else model
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = threads
-    if not spinning:
+    if not alone:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.enable_cpu_mem_arena = False
     if bundle.manifest.quantisation and bundle.manifest.precision != "fp32":
         cpu_ops = "off"  # our kernels take scales in float32; bundles with others are made for GPUs
     model = use_cpu_ops(model, options, cpu_ops)
