@@ -20,6 +20,7 @@ from gpu_common import (
     TYPES,
     ExpertsShapeC,
     KernelLibrary,
+    QuantisationC,
     RouteAttributesC,
     describe_device,
     describe_run,
@@ -32,6 +33,7 @@ GEOMETRIES = {"mini": (256, 8, 2048, 512), "flash": (256, 8, 4096, 1024)}  # E, 
 TOKENS = (32, 128, 512)
 ACTIVE = (10, 15, 20, 40, 80, 87, 256)
 DMOE, TOKEN_ROUTING = 15, 87  # experts of a block of 32 in a layer, with a coreset and without one
+GROUP = 64  # integer weights per scale
 ROUTE_EXPERTS, ROUTE_TOKENS = (64, 256, 1024), (32, 128, 512, 4096)
 
 
@@ -66,13 +68,19 @@ class Memory:
 
     def random_halfs(self, count: int, kind: str, scale: float) -> int:
         """`count` 16-bit numbers around 0: a pattern of at most 4 Mi, repeated."""
-        part = min(count, 4 << 20)
-        values = self._rng.standard_normal(part, np.float32) * np.float32(scale)
+        values = self._rng.standard_normal(min(count, 4 << 20), np.float32) * np.float32(scale)
         words = values.astype(np.float16).view(np.uint16) if kind == "fp16" else (
             values.view(np.uint32) >> 16).astype(np.uint16)
-        address = self.put(words, self.empty(2 * count))
-        for start in range(part, count, part):
-            self.device.copy(address + 2 * start, address, 2 * min(part, count - start), self.stream)
+        return self._repeated(words.view(np.uint8), 2 * count)
+
+    def random_bytes(self, count: int) -> int:
+        """`count` integers of 8 bits, or twice as many of 4."""
+        return self._repeated(self._rng.integers(0, 256, min(count, 8 << 20), np.uint8), count)
+
+    def _repeated(self, pattern: np.ndarray, size: int) -> int:
+        address = self.put(pattern, self.empty(size))
+        for start in range(len(pattern), size, len(pattern)):
+            self.device.copy(address + start, address, min(len(pattern), size - start), self.stream)
         self.device.synchronize(self.stream)
         return address
 
@@ -114,8 +122,31 @@ def measure_experts(device: Any, stream: int, library: KernelLibrary, geometry: 
     return results
 
 
+def measure_quantised(device: Any, stream: int, library: KernelLibrary, geometry: tuple[int, int, int, int], bits: int,
+                      cases: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The same with weights of 8 or 4 bits; scales count as bytes of an expert."""
+    experts, k, hidden, width = geometry
+    values = 3 * hidden * width
+    results = []
+    with Memory(device, stream) as memory:
+        sizes = (2 * width * hidden, hidden * width)
+        weights = tuple(memory.random_bytes(experts * size * bits // 8) for size in sizes)
+        scales = [memory.random_halfs(experts * size // GROUP, "fp16", 2.0 ** (1 - bits) * hidden**-0.5)
+                  for size in sizes]
+        quantisation = QuantisationC(bits, GROUP, *scales)
+        for tokens, active in cases:
+            if k <= active <= min(experts, tokens * k):
+                shape = ExpertsShapeC(tokens, k, experts, hidden, width, TYPES["fp16"])
+                results.append({"experts": experts, "k": k, "hidden": hidden, "width": width, "type": f"int{bits}",
+                                "tokens": tokens, "active": active,
+                                "expert_bytes": active * (values * bits // 8 + values // GROUP * 2),
+                                **_measure_case(device, stream, library, shape, active, weights, None, quantisation)})
+    return results
+
+
 def _measure_case(device: Any, stream: int, library: KernelLibrary, shape: ExpertsShapeC, active: int,
-                  weights: tuple[int, int], baseline: Callable[..., dict[str, Any]] | None) -> dict[str, Any]:
+                  weights: tuple[int, ...], baseline: Callable[..., dict[str, Any]] | None,
+                  quantisation: QuantisationC | None = None) -> dict[str, Any]:
     kind = next(name for name, number in TYPES.items() if number == shape.type)
     tokens, k, hidden = shape.tokens, shape.places, shape.hidden
     with Memory(device, stream) as memory:
@@ -127,6 +158,8 @@ def _measure_case(device: Any, stream: int, library: KernelLibrary, shape: Exper
 
         def on(ids: int) -> Callable[[int], None]:
             addresses = [states, ids, pair_weights, *weights, mixed, workspace]
+            if quantisation:
+                return lambda s: library.experts_quantised(shape, quantisation, addresses, s)
             return lambda s: library.experts(shape, addresses, s)
 
         result: dict[str, Any] = {"sets": len(sets), **time_calls(device, stream, [on(memory.put(x)) for x in sets])}
@@ -186,6 +219,8 @@ def run(device: Any, library: KernelLibrary, quick: bool = False, geometries: An
                 result.setdefault("left_out", []).append(f"{name}: its weights of {needed} bytes do not fit")
                 continue
             result["experts"] += measure_experts(device, stream, library, geometry, kind, cases, baseline)
+        for bits in (8, 4) if name == "mini" else ():
+            result["experts"] += measure_quantised(device, stream, library, geometry, bits, cases)
     add_rates(result["experts"], result["copy"]["bytes_per_second"], about["l2_bytes"])
     result["dmoe_against_token_routing"] = routing_ratio(result["experts"])
     result["route"] = [measure_route(device, stream, library, experts, tokens, mode) for mode in MODES

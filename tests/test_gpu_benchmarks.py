@@ -41,9 +41,11 @@ class TestBenchmarks:
         device = HostDevice()
         device.fake = device._cuda = TimedFake(memory=1 << 30)
         library = KernelLibrary(Path(kernel_helpers.library()._name))
-        route, experts = library.route, library.experts
+        route, experts, quantised = library.route, library.experts, library.experts_quantised
         monkeypatch.setattr(library, "route", lambda *a: device.fake.enqueue(a[-1], lambda: route(*a)))
         monkeypatch.setattr(library, "experts", lambda *a: device.fake.enqueue(a[-1], lambda: experts(*a)))
+        monkeypatch.setattr(library, "experts_quantised", lambda *a: device.fake.enqueue(a[-1], lambda: quantised(*a)))
+        monkeypatch.setattr(gpu_kernels, "GROUP", 32)
         monkeypatch.setattr(gpu_kernels, "ACTIVE", (2, 5, 6, 17))
         monkeypatch.setattr(gpu_kernels, "DMOE", 2)
         monkeypatch.setattr(gpu_kernels, "TOKEN_ROUTING", 6)
@@ -52,14 +54,16 @@ class TestBenchmarks:
         monkeypatch.setattr(gpu_kernels, "MODES", {"top_p": 1})
         monkeypatch.setattr(gpu_kernels, "time_calls", functools.partial(gpu_common.time_calls, replays=2, warm_up=1))
         seen = []
-        result = gpu_kernels.run(device, library, quick=True, geometries={"mini": (12, 2, 64, 16)},
+        result = gpu_kernels.run(device, library, quick=True, geometries={"mini": (12, 2, 64, 32)},
                                  baseline=lambda *a: seen.append(a) or {"graph_ms": 4.0}, copy_bytes=1 << 20)
         assert result["copy"]["bytes_per_second"] == 2 * (1 << 20) / 2e-3
         assert [(r["type"], r["active"]) for r in result["experts"]] == [
-            (kind, active) for kind in ("fp16", "bf16") for active in (2, 5, 6)], "17 of 12 experts cannot be active"
+            (kind, active) for kind in ("fp16", "bf16", "int8", "int4") for active in (2, 5, 6)], "17 cannot be active"
         first = result["experts"][0]
         assert first["calls_per_replay"] == 6 and first["ms"] == pytest.approx(2 / 6)  # a graph is one piece of work
-        assert first["expert_bytes"] == 2 * 3 * 16 * 64 * 2
+        values = 2 * 3 * 32 * 64
+        assert first["expert_bytes"] == values * 2
+        assert [r["expert_bytes"] for r in result["experts"][6::3]] == [values * 17 // 16, values * 9 // 16]
         assert first["bytes_per_second"] == pytest.approx(first["expert_bytes"] / first["ms"] * 1e3)
         assert first["torch_over_ours"] == pytest.approx(4.0 * 6 / 2) and len(seen) == 6
         assert result["dmoe_against_token_routing"][0]["bytes_ratio"] == 3

@@ -111,6 +111,9 @@ def _parse(plan: BuildPlan, builder: Any, logger: Any) -> Any:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         first = (f"{errors[0].desc()} (node {errors[0].node_name()}, {errors[0].node_operator()})" if errors
                  else "no reason was given")
+        # TensorRT only says that a plugin was not created; the plugin says why.
+        own = [line.removeprefix("error: ").rstrip(".") for line in logger.told if line.startswith("error: Dmoe")]
+        first = own[0] if own else first
         raise CheckError(f"{plan.flavour.name} {plan.flavour.version} cannot parse {plan.bundle.denoiser_path}: "
                          f"{first}.")
     return network
