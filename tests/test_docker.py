@@ -59,9 +59,10 @@ def test_dry_run_shows_the_steps_and_does_nothing(tmp_path):
                     "--dry-run")
     assert done.returncode == 0, done.stderr
     commands = [line.strip() for line in done.stdout.splitlines() if line.startswith("    ")]
-    assert commands[1:4] == [
+    assert commands[1:5] == [
         f"python3 -m venv --system-site-packages {tmp_path}/v",
         f"{tmp_path}/v/bin/python plugins/build.py --code 90",
+        f"{tmp_path}/v/bin/python plugins/cpu/build.py --optional",
         f"{tmp_path}/v/bin/python -m pip install --no-cache-dir --constraint constraints.txt .[tensorrt,export]"]
     assert not list(tmp_path.iterdir())
 

@@ -1,6 +1,6 @@
 """Build libdmoe_cpu.so, the experts op for ONNX Runtime's CPU provider, and put it where the package finds it.
 
-    python plugins/cpu/build.py [--sanitize] [--out FILE]        (make cpu-ops)
+    python plugins/cpu/build.py [--optional] [--sanitize] [--out FILE]        (make cpu-ops)
 
 Standard library only; needs a C++17 compiler (CXX, else c++) and ONNX Runtime's headers (../onnxruntime/headers.py
 finds or fetches them). A few seconds. Every instruction set is compiled, the processor chooses when it runs.
@@ -80,16 +80,19 @@ def run(*command: str | Path) -> None:
 
 
 def main() -> None:
-    """Build and install; exit code 3 when compiler or headers are missing."""
+    """Build and install; exit code 3 when compiler or headers are missing, 0 if that is `--optional`."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--optional", action="store_true", help="going without, for want of tools, is no failure")
     parser.add_argument("--sanitize", action="store_true", help="address and undefined-behaviour sanitizers")
     parser.add_argument("--out", type=Path, default=INSTALLED)
     arguments, start = parser.parse_args(), time.perf_counter()
     try:
         build(arguments.out, arguments.sanitize)
     except RuntimeError as error:
-        print(f"[cpu-ops] not built: {error}", file=sys.stderr)
-        sys.exit(3 if str(error).startswith((NO_COMPILER, NO_HEADERS)) else 1)
+        tools_missing = str(error).startswith((NO_COMPILER, NO_HEADERS))
+        instead = "; going on with ONNX Runtime's own op" if tools_missing and arguments.optional else ""
+        print(f"[cpu-ops] not built: {error}{instead}", file=sys.stderr)
+        sys.exit(1 if not tools_missing else 0 if arguments.optional else 3)
     size = arguments.out.stat().st_size
     print(f"[cpu-ops] {arguments.out}: {size / 1e3:.0f} kB, {time.perf_counter() - start:.0f} s")
 
