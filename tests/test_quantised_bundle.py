@@ -23,9 +23,12 @@ from dmoe_export.cli import main
 from dmoe_export.decoding.loop import BlockDiffusion
 from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.description import ExpertQuantisation
-from dmoe_export.errors import CheckpointError, InputError
+from dmoe_export.errors import CheckpointError, InputError, MissingRequirementError
 from dmoe_export.export.conversion import Conversion, padded_width
 from dmoe_export.export.quantisation import choose_precision
+from dmoe_export.runtime.cpu_ops import INSTALLED
+from dmoe_export.runtime.onnxruntime_cuda import open_onnxruntime_cuda
+from dmoe_export.runtime.onnxruntime_session import open_session
 
 BITS = {"int8": 8, "int4": 4}
 PROMPTS = [[5, 6, 7, 1, 9, 2, 4, 4, 3, 8], [9, 9, 4]]
@@ -199,6 +202,22 @@ def test_older_manifests_still_open(tiny_bundle, tmp_path):
         del layer["gate_up_scales_offset"], layer["down_scales_offset"]
     path.write_text(json.dumps(manifest))
     assert open_bundle(tmp_path / "b").manifest == tiny_bundle.manifest
+
+
+def test_older_versions_of_onnxruntime_are_refused(bundles, monkeypatch):
+    """1.23 and 1.24.1 compute int4 wrongly and say nothing; measured (docs/quantisation.md)."""
+    monkeypatch.setattr("onnxruntime.__version__", "1.24.1")
+    bundle = bundles["int4"]
+    with pytest.raises(MissingRequirementError, match=r"int4 experts, which ONNX Runtime 1\.24\.1 computes wrongly"):
+        open_session(str(bundle.denoiser_path), bundle, 1, cpu_ops="off")
+    if INSTALLED.is_file():
+        open_session(str(bundle.denoiser_path), bundle, 1, cpu_ops="on")
+
+
+def test_cuda_needs_the_custom_ops(bundles, monkeypatch):
+    monkeypatch.setattr("dmoe_export.runtime.onnxruntime_cuda.has_provider", lambda: True)
+    with pytest.raises(MissingRequirementError, match=r"by our custom ops alone, and .* no fp32 kernels"):
+        open_onnxruntime_cuda(bundles["int8"])
 
 
 def test_scales_and_quantisation_go_together(bundles):

@@ -114,6 +114,11 @@ def open_onnxruntime_cuda(bundle: Bundle, device: Device | None = None) -> Devic
         raise MissingRequirementError(
             f"ONNX Runtime {ort.__version__} here was built without {PROVIDER}; run: pip uninstall -y onnxruntime && "
             f"pip install onnxruntime-gpu, {CPU_INSTEAD}.")
+    custom_ops, reason = choose_custom_ops(bundle)
+    if bundle.manifest.quantisation and custom_ops is None:  # QMoE on CUDA takes weights in another layout
+        raise MissingRequirementError(
+            f"{bundle.folder} has {bundle.manifest.quantisation.name} experts, which {PROVIDER} computes by our custom "
+            f"ops alone, and {reason}; export with --dense-precision fp16 and run `make ort-ops`, {CPU_INSTEAD}.")
     device = device or CudaDevice.open()
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
@@ -122,5 +127,5 @@ def open_onnxruntime_cuda(bundle: Bundle, device: Device | None = None) -> Devic
     # On our stream the provider's work and our copies run in order. TF32 would round the router's float32 products to
     # ten bits, and so choose other experts than the model.
     options = {"device_id": "0", "user_compute_stream": str(stream), "use_tf32": "0"}
-    executor = OnnxRuntimeExecutor(bundle, device, options=options, custom_ops=choose_custom_ops(bundle)[0])
+    executor = OnnxRuntimeExecutor(bundle, device, options=options, custom_ops=custom_ops)
     return DeviceBackend("onnxruntime-cuda", bundle, device, pool, stream, executor, cuda_graphs=False)

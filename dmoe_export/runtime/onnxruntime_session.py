@@ -10,6 +10,8 @@ from ..bundle.reader import Bundle
 from ..errors import MissingRequirementError
 from .cpu_ops import CpuOps, use_cpu_ops
 
+_QUANTISED_FROM = 1, 25
+
 
 class Session(Protocol):
     """What computes the graph."""
@@ -37,7 +39,10 @@ def open_session(model: str | bytes, bundle: Bundle, threads: int | None, alone:
         options.enable_cpu_mem_arena = False
     if bundle.manifest.quantisation and bundle.manifest.precision != "fp32":
         cpu_ops = "off"  # our kernels take scales in float32; bundles with others are made for GPUs
-    model = use_cpu_ops(model, options, cpu_ops)
+    with_kernels = use_cpu_ops(model, options, cpu_ops)
+    if with_kernels is model:
+        _check_version(bundle)
+    model = with_kernels
     if isinstance(model, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
     try:
@@ -46,3 +51,12 @@ def open_session(model: str | bytes, bundle: Bundle, threads: int | None, alone:
         raise MissingRequirementError(
             f"ONNX Runtime {ort.__version__} cannot load {path}: {str(error).splitlines()[0]} "
             "Upgrade with: pip install -U onnxruntime.") from error
+
+
+def _check_version(bundle: Bundle) -> None:
+    """QMoE of older versions takes the nibbles of int4 in another order, without a word."""
+    how, version = bundle.manifest.quantisation, ort.__version__
+    if how and tuple(map(int, version.split(".")[:2])) < _QUANTISED_FROM:
+        raise MissingRequirementError(
+            f"{bundle.folder} has {how.name} experts, which ONNX Runtime {version} computes wrongly; upgrade with: "
+            "pip install -U onnxruntime, or build our CPU kernels with `make cpu-ops`.")
