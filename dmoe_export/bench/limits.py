@@ -84,6 +84,4 @@ def one_node(op: str, attributes: dict[str, Any], shapes: list[list[int | str]],
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    # Workers of one session must not spin while another session's are timed.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -18,6 +18,7 @@ from ..description import ModelDescription
 from .limits import one_node
 
 _BANK = 1 << 27  # floats: 512 MiB, or as large as the largest weight
+_REST = 0.01  # seconds; workers of ONNX Runtime spin for about one thousandth after a call
 Kind = Literal["weight", "scores", "mix"]
 
 
@@ -98,8 +99,16 @@ class Bench:
         self.call_seconds = float(np.median([self._run(tiny) for _ in range(200)]))
 
     def seconds(self, products: Sequence[Product]) -> list[float]:
-        """Of each product, once, in order, without the call."""
-        return [max(0.0, self._run(product) - self.call_seconds) for product in products]
+        """Of each product, once, without the call; session by session, and no other session's workers still spin."""
+        found = [0.0] * len(products)
+        for kind in self._sessions:
+            mine = [i for i, product in enumerate(products) if product.kind == kind]
+            time.sleep(_REST)
+            self._run(products[mine[0]])  # wakes the workers
+            for i in mine:
+                found[i] = max(0.0, self._run(products[i]) - self.call_seconds)
+        time.sleep(_REST)
+        return found
 
     def _run(self, p: Product) -> float:
         lead = () if p.kind == "weight" else (p.batch,)
