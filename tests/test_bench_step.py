@@ -62,8 +62,8 @@ def test_table(tiny_bundle):
 
 
 def test_commit_asks_for_one_row_and_dense_models_have_no_experts():
-    found = bench_json("step", "--geometry", "llada-tiny", "--tokens", 8, "--cached", "0,5", "--phase", "commit",
-                       *QUICK)
+    found = bench_json("step", "--geometry", "llada-tiny", "--block-length", 8, "--tokens", 8, "--cached", "0,5",
+                       "--phase", "commit", *QUICK)
     assert found["model"] == "LLaDAModelLM"
     assert found["rows"] == 1 and all(r["unique_experts"] == [] for r in found["results"])
     assert "experts" not in found["results"][0]["products_by_part"]
@@ -97,6 +97,7 @@ def test_sizes_the_model_does_not_have(tiny_bundle, arguments, said):
 
 @pytest.mark.parametrize(("arguments", "said"), [
     ((), "Give either a BUNDLE or --geometry."),
+    (("some.bundle", "--work", "w"), "--work belongs to --geometry; leave it out with a bundle."),
     (("--geometry", "huge"), "Geometry 'huge' is not known"),
     (("--geometry", "tiny", "--layers", 9), "--layers 9 is not between 2"),
 ])

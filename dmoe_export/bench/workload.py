@@ -18,7 +18,7 @@ _MADE_BY = "made-by.txt"
 
 
 def generated_bundle(work: Path, geometry: str, *, layers: int | None, precision: str, routing: str | None, seed: int,
-                     report: Report | None = None) -> Bundle:
+                     block_length: int | None = None, report: Report | None = None) -> Bundle:
     """The bundle of a geometry in folder `work`; a finished one from before is used again.
 
     Was it made by other sources of this package, then its graph is traced anew over its data files.
@@ -30,7 +30,8 @@ def generated_bundle(work: Path, geometry: str, *, layers: int | None, precision
     except ImportError as error:
         raise MissingRequirementError(f"--geometry needs the exporter ({error}); install it with: pip install "
                                       "'dmoe-export[export]', or give a bundle.") from None
-    name = "-".join(str(part) for part in (geometry, layers or "all", precision, routing or "default", seed))
+    name = "-".join(str(part) for part in (geometry, layers or "all", precision, routing or "default",
+                                           block_length or "default", seed))
     folder, made_by = work / f"{name}.bundle", sources_digest()
     try:
         read_manifest(folder)
@@ -41,7 +42,8 @@ def generated_bundle(work: Path, geometry: str, *, layers: int | None, precision
             (folder / _MADE_BY).write_text(made_by, encoding="utf-8")
             return open_bundle(folder, "sizes")
         shutil.rmtree(folder)
-    options: dict[str, Any] = {"precision": precision, "routing": routing, "report": report}
+    options: dict[str, Any] = {"precision": precision, "routing": routing, "report": report,
+                               "block_length": block_length or 32}
     export_checkpoint(GeneratedCheckpoint(geometry, layers, seed), folder, **options)
     (folder / _MADE_BY).write_text(made_by, encoding="utf-8")
     return open_bundle(folder, "sizes")

@@ -18,7 +18,8 @@ from .progress import byte_bar
 
 _QUIET = 0.05  # of the processor's time
 F = TypeVar("F", bound=Callable[..., Any])
-_NAMES = ("bundle", "geometry", "layers", "precision", "routing", "work", "verify")
+_OF_GEOMETRY = ("layers", "routing", "block_length", "work")
+_NAMES = ("bundle", "geometry", "precision", "verify", *_OF_GEOMETRY)
 
 
 def words(text: str) -> list[str]:
@@ -43,6 +44,7 @@ def bundle_options(command: F) -> F:
                          show_default=True, help="Of the geometry's bundle."),
             click.option("--routing", type=click.Choice(["token", "top_p", "top_c"]),
                          help="Of the geometry's bundle [export's default]."),
+            click.option("--block-length", type=click.IntRange(min=1), help="Of the geometry's bundle [32]."),
             click.option("--work", type=click.Path(path_type=Path),
                          help="Folder that keeps the geometry's bundle for later runs [a temporary one]."),
             click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True,
@@ -59,12 +61,15 @@ def opened(options: dict[str, Any], quiet: bool) -> Iterator[Bundle]:
     if bool(chosen["bundle"]) == bool(chosen["geometry"]):
         raise RequestError("Give either a BUNDLE or --geometry.")
     if chosen["bundle"]:
+        for name in _OF_GEOMETRY:
+            if chosen[name] is not None:
+                raise RequestError(f"--{name.replace('_', '-')} belongs to --geometry; leave it out with a bundle.")
         yield open_bundle(chosen["bundle"], chosen["verify"])
         return
     with tempfile.TemporaryDirectory() as temporary, byte_bar("bundle", 0, shown=not quiet) as report:
         yield generated_bundle(chosen["work"] or Path(temporary), chosen["geometry"], layers=chosen["layers"],
-                               precision=chosen["precision"], routing=chosen["routing"], seed=options["seed"],
-                               report=report)
+                               precision=chosen["precision"], routing=chosen["routing"],
+                               block_length=chosen["block_length"], seed=options["seed"], report=report)
 
 
 def outcome(document: dict[str, Any], out: Path | None, as_json: bool, show: Callable[[], None],
