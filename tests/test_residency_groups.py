@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import sys
@@ -160,7 +161,25 @@ def test_without_populate_pages_are_touched(file, monkeypatch):
     tier.close()
 
 
+def _no_memory(*arguments):
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def test_a_file_that_is_gone_before_it_is_mapped_is_told(file, tmp_path):
+    path = tmp_path / "experts.bin"
+    path.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(BundleError, match="changed or removed"):
+        _tier(path, 2)
+    path.unlink()
+    with pytest.raises(BundleError, match="changed or removed"):
+        _tier(path, 2)
+
+
 def test_what_a_system_may_refuse(file, monkeypatch):
+    monkeypatch.setattr(mapped_experts.mmap, "mmap", _no_memory)
+    with pytest.raises(MissingRequirementError, match=r"cannot be mapped \(Cannot allocate memory\); raise the limit"):
+        _tier(file, 3)
+    monkeypatch.undo()
     advise = mapped_experts.advise
     monkeypatch.setattr(mapped_experts, "advise", lambda *a: a[2] != mapped_experts.DONTDUMP and advise(*a))
     with pytest.raises(MissingRequirementError, match=r"48 mappings of experts apart; raise vm\.max_map_count"):

@@ -55,8 +55,8 @@ from .progress import byte_bar
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
               help="What runs the bundle; auto: the best that fits this machine.")
 @click.option("--threads", type=int, help="Threads per operator on the CPU [ONNX Runtime's choice].")
-@click.option("--expert-budget", help="Memory for experts, such as 4G or 25%; the others wait on disk (CPU, "
-              "float32) or in host memory (TensorRT engine built with --experts resident).")
+@click.option("--expert-budget", help="Memory for experts, such as 4G or 25%; the others wait on disk (CPU, not "
+              "half precision) or in host memory (TensorRT engine built with --experts resident).")
 @click.option("--experts-per-layer", type=int, help="The same, as experts kept per layer.")
 @click.option("--expert-refresh-interval", default="auto", show_default=True,
               help="Denoise steps between changes of the experts kept: auto, never or a number.")

@@ -54,10 +54,20 @@ class MappedExperts:
         self._path, self._each = path, sum(tensor.slab for tensor in layers[0])
         self._capacity = budget // self._each  # experts that may be in memory
         assert self._capacity >= 1, "plan_budget refuses less than a token's experts"
-        self._file = os.open(path, os.O_RDONLY)  # keeps the inode: what is checked is what is mapped
+        try:
+            self._file = os.open(path, os.O_RDONLY)  # keeps the inode: what is checked is what is mapped
+        except OSError:
+            raise self._changed_file() from None
         weakref.finalize(self, os.close, self._file)
         self._stamp = _stamp(os.fstat(self._file))
-        mapping = mmap.mmap(self._file, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+        size = max(tensor.offset + tensor.slab * tensor.shape[0] for layer in layers for tensor in layer)
+        if size > self._stamp[2]:
+            raise self._changed_file()
+        try:
+            mapping = mmap.mmap(self._file, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        except OSError as error:
+            raise MissingRequirementError(f"{path} cannot be mapped ({error.strerror}); raise the limit on address "
+                                          "space (ulimit -v), or leave the expert budget out.") from None
         self._weights = [[np.frombuffer(mapping, tensor.dtype, math.prod(tensor.shape), tensor.offset)
                           .reshape(tensor.shape) for tensor in layer] for layer in layers]
         # Of every tensor the address of expert 0, and the bytes of each expert.
@@ -84,7 +94,7 @@ class MappedExperts:
         except OSError:
             same = False
         if not same:
-            raise BundleError(f"{self._path} was changed or removed while it was in use; open the bundle again.")
+            raise self._changed_file()
 
     def forward_begins(self) -> None:
         """Nothing to do: room is made group by group."""
@@ -143,6 +153,9 @@ class MappedExperts:
             self._closed = True
             for pool in (self._worker, self._reader):
                 pool.shutdown(wait=False, cancel_futures=True)
+
+    def _changed_file(self) -> BundleError:
+        return BundleError(f"{self._path} was changed or removed while it was in use; open the bundle again.")
 
     def _part(self, experts: int) -> None:
         """Make every slab a mapping by itself, read only where it is asked for."""
