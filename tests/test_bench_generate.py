@@ -12,6 +12,7 @@ from dmoe_export.bench.peer import Peer
 from dmoe_export.checkpoint.generated import GeneratedCheckpoint
 from dmoe_export.export.exporter import export_checkpoint
 from dmoe_export.runtime.backend import ForwardInputs
+from dmoe_export.runtime.cpu_ops import uses_cpu_ops
 from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
 
 QUICK = ("--rounds", 1, "--max-new-tokens", 40, "--steps", 3)
@@ -48,9 +49,16 @@ def test_the_published_loop_gives_the_same_tokens(tiny_bundle):
     assert all(r["peers"]["diffusers"]["same_tokens"] for r in found["results"])
 
 
+def test_kernels_off_and_on_give_the_same_tokens(tiny_bundle):
+    found = bench_json("generate", tiny_bundle.folder, "--prompt-tokens", 5, "--peer", "onnxruntime", *QUICK)
+    assert found["results"][0]["peers"]["onnxruntime"]["same_tokens"] is True
+    assert found["cpu_ops"] is uses_cpu_ops()
+
+
 def test_without_a_peer(tiny_bundle):
-    result = bench("generate", tiny_bundle.folder, "--prompt-tokens", 5, "--peer", "none", *QUICK)
+    result = bench("generate", tiny_bundle.folder, "--prompt-tokens", 5, "--peer", "none", "--cpu-ops", "off", *QUICK)
     assert result.exit_code == 0, result.output
+    assert "experts by ONNX Runtime" in result.stdout
     assert "tokens/s" in result.stdout and "NO" not in result.stdout
 
 
@@ -92,7 +100,7 @@ def test_peer_computes_what_the_bundle_does(geometry, tmp_path, tiny_bundle):
     (("--coreset", "17"), "min_experts is 17, it must be between 1 and 16."),
     (("--cache", "dual"), "Cache dual is an approximation"),
     (("--prompt-tokens", "0"), "Prompt 0 is empty"),
-    (("--peer", "mine"), "Peer 'mine' is not known; known: eager, diffusers, none."),
+    (("--peer", "mine"), "Peer 'mine' is not known; known: eager, diffusers, onnxruntime, none."),
 ])
 def test_settings_that_make_no_sense(tiny_bundle, arguments, said):
     result = bench("generate", tiny_bundle.folder, "--prompt-tokens", "5", *QUICK, *arguments)

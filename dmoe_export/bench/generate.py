@@ -17,6 +17,7 @@ from ..decoding.settings import DecodeSettings
 from ..description import Frozen
 from ..errors import RequestError
 from ..generator import Generation, Generator
+from ..runtime.cpu_ops import CpuOps, uses_cpu_ops
 from ..runtime.onnxruntime import OnnxRuntimeBackend
 from .limits import Limits, measure_limits
 from .record import Spread
@@ -72,6 +73,7 @@ class GenerateBench(Frozen):
     layers: int
     precision: str
     routing: str
+    cpu_ops: bool = Field(description="experts are computed by our CPU kernels, not by ONNX Runtime's op")
     block_length: int
     max_new_tokens: int
     steps: int
@@ -114,18 +116,18 @@ def routing_options(bundle: Bundle, coreset: str) -> dict[str, Any]:
 
 
 def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps: int, rounds: int, threads: int,
-        seed: int, peers: Sequence[str],
+        seed: int, peers: Sequence[str], cpu_ops: CpuOps = "auto",
         advance: Callable[[str, int, int], None] = lambda what, done, of: None) -> GenerateBench:
     """Measure all settings; what is compared takes turns, round by round, after a short answer that warms up.
 
-    `peers`: eager, diffusers. Raises RequestError for settings the bundle or a peer does not take,
+    `peers`: eager, diffusers, onnxruntime. Raises RequestError for settings the bundle or a peer does not take,
     MissingRequirementError when a peer cannot run here.
     """
     manifest = bundle.manifest
     options = {setting: {"max_new_tokens": max_new_tokens, "steps": steps, "eos_id": -1, "cache": setting.cache,
                          **routing_options(bundle, setting.coreset)} for setting in chosen}
     limits = measure_limits(threads)
-    sides = {"ours": _ours(bundle, threads)} | {name: _peer(name, bundle, threads) for name in peers}
+    sides = {"ours": _ours(bundle, threads, cpu_ops)} | {name: _peer(name, bundle, threads) for name in peers}
     turns: dict[tuple[str, Setting], list[_Turn]] = {(side, setting): [] for side in sides for setting in chosen}
     total, done = len(turns) * (rounds + 1), 0
     for turn in range(-1, rounds):
@@ -139,7 +141,8 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
             advance(f"{side}, {setting.prompt_tokens} prompt tokens, coreset {setting.coreset}", done, total)
     return GenerateBench(
         model=manifest.model.architecture, layers=manifest.model.num_layers, precision=manifest.precision_in_words,
-        routing=manifest.routing.mode, block_length=manifest.routing.block_length, max_new_tokens=max_new_tokens,
+        routing=manifest.routing.mode, cpu_ops=bool(manifest.model.moe) and uses_cpu_ops(cpu_ops),
+        block_length=manifest.routing.block_length, max_new_tokens=max_new_tokens,
         steps=steps, rounds=rounds, limits=limits,
         results=[_result(setting, turns["ours", setting], {name: turns[name, setting] for name in peers})
                  for setting in chosen])
@@ -153,9 +156,9 @@ def random_prompt(bundle: Bundle, tokens: int, seed: int) -> list[int]:
     return ids.tolist()
 
 
-def _ours(bundle: Bundle, threads: int) -> Answer:
+def _ours(bundle: Bundle, threads: int, cpu_ops: CpuOps) -> Answer:
     with watched() as watch:
-        generator = Generator(bundle, OnnxRuntimeBackend(bundle, threads))
+        generator = Generator(bundle, OnnxRuntimeBackend(bundle, threads, cpu_ops=cpu_ops))
     return lambda prompt, options: _generated(generator, watch, prompt, options)
 
 
@@ -165,8 +168,10 @@ def _peer(name: str, bundle: Bundle, threads: int) -> Answer:
 
         generator = Generator(bundle, Peer(bundle, threads))
         return lambda prompt, options: _generated(generator, None, prompt, options)
+    if name == "onnxruntime":  # ours without our kernels
+        return _ours(bundle, threads, "off")
     if name != "diffusers":
-        raise RequestError(f"Peer {name!r} is not known; known: eager, diffusers, none.")
+        raise RequestError(f"Peer {name!r} is not known; known: eager, diffusers, onnxruntime, none.")
     from .peer_diffusers import DiffusersPeer
 
     peer = DiffusersPeer(bundle, threads)

@@ -23,6 +23,7 @@ from ..decoding.telemetry import unique_experts
 from ..description import Frozen
 from ..errors import CheckError, MissingRequirementError, RequestError
 from ..runtime.backend import ForwardInputs, ForwardOutputs
+from ..runtime.cpu_ops import CpuOps, uses_cpu_ops
 from ..runtime.onnxruntime import OnnxRuntimeBackend
 from .limits import Limits, measure_limits
 from .parts import PARTS, Profile, name_by_part
@@ -46,6 +47,7 @@ class StepOptions:
     repeats: int = 9
     warmup: int = 2
     seed: int = 0
+    cpu_ops: CpuOps = "auto"
 
 
 class OpTime(Frozen):
@@ -87,6 +89,7 @@ class StepBench(Frozen):
     layers: int
     precision: str
     routing: str
+    cpu_ops: bool = Field(description="experts are computed by our CPU kernels, not by ONNX Runtime's op")
     tokens: int
     rows: int
     phase: Phase
@@ -167,7 +170,7 @@ def run(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], opt
     for count in active:
         graph = _graph(bundle, count, options.tokens)
         with watched() as watch:
-            backend = OnnxRuntimeBackend(bundle, options.threads, graph)
+            backend = OnnxRuntimeBackend(bundle, options.threads, graph, cpu_ops=options.cpu_ops)
         cases += [_Case(bundle, backend, watch, count, length, options) for length in cached]
         tell("open")
     rows = cases[0]._inputs.logit_rows.shape[1]
@@ -193,8 +196,8 @@ def run(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], opt
                     for (case, products), profile in zip(mine, profiles, strict=True)]
         tell("profile")
     return StepBench(model=d.architecture, layers=d.num_layers, precision=manifest.precision_in_words,
-                     routing=manifest.routing.mode, tokens=options.tokens, rows=rows, phase=options.phase,
-                     limits=limits, results=results)
+                     routing=manifest.routing.mode, cpu_ops=bool(d.moe) and uses_cpu_ops(options.cpu_ops),
+                     tokens=options.tokens, rows=rows, phase=options.phase, limits=limits, results=results)
 
 
 def _check(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], options: StepOptions) -> None:
@@ -235,7 +238,8 @@ def _profiles(bundle: Bundle, cases: list[_Case], options: StepOptions) -> list[
         for case in cases:
             with watched(Path(folder) / f"profile-{case.cached}") as watch:
                 backend = OnnxRuntimeBackend(bundle, options.threads,
-                                             _graph(bundle, case.active, options.tokens, named=True))
+                                             _graph(bundle, case.active, options.tokens, named=True),
+                                             cpu_ops=options.cpu_ops)
             profiled = _Case(bundle, backend, watch, case.active, case.cached, options)
             for _ in range(options.warmup + _PROFILED):
                 profiled.run()

@@ -34,6 +34,11 @@ def integers(option: str, text: str) -> list[int]:
     return [int(word) for word in words(text)]
 
 
+def computed_by(cpu_ops: bool) -> str:
+    """For the first line of a table."""
+    return "our CPU kernels" if cpu_ops else "ONNX Runtime"
+
+
 def bundle_options(command: F) -> F:
     """BUNDLE or --geometry and what goes with them, and --seed; to be handed to `opened`."""
     for option in reversed((

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..bench.generate import GenerateBench, Side, run, settings
 from ..bench.record import Started
 from ..errors import CheckError
-from .bench_common import bundle_options, integers, opened, outcome, words
+from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
 from .progress import step_bar
 
 
@@ -30,7 +30,10 @@ from .progress import step_bar
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Timed repetitions.")
 @click.option("--peer", "peers", default="eager", show_default=True,
-              help="Compare with, separated by commas: eager (PyTorch), diffusers (its LLaDA2Pipeline), none.")
+              help="Compare with, separated by commas: eager (PyTorch), diffusers (its LLaDA2Pipeline), onnxruntime "
+              "(ours without our kernels), none.")
+@click.option("--cpu-ops", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
+              help="Whether our kernels compute the experts; auto: where they are installed.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
@@ -66,7 +69,8 @@ def _show(result: GenerateBench) -> None:
     limits = result.limits
     console.print(f"{result.model}, {result.layers} layers, {result.precision}, {result.routing}: "
                   f"{result.max_new_tokens} new tokens in blocks of {result.block_length}, {result.steps} steps each, "
-                  f"{limits.threads} threads, {result.rounds} rounds\nlimits: read {limits.read_gb_per_s:.1f} GB/s, "
+                  f"{limits.threads} threads, {result.rounds} rounds, experts by "
+                  f"{computed_by(result.cpu_ops)}\nlimits: read {limits.read_gb_per_s:.1f} GB/s, "
                   f"copy {limits.copy_gb_per_s:.1f} GB/s, product {limits.gflop_per_s:.0f} GFLOP/s")
     table = Table("prompt", "cache", "coreset", "experts", "forwards", "who", "tokens/s", "ms per step", "outside",
                   "ratio", "of steps", "same", title="median (quartiles); ratio = peer's time / ours")

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..bench.parts import PARTS
 from ..bench.record import Started
 from ..bench.step import StepBench, StepOptions, run
-from .bench_common import bundle_options, integers, opened, outcome, words
+from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
 from .progress import step_bar
 
 
@@ -28,6 +28,8 @@ from .progress import step_bar
 @click.option("--repeats", type=click.IntRange(min=1), default=9, show_default=True)
 @click.option("--warmup", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--ops", type=click.IntRange(min=0), default=0, help="Show so many of the slowest ops [none].")
+@click.option("--cpu-ops", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
+              help="Whether our kernels compute the experts; auto: where they are installed.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
@@ -56,7 +58,8 @@ def _show(result: StepBench, ops: int) -> None:
     console = console if console.is_terminal else Console(width=140)
     limits = result.limits
     console.print(f"{result.model}, {result.layers} layers, {result.precision}, {result.routing}: {result.tokens} "
-                  f"tokens, {result.rows} vocabulary rows, {limits.threads} threads\nlimits: read "
+                  f"tokens, {result.rows} vocabulary rows, {limits.threads} threads, experts by "
+                  f"{computed_by(result.cpu_ops)}\nlimits: read "
                   f"{limits.read_gb_per_s:.1f} GB/s, copy {limits.copy_gb_per_s:.1f} GB/s, product "
                   f"{limits.gflop_per_s:.0f} GFLOP/s")
     table = Table("experts", "cached", "step ms", "products ms", "ratio", "of least", "limit", "GB/s", "GFLOP/s",
