@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import numpy as np
 import onnx
@@ -116,6 +117,18 @@ def test_inline_weights_keep_their_bytes(bundles):
         else:
             assert tensor.data_type == old.data_type
     assert changed == 2 * len(bundle.manifest.model.moe_layers)
+
+
+def test_an_engine_with_the_weights_inside(bundles, tmp_path):
+    copy = shutil.copytree(bundles["int4"].folder, tmp_path / "copy")
+    built(copy, "--targets", "sm80", "--experts", "inline")
+    bundle = open_bundle(copy)
+    entry = bundle.manifest.engines[-1]
+    assert not entry.weight_inputs and entry.plugin_nodes == 2 * len(bundle.manifest.model.moe_layers)
+    assert all(check.passed for check in check_engines(bundle))
+    experts = bundle.manifest.bytes_per_expert * bundle.manifest.model.experts.num_experts
+    library = find_library().path.stat().st_size
+    assert (copy / entry.file).stat().st_size > library + experts * len(bundle.manifest.model.moe_layers)
 
 
 @pytest.mark.parametrize(("options", "sentence"), [

@@ -13,6 +13,7 @@ from test_kernels_quantised import make_case
 from test_ort_custom_ops import _assert_same_forward
 
 from dmoe_export import export_checkpoint
+from dmoe_export.errors import MissingRequirementError
 from dmoe_export.ops.experts import QUANTISED_SCHEMA
 from dmoe_export.runtime.ort_custom_ops import check_session, prepare_session
 
@@ -62,6 +63,12 @@ def test_shapes_are_refused(name, shape, text):
     feeds[name] = np.zeros(shape, feeds[name].dtype)
     with pytest.raises(Exception, match=f"DmoeExperts: {text}"):
         session(quantised_model(TensorProto.FLOAT16, bits=4, group_size=32)).run(None, feeds)
+
+
+def test_an_fp32_rest_is_refused(tiny_checkpoint, tmp_path):
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", precision="int4")
+    with pytest.raises(MissingRequirementError, match="export with --dense-precision fp16 or bf16"):
+        prepare_session(bundle, ort.SessionOptions(), library())
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

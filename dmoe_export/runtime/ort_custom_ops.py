@@ -93,9 +93,10 @@ def check_session(session: Any, provider: str) -> None:
 
 def _check_precision(bundle: Bundle) -> None:
     if bundle.manifest.precision == "fp32":
+        option = "--dense-precision" if bundle.manifest.quantisation else "--precision"
         raise MissingRequirementError(
             f"{bundle.folder} has precision fp32, for which the custom op {NAMES[1]} has no kernels; export with "
-            "--precision fp16 or bf16, or leave the custom ops off.")
+            f"{option} fp16 or bf16, or leave the custom ops off.")
 
 
 def without_bodies(model: bytes, names: Collection[str] = NAMES) -> bytes:
