@@ -24,7 +24,6 @@ from types import ModuleType
 HERE = Path(__file__).resolve().parent
 INSTALLED = HERE.parents[1] / "dmoe_export" / "lib" / "libdmoe_cpu.so"
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
-# experts.cpp adds weighted outputs: one rounding per step, as whoever adds them elsewhere.
 SOURCES: dict[str, tuple[str, ...]] = {  # sums over places are also made outside (residency): no fused rounding
     "experts.cpp": ("-ffp-contract=off",), "op.cpp": (), "../onnxruntime/register.cpp": (), "isa_generic.cpp": ()}
 if platform.machine() in ("x86_64", "AMD64"):
