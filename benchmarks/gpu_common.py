@@ -97,10 +97,10 @@ class KernelLibrary:
                    ctypes.c_void_p(stream))
 
     def experts_quantised(self, shape: ExpertsShapeC, quantisation: QuantisationC, addresses: Sequence[int | None],
-                          stream: int) -> None:
-        """`dmoe_experts_quantised` without a pool; addresses as in `experts`."""
-        self._call("dmoe_experts_quantised", ctypes.byref(shape), ctypes.byref(quantisation), None,
-                   *_pointers(addresses, 7), ctypes.c_void_p(stream))
+                          stream: int, pool: ExpertPoolC | None = None) -> None:
+        """`dmoe_experts_quantised`; addresses as in `experts`."""
+        self._call("dmoe_experts_quantised", ctypes.byref(shape), ctypes.byref(quantisation),
+                   pool and ctypes.byref(pool), *_pointers(addresses, 7), ctypes.c_void_p(stream))
 
     def _call(self, name: str, *arguments: Any) -> None:
         self._check(getattr(self._library, name)(*arguments))

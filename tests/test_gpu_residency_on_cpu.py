@@ -14,7 +14,7 @@ import kernel_helpers
 import numpy as np
 import pytest
 from fake_cudart import HostDevice
-from gpu.expert_checks import ExpertCase, routed_ids
+from gpu.expert_checks import ExpertCase, QuantisedCase, routed_ids
 from gpu.residency_checks import ResidentExperts, check_residency
 from gpu.spaces import emulated_space
 from gpu_common import KernelLibrary, gpu_missing
@@ -29,6 +29,12 @@ def space():
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 def test_the_checks_run_and_pass(space, kind):
     check_residency(space, ExpertCase(kind, routed_ids(19, 3, 12, 9, empty=0.1), 12, 72, 24), slots=5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_checks_of_integers_run_and_pass(space, bits):
+    case = QuantisedCase("fp16", routed_ids(19, 3, 12, 9, empty=0.1), 12, 128, 64, bits=bits, group=32)
+    check_residency(space, case, slots=5)
 
 
 def test_the_checks_can_fail(space):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from gpu_common import ExpertPoolC
+from gpu_common import ExpertPoolC, QuantisationC
 
-from .expert_checks import ExpertCase, LoadedExperts
+from .expert_checks import ExpertCase, LoadedExperts, QuantisedCase
 from .spaces import Space
 
 
@@ -15,15 +15,19 @@ class ResidentExperts(LoadedExperts):
     def __init__(self, space: Space, case: ExpertCase, slots: int) -> None:
         super().__init__(space, case)
         self.want = self.run()
-        e, h, i = case.experts, case.hidden_size, case.width
-        self._masters = [space.device.pinned(e * 2 * i * h * 2), space.device.pinned(e * h * i * 2)]
+        e, parts = case.experts, case.stored(0)
+        self._masters = [space.device.pinned(e * part.nbytes) for part in parts]
         for expert in case.active.tolist():
-            for master, slab in zip(self._masters, case.slabs(expert), strict=True):
-                size = slab.nbytes
-                master[expert * size:(expert + 1) * size] = slab.reshape(-1).view(np.uint8)
-        self._pool = [space.empty((slots, 2 * i, h), np.uint16), space.empty((slots, h, i), np.uint16)]
+            for master, part in zip(self._masters, case.stored(expert), strict=True):
+                size = part.nbytes
+                master[expert * size:(expert + 1) * size] = part.reshape(-1).view(np.uint8)
+        self._pool = [space.empty((slots, *part.shape), part.dtype) for part in parts]
         self._table = space.array(np.full(e, -1, np.int32))
-        self._c = ExpertPoolC(slots, self._table.address, *(part.address for part in self._pool))
+        gate_up, down, *scales = (part.address for part in self._pool)
+        self._c = ExpertPoolC(slots, self._table.address, gate_up, down)
+        if isinstance(case, QuantisedCase):
+            of_all = (master.ctypes.data for master in self._masters[2:])
+            self.quantisation = QuantisationC(case.bits, case.group, *of_all, *scales)
 
     def show(self, slot_of: dict[int, int]) -> None:
         """These experts in these slots; all other slots become NaN."""
@@ -32,7 +36,7 @@ class ResidentExperts(LoadedExperts):
             part.poison(self.space.stream)
         for expert, slot in slot_of.items():
             table[expert] = slot
-            for part, slab in zip(self._pool, self.case.slabs(expert), strict=True):
+            for part, slab in zip(self._pool, self.case.stored(expert), strict=True):
                 part.put_row(slot, slab, self.space.stream)
         self._table.put(table, self.space.stream)
 
@@ -42,9 +46,14 @@ class ResidentExperts(LoadedExperts):
             return super().enqueue(stream)
         self.mixed.poison(stream)
         self.workspace.poison(stream)
-        masters = [master.ctypes.data for master in self._masters]
+        masters = [master.ctypes.data for master in self._masters[:2]]
         addresses = [*(a.address for a in self.inputs), *masters, self.mixed.address, self.workspace.address]
-        self.space._enqueue(stream, lambda: self.space.library.experts_resident(self.shape, self._c, addresses, stream))
+        library, quantisation = self.space.library, self.quantisation
+        if quantisation:
+            self.space._enqueue(stream, lambda: library.experts_quantised(self.shape, quantisation, addresses, stream,
+                                                                          self._c))
+        else:
+            self.space._enqueue(stream, lambda: library.experts_resident(self.shape, self._c, addresses, stream))
         return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .expert_checks import ExpertCase, routed_ids
+from .expert_checks import ExpertCase, QuantisedCase, routed_ids
 from .residency_checks import check_residency
 
 
@@ -13,3 +13,9 @@ from .residency_checks import check_residency
 def test_any_table_gives_the_same_bits(space, kind, tokens):
     case = ExpertCase(kind, routed_ids(tokens, 8, 256, min(64, tokens * 8), empty=0.02), 256, 2048, 512)
     check_residency(space, case, slots=24)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_any_table_gives_the_same_bits_of_integers(space, bits):
+    case = QuantisedCase("fp16", routed_ids(32, 8, 64, 40, empty=0.02), 64, 2048, 512, bits=bits)
+    check_residency(space, case, slots=16)
