@@ -57,8 +57,19 @@ def _write(folder: Path, name: str = "mine", **changes: str) -> Path:
     return path
 
 
+def test_a_recipe_can_ask_for_quantised_experts(tmp_path):
+    recipe = load_recipe(_write(tmp_path, precision='precision = "int4"\ngroup_size = 32'))
+    options = recipe.options()
+    assert (options["precision"], options["dense_precision"], options["group_size"]) == ("int4", None, 32)
+    assert load_recipe("sample").options()["group_size"] is None
+
+
 BAD = [
-    ({"precision": 'precision = "fp8"'}, "precision is 'fp8': input should be 'fp32', 'fp16', 'bf16', 'int8' or 'int4'"),
+    ({"precision": 'precision = "int8"\ngroup_size = 48'}, "group_size is 48: input should be 32, 64 or 128"),
+    ({"precision": 'precision = "fp16"\ndense_precision = "fp16"'},
+     "dense_precision and group_size belong to precision int8 or int4, not fp16"),
+    ({"precision": 'precision = "fp8"'},
+     "precision is 'fp8': input should be 'fp32', 'fp16', 'bf16', 'int8' or 'int4'"),
     ({"precision": ""}, "precision is missing"),
     ({"precision": 'precision = "fp16"\nprecison = 1'}, "precison = 1 is not a field of a recipe; remove it"),
     ({"precision": 'precision = "fp16"\nname = "x"'}, "sets name, which is taken from the file's name"),
