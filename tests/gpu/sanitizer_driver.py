@@ -18,7 +18,16 @@ if __name__ == "__main__":
     _ROOT = Path(__file__).resolve().parents[2]
     sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks")]
 
-from gpu_common import LIBRARY, MODES, TYPES, ExpertsShapeC, KernelLibrary, RouteAttributesC, require_gpu
+from gpu_common import (
+    LIBRARY,
+    MODES,
+    TYPES,
+    ExpertsShapeC,
+    KernelLibrary,
+    QuantisationC,
+    RouteAttributesC,
+    require_gpu,
+)
 
 # mode, rows, tokens, E, k, groups, kept, block, softmax: 32-wide and 8-wide blocks, partial blocks, one expert, 1024
 ROUTES = [("top_p", 2, 33, 256, 8, 8, 4, 32, 0), ("token", 1, 9, 256, 8, 8, 4, 32, 0),
@@ -28,6 +37,10 @@ ROUTES = [("top_p", 2, 33, 256, 8, 8, 4, 32, 0), ("token", 1, 9, 256, 8, 8, 4, 3
 EXPERTS = [(32, 8, 40, 256, 64, "fp16"), (13, 3, 2, 2120, 8, "bf16"), (40, 1, 2, 2056, 8, "fp16"),
            (20, 2, 3, 8, 2056, "bf16"), (40, 2, 2, 40, 2072, "fp16"), (70, 2, 5, 136, 72, "bf16"),
            (1030, 1, 3, 8, 8, "fp16"), (1, 1, 1, 8, 8, "bf16"), (33, 4, 1024, 24, 8, "fp16"), (9, 8, 2, 24, 16, "fp16")]
+# The same and bits: integers in groups of 32, whose last step may be half filled
+INTEGERS = [(32, 8, 40, 256, 64, "fp16", 4), (13, 3, 2, 2144, 32, "bf16", 4), (40, 1, 2, 2080, 32, "fp16", 8),
+            (20, 2, 3, 32, 2080, "bf16", 8), (40, 2, 2, 96, 2048, "fp16", 4), (70, 2, 5, 160, 96, "bf16", 8),
+            (1, 1, 1, 32, 32, "fp16", 8), (33, 4, 64, 96, 32, "fp16", 4)]
 
 
 class Memory:
@@ -86,7 +99,7 @@ def run_route(device: Any, library: KernelLibrary, enqueue: Any, case: tuple[Any
 
 def run_experts(device: Any, library: KernelLibrary, enqueue: Any, case: tuple[Any, ...]) -> None:
     """One experts call; finite, and 0 exactly for a token without experts."""
-    tokens, k, experts, hidden, width, kind = case
+    tokens, k, experts, hidden, width, kind, *bits = case
     rng, memory = np.random.default_rng(tokens), Memory(device)
     shape = ExpertsShapeC(tokens, k, experts, hidden, width, TYPES[kind])
     ids = rng.integers(-1, experts + 1, (tokens, k)).astype(np.int32)  # −1 and one too many are nobody
@@ -94,15 +107,24 @@ def run_experts(device: Any, library: KernelLibrary, enqueue: Any, case: tuple[A
     if tokens > 1:
         ids[-1] = -1
 
-    def words(*size: int) -> np.ndarray:
-        values = rng.uniform(0.05, 0.2, size).astype(np.float32)
+    def words(*size: int, scale: float = 1) -> np.ndarray:
+        values = (rng.uniform(0.05, 0.2, size) * scale).astype(np.float32)
         return values.astype(np.float16).view(np.uint16) if kind == "fp16" else (
             values.view(np.uint32) >> 16).astype(np.uint16)
 
+    slabs = (2 * width, hidden), (hidden, width)
+    weights = [words(experts, *slab) for slab in slabs]
+    if bits:
+        weights = [rng.integers(0, 256, (experts, rows, depth * bits[0] // 8), np.uint8) for rows, depth in slabs]
     addresses = [memory.put(x) for x in (words(tokens, hidden), ids, rng.standard_normal((tokens, k), np.float32),
-                                         words(experts, 2 * width, hidden), words(experts, hidden, width))]
+                                         *weights)]
     addresses += [memory.empty(tokens * hidden * 2), memory.empty(library.workspace_bytes(shape))]
-    enqueue(memory.stream, lambda: library.experts(shape, addresses, memory.stream))
+    if bits:
+        scales = [memory.put(words(experts, rows, depth // 32, scale=2.0 ** -bits[0])) for rows, depth in slabs]
+        quantisation = QuantisationC(bits[0], 32, *scales)
+        enqueue(memory.stream, lambda: library.experts_quantised(shape, quantisation, addresses, memory.stream))
+    else:
+        enqueue(memory.stream, lambda: library.experts(shape, addresses, memory.stream))
     mixed = memory.get(addresses[5], (tokens, hidden), np.uint16)
     exponent = 0x7C00 if kind == "fp16" else 0x7F80
     assert ((mixed & exponent) != exponent).all(), "not finite"
@@ -114,9 +136,9 @@ def main(device: Any, library: KernelLibrary, enqueue: Any) -> int:
     """All cases; how many."""
     for case in ROUTES:
         run_route(device, library, enqueue, case)
-    for case in EXPERTS:
+    for case in EXPERTS + INTEGERS:
         run_experts(device, library, enqueue, case)
-    return len(ROUTES) + len(EXPERTS)
+    return len(ROUTES) + len(EXPERTS) + len(INTEGERS)
 
 
 if __name__ == "__main__":
