@@ -64,7 +64,7 @@ def _run(bundle: Bundle, enter: Callable[[], object] | None = None, **options):
     """
     seen = [0]
     with subprocess.Popen([sys.executable, "-c", _GENERATE, str(bundle.folder), json.dumps(options)], text=True,
-                          stdout=subprocess.PIPE, preexec_fn=enter) as child:
+                          stdout=subprocess.PIPE, preexec_fn=enter, env=os.environ | {"OMP_NUM_THREADS": "1"}) as child:
         assert child.stdout
         other = int(child.stdout.readline() or -1)
         if other < 0:
@@ -75,7 +75,7 @@ def _run(bundle: Bundle, enter: Callable[[], object] | None = None, **options):
                 seen.append(int(statm.read().split()[2]) * PAGE - other)
                 time.sleep(0.0005)
         answer = child.stdout.read()
-    assert child.returncode == 0 and len(seen) > 100
+    assert child.returncode == 0 and len(seen) > 20
     return json.loads(answer), max(seen)
 
 
@@ -92,7 +92,7 @@ def plain(wide_bundle):
     (4 * EXPERT, "1"), (4 * EXPERT, "never")])  # the last is the least: one token's experts
 def test_resident_memory_obeys_the_budget(wide_bundle, plain, budget, interval):
     answer, peak = _run(wide_bundle, expert_budget=budget, expert_refresh_interval=interval)
-    assert 0.9 * budget < peak <= 1.02 * budget  # 10 % are promised
+    assert 0.9 * budget < peak <= 1.05 * budget  # 10 % are promised; code is paged in meanwhile
     assert answer["tokens"] == plain
     residency = answer["residency"]
     assert residency["peak_bytes"] == budget // EXPERT * EXPERT
