@@ -132,7 +132,7 @@ def test_without_the_provider(golden_bundle, monkeypatch):
         Generator.open(golden_bundle.folder, backend="onnxruntime-cuda")
     monkeypatch.setattr(choose, "has_provider", lambda: False)
     assert Generator.open(golden_bundle.folder).backend_choice == (
-        "the bundle holds no engine; ONNX Runtime has no CUDA provider here")
+        "the bundle holds no engine; ONNX Runtime has no CUDA provider here" + experts_clause(dense=False))
 
 
 def test_auto_without_a_driver(golden_bundle, no_driver, monkeypatch):
@@ -141,7 +141,8 @@ def test_auto_without_a_driver(golden_bundle, no_driver, monkeypatch):
     with_engine = Bundle(golden_bundle.folder, golden_bundle.manifest.model_copy(update={"engines": [None]}))
     backend, why = choose.open_backend(with_engine)
     assert backend.name == "onnxruntime"
-    assert why == "No NVIDIA driver is loaded here (nvidia-smi would show it, a container needs --gpus all)"
+    assert why == ("No NVIDIA driver is loaded here (nvidia-smi would show it, a container needs --gpus all)"
+                   + experts_clause(dense=False))
 
 
 def test_auto_does_not_hide_a_damaged_engine(golden_bundle, monkeypatch):
