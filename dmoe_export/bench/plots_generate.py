@@ -9,7 +9,7 @@ from .generate import GenerateBench
 from .plots import new_figure, save
 from .record import Spread
 
-_STYLES = (":", "--")  # one for each peer
+_STYLES = (":", "--", "-.")  # one for each peer there is
 
 
 def plot_generate(bench: GenerateBench, path: Path) -> None:
@@ -22,7 +22,7 @@ def plot_generate(bench: GenerateBench, path: Path) -> None:
         at = [r.prompt_tokens + bench.max_new_tokens for r in mine]
         _line(speed, at, [r.ours.tokens_per_second for r in mine], f"C{i}", "-", label)
         for name, style in zip(mine[0].peers, _STYLES, strict=False):
-            _line(speed, at, [r.peers[name].tokens_per_second for r in mine], f"C{i}", style, f"{name} PyTorch")
+            _line(speed, at, [r.peers[name].tokens_per_second for r in mine], f"C{i}", style, name)
             ratio.plot(at, [r.peers[name].ratio for r in mine], color=f"C{i}", linestyle=style, marker="o",
                        label=f"{name}: {label}")
     speed.set(xlabel="prompt and new tokens", ylabel="new tokens per second",

@@ -84,4 +84,5 @@ def _show(result: GenerateBench) -> None:
 
 
 def _speed(side: Side) -> tuple[str, str]:
-    return side.tokens_per_second.shown(digits=2), side.step_milliseconds.shown()
+    speed = side.tokens_per_second
+    return speed.shown(digits=2 if speed.median < 100 else 0), side.step_milliseconds.shown()
