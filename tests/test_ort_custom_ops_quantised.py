@@ -13,6 +13,8 @@ from test_kernels_quantised import make_case
 from test_ort_custom_ops import _assert_same_forward
 
 from dmoe_export import export_checkpoint
+from dmoe_export.bundle.reader import Bundle
+from dmoe_export.description import ExpertQuantisation
 from dmoe_export.errors import MissingRequirementError
 from dmoe_export.ops.experts import QUANTISED_SCHEMA
 from dmoe_export.runtime.ort_custom_ops import check_session, prepare_session
@@ -65,16 +67,17 @@ def test_shapes_are_refused(name, shape, text):
         session(quantised_model(TensorProto.FLOAT16, bits=4, group_size=32)).run(None, feeds)
 
 
-def test_an_fp32_rest_is_refused(tiny_checkpoint, tmp_path):
-    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", precision="int4")
+def test_an_fp32_rest_is_refused(tiny_bundle):
+    how = ExpertQuantisation(bits=4, group_size=32)
+    experts = tiny_bundle.manifest.experts.model_copy(update={"quantisation": how})
+    bundle = Bundle(tiny_bundle.folder, tiny_bundle.manifest.model_copy(update={"experts": experts}))
     with pytest.raises(MissingRequirementError, match="export with --dense-precision fp16 or bf16"):
         prepare_session(bundle, ort.SessionOptions(), library())
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_bundle_equals_its_bodies(precision, tiny_checkpoint, tmp_path):
+def test_bundle_equals_its_bodies(tiny_checkpoint, tmp_path):
     """A model with fp16 dense parts: one forward of two rows, one of them padded."""
-    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", precision=precision, dense_precision="fp16")
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", precision="int4", dense_precision="fp16")
     options = ort.SessionOptions()
     loaded = ort.InferenceSession(prepare_session(bundle, options, library()), options, providers=[CPU])
     check_session(loaded, CPU)
