@@ -15,7 +15,10 @@ from ...description import ExpertQuantisation
 # The group's largest magnitude is put at 2^(bits−1) + one of these.
 # The first is always allowed: it is what the shorter side takes.
 _REACHES = (-1.0, -0.5, 0.0, 0.5)
-_CHUNK = 1 << 17  # values rounded at a time: what the many passes over them leave in the cache, four times as fast
+# Values rounded at a time: the many passes over them stay in the cache, and PyTorch does not share less than 2^15 among
+# threads, whose barriers cost more than the work (on a busy machine ten times as much).
+_CHUNK = (1 << 15) - 1
+_ROUND = 1.5 * 2**23  # float32 has no halves beyond it; torch.round shares even little work among threads
 
 
 def quantise(weight: Tensor, how: ExpertQuantisation, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -25,13 +28,13 @@ def quantise(weight: Tensor, how: ExpertQuantisation, scale_dtype: torch.dtype) 
     """
     top, groups = 1 << (how.bits - 1), weight.float().reshape(-1, how.group_size)
     chosen = [_rounded(part, top, scale_dtype) for part in groups.split(_CHUNK // how.group_size)]
-    stored = (torch.cat([integers for integers, _ in chosen]) + top).to(torch.uint8).reshape(weight.shape)
+    stored = torch.cat([integers for integers, _ in chosen]).reshape(weight.shape)
     scales = torch.cat([scale for _, scale in chosen]).to(scale_dtype)
     return (stored if how.bits == 8 else _pack(stored)), scales.reshape(*weight.shape[:-1], -1)
 
 
 def _rounded(groups: Tensor, top: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Groups [n, G] → integers in −top … top − 1 [n, G] and scales [n, 1], both as float32."""
+    """Groups [n, G] → integers plus `top`, uint8 [n, G], and scales [n, 1], float32."""
     high, low = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
     largest, opposite = torch.maximum(high, -low), torch.minimum(high, -low)
     sign = torch.where(high > -low, -1.0, 1.0)
@@ -39,7 +42,7 @@ def _rounded(groups: Tensor, top: int, scale_dtype: torch.dtype) -> tuple[Tensor
     for reach in _REACHES:
         size = (largest / (top + reach)).to(scale_dtype).float()
         scale = sign * size
-        integers = (groups / torch.where(size == 0, 1.0, scale)).round_().clamp_(-top, top - 1)
+        integers = (groups / torch.where(size == 0, 1.0, scale)).add_(_ROUND).sub_(_ROUND).clamp_(-top, top - 1)
         # In float64: a choice that depended on the order of a sum would differ from machine to machine.
         error = (integers * scale).sub_(groups).double().square_().sum(-1, keepdim=True)
         better = (opposite <= (top - 0.5) * size) & (largest <= (top + 0.5) * size) & (error < best_error)
@@ -47,7 +50,7 @@ def _rounded(groups: Tensor, top: int, scale_dtype: torch.dtype) -> tuple[Tensor
             better = torch.ones_like(better)
         best, best_scale, best_error = (torch.where(better, new, old) for new, old in (
             (integers, best), (scale, best_scale), (error, best_error)))
-    return best, best_scale
+    return (best + top).to(torch.uint8), best_scale
 
 
 def dequantise(packed: Tensor, scales: Tensor, bits: int) -> Tensor:
