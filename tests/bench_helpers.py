@@ -33,7 +33,7 @@ def bench_json(*arguments: object) -> dict:
 def check_head(document: dict, verb: str) -> None:
     """Every result says what, when, where and how it was measured."""
     assert document["what"] == f"bench {verb}" and document["date"].endswith("+00:00")
-    assert document["command"].startswith("dmoe-export ")
+    assert document["command"].startswith("dmoe-export")
     assert document["machine"]["cores"] >= 1 and document["machine"]["memory_bytes"] > 1 << 30
     assert document["versions"]["dmoe-export"] and document["versions"]["onnxruntime"]
     assert 0 <= document["others_share"] <= 1
