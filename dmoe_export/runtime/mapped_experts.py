@@ -32,6 +32,9 @@ from .mapped_memory import DONTDUMP, DONTNEED, PAGE, POPULATE_READ, RANDOM, WILL
 from .residency import Costs, Move
 
 
+_READ_AHEAD = 128 << 10  # the kernel reads no more than the device's read-ahead for one call, usually this
+
+
 @dataclass
 class Totals:
     """Running totals of the tier."""
@@ -231,7 +234,8 @@ class MappedExperts:
         """Start reading into the page cache; faults would read page by page."""
         for address, slab in self._slabs[layer]:
             for expert in group.tolist():
-                advise(address + expert * slab, slab, WILLNEED)
+                for part in range(0, slab, _READ_AHEAD):
+                    advise(address + expert * slab + part, min(_READ_AHEAD, slab - part), WILLNEED)
 
     def _populate(self, layer: int, expert: int) -> None:
         self._read(layer, np.array([expert]))
