@@ -154,3 +154,55 @@ def test_without_experts_nothing_changes(installed):
     dense = helpers.helper.make_model(helpers.helper.make_graph([], "empty", [], [])).SerializeToString()
     assert use_cpu_ops(dense, ort.SessionOptions(), "on") is dense
     assert use_cpu_ops(b"\xff", ort.SessionOptions(), "on") == b"\xff"
+
+
+_CUT_SHORT = """
+import os, sys
+from dmoe_export.runtime import cpu_ops
+cpu_ops.INSTALLED = cpu_ops.Path(sys.argv[2])
+from dmoe_export.bundle.reader import open_bundle
+from dmoe_export.decoding.loop import BlockDiffusion
+from dmoe_export.decoding.settings import DecodeSettings
+from dmoe_export.errors import BundleError
+from dmoe_export.generator import Generator
+from dmoe_export.runtime.mapped_experts import MappedExperts
+MappedExperts.check = lambda self: None  # the moment between a check and the next is what we are after
+options = {"expert_budget": "100%"} if sys.argv[3] == "budget" else {}
+generator = Generator.open(sys.argv[1], backend="onnxruntime", **options)
+ask = lambda: generator.generate([[5, 6, 7, 8, 9]], max_new_tokens=16, eos_id=-1)
+ask()
+os.truncate(sys.argv[1] + "/experts.bin", 8192)
+for _ in range(2):  # once lost, lost for good
+    try:
+        print("answered", ask())
+    except BundleError as error:
+        print(str(error).split("/")[-1])
+"""
+
+
+@pytest.mark.parametrize("how", ["plain", "budget"])
+def test_expert_file_cut_short_while_it_is_read(how, tiny_checkpoint, tmp_path):
+    """Neither a crash nor a token."""
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b")
+    done = subprocess.run([sys.executable, "-c", _CUT_SHORT, str(bundle.folder), str(built()), how], timeout=100,
+                          capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()) == (
+        0, ["experts.bin was changed or removed while it was in use; open the bundle again."] * 2), done.stderr
+
+
+def test_another_signal_handler_keeps_its_turn(tmp_path):
+    """A read that is not ours goes to the handler that was there, and ends the process as it would have."""
+    script = f"""
+import faulthandler, mmap, os, sys
+sys.path.insert(0, {str(Path(helpers.__file__).parent)!r})
+import cpu_ops_helpers as h
+faulthandler.enable()
+h.session(h.Path({str(built())!r}), "float").run(None, h.case("float", 3, 2, 4, 32, 24))
+with open({str(tmp_path / "f")!r}, "w+b") as file:
+    file.truncate(8192)
+    view = mmap.mmap(file.fileno(), 8192, prot=mmap.PROT_READ)
+    file.truncate(0)
+    view[4096]
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=100, capture_output=True, text=True, check=False)
+    assert done.returncode == -7 and "Fatal Python error: Bus error" in done.stderr

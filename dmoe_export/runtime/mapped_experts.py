@@ -31,7 +31,6 @@ from .expert_layout import ExpertTensor
 from .mapped_memory import DONTDUMP, DONTNEED, PAGE, POPULATE_READ, RANDOM, WILLNEED, advise, touch
 from .residency import Costs, Move
 
-
 _READ_AHEAD = 128 << 10  # the kernel reads no more than the device's read-ahead for one call, usually this
 
 

@@ -12,7 +12,7 @@ from .backend import ForwardInputs, ForwardOutputs, Limits
 from .cache import HostCache
 from .cpu_ops import CpuOps
 from .onnxruntime_salient import OnnxRuntimeSalient
-from .onnxruntime_session import Session, open_session
+from .onnxruntime_session import Session, open_session, run_session
 
 _CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
@@ -73,7 +73,7 @@ class OnnxRuntimeBackend:
             wanted.append("logits")
         if inputs.want_keys_values:
             wanted += self._kv_names
-        results = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
+        results = dict(zip(wanted, run_session(self._session, self._bundle, wanted, feeds), strict=True))
         layers = self.description.num_layers
         new = [results[name] for name in self._kv_names] if inputs.want_keys_values else []
         return ForwardOutputs(results["token_ids"], results["confidence"],

@@ -10,7 +10,7 @@ from ..bundle.manifest import GraphEntry
 from ..bundle.reader import Bundle
 from ..errors import RequestError
 from .cpu_ops import CpuOps
-from .onnxruntime_session import open_session
+from .onnxruntime_session import open_session, run_session
 from .salient import Arrays, GraphName
 
 
@@ -48,7 +48,7 @@ class OnnxRuntimeSalient:
         chosen = {name: np.asarray([settings.get(name, default[0])], default.dtype)
                   for name, default in self._defaults.items() if name in given}
         wanted = [tensor.name for tensor in entry.outputs if want_logits or tensor.name != "logits"]
-        return dict(zip(wanted, self._session(graph).run(wanted, feeds | chosen), strict=True))
+        return dict(zip(wanted, run_session(self._session(graph), self._bundle, wanted, feeds | chosen), strict=True))
 
     def _session(self, graph: GraphName) -> Any:
         if graph not in self._sessions:

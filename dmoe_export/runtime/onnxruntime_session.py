@@ -7,10 +7,12 @@ from typing import Any, Protocol
 import onnxruntime as ort
 
 from ..bundle.reader import Bundle
-from ..errors import MissingRequirementError
+from ..errors import BundleError, MissingRequirementError
 from .cpu_ops import CpuOps, use_cpu_ops
 
 _QUANTISED_FROM = 1, 25
+
+_LOST = "the file of the experts was cut short"  # as plugins/cpu/op.cpp says it
 
 
 class Session(Protocol):
@@ -60,3 +62,15 @@ def _check_version(bundle: Bundle) -> None:
         raise MissingRequirementError(
             f"{bundle.folder} has {how.name} experts, which ONNX Runtime {version} computes wrongly; upgrade with: "
             "pip install -U onnxruntime, or build our CPU kernels with `make cpu-ops`.")
+
+
+def run_session(session: Session, bundle: Bundle, wanted: list[str], feeds: dict[str, Any]) -> list[Any]:
+    """The wanted outputs. Raises BundleError where our CPU kernels found the expert file cut short while they read."""
+    try:
+        return session.run(wanted, feeds)
+    except Exception as error:  # onnxruntime raises its own kinds
+        if _LOST not in str(error):
+            raise
+        assert bundle.manifest.experts is not None, "only experts are read by our kernels"
+        raise BundleError(f"{bundle.folder / bundle.manifest.experts.file} was changed or removed while it was in use; "
+                          "open the bundle again.") from None

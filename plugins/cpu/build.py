@@ -25,7 +25,8 @@ HERE = Path(__file__).resolve().parent
 INSTALLED = HERE.parents[1] / "dmoe_export" / "lib" / "libdmoe_cpu.so"
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 SOURCES: dict[str, tuple[str, ...]] = {  # sums over places are also made outside (residency): no fused rounding
-    "experts.cpp": ("-ffp-contract=off",), "op.cpp": (), "../onnxruntime/register.cpp": (), "isa_generic.cpp": ()}
+    "experts.cpp": ("-ffp-contract=off",), "lost_pages.cpp": (), "op.cpp": (), "../onnxruntime/register.cpp": (),
+    "isa_generic.cpp": ()}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
     SOURCES |= {"isa_avx2.cpp": AVX2, "isa_avx512.cpp": AVX512}

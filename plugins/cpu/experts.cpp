@@ -1,5 +1,6 @@
 // The experts op over the instruction set's products: which expert has which tokens, and in what pieces it is done.
 #include "experts.h"
+#include "lost_pages.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -64,8 +65,8 @@ float* room(std::vector<float>& memory, size_t count)
 
 class Call {
 public:
-    Call(Experts const& e, Parallel parallel, void* pool, Scratch& scratch)
-        : e(e), set(instructionSet()), parallel(parallel), pool(pool), scratch(scratch)
+    Call(Experts const& e, Parallel parallel, void* pool, Scratch& scratch, std::atomic<bool>& lost)
+        : e(e), set(instructionSet()), parallel(parallel), pool(pool), scratch(scratch), lost(lost)
     {
     }
 
@@ -204,13 +205,17 @@ private:
         parallel(pool, count, [](void* context, size_t i) { (*static_cast<Work*>(context))(i); }, &work);
     }
 
-    // Every group in pieces of `chunk` out of `size` rows.
+    // Every group in pieces of `chunk` out of `size` rows; none once weights are lost.
     template <class Work>
     void pieces(size_t count, int32_t size, int32_t chunk, Work work)
     {
         int32_t const perGroup = (size + chunk - 1) / chunk;
         each(count * perGroup, [&](size_t i) {
             int32_t const first = static_cast<int32_t>(i % perGroup) * chunk;
+            if (lost.load(std::memory_order_relaxed)) {
+                return;
+            }
+            LostPages const watch(lost);
             work(groups[i / perGroup], first, std::min(first + chunk, size));
         });
     }
@@ -220,6 +225,7 @@ private:
     Parallel parallel;
     void* pool;
     Scratch& scratch;
+    std::atomic<bool>& lost;
     float* activated = nullptr; // [pairs, I]
     float* products = nullptr; // [pairs, H]
     std::vector<Group> groups;
@@ -229,10 +235,11 @@ private:
 
 } // namespace
 
-void runExperts(Experts const& call, Parallel parallel, void* pool)
+void runExperts(Experts const& call, Parallel parallel, void* pool, std::atomic<bool>& lost)
 {
     thread_local Scratch scratch;
-    Call(call, parallel, pool, scratch).run();
+    catchLostPages();
+    Call(call, parallel, pool, scratch, lost).run();
 }
 
 } // namespace dmoe::cpu

@@ -1,6 +1,7 @@
 // The experts op on a CPU: what one call is given, and the parts that are compiled once per instruction set.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -66,7 +67,8 @@ struct Experts {
 // Runs work(context, 0 … count − 1), on as many threads as the caller likes.
 using Parallel = void (*)(void* pool, size_t count, void (*work)(void*, size_t), void* context);
 
-// Throws std::runtime_error for an id that is no expert.
-void runExperts(Experts const& call, Parallel parallel, void* pool);
+// Throws std::runtime_error for an id that is no expert. `lost` says that a weight could not be read, then and before:
+// what was computed is worth nothing (lost_pages.h).
+void runExperts(Experts const& call, Parallel parallel, void* pool, std::atomic<bool>& lost);
 
 } // namespace dmoe::cpu

@@ -40,7 +40,7 @@ public:
     }
 
 private:
-    void compute(OrtKernelContext* context) const
+    void compute(OrtKernelContext* context)
     {
         Input const hidden(context, 0, "hidden"), ids(context, 1, "expert_ids"), weights(context, 2, "expert_weights");
         Input const gateUp(context, 3, "gate_up"), down(context, 4, "down");
@@ -91,13 +91,17 @@ private:
         }
         call.x = half ? in.data() : hidden.data<float>();
         call.mixed = half ? out.data() : static_cast<float*>(mixed);
-        cpu::runExperts(call, onThreads, context);
+        cpu::runExperts(call, onThreads, context, mLost);
+        if (mLost) {
+            throw std::runtime_error("the file of the experts was cut short while it was read.");
+        }
         if (half) {
             cpu::instructionSet().toHalf(out.data(), values, static_cast<uint16_t*>(mixed));
         }
     }
 
     Kinds mKinds;
+    std::atomic<bool> mLost{false}; // for good: pages that were lost read as zeros now
     int64_t mBits = 0, mGroup = 0; // 0: the weights are not quantised
 };
 
