@@ -21,7 +21,9 @@ InstructionSet const& instructionSet()
 {
     static InstructionSet const& chosen = []() -> InstructionSet const& {
         char const* const wanted = std::getenv("DMOE_CPU_ISA");
-        [[maybe_unused]] auto const fits = [&](InstructionSet const& set) { return !wanted || std::string(wanted) == set.name; };
+        [[maybe_unused]] auto const fits = [&](InstructionSet const& set) {
+            return !wanted || std::string(wanted) == set.name;
+        };
 #if defined(__x86_64__)
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
             && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && fits(kAvx512)) {
