@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
@@ -46,15 +47,21 @@ class KernelError(Exception):
 
 
 def build(folder: Path, *options: str) -> Path:
-    """Configure and build plugins/ into `folder`; quick when nothing changed. Returns the folder."""
+    """Configure and build plugins/ into `folder`; quick when nothing changed. Returns the folder.
+
+    The test workers share a folder: one builds, the others wait for it.
+    """
     if not (shutil.which("cmake") and shutil.which("g++")):
         raise RuntimeError("The kernel tests need cmake and g++ on the PATH: apt-get install cmake g++")
     jobs = str(min(2, os.cpu_count() or 1))
-    for command in (["cmake", "-S", str(_ROOT / "plugins"), "-B", str(folder), *options],
-                    ["cmake", "--build", str(folder), "--parallel", jobs]):
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{run.stdout}\n{run.stderr}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (["cmake", "-S", str(_ROOT / "plugins"), "-B", str(folder), *options],
+                        ["cmake", "--build", str(folder), "--parallel", jobs]):
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            if run.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{run.stdout}\n{run.stderr}")
     return folder
 
 
