@@ -19,6 +19,7 @@ from ..bundle.reader import Bundle
 from ..errors import BundleError, MissingRequirementError
 from ..ops import block_route, experts
 from ..ops.schema import DOMAIN
+from . import protobuf
 
 LIBRARY = "libdmoe_onnxruntime.so"
 INSTALLED = Path(__file__).parents[1] / "lib" / LIBRARY
@@ -105,44 +106,11 @@ def without_bodies(model: bytes, names: Collection[str] = NAMES) -> bytes:
     By hand, because `onnx` is not among the packages needed at run time.
     """
     kept, start = [], 0
-    for field, value, end in _fields(model):
-        parts = {inner: part for inner, part, _ in _fields(value)} if field == _MODEL_FUNCTIONS else {}
+    for field, value, end in protobuf.fields(model):
+        parts = {inner: part for inner, part, _ in protobuf.fields(value)} if field == _MODEL_FUNCTIONS else {}
         ours = (parts.get(_FUNCTION_DOMAIN) == DOMAIN.encode()
                 and parts.get(_FUNCTION_NAME, b"").decode() in names)
         if not ours:
             kept.append(model[start:end])
         start = end
     return b"".join(kept)
-
-
-def _fields(message: bytes) -> list[tuple[int, bytes, int]]:
-    """Field number, content (of length-delimited fields, else empty) and end of each field of a protobuf message."""
-    found, at = [], 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        kind, length = tag & 7, 0
-        if kind == 0:
-            at = _varint(message, at)[1]
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        elif kind == 2:
-            length, at = _varint(message, at)
-            at += length
-        else:
-            raise ValueError(f"wire type {kind} at byte {at}")
-        if at > len(message):
-            raise ValueError("it ends inside a field")
-        found.append((tag >> 3, message[at - length:at], at))
-    return found
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """The variable-length integer at `at`, and the place behind it."""
-    value = shift = 0
-    while True:
-        if at >= len(message) or shift > 63:
-            raise ValueError(f"no integer at byte {at}")
-        value |= (message[at] & 0x7f) << shift
-        at, shift = at + 1, shift + 7
-        if message[at - 1] < 0x80:
-            return value, at
