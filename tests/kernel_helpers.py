@@ -55,7 +55,7 @@ def build(folder: Path, *options: str) -> Path:
         raise RuntimeError("The kernel tests need cmake and g++ on the PATH: apt-get install cmake g++")
     jobs = str(min(2, os.cpu_count() or 1))
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (["cmake", "-S", str(_ROOT / "plugins"), "-B", str(folder), *options],
                         ["cmake", "--build", str(folder), "--parallel", jobs]):

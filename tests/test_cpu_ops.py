@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import cpu_ops_helpers as helpers
@@ -13,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from bundles import GOLDEN_GUARD
-from cpu_ops_helpers import FORMATS, TOLERANCE, case, error
+from cpu_ops_helpers import FORMATS, TOLERANCE, built, case, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,20 +24,7 @@ from dmoe_export.runtime import cpu_ops
 from dmoe_export.runtime.cpu_ops import use_cpu_ops
 from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
 
-ROOT = Path(__file__).parents[1]
 QUANTISED = [name for name, (bits, _) in FORMATS.items() if bits]
-
-
-@cache
-def built(*options: str) -> Path:
-    """The library, built from these sources; skips where compiler or headers are missing, but never in CI."""
-    out = ROOT / "build" / "cpu-ops" / f"libdmoe_cpu{''.join(options)}.so"
-    done = subprocess.run([sys.executable, str(ROOT / "plugins" / "cpu" / "build.py"), "--out", str(out), *options],
-                          capture_output=True, text=True, check=False)
-    if done.returncode == 3 and not os.environ.get("CI"):
-        pytest.skip(done.stderr)
-    assert done.returncode == 0, done.stderr
-    return out
 
 
 @pytest.fixture

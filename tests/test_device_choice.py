@@ -19,7 +19,7 @@ from dmoe_export.cli import main
 from dmoe_export.errors import BundleError, MissingRequirementError, RequestError
 from dmoe_export.runtime import choose, onnxruntime_cuda
 from dmoe_export.runtime.backend import Limits
-from dmoe_export.runtime.cpu_ops import experts_clause
+from dmoe_export.runtime.cpu_ops import kernels_clause
 from dmoe_export.runtime.device import CudaDevice
 from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
 
@@ -132,7 +132,7 @@ def test_without_the_provider(golden_bundle, monkeypatch):
         Generator.open(golden_bundle.folder, backend="onnxruntime-cuda")
     monkeypatch.setattr(choose, "has_provider", lambda: False)
     assert Generator.open(golden_bundle.folder).backend_choice == (
-        "the bundle holds no engine; ONNX Runtime has no CUDA provider here" + experts_clause(dense=False))
+        "the bundle holds no engine; ONNX Runtime has no CUDA provider here" + kernels_clause(golden_bundle.manifest))
 
 
 def test_auto_without_a_driver(golden_bundle, no_driver, monkeypatch):
@@ -142,7 +142,7 @@ def test_auto_without_a_driver(golden_bundle, no_driver, monkeypatch):
     backend, why = choose.open_backend(with_engine)
     assert backend.name == "onnxruntime"
     assert why == ("No NVIDIA driver is loaded here (nvidia-smi would show it, a container needs --gpus all)"
-                   + experts_clause(dense=False))
+                   + kernels_clause(golden_bundle.manifest))
 
 
 def test_auto_does_not_hide_a_damaged_engine(golden_bundle, monkeypatch):
@@ -167,7 +167,7 @@ def test_command_line(golden_bundle, no_driver, monkeypatch):
     result = run("--backend", "onnxruntime-cuda")
     assert result.exit_code == 3 and "No NVIDIA driver" in result.stderr
     result = run("--backend", "onnxruntime", "--json")
-    why = "as asked for" + experts_clause(dense=False)
+    why = "as asked for" + kernels_clause(golden_bundle.manifest)
     assert json.loads(result.stdout)["backend"] == {"name": "onnxruntime", "why": why}
     assert f"on onnxruntime: {why}]" in run("--backend", "onnxruntime").stderr
     assert run("--backend", "cuda").exit_code == 2

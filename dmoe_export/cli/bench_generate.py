@@ -33,7 +33,7 @@ from .progress import step_bar
               help="Compare with, separated by commas: eager (PyTorch), diffusers (its LLaDA2Pipeline), onnxruntime "
               "(ours without our kernels), none.")
 @click.option("--cpu-ops", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
-              help="Whether our kernels compute the experts; auto: where they are installed.")
+              help="Whether our kernels compute experts and linear layers; auto: where they are installed.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON.")

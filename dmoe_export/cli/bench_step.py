@@ -29,7 +29,7 @@ from .progress import step_bar
 @click.option("--warmup", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--ops", type=click.IntRange(min=0), default=0, help="Show so many of the slowest ops [none].")
 @click.option("--cpu-ops", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
-              help="Whether our kernels compute the experts; auto: where they are installed.")
+              help="Whether our kernels compute experts and linear layers; auto: where they are installed.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON.")

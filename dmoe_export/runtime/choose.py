@@ -7,7 +7,7 @@ from typing import Literal
 from ..bundle.reader import Bundle
 from ..errors import MissingRequirementError
 from .backend import Backend
-from .cpu_ops import experts_clause
+from .cpu_ops import kernels_clause
 from .onnxruntime import OnnxRuntimeBackend
 from .onnxruntime_cuda import has_provider, open_onnxruntime_cuda
 from .tensorrt import open_tensorrt
@@ -28,7 +28,7 @@ def open_backend(bundle: Bundle, name: BackendName = "auto", threads: int | None
     if name == "onnxruntime-cuda":
         return open_onnxruntime_cuda(bundle), "as asked for"
     if name == "onnxruntime":
-        return OnnxRuntimeBackend(bundle, threads), f"as asked for{experts_clause(bundle.manifest.experts is None)}"
+        return OnnxRuntimeBackend(bundle, threads), f"as asked for{kernels_clause(bundle.manifest)}"
     reasons = []
     if not bundle.manifest.engines:
         reasons.append("the bundle holds no engine")
@@ -44,7 +44,7 @@ def open_backend(bundle: Bundle, name: BackendName = "auto", threads: int | None
             return open_onnxruntime_cuda(bundle), f"{reasons[0]}; the CUDA provider runs here"
         except MissingRequirementError as error:
             reasons.append(_clause(error))
-    why = "; ".join(dict.fromkeys(reasons)) + experts_clause(bundle.manifest.experts is None)
+    why = "; ".join(dict.fromkeys(reasons)) + kernels_clause(bundle.manifest)
     return OnnxRuntimeBackend(bundle, threads), why
 
 

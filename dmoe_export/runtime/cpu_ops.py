@@ -1,6 +1,6 @@
-"""Our experts kernel for ONNX Runtime's CPU provider: used where its library is installed, and told.
+"""Our kernels for ONNX Runtime's CPU provider, experts and linear layers: used where installed, and told.
 
-Without it the op's ONNX body runs (com.microsoft.MoE), which gives the same tokens, slower.
+Without it the experts' ONNX body runs (com.microsoft.MoE), and Gemm; they give the same tokens, slower.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from typing import Literal
 
 import onnxruntime as ort
 
+from ..bundle.manifest import Manifest
 from ..errors import MissingRequirementError
 from ..ops import experts
+from .linear_layers import with_linear
 from .ort_custom_ops import without_bodies
 
 INSTALLED = Path(__file__).parents[1] / "lib" / "libdmoe_cpu.so"
@@ -20,12 +22,13 @@ CpuOps = Literal["auto", "on", "off"]
 
 
 def uses_cpu_ops(wanted: CpuOps = "auto") -> bool:
-    """Whether the experts op of a graph would run on the library."""
+    """Whether the library would be used."""
     return wanted == "on" or (wanted == "auto" and INSTALLED.is_file())
 
 
 def use_cpu_ops(model: str | bytes, options: ort.SessionOptions, wanted: CpuOps = "auto") -> str | bytes:
-    """The graph to make a CPU session from: with the library registered, the experts op without its body.
+    """The graph to make a CPU session from: with the library registered, the experts op without its body, linear layers
+    as an op of ours.
 
     `model` is a file or a serialised graph, and comes back as it is where the library is not used: "off", or "auto" and
     it is not installed, or no node asks for it. Raises MissingRequirementError where it should be used and cannot.
@@ -37,7 +40,7 @@ def use_cpu_ops(model: str | bytes, options: ort.SessionOptions, wanted: CpuOps 
                                       "leave them off.")
     graph = model if isinstance(model, bytes) else Path(model).read_bytes()
     try:
-        rest = without_bodies(graph, {experts.SCHEMA.name})
+        rest = with_linear(without_bodies(graph, {experts.SCHEMA.name}))
     except ValueError:
         return model  # no ONNX model: let ONNX Runtime say so
     if rest == graph:
@@ -51,8 +54,12 @@ def use_cpu_ops(model: str | bytes, options: ort.SessionOptions, wanted: CpuOps 
     return rest
 
 
-def experts_clause(dense: bool) -> str:
-    """What computes the experts on the CPU, as an end of a sentence; empty for a dense model."""
-    if dense:
+def kernels_clause(manifest: Manifest) -> str:
+    """Whose kernels compute the products with weights on the CPU, as an end of a sentence."""
+    in_float = manifest.precision == "fp32"
+    ours = ["experts"] if manifest.experts and (in_float or not manifest.quantisation) else []
+    ours += ["linear layers"] if in_float else []
+    if not ours:
         return ""
-    return "; experts on our CPU kernels" if INSTALLED.is_file() else "; experts on ONNX Runtime's own op"
+    where = "our CPU kernels" if INSTALLED.is_file() else "ONNX Runtime's own ops"
+    return f"; {' and '.join(ours)} on {where}"

@@ -28,7 +28,7 @@ class OnnxRuntimeBackend:
         """Load the graph; `threads` limits the threads of one operator (default: ONNX Runtime's choice).
 
         `graph`: an edited one in place of the bundle's, over the same data files (checks). `session`: what computes it
-        instead (experts under a budget). `cpu_ops`: whether our kernels compute the experts ("auto": where installed).
+        instead (experts under a budget). `cpu_ops`: whether our kernels are used ("auto": where installed).
         """
         manifest = bundle.manifest
         if manifest.precision not in _CACHE_DTYPES:

@@ -12,7 +12,7 @@ from ..errors import MissingRequirementError
 from .backend import ForwardInputs, ForwardOutputs
 from .budget import ExpertBudget
 from .choose import BackendName
-from .cpu_ops import experts_clause
+from .cpu_ops import kernels_clause
 from .device import Device
 from .device_backend import DeviceBackend
 from .device_residency import DeviceExperts
@@ -77,4 +77,4 @@ def open_under_budget(bundle: Bundle, budget: ExpertBudget, interval: Interval, 
     if name not in ("auto", "onnxruntime"):
         raise MissingRequirementError(f"An expert budget works with backend onnxruntime, not yet with {name}; choose "
                                       "--backend onnxruntime.")
-    return open_resident(bundle, budget, interval, threads), (why or "as asked for") + experts_clause(dense=False)
+    return open_resident(bundle, budget, interval, threads), (why or "as asked for") + kernels_clause(bundle.manifest)

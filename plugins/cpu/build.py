@@ -1,4 +1,4 @@
-"""Build libdmoe_cpu.so, the experts op for ONNX Runtime's CPU provider, and put it where the package finds it.
+"""Build libdmoe_cpu.so, ops for ONNX Runtime's CPU provider, and put it where the package finds it.
 
     python plugins/cpu/build.py [--optional] [--sanitize] [--out FILE]        (make cpu-ops)
 
@@ -25,7 +25,8 @@ HERE = Path(__file__).resolve().parent
 INSTALLED = HERE.parents[1] / "dmoe_export" / "lib" / "libdmoe_cpu.so"
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 SOURCES: dict[str, tuple[str, ...]] = {  # sums over places are also made outside (residency): no fused rounding
-    "experts.cpp": ("-ffp-contract=off",), "lost_pages.cpp": (), "op.cpp": (), "../onnxruntime/register.cpp": (),
+    "experts.cpp": ("-ffp-contract=off",), "linear.cpp": (), "lost_pages.cpp": (), "op_experts.cpp": (),
+    "op_linear.cpp": (), "../onnxruntime/register.cpp": (),
     "isa_generic.cpp": ()}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")

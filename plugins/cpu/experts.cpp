@@ -1,6 +1,7 @@
 // The experts op over the instruction set's products: which expert has which tokens, and in what pieces it is done.
 #include "experts.h"
 #include "lost_pages.h"
+#include "scratch.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -49,21 +50,9 @@ struct Group {
     int32_t expert, begin, end; // range of `pairs`
 };
 
-// Kept by the calling thread from call to call: fresh memory would be paged in anew every time.
 struct Scratch {
     std::vector<float> permuted, activated, products;
 };
-
-// At least `count` floats at a cache line's begin: vectors that straddle two lines cost twice.
-float* room(std::vector<float>& memory, size_t count)
-{
-    constexpr size_t kLine = 64;
-    if (memory.size() < count + kLine / 4) {
-        memory = std::vector<float>(count + kLine / 4); // not resize: nothing is worth copying
-    }
-    auto const address = reinterpret_cast<uintptr_t>(memory.data());
-    return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
-}
 
 class Call {
 public:

@@ -35,9 +35,12 @@ static inline int64_t rowBytes(Format format, int64_t columns)
 constexpr int32_t kInt4Run = 32;
 static inline int32_t placeInt4(int32_t i) { return (i & ~(kInt4Run - 1)) + (i % 2) * (kInt4Run / 2) + (i % kInt4Run) / 2; }
 
+struct Linear; // linear.h
+
 // What depends on the instruction set.
 struct InstructionSet {
     char const* name;
+    int32_t lanes; // floats in a vector
     // out[t][r − first] = Σ_k matrix[r, k] · x[t][k] for rows first … last − 1 and `tokens` vectors x.
     void (*product)(Matrix const& matrix, int32_t first, int32_t last, float const* const* x, int32_t tokens,
         float* const* out);
@@ -45,6 +48,9 @@ struct InstructionSet {
     void (*swiglu)(float const* gateUp, int32_t count, float* activated);
     void (*fromHalf)(uint16_t const* in, int64_t count, float* out);
     void (*toHalf)(float const* in, int64_t count, uint16_t* out);
+    // Token vectors side by side, 2 · lanes a panel, and rows first … last − 1 of a linear layer with all panels.
+    void (*packPanel)(Linear const& call, int32_t index, float* panels);
+    void (*panelProduct)(Linear const& call, int32_t first, int32_t last, float const* panels);
 };
 
 InstructionSet const& instructionSet(); // the best this processor has; DMOE_CPU_ISA=name takes another

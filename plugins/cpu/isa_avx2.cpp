@@ -6,4 +6,5 @@
 #define DMOE_TOKENS 2
 #define DMOE_INTEGER_ROWS 2
 #define DMOE_INTEGER_TOKENS 4
+#define DMOE_PANEL_ROWS 5
 #include "kernel.inc"

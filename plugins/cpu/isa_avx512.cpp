@@ -6,4 +6,5 @@
 #define DMOE_TOKENS 3
 #define DMOE_INTEGER_ROWS 4
 #define DMOE_INTEGER_TOKENS 6
+#define DMOE_PANEL_ROWS 10
 #include "kernel.inc"

@@ -1,5 +1,5 @@
 // dmoe::DmoeExperts for ONNX Runtime's CPU provider, on its threads.
-#include "../onnxruntime/common.h"
+#include "op.h"
 
 #include "experts.h"
 
@@ -8,12 +8,6 @@ namespace {
 
 constexpr char kName[] = "DmoeExperts";
 constexpr size_t kScales = 5; // gate_up_scales, down_scales: of quantised experts only
-
-void onThreads(void* context, size_t count, void (*work)(void*, size_t), void* argument)
-{
-    // ONNX Runtime's workers run no exception handlers of ours: the work does not throw.
-    Ort::KernelContext(static_cast<OrtKernelContext*>(context)).ParallelFor(work, count, 0, argument);
-}
 
 struct Kinds {
     ONNXTensorElementDataType hidden, weights;
@@ -57,7 +51,7 @@ private:
         call.down = down.data<void>();
         bool const half = mKinds.hidden == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
         call.format = mBits == 8 ? cpu::Format::kInt8 : mBits == 4 ? cpu::Format::kInt4
-            : half ? cpu::Format::kHalf : cpu::Format::kFloat;
+            : mKinds.weights == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? cpu::Format::kHalf : cpu::Format::kFloat;
         down.expect({-1, call.hidden, -1});
         call.experts = down.size(0);
         call.width = static_cast<int32_t>(mBits == 4 ? 2 * int64_t{down.size(2)} : down.size(2));
@@ -145,12 +139,14 @@ void addExperts(Ort::CustomOpDomain& domain)
 {
     constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                    kByte = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
-    static Op const floats({kFloat, kFloat}), halves({kHalf, kHalf}), bytes({kFloat, kByte});
-    for (Op const* op : {&floats, &halves, &bytes}) {
+    // {kFloat, kHalf} is for residency, which sums what groups of experts give: halves would be rounded twice.
+    static Op const floats({kFloat, kFloat}), halves({kHalf, kHalf}), sums({kFloat, kHalf}), bytes({kFloat, kByte});
+    for (Op const* op : {&floats, &halves, &sums, &bytes}) {
         domain.Add(op);
     }
 }
 
-void addBlockRoute(Ort::CustomOpDomain&) {} // routing has its ONNX body
+// Routing has its ONNX body here; its place is taken by what the other library does not have.
+void addBlockRoute(Ort::CustomOpDomain& domain) { addLinear(domain); }
 
 } // namespace dmoe

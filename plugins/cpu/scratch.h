@@ -1,0 +1,21 @@
+// Memory that a thread keeps from call to call: fresh memory would be paged in anew every time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace dmoe::cpu {
+
+// At least `count` floats at a cache line's begin: vectors that straddle two lines cost twice.
+inline float* room(std::vector<float>& memory, size_t count)
+{
+    constexpr size_t kLine = 64;
+    if (memory.size() < count + kLine / 4) {
+        memory = std::vector<float>(count + kLine / 4); // not resize: nothing is worth copying
+    }
+    auto const address = reinterpret_cast<uintptr_t>(memory.data());
+    return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
+}
+
+} // namespace dmoe::cpu
