@@ -48,7 +48,7 @@ struct InstructionSet {
     void (*swiglu)(float const* gateUp, int32_t count, float* activated);
     void (*fromHalf)(uint16_t const* in, int64_t count, float* out);
     void (*toHalf)(float const* in, int64_t count, uint16_t* out);
-    // Token vectors side by side, 2 · lanes a panel, and rows first … last − 1 of a linear layer with all panels.
+    // Token vectors side by side, 2 · lanes a panel, and rows first … last − 1, few, of a linear layer with all.
     void (*packPanel)(Linear const& call, int32_t index, float* panels);
     void (*panelProduct)(Linear const& call, int32_t first, int32_t last, float const* panels);
 };

@@ -9,7 +9,7 @@
 namespace dmoe::cpu {
 namespace {
 
-constexpr int32_t kRowChunk = 120; // a multiple of every instruction set's rows of a tile
+constexpr int32_t kDotRows = 64;
 
 // As many tokens as a vector has lanes, or fewer: dot products, as for the tokens of an expert.
 void dots(Linear const& call, int32_t first, int32_t last)
@@ -49,12 +49,13 @@ void runLinear(Linear const& call, Parallel parallel, void* pool, std::atomic<bo
         panels = room(memory, static_cast<size_t>(count) * width * call.columns);
         each(parallel, pool, count, [&](int32_t i) { set.packPanel(call, i, panels); });
     }
-    each(parallel, pool, (call.rows + kRowChunk - 1) / kRowChunk, [&](int32_t i) {
+    int32_t const chunk = panels ? kPanelRows : kDotRows;
+    each(parallel, pool, (call.rows + chunk - 1) / chunk, [&](int32_t i) {
         if (lost.load(std::memory_order_relaxed)) {
             return;
         }
         LostPages const watch(lost);
-        int32_t const first = i * kRowChunk, last = std::min(first + kRowChunk, call.rows);
+        int32_t const first = i * chunk, last = std::min(first + chunk, call.rows);
         if (panels) {
             set.panelProduct(call, first, last, panels);
         } else {
