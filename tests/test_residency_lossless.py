@@ -12,37 +12,33 @@ import threading
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from residency_helpers import (
+    BUDGETS,
+    INTERVALS,
+    QUESTIONS,
+    open_generator,
+    same_bits,
+    skip_without_kernel,
+    without_kernel,
+)
 
 from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
 from dmoe_export.cli import main
 from dmoe_export.errors import BundleError, MissingRequirementError, RequestError
-from dmoe_export.generator import Generator
-from dmoe_export.runtime import cpu_ops
-from dmoe_export.runtime.backend import ForwardInputs
-from dmoe_export.runtime.budget import ExpertBudget
 from dmoe_export.runtime.mapped_memory import FileIdentity
-from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
-from dmoe_export.runtime.resident import open_resident
-
-BUDGETS, INTERVALS = ("100%", "50%", "25%", "10%"), (1, 4, 32)
-QUESTIONS = ["what is 2 plus 3?", "write the numbers 4 7 1 9 from last to first.", "what is the capital of france?"]
-
-
-def _open(bundle: Bundle, **options) -> Generator:
-    return Generator.open(bundle.folder, backend="onnxruntime", threads=1, verify="sizes", **options)
 
 
 @pytest.fixture(scope="module")
 def sample_answers(sample_bundle):
-    return [g.token_ids for g in _open(sample_bundle).generate(QUESTIONS, max_new_tokens=48)]
+    return [g.token_ids for g in open_generator(sample_bundle).generate(QUESTIONS, max_new_tokens=48)]
 
 
 @pytest.mark.parametrize("interval", [*INTERVALS, "auto", "never"])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_sample_answers_are_the_same(sample_bundle, sample_answers, budget, interval):
-    generator = _open(sample_bundle, expert_budget=budget, expert_refresh_interval=interval)
+    generator = open_generator(sample_bundle, expert_budget=budget, expert_refresh_interval=interval)
     answers = generator.generate(QUESTIONS, max_new_tokens=48)
     assert [g.token_ids for g in answers] == sample_answers
     residency = answers[-1].stats.residency
@@ -57,7 +53,7 @@ def test_sample_answers_are_the_same(sample_bundle, sample_answers, budget, inte
 def test_recorded_runs_are_the_same(golden, golden_bundle, budget, interval):
     """All of the reference's recordings, token for token."""
     meta, data = json.loads((golden / "generate.json").read_text()), np.load(golden / "generate.npz")
-    generator = _open(golden_bundle, expert_budget=budget, expert_refresh_interval=interval)
+    generator = open_generator(golden_bundle, expert_budget=budget, expert_refresh_interval=interval)
     assert len(meta) == 8
     for run, m in enumerate(meta):
         eos = m.get("eos_id", None if m["eos"] else -1)
@@ -70,65 +66,36 @@ def test_recorded_runs_are_the_same(golden, golden_bundle, budget, interval):
     generator.backend.close()
 
 
-def _without_kernel(monkeypatch):
-    monkeypatch.setattr(cpu_ops, "INSTALLED", cpu_ops.INSTALLED.with_name("none"))
-
-
-def _skip_without_kernel():
-    if not cpu_ops.INSTALLED.is_file():
-        pytest.skip("our CPU kernels are not built (make cpu-ops)")
-
-
-def _same_bits(bundle, budget, threads):
-    """Logits, confidences, keys and values; rows of different lengths, one of nothing but padding."""
-    plain = OnnxRuntimeBackend(bundle, threads)
-    under = Generator.open(bundle.folder, backend="onnxruntime", threads=threads, verify="sizes",
-                           expert_budget=budget, expert_refresh_interval=1).backend
-    random = np.random.default_rng(0)
-    for tokens in (1, 2, 31, 96, 32):
-        ids = random.integers(0, 90, (3, tokens))
-        positions = np.tile(np.arange(tokens), (3, 1))
-        positions[1, (tokens + 1) // 2:] = positions[2] = -1
-        inputs = ForwardInputs(ids, positions, np.tile(np.arange(tokens), (3, 1)), {}, True, True)
-        one, other = (backend.forward(inputs, backend.new_cache(3)) for backend in (plain, under))
-        for name in ("token_ids", "confidence", "expert_ids", "logits"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-        for a, b in zip(one.keys_values, other.keys_values, strict=True):
-            np.testing.assert_array_equal(a, b)
-    assert under.statistics().misses > 0
-    under.close()
-
-
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_bit_is_the_same(golden_bundle, budget, threads, kernel, monkeypatch):
-    _skip_without_kernel() if kernel else _without_kernel(monkeypatch)
-    _same_bits(golden_bundle, budget, threads)
+    skip_without_kernel() if kernel else without_kernel(monkeypatch)
+    same_bits(golden_bundle, budget, threads)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_every_bit_of_quantised_experts_is_the_same(precision, tmp_path, monkeypatch):
-    _skip_without_kernel()
+    skip_without_kernel()
     config = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 2}
     write_synthetic(tmp_path / "checkpoint", GEOMETRIES["tiny"] | config)
     bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision=precision)
     for budget in BUDGETS[:3]:
-        _same_bits(bundle, budget, 2)
-    _without_kernel(monkeypatch)
+        same_bits(bundle, budget, 2)
+    without_kernel(monkeypatch)
     with pytest.raises(MissingRequirementError, match=rf"needs our CPU kernels where experts are {precision}"):
-        _open(bundle, expert_budget="50%")
+        open_generator(bundle, expert_budget="50%")
 
 
 def test_statistics_are_of_the_request(sample_bundle):
-    generator = _open(sample_bundle, expert_budget="50%", expert_refresh_interval=1)
+    generator = open_generator(sample_bundle, expert_budget="50%", expert_refresh_interval=1)
     first, second = (generator.generate(QUESTIONS[0], max_new_tokens=32)[0].stats for _ in range(2))
     assert first.residency["promotions"] > second.residency["promotions"] == 0  # all it needs is there
     layers = len(sample_bundle.manifest.model.moe_layers)
     assert second.residency["hits"] + second.residency["misses"] == sum(
         round(u * layers) for values in second.unique_by_phase.values() for u in values)
     assert second.as_dict()["residency"]["hit_rate"] > first.residency["hit_rate"]
-    assert "residency" not in _open(sample_bundle).generate(QUESTIONS[0], max_new_tokens=32)[0].stats.as_dict()
+    assert "residency" not in open_generator(sample_bundle).generate(QUESTIONS[0], max_new_tokens=32)[0].stats.as_dict()
     generator.backend.close()
 
 
@@ -153,7 +120,7 @@ def _shorten(path):
 
 @pytest.mark.parametrize("harm", [_touch, _replace, _shorten, lambda path: path.unlink()])
 def test_expert_file_changed_while_running(own_bundle, harm):
-    generator = _open(own_bundle, expert_budget="25%")
+    generator = open_generator(own_bundle, expert_budget="25%")
     generator.generate(QUESTIONS[0], max_new_tokens=32)
     harm(own_bundle.folder / "experts.bin")
     with pytest.raises(BundleError, match=r"experts\.bin was changed or removed while it was in use"):
@@ -162,7 +129,7 @@ def test_expert_file_changed_while_running(own_bundle, harm):
 
 
 def test_changed_during_a_forward_gives_no_token(own_bundle):
-    generator = _open(own_bundle, expert_budget="25%")
+    generator = open_generator(own_bundle, expert_budget="25%")
     inner = generator.backend._backend
     run = inner.forward
 
@@ -177,30 +144,24 @@ def test_changed_during_a_forward_gives_no_token(own_bundle):
     generator.backend.close()
 
 
-def test_half_precision_is_refused(sample_bundle):
-    half = Bundle(sample_bundle.folder, sample_bundle.manifest.model_copy(update={"precision": "fp16"}))
-    with pytest.raises(MissingRequirementError, match=r"needs float32 outside experts, .* is fp16"):
-        open_resident(half, ExpertBudget(10**6, 1), "auto")
-
-
 def test_the_onnx_package_is_asked_for(sample_bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingRequirementError, match=r"needs onnx, .* pip install onnx"):
-        _open(sample_bundle, expert_budget="25%")
+        open_generator(sample_bundle, expert_budget="25%")
 
 
 def test_bad_options(sample_bundle):
     for options in ({"expert_budget": "-4G"}, {"expert_budget": "1k"}, {"expert_budget": "9000T"},
                     {"experts_per_layer": 0}, {"expert_budget": "1G", "expert_refresh_interval": 0}):
         with pytest.raises(RequestError):
-            _open(sample_bundle, **options)
+            open_generator(sample_bundle, **options)
 
 
 def test_a_dropped_generator_lets_go(sample_bundle):
     file, before = FileIdentity.of(sample_bundle.folder / "experts.bin"), set(threading.enumerate())
     gc.collect()
     others = file.resident_bytes()
-    generator = _open(sample_bundle, expert_budget="25%", expert_refresh_interval=1)
+    generator = open_generator(sample_bundle, expert_budget="25%", expert_refresh_interval=1)
     generator.generate(QUESTIONS[0], max_new_tokens=32)
     threads = set(threading.enumerate()) - before
     assert file.resident_bytes() > others and any(thread.name.startswith("bring-experts") for thread in threads)
@@ -213,7 +174,7 @@ def test_a_dropped_generator_lets_go(sample_bundle):
 
 
 def test_a_closed_one_goes_on_under_its_budget(sample_bundle, sample_answers):
-    generator = _open(sample_bundle, expert_budget="25%")
+    generator = open_generator(sample_bundle, expert_budget="25%")
     generator.backend.close()
     assert [g.token_ids for g in generator.generate(QUESTIONS, max_new_tokens=48)] == sample_answers
     done = generator.backend.statistics()
@@ -221,7 +182,7 @@ def test_a_closed_one_goes_on_under_its_budget(sample_bundle, sample_answers):
 
 
 def test_salient_steps_are_refused(sample_bundle):
-    generator = _open(sample_bundle, expert_budget="50%")
+    generator = open_generator(sample_bundle, expert_budget="50%")
     with pytest.raises(RequestError, match="do not go together"):
         generator.generate(QUESTIONS[0], max_new_tokens=32, salient_threshold=0.99)
     generator.backend.close()
@@ -230,7 +191,7 @@ def test_salient_steps_are_refused(sample_bundle):
 def test_other_systems_are_refused(sample_bundle, monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
     with pytest.raises(MissingRequirementError, match="needs Linux"):
-        _open(sample_bundle, expert_budget="50%")
+        open_generator(sample_bundle, expert_budget="50%")
 
 
 def test_command(sample_bundle):

@@ -41,7 +41,7 @@ class PieceSession:
         """Raises MissingRequirementError without the onnx package; `source` may be set later."""
         self.source, self._kernel = source, uses_cpu_ops(cpu_ops)
         cut = cut_at_experts(bundle.denoiser_path, len(bundle.manifest.model.moe_layers), self._kernel)
-        self._pieces = [(piece, open_session(piece.model, bundle, threads, alone=False, cpu_ops="off"))
+        self._pieces = [(piece, open_session(piece.model, bundle, threads, alone=False, cpu_ops=cpu_ops))
                         for piece in cut.pieces]
         self._experts = open_session(cut.experts, bundle, threads, alone=False, cpu_ops=cpu_ops)
         self._mixtures: list[Mixture | None] = [*cut.mixtures, None]
@@ -66,20 +66,26 @@ class PieceSession:
     def _tokens(self, layer: int, inputs: list[Any]) -> Any:
         """hidden [N, H], expert_ids and expert_weights [N, k] → mixed [N, H], with our kernel.
 
-        It computes a pair the same in any company, and sums a token's pairs in float32, in the order of their places.
+        It computes a pair the same in any company, and sums a token's pairs in float32, in the order of their places;
+        half precision is rounded after that.
         """
         hidden, ids, weights = (value.numpy() for value in inputs)
+        mixed = self._mix(layer, hidden.astype(np.float32, copy=False), ids, weights)
+        with np.errstate(over="ignore"):  # an infinity, as in the kernel
+            return _value(mixed.astype(hidden.dtype, copy=False))
+
+    def _mix(self, layer: int, hidden: Array, ids: Ints, weights: Array) -> Array:
         there, pairs = ids >= 0, np.zeros((*ids.shape, hidden.shape[1]), np.float32)
         for group in self._groups(layer, np.unique(ids[there])):
             pick = np.isin(ids, group)
             if (pick == there).all():
-                return _value(self._run_experts(layer, hidden, ids, weights))
+                return self._run_experts(layer, hidden, ids, weights)
             once = np.ones((int(pick.sum()), 1), np.float32)
             pairs[pick] = self._run_experts(layer, hidden[pick.nonzero()[0]], ids[pick][:, None], once)
         mixed = np.zeros_like(hidden)
         for place in range(ids.shape[1]):
             mixed += weights[:, place, None] * pairs[:, place]
-        return _value(mixed)
+        return mixed
 
     def _rows(self, layer: int, inputs: list[Any]) -> Any:
         """rows [P, H], probs [P, E] → [P, H], with ONNX Runtime's op. It multiplies all rows of an expert at once, and

@@ -9,10 +9,11 @@ import onnxruntime as ort
 from ..bundle.reader import Bundle
 from ..errors import BundleError, MissingRequirementError
 from .cpu_ops import CpuOps, use_cpu_ops
+from .walls import wall_at_experts
 
 _QUANTISED_FROM = 1, 25
 
-_LOST = "the file of the experts was cut short"  # as plugins/cpu/op.cpp says it
+_LOST, _EXPERTS_LOST = "was cut short while it was read", "the file of the experts"  # as plugins/cpu/op_*.cpp say it
 
 
 class Session(Protocol):
@@ -28,8 +29,8 @@ def open_session(model: str | bytes, bundle: Bundle, threads: int | None, alone:
     """A session over a file or, as bytes, an edited graph over the bundle's data files.
 
     `alone`: not one of many that run in turn; these should neither take the processor from each other, by threads that
-    wait for work awake, nor keep memory of their own. `cpu_ops`: whether our kernels compute the experts ("auto": where
-    installed). Raises MissingRequirementError where this ONNX Runtime cannot load it.
+    wait for work awake, nor keep memory of their own. `cpu_ops`: whether our kernels compute experts and linear layers
+    ("auto": where installed). Raises MissingRequirementError where this ONNX Runtime cannot load it.
     """
     path = bundle.denoiser_path if isinstance(model, bytes) else model
     options = ort.SessionOptions()
@@ -44,6 +45,8 @@ def open_session(model: str | bytes, bundle: Bundle, threads: int | None, alone:
     with_kernels = use_cpu_ops(model, options, cpu_ops)
     if with_kernels is model:
         _check_version(bundle)
+    elif isinstance(with_kernels, bytes) and bundle.manifest.precision == "fp16":
+        with_kernels = wall_at_experts(with_kernels)  # as under an expert budget, so that answers are the same
     model = with_kernels
     if isinstance(model, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
@@ -65,12 +68,13 @@ def _check_version(bundle: Bundle) -> None:
 
 
 def run_session(session: Session, bundle: Bundle, wanted: list[str], feeds: dict[str, Any]) -> list[Any]:
-    """The wanted outputs. Raises BundleError where our CPU kernels found the expert file cut short while they read."""
+    """The wanted outputs. Raises BundleError where our CPU kernels found a weight file cut short while they read."""
     try:
         return session.run(wanted, feeds)
     except Exception as error:  # onnxruntime raises its own kinds
         if _LOST not in str(error):
             raise
-        assert bundle.manifest.experts is not None, "only experts are read by our kernels"
-        raise BundleError(f"{bundle.folder / bundle.manifest.experts.file} was changed or removed while it was in use; "
+        experts = bundle.manifest.experts if _EXPERTS_LOST in str(error) else None
+        file = experts.file if experts else f"{bundle.manifest.denoiser.file}.data"
+        raise BundleError(f"{bundle.folder / file} was changed or removed while it was in use; "
                           "open the bundle again.") from None

@@ -4,7 +4,7 @@ Where it is cut depends on what computes experts. With our CPU kernel, at `DmoeE
 [N, H], expert_ids and expert_weights [N, k], the next begins with mixed [N, H]. Otherwise at `com.microsoft.MoE` inside
 the bodies of these nodes (ops/experts/onnx_body.py): a piece ends with rows [P, H], one per (token, place) pair, and
 probs [P, E], 0 at the row's expert and −inf elsewhere; the next begins with the rows' results [P, H]. Either way all
-other nodes stay as they are, so results are those of the whole graph.
+other nodes stay as they are, so results are those of the whole graph; of half precision, of the whole graph with walls.
 Editing a graph needs the onnx package, which nothing else does at run time.
 """
 
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingRequirementError
+from ..errors import BundleError, MissingRequirementError
 from ..ops import experts
 from ..ops.schema import DOMAIN
+from .walls import wall_at_experts
 
 _KERNEL, _BODY = (DOMAIN, experts.SCHEMA.name), ("com.microsoft", "MoE")
 
@@ -44,11 +45,15 @@ class CutGraph:
 
     pieces: list[Piece]
     mixtures: list[Mixture]
-    experts: bytes  # one mixture; inputs "0", "1", … as the node has them, weights last; output "answer"
+    experts: bytes  # one mixture; inputs "0", "1", … as the node has them, weights last; output "answer"; hidden and
+    # answer are float32 even if the graph's are not, because answers of groups are summed
 
 
 def cut_at_experts(path: Path, mixtures: int, kernel: bool) -> CutGraph:
-    """Cut a bundle's graph of this many mixtures; `kernel`: for our CPU kernel. Raises MissingRequirementError."""
+    """Cut a bundle's graph of this many mixtures; `kernel`: for our CPU kernel.
+
+    Raises MissingRequirementError, and BundleError where half-precision values cross without a wall.
+    """
     try:
         import onnx.inliner
         import onnx.shape_inference
@@ -56,13 +61,17 @@ def cut_at_experts(path: Path, mixtures: int, kernel: bool) -> CutGraph:
         raise MissingRequirementError(
             f"An expert budget on the CPU needs {error.name}, to cut the graph at its experts; install with: "
             "pip install onnx") from None
-    whole = onnx.load(path, load_external_data=False)
+    whole = onnx.load_from_string(wall_at_experts(path.read_bytes()))
     flat = onnx.inliner.inline_selected_functions(whole, [_KERNEL] if kernel else [], exclude=True)
     cutter = _Cutter(onnx, onnx.shape_inference.infer_shapes(flat), _KERNEL if kernel else _BODY)
     if len(cutter.mixtures) != mixtures:
         raise MissingRequirementError(f"{path} holds {len(cutter.mixtures)} mixtures of experts in a form that can be "
                                       f"cut, and should hold {mixtures}; leave the expert budget out.")
-    return CutGraph([cutter.piece(i) for i in range(mixtures + 1)], cutter.mixtures, cutter.experts())
+    pieces = [cutter.piece(i) for i in range(mixtures + 1)]
+    if halves := cutter.half_inputs(pieces):
+        raise BundleError(f"{path} does not declare the type of {halves[0]}, which is half precision and crosses its "
+                          "experts, so answers could change with an expert budget; export the bundle again.")
+    return CutGraph(pieces, cutter.mixtures, cutter.experts())
 
 
 class _Cutter:
@@ -103,6 +112,12 @@ class _Cutter:
                                [self._types[name] for name in outputs], weights)
         return Piece(model, inputs, outputs)
 
+    def half_inputs(self, pieces: list[Piece]) -> list[str]:
+        """Values in half precision that pieces take from other pieces."""
+        given = {value.name for value in self._model.graph.input} | {mixture.answer for mixture in self.mixtures}
+        return [name for piece in pieces for name in piece.inputs if name not in given
+                and self._types[name].type.tensor_type.elem_type == self._onnx.TensorProto.FLOAT16]
+
     def experts(self) -> bytes:
         """A mixture as the graph has it, weights as inputs: all layers have one geometry, so any will do."""
         make, node = self._onnx.helper.make_tensor_value_info, self._onnx.NodeProto()
@@ -112,7 +127,8 @@ class _Cutter:
         for i, name in enumerate(names):
             weight = self._weights.get(name)
             elem = weight.data_type if weight else self._types[name].type.tensor_type.elem_type
-            inputs.append(make(str(i), elem, list(weight.dims) if weight else None))
+            inputs.append(make(str(i), elem if i else self._onnx.TensorProto.FLOAT,
+                               list(weight.dims) if weight else None))
         renamed = [str(names.index(name)) if name else "" for name in node.input]
         del node.input[:], node.output[:]
         node.input.extend(renamed)

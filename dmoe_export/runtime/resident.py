@@ -159,14 +159,14 @@ def check_experts(bundle: Bundle) -> None:
     manifest = bundle.manifest
     if sys.platform != "linux":
         raise MissingRequirementError(f"An expert budget needs Linux, this is {sys.platform}; leave it out.")
-    if manifest.precision != "fp32":
+    if manifest.precision != "fp32" and manifest.export_precision != "fp16":
         raise MissingRequirementError(
-            f"An expert budget on the CPU needs float32 outside experts, {bundle.folder} is {manifest.precision}: in a "
-            "graph that is cut, ONNX Runtime rounds half precision elsewhere, so tokens could change; export with "
-            "--precision fp32, int8 or int4.")
-    if manifest.quantisation and not uses_cpu_ops():
+            f"An expert budget on the CPU needs experts that our CPU kernels compute, not {manifest.export_precision} "
+            f"with {manifest.precision} outside them, as in {bundle.folder}; export with --precision fp32, fp16, int8 "
+            "or int4, and without --dense-precision.")
+    if manifest.export_precision != "fp32" and not uses_cpu_ops():
         raise MissingRequirementError(
-            f"An expert budget needs our CPU kernels where experts are {manifest.quantisation.name}, as in "
+            f"An expert budget needs our CPU kernels where experts are {manifest.export_precision}, as in "
             f"{bundle.folder}; build them with `make cpu-ops`, or export with --precision fp32.")
 
 
