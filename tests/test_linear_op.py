@@ -10,6 +10,7 @@ from collections import Counter
 import linear_helpers as helpers
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from cpu_ops_helpers import built
 from hypothesis import given, settings
@@ -19,11 +20,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dmoe_export import export_checkpoint
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
+from dmoe_export.errors import BundleError
 from dmoe_export.ops.schema import DOMAIN, OPSET
 from dmoe_export.runtime import cpu_ops
 from dmoe_export.runtime.backend import ForwardInputs
 from dmoe_export.runtime.linear_layers import LINEAR, with_linear
 from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
+from dmoe_export.runtime.onnxruntime_session import run_session
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
@@ -58,6 +61,30 @@ def test_wrong_inputs_are_refused(change, words):
     change(feeds)
     with pytest.raises(Exception, match=words):
         run(built(), feeds)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_weight_file_cut_short_while_it_is_read(tokens, tiny_bundle, tmp_path):
+    """Neither a crash nor a number, then and later."""
+    weights = np.ones((4096, 64), np.float32)
+    weights.tofile(tmp_path / "w.bin")
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=weights.shape,
+                         data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="w.bin")
+    model = onnx.load_from_string(helpers.linear_model(bias=False))
+    model.graph.initializer.append(tensor)
+    del model.graph.input[1]
+    onnx.save(model, tmp_path / "model.onnx")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(built()))
+    session = ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    feeds = {"x": np.ones((tokens, 64), np.float32)}
+    assert (run_session(session, tiny_bundle, ["y"], feeds)[0] == 64).all()
+    os.truncate(tmp_path / "w.bin", 8192)
+    for _ in range(2):
+        with pytest.raises(BundleError, match=r"denoiser\.onnx\.data was changed or removed while it was in use"):
+            run_session(session, tiny_bundle, ["y"], feeds)
 
 
 def _gemms(node: dict, weight=(6, 4), dtype=np.float32, bias=(6,), given=False, imports=True) -> bytes:

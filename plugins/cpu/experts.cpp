@@ -9,6 +9,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace dmoe::cpu {
@@ -44,14 +45,16 @@ namespace {
 
 constexpr int32_t kWidthChunk = 64; // intermediate values of one piece of gate and up
 constexpr int32_t kHiddenChunk = 256; // outputs of one piece of down
+constexpr int64_t kFew = -1; // where a group's panels would be
 
 // The pairs (token, place) of each expert that has any, in token order.
 struct Group {
     int32_t expert, begin, end; // range of `pairs`
+    int64_t panels; // in tokens from the first group's; kFew: no more tokens than a vector has lanes
 };
 
 struct Scratch {
-    std::vector<float> permuted, activated, products;
+    std::vector<float> permuted, activated, products, panels;
 };
 
 class Call {
@@ -68,9 +71,15 @@ public:
         auto const pairs = static_cast<size_t>(order.size());
         activated = room(scratch.activated, pairs * e.width);
         products = room(scratch.products, pairs * e.hidden);
+        panels = room(scratch.panels, static_cast<size_t>(packed) * std::max(e.hidden, e.width));
+        pack(e.hidden);
         pieces(groups.size(), e.width, kWidthChunk, [this](Group const& g, int32_t first, int32_t last) {
             gateUp(g, first, last);
         });
+        for (size_t pair = 0; pair < pairs; ++pair) {
+            x[pair] = activated + pair * e.width;
+        }
+        pack(e.width);
         pieces(groups.size(), e.hidden, kHiddenChunk, [this](Group const& g, int32_t first, int32_t last) {
             down(g, first, last);
         });
@@ -93,7 +102,9 @@ private:
         std::partial_sum(count.begin(), count.end(), count.begin());
         for (int32_t i = 0; i < e.experts; ++i) {
             if (count[i] < count[i + 1]) {
-                groups.push_back({i, count[i], count[i + 1]});
+                int32_t const tokens = count[i + 1] - count[i];
+                groups.push_back({i, count[i], count[i + 1], tokens > set.lanes ? packed : kFew});
+                packed += tokens > set.lanes ? panelRoom(set, tokens) : 0;
             }
         }
         order.resize(count[e.experts]);
@@ -125,6 +136,32 @@ private:
         });
     }
 
+    // The groups of many tokens into panels.
+    void pack(int32_t columns)
+    {
+        std::vector<std::pair<Group const*, int32_t>> todo;
+        for (Group const& g : groups) {
+            for (int32_t i = 0; g.panels != kFew && i < panelCount(set, g.end - g.begin); ++i) {
+                todo.emplace_back(&g, i);
+            }
+        }
+        each(todo.size(), [&](size_t i) {
+            auto const [g, index] = todo[i];
+            set.packPanel(x.data() + g->begin, g->end - g->begin, columns, index, panels + g->panels * columns);
+        });
+    }
+
+    void product(Group const& g, Matrix const& m, int32_t first, int32_t last, float* const* out) const
+    {
+        if (g.panels == kFew) {
+            set.product(m, first, last, x.data() + g.begin, g.end - g.begin, out);
+        } else {
+            thread_local std::vector<float> memory;
+            float* const unpacked = e.format == Format::kFloat ? nullptr : room(memory, size_t{kPanelRows} * m.columns);
+            set.panelProduct(m, first, last, panels + g.panels * m.columns, g.end - g.begin, unpacked, out);
+        }
+    }
+
     Matrix matrix(void const* all, float const* scales, int32_t expert, int64_t rows, int32_t columns) const
     {
         int64_t const bytes = rowBytes(e.format, columns);
@@ -143,8 +180,8 @@ private:
         for (int32_t t = 0; t < tokens; ++t) {
             out[t] = begin + static_cast<size_t>(t) * rows;
         }
-        set.product(matrix(e.gateUp, e.gateUpScales, g.expert, 2 * int64_t{e.width}, e.hidden), 2 * first, 2 * last,
-            x.data() + g.begin, tokens, out.data());
+        product(g, matrix(e.gateUp, e.gateUpScales, g.expert, 2 * int64_t{e.width}, e.hidden), 2 * first, 2 * last,
+            out.data());
         for (int32_t t = 0; t < tokens; ++t) {
             float* const row = activated + static_cast<size_t>(g.begin + t) * e.width;
             if (e.format != Format::kInt4) {
@@ -161,16 +198,12 @@ private:
     void down(Group const& g, int32_t first, int32_t last)
     {
         int32_t const tokens = g.end - g.begin;
-        thread_local std::vector<float const*> in;
         thread_local std::vector<float*> out;
-        in.resize(tokens);
         out.resize(tokens);
         for (int32_t t = 0; t < tokens; ++t) {
-            in[t] = activated + static_cast<size_t>(g.begin + t) * e.width;
             out[t] = products + static_cast<size_t>(g.begin + t) * e.hidden + first;
         }
-        set.product(matrix(e.down, e.downScales, g.expert, e.hidden, e.width), first, last, in.data(), tokens,
-            out.data());
+        product(g, matrix(e.down, e.downScales, g.expert, e.hidden, e.width), first, last, out.data());
     }
 
     // The weighted sum in the order of the places, whatever the experts are.
@@ -219,9 +252,11 @@ private:
     std::atomic<bool>& lost;
     float* activated = nullptr; // [pairs, I]
     float* products = nullptr; // [pairs, H]
+    float* panels = nullptr; // [packed, H], then [packed, I]
+    int64_t packed = 0; // tokens that the panels of all groups have room for
     std::vector<Group> groups;
     std::vector<int32_t> order, place; // token of each pair sorted by expert; where each pair went, −1 = nowhere
-    std::vector<float const*> x;
+    std::vector<float const*> x; // of each pair: its hidden state, then its activated values
 };
 
 } // namespace

@@ -35,7 +35,7 @@ static inline int64_t rowBytes(Format format, int64_t columns)
 constexpr int32_t kInt4Run = 32;
 static inline int32_t placeInt4(int32_t i) { return (i & ~(kInt4Run - 1)) + (i % 2) * (kInt4Run / 2) + (i % kInt4Run) / 2; }
 
-struct Linear; // linear.h
+constexpr int32_t kPanelRows = 20; // that meet a panel at a time: a second-level cache has room for both
 
 // What depends on the instruction set.
 struct InstructionSet {
@@ -48,9 +48,12 @@ struct InstructionSet {
     void (*swiglu)(float const* gateUp, int32_t count, float* activated);
     void (*fromHalf)(uint16_t const* in, int64_t count, float* out);
     void (*toHalf)(float const* in, int64_t count, uint16_t* out);
-    // Token vectors side by side, 2 · lanes a panel, and rows first … last − 1, few, of a linear layer with all.
-    void (*packPanel)(Linear const& call, int32_t index, float* panels);
-    void (*panelProduct)(Linear const& call, int32_t first, int32_t last, float const* panels);
+    // The same product for more tokens than `lanes`, in another order of sums; the tokens packed before into panels of
+    // 2 · lanes, one after the other: [tokens rounded up to panels, columns] floats. `unpacked` has room for kPanelRows rows
+    // in float32; rows that are in float32 do not need it.
+    void (*packPanel)(float const* const* x, int32_t tokens, int32_t columns, int32_t index, float* panels);
+    void (*panelProduct)(Matrix const& matrix, int32_t first, int32_t last, float const* panels, int32_t tokens,
+        float* unpacked, float* const* out);
 };
 
 InstructionSet const& instructionSet(); // the best this processor has; DMOE_CPU_ISA=name takes another
@@ -69,6 +72,10 @@ struct Experts {
     int32_t groupShift; // group = 1 << groupShift
     float* mixed; // [N, H]
 };
+
+// Panels that so many tokens make, and tokens that have room in them.
+inline int32_t panelCount(InstructionSet const& set, int32_t tokens) { return (tokens + 2 * set.lanes - 1) / (2 * set.lanes); }
+inline int32_t panelRoom(InstructionSet const& set, int32_t tokens) { return panelCount(set, tokens) * 2 * set.lanes; }
 
 // Runs work(context, 0 … count − 1), on as many threads as the caller likes.
 using Parallel = void (*)(void* pool, size_t count, void (*work)(void*, size_t), void* context);

@@ -9,26 +9,7 @@
 namespace dmoe::cpu {
 namespace {
 
-constexpr int32_t kDotRows = 64;
-
-// As many tokens as a vector has lanes, or fewer: dot products, as for the tokens of an expert.
-void dots(Linear const& call, int32_t first, int32_t last)
-{
-    thread_local std::vector<float const*> x;
-    thread_local std::vector<float*> y;
-    x.resize(call.tokens);
-    y.resize(call.tokens);
-    for (int32_t t = 0; t < call.tokens; ++t) {
-        x[t] = call.x + int64_t{t} * call.columns;
-        y[t] = call.y + int64_t{t} * call.rows + first;
-    }
-    Matrix const matrix{reinterpret_cast<uint8_t const*>(call.weight), nullptr, Format::kFloat, 0, call.columns,
-        rowBytes(Format::kFloat, call.columns)};
-    instructionSet().product(matrix, first, last, x.data(), call.tokens, y.data());
-    for (int32_t t = 0; call.bias && t < call.tokens; ++t) {
-        std::transform(y[t], y[t] + (last - first), call.bias + first, y[t], std::plus<float>());
-    }
-}
+constexpr int32_t kDotRows = 64; // of a piece
 
 template <class Work>
 void each(Parallel parallel, void* pool, size_t count, Work work)
@@ -43,12 +24,18 @@ void runLinear(Linear const& call, Parallel parallel, void* pool, std::atomic<bo
     thread_local std::vector<float> memory;
     InstructionSet const& set = instructionSet();
     catchLostPages();
+    std::vector<float const*> x(call.tokens);
+    for (int32_t t = 0; t < call.tokens; ++t) {
+        x[t] = call.x + int64_t{t} * call.columns;
+    }
     float* panels = nullptr;
     if (call.tokens > set.lanes) {
-        int32_t const width = 2 * set.lanes, count = (call.tokens + width - 1) / width;
-        panels = room(memory, static_cast<size_t>(count) * width * call.columns);
-        each(parallel, pool, count, [&](int32_t i) { set.packPanel(call, i, panels); });
+        panels = room(memory, size_t(panelRoom(set, call.tokens)) * call.columns);
+        each(parallel, pool, panelCount(set, call.tokens),
+            [&](int32_t i) { set.packPanel(x.data(), call.tokens, call.columns, i, panels); });
     }
+    Matrix const matrix{reinterpret_cast<uint8_t const*>(call.weight), nullptr, Format::kFloat, 0, call.columns,
+        rowBytes(Format::kFloat, call.columns)};
     int32_t const chunk = panels ? kPanelRows : kDotRows;
     each(parallel, pool, (call.rows + chunk - 1) / chunk, [&](int32_t i) {
         if (lost.load(std::memory_order_relaxed)) {
@@ -56,10 +43,20 @@ void runLinear(Linear const& call, Parallel parallel, void* pool, std::atomic<bo
         }
         LostPages const watch(lost);
         int32_t const first = i * chunk, last = std::min(first + chunk, call.rows);
+        thread_local std::vector<float*> y;
+        y.resize(call.tokens);
+        for (int32_t t = 0; t < call.tokens; ++t) {
+            y[t] = call.y + int64_t{t} * call.rows + first;
+        }
         if (panels) {
-            set.panelProduct(call, first, last, panels);
+            set.panelProduct(matrix, first, last, panels, call.tokens, nullptr, y.data());
         } else {
-            dots(call, first, last);
+            set.product(matrix, first, last, x.data(), call.tokens, y.data());
+        }
+        for (float* row : y) {
+            for (int32_t r = first; call.bias && r < last; ++r) {
+                row[r - first] += call.bias[r];
+            }
         }
     });
 }

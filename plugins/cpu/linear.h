@@ -13,9 +13,6 @@ struct Linear {
     float* y; // [tokens, rows]
 };
 
-// At most so many rows in one call of an instruction set's panelProduct: what its second-level cache keeps beside a panel.
-constexpr int32_t kPanelRows = 20;
-
 // `lost` says that a weight could not be read, then and before (lost_pages.h).
 void runLinear(Linear const& call, Parallel parallel, void* pool, std::atomic<bool>& lost);
 
