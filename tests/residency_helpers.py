@@ -13,6 +13,7 @@ from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
 
 BUDGETS, INTERVALS = ("100%", "50%", "25%", "10%"), (1, 4, 32)
 QUESTIONS = ["what is 2 plus 3?", "write the numbers 4 7 1 9 from last to first.", "what is the capital of france?"]
+ANSWER = {"max_new_tokens": 64, "threshold": 1.0, "steps": 12, "eos_id": -1}  # some 33 forwards of each row
 
 
 def open_generator(bundle: Bundle, threads: int = 1, **options) -> Generator:

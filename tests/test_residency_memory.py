@@ -153,7 +153,7 @@ def test_experts_take_no_private_memory(wide_bundle, plain):
 
 
 @pytest.mark.parametrize("budget", ["13%", "26%", "50%", "100%"])
-@pytest.mark.parametrize("bundle", ["golden_bundle", "sample_bundle"])
+@pytest.mark.parametrize("bundle", ["golden_bundle", "sample_bundle", "half_sample_bundle"])
 def test_page_tables_and_books_agree_in_every_group(bundle, budget, request):
     """Slabs of a few pages lie in one large folio: a fault that brought neighbours along would show here."""
     bundle = request.getfixturevalue(bundle)
