@@ -15,7 +15,7 @@ import pytest
 from cpu_ops_helpers import built
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_helpers import TOLERANCE, case, error, run
+from linear_helpers import KINDS, TOLERANCE, case, error, run
 from onnx import TensorProto, helper, numpy_helper
 
 from dmoe_export import export_checkpoint
@@ -36,15 +36,32 @@ def test_every_instruction_set(isa):
 
 
 @settings(deadline=None, max_examples=80)
-@given(st.integers(0, 100), st.integers(1, 300), st.integers(1, 260), st.booleans(), st.integers(0, 99))
-def test_any_size(tokens, columns, rows, bias, seed):
-    assert error(built(), case(tokens, columns, rows, bias, seed)) < TOLERANCE
+@given(st.integers(0, 100), st.integers(1, 300), st.integers(1, 260), st.booleans(), st.integers(0, 99),
+       st.sampled_from(list(KINDS)))
+def test_any_size(tokens, columns, rows, bias, seed, kind):
+    assert error(built(), case(tokens, columns, rows, bias, seed, kind)) < TOLERANCE
 
 
+def test_half_precision_at_its_ends():
+    """Overflow, subnormal numbers, ties to even, infinity and NaN, as numpy rounds."""
+    tiny = 2.0**-24
+    terms = [(60000, 5504), (60000, 5504, 15), (60000, 5504, 16), (60000, 60000), (-60000, -60000), (2048, 1),
+             (2048, 3), (tiny,), (0, 0, 0, tiny), (0, 0, 0, 3 * tiny), (np.inf,), (np.nan,)]
+    x, w = np.array([1, 1, 1, 0.5, *[0] * 28], np.float16), np.zeros((len(terms), 32), np.float16)
+    for row, values in zip(w, terms, strict=True):
+        row[:len(values)] = values
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = (w.astype(np.float32) @ x.astype(np.float32)).astype(np.float16)
+    for tokens in (1, 40):
+        got = run(built(), {"x": np.tile(x, (tokens, 1)), "w": w})
+        np.testing.assert_array_equal(got, np.tile(want, (tokens, 1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [17, 64, 100])
-def test_a_token_does_not_depend_on_the_others(tokens):
+def test_a_token_does_not_depend_on_the_others(tokens, kind):
     """Bit for bit, as long as there are more of them than a vector has lanes."""
-    feeds = case(tokens, 200, 130)
+    feeds = case(tokens, 200, 130, kind=kind)
     want = run(built(), feeds)
     np.testing.assert_array_equal(run(built(), feeds | {"x": feeds["x"][::-1].copy()})[::-1], want)
     feeds["x"][1:] = np.nan
@@ -89,7 +106,7 @@ def test_weight_file_cut_short_while_it_is_read(tokens, tiny_bundle, tmp_path):
 
 def _gemms(node: dict, weight=(6, 4), dtype=np.float32, bias=(6,), given=False, imports=True) -> bytes:
     """x [T, 4] and one Gemm; `given`: its weight is an input."""
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", 4])]
+    inputs = [helper.make_tensor_value_info("x", helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), ["T", 4])]
     stored = [("w", np.ones(weight, dtype)), ("b", np.ones(bias, dtype))][:len(node.pop("inputs", "xw")) - 1]
     if given:
         inputs.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, weight))
@@ -105,6 +122,7 @@ def _gemms(node: dict, weight=(6, 4), dtype=np.float32, bias=(6,), given=False, 
 @pytest.mark.parametrize("model", [
     _gemms({"transB": 1}),
     _gemms({"transB": 1}, imports=False),
+    _gemms({"transB": 1}, dtype=np.float16),
     _gemms({"transB": 1, "inputs": "xwb", "alpha": 1.0, "beta": 1.0, "transA": 0}),
 ])
 def test_a_linear_layer_becomes_the_op(model):
@@ -123,10 +141,10 @@ def test_a_linear_layer_becomes_the_op(model):
     _gemms({"transB": 1, "alpha": 0.5}),
     _gemms({"transB": 1, "beta": 2.0, "inputs": "xwb"}),
     _gemms({"transB": 1}, given=True),
-    _gemms({"transB": 1}, dtype=np.float16),
+    _gemms({"transB": 1}, dtype=np.float64),
     _gemms({"transB": 1, "inputs": "xwb"}, bias=(1, 6)),
     _gemms({"transB": 1, "domain": "elsewhere"}),
-], ids=["not transposed", "transA", "alpha", "beta", "an input", "half", "bias of two axes", "elsewhere"])
+], ids=["not transposed", "transA", "alpha", "beta", "an input", "double", "bias of two axes", "elsewhere"])
 def test_another_gemm_stays(model):
     assert with_linear(model) is model
 

@@ -19,13 +19,13 @@ _INPUT, _OP, _ATTRIBUTE, _DOMAIN = 1, 4, 5, 7
 _NAME, _REAL, _INTEGER = 1, 2, 3  # of an attribute
 
 _GEMM = {b"transA": 0.0, b"transB": 0.0, b"alpha": 1.0, b"beta": 1.0}  # unless a node says otherwise
-_FLOAT = 1
+_FLOAT, _HALF = 1, 10
 
 
 def with_linear(model: bytes) -> bytes:
-    """A serialised ModelProto with DmoeLinear wherever Gemm is a linear layer in float32; ValueError if it is no model.
+    """A serialised ModelProto with DmoeLinear wherever Gemm is a linear layer; ValueError if it is no model.
 
-    That is y = x · Wᵀ (+ b) with W and b among the initializers: transB and nothing else that Gemm can do.
+    That is y = x · Wᵀ (+ b) in float32 or float16, W and b among the initializers: transB and nothing else of Gemm.
     """
     parts, imported, changed = [], False, False
     for number, content, whole in _whole(model):
@@ -49,7 +49,7 @@ def _graph(graph: bytes) -> bytes:
 
 
 def _axes(tensor: bytes) -> tuple[bytes, int]:
-    """Name and number of axes of an initializer; −1 unless it is in float32."""
+    """Name and number of axes of an initializer; −1 unless it is in float32 or float16."""
     axes, kind, name = 0, 0, b""
     for number, content, _ in fields(tensor):
         if number == _TENSOR_SIZES:
@@ -58,7 +58,7 @@ def _axes(tensor: bytes) -> tuple[bytes, int]:
             kind = varint(content)[0]
         elif number == _TENSOR_NAME:
             name = content
-    return name, axes if kind == _FLOAT else -1
+    return name, axes if kind in (_FLOAT, _HALF) else -1
 
 
 def _is_linear(node: bytes, axes: Mapping[bytes, int]) -> bool:

@@ -11,54 +11,94 @@ namespace {
 
 constexpr int32_t kDotRows = 64; // of a piece
 
-template <class Work>
-void each(Parallel parallel, void* pool, size_t count, Work work)
-{
-    parallel(pool, count, [](void* context, size_t i) { (*static_cast<Work*>(context))(static_cast<int32_t>(i)); }, &work);
-}
+class Call {
+public:
+    Call(Linear const& l, std::atomic<bool>& lost) : l(l), set(instructionSet()), half(l.format == Format::kHalf), lost(lost) {}
+
+    void run(Parallel parallel, void* pool)
+    {
+        thread_local std::vector<float> inMemory, panelMemory;
+        auto const* from = static_cast<float const*>(l.x);
+        if (half) {
+            int64_t const count = int64_t{l.tokens} * l.columns;
+            float* const wide = room(inMemory, count);
+            set.fromHalf(static_cast<uint16_t const*>(l.x), count, wide);
+            from = wide;
+        }
+        x.resize(l.tokens);
+        for (int32_t t = 0; t < l.tokens; ++t) {
+            x[t] = from + int64_t{t} * l.columns;
+        }
+        chunk = kDotRows;
+        if (l.tokens > set.lanes) {
+            chunk = kPanelRows;
+            panels = room(panelMemory, size_t(panelRoom(set, l.tokens)) * l.columns);
+            parallel(pool, panelCount(set, l.tokens), [](void* call, size_t i) { static_cast<Call*>(call)->pack(i); }, this);
+        }
+        parallel(pool, (l.rows + chunk - 1) / chunk, [](void* call, size_t i) { static_cast<Call*>(call)->piece(i); }, this);
+    }
+
+private:
+    void pack(size_t index) { set.packPanel(x.data(), l.tokens, l.columns, static_cast<int32_t>(index), panels); }
+
+    void piece(size_t index)
+    {
+        if (lost.load(std::memory_order_relaxed)) {
+            return;
+        }
+        LostPages const watch(lost);
+        thread_local std::vector<float> unpackedMemory, outMemory;
+        thread_local std::vector<float*> y;
+        int32_t const first = static_cast<int32_t>(index) * chunk, rows = std::min(chunk, l.rows - first);
+        float* const wide = half ? room(outMemory, size_t(l.tokens) * rows) : nullptr;
+        y.resize(l.tokens);
+        for (int32_t t = 0; t < l.tokens; ++t) {
+            y[t] = half ? wide + int64_t{t} * rows : static_cast<float*>(l.y) + int64_t{t} * l.rows + first;
+        }
+        Matrix const matrix{static_cast<uint8_t const*>(l.weight), nullptr, l.format, 0, l.columns,
+            rowBytes(l.format, l.columns)};
+        if (panels) {
+            float* const unpacked = half ? room(unpackedMemory, size_t{kPanelRows} * l.columns) : nullptr;
+            set.panelProduct(matrix, first, first + rows, panels, l.tokens, unpacked, y.data());
+        } else {
+            set.product(matrix, first, first + rows, x.data(), l.tokens, y.data());
+        }
+        finish(first, rows, y.data());
+    }
+
+    void finish(int32_t first, int32_t rows, float* const* y) const
+    {
+        float bias[kDotRows];
+        if (l.bias && half) {
+            set.fromHalf(static_cast<uint16_t const*>(l.bias) + first, rows, bias);
+        } else if (l.bias) {
+            std::copy_n(static_cast<float const*>(l.bias) + first, rows, bias);
+        }
+        for (int32_t t = 0; t < l.tokens; ++t) {
+            for (int32_t r = 0; l.bias && r < rows; ++r) {
+                y[t][r] += bias[r];
+            }
+            if (half) {
+                set.toHalf(y[t], rows, static_cast<uint16_t*>(l.y) + int64_t{t} * l.rows + first);
+            }
+        }
+    }
+
+    Linear const& l;
+    InstructionSet const& set;
+    bool half;
+    std::atomic<bool>& lost;
+    std::vector<float const*> x;
+    float* panels = nullptr; // where there are more tokens than a vector has lanes
+    int32_t chunk = 0; // rows of a piece
+};
 
 } // namespace
 
 void runLinear(Linear const& call, Parallel parallel, void* pool, std::atomic<bool>& lost)
 {
-    thread_local std::vector<float> memory;
-    InstructionSet const& set = instructionSet();
     catchLostPages();
-    std::vector<float const*> x(call.tokens);
-    for (int32_t t = 0; t < call.tokens; ++t) {
-        x[t] = call.x + int64_t{t} * call.columns;
-    }
-    float* panels = nullptr;
-    if (call.tokens > set.lanes) {
-        panels = room(memory, size_t(panelRoom(set, call.tokens)) * call.columns);
-        each(parallel, pool, panelCount(set, call.tokens),
-            [&](int32_t i) { set.packPanel(x.data(), call.tokens, call.columns, i, panels); });
-    }
-    Matrix const matrix{reinterpret_cast<uint8_t const*>(call.weight), nullptr, Format::kFloat, 0, call.columns,
-        rowBytes(Format::kFloat, call.columns)};
-    int32_t const chunk = panels ? kPanelRows : kDotRows;
-    each(parallel, pool, (call.rows + chunk - 1) / chunk, [&](int32_t i) {
-        if (lost.load(std::memory_order_relaxed)) {
-            return;
-        }
-        LostPages const watch(lost);
-        int32_t const first = i * chunk, last = std::min(first + chunk, call.rows);
-        thread_local std::vector<float*> y;
-        y.resize(call.tokens);
-        for (int32_t t = 0; t < call.tokens; ++t) {
-            y[t] = call.y + int64_t{t} * call.rows + first;
-        }
-        if (panels) {
-            set.panelProduct(matrix, first, last, panels, call.tokens, nullptr, y.data());
-        } else {
-            set.product(matrix, first, last, x.data(), call.tokens, y.data());
-        }
-        for (float* row : y) {
-            for (int32_t r = first; call.bias && r < last; ++r) {
-                row[r - first] += call.bias[r];
-            }
-        }
-    });
+    Call(call, lost).run(parallel, pool);
 }
 
 } // namespace dmoe::cpu

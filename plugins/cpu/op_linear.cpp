@@ -1,5 +1,5 @@
-// dmoe::DmoeLinear for ONNX Runtime's CPU provider: Gemm(x, w, b) with transB = 1 and nothing else, in float32. Graphs do
-// not have it: the runtime puts it in the place of such Gemms (dmoe_export/runtime/linear_layers.py).
+// dmoe::DmoeLinear for ONNX Runtime's CPU provider: Gemm(x, w, b) with transB = 1 and nothing else, in float32 or float16.
+// Graphs do not have it: the runtime puts it in the place of such Gemms (dmoe_export/runtime/linear_layers.py).
 #include "op.h"
 
 #include "linear.h"
@@ -9,10 +9,11 @@ namespace {
 
 constexpr char kName[] = "DmoeLinear";
 constexpr size_t kBias = 2;
-constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 
 class Kernel {
 public:
+    explicit Kernel(cpu::Format format) : mFormat(format) {}
+
     OrtStatus* ComputeV2(OrtKernelContext* context) noexcept
     {
         return guarded(kName, [&] { compute(context); });
@@ -25,17 +26,18 @@ private:
         x.expect({-1, -1});
         weight.expect({-1, x.size(1)});
         cpu::Linear call{};
+        call.format = mFormat;
         call.tokens = x.size(0);
         call.columns = x.size(1);
         call.rows = weight.size(0);
-        call.x = x.data<float>();
-        call.weight = weight.data<float>();
+        call.x = x.data<void>();
+        call.weight = weight.data<void>();
         if (Ort::KernelContext(context).GetInputCount() > kBias) {
             Input const bias(context, kBias, "b");
             bias.expect({call.rows});
-            call.bias = bias.data<float>();
+            call.bias = bias.data<void>();
         }
-        call.y = output<float>(context, 0, {call.tokens, call.rows});
+        call.y = output<void>(context, 0, {call.tokens, call.rows});
         if (int64_t{call.tokens} * call.rows == 0) {
             return; // no tensor has an address then
         }
@@ -45,16 +47,19 @@ private:
         }
     }
 
+    cpu::Format mFormat;
     std::atomic<bool> mLost{false}; // for good: pages that were lost read as zeros now
 };
 
 struct Op : Ort::CustomOpBase<Op, Kernel, true> {
+    explicit Op(bool half) : half(half) {}
+
     char const* GetName() const { return kName; }
     char const* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
     size_t GetInputTypeCount() const { return kBias + 1; }
     size_t GetOutputTypeCount() const { return 1; }
-    ONNXTensorElementDataType GetInputType(size_t) const { return kFloat; }
-    ONNXTensorElementDataType GetOutputType(size_t) const { return kFloat; }
+    ONNXTensorElementDataType GetInputType(size_t) const { return type(); }
+    ONNXTensorElementDataType GetOutputType(size_t) const { return type(); }
 
     OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const
     {
@@ -63,16 +68,24 @@ struct Op : Ort::CustomOpBase<Op, Kernel, true> {
 
     OrtStatus* CreateKernelV2(OrtApi const&, OrtKernelInfo const*, void** kernel) const noexcept
     {
-        return guarded(kName, [&] { *kernel = new Kernel; });
+        return guarded(kName, [&] { *kernel = new Kernel(half ? cpu::Format::kHalf : cpu::Format::kFloat); });
     }
+
+    ONNXTensorElementDataType type() const
+    {
+        return half ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    }
+
+    bool half;
 };
 
 } // namespace
 
 void addLinear(Ort::CustomOpDomain& domain)
 {
-    static Op const op;
-    domain.Add(&op);
+    static Op const floats(false), halves(true);
+    domain.Add(&floats);
+    domain.Add(&halves);
 }
 
 } // namespace dmoe
