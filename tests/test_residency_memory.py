@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from residency_helpers import skip_without_kernel
 
 from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle
@@ -97,6 +98,19 @@ def test_resident_memory_obeys_the_budget(wide_bundle, plain, budget, interval):
     residency = answer["residency"]
     assert residency["peak_bytes"] == budget // EXPERT * EXPERT
     assert residency["misses"] > 0 and residency["dropped_bytes"] > budget
+
+
+@pytest.mark.alone
+def test_resident_memory_of_half_precision_obeys_the_budget(wide_bundle):
+    skip_without_kernel()
+    folder, budget = wide_bundle.folder.parent, 55 << 20
+    bundle = export_checkpoint(folder / "checkpoint", folder / "half", precision="fp16")
+    assert bundle.manifest.bytes_per_expert == EXPERT // 2
+    tokens = _run(bundle)[0]["tokens"]
+    answer, peak = _run(bundle, expert_budget=budget, expert_refresh_interval="1")
+    assert 0.9 * budget < peak <= 1.05 * budget and answer["tokens"] == tokens
+    assert answer["residency"]["peak_bytes"] == budget // (EXPERT // 2) * (EXPERT // 2)
+    assert answer["residency"]["dropped_bytes"] > budget
 
 
 @pytest.mark.alone
