@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from .bundle.reader import Bundle, Verify, open_bundle
 from .decoding.loop import BlockDiffusion
 from .decoding.row import FinishReason
-from .decoding.settings import DecodeSettings
+from .decoding.settings import DecodeSettings, check_kind
 from .decoding.telemetry import Statistics
 from .description import RUNTIME_SETTINGS
 from .errors import RequestError
@@ -23,6 +23,8 @@ from .runtime.resident_device import open_under_budget
 from .runtime.text import Message, TextCodec, TextStream
 
 Prompt = str | Sequence[int] | Sequence[Message]
+_MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, whatever becomes of the machine
+_PROMPT = "neither text, nor token ids, nor chat messages"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class Generator:
         """
         if backend not in BACKENDS:
             raise RequestError(f"Backend {backend!r} is not known; known: {', '.join(BACKENDS)}.")
+        if threads is not None:
+            check_kind("threads", threads, "int")
+            if not 1 <= threads <= _MOST_THREADS:
+                raise RequestError(f"threads is {threads}, it must be between 1 and {_MOST_THREADS}.")
         interval = parse_interval(expert_refresh_interval)
         bundle = open_bundle(path, verify, progress)
         budget = plan_budget(bundle.manifest, expert_budget, experts_per_layer)
@@ -127,6 +133,8 @@ class Generator:
 
     def _batch(self, prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         """One prompt or many → many."""
+        if not _is_list(prompts) and not isinstance(prompts, str):
+            raise RequestError(f"Prompts {prompts!r} are {_PROMPT}, nor a list of them.")
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (Integral, dict))):
             return [prompts]  # type: ignore[list-item]
         if not len(prompts):
@@ -139,30 +147,39 @@ class Generator:
         chosen: dict[str, float | int] = {}
         moe = self.backend.description.moe
         experts = moe.num_experts if moe else 0
-        for option, name, low, high in (("coreset_top_p", "top_p", 0, 1), ("min_experts", "min_experts", 1, experts),
-                                        ("coreset_size", "coreset_size", 1, experts)):
+        for option, name, kind, low, high in (("coreset_top_p", "top_p", "float", 0, 1),
+                                              ("min_experts", "min_experts", "int", 1, experts),
+                                              ("coreset_size", "coreset_size", "int", 1, experts)):
             value = options.pop(option, None)
             if value is None:
                 continue
             if name not in RUNTIME_SETTINGS[routing.mode]:
                 raise RequestError(f"{option} has no meaning in this bundle: " + (
                     f"its routing mode is {routing.mode}." if moe else "its model is dense."))
+            check_kind(option, value, kind)
             if not low <= value <= high:
                 raise RequestError(f"{option} is {value}, it must be between {low} and {high}.")
             chosen[name] = value
-        try:
-            return DecodeSettings(routing=chosen, **options)
-        except TypeError as error:
-            raise RequestError(f"Unknown generation option: {error}.") from None
+        unknown = options.keys() - {one.name for one in fields(DecodeSettings)} | options.keys() & {"routing"}
+        if unknown:
+            raise RequestError(f"Unknown generation option: {', '.join(sorted(unknown))}.")
+        return DecodeSettings(routing=chosen, **options)
 
     def _encode(self, prompt: Prompt, chat: bool) -> list[int]:
+        if not _is_list(prompt) and not isinstance(prompt, str):
+            raise RequestError(f"Prompt {prompt!r} is {_PROMPT}.")
         if not isinstance(prompt, str) and len(prompt) and not isinstance(prompt[0], dict):
+            wrong = next((i for i in prompt if not isinstance(i, Integral)), None)
+            if wrong is not None:
+                raise RequestError(f"Prompt with {wrong!r} is {_PROMPT}.")
             return [int(i) for i in prompt]  # type: ignore[arg-type]
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             return []
         if self.text is None:
             raise RequestError(f"{self.bundle.folder} has no tokenizer; give token ids (--prompt-ids).")
         if isinstance(prompt, str):
+            if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+                raise RequestError(f"Prompt {prompt!r} holds half a character (a surrogate), so it is no text.")
             return self.text.encode_chat([{"role": "user", "content": prompt}]) if chat else (
                 self.text.encode_literal(prompt))
         for message in prompt:
@@ -188,3 +205,8 @@ class Generator:
                                f"dmoe-export build {self.bundle.folder} --max-context {total}.")
         if settings.eos_id is not None and settings.eos_id >= d.vocab_size:
             raise RequestError(f"eos_id {settings.eos_id} is outside the vocabulary 0 … {d.vocab_size - 1}.")
+
+
+def _is_list(value: object) -> bool:
+    """Whether it has a length and an order: lists, tuples, arrays, ranges; no bytes, whose items only look like ids."""
+    return hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, (dict, bytes, str))

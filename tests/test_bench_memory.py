@@ -35,6 +35,11 @@ def test_build_says_why_it_cannot(tmp_path, monkeypatch):
     assert "dmoe-export build failed with exit code 2: Target 'sm9' is no compute capability" in result.output
 
 
+def test_a_child_without_a_command_line_says_the_same():
+    with pytest.raises(InputError, match=r"it failed with exit code 2: --layers 9 is not between 2 .* and 2"):
+        children._watched([sys.executable, "-c", children._WRITE, "nowhere", "tiny", "9", "float32"], "it")
+
+
 def _no_export(watched):
     return lambda command, name: (None, "nowhere") if name == "Exporting the bundle" else watched(command, name)
 

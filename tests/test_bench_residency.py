@@ -39,6 +39,14 @@ def test_command(sample_bundle, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_result_is_shown_though_it_cannot_be_written(sample_bundle):
+    done = CliRunner().invoke(main, [
+        "bench", "residency", str(sample_bundle.folder), "--verify", "sizes", "--budget", "off", "--interval", "1",
+        "--max-new-tokens", "4", "--rounds", "1", "--routing", "top_p", "--out", "/proc/nowhere/r.json"])
+    assert done.exit_code == 2 and "r.json cannot be written" in done.stderr
+    assert "same tokens" in done.stdout and "top_p" in done.stdout
+
+
 @pytest.mark.parametrize("extra, sentence", [
     (["--budget", "1k"], "less than one coreset"), (["--interval", "often"], "interval"),
     (["--routing", "top_c"], "Routing"), (["--prompt-ids", "x"], "list of integers")])

@@ -98,6 +98,7 @@ def test_sizes_the_model_does_not_have(tiny_bundle, arguments, said):
 @pytest.mark.parametrize(("arguments", "said"), [
     ((), "Give either a BUNDLE or --geometry."),
     (("some.bundle", "--work", "w"), "--work belongs to --geometry; leave it out with a bundle."),
+    (("some.bundle", "--precision", "int4"), "--precision belongs to --geometry; leave it out with a bundle."),
     (("--geometry", "huge"), "Geometry 'huge' is not known"),
     (("--geometry", "tiny", "--layers", 9), "--layers 9 is not between 2"),
 ])

@@ -18,9 +18,9 @@ from conftest import SAMPLE
 
 from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import open_bundle
-from dmoe_export.bundle.writer import DataFile
+from dmoe_export.bundle.writer import BundleWriter, DataFile
 from dmoe_export.checkpoint.family import Checkpoint
-from dmoe_export.errors import BundleError, CheckpointError, InputError, OutputError
+from dmoe_export.errors import BundleError, CheckpointError, InputError, OutputError, RequestError
 from dmoe_export.export.conversion import padded_width
 
 
@@ -117,11 +117,25 @@ def test_missing_and_short_files(copy):
     (lambda m: m["files"][0].update(path="/etc/passwd"), "leaves the bundle"),
     (lambda m: m["files"][0].update(sha256="x"), "sha256"),
     (lambda m: m.update(files=[]), "does not list it under files"),
+    (lambda m: m["files"].pop(0), "uses denoiser.onnx.data but does not list it"),
+    (lambda m: m["model"].update(mask_id=10**6), "at its numbers: .*mask id 1000000 is outside the vocabulary of 96"),
+    (lambda m: m.update(experts=None), "experts are not those of the model's layers"),
+    (lambda m: m["experts"]["layers"].pop(), "experts are not those of the model's layers"),
+    (lambda m: m["experts"].update(stored_width=8), "slabs of .* bytes are not those of experts 32 x 8"),
+    (lambda m: m["experts"].update(down_slab_bytes=0), "slabs of"),
+    (lambda m: m["experts"]["layers"][0].update(down_offset=0), "expert offset 0 lies in another tensor"),
+    (lambda m: m["experts"]["layers"][0].update(gate_up_offset=-4096), "expert offset -4096 lies in another tensor"),
+    (lambda m: m["experts"]["layers"][0].update(down_offset=1 << 40), r"experts reach to byte \d+ of experts\.bin"),
 ])
 def test_bad_manifests(copy, change, sentence):
     _rewrite(copy, change)
     with pytest.raises(BundleError, match=sentence):
         open_bundle(copy)
+
+
+def test_unknown_verify_is_no_permission_to_skip(copy):
+    with pytest.raises(RequestError, match="verify is 'Full', it must be full or sizes"):
+        open_bundle(copy, verify="Full")
 
 
 def test_no_bundle(tmp_path):
@@ -152,6 +166,21 @@ def test_existing_target_is_kept_unless_forced(tiny_checkpoint, tiny_bundle, cop
     assert again.manifest.routing.block_length == 16
     assert again.manifest.checkpoint.identity == tiny_bundle.manifest.checkpoint.identity
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "precious"]
+
+
+def test_who_comes_second_does_not_replace(tiny_checkpoint, tiny_bundle, tmp_path):
+    """Two exports to one place: the one that ends later finds a bundle there, and says so."""
+    with pytest.raises(OutputError, match="exists already"), BundleWriter(tmp_path / "b") as writer:
+        shutil.copytree(tiny_bundle.folder, tmp_path / "b")
+        writer.seal(tiny_bundle.manifest)
+    assert open_bundle(tmp_path / "b") and [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_link_as_target_stays_a_link(tiny_checkpoint, copy, tmp_path):
+    (tmp_path / "link").symlink_to(copy)
+    export_checkpoint(tiny_checkpoint, tmp_path / "link", overwrite=True, block_length=16)
+    assert (tmp_path / "link").is_symlink() and open_bundle(copy).manifest.routing.block_length == 16
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "link"]
 
 
 def test_identity_is_the_checkpoint_s_alone(tiny_checkpoint, tiny_bundle, tmp_path):
@@ -192,7 +221,7 @@ def test_disk_full_leaves_nothing(tiny_checkpoint, tmp_path, monkeypatch):
 def test_too_little_space_is_said_before_the_work(tiny_checkpoint, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OutputError, match=r"0\.0 GB free, the bundle needs"):
+    with pytest.raises(OutputError, match=r"0\.0 MB free, the bundle needs 0\.3 MB;"):
         export_checkpoint(tiny_checkpoint, tmp_path / "b")
     assert not list(tmp_path.iterdir())
 
@@ -283,8 +312,9 @@ def test_unknown_precision_and_routing(tiny_checkpoint, tmp_path):
             export_checkpoint(tiny_checkpoint, tmp_path / "b", **options)
 
 
-@pytest.mark.parametrize(("option", "value"), [("block_length", 0), ("top_p", 1.5), ("min_experts", 0),
-                                               ("min_experts", 17), ("coreset_size", 99), ("layers", 0)])
+@pytest.mark.parametrize(("option", "value"), [("block_length", 0), ("block_length", 257), ("top_p", 1.5),
+                                               ("min_experts", 0), ("min_experts", 17), ("coreset_size", 99),
+                                               ("layers", 0)])
 def test_bad_options(tiny_checkpoint, tmp_path, option, value):
     with pytest.raises(CheckpointError, match=str(value)):
         export_checkpoint(tiny_checkpoint, tmp_path / "b", **{option: value})

@@ -40,6 +40,22 @@ def test_failed_names_the_layer(tiny_bundle, tmp_path):
         "FAILED: Layer 1 is the first bad layer on onnxruntime: feed-forward: worst")
 
 
+def test_failed_is_failed_whoever_reads_it(tiny_bundle, tmp_path, monkeypatch):
+    """`check BUNDLE | head` must not pass for having no reader."""
+    def nobody_reads(*_, **__):
+        raise BrokenPipeError
+
+    bundle = tampered(tiny_bundle, tmp_path / "b", wrong_scaling)
+    monkeypatch.setattr("dmoe_export.check.table.show", nobody_reads)
+    assert run(bundle.folder, "--layers", 2).exit_code == 1
+
+
+def test_a_report_that_cannot_be_written_costs_no_result(tiny_bundle):
+    result = run(tiny_bundle.folder, "--layers", 2, "--report", "/proc/nowhere.html")
+    assert result.exit_code == 2 and "nowhere.html could not be written" in result.stderr
+    assert "Best token equal at" in result.stdout
+
+
 def test_json_is_the_report(tiny_bundle, tiny_checkpoint, tmp_path):
     page = tmp_path / "r.html"
     result = run(tiny_bundle.folder, "--reference", tiny_checkpoint, "--json", "--report", page, "--seed", 3)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from dmoe_export.bundle.engines import add_engine
+from dmoe_export.bundle.manifest import EngineEntry
 from dmoe_export.cli import main
 
 
@@ -108,6 +115,77 @@ def test_bf16_needs_another_backend(tiny_checkpoint, tmp_path):
     assert run("export", tiny_checkpoint, "--out", tmp_path / "b", "--precision", "bf16").exit_code == 0
     result = run("generate", tmp_path / "b", "--prompt-ids", "1")
     assert result.exit_code == 3 and "export with --precision fp32 or fp16" in result.stderr
+
+
+STOPPED = """
+import os, sys, time, dmoe_export
+from dmoe_export.bundle.writer import BundleWriter
+from dmoe_export.cli import main
+
+def export_checkpoint(checkpoint, out, **_):
+    with BundleWriter(out) as writer:
+        writer.data_file("experts.bin").write(b"half of it")
+        os.kill(os.getpid(), int(sys.argv[2]))
+        time.sleep(30)
+
+dmoe_export.export_checkpoint = export_checkpoint
+main(["export", "checkpoint", "--out", sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_stopped_export_leaves_nothing(tmp_path, number, code):
+    done = subprocess.run([sys.executable, "-c", STOPPED, str(tmp_path / "new" / "b"), str(int(number))],
+                          capture_output=True, text=True, timeout=25)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def _piped(reader, *arguments):
+    """Exit codes of the command and of who reads it, and the command's standard error."""
+    command = subprocess.Popen([sys.executable, "-m", "dmoe_export", *map(str, arguments)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    subprocess.run(reader, stdin=command.stdout, stdout=subprocess.DEVNULL, check=True)
+    command.stdout.close()
+    said = command.stderr.read()
+    return command.wait(), said
+
+
+@pytest.mark.parametrize("arguments", [("inspect", "BUNDLE"), ("inspect", "BUNDLE", "--json"),
+                                       ("generate", "BUNDLE", "--prompt-ids", "1", "--json")])
+def test_a_reader_that_leaves_is_no_error(bundle, arguments):
+    assert _piped(["true"], *(bundle if word == "BUNDLE" else word for word in arguments))[0] == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full disk to write to")
+def test_output_to_a_full_disk(bundle):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "dmoe_export", "inspect", str(bundle), "--json"], stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr == "dmoe-export: Output: No space left on device.\n"
+
+
+def test_tables_in_a_file_hold_whole_names(half_bundle_with_an_engine):
+    shown = run("inspect", half_bundle_with_an_engine).stdout
+    for word in ("denoiser.tensorrt-rtx.sm80-sm89.engine", "1.7.1.116", "123,456,789,012"):
+        assert word in shown
+
+
+@pytest.fixture
+def half_bundle_with_an_engine(bundle, tmp_path):
+    """The manifest's entry of one; the file is of no interest here."""
+    folder = tmp_path / "b"
+    shutil.copytree(bundle, folder)
+    sizes = {"batch": (1, 1, 1), "tokens": (32, 64, 128), "past": (1, 256, 512), "rows": (1, 32, 32)}
+    weight = {"name": "w", "file": "experts.bin", "offset": 0, "bytes": 123456789012, "dtype": "float16", "shape": [1]}
+    entry = EngineEntry.model_validate({
+        "file": "denoiser.tensorrt-rtx.sm80-sm89.engine", "flavour": "tensorrt-rtx", "version": "1.7.1.116",
+        "targets": ["sm80", "sm89"], "precision": "fp16", "experts": "external", "experts_op": "plugin",
+        "profiles": [{"name": "prefill", **sizes}, {"name": "denoise", **sizes}], "plugin_build": None,
+        "plugin_nodes": 2, "fallback_nodes": 0, "weight_inputs": [weight]})
+    (folder / "engine").write_bytes(b"x")
+    add_engine(folder, folder / "engine", entry)
+    return folder
 
 
 def test_unexpected_errors_are_one_sentence_too(bundle, monkeypatch):

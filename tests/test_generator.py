@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import SAMPLE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -131,10 +133,42 @@ def test_bad_requests_raise_when_a_stream_is_opened(generator):
     ([], {}, "No prompt"), ([[]], {}, "Prompt 0 is empty"), ("", {}, "Prompt 0 is empty"),
     (["fine", " "], {}, "Prompt 1 is empty"), (["x"], {"wrong": 1}, "wrong"), ([[10**6]], {}, "token id 1000000"),
     (["x"], {"block_length": 64}, "block_length 64"), (["x"], {"coreset_size": 3}, "no meaning"),
-    ([[{"content": "no role"}]], {}, "needs the texts role and content")])
+    ([[{"content": "no role"}]], {}, "needs the texts role and content"),
+    (None, {}, "Prompts None are neither text, nor token ids"), (5, {}, "Prompts 5 are"),
+    ({"role": "user", "content": "x"}, {}, "nor a list of them"), ((p for p in "ab"), {}, "nor a list of them"),
+    (b"bytes", {}, "nor a list of them"), (["x", 5], {}, "Prompt 5 is neither"), ([[5, "a"]], {}, "Prompt with 'a' is"),
+    ([np.array([1.0])], {}, "Prompt with .*1.0.* is"), ("\udcff", {}, "half a character"),
+    ("x", {"max_new_tokens": "8"}, "max_new_tokens is '8', it must be an integer"),
+    ("x", {"max_new_tokens": 8.0}, "max_new_tokens is 8.0, it must be an integer"),
+    ("x", {"steps": None}, "steps is None"), ("x", {"steps": True}, "steps is True, it must be an integer"),
+    ("x", {"threshold": "0.9"}, "threshold is '0.9', it must be a number"),
+    ("x", {"early_stop": 1}, "early_stop is 1, it must be true or false"),
+    ("x", {"coreset_top_p": "0.5"}, "coreset_top_p is '0.5', it must be a number"),
+    ("x", {"min_experts": 2.5}, "min_experts is 2.5, it must be an integer"),
+    ("x", {"routing": {"top_p": 0.5}}, "Unknown generation option: routing")])
 def test_bad_requests(generator, prompts, options, sentence):
     with pytest.raises(RequestError, match=sentence):
         generator.generate(prompts, **options)
+
+
+def test_numpy_values_are_as_good(generator):
+    options = {"max_new_tokens": np.int64(32), "threshold": np.float32(0.9), "coreset_top_p": np.float64(0.5)}
+    prompt = generator.text.encode_chat([{"role": "user", "content": "what is 2 plus 3?"}])
+    assert [a.text for a in generator.generate(np.array([prompt, prompt]), **options)] == ["2 + 3 = 5"] * 2
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10**6, "2", 1.5])
+def test_threads_that_make_no_sense(sample_bundle, threads):
+    with pytest.raises(RequestError, match="threads is"):
+        Generator.open(sample_bundle.folder, threads=threads)
+
+
+def test_threads_of_a_program_share_a_generator(generator):
+    questions = [q["question"] for q in QUESTIONS[:4]]
+    alone = [generator.generate(question, max_new_tokens=32)[0].token_ids for question in questions]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda q: generator.generate(q, max_new_tokens=32)[0].token_ids, questions * 8))
+    assert together == alone * 8
 
 
 def test_unknown_backend(sample_bundle):

@@ -40,8 +40,9 @@ def test_residents_leave_a_reserve(sample_bundle):
 
 @pytest.mark.parametrize("arguments, sentence", [
     (("1k", None), "less than one coreset"), (("8000T", None), "more than this machine's memory"),
-    (("-1G", None), "not positive"), ((None, 0), "between 1 and"), ((None, 10**6), "between 1 and"),
-    ((None, -3), "between 1 and"), (("1G", 3), "not both")])
+    (("-1G", None), "not positive"), ((None, 0), "between 2 and 32"), ((None, 10**6), "between 2 and 32"),
+    ((None, -3), "between 2 and 32"), (("1G", 3), "not both"), ((None, 1), "an integer between 2 and 32"),
+    ((None, 2.5), "is 2.5"), ((None, "8"), "is '8'"), (("9" * 400 + "G", None), "more than this machine")])
 def test_budgets_that_make_no_sense(sample_bundle, arguments, sentence):
     with pytest.raises(RequestError, match=sentence):
         plan_budget(sample_bundle.manifest, *arguments)
@@ -56,7 +57,7 @@ def test_a_dense_model_has_nothing_to_budget(sample_bundle):
 
 def test_intervals():
     assert [parse_interval(value) for value in ("auto", "never", "4", 4)] == ["auto", "never", 4, 4]
-    for bad in ("0", "-2", "often", 0):
+    for bad in ("0", "-2", "often", 0, 1.5, None):
         with pytest.raises(RequestError, match="interval"):
             parse_interval(bad)
 

@@ -213,7 +213,7 @@ def test_command(sample_bundle):
 
 @pytest.mark.parametrize("extra, code, sentence", [
     (["--expert-budget", "-4G"], 2, "not positive"), (["--expert-budget", "1k"], 2, "less than one coreset"),
-    (["--experts-per-layer", "99"], 2, "between 1 and"), (["--expert-budget", "1G", "--experts-per-layer", "3"], 2,
+    (["--experts-per-layer", "99"], 2, "between 2 and"), (["--expert-budget", "1G", "--experts-per-layer", "3"], 2,
                                                           "not both"),
     (["--expert-budget", "50%", "--backend", "tensorrt"], 3, ""),
     (["--expert-budget", "50%", "--expert-refresh-interval", "often"], 2, "interval")])

@@ -22,13 +22,19 @@ from ..errors import CheckError, DmoeError, InputError, MissingRequirementError
 
 _EVERY = 0.02  # seconds between two looks at a child
 _PROBE = 1 << 28  # bytes written and hashed to know this machine's rates
-_WRITE = """
+_OURS = """
 import pathlib, sys
+from dmoe_export.errors import DmoeError
+def said(kind, error, trace):
+    sys.__excepthook__(kind, error, trace) if not isinstance(error, DmoeError) else print(error, file=sys.stderr)
+    sys.exit(getattr(error, "exit_code", 1))
+sys.excepthook = said
+"""  # a child without a command line ends as one with it
+_WRITE = _OURS + """
 from dmoe_export.checkpoint.generated import GeneratedCheckpoint
 GeneratedCheckpoint(sys.argv[2], int(sys.argv[3]) or None, merged=False).write(pathlib.Path(sys.argv[1]), sys.argv[4])
 """
-_EXPORT = """
-import pathlib, sys
+_EXPORT = _OURS + """
 from dmoe_export.bench.workload import generated_bundle
 print(generated_bundle(pathlib.Path(sys.argv[1]), sys.argv[2], layers=int(sys.argv[3]) or None, precision=sys.argv[4],
                        routing=None, seed=0).folder)
@@ -103,11 +109,15 @@ def _watched(command: list[str], name: str) -> tuple[Child, Any]:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
         with subprocess.Popen(command, stdout=out, stderr=errors) as process:
-            while process.poll() is None:
-                # VmHWM, not the maximum that wait reports: that one begins with this process's own size.
-                memory = _memory(process.pid)
-                peak, anonymous = max(peak, memory.get("VmHWM", 0)), max(anonymous, memory.get("RssAnon", 0))
-                time.sleep(_EVERY)
+            try:
+                while process.poll() is None:
+                    # VmHWM, not the maximum that wait reports: that one begins with this process's own size.
+                    memory = _memory(process.pid)
+                    peak, anonymous = max(peak, memory.get("VmHWM", 0)), max(anonymous, memory.get("RssAnon", 0))
+                    time.sleep(_EVERY)
+            except BaseException:
+                process.terminate()  # stopped: the child must not go on without us
+                raise
         seconds = time.perf_counter() - start
         out.seek(0)
         errors.seek(0)

@@ -36,8 +36,8 @@ def engine_file(folder: Path, name: str) -> Iterator[Path]:
 
 def add_engine(folder: Path, built: Path, entry: EngineEntry) -> Manifest:
     """Move a built engine file into the bundle and list it, in place of one of the same name."""
-    manifest = read_manifest(folder)
     listed = FileEntry(path=entry.file, size=built.stat().st_size, sha256=hash_file(built))
+    manifest = read_manifest(folder)  # as late as can be: another build may have added its engine meanwhile
     kept = [engine for engine in manifest.engines if engine.file != entry.file]
     new = manifest.model_copy(update={
         "engines": [*kept, entry], "files": [*(f for f in manifest.files if f.path != entry.file), listed]})
@@ -53,7 +53,7 @@ def copied_bundle(bundle: Bundle, target: Path, overwrite: bool) -> Iterator[Pat
 
     Raises OutputError.
     """
-    target = target.absolute()
+    target = target.resolve() if target.is_symlink() else target.absolute()
     check_target(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def copied_bundle(bundle: Bundle, target: Path, overwrite: bool) -> Iterator[Pat
             _share(bundle.folder / entry.path, folder / entry.path)
         write_manifest(folder, bundle.manifest)
         yield folder
-        put_in_place(folder, target)
+        put_in_place(folder, target, overwrite)
     except OSError as error:
         reason = error.strerror or error
         raise OutputError(f"{target} could not be written: {reason}; nothing was left behind.") from error

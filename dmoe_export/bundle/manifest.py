@@ -15,6 +15,7 @@ from ..description import (
     Precision,
     RoutingDescription,
 )
+from .layout import check_expert_layout
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -228,7 +229,6 @@ class EngineEntry(Frozen):
                                       "built from; empty in older bundles")
     network: NetworkEntry | None = Field(None, description="null in older bundles")
 
-
     @property
     def pool_inputs(self) -> list[TensorEntry]:
         """The inputs of `expert_pools` as tensors; P slots."""
@@ -256,6 +256,19 @@ class Manifest(Frozen):
     tokenizer: TokenizerEntry | None
     files: list[FileEntry]
     engines: list[EngineEntry] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> Manifest:
+        """The manifest has no hash of its own, and who maps the expert file trusts these."""
+        model, entry = self.model, self.experts
+        if model.mask_id >= model.vocab_size:
+            raise ValueError(f"mask id {model.mask_id} is outside the vocabulary of {model.vocab_size}")
+        if [layer.layer for layer in entry.layers] != list(model.moe_layers) if entry else len(model.moe_layers):
+            raise ValueError("experts are not those of the model's layers")
+        if entry:
+            sizes = {file.path: file.size for file in self.files}
+            check_expert_layout(entry, model, 4 if self.precision == "fp32" else 2, sizes.get(entry.file))
+        return self
 
     @property
     def bytes_per_expert(self) -> int:

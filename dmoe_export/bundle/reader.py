@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import ValidationError
 
-from ..errors import BundleError
+from ..errors import BundleError, RequestError
 from .manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest
 
 Verify = Literal["full", "sizes"]
@@ -35,8 +35,11 @@ def open_bundle(folder: str | Path, verify: Verify = "full", progress: Callable[
     """Read and verify a bundle.
 
     `verify`: "full" compares size and sha256 of every file, "sizes" only the sizes (for bundles of many gigabytes
-    that were verified before). `progress` is told the bytes hashed. Raises BundleError, one sentence per failure.
+    that were verified before). `progress` is told the bytes hashed. Raises BundleError, one sentence per failure,
+    and RequestError for another `verify`.
     """
+    if verify not in get_args(Verify):
+        raise RequestError(f"verify is {verify!r}, it must be {' or '.join(get_args(Verify))}.")
     folder = Path(folder)
     manifest = read_manifest(folder)
     for entry in manifest.files:
@@ -64,10 +67,11 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"])) or "its numbers"
         raise BundleError(f"{path} contradicts schema version {version} at {where}: {first['msg']}.") from None
     listed = {entry.path for entry in manifest.files}
-    needed = [manifest.denoiser.file, *([manifest.experts.file] if manifest.experts else [])]
+    needed = [manifest.denoiser.file, f"{manifest.denoiser.file}.data"]
+    needed += [manifest.experts.file] if manifest.experts else []
     if manifest.salient:
         needed += [graph.file for graph in manifest.salient.graphs]
     if manifest.tokenizer:

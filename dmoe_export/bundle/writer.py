@@ -34,11 +34,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     partial.replace(folder / MANIFEST_NAME)
 
 
-def put_in_place(folder: Path, target: Path) -> None:
-    """Rename a finished folder to its name; what was there is removed only when that worked."""
+def put_in_place(folder: Path, target: Path, overwrite: bool = True) -> None:
+    """Rename a finished folder to its name; what was there is removed only when that worked.
+
+    Without `overwrite` raises OutputError where another program was faster.
+    """
     if not target.exists():
         folder.rename(target)
         return
+    check_target(target, overwrite)
     aside = folder.with_name(folder.name + ".old")
     target.rename(aside)
     try:
@@ -90,6 +94,8 @@ class BundleWriter:
 
     def __init__(self, target: str | Path, overwrite: bool = False, bytes_needed: int = 0) -> None:
         self.target = Path(target).absolute()
+        if self.target.is_symlink():  # the link stays, what it names is written
+            self.target = self.target.resolve()
         self._overwrite, self._bytes_needed = overwrite, bytes_needed
         self._open_files: list[DataFile] = []
         self.entries: list[FileEntry] = []
@@ -104,8 +110,8 @@ class BundleWriter:
             free = shutil.disk_usage(self.target.parent).free
             if free < self._bytes_needed:
                 self._remove_new_parents()
-                raise OutputError(f"{self.target.parent} has {free / 1e9:.1f} GB free, the bundle needs "
-                                  f"{self._bytes_needed / 1e9:.1f} GB; free space or choose another --out.")
+                raise OutputError(f"{self.target.parent} has {_size(free)} free, the bundle needs "
+                                  f"{_size(self._bytes_needed)}; free space or choose another --out.")
             self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.partial-", dir=self.target.parent))
             self.folder.chmod(0o755)
         except OSError as error:
@@ -139,7 +145,7 @@ class BundleWriter:
     def seal(self, manifest: Manifest) -> None:
         """Write the manifest and put the bundle in place."""
         write_manifest(self.folder, manifest)
-        put_in_place(self.folder, self.target)
+        put_in_place(self.folder, self.target, self._overwrite)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
@@ -156,3 +162,7 @@ class BundleWriter:
     def _refused(self, error: OSError) -> OutputError:
         reason = error.strerror or str(error)
         return OutputError(f"Bundle {self.target} could not be written: {reason}; nothing was left behind.")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -68,7 +68,8 @@ def check_bundle(folder: str | Path, reference: str | Path | None = None, *, bac
     engines = check_engines(bundle)
     bad, passed, verdict = _verdict(identity, weights_check, numeric.backends, engines)
     return CheckReport(
-        bundle=str(folder), reference=str(reference) if checkpoint else "the bundle's own weights",
+        bundle=str(folder), reference=str(reference) if checkpoint else "the bundle's own weights" + (
+            f" (experts {manifest.quantisation.name} as stored)" if manifest.quantisation else ""),
         reference_kind="checkpoint" if checkpoint else "bundle weights", family=manifest.model.family,
         precision=manifest.precision, routing=_routing(manifest), block_length=manifest.routing.block_length,
         layers_checked=kept, layers_total=manifest.model.num_layers, experts_exercised=numeric.experts_exercised,

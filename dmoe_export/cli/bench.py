@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
 from ..bench.decode import DecodeBench, Question, SettingResult, run, settings
-from ..errors import OutputError, RequestError
+from ..errors import RequestError
 from ..generator import Generator
 from ..runtime.choose import BACKENDS
+from .bench_common import outcome
 from .bench_generate import generate
 from .bench_memory import build, export
 from .bench_residency import residency
 from .bench_step import step
+from .output import console
 from .progress import step_bar
 
 _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
@@ -93,16 +94,13 @@ def decode(bundle: Path, caches: str, acceptances: str, salients: str, prompts: 
                 "backend": generator.backend.name, "threads": threads, "program": f"dmoe-export {__version__}",
                 "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
                 **result.model_dump(mode="json")}
-    if out:
-        _write(out, json.dumps(document, indent=1) + "\n")
-    if plot:
+
+    def draw(path: Path) -> None:
         from ..bench.plots import plot_decode
 
-        plot_decode(result, plot)
-    if as_json:
-        click.echo(json.dumps(document))
-    else:
-        _show(result)
+        plot_decode(result, path)
+
+    outcome(document, out, as_json, lambda: _show(result), draw, plot)
 
 
 def _list(text: str) -> list[str]:
@@ -132,16 +130,6 @@ def _questions(generator: Generator, prompts: tuple[str, ...], file: Path | None
     return found if limit is None else [found[i * len(found) // limit] for i in range(min(limit, len(found)))]
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror}).") from None
-
-
 def _show(result: DecodeBench) -> None:
     table = Table("cache", "acceptance", "salient", "tokens/s", "speed-up", "forwards", "tokens/fwd", "agreement",
                   "experts", "accuracy",
@@ -154,8 +142,7 @@ def _show(result: DecodeBench) -> None:
         table.add_row(r.cache, r.acceptance, r.salient, f"{r.tokens_per_second:.1f}", _or_dash(r.speedup, "×"),
                       f"{r.forwards:.1f}", f"{r.tokens_per_forward:.2f}", _or_dash(r.agreement),
                       f"{r.unique_experts:.1f}", _or_dash(r.accuracy))
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+    console().print(table)
     for reason, them in refused.items():
         first = f"{them[0].cache} · {them[0].acceptance} · salient {them[0].salient}"
         click.echo(first + (f" and {len(them) - 1} more" if len(them) > 1 else "") + f": {reason}")

@@ -14,12 +14,13 @@ import click
 from ..bench.workload import generated_bundle
 from ..bundle.reader import Bundle, open_bundle
 from ..errors import OutputError, RequestError
+from .output import reader_may_leave
 from .progress import byte_bar
 
 _QUIET = 0.05  # of the processor's time
 F = TypeVar("F", bound=Callable[..., Any])
-_OF_GEOMETRY = ("layers", "routing", "block_length", "work")
-_NAMES = ("bundle", "geometry", "precision", "verify", *_OF_GEOMETRY)
+_OF_GEOMETRY = ("layers", "precision", "routing", "block_length", "work")
+_NAMES = ("bundle", "geometry", "verify", *_OF_GEOMETRY)
 
 
 def words(text: str) -> list[str]:
@@ -45,8 +46,8 @@ def bundle_options(command: F) -> F:
             click.argument("bundle", type=click.Path(path_type=Path), required=False),
             click.option("--geometry", help="A published size with generated weights, such as llada2.0-mini."),
             click.option("--layers", type=click.IntRange(min=1), help="Of the geometry, the first so many [all]."),
-            click.option("--precision", type=click.Choice(["fp32", "fp16", "int8", "int4"]), default="fp32",
-                         show_default=True, help="Of the geometry's bundle."),
+            click.option("--precision", type=click.Choice(["fp32", "fp16", "int8", "int4"]),
+                         help="Of the geometry's bundle [fp32]."),
             click.option("--routing", type=click.Choice(["token", "top_p", "top_c"]),
                          help="Of the geometry's bundle [export's default]."),
             click.option("--block-length", type=click.IntRange(min=1), help="Of the geometry's bundle [32]."),
@@ -73,13 +74,24 @@ def opened(options: dict[str, Any], quiet: bool) -> Iterator[Bundle]:
         return
     with tempfile.TemporaryDirectory() as temporary, byte_bar("bundle", 0, shown=not quiet) as report:
         yield generated_bundle(chosen["work"] or Path(temporary), chosen["geometry"], layers=chosen["layers"],
-                               precision=chosen["precision"], routing=chosen["routing"],
+                               precision=chosen["precision"] or "fp32", routing=chosen["routing"],
                                block_length=chosen["block_length"], seed=options["seed"], report=report)
 
 
 def outcome(document: dict[str, Any], out: Path | None, as_json: bool, show: Callable[[], None],
             draw: Callable[[Path], None] | None = None, plot: Path | None = None) -> None:
-    """Write the JSON and the plot where asked for; print the JSON or show tables."""
+    """Print the JSON or show tables, then write JSON and plot where asked for.
+
+    In this order, so that a place that cannot be written does not cost what was measured.
+    """
+    with reader_may_leave():
+        if as_json:
+            click.echo(json.dumps(document))
+        else:
+            show()
+    if not as_json and (document.get("others_share") or 0) > _QUIET:
+        click.echo(f"Other programs took {document['others_share']:.0%} of the processor meanwhile: measure again on a "
+                   "quiet machine before you quote a figure.", err=True)
     if out:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +102,3 @@ def outcome(document: dict[str, Any], out: Path | None, as_json: bool, show: Cal
             raise OutputError(f"{out} cannot be written ({error.strerror}).") from None
     if plot and draw:
         draw(plot)
-    if as_json:
-        click.echo(json.dumps(document))
-        return
-    show()
-    if (document["others_share"] or 0) > _QUIET:
-        click.echo(f"Other programs took {document['others_share']:.0%} of the processor meanwhile: measure again on a "
-                   "quiet machine before you quote a figure.", err=True)

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from ..bench.generate import GenerateBench, Side, run, settings
 from ..bench.record import Started
 from ..errors import CheckError
 from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
+from .output import console
 from .progress import step_bar
 
 
@@ -64,14 +64,13 @@ def generate(prompt_tokens: str, cache: str, coreset: str, peers: str, out: Path
 
 
 def _show(result: GenerateBench) -> None:
-    console = Console()
-    console = console if console.is_terminal else Console(width=140)
+    out = console(140)
     limits = result.limits
-    console.print(f"{result.model}, {result.layers} layers, {result.precision}, {result.routing}: "
-                  f"{result.max_new_tokens} new tokens in blocks of {result.block_length}, {result.steps} steps each, "
-                  f"{limits.threads} threads, {result.rounds} rounds, experts by "
-                  f"{computed_by(result.cpu_ops)}\nlimits: read {limits.read_gb_per_s:.1f} GB/s, "
-                  f"copy {limits.copy_gb_per_s:.1f} GB/s, product {limits.gflop_per_s:.0f} GFLOP/s")
+    out.print(f"{result.model}, {result.layers} layers, {result.precision}, {result.routing}: "
+              f"{result.max_new_tokens} new tokens in blocks of {result.block_length}, {result.steps} steps each, "
+              f"{limits.threads} threads, {result.rounds} rounds, experts by "
+              f"{computed_by(result.cpu_ops)}\nlimits: read {limits.read_gb_per_s:.1f} GB/s, "
+              f"copy {limits.copy_gb_per_s:.1f} GB/s, product {limits.gflop_per_s:.0f} GFLOP/s")
     table = Table("prompt", "cache", "coreset", "experts", "forwards", "who", "tokens/s", "ms per step", "outside",
                   "ratio", "of steps", "same", title="median (quartiles); ratio = peer's time / ours")
     for r in result.results:
@@ -80,7 +79,7 @@ def _show(result: GenerateBench) -> None:
         for name, side in r.peers.items():
             table.add_row(*[""] * 5, name, *_speed(side), "", f"{side.ratio:.2f}×", f"{side.step_ratio:.2f}×",
                           "yes" if side.same_tokens else "NO")
-    console.print(table)
+    out.print(table)
 
 
 def _speed(side: Side) -> tuple[str, str]:

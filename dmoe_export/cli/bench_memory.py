@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from ..bench.children import BUILDS, BuildBench, Child, ExportBench, run_build, run_export
 from ..bench.record import Started
 from .bench_common import outcome
+from .output import console
 from .progress import step_bar
 
 _geometry = click.option("--geometry", default="llada2.0-mini", show_default=True, help="A published size.")
@@ -92,7 +92,7 @@ def _show_export(result: ExportBench) -> None:
     table.add_row("export", *_cells(result.export))
     if result.generate:
         table.add_row(f"{result.generate_tokens} tokens", *_cells(result.generate))
-    Console().print(table)
+    console().print(table)
     limits = result.limits
     click.echo(f"limits: write {limits.write_gb_per_s:.2f} GB/s, sha256 {limits.sha256_gb_per_s:.2f} GB/s; the export "
                f"reached {result.limit_share:.0%} of them")
@@ -105,7 +105,7 @@ def _show_build(result: BuildBench) -> None:
     for build in result.builds:
         table.add_row(build.variant, *_cells(build.run), _size(build.engine_bytes),
                       _size(build.bytes_bound_at_run_time))
-    Console().print(table)
+    console().print(table)
 
 
 def _cells(run: Child) -> tuple[str, str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from datetime import datetime, timezone
@@ -10,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
 from ..bench.residency import ResidencyBench, run, settings
 from ..bundle.reader import open_bundle
-from ..errors import OutputError, RequestError
+from ..errors import RequestError
 from ..runtime.resident import check_experts
+from .bench_common import outcome
+from .output import console
 from .progress import step_bar
 
 
@@ -67,20 +67,13 @@ def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_
     document = {"what": "bench residency", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "version": __version__, "bundle": bundle.name, "device": device or platform.machine(),
                 "cores": os.cpu_count(), "load_average": os.getloadavg(), **result.model_dump()}
-    if out:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(document, indent=1) + "\n")
-        except OSError as error:
-            raise OutputError(f"{out} cannot be written ({error.strerror}).") from None
-    if plot:
+
+    def draw(path: Path) -> None:
         from ..bench.plots import plot_residency
 
-        plot_residency(result, plot)
-    if as_json:
-        click.echo(json.dumps(document))
-    else:
-        _show(result)
+        plot_residency(result, path)
+
+    outcome(document, out, as_json, lambda: _show(result), draw, plot)
 
 
 def _show(result: ResidencyBench) -> None:
@@ -92,7 +85,9 @@ def _show(result: ResidencyBench) -> None:
         table.add_row(r.routing, r.budget, interval, f"{r.tokens_per_second:.2f}", _or_dash(r.hit_rate),
                       _or_dash(r.brought_bytes, 1e-9), _or_dash(r.missed_bytes, 1e-9), _or_dash(r.dropped_bytes, 1e-9),
                       f"{r.read_bytes / 1e9:.2f}", f"{r.peak_expert_bytes / 1e9:.2f}", "yes" if r.same_tokens else "NO")
-    Console().print(table)
+    for column in table.columns:
+        column.overflow = "fold"
+    console(140).print(table)
 
 
 def _or_dash(value: float | None, scale: float = 1.0) -> str:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from ..bench.parts import PARTS
 from ..bench.record import Started
 from ..bench.step import StepBench, StepOptions, run
 from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
+from .output import console
 from .progress import step_bar
 
 
@@ -54,14 +54,13 @@ def step(active_experts: str, cached: str, ops: int, out: Path | None, plot: Pat
 
 
 def _show(result: StepBench, ops: int) -> None:
-    console = Console()
-    console = console if console.is_terminal else Console(width=140)
+    out = console(140)
     limits = result.limits
-    console.print(f"{result.model}, {result.layers} layers, {result.precision}, {result.routing}: {result.tokens} "
-                  f"tokens, {result.rows} vocabulary rows, {limits.threads} threads, experts by "
-                  f"{computed_by(result.cpu_ops)}\nlimits: read "
-                  f"{limits.read_gb_per_s:.1f} GB/s, copy {limits.copy_gb_per_s:.1f} GB/s, product "
-                  f"{limits.gflop_per_s:.0f} GFLOP/s")
+    out.print(f"{result.model}, {result.layers} layers, {result.precision}, {result.routing}: {result.tokens} "
+              f"tokens, {result.rows} vocabulary rows, {limits.threads} threads, experts by "
+              f"{computed_by(result.cpu_ops)}\nlimits: read "
+              f"{limits.read_gb_per_s:.1f} GB/s, copy {limits.copy_gb_per_s:.1f} GB/s, product "
+              f"{limits.gflop_per_s:.0f} GFLOP/s")
     table = Table("experts", "cached", "step ms", "products ms", "ratio", "of least", "limit", "GB/s", "GFLOP/s",
                   "outside", title="median (quartiles); ratio = step / products; limit = share of the machine's limit")
     parts = Table("experts", "cached", *PARTS, title="milliseconds in ONNX Runtime's profile (products alone)")
@@ -72,15 +71,15 @@ def _show(result: StepBench, ops: int) -> None:
                       f"{r.outside_share:.2%}")
         parts.add_row(*names, *(f"{r.profile_milliseconds[part]:.1f}" + (
             f" ({r.products_by_part[part]:.1f})" if part in r.products_by_part else "") for part in PARTS))
-    console.print(table)
-    console.print(parts)
+    out.print(table)
+    out.print(parts)
     if ops:
         slowest = Table("experts", "cached", "part", "op", "nodes", "ms", title="slowest ops")
         for r in result.results:
             for op in r.profile_ops[:ops]:
                 slowest.add_row(_experts(r.unique_experts), str(r.cached), op.part, op.op, str(op.nodes),
                                 f"{op.milliseconds:.2f}")
-        console.print(slowest)
+        out.print(slowest)
 
 
 def _experts(unique: list[int]) -> str:

@@ -10,6 +10,7 @@ import click
 
 from ..errors import MissingRequirementError
 from ..runtime.choose import BACKENDS
+from .output import reader_may_leave
 from .progress import step_bar
 
 if TYPE_CHECKING:
@@ -45,18 +46,22 @@ def check(bundle: Path, report: Path | None, as_json: bool, no_weights: bool, **
             f"Checking needs {error.name}; run: pip install 'dmoe-export[check]'.") from error
 
     def announce(identity: IdentityCheck) -> None:
-        show_identity(identity, stderr=as_json)
+        with reader_may_leave():
+            show_identity(identity, stderr=as_json)
 
     with step_bar("check", shown=not as_json) as tell:
         result = check_bundle(bundle, weights=not no_weights, announce=announce, tell=tell, **options)
+    with reader_may_leave():  # and the exit code still tells what was found
+        if as_json:
+            click.echo(result.model_dump_json())
+        else:
+            show(result)
     if report:
         write_report(result, report)
-    if as_json:
-        click.echo(result.model_dump_json())
-    else:
-        show(result)
-        if report:
-            click.echo(f"Report: {report}")
-        click.echo(f"{'PASSED' if result.passed else 'FAILED'}: {result.verdict}")
+    if not as_json:
+        with reader_may_leave():
+            if report:
+                click.echo(f"Report: {report}")
+            click.echo(f"{'PASSED' if result.passed else 'FAILED'}: {result.verdict}")
     if not result.passed:
         sys.exit(1)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from ..bundle.manifest import Manifest
 from ..bundle.reader import open_bundle
 from ..runtime.budget import plan_budget
+from .output import console
 
 
 @click.command()
@@ -28,8 +28,8 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool)
         click.echo(json.dumps({"bundle": str(bundle), "verified": verify, "sizes": summary,
                                "manifest": manifest.model_dump(mode="json")}))
         return
-    console = Console()
-    console.print(_table("Model", {
+    out = console()
+    out.print(_table("Model", {
         "family": f"{manifest.model.family} ({manifest.model.architecture})", "precision": manifest.precision_in_words,
         "layers": f"{manifest.model.num_layers} of {manifest.checkpoint.layers_total}, "
                   f"{len(manifest.model.moe_layers)} with experts",
@@ -46,21 +46,22 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool)
         "tokenizer": "yes" if manifest.tokenizer else "none: use --prompt-ids",
         "checkpoint": manifest.checkpoint.identity[:16] + "…", "made by": manifest.created_by}))
     routing = manifest.routing
-    console.print(_table("Blocks", {"block length": routing.block_length}) if moe is None else _table("Routing", {
+    out.print(_table("Blocks", {"block length": routing.block_length}) if moe is None else _table("Routing", {
         "mode": routing.mode, "block length": routing.block_length, "top_p": routing.top_p,
         "min_experts": routing.min_experts, "coreset_size": routing.coreset_size}))
-    console.print(_table("Sizes", {name.replace("_", " "): f"{value:,}" for name, value in summary.items()}))
+    out.print(_table("Sizes", {name.replace("_", " "): f"{value:,}" for name, value in summary.items()}))
     ops = Table("op", "domain", "version", "nodes", title="Custom ops")
     for op in manifest.denoiser.ops:
         ops.add_row(op.name, op.domain, str(op.version), str(op.count))
     if manifest.denoiser.ops:
-        console.print(ops)
+        out.print(ops)
     if manifest.engines:
-        console.print(_engines(manifest))
+        out.print(_engines(manifest))
     files = Table("file", "bytes", "sha256", title=f"Files (verified: {verify})")
     for entry in manifest.files:
         files.add_row(entry.path, f"{entry.size:,}", entry.sha256[:16] + "…")
-    console.print(files)
+    files.columns[0].overflow = "fold"
+    out.print(files)
 
 
 def sizes(manifest: Manifest) -> dict[str, int]:
@@ -99,6 +100,8 @@ def _engines(manifest: Manifest) -> Table:
         table.add_row(engine.file, f"{engine.flavour} {engine.version}", " ".join(engine.targets),
                       str(engine.plugin_nodes), f"{outside:,}", str(prefill.batch[2]), str(prefill.tokens[2]),
                       str(prefill.past[2]))
+    for column in table.columns:
+        column.overflow = "fold"  # a number or a name cut short is of no use
     return table
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 from rich.table import Table
 
 from ..bundle.manifest import Manifest
 from ..engine.recipe import Recipe, load_recipe, recipe_names
 from ..errors import InputError
+from .output import console
 
 BUILT = Path("engines")
 """Where bundles built from recipes land, below the current folder."""
@@ -50,4 +50,4 @@ def list_recipes(as_json: bool) -> None:
         sizes = f"batch {r.profiles.batch}, prefill {r.profiles.prefill}, context {r.profiles.context}"
         table.add_row(r.name, r.checkpoint, f"{r.precision}, {r.routing.mode}, block {r.routing.block_length}",
                       f"{r.engine.flavour} {' '.join(r.engine.targets)}, {sizes}")
-    Console().print(table)
+    console().print(table)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
 
 from ..errors import RequestError
 
@@ -11,6 +12,8 @@ AcceptanceName = Literal["threshold", "fixed", "factor", "hierarchy", "credit"]
 CacheName = Literal["auto", "block", "none", "prefix", "dual"]
 ACCEPTANCES: tuple[AcceptanceName, ...] = get_args(AcceptanceName)
 CACHES: tuple[CacheName, ...] = get_args(CacheName)
+_KINDS: dict[str, tuple[Any, str]] = {
+    "int": (Integral, "an integer"), "float": (Real, "a number"), "bool": (bool, "true or false")}
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ class DecodeSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
+        for one in fields(self):
+            kind, _, optional = str(one.type).partition(" | ")
+            if kind in _KINDS and not (optional and getattr(self, one.name) is None):
+                check_kind(one.name, getattr(self, one.name), kind)
         finite = float("inf")
         rules = [
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
@@ -92,6 +99,13 @@ class DecodeSettings:
         for name in ("full_steps", "refresh_interval", "salient_capacity", "exact_first_layer"):
             if getattr(self, name) and self.salient_threshold is None:
                 raise RequestError(f"{name} belongs to salient steps; give salient_threshold (such as 0.99), too.")
+
+
+def check_kind(name: str, value: object, kind: str) -> None:
+    """Raise RequestError unless `value` is an "int", a "float" (integers are, too) or a "bool"; numpy's are as good."""
+    wanted, words = _KINDS[kind]
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool"):
+        raise RequestError(f"{name} is {value!r}, it must be {words}.")
 
 
 def _one_of(names: tuple[str, ...]) -> str:

@@ -111,6 +111,9 @@ def _routing(source: Checkpoint, mode: RoutingMode | None, block_length: int,
     moe = source.description.moe
     if block_length < 1:
         raise CheckpointError(f"Block length {block_length} is not positive; LLaDA2 models use 32.")
+    if block_length > source.description.max_positions:
+        raise CheckpointError(f"Block length {block_length} is more than the model's "
+                              f"{source.description.max_positions} positions; LLaDA2 models use 32.")
     if moe is None:
         given = next((name for name, value in settings.items() if value is not None), None)
         if mode not in (None, "token") or given:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from numbers import Integral
 
 from ..bundle.manifest import Manifest
 from ..errors import RequestError
@@ -37,9 +38,11 @@ def plan_budget(manifest: Manifest, expert_budget: str | int | None = None, expe
         raise RequestError("The model is dense: it has no experts to budget; leave the expert budget out.")
     everything = each * moe.num_experts * layers
     if experts_per_layer is not None:
-        if not 1 <= experts_per_layer <= moe.num_experts:
-            raise RequestError(f"Experts per layer is {experts_per_layer}, it must be between 1 and {moe.num_experts}.")
-        residents = experts_per_layer
+        fewest = max(1, int(-(-moe.experts_per_token * (1 - RESERVE) // layers)))  # else less than one coreset
+        if not isinstance(experts_per_layer, Integral) or not fewest <= experts_per_layer <= moe.num_experts:
+            raise RequestError(f"Experts per layer is {experts_per_layer!r}, it must be an integer between {fewest} "
+                               f"and {moe.num_experts}.")
+        residents = int(experts_per_layer)
         asked = everything if residents == moe.num_experts else int(-(-residents * layers * each // (1 - RESERVE)))
     else:
         assert expert_budget is not None
@@ -64,7 +67,7 @@ def parse_bytes(text: str | int, everything: int) -> int:
     value = float(found[1]) * (everything / 100 if found[2] else _UNITS[found[3].lower()])
     if value <= 0:
         raise RequestError(f"Expert budget {text!r} is not positive; write it like 4G, 512M or 25%.")
-    return int(value)
+    return int(min(value, 1 << 62))  # more digits than any machine has bytes
 
 
 def machine_memory() -> int:

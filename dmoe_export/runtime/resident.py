@@ -6,6 +6,7 @@ import sys
 import time
 import weakref
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +189,7 @@ def parse_interval(value: str | int) -> Interval:
     """`auto`, `never` or a number of denoise steps; raises RequestError."""
     if value in ("auto", "never"):
         return value  # type: ignore[return-value]
-    try:
-        steps = int(value)
-    except ValueError:
-        steps = 0
+    steps = int(value) if isinstance(value, Integral) or str(value).isdecimal() else 0
     if steps < 1:
         raise RequestError(f"Expert refresh interval {value!r} is not known; give auto, never or a number of steps.")
     return steps

@@ -1,0 +1,29 @@
+"""Standard output: how wide it is, and what happens when nobody reads it any more."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from rich.console import Console
+
+
+def console(width: int = 120) -> Console:
+    """Of a terminal its own width, else `width`: a file or a pipe has no reason to cut tables."""
+    found = Console()
+    return found if found.is_terminal else Console(width=width)
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """What is printed inside may be cut short by who reads it (`| head`): no error, and no reason for an exit code."""
+    try:
+        yield
+    except BrokenPipeError:
+        with suppress(OSError):  # of a standard output that is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, BrokenPipeError):  # rich's way to say the same
+            raise
