@@ -55,9 +55,9 @@ engines: out/sample.bundle/manifest.json $(PLUGINS)
 	$(BIN)/dmoe-export build samples/tiny-dmoe --out out/sample-fp16.bundle --force
 	$(BIN)/dmoe-export inspect out/sample-fp16.bundle
 
-# Two workers, each with files of its own and one thread for torch.
+# Two workers, each with files of its own (the longest first, tests/conftest.py) and one thread for torch.
 test: $(READY) $(PLUGINS) $(CPU_OPS) lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not alone'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu and not alone'
 	$(BIN)/python -m pytest -m alone
 
 lint: $(READY)

@@ -2,28 +2,39 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
 import torch
 from bundles import GOLDEN_GUARD
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
+from sharing import once, shared_checkpoint, shared_export, shared_trace
 
-from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.bundle.writer import BundleWriter
-from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
+from dmoe_export.export import exporter, trace
 from dmoe_export.export.salient import export_salient
 
-# Landing must not hang on a lucky draw; by hand, every run looks somewhere else.
-settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# Landing must not hang on a lucky draw, or on a quiet machine; by hand, every run looks somewhere else.
+_UNHURRIED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("hand", **_UNHURRIED)
+settings.register_profile("ci", derandomize=True, **_UNHURRIED)
+settings.load_profile("ci" if os.environ.get("CI") else "hand")
 
 _SHARED = Path(__file__).parents[2] / "shared" / "golden"
 _GOLDEN = _SHARED if _SHARED.is_dir() else Path(__file__).parent / "golden"
 SAMPLE = Path(__file__).parents[1] / "samples" / "tiny-dmoe"
+# Files of many seconds start first, so that at the end no worker waits for the other's last one (see the Makefile).
+LONGEST = ["test_engine_sizes", "test_cpu_ops", "test_quantised_bundle", "test_engine_build", "test_residency_lossless",
+           "test_bundle", "test_golden_families", "test_export_variants", "test_families", "test_check_defects",
+           "test_linear_op", "test_engine_quantised", "test_engine_families", "test_recipes", "test_salient_graph"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
@@ -33,45 +44,79 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden_bundle(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_checkpoint(golden / "model", tmp_path_factory.mktemp("b") / "golden", min_experts=GOLDEN_GUARD)
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that its workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(run_folder: Path) -> Iterator[None]:
+    """Exports of models of equal sizes share a trace (test_export_variants.py: it is the trace)."""
+    share = partial(shared_trace, run_folder / "traces", trace.trace_denoiser)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "trace_denoiser", share)
+        patch.setattr(trace, "trace_denoiser", share)
+        yield
 
 
 @pytest.fixture(scope="session")
-def golden_token_bundle(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_checkpoint(golden / "model", tmp_path_factory.mktemp("b") / "token", routing="token")
+def exported(run_folder: Path) -> Callable[..., Bundle]:
+    """`exported(checkpoint, **options)`: an export, made once for all tests and not to be changed."""
+    return partial(shared_export, run_folder / "exports")
 
 
 @pytest.fixture(scope="session")
-def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_checkpoint(SAMPLE, tmp_path_factory.mktemp("b") / "sample")
+def synthetic(run_folder: Path) -> Callable[..., Path]:
+    """`synthetic(geometry, seed=0)`: a checkpoint for all tests, not to be changed."""
+    return partial(shared_checkpoint, run_folder / "checkpoints")
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("c") / "tiny"
-    write_synthetic(folder, GEOMETRIES["tiny"])
-    return folder
+def golden_bundle(golden: Path, exported: Callable[..., Bundle]) -> Bundle:
+    return exported(golden / "model", min_experts=GOLDEN_GUARD)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("b") / "tiny")
+def golden_token_bundle(golden: Path, exported: Callable[..., Bundle]) -> Bundle:
+    return exported(golden / "model", routing="token")
 
 
 @pytest.fixture(scope="session")
-def salient_llada(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A dense full-canvas model with salient graphs; its checkpoint lies beside the bundle."""
-    folder = tmp_path_factory.mktemp("salient")
-    write_synthetic(folder / "checkpoint", GEOMETRIES["llada-tiny"])
-    return export_checkpoint(folder / "checkpoint", folder / "llada", block_length=8, salient=True,
-                             salient_capacity=[8])
+def sample_bundle(exported: Callable[..., Bundle]) -> Bundle:
+    return exported(SAMPLE)
 
 
 @pytest.fixture(scope="session")
-def salient_block(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def half_sample_bundle(exported: Callable[..., Bundle]) -> Bundle:
+    """In fp16: 4 layers, the first dense, 32 experts."""
+    return exported(SAMPLE, precision="fp16")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(synthetic: Callable[..., Path]) -> Path:
+    return synthetic("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, exported: Callable[..., Bundle]) -> Bundle:
+    return exported(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def salient_llada(synthetic: Callable[..., Path], exported: Callable[..., Bundle]) -> Bundle:
+    """A dense full-canvas model with salient graphs."""
+    return exported(synthetic("llada-tiny"), block_length=8, salient=True, salient_capacity=[8])
+
+
+@pytest.fixture(scope="session")
+def salient_block(tiny_bundle: Bundle, run_folder: Path) -> Bundle:
     """`tiny_bundle` (block diffusion, experts) and the salient graph of dynamic counts; traces only that."""
-    manifest, target = tiny_bundle.manifest, tmp_path_factory.mktemp("b") / "salient"
+    return open_bundle(once(run_folder / "exports" / "salient-block", partial(_add_salient, tiny_bundle)))
+
+
+def _add_salient(tiny_bundle: Bundle, target: Path) -> None:
+    manifest = tiny_bundle.manifest
     with BundleWriter(target) as writer:
         for entry in manifest.files:
             shutil.copyfile(tiny_bundle.folder / entry.path, writer.folder / entry.path)
@@ -80,4 +125,3 @@ def salient_block(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory)
         salient = export_salient(ir.load(tiny_bundle.denoiser_path), manifest.model, manifest.routing, torch.float32,
                                  manifest.experts.stored_width, (), writer)
         writer.seal(manifest.model_copy(update={"salient": salient, "files": writer.entries}))
-    return open_bundle(target)

@@ -7,8 +7,8 @@ from collections import Counter
 import check_defects as defects
 import pytest
 from bundles import GOLDEN_GUARD
+from conftest import SAMPLE
 
-from dmoe_export import export_checkpoint
 from dmoe_export.check.inputs import make_inputs
 from dmoe_export.check.reference import Reference
 from dmoe_export.check.run import check_bundle
@@ -17,11 +17,10 @@ from dmoe_export.checkpoint.family import Checkpoint
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16"])
-def right(request, golden, golden_bundle, tmp_path_factory):
+def right(request, golden, golden_bundle, exported):
     if request.param == "fp32":
         return golden_bundle
-    return export_checkpoint(golden / "model", tmp_path_factory.mktemp("b") / "fp16", precision="fp16",
-                             min_experts=GOLDEN_GUARD)
+    return exported(golden / "model", precision="fp16", min_experts=GOLDEN_GUARD)
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +58,9 @@ def test_right_bundle_passes(right, golden):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_sample_passes(precision, sample_bundle, tmp_path):
-    bundle = sample_bundle
-    if precision == "fp16":
-        bundle = export_checkpoint("samples/tiny-dmoe", tmp_path / "b", precision="fp16")
-    report = check_bundle(bundle.folder, "samples/tiny-dmoe", prompts=["what is the sum of 3 4 5?"])
+def test_sample_passes(precision, exported):
+    bundle = exported(SAMPLE, precision=precision)
+    report = check_bundle(bundle.folder, SAMPLE, prompts=["what is the sum of 3 4 5?"])
     assert report.passed, report.verdict
     assert report.inputs.source == "prompts"
     answers = {g.prompt: g for g in report.backends[0].generations}

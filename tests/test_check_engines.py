@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 
 import onnx
 import pytest
-from conftest import SAMPLE
 from engine_helpers import built, plugin_library
 from fake_cudart import HostDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorrt_helpers import Setup, bundle_with_engine, changed
 
-from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.check.engines import check_engines
 from dmoe_export.engine.plan import DamagedPlanError, UnknownLayoutError, read_plan
@@ -23,11 +22,11 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not install
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory):
+def engines(half_sample_bundle, tmp_path_factory):
     """The sample with two engines: plugins for two targets, and experts in standard ops, unusual profiles."""
     plugin_library()
     folder = tmp_path_factory.mktemp("e") / "b"
-    export_checkpoint(SAMPLE, folder, precision="fp16")
+    shutil.copytree(half_sample_bundle.folder, folder)
     built(folder, "--targets", "sm80,sm120", "--max-batch", "3", "--max-context", "497", "--max-prefill", "416")
     built(folder, "--targets", "sm89", "--experts-op", "onnx", "--experts", "inline")
     return open_bundle(folder)

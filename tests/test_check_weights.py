@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.check.identity import check_identity, read_digests
 from dmoe_export.check.weights import MOST_NAMED, check_weights, check_weights_and_digest
@@ -21,9 +20,8 @@ from dmoe_export.checkpoint.family import Checkpoint
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory):
-    """The sample in fp16: 4 layers, the first dense, 32 experts."""
-    return export_checkpoint(SAMPLE, tmp_path_factory.mktemp("w") / "half", precision="fp16")
+def half(half_sample_bundle):
+    return half_sample_bundle
 
 
 @pytest.fixture
@@ -56,8 +54,8 @@ def _changed_checkpoint(source, target, change):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_byte_agrees_after_padding_and_conversion(tiny_checkpoint, tmp_path, precision):
-    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", precision=precision)
+def test_every_byte_agrees_after_padding_and_conversion(tiny_checkpoint, exported, precision):
+    bundle = exported(tiny_checkpoint, precision=precision)
     source = Checkpoint(tiny_checkpoint)
     told = []
     found = check_weights(bundle, source, progress=lambda done, total: told.append((done, total)))
@@ -172,8 +170,8 @@ def test_other_weights_outside_the_layers(half, tmp_path):
     assert "layer 0, layer 1 and 2 more layers" in found.note
 
 
-def test_a_bundle_of_few_layers(tmp_path):
-    bundle = export_checkpoint(SAMPLE, tmp_path / "b", layers=2)
+def test_a_bundle_of_few_layers(exported):
+    bundle = exported(SAMPLE, layers=2)
     for source in (Checkpoint(SAMPLE), Checkpoint(SAMPLE, layers=2), Checkpoint(SAMPLE, layers=3)):
         found = check_identity(bundle, source, None)
         assert found.same and found.reference == found.bundle and "keeps 2 of 4 layers" in found.note

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from bundles import GOLDEN_GUARD
 from conftest import SAMPLE
 from device_helpers import decode, host_backend
 
 from dmoe_export import Generator
-from dmoe_export.export.exporter import export_checkpoint
 from dmoe_export.runtime.backend import ForwardInputs
 from dmoe_export.runtime.device import DeviceError
 from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
@@ -74,8 +74,8 @@ def test_sampling_brings_logits_home(golden_bundle, cpu, prompts):
     _same(decode(host_backend(golden_bundle, True), prompts[:3], **options), decode(cpu, prompts[:3], **options))
 
 
-def test_half_precision(golden, tmp_path, prompts):
-    bundle = export_checkpoint(golden / "model", tmp_path / "half", precision="fp16")
+def test_half_precision(golden, exported, prompts):
+    bundle = exported(golden / "model", precision="fp16", min_experts=GOLDEN_GUARD)
     options = {"max_new_tokens": 40, "threshold": 0.5, "steps": 6, "eos_id": -1}
     want = decode(OnnxRuntimeBackend(bundle), prompts[:3], **options)
     _same(decode(host_backend(bundle, True), prompts[:3], **options), want)

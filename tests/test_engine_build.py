@@ -10,7 +10,7 @@ import onnx
 import pytest
 from engine_helpers import RTX_TARGETS, built, dmoe, plugin_library
 
-from dmoe_export import Generator, export_checkpoint
+from dmoe_export import Generator
 from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.engine.plugins import find_library
 from dmoe_export.ops.experts.onnx_capacity import DEFAULT_CAPACITY
@@ -19,12 +19,9 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not install
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    """The sample in fp16."""
+def bundle(half_sample_bundle):
     plugin_library()
-    from conftest import SAMPLE
-
-    return export_checkpoint(SAMPLE, tmp_path_factory.mktemp("e") / "sample16", precision="fp16")
+    return half_sample_bundle
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from engine_helpers import dmoe, fatbin_targets, plugin_library
 
-from dmoe_export import export_checkpoint
+from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.engine.flavour import Flavour
 from dmoe_export.engine.plugins import check_count
 from dmoe_export.errors import CheckError, InputError, MissingRequirementError
@@ -20,9 +21,11 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not install
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint, tmp_path_factory):
+def bundle(tiny_checkpoint, exported, tmp_path_factory):
+    """One's own, to build into."""
     plugin_library()
-    return export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("e") / "tiny16", precision="fp16")
+    made = exported(tiny_checkpoint, precision="fp16")
+    return open_bundle(shutil.copytree(made.folder, tmp_path_factory.mktemp("e") / "tiny16"))
 
 
 def in_new_process(code: str, *arguments) -> subprocess.CompletedProcess:

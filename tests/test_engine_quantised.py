@@ -11,7 +11,6 @@ import pytest
 from engine_helpers import built, dmoe, plugin_library
 from onnx import TensorProto, helper
 
-from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.check.engines import check_engines
 from dmoe_export.engine.callbacks import logger_of
@@ -29,16 +28,16 @@ KINDS = ("int8", "int4")
 
 
 @pytest.fixture(scope="module")
-def bundles(tiny_checkpoint, tmp_path_factory):
+def bundles(tiny_checkpoint, exported, tmp_path_factory):
     """The tiny model with int8 experts and with int4 experts, each with a plain engine and one with slot pools."""
     plugin_library()
     made = {}
     for kind in KINDS:
-        bundle = export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("q") / kind, precision=kind,
-                                   dense_precision="fp16", group_size=32)
+        bundle = exported(tiny_checkpoint, precision=kind, dense_precision="fp16", group_size=32)
+        folder = shutil.copytree(bundle.folder, tmp_path_factory.mktemp("q") / kind)
         for experts in ("external", "resident"):
-            built(bundle.folder, "--targets", "sm89", "--experts", experts)
-        made[kind] = open_bundle(bundle.folder)
+            built(folder, "--targets", "sm89", "--experts", experts)
+        made[kind] = open_bundle(folder)
     return made
 
 

@@ -8,7 +8,6 @@ import shutil
 import pytest
 from engine_helpers import built, dmoe, plugin_library
 
-from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.check.engines import check_engines
 from dmoe_export.engine.plan import read_plan
@@ -17,13 +16,14 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not install
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint, tmp_path_factory):
+def bundle(tiny_checkpoint, exported, tmp_path_factory):
     """The tiny model in fp16 with an engine of each kind."""
     plugin_library()
-    made = export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("e") / "tiny16", precision="fp16")
+    folder = tmp_path_factory.mktemp("e") / "tiny16"
+    shutil.copytree(exported(tiny_checkpoint, precision="fp16").folder, folder)
     for experts in ("external", "resident"):
-        built(made.folder, "--targets", "sm89", "--experts", experts)
-    return open_bundle(made.folder)
+        built(folder, "--targets", "sm89", "--experts", experts)
+    return open_bundle(folder)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from bundles import cpu_session, full_forward
 from dmoe_export import Generator, export_checkpoint
 from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.description import RoutingDescription
+from dmoe_export.export import exporter
 from dmoe_export.model.load import load_denoiser
 
 
@@ -24,17 +27,17 @@ def _eager(folder, mode, **changes):
 
 @pytest.mark.parametrize(("mode", "settings"), [("token", {}), ("top_p", {"top_p": 0.3, "min_experts": 5}),
                                                 ("top_c", {"coreset_size": 5})])
-def test_modes_with_settings_changed_at_run_time(tiny_checkpoint, tmp_path, mode, settings):
-    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", routing=mode, block_length=8)
+def test_modes_with_settings_changed_at_run_time(tiny_checkpoint, exported, mode, settings):
+    bundle = exported(tiny_checkpoint, routing=mode, block_length=8)
     ids, want = _eager(tiny_checkpoint, mode, **settings)
     got = full_forward(cpu_session(bundle.denoiser_path), ids, np.arange(30)[None].repeat(2, 0), **settings)
     np.testing.assert_allclose(got["logits"], want.logits.numpy(), atol=2e-4)
     np.testing.assert_array_equal(got["expert_ids"][0], want.expert_ids[0].numpy())
 
 
-def test_half_precision(golden, tmp_path):
+def test_half_precision(golden, exported):
     """Against the float32 reference: cosine, norm ratio and the share of tokens with the same experts."""
-    bundle = export_checkpoint(golden / "model", tmp_path / "b", precision="fp16", min_experts=16)
+    bundle = exported(golden / "model", precision="fp16", min_experts=16)
     data = np.load(golden / "forward.npz")
     got = full_forward(cpu_session(bundle.denoiser_path), data["full.input_ids"], np.arange(96)[None], top_p=0.6,
                        min_experts=16)
@@ -48,8 +51,8 @@ def test_half_precision(golden, tmp_path):
     assert len(result.token_ids) == 40
 
 
-def test_first_layers(golden, tmp_path):
-    bundle = export_checkpoint(golden / "model", tmp_path / "b", layers=2)
+def test_first_layers(golden, exported):
+    bundle = exported(golden / "model", layers=2)
     manifest = bundle.manifest
     assert (manifest.model.num_layers, manifest.checkpoint.layers_total) == (2, 3)
     model = load_denoiser(Checkpoint(golden / "model", 2), RoutingDescription.default(manifest.model.moe))
@@ -58,3 +61,13 @@ def test_first_layers(golden, tmp_path):
         want = model(torch.from_numpy(ids), torch.from_numpy(ids)).logits.numpy()
     got = full_forward(cpu_session(bundle.denoiser_path), ids, ids, top_p=0.6, min_experts=8)
     np.testing.assert_allclose(got["logits"], want, atol=2e-4)
+
+
+def test_a_shared_trace_is_the_trace(tiny_checkpoint, exported, tmp_path, monkeypatch):
+    """The tests' exports may share one (conftest.py); tracing anew gives the same bytes."""
+    options = {"precision": "int4", "dense_precision": "fp16", "group_size": 32}
+    assert isinstance(exporter.trace_denoiser, partial)
+    monkeypatch.setattr(exporter, "trace_denoiser", exporter.trace_denoiser.args[1])
+    anew, shared = export_checkpoint(tiny_checkpoint, tmp_path / "b", **options), exported(tiny_checkpoint, **options)
+    assert anew.manifest == shared.manifest
+    assert anew.denoiser_path.read_bytes() == shared.denoiser_path.read_bytes()

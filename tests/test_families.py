@@ -25,17 +25,14 @@ TINY = ("llada-tiny", "dream-tiny", "llada-moe-tiny")
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
+def checkpoints(synthetic):
     """A small checkpoint of each family, by the name of its geometry."""
-    root = tmp_path_factory.mktemp("families")
-    for name in TINY:
-        write_synthetic(root / name, GEOMETRIES[name], seed=3)
-    return {name: root / name for name in TINY}
+    return {name: synthetic(name) for name in TINY}
 
 
 @pytest.fixture(scope="module")
-def dense_bundle(checkpoints, tmp_path_factory):
-    return export_checkpoint(checkpoints["llada-tiny"], tmp_path_factory.mktemp("b") / "dense", block_length=8)
+def dense_bundle(checkpoints, exported):
+    return exported(checkpoints["llada-tiny"], block_length=8)
 
 
 def run(*arguments):
@@ -95,11 +92,11 @@ def test_split_rows_become_one_parameter(checkpoints, name):
 
 
 @pytest.mark.parametrize("mode", [None, "top_p", "top_c"])
-def test_softmax_router_in_every_mode(checkpoints, tmp_path, mode):
+def test_softmax_router_in_every_mode(checkpoints, exported, mode):
     """Votes are then the probabilities; eager and exported agree. Unasked, it is the routing of its training."""
     folder = checkpoints["llada-moe-tiny"]
     settings = {None: {}, "top_p": {"top_p": 0.4, "min_experts": 3}, "top_c": {"coreset_size": 5}}[mode]
-    bundle = export_checkpoint(folder, tmp_path / "b", routing=mode, block_length=8)
+    bundle = exported(folder, routing=mode, block_length=8)
     asked, mode = mode, mode or "token"
     assert bundle.manifest.routing.mode == mode
     source = Checkpoint(folder)

@@ -7,17 +7,14 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from dmoe_export import Generator, export_checkpoint
-from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
+from dmoe_export import Generator
 from dmoe_export.cli import main
 from dmoe_export.errors import RequestError
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("c") / "llada"
-    write_synthetic(folder, GEOMETRIES["llada-tiny"])
-    return export_checkpoint(folder, tmp_path_factory.mktemp("b") / "llada", block_length=8).folder
+def full(synthetic, exported):
+    return exported(synthetic("llada-tiny"), block_length=8).folder
 
 
 def run(*arguments):

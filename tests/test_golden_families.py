@@ -7,7 +7,6 @@ import pytest
 import torch
 from bundles import cpu_session, eager, full_forward
 
-from dmoe_export import export_checkpoint
 from dmoe_export.model.layers import rotary_angles, rotate
 from dmoe_export.runtime.backend import ForwardInputs
 from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
@@ -32,9 +31,9 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def case(request, golden, tmp_path_factory):
+def case(request, golden, exported):
     folder = golden.parent / request.param
-    return Case(folder, export_checkpoint(folder / "model", tmp_path_factory.mktemp("b") / request.param))
+    return Case(folder, exported(folder / "model"))
 
 
 def _check_experts(case, ids):
@@ -64,8 +63,8 @@ def test_exported_forward(case):
             np.testing.assert_allclose(out[f"value.{layer}"], case.data[f"layer{layer}.value"], atol=2e-4)
 
 
-def test_half_precision(case, tmp_path):
-    bundle = export_checkpoint(case.folder / "model", tmp_path / "half", precision="fp16")
+def test_half_precision(case, exported):
+    bundle = exported(case.folder / "model", precision="fp16")
     out = full_forward(cpu_session(bundle.denoiser_path), case.ids, case.positions)
     assert out["key.0"].dtype == np.float16 and np.abs(case.data["logits"]).max() > 3
     assert np.abs(out["logits"] - case.data["logits"]).max() < _HALF[case.folder.name]

@@ -6,12 +6,10 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from bundles import eager
 from device_helpers import host_backend
 from toy_backend import decode
 
-from dmoe_export import export_checkpoint
 from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
 
 CACHES = ("none", "prefix", "dual")
@@ -23,23 +21,17 @@ def llada(golden):
 
 
 @pytest.fixture(scope="module")
-def bundle(llada, tmp_path_factory):
-    return export_checkpoint(llada / "model", tmp_path_factory.mktemp("b") / "llada")
+def bundle(llada, exported):
+    return exported(llada / "model")
 
 
 @pytest.fixture(scope="module", params=["eager", "onnxruntime", "device"])
 def backend(request, llada):
     """`device`: the GPU backends' half, on host memory."""
     if request.param == "eager":
-        return _eager(llada)
+        return eager(llada / "model")
     bundle = request.getfixturevalue("bundle")
     return OnnxRuntimeBackend(bundle) if request.param == "onnxruntime" else host_backend(bundle, cuda_graphs=True)
-
-
-def _eager(folder):
-    backend = eager(folder / "model")
-    torch.set_num_threads(1)  # threads that wait for work of this size are slower than one
-    return backend
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +81,7 @@ def test_a_batch_equals_each_row_alone(backend, runs, cache):
 def test_shifted_logits_are_read_one_place_earlier(golden):
     """Dream, all masks taken at once: the recorded row of position i − 1 says what stands at i."""
     folder = golden.parent / "dream"
-    backend, data = _eager(folder), np.load(folder / "forward.npz")
+    backend, data = eager(folder / "model"), np.load(folder / "forward.npz")
     ids, logits, mask_id = data["input_ids"], data["logits"].copy(), backend.description.mask_id
     logits[..., mask_id] = -np.inf
     length = int((ids[0] != mask_id).sum())

@@ -199,15 +199,13 @@ class TestReplay:
             replay.check(report, 0.1)
 
 
-def test_rtx_finding_builds_without_a_gpu_and_says_how_far_it_came(sample_bundle, tmp_path):
+def test_rtx_finding_builds_without_a_gpu_and_says_how_far_it_came(half_sample_bundle):
     pytest.importorskip("tensorrt_rtx_bindings")
     if not LIBRARY.is_file():
         pytest.skip("the plugin library is not built")
-    from dmoe_export import export_checkpoint
-
-    export_checkpoint(SAMPLE, tmp_path / "half", precision="fp16")
-    run = subprocess.run([sys.executable, Path(expert_checks.__file__).parent / "rtx_finding.py", tmp_path / "half",
-                          "default"], text=True, capture_output=True, check=False)
+    script = Path(expert_checks.__file__).parent / "rtx_finding.py"
+    run = subprocess.run([sys.executable, script, half_sample_bundle.folder, "default"], text=True,
+                         capture_output=True, check=False)
     stages = [json.loads(line) for line in run.stdout.splitlines()]
     assert [s["stage"] for s in stages][:1] == ["built"] and stages[0]["plugins"] == 6
     if gpu_missing():

@@ -17,14 +17,12 @@ import onnxruntime as ort
 import pytest
 import torch
 from bundles import cpu_session, full_forward
-from conftest import SAMPLE
 from kernel_helpers import BF16, FP16, from_half, kernel_experts, kernel_route, to_half
 from onnx import TensorProto
 from ort_ops_helpers import CPU, experts_case, experts_model, library, route_feeds, route_model, session
 from route_helpers import eager_route
 from tokenizers import Tokenizer
 
-from dmoe_export import export_checkpoint
 from dmoe_export.ops.block_route.attributes import RouteAttributes
 from dmoe_export.ops.experts.eager import experts
 from dmoe_export.ops.schema import DOMAIN
@@ -35,8 +33,8 @@ HALF_NAMES = ["fp16", "bf16"]
 
 
 @pytest.fixture(scope="module")
-def half_bundle(tmp_path_factory):
-    return export_checkpoint(SAMPLE, tmp_path_factory.mktemp("b") / "half", precision="fp16")
+def half_bundle(half_sample_bundle):
+    return half_sample_bundle
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from ort_ops_helpers import CPU, library, quantised_model, session
 from test_kernels_quantised import make_case
 from test_ort_custom_ops import _assert_same_forward
 
-from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle
 from dmoe_export.description import ExpertQuantisation
 from dmoe_export.errors import MissingRequirementError
@@ -75,9 +74,9 @@ def test_an_fp32_rest_is_refused(tiny_bundle):
         prepare_session(bundle, ort.SessionOptions(), library())
 
 
-def test_bundle_equals_its_bodies(tiny_checkpoint, tmp_path):
+def test_bundle_equals_its_bodies(tiny_checkpoint, exported):
     """A model with fp16 dense parts: one forward of two rows, one of them padded."""
-    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", precision="int4", dense_precision="fp16")
+    bundle = exported(tiny_checkpoint, precision="int4", dense_precision="fp16", group_size=32)
     options = ort.SessionOptions()
     loaded = ort.InferenceSession(prepare_session(bundle, options, library()), options, providers=[CPU])
     check_session(loaded, CPU)

@@ -13,7 +13,7 @@ from conftest import SAMPLE
 from quantised_helpers import values
 from safetensors.torch import load_file, save_file
 
-from dmoe_export import Generator, export_checkpoint
+from dmoe_export import Generator
 from dmoe_export.bundle.manifest import ExpertsEntry
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.check.run import check_bundle
@@ -36,19 +36,18 @@ OPTIONS = {"max_new_tokens": 40, "eos_id": -1, "steps": 6}
 
 
 @pytest.fixture(scope="module")
-def bundles(tiny_checkpoint, tmp_path_factory):
+def bundles(tiny_checkpoint, exported, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantised")
     result = CliRunner().invoke(main, ["export", str(tiny_checkpoint), "--out", str(folder / "int8"), "--precision",
                                        "int8", "--group-size", "32"])
     assert result.exit_code == 0 and "in fp32, experts int8 in groups of 32" in result.output
     return {"int8": open_bundle(folder / "int8"),
-            "int4": export_checkpoint(tiny_checkpoint, folder / "int4", precision="int4", salient=True)}
+            "int4": exported(tiny_checkpoint, precision="int4", salient=True)}
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    return export_checkpoint(SAMPLE, tmp_path_factory.mktemp("quantised") / "sample", precision="int4",
-                             dense_precision="fp16")
+def sample(exported):
+    return exported(SAMPLE, precision="int4", dense_precision="fp16")
 
 
 def _slab(bundle: Bundle, layer: int, part: str, expert: int) -> tuple[np.ndarray, np.ndarray]:

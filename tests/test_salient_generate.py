@@ -46,10 +46,10 @@ def test_full_canvas_oracle_is_the_uncached_result(llada):
 
 @pytest.mark.parametrize("options", [{}, {"salient_capacity": 8}, {"temperature": 0.8, "seed": 3},
                                      {"acceptance": "hierarchy", "threshold": 0.3}])
-def test_the_same_as_the_eager_loop(llada, salient_llada, options):
+def test_the_same_as_the_eager_loop(llada, salient_llada, synthetic, options):
     """State, schedule and graphs together, for two prompts in different phases."""
     options = {"salient_threshold": 0.98, "full_steps": 2, **COMMON, **options}
-    model = load_denoiser(Checkpoint(salient_llada.folder.parent / "checkpoint"), salient_llada.manifest.routing)
+    model = load_denoiser(Checkpoint(synthetic("llada-tiny")), salient_llada.manifest.routing)
     want: list[list[int]] = [[], []]
     steps = {}
     for part in BlockDiffusion(EagerBackend(model), DecodeSettings(**options)).decode(PROMPTS):

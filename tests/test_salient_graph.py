@@ -68,8 +68,8 @@ class Both:
 
 
 @pytest.fixture(scope="module")
-def llada(salient_llada) -> Both:
-    return Both(salient_llada, salient_llada.folder.parent / "checkpoint")
+def llada(salient_llada, synthetic) -> Both:
+    return Both(salient_llada, synthetic("llada-tiny"))
 
 
 @pytest.fixture(scope="module")

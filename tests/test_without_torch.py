@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 from engine_helpers import plugin_library
-
-from dmoe_export import export_checkpoint
 
 _BLOCKED = """
 import sys
@@ -49,12 +48,12 @@ def test_whole_command_line_imports_without_torch(tiny_bundle):
     assert "pip install 'dmoe-export[export]'" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_engines_are_built_without_torch(tiny_checkpoint, tmp_path):
+def test_engines_are_built_without_torch(tiny_checkpoint, exported, tmp_path):
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed (pip install '.[rtx]')")
     plugin_library()
-    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", precision="fp16")
+    folder = shutil.copytree(exported(tiny_checkpoint, precision="fp16").folder, tmp_path / "b")
     code = "from dmoe_export.cli import main\nmain(['build', sys.argv[1], '--targets', 'sm89'])"
-    result = _python(code, bundle.folder, blocked=("torch", "onnx_ir", "onnxscript"))
+    result = _python(code, folder, blocked=("torch", "onnx_ir", "onnxscript"))
     assert result.returncode == 0, result.stderr
-    result = _python(code, bundle.folder)  # onnx is blocked as well
+    result = _python(code, folder)  # onnx is blocked as well
     assert result.returncode == 3 and "Building engines needs onnx; install with" in result.stderr

@@ -1,0 +1,76 @@
+"""What the test workers share: made by the first that needs it, while the others wait."""
+
+from __future__ import annotations
+
+import fcntl
+import inspect
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from dmoe_export import export_checkpoint
+from dmoe_export.bundle.reader import Bundle, open_bundle
+from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
+
+
+@contextmanager
+def one_at_a_time(target: Path) -> Iterator[None]:
+    """Keeps other processes that make `target` out."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def once(target: Path, make: Callable[[Path], Any]) -> Path:
+    """`target`; `make` gets the path of a folder that takes its place when complete."""
+    with one_at_a_time(target):
+        if not target.exists():
+            unfinished = target.with_name(f"{target.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(target)
+    return target
+
+
+def shared_checkpoint(folder: Path, name: str, seed: int = 0) -> Path:
+    """A synthetic checkpoint of a named geometry; not to be changed."""
+    return once(folder / f"{name}-{seed}", lambda target: write_synthetic(target, GEOMETRIES[name], seed=seed))
+
+
+def shared_export(folder: Path, checkpoint: Path, **options: Any) -> Bundle:
+    """`export_checkpoint` of a checkpoint that stays as it is, to a bundle that nobody changes: copy it first."""
+    call = inspect.signature(export_checkpoint).bind(Path(checkpoint).resolve(), None, **options)
+    call.apply_defaults()
+    name = _name(sorted(call.arguments.items()))
+    return open_bundle(once(folder / name, lambda target: export_checkpoint(checkpoint, target, **options)),
+                       verify="sizes")
+
+
+def shared_trace(folder: Path, trace: Callable[..., ir.Model], *arguments: Any) -> ir.Model:
+    """`trace(*arguments)`, a graph whose weights carry no data; equal arguments are traced once."""
+    def make(target: Path) -> None:
+        model = trace(*arguments)
+        for value in _weights(model):
+            value.const_value = ir.ExternalTensor("none", 0, 0, value.dtype, shape=value.shape, name=value.name)
+        target.mkdir()
+        ir.save(model, target / "graph.onnx")
+
+    model = ir.load(once(folder / _name(arguments), make) / "graph.onnx")
+    for value in _weights(model):
+        value.const_value = None
+    return model
+
+
+def _weights(model: ir.Model) -> list[ir.Value]:
+    return [value for value in model.graph.initializers.values()
+            if value.const_value is None or isinstance(value.const_value, ir.ExternalTensor)]
+
+
+def _name(what: Any) -> str:
+    return sha256(repr(what).encode()).hexdigest()[:16]
