@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from ..bundle.manifest import EngineEntry, ProfileEntry
 from ..bundle.reader import Bundle
 from ..errors import CheckError, DmoeError, MissingRequirementError
-from .callbacks import Report, logger_of, make_monitor, make_writer
+from .callbacks import Report, logger_of, make_monitor, make_writer, signals_kept
 from .facts import network_entry
 from .flavour import Flavour
 from .network import PreparedNetwork, model_path, prepare
@@ -63,6 +64,11 @@ def build_engine(plan: BuildPlan, path: Path, report: Report | None = None) -> E
 
     Raises CheckError when the network or engine cannot be built, with TensorRT's own reason.
     """
+    with signals_kept() as stopped:
+        return _built(plan, path, report, stopped)
+
+
+def _built(plan: BuildPlan, path: Path, report: Report | None, stopped: Sequence[int]) -> EngineEntry:
     trt = plan.flavour.trt
     logger = logger_of(trt)
     if plan.library:
@@ -74,8 +80,7 @@ def build_engine(plan: BuildPlan, path: Path, report: Report | None = None) -> E
     fallbacks = check_count(plugins, _wanted_plugins(plan), plan.settings.allow_fallback)
     shapes = [_profile(builder, network, entry, _slots(plan)) for entry in plan.profiles]
     config = _config(plan, builder, shapes)
-    if report:
-        config.progress_monitor = make_monitor(trt, report)
+    config.progress_monitor = make_monitor(trt, report, stopped)
     _build(plan, builder, network, config, path, logger.told)
     return EngineEntry(
         file=plan.file_name, flavour=plan.flavour.name, version=plan.flavour.version, targets=list(plan.targets),

@@ -1,16 +1,41 @@
-"""What TensorRT calls back during a build: progress, log, and the stream the engine is written to."""
+"""What TensorRT calls back during a build: progress, log, and the stream the engine is written to; and ctrl-C."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 Report = Callable[[str, int, int], None]
 """Told the phase, the steps done and the steps to do."""
 
 
-def make_monitor(trt: Any, report: Report) -> Any:
-    """An IProgressMonitor that reports the outermost phase at work."""
+@contextmanager
+def signals_kept() -> Iterator[list[int]]:
+    """Ctrl-C and its like are noted in the list while the builder runs, and act when it has ended.
+
+    Their handlers raise; inside a callback TensorRT would swallow that and build on.
+    """
+    came: list[int] = []
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):
+            if number is not None and callable(handler := signal.getsignal(number)):
+                handlers[number] = handler
+                signal.signal(number, lambda which, _: came.append(which))
+    try:
+        yield came
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            handlers[came[0]](came[0], None)
+
+
+def make_monitor(trt: Any, report: Report | None, stopped: Sequence[int] = ()) -> Any:
+    """An IProgressMonitor: reports the outermost phase at work, and ends the build once `stopped` holds something."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -23,16 +48,16 @@ def make_monitor(trt: Any, report: Report) -> Any:
 
         def step_complete(self, name: str, step: int) -> bool:
             self._tell(step + 1, name)
-            return True
+            return not stopped
 
         def phase_finish(self, name: str) -> None:
             steps = self._open.pop(name, 0)
-            if not self._open:
+            if report and not self._open:
                 report(name, steps, steps)
 
         def _tell(self, done: int, name: str) -> None:
             # Inner phases come by the hundred; the bar stays with the outer one.
-            if name == next(iter(self._open), name):
+            if report and name == next(iter(self._open), name):
                 report(name, done, self._open.get(name, 0))
 
     return Monitor()
