@@ -27,8 +27,9 @@ from dmoe_export.ops.schema import DOMAIN, OPSET
 
 ROOT = Path(__file__).parents[1]
 FORMATS: dict[str, tuple[int, type]] = {"float": (0, np.float32), "half": (0, np.float16), "int8": (8, np.float32),
-                                        "int4": (4, np.float32)}
-TOLERANCE = {"float": 2e-6, "half": 2e-3, "int8": 2e-6, "int4": 2e-6}  # of the largest output
+                                        "int4": (4, np.float32), "int8 half": (8, np.float16),
+                                        "int4 half": (4, np.float16)}
+TOLERANCE = {name: 2e-6 if dtype == np.float32 else 2e-3 for name, (_, dtype) in FORMATS.items()}  # of the largest
 
 
 @cache
@@ -87,9 +88,10 @@ def case(kind: str, tokens: int, k: int, count: int, hidden: int, width: int, gr
     if not bits:
         return feeds | {name: matrix.astype(dtype) for name, matrix in matrices.items()}
     how = ExpertQuantisation(bits=bits, group_size=group)
-    made = {name: quantise(torch.from_numpy(m), how, torch.float32) for name, m in matrices.items()}
+    scales = torch.float16 if dtype == np.float16 else torch.float32
+    made = {name: quantise(torch.from_numpy(m), how, scales) for name, m in matrices.items()}
     return (feeds | {name: packed.numpy() for name, (packed, _) in made.items()}
-            | {f"{name}_scales": scales.numpy() for name, (_, scales) in made.items()})
+            | {f"{name}_scales": s.numpy() for name, (_, s) in made.items()})
 
 
 def eager(feeds: dict[str, np.ndarray]) -> np.ndarray:

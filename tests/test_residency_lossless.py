@@ -77,12 +77,13 @@ def test_every_bit_is_the_same(golden_bundle, budget, threads, kernel, monkeypat
     same_bits(golden_bundle, budget, threads)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_every_bit_of_quantised_experts_is_the_same(precision, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision, dense", [("int8", "fp32"), ("int4", "fp32"), ("int8", "fp16")])
+def test_every_bit_of_quantised_experts_is_the_same(precision, dense, tmp_path, monkeypatch):
     skip_without_kernel()
-    config = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 2}
+    config = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 2}
     write_synthetic(tmp_path / "checkpoint", GEOMETRIES["tiny"] | config)
-    bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision=precision)
+    bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision=precision,
+                               dense_precision=dense)
     for budget in BUDGETS[:3]:
         same_bits(bundle, budget, 2)
     without_kernel(monkeypatch)

@@ -56,8 +56,6 @@ def use_cpu_ops(model: str | bytes, options: ort.SessionOptions, wanted: CpuOps 
 
 def kernels_clause(manifest: Manifest) -> str:
     """Whose kernels compute the products with weights on the CPU, as an end of a sentence."""
-    if manifest.precision == "bf16" or (manifest.quantisation and manifest.precision != "fp32"):
-        return ""
     what = "experts and linear layers" if manifest.experts else "linear layers"
     where = "our CPU kernels" if INSTALLED.is_file() else "ONNX Runtime's own ops"
     return f"; {what} on {where}"

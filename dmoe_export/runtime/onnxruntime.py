@@ -17,6 +17,15 @@ from .onnxruntime_session import Session, open_session, run_session
 _CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
 
+def check_precision(bundle: Bundle) -> None:
+    """Raise MissingRequirementError where ONNX Runtime has no kernels for a bundle."""
+    precision = bundle.manifest.precision
+    if precision not in _CACHE_DTYPES:
+        raise MissingRequirementError(
+            f"{bundle.folder} has precision {precision}, for which ONNX Runtime's CPU provider has no kernels; export "
+            "with --precision fp32 or fp16.")
+
+
 class OnnxRuntimeBackend:
     """Runs on ONNX Runtime's CPU provider; expert weights stay memory-mapped (float32 bundles)."""
 
@@ -30,11 +39,8 @@ class OnnxRuntimeBackend:
         `graph`: an edited one in place of the bundle's, over the same data files (checks). `session`: what computes it
         instead (experts under a budget). `cpu_ops`: whether our kernels are used ("auto": where installed).
         """
+        check_precision(bundle)
         manifest = bundle.manifest
-        if manifest.precision not in _CACHE_DTYPES:
-            raise MissingRequirementError(
-                f"{bundle.folder} has precision {manifest.precision}, for which ONNX Runtime's CPU provider has no "
-                "kernels; export with --precision fp32 or fp16.")
         self.description, self.routing = manifest.model, manifest.routing
         self._bundle, self._threads, self._cpu_ops = bundle, threads, cpu_ops
         self._salient: dict[int | None, OnnxRuntimeSalient] = {}

@@ -40,8 +40,6 @@ def open_session(model: str | bytes, bundle: Bundle, threads: int | None, alone:
     if not alone:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_cpu_mem_arena = False
-    if bundle.manifest.quantisation and bundle.manifest.precision != "fp32":
-        cpu_ops = "off"  # our kernels take scales in float32; bundles with others are made for GPUs
     with_kernels = use_cpu_ops(model, options, cpu_ops)
     if with_kernels is model:
         _check_version(bundle)

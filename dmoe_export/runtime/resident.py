@@ -19,7 +19,7 @@ from .budget import ExpertBudget
 from .cpu_ops import uses_cpu_ops
 from .expert_layout import expert_tensors
 from .mapped_experts import MappedExperts
-from .onnxruntime import OnnxRuntimeBackend
+from .onnxruntime import OnnxRuntimeBackend, check_precision
 from .onnxruntime_pieces import PieceSession
 from .residency import Costs, Interval, Residency, Tier
 
@@ -160,11 +160,7 @@ def check_experts(bundle: Bundle) -> None:
     manifest = bundle.manifest
     if sys.platform != "linux":
         raise MissingRequirementError(f"An expert budget needs Linux, this is {sys.platform}; leave it out.")
-    if manifest.precision != "fp32" and manifest.export_precision != "fp16":
-        raise MissingRequirementError(
-            f"An expert budget on the CPU needs experts that our CPU kernels compute, not {manifest.export_precision} "
-            f"with {manifest.precision} outside them, as in {bundle.folder}; export with --precision fp32, fp16, int8 "
-            "or int4, and without --dense-precision.")
+    check_precision(bundle)
     if manifest.export_precision != "fp32" and not uses_cpu_ops():
         raise MissingRequirementError(
             f"An expert budget needs our CPU kernels where experts are {manifest.export_precision}, as in "

@@ -151,22 +151,27 @@ private:
         });
     }
 
-    void product(Group const& g, Matrix const& m, int32_t first, int32_t last, float* const* out) const
+    // Rows first … last − 1 of the group's expert, out of `rows` of each expert, with its tokens.
+    void product(Group const& g, void const* values, void const* scales, int64_t rows, int32_t columns, int32_t first,
+        int32_t last, float* const* out) const
     {
-        if (g.panels == kFew) {
-            set.product(m, first, last, x.data() + g.begin, g.end - g.begin, out);
-        } else {
-            thread_local std::vector<float> memory;
-            float* const unpacked = e.format == Format::kFloat ? nullptr : room(memory, size_t{kPanelRows} * m.columns);
-            set.panelProduct(m, first, last, panels + g.panels * m.columns, g.end - g.begin, unpacked, out);
+        thread_local std::vector<float> scaleMemory, rowMemory;
+        int64_t const row = g.expert * rows + first, bytes = rowBytes(e.format, columns), groups = columns >> e.groupShift;
+        Matrix m{static_cast<uint8_t const*>(values) + row * bytes, nullptr, e.format, e.groupShift, columns, bytes};
+        if (scales && e.halfScales) {
+            int64_t const count = (last - first) * groups;
+            float* const wide = room(scaleMemory, count);
+            set.fromHalf(static_cast<uint16_t const*>(scales) + row * groups, count, wide);
+            m.scales = wide;
+        } else if (scales) {
+            m.scales = static_cast<float const*>(scales) + row * groups;
         }
-    }
-
-    Matrix matrix(void const* all, float const* scales, int32_t expert, int64_t rows, int32_t columns) const
-    {
-        int64_t const bytes = rowBytes(e.format, columns);
-        return {static_cast<uint8_t const*>(all) + expert * rows * bytes,
-            scales ? scales + expert * rows * (columns >> e.groupShift) : nullptr, e.format, e.groupShift, columns, bytes};
+        if (g.panels == kFew) {
+            set.product(m, 0, last - first, x.data() + g.begin, g.end - g.begin, out);
+            return;
+        }
+        float* const unpacked = e.format == Format::kFloat ? nullptr : room(rowMemory, size_t{kPanelRows} * columns);
+        set.panelProduct(m, 0, last - first, panels + g.panels * columns, g.end - g.begin, unpacked, out);
     }
 
     void gateUp(Group const& g, int32_t first, int32_t last)
@@ -180,8 +185,7 @@ private:
         for (int32_t t = 0; t < tokens; ++t) {
             out[t] = begin + static_cast<size_t>(t) * rows;
         }
-        product(g, matrix(e.gateUp, e.gateUpScales, g.expert, 2 * int64_t{e.width}, e.hidden), 2 * first, 2 * last,
-            out.data());
+        product(g, e.gateUp, e.gateUpScales, 2 * int64_t{e.width}, e.hidden, 2 * first, 2 * last, out.data());
         for (int32_t t = 0; t < tokens; ++t) {
             float* const row = activated + static_cast<size_t>(g.begin + t) * e.width;
             if (e.format != Format::kInt4) {
@@ -203,7 +207,7 @@ private:
         for (int32_t t = 0; t < tokens; ++t) {
             out[t] = products + static_cast<size_t>(g.begin + t) * e.hidden + first;
         }
-        product(g, matrix(e.down, e.downScales, g.expert, e.hidden, e.width), first, last, out.data());
+        product(g, e.down, e.downScales, e.hidden, e.width, first, last, out.data());
     }
 
     // The weighted sum in the order of the places, whatever the experts are.

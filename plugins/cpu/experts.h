@@ -66,8 +66,9 @@ struct Experts {
     float const* weights; // [N, k]
     void const* gateUp; // [E, 2I, H]
     void const* down; // [E, H, I]
-    float const* gateUpScales; // [E, 2I, H / group]
-    float const* downScales; // [E, H, I / group]
+    void const* gateUpScales; // [E, 2I, H / group], in float32 or halves
+    void const* downScales; // [E, H, I / group]
+    bool halfScales;
     Format format;
     int32_t groupShift; // group = 1 << groupShift
     float* mixed; // [N, H]

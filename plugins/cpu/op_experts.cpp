@@ -10,7 +10,7 @@ constexpr char kName[] = "DmoeExperts";
 constexpr size_t kScales = 5; // gate_up_scales, down_scales: of quantised experts only
 
 struct Kinds {
-    ONNXTensorElementDataType hidden, weights;
+    ONNXTensorElementDataType hidden, weights, scales;
 };
 
 class Kernel {
@@ -57,7 +57,6 @@ private:
         call.width = static_cast<int32_t>(mBits == 4 ? 2 * int64_t{down.size(2)} : down.size(2));
         int64_t const columns = mBits == 4 ? call.hidden / 2 : call.hidden;
         gateUp.expect({call.experts, 2 * int64_t{call.width}, columns});
-        std::vector<float> scales[2];
         if (mBits) {
             auto const group = static_cast<int32_t>(mGroup);
             call.groupShift = __builtin_ctz(static_cast<unsigned>(group));
@@ -69,8 +68,9 @@ private:
                 "down_scales");
             gateUpScales.expect({call.experts, 2 * int64_t{call.width}, call.hidden / group});
             downScales.expect({call.experts, call.hidden, call.width / group});
-            call.gateUpScales = gateUpScales.data<float>();
-            call.downScales = downScales.data<float>();
+            call.gateUpScales = gateUpScales.data<void>();
+            call.downScales = downScales.data<void>();
+            call.halfScales = mKinds.scales == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
         }
         int64_t const values = int64_t{call.tokens} * call.hidden;
         void* const mixed = output<void>(context, 0, {call.tokens, call.hidden});
@@ -119,6 +119,8 @@ struct Op : Ort::CustomOpBase<Op, Kernel, true> {
         case 1: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
         case 3:
         case 4: return kinds.weights;
+        case kScales:
+        case kScales + 1: return kinds.scales;
         default: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
         }
     }
@@ -139,10 +141,12 @@ void addExperts(Ort::CustomOpDomain& domain)
 {
     constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                    kByte = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
-    // {kFloat, kHalf} is for residency, which sums what groups of experts give: halves would be rounded twice.
-    static Op const floats({kFloat, kFloat}), halves({kHalf, kHalf}), sums({kFloat, kHalf}), bytes({kFloat, kByte});
-    for (Op const* op : {&floats, &halves, &sums, &bytes}) {
-        domain.Add(op);
+    // Half-precision weights with float32 hidden states are for residency, which sums what groups of experts give: halves
+    // would be rounded twice. Scales are of the dense parts' precision.
+    static Op const ops[] = {Op({kFloat, kFloat, kFloat}), Op({kHalf, kHalf, kFloat}), Op({kFloat, kHalf, kFloat}),
+        Op({kFloat, kByte, kFloat}), Op({kHalf, kByte, kHalf}), Op({kFloat, kByte, kHalf})};
+    for (Op const& op : ops) {
+        domain.Add(&op);
     }
 }
 
