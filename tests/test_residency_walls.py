@@ -178,9 +178,9 @@ def test_a_wall_changes_no_number():
     model = onnx.load_from_string(wall_at_experts(graph.model([]).SerializeToString()))
     onnx.checker.check_model(model)
     kinds = [node.op_type for node in model.graph.node]
-    wall = ["Cast", "Sum", "Cast", "Max"]
+    wall = ["Cast", "Sum", "Sum", "Cast", "Max"]
     assert kinds == ["Neg", *wall[:2], "Max", "Max", *wall[2:], "DmoeExperts", *wall, "Neg"]
-    nodes = model.graph.node[-5:-1]
+    nodes = model.graph.node[-6:-1]
     ends = [helper.make_tensor_value_info(name, HALF, [None]) for name in (nodes[0].input[0], nodes[-1].output[0])]
     alone = helper.make_model(helper.make_graph(nodes, "wall", ends[:1], ends[1:]), ir_version=10,
                               opset_imports=[helper.make_opsetid("", OPSET)])

@@ -4,11 +4,12 @@ ONNX Runtime's CPU provider computes most half-precision nodes in float32, with 
 of casts: what lies between two such nodes then stays float32. Whether it does depends on the neighbours, and a cut
 takes neighbours away. So each half-precision value that crosses a mixture of experts, goes into or out of one, passes
 
-    Cast to float32 → Sum → (the cut) → Cast to float16 → Max
+    Cast to float32 → Sum → (the cut) → Sum → Cast to float16 → Max
 
 with one input each, which changes no half-precision value, and ends all that depends on neighbours: over a Sum no
 optimizer takes out a pair of casts, and Max has a half-precision kernel, so the value is rounded before it. (A kernel
-between nodes without is forced into float32, but not behind a cast that is there already.)
+between nodes without is forced into float32, but not behind a cast that is there already.) A part behind the next cut
+takes what the Sum of the one before gave, so no two walls are common subexpressions, nor what is computed behind them.
 Tried with random graphs and found in docs/residency.md: without Sum or without Max some differ, whole and cut.
 """
 
@@ -51,17 +52,19 @@ def _walled(graph: bytes) -> bytes:
     home = {name: node.part for node in nodes for name in node.outputs if name in halves}
     crossing = {name for node in nodes for name in node.inputs if home.get(name, node.part) != node.part}
     done: list[bytes] = []
-    behind = set()  # what has come out of its wall
+    last: dict[str, str] = {}  # where each value's latest wall is cut
     for node in nodes:
         renamed = {name: f"{name}.{node.part}" for name in node.inputs if name in crossing and home[name] != node.part}
         for name, other in renamed.items():
-            if other not in behind:
-                done += [_make("Cast", f"{name}.wall", f"{other}.half", _HALF), _make("Max", f"{other}.half", other)]
-                behind.add(other)
+            wall, half = f"{other}.wall", f"{other}.half"
+            if last[name] != wall:
+                done += [_make("Sum", last[name], wall), _make("Cast", wall, half, _HALF), _make("Max", half, other)]
+                last[name] = wall
         done.append(_with_inputs(node.message, renamed))
         for name in node.outputs:
             if name in crossing:
-                done += [_make("Cast", name, f"{name}.wide", _FLOAT), _make("Sum", f"{name}.wide", f"{name}.wall")]
+                last[name] = f"{name}.wall"
+                done += [_make("Cast", name, f"{name}.wide", _FLOAT), _make("Sum", f"{name}.wide", last[name])]
     return b"".join([*(field(_GRAPH_NODE, message) for message in done), *rest])
 
 
