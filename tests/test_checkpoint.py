@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import cpu_session, full_forward
+from conftest import SAMPLE
 from safetensors.torch import load_file, save_file
 
 from dmoe_export import export_checkpoint
@@ -119,6 +120,7 @@ BAD_CONFIGS = [
     ({"first_k_dense_replace": 2}, "leaves no layer with experts"),
     ({"partial_rotary_factor": 2.0}, "rotary share"),
     ({"partial_rotary_factor": 0.0}, "rotary share"),
+    ({"partial_rotary_factor": float("nan")}, "partial_rotary_factor is nan, expected float"),
     ({"rotary_dim": 8}, "rotary_dim 8 contradicts partial_rotary_factor, which gives 4"),
     ({"moe_router_enable_expert_bias": False}, "moe_router_enable_expert_bias is False"),
     ({"use_sliding_window": True}, "use_sliding_window is True"),
@@ -180,6 +182,10 @@ def test_missing_wrong_and_strange_tensors(tiny_checkpoint, tmp_path):
     stranger = {"model.layers.0.attention.query_key_value.bias": torch.zeros(64)}
     with pytest.raises(CheckpointError, match="has no place in family"):
         Checkpoint(_edited(tiny_checkpoint, tmp_path / "c", tensors=lambda t: t.update(stranger)))
+    beyond = {"model.layers.2.input_layernorm.weight": torch.zeros(32)}  # config.json says 2 layers
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.input_layernorm\.weight .*has no place in family"):
+        Checkpoint(_edited(tiny_checkpoint, tmp_path / "d", tensors=lambda t: t.update(beyond)))
+    assert Checkpoint(SAMPLE, layers=2).description.num_layers == 2  # a cut is no stranger
 
 
 def test_nan_is_named(tiny_checkpoint, tmp_path):

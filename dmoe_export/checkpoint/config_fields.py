@@ -29,7 +29,7 @@ class Fields:
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)) or value != value:  # NaN
             raise self.refuse(f"field {name} is {value!r}, expected {kind.__name__}")
         return value
 

@@ -79,7 +79,8 @@ class Checkpoint:
         if layers is not None:
             self.description = first_layers(self.full_description, layers)
         self.reader = CheckpointReader(folder)
-        self.weights = StoredWeights(self.description, self.reader, family.layout(self.description))
+        self.weights = StoredWeights(self.description, self.reader, family.layout(self.description),
+                                     self.full_description.num_layers)
 
 
 def first_layers(description: ModelDescription, layers: int) -> ModelDescription:

@@ -131,8 +131,12 @@ def part_shape(d: ModelDescription, part: str) -> tuple[int, int]:
 class StoredWeights:
     """Weight map of one checkpoint in a family's layout; experts one by one or merged."""
 
-    def __init__(self, description: ModelDescription, reader: CheckpointReader, layout: Layout) -> None:
-        """Check that every tensor is there with the right shape, and that no stranger is."""
+    def __init__(self, description: ModelDescription, reader: CheckpointReader, layout: Layout,
+                 stored_layers: int | None = None) -> None:
+        """Check that every tensor is there with the right shape, and that no stranger is.
+
+        `stored_layers`: of the whole model, where `description` keeps only the first of them.
+        """
         self._d, self._reader, self._layout = description, reader, layout
         expected = dense_tensors(description, layout)
         self.dense: Names = {ours: tuple(tensors) for ours, tensors in expected.items()}
@@ -143,7 +147,7 @@ class StoredWeights:
                 used.add(tensor)
         for layer in description.moe_layers:
             used |= self._check_experts(layer)
-        self._refuse_strangers(used)
+        self._refuse_strangers(used, stored_layers or description.num_layers)
 
     def _base(self, layer: int) -> str:
         return f"{self._layout.prefix(layer)}{self._layout.experts}"
@@ -167,13 +171,14 @@ class StoredWeights:
                 used.add(name)
         return used
 
-    def _refuse_strangers(self, used: set[str]) -> None:
-        """A tensor of a kept layer that nobody reads would mean a model we do not rebuild."""
+    def _refuse_strangers(self, used: set[str], stored_layers: int) -> None:
+        """A tensor that nobody reads would mean a model we do not rebuild, unless it is of a layer that was cut off."""
+        cut_off = range(self._d.num_layers, stored_layers)
         pattern = re.compile(re.escape(self._layout.layer_prefix).replace(r"\{\}", r"(\d+)"))
         head = self._layout.outer[_HEAD]  # a tied checkpoint may store it all the same
         for name in self._reader.names:
             match = pattern.match(name)
-            kept = int(match[1]) < self._d.num_layers if match else name not in head
+            kept = int(match[1]) not in cut_off if match else name not in head
             if kept and name not in used and not _IGNORED.search(name):
                 raise CheckpointError(f"Tensor {name} in {self._reader.folder} has no place in family "
                                       f"{self._layout.family} as config.json describes it.")
