@@ -20,9 +20,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dmoe_export import export_checkpoint
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
-from dmoe_export.errors import BundleError
+from dmoe_export.errors import BundleError, MissingRequirementError
 from dmoe_export.ops.schema import DOMAIN, OPSET
-from dmoe_export.runtime import cpu_ops
+from dmoe_export.runtime import cpu_ops, linear_layers
 from dmoe_export.runtime.backend import ForwardInputs
 from dmoe_export.runtime.linear_layers import LINEAR, with_linear
 from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
@@ -166,6 +166,13 @@ def test_whole_models(geometry, tmp_path, monkeypatch):
     assert after["Gemm"] == 0 < before["Gemm"] == after[LINEAR]
     logits = [_logits(OnnxRuntimeBackend(bundle, 1, cpu_ops=wanted)) for wanted in ("on", "off")]
     np.testing.assert_allclose(*logits, rtol=0, atol=2e-4 * np.abs(logits[1]).max())
+
+
+def test_a_library_of_older_sources(tiny_bundle, monkeypatch):
+    monkeypatch.setattr(cpu_ops, "INSTALLED", built())
+    monkeypatch.setattr(linear_layers, "LINEAR", "DmoeNewer")
+    with pytest.raises(MissingRequirementError, match="do not fit this program; build them again with `make cpu-ops`"):
+        OnnxRuntimeBackend(tiny_bundle)
 
 
 def _logits(backend) -> np.ndarray:

@@ -8,7 +8,8 @@ import onnxruntime as ort
 
 from ..bundle.reader import Bundle
 from ..errors import BundleError, MissingRequirementError
-from .cpu_ops import CpuOps, use_cpu_ops
+from ..ops.schema import DOMAIN
+from .cpu_ops import INSTALLED, CpuOps, use_cpu_ops
 from .walls import wall_at_experts
 
 _QUANTISED_FROM = 1, 25
@@ -51,6 +52,10 @@ def open_session(model: str | bytes, bundle: Bundle, threads: int | None, alone:
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own kinds, all of them about this file
+        if f"{DOMAIN}:Dmoe" in str(error) and "is not a registered function/op" in str(error):
+            raise MissingRequirementError(
+                f"The CPU kernels {INSTALLED} do not fit this program; build them again with `make cpu-ops`."
+            ) from error
         raise MissingRequirementError(
             f"ONNX Runtime {ort.__version__} cannot load {path}: {str(error).splitlines()[0]} "
             "Upgrade with: pip install -U onnxruntime.") from error
