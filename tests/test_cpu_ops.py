@@ -164,6 +164,10 @@ def test_library_that_is_missing_or_no_library(sample_bundle, tmp_path, monkeypa
     (tmp_path / "libdmoe_cpu.so").write_text("no library")
     with pytest.raises(MissingRequirementError, match="build them again"):
         use_cpu_ops(path, ort.SessionOptions())
+    for length in (20, 20_000, built().stat().st_size - 1):
+        (tmp_path / "libdmoe_cpu.so").write_bytes(built().read_bytes()[:length])
+        with pytest.raises(MissingRequirementError, match="build them again"):
+            use_cpu_ops(path, ort.SessionOptions())
 
 
 def test_without_experts_nothing_changes(installed):

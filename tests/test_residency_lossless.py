@@ -208,6 +208,7 @@ def test_command(sample_bundle):
         answer = json.loads(done.stdout)
         assert answer["token_ids"] == plain["token_ids"]
         assert answer["stats"]["residency"]["refreshes"] > 0 and answer["backend"]["name"] == "onnxruntime"
+        assert answer["backend"]["why"].startswith("the bundle has no engine with expert pools")
     summary = CliRunner().invoke(main, [*arguments[:-1], "--expert-budget", "25%"]).output
     assert "of uses resident" in summary
 

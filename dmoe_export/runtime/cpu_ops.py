@@ -5,6 +5,7 @@ Without it the experts' ONNX body runs (com.microsoft.MoE), and Gemm; they give 
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Literal
 
@@ -46,12 +47,24 @@ def use_cpu_ops(model: str | bytes, options: ort.SessionOptions, wanted: CpuOps 
     if rest == graph:
         return model
     try:
+        _check_whole(INSTALLED)
         options.register_custom_ops_library(str(INSTALLED))
     except Exception as error:  # onnxruntime raises its own kinds
         raise MissingRequirementError(
             f"ONNX Runtime {ort.__version__} cannot use the CPU kernels {INSTALLED} "
             f"({str(error).splitlines()[0].rstrip('.')}); build them again with `make cpu-ops`.") from error
     return rest
+
+
+def _check_whole(library: Path) -> None:
+    """Raises ValueError for a library that was cut short: the loader would end the process."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if header[:5] == b"\x7fELF\x02" and len(header) == 64:
+        at, = struct.unpack_from("<Q", header, 0x28)  # the table of sections, at the end
+        size, count = struct.unpack_from("<HH", header, 0x3A)
+        if library.stat().st_size < at + size * count:
+            raise ValueError("it was cut short")
 
 
 def kernels_clause(manifest: Manifest) -> str:

@@ -67,7 +67,7 @@ def open_under_budget(bundle: Bundle, budget: ExpertBudget, interval: Interval, 
     """
     if name == "tensorrt":
         return open_tensorrt_under_budget(bundle, budget, interval), "as asked for"
-    why = ""
+    why = "the bundle has no engine with expert pools" if name == "auto" else "as asked for"
     if name == "auto" and any(entry.expert_pools for entry in bundle.manifest.engines):
         try:
             return (open_tensorrt_under_budget(bundle, budget, interval),
@@ -77,4 +77,4 @@ def open_under_budget(bundle: Bundle, budget: ExpertBudget, interval: Interval, 
     if name not in ("auto", "onnxruntime"):
         raise MissingRequirementError(f"An expert budget works with backend onnxruntime, not yet with {name}; choose "
                                       "--backend onnxruntime.")
-    return open_resident(bundle, budget, interval, threads), (why or "as asked for") + kernels_clause(bundle.manifest)
+    return open_resident(bundle, budget, interval, threads), why + kernels_clause(bundle.manifest)
