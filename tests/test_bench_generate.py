@@ -58,7 +58,7 @@ def test_kernels_off_and_on_give_the_same_tokens(tiny_bundle):
 def test_without_a_peer(tiny_bundle):
     result = bench("generate", tiny_bundle.folder, "--prompt-tokens", 5, "--peer", "none", "--cpu-ops", "off", *QUICK)
     assert result.exit_code == 0, result.output
-    assert "experts by ONNX Runtime" in result.stdout
+    assert "products by ONNX Runtime" in result.stdout
     assert "tokens/s" in result.stdout and "NO" not in result.stdout
 
 

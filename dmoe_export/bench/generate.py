@@ -73,7 +73,7 @@ class GenerateBench(Frozen):
     layers: int
     precision: str
     routing: str
-    cpu_ops: bool = Field(description="experts are computed by our CPU kernels, not by ONNX Runtime's op")
+    cpu_ops: bool = Field(description="weights' products are computed by our CPU kernels, not by ONNX Runtime's ops")
     block_length: int
     max_new_tokens: int
     steps: int
@@ -141,7 +141,7 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
             advance(f"{side}, {setting.prompt_tokens} prompt tokens, coreset {setting.coreset}", done, total)
     return GenerateBench(
         model=manifest.model.architecture, layers=manifest.model.num_layers, precision=manifest.precision_in_words,
-        routing=manifest.routing.mode, cpu_ops=bool(manifest.model.moe) and uses_cpu_ops(cpu_ops),
+        routing=manifest.routing.mode, cpu_ops=uses_cpu_ops(cpu_ops),
         block_length=manifest.routing.block_length, max_new_tokens=max_new_tokens,
         steps=steps, rounds=rounds, limits=limits,
         results=[_result(setting, turns["ours", setting], {name: turns[name, setting] for name in peers})

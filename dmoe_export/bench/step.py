@@ -89,7 +89,7 @@ class StepBench(Frozen):
     layers: int
     precision: str
     routing: str
-    cpu_ops: bool = Field(description="experts are computed by our CPU kernels, not by ONNX Runtime's op")
+    cpu_ops: bool = Field(description="weights' products are computed by our CPU kernels, not by ONNX Runtime's ops")
     tokens: int
     rows: int
     phase: Phase
@@ -196,7 +196,7 @@ def run(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], opt
                     for (case, products), profile in zip(mine, profiles, strict=True)]
         tell("profile")
     return StepBench(model=d.architecture, layers=d.num_layers, precision=manifest.precision_in_words,
-                     routing=manifest.routing.mode, cpu_ops=bool(d.moe) and uses_cpu_ops(options.cpu_ops),
+                     routing=manifest.routing.mode, cpu_ops=uses_cpu_ops(options.cpu_ops),
                      tokens=options.tokens, rows=rows, phase=options.phase, limits=limits, results=results)
 
 

@@ -68,7 +68,7 @@ def _show(result: GenerateBench) -> None:
     limits = result.limits
     out.print(f"{result.model}, {result.layers} layers, {result.precision}, {result.routing}: "
               f"{result.max_new_tokens} new tokens in blocks of {result.block_length}, {result.steps} steps each, "
-              f"{limits.threads} threads, {result.rounds} rounds, experts by "
+              f"{limits.threads} threads, {result.rounds} rounds, products by "
               f"{computed_by(result.cpu_ops)}\nlimits: read {limits.read_gb_per_s:.1f} GB/s, "
               f"copy {limits.copy_gb_per_s:.1f} GB/s, product {limits.gflop_per_s:.0f} GFLOP/s")
     table = Table("prompt", "cache", "coreset", "experts", "forwards", "who", "tokens/s", "ms per step", "outside",

@@ -57,7 +57,7 @@ def _show(result: StepBench, ops: int) -> None:
     out = console(140)
     limits = result.limits
     out.print(f"{result.model}, {result.layers} layers, {result.precision}, {result.routing}: {result.tokens} "
-              f"tokens, {result.rows} vocabulary rows, {limits.threads} threads, experts by "
+              f"tokens, {result.rows} vocabulary rows, {limits.threads} threads, products by "
               f"{computed_by(result.cpu_ops)}\nlimits: read "
               f"{limits.read_gb_per_s:.1f} GB/s, copy {limits.copy_gb_per_s:.1f} GB/s, product "
               f"{limits.gflop_per_s:.0f} GFLOP/s")
