@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,13 @@ import click
 from measuring import machine, now, write_result
 
 from dmoe_export.runtime.budget import parse_bytes
-from dmoe_export.runtime.mapped_memory import PAGE
+from dmoe_export.runtime.mapped_memory import FileIdentity
 
 _GENERATE = """
 import json, sys
 from dmoe_export.generator import Generator
-from dmoe_export.runtime.mapped_memory import file_backed_bytes
 generator = Generator.open(sys.argv[1], backend="onnxruntime", verify="sizes", expert_budget=sys.argv[2])
-print(file_backed_bytes(), flush=True)  # libraries and dense weights; no expert yet
+print("open", flush=True)
 answer = generator.generate([[5, 6, 7, 8]], max_new_tokens=60, steps=16, eos_id=-1)[0]
 print(json.dumps(answer.as_dict()["stats"]))
 """
@@ -67,14 +66,16 @@ def generation(bundle: Path, budget: str, limit: int) -> dict[str, Any]:
             [sys.executable, "-c", _GENERATE, str(bundle), budget], text=True, stdout=subprocess.PIPE,
             preexec_fn=(lambda: (group / "cgroup.procs").write_text(str(os.getpid()))) if group else None) as child:
         assert child.stdout
-        other, opened, high = int(child.stdout.readline()), time.perf_counter(), 0
-        with Path(f"/proc/{child.pid}/statm").open() as statm, Path(f"/proc/{child.pid}/status").open() as status:
+        experts, high = FileIdentity.of(bundle / "experts.bin"), 0
+        child.stdout.readline()
+        opened = time.perf_counter()
+        with Path(f"/proc/{child.pid}/status").open() as status:
             while child.poll() is None:
-                statm.seek(0)
-                seen.append(int(statm.read().split()[2]) * PAGE - other)
+                with suppress(OSError):  # it may be gone by now
+                    seen.append(experts.resident_bytes(child.pid))
                 status.seek(0)
                 high = max([high, *(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))])
-                time.sleep(0.005)
+                time.sleep(0.1)
         stats = json.loads(child.stdout.read())
         charged = next((int(p.read_text()) for name in ("memory.max_usage_in_bytes", "memory.peak")
                         if group and (p := group / name).exists()), None)

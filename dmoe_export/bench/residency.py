@@ -62,7 +62,7 @@ class ResidencyResult(Frozen):
     missed_bytes: int | None
     dropped_bytes: int | None
     read_bytes: int = Field(description="from the disk, by this process")
-    peak_expert_bytes: int
+    peak_expert_bytes: int = Field(description="under a budget by its books, which equal the page tables; else sampled")
     change_per_step: float | None
     bring_cost: float | None = Field(description="C_io, seconds per expert, as timed so far")
     miss_cost: float | None = Field(description="C_slow, seconds per expert, as timed so far")
@@ -152,6 +152,7 @@ def _result(setting: Setting, rounds: list[tuple[float, dict[str, Any]]]) -> Res
 
 def _measure(bundle: Bundle, backend: Any, prompt: Prompt, setting: Setting,
              common: dict[str, Any]) -> tuple[float, dict[str, Any], list[int], int]:
+    FileIdentity.of(bundle.folder / f"{bundle.manifest.denoiser.file}.data").populate()
     generator, read = Generator(bundle, backend), _read_bytes()
     with _peak(FileIdentity.of(expert_file(bundle))) as peak:
         start = time.perf_counter()
@@ -161,9 +162,10 @@ def _measure(bundle: Bundle, backend: Any, prompt: Prompt, setting: Setting,
     names = ("budget_bytes", "residents_per_layer", "last_interval", "hit_rate", "promotions", "brought_bytes",
              "missed_bytes", "dropped_bytes", "change_per_step", "bring_cost", "miss_cost")
     row = {name: getattr(done, name) if done else None for name in names}
-    return seconds, row | {"tokens": answer.stats.new_tokens, "forwards": answer.stats.forwards,
-                           "unique_experts": answer.stats.unique_experts, "read_bytes": _read_bytes() - read,
-                           "peak_expert_bytes": peak[0]}, answer.token_ids, answer.stats.prompt_tokens
+    row |= {"tokens": answer.stats.new_tokens, "forwards": answer.stats.forwards,
+            "unique_experts": answer.stats.unique_experts, "read_bytes": _read_bytes() - read,
+            "peak_expert_bytes": done.peak_bytes if done else peak[0]}
+    return seconds, row, answer.token_ids, answer.stats.prompt_tokens
 
 
 def _forget(bundle: Bundle) -> None:
@@ -182,7 +184,8 @@ def _read_bytes() -> int:
 
 @contextmanager
 def _peak(file: FileIdentity) -> Iterator[list[int]]:
-    """Samples the file-backed memory of this process; the one element is the most beyond what was no expert at first.
+    """Samples the file-backed memory of this process; the one element is the most beyond what was no expert at first:
+    dense weights are to be in memory before.
 
     Not a walk through the page tables: while pages move it adds up what was never there at once.
     """

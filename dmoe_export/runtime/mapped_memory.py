@@ -11,7 +11,7 @@ from pathlib import Path
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 RANDOM, WILLNEED, DONTNEED, DONTDUMP, POPULATE_READ = 1, 3, 4, 16, 22  # madvise(2), generic numbers
 
-_VMA = re.compile(r"[0-9a-f]+-[0-9a-f]+ \S{4} [0-9a-f]+ \S+ (\d+) +/.*/(.*?)(?: \(deleted\))?$")
+_VMA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S{4} [0-9a-f]+ \S+ (\d+) +/.*/(.*?)(?: \(deleted\))?$")
 _libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
 
 
@@ -34,11 +34,22 @@ class FileIdentity:
         with Path(f"/proc/{pid}/smaps").open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 if not line[0].isupper():  # a mapping; what is known of it follows
-                    found = _VMA.match(line.rstrip("\n"))
-                    counted = found is not None and int(found[1]) == self.inode and found[2] == self.name
+                    counted = self._mapping(line) is not None
                 elif counted and line.startswith("Rss:"):
                     total += int(line.split()[1]) * 1024
         return total
+
+    def populate(self) -> None:
+        """Bring in what this process maps of the file, so that using it takes no more memory."""
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+            if found := self._mapping(line):
+                start, end = int(found[1], 16), int(found[2], 16)
+                if not advise(start, end - start, POPULATE_READ):
+                    touch(start, end - start)  # before Linux 5.14
+
+    def _mapping(self, line: str) -> re.Match[str] | None:
+        found = _VMA.match(line.rstrip("\n"))
+        return found if found and int(found[3]) == self.inode and found[4] == self.name else None
 
 
 def file_backed_bytes() -> int:
