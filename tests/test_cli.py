@@ -136,7 +136,7 @@ main(["export", "checkpoint", "--out", sys.argv[1]])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_export_leaves_nothing(tmp_path, number, code):
     done = subprocess.run([sys.executable, "-c", STOPPED, str(tmp_path / "new" / "b"), str(int(number))],
-                          capture_output=True, text=True, timeout=25)
+                          capture_output=True, text=True, timeout=100)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
