@@ -29,8 +29,9 @@ _GOLDEN = _SHARED if _SHARED.is_dir() else Path(__file__).parent / "golden"
 SAMPLE = Path(__file__).parents[1] / "samples" / "tiny-dmoe"
 # Files of many seconds start first, so that at the end no worker waits for the other's last one (see the Makefile).
 LONGEST = ["test_engine_sizes", "test_cpu_ops", "test_quantised_bundle", "test_engine_build", "test_residency_lossless",
-           "test_bundle", "test_golden_families", "test_export_variants", "test_families", "test_check_defects",
-           "test_linear_op", "test_engine_quantised", "test_engine_families", "test_recipes", "test_salient_graph"]
+           "test_bundle", "test_export_refused", "test_golden_families", "test_export_variants", "test_families",
+           "test_check_defects", "test_linear_op", "test_engine_quantised", "test_engine_families", "test_recipes",
+           "test_salient_graph"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

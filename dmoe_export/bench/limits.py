@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def measure_limits(threads: int) -> Limits:
     square = source[:_SIDE * _SIDE].reshape(_SIDE, _SIDE)
     ways = [("MatMul", ""), *([(LINEAR, DOMAIN)] if uses_cpu_ops() else [])]
     sessions = [one_node(op, {}, [[_SIDE, _SIDE], [_SIDE, _SIDE]], threads, domain) for op, domain in ways]
-    product = min(best(lambda s=s: s.run(None, {"a": square, "b": square})) for s in sessions)  # type: ignore[misc]
+    product = min(best(partial(session.run, None, {"a": square, "b": square})) for session in sessions)
     return Limits(threads=threads, read_gb_per_s=4 * _FLOATS / read / 1e9, copy_gb_per_s=8 * _FLOATS / copy / 1e9,
                   gflop_per_s=2 * _SIDE**3 / product / 1e9)
 

@@ -1,6 +1,6 @@
 """Our kernels for ONNX Runtime's CPU provider, experts and linear layers: used where installed, and told.
 
-Without it the experts' ONNX body runs (com.microsoft.MoE), and Gemm; they give the same tokens, slower.
+Without their library the experts' ONNX body (com.microsoft.MoE) and Gemm run, with the same tokens, slower.
 """
 
 from __future__ import annotations

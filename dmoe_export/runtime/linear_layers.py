@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from itertools import pairwise
 
 from ..ops.schema import DOMAIN
 from .protobuf import field, fields, varint
@@ -28,7 +27,7 @@ def with_linear(model: bytes) -> bytes:
     That is y = x · Wᵀ (+ b) in float32 or float16, W and b among the initializers: transB and nothing else of Gemm.
     """
     parts, imported, changed = [], False, False
-    for number, content, whole in _whole(model):
+    for number, content, whole in fields(model):
         if number == _MODEL_GRAPH:
             graph = _graph(content)
             changed, whole = graph != content, field(_MODEL_GRAPH, graph)
@@ -45,7 +44,7 @@ def with_linear(model: bytes) -> bytes:
 def _graph(graph: bytes) -> bytes:
     axes = dict(_axes(tensor) for number, tensor, _ in fields(graph) if number == _GRAPH_INITIALIZERS)
     return b"".join(field(_GRAPH_NODES, _as_linear(content)) if number == _GRAPH_NODES and _is_linear(content, axes)
-                    else whole for number, content, whole in _whole(graph))
+                    else whole for number, content, whole in fields(graph))
 
 
 def _axes(tensor: bytes) -> tuple[bytes, int]:
@@ -88,13 +87,5 @@ def _attribute(attribute: bytes) -> dict[bytes, float]:
 
 
 def _as_linear(node: bytes) -> bytes:
-    kept = b"".join(whole for number, _, whole in _whole(node) if number not in (_OP, _DOMAIN, _ATTRIBUTE))
+    kept = b"".join(whole for number, _, whole in fields(node) if number not in (_OP, _DOMAIN, _ATTRIBUTE))
     return kept + field(_OP, LINEAR.encode()) + field(_DOMAIN, DOMAIN.encode())
-
-
-def _whole(message: bytes) -> list[tuple[int, bytes, bytes]]:
-    """Number, content and all bytes of each field."""
-    found = fields(message)
-    ends = [0, *(end for *_, end in found)]
-    return [(number, content, message[start:end])
-            for (number, content, _), (start, end) in zip(found, pairwise(ends), strict=True)]

@@ -105,12 +105,11 @@ def without_bodies(model: bytes, names: Collection[str] = NAMES) -> bytes:
 
     By hand, because `onnx` is not among the packages needed at run time.
     """
-    kept, start = [], 0
-    for field, value, end in protobuf.fields(model):
+    kept = []
+    for field, value, whole in protobuf.fields(model):
         parts = {inner: part for inner, part, _ in protobuf.fields(value)} if field == _MODEL_FUNCTIONS else {}
         ours = (parts.get(_FUNCTION_DOMAIN) == DOMAIN.encode()
                 and parts.get(_FUNCTION_NAME, b"").decode() in names)
         if not ours:
-            kept.append(model[start:end])
-        start = end
+            kept.append(whole)
     return b"".join(kept)

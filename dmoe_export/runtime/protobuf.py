@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 
-def fields(message: bytes) -> list[tuple[int, bytes, int]]:
-    """Number, content and end of each field of a message; of an integer the content is its varint.
+def fields(message: bytes) -> list[tuple[int, bytes, bytes]]:
+    """Number, content and all bytes of each field of a message; of an integer the content is its varint.
 
     Raises ValueError when it is no message.
     """
     found, at = [], 0
     while at < len(message):
-        tag, at = varint(message, at)
+        begin, (tag, at) = at, varint(message, at)
         start, kind = at, tag & 7
         if kind == 0:
             at = varint(message, at)[1]
@@ -23,7 +23,7 @@ def fields(message: bytes) -> list[tuple[int, bytes, int]]:
             raise ValueError(f"wire type {kind} at byte {at}")
         if at > len(message):
             raise ValueError("it ends inside a field")
-        found.append((tag >> 3, message[start:at], at))
+        found.append((tag >> 3, message[start:at], message[begin:at]))
     return found
 
 

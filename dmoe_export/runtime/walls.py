@@ -31,11 +31,8 @@ def wall_at_experts(model: bytes) -> bytes:
 
     Nodes must come after what they use. Raises ValueError when it is no model.
     """
-    parts, start = [], 0
-    for number, content, end in fields(model):
-        parts.append(field(_GRAPH, _walled(content)) if number == _GRAPH else model[start:end])
-        start = end
-    return b"".join(parts)
+    return b"".join(field(_GRAPH, _walled(content)) if number == _GRAPH else whole
+                    for number, content, whole in fields(model))
 
 
 @dataclass
@@ -70,10 +67,10 @@ def _walled(graph: bytes) -> bytes:
 
 def _parse(graph: bytes) -> tuple[list[_Node], list[bytes]]:
     """Nodes, and all other fields of a graph as they are. Constants have no outputs here: every piece gets its own."""
-    nodes, rest, start, mixtures = [], [], 0, 0
-    for number, content, end in fields(graph):
+    nodes, rest, mixtures = [], [], 0
+    for number, content, whole in fields(graph):
         if number != _GRAPH_NODE:
-            rest.append(graph[start:end])
+            rest.append(whole)
         else:
             named: dict[int, list[str]] = {_INPUT: [], _OUTPUT: [], _TYPE: [], _DOMAIN: []}
             for inner, value, _ in fields(content):
@@ -84,7 +81,6 @@ def _parse(graph: bytes) -> tuple[list[_Node], list[bytes]]:
             outputs = [] if kind[-1:] == ("Constant",) else named[_OUTPUT]
             nodes.append(_Node(content, 2 * mixtures + mixture, named[_INPUT], outputs))
             mixtures += mixture
-        start = end
     return nodes, rest
 
 
@@ -111,9 +107,8 @@ def _make(op: str, source: str, target: str, elem: int | None = None) -> bytes:
 def _with_inputs(node: bytes, renamed: dict[str, str]) -> bytes:
     if not renamed:
         return node
-    parts, start = [], 0
-    for number, content, end in fields(node):
+    parts = []
+    for number, content, whole in fields(node):
         name = renamed.get(content.decode()) if number == _INPUT else None
-        parts.append(field(_INPUT, name.encode()) if name else node[start:end])
-        start = end
+        parts.append(field(_INPUT, name.encode()) if name else whole)
     return b"".join(parts)
