@@ -28,6 +28,8 @@ class HostExecutor(OnnxRuntimeExecutor):
 
 
 class _Launcher:
+    host_reads = False
+
     def __init__(self, executor, call):
         self._executor, self._call = executor, call
 

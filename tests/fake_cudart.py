@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 from cuda.bindings import runtime as real
@@ -128,6 +129,9 @@ class FakeCudart:
         return OK, address
 
     def cudaFreeHost(self, ptr):
+        self.calls["cudaFreeHost"] += 1
+        if self._capturing():
+            return (real.cudaError_t.cudaErrorStreamCaptureUnsupported,)
         del self.host[ptr]
         return (OK,)
 
@@ -151,6 +155,7 @@ class FakeCudart:
         def end():
             self.view(dst, count)[:] = self.view(src, count)
 
+        end.source = src
         self.calls["cudaMemcpyAsync"] += 1
         self.enqueue(stream, begin)
         self.enqueue(stream, end)
@@ -170,6 +175,7 @@ class FakeCudart:
                         (to, to_strides), (source, source_strides))]
                     self.view(places[0], width)[:] = self.view(places[1], width)
 
+        work.source = sides[1][0]
         self.calls["cudaMemcpy3DAsync"] += 1
         self.enqueue(stream, work)
         return (OK,)
@@ -208,13 +214,28 @@ class FakeCudart:
         return (OK,)
 
     def cudaStreamBeginCapture(self, stream, mode):
-        assert mode == real.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        assert mode == real.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         self.streams[stream].recording = []
         return (OK,)
 
     def cudaStreamEndCapture(self, stream):
         recorded, self.streams[stream].recording = self.streams[stream].recording, None
         return OK, recorded
+
+    def cudaGraphGetNodes(self, graph, numNodes=0):
+        return OK, graph[:numNodes], len(graph)
+
+    def cudaGraphNodeGetType(self, node):
+        kinds = real.cudaGraphNodeType
+        return OK, kinds.cudaGraphNodeTypeMemcpy if hasattr(node, "source") else kinds.cudaGraphNodeTypeKernel
+
+    def cudaGraphMemcpyNodeGetParams(self, node):
+        return OK, SimpleNamespace(srcPtr=SimpleNamespace(ptr=node.source))
+
+    def cudaPointerGetAttributes(self, ptr):
+        on_device = any(start <= ptr < start + len(array) for start, (array, _) in self.blocks.items())
+        kinds = real.cudaMemoryType
+        return OK, SimpleNamespace(type=kinds.cudaMemoryTypeDevice if on_device else kinds.cudaMemoryTypeHost)
 
     def cudaGraphInstantiate(self, graph, flags):
         self.calls["cudaGraphInstantiate"] += 1

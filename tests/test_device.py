@@ -131,7 +131,37 @@ def test_pinned_memory_is_freed_with_its_array(device):
     assert len(device.fake.host) == 1
     del part
     gc.collect()
-    assert not device.fake.host
+    device.pinned(5)  # gives back what is no longer used
+    assert [len(array) for array, _ in device.fake.host.values()] == [5]
+
+
+def test_pinned_memory_that_dies_while_a_step_is_recorded(device):
+    """Python may drop an array at any time; freeing it just then would end the recording."""
+    array, stream = device.pinned(10), device.stream()
+    device.begin_capture(stream)
+    del array
+    gc.collect()
+    device.free_graph(device.end_capture(stream))
+    assert device.fake.calls["cudaFreeHost"] == 0
+    device.pinned(5)
+    assert device.fake.calls["cudaFreeHost"] == 1
+
+
+def test_a_recording_that_reads_host_memory_is_refused(device):
+    stream, pool, host = device.stream(), Pool(device), device.pinned(512)
+    a, b = pool.allocate(512), pool.allocate(512)
+
+    def record(source, host_reads):
+        device.begin_capture(stream)
+        device.copy(b.address, source, 256, stream)
+        device.copy_3d(Strided(b.address, 64, 4), Strided(source, 64, 4), (1, 2, 64), stream)
+        device.fill(a.address, 0, 512, stream)
+        return device.end_capture(stream, host_reads)
+
+    with pytest.raises(DeviceError, match="would copy from the host's memory 2 times at every replay"):
+        record(host.ctypes.data, host_reads=False)
+    for graph in (record(host.ctypes.data, host_reads=True), record(a.address, host_reads=False)):
+        device.free_graph(graph)
 
 
 def test_pool_reuses_sizes_and_frees_at_its_end(device):

@@ -109,11 +109,23 @@ def test_steps_are_recorded_once_and_replayed(golden_bundle, cpu, prompts):
     assert 1 <= backend.graphs.recorded <= 4 and backend.graphs.replayed > 15
     decode(backend, prompts[:1], **options)
     keys, recorded, calls = list(backend.graphs._entries), backend.graphs.recorded, len(backend.executor.sizes)
-    assert len(keys) == recorded == len({key[0] for key in keys})  # one graph a shape: addresses come back
+    assert len(keys) == recorded == len({key[1][0] for key in keys})  # one graph a shape: addresses come back
     tokens, _ = decode(backend, prompts[:1], **options)
     assert backend.graphs.recorded == recorded == backend.fake.calls["cudaGraphInstantiate"]
     assert len(backend.executor.sizes) == calls  # the executor was not needed any more
     assert tokens == decode(cpu, prompts[:1], **options)[0]
+
+
+def test_a_larger_forward_ends_the_use_of_recorded_steps(golden_bundle, cpu, prompts):
+    """ONNX Runtime may then have replaced memory that they read."""
+    backend = host_backend(golden_bundle, True)
+    options = {"max_new_tokens": 40, "threshold": 0.99, "steps": 16, "eos_id": -1}
+    recorded = []
+    for count in (1, 1, 1, 3, 1):
+        tokens, _ = decode(backend, prompts[:count], **options)
+        assert tokens == decode(cpu, prompts[:count], **options)[0]
+        recorded.append(backend.graphs.recorded)
+    assert recorded[1] == recorded[2] < recorded[3] < recorded[4]
 
 
 def test_old_graphs_make_room(golden_bundle, prompts):
@@ -132,8 +144,8 @@ def test_old_graphs_make_room(golden_bundle, prompts):
 def test_without_graphs_it_goes_on_and_says_so(golden_bundle, prompts, trouble, caplog):
     backend = host_backend(golden_bundle, True, recordable=trouble == "driver")
     if trouble == "driver":
-        def refuse(stream):
-            real_end(stream)
+        def refuse(stream, host_reads):
+            real_end(stream, host_reads)
             raise DeviceError("cudaStreamEndCapture failed on Host Memory.")
 
         real_end, backend._device.end_capture = backend._device.end_capture, refuse

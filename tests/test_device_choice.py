@@ -61,7 +61,8 @@ class CudaSession:
         assert (kind, index) == ("cuda", 0)
         real(tensor, "cpu", 0, *rest)
 
-    def run_with_iobinding(self, binding):
+    def run_with_iobinding(self, binding, options):
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
         stream = int(self._options["user_compute_stream"])
         self.cudart.enqueue(stream, lambda: self._real.run_with_iobinding(binding))
 
@@ -75,7 +76,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(onnxruntime_cuda, "has_provider", lambda: True)
     monkeypatch.setattr(choose, "has_provider", lambda: True)
     monkeypatch.setattr(onnxruntime_cuda, "ort", SimpleNamespace(
-        InferenceSession=session, SessionOptions=ort.SessionOptions, __version__="1.0"))
+        InferenceSession=session, SessionOptions=ort.SessionOptions, RunOptions=ort.RunOptions, __version__="1.0"))
     return session
 
 
@@ -88,12 +89,13 @@ def test_the_cuda_provider_generates_the_same(cuda, golden, golden_bundle):
     data = np.load(golden / "generate.npz")
     prompts = [data[f"{run}.prompt"][0].tolist() for run in range(4)]
     generator = Generator.open(golden_bundle.folder)
-    assert generator.backend.name == "onnxruntime-cuda" and generator.backend.graphs is None
+    assert generator.backend.name == "onnxruntime-cuda" and generator.backend.placement.keys() == {PROVIDER}
     assert generator.backend_choice == "the bundle holds no engine; the CUDA provider runs here"
     options = {"max_new_tokens": 48, "threshold": 0.5, "steps": 8, "eos_id": 317}
     for batch in (prompts, prompts[:1]):
         assert decode(generator.backend, batch, **options)[0] == decode(
             OnnxRuntimeBackend(golden_bundle), batch, **options)[0]
+    assert generator.backend.graphs.replayed and not generator.backend.graphs.off
     again = Generator.open(golden_bundle.folder, backend="onnxruntime-cuda")
     assert again.backend_choice == "as asked for"
 
@@ -101,7 +103,9 @@ def test_the_cuda_provider_generates_the_same(cuda, golden, golden_bundle):
 @pytest.mark.parametrize(("what", "value", "sentence"), [
     ("provider", "CPUExecutionProvider", "could not start CUDAExecutionProvider and would run on CPUExecutionProvider"),
     ("changed", {"user_compute_stream": "0"}, r"did not take the option user_compute_stream=1000 .*has '0'"),
-    ("elsewhere", ("MoE",), "has no kernel for MoE in this precision and would run it on the CPU")])
+    ("elsewhere", ("MoE",), r"no kernel for MoE in this precision and would run \d+ nodes on the CPU"),
+    ("elsewhere", ("Transpose", "Reshape"), "no kernel for Transpose in this precision"),
+    ("elsewhere", ("Mul", "Add", "Reshape"), "no kernel for Add, Mul, Reshape in")])
 def test_a_session_that_is_not_what_was_asked_for(cuda, golden_bundle, what, value, sentence):
     setattr(cuda, what, value)
     with pytest.raises(MissingRequirementError, match=sentence) as caught:
@@ -114,8 +118,10 @@ def test_a_session_that_is_not_what_was_asked_for(cuda, golden_bundle, what, val
 
 
 def test_shapes_may_be_computed_on_the_cpu(cuda, golden_bundle):
-    cuda.elsewhere = ("Shape", "Gather", "Reshape")
-    assert Generator.open(golden_bundle.folder).backend.name == "onnxruntime-cuda"
+    cuda.elsewhere = ("Shape", "Squeeze", "Gather")
+    backend = Generator.open(golden_bundle.folder).backend
+    assert 0 < backend.placement["CPUExecutionProvider"] <= onnxruntime_cuda.SHAPE_NODES
+    assert backend.name == "onnxruntime-cuda"
 
 
 def test_the_real_onnxruntime_takes_our_session_options(golden_bundle):
@@ -128,7 +134,7 @@ def test_the_real_onnxruntime_takes_our_session_options(golden_bundle):
 
 def test_without_the_provider(golden_bundle, monkeypatch):
     monkeypatch.setattr(onnxruntime_cuda, "has_provider", lambda: False)
-    with pytest.raises(MissingRequirementError, match=r"pip install onnxruntime-gpu"):
+    with pytest.raises(MissingRequirementError, match=r"uninstall -y onnxruntime onnxruntime-gpu && pip"):
         Generator.open(golden_bundle.folder, backend="onnxruntime-cuda")
     monkeypatch.setattr(choose, "has_provider", lambda: False)
     assert Generator.open(golden_bundle.folder).backend_choice == (

@@ -25,8 +25,10 @@ class Attention(nn.Module):
                 past_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [N,H], bias [B,1,1,T or 1,S+T], past [B,Hkv,S,D] → output [N,H], new key and value [B,Hkv,T,D]; N = B·T."""
         rows, tokens = angles[0].shape[:2]
-        qkv = self.qkv(x).reshape(rows, tokens, self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        # Along the last axis: there ONNX Runtime splits into three on CUDA without copying sizes from the host, which a
+        # recorded step must not do.
+        widths = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
+        q, k, v = (part.reshape(rows, tokens, -1, self.head_dim) for part in self.qkv(x).split(widths, dim=1))
         q = rotate(self.q_norm(q), angles) * self.head_dim**-0.5
         key = rotate(self.k_norm(k), angles).transpose(1, 2)  # [B, Hkv, T, D]
         value = v.transpose(1, 2)

@@ -109,7 +109,8 @@ class Denoiser(nn.Module):
         rows, tokens = input_ids.shape
         if logit_rows is None:
             logit_rows = torch.arange(tokens, device=x.device).expand(rows, tokens)
-        first = torch.arange(rows, device=x.device)[:, None] * tokens
+        # First tokens of the rows, without a factor from the host: that would be a copy to the device in every step.
+        first = torch.arange(rows * tokens, device=x.device).reshape(rows, tokens)[:, :1]
         x = x[(first + logit_rows.clamp(min=0)).flatten()]  # [B·M, H]
         logits = self.lm_head(self.norm(x)).float()
         return out._replace(logits=logits.reshape(rows, logit_rows.shape[1], d.vocab_size))

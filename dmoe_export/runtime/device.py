@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -103,8 +104,12 @@ class Device(Protocol):
         """From now on work on the stream is recorded, not done."""
         ...
 
-    def end_capture(self, stream: int) -> Any:
-        """End recording; a graph to launch."""
+    def end_capture(self, stream: int, host_reads: bool = True) -> Any:
+        """End recording; a graph to launch.
+
+        Without `host_reads`, raises DeviceError when copies from host memory were recorded: a replay copies again, from
+        memory that may hold something else by then.
+        """
         ...
 
     def launch(self, graph: Any, stream: int) -> None:
@@ -125,6 +130,8 @@ class CudaDevice:
         """Raises MissingRequirementError, one sentence, when there is no driver or no GPU."""
         self._cuda = cuda = runtime
         self.name = "the CUDA device"
+        # Arrays die wherever Python drops them, even while steps are recorded: only `pinned` acts on it.
+        self._unpinned: deque[int] = deque()
         self._find_gpu()
         attributes = cuda.cudaDeviceAttr
         major, minor = (self._call("cudaDeviceGetAttribute", attribute, 0) for attribute in (
@@ -182,10 +189,12 @@ class CudaDevice:
         return free, total
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
-        """See `Device`."""
+        """See `Device`; memory of arrays that are gone is given back by the next call."""
+        while self._unpinned:
+            self._call("cudaFreeHost", self._unpinned.popleft())
         address = int(self._call("cudaHostAlloc", max(size, 1), self._cuda.cudaHostAllocDefault))
         block = (ctypes.c_uint8 * size).from_address(address)
-        weakref.finalize(block, self._cuda.cudaFreeHost, address).atexit = False  # the process's end frees it
+        weakref.finalize(block, self._unpinned.append, address).atexit = False  # the process's end frees it
         return np.ctypeslib.as_array(block)
 
     def stream(self) -> int:
@@ -239,17 +248,28 @@ class CudaDevice:
         return True
 
     def begin_capture(self, stream: int) -> None:
-        """See `Device`; other threads may go on allocating meanwhile."""
-        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", stream, mode)
+        """See `Device`; relaxed, as who is recorded may have to allocate, and so may other threads."""
+        self._call("cudaStreamBeginCapture", stream, self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
 
-    def end_capture(self, stream: int) -> Any:
+    def end_capture(self, stream: int, host_reads: bool = True) -> Any:
         """See `Device`."""
         recorded = self._call("cudaStreamEndCapture", stream)
         try:
+            if not host_reads and (count := self._host_reads(recorded)):
+                raise DeviceError(f"A recorded step would copy from the host's memory {count} times at every replay.")
             return self._call("cudaGraphInstantiate", recorded, 0)
         finally:
             self._call("cudaGraphDestroy", recorded)
+
+    def _host_reads(self, graph: Any) -> int:
+        """How many copies of a graph read what is no device memory."""
+        cuda = self._cuda
+        _, count = self._call("cudaGraphGetNodes", graph, 0)
+        nodes, _ = self._call("cudaGraphGetNodes", graph, count) if count else ([], 0)
+        copy, device = cuda.cudaGraphNodeType.cudaGraphNodeTypeMemcpy, cuda.cudaMemoryType.cudaMemoryTypeDevice
+        sources = [self._call("cudaGraphMemcpyNodeGetParams", node).srcPtr.ptr for node in nodes
+                   if self._call("cudaGraphNodeGetType", node) == copy]
+        return sum(self._call("cudaPointerGetAttributes", source).type != device for source in sources)
 
     def launch(self, graph: Any, stream: int) -> None:
         """See `Device`."""

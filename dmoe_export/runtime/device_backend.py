@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,15 @@ class DeviceBackend:
         self._buffers: dict[str, Buffer] = {}
         self._pinned: dict[str, NDArray[np.uint8]] = {}
         self._dropped: Slab | None = None  # where keys and values go that nobody wants
+
+    @property
+    def placement(self) -> dict[str, int]:
+        """Nodes of the graph by the provider of ONNX Runtime that computes them; empty where nobody tells."""
+        return getattr(self._executor, "placement", {})
+
+    def end_profile(self) -> Path:
+        """End ONNX Runtime's profile, where it was opened with one; the file it wrote."""
+        return Path(self._executor.end_profile())  # type: ignore[attr-defined]
 
     def new_cache(self, rows: int) -> DeviceCache:
         """An empty cache on the device."""

@@ -48,6 +48,8 @@ class Call:
 class Launcher(Protocol):
     """A prepared call whose state nothing else touches, so that it can be recorded."""
 
+    host_reads: bool  # whether recorded copies may read host memory, as memory of its own that stays
+
     def __call__(self, stream: int) -> None:
         """Enqueue it."""
         ...
@@ -62,6 +64,7 @@ class Executor(Protocol):
 
     precision: Precision  # of keys and values
     limits: Limits | None
+    era: int  # recorded calls of an earlier one must not be replayed
 
     def fit(self, least: Sizes, rows_step: int) -> Sizes:
         """The sizes to run `least` as: T and M may be padded up, M to a multiple of `rows_step` if there is room.

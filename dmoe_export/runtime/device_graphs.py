@@ -36,6 +36,7 @@ class GraphCache:
 
     def run(self, key: Hashable, make_call: Callable[[], Call], stream: int) -> None:
         """Enqueue a call."""
+        key = (self._executor.era, key)
         entry = self._entries.get(key)
         if entry is None:
             self._remember(key)
@@ -72,7 +73,7 @@ class GraphCache:
             try:
                 launcher(stream)
             finally:
-                graph = self._device.end_capture(stream)
+                graph = self._device.end_capture(stream, launcher.host_reads)
         except DeviceError as error:
             self.off = str(error)
             _log.warning("Denoise steps run without CUDA graphs: %s", error)

@@ -46,6 +46,8 @@ class TensorRTExecutor:
     All contexts share one scratch memory, as they take turns on one stream.
     """
 
+    era = 0  # an isolated context keeps what it was recorded with
+
     def __init__(self, bundle: Bundle, entry: EngineEntry, trt: Any, pool: Pool, stream: int,
                  slots: int | None = None, lock: threading.RLock | None = None) -> None:
         """Deserialises the engine and uploads its external weights; raises as `deserialise` and `Pool` do.
@@ -214,6 +216,8 @@ class TensorRTExecutor:
 
 class _Isolated:
     """A call with a context of its own (see `Launcher`)."""
+
+    host_reads = True  # the context's own
 
     def __init__(self, executor: TensorRTExecutor, context: _Context) -> None:
         self._executor, self._context = executor, context

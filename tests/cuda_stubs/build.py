@@ -1,0 +1,138 @@
+"""Build stubs of cudart, cuBLAS, cuBLASLt, cuDNN and their like, on which ONNX Runtime's real CUDA provider opens.
+
+    python tests/cuda_stubs/build.py --provider libonnxruntime_providers_cuda.so --out FOLDER
+
+Standard library only, plus a C++ compiler, binutils and CUDA's headers. What the provider asks of each library is read
+off its undefined symbols, so that a provider of another version gets stubs that fit it. cuDNN is opened by name at run
+time: its functions are those that stand in the provider as text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# Work on the device, by a handle that is the first argument; everything else is housekeeping.
+_CUBLAS = re.compile(r"cublas(?!Lt|Get|Set).*([gG]emm|geam|get[rR][fi]|copy|scal)")
+_CUDNN = re.compile(r"cudnn(ReduceTensor|AddTensor|BackendExecute|[A-Za-z]*Forward|[A-Za-z]*ForwardInference)$")
+_HEAD = """#include "stub.h"
+#include <cstdlib>
+void* stubStreamOf(void* handle);
+"""
+
+
+class StubsError(Exception):
+    """No stubs can be built here; one sentence."""
+
+
+def undefined(library: Path) -> dict[str, set[str]]:
+    """Names that `library` takes from others, by the file they must come from ("" where it does not say)."""
+    listed = _run("nm", "-D", "--undefined-only", library)
+    wanted: dict[str, set[str]] = {}
+    for line in listed.splitlines():
+        kind, symbol = line.split()[-2:]
+        name, _, file = symbol.partition("@")
+        if kind == "U":
+            wanted.setdefault(file, set()).add(name)
+    return wanted
+
+
+def cudnn_names(library: Path) -> set[str]:
+    """cuDNN's functions that the provider looks up by name."""
+    return {name.decode() for name in re.findall(rb"\0(cudnn[A-Z]\w+)(?=\0)", library.read_bytes())}
+
+
+def build(provider: Path, out: Path, cuda_include: Path) -> Path:
+    """All stubs for `provider`, in `out`. Raises StubsError."""
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = undefined(provider)
+    version = next((file.rsplit(".", 1)[1] for file in wanted if file.startswith("libcudart.so.")), None)
+    if version is None:
+        raise StubsError(f"{provider} takes nothing from libcudart: it is no CUDA provider.")
+    needed = re.findall(r"NEEDED\)\s+Shared library: \[(lib(?:cu|nv)[^]]+)\]", _run("readelf", "-d", provider))
+    cudart = f"libcudart.so.{version}"
+    _library(out, cudart, HERE / "cudart.cpp", (), wanted[cudart], cuda_include)
+    for name in needed:
+        if name == cudart:
+            continue
+        stem = name.split(".")[0]
+        part = {"libcublas": "STUB_CUBLAS", "libcublasLt": "STUB_CUBLASLT"}.get(stem)
+        names = wanted.get(name, set()) | ({n for n in wanted.get("", ()) if n.startswith("cuTensor")}
+                                           if stem == "libcuda" else set())
+        _library(out, name, HERE / "libraries.cpp", (f"-D{part}",) if part else (), names, cuda_include, out / cudart)
+    _library(out, "libcudnn.so.9", HERE / "libraries.cpp", ("-DSTUB_CUDNN",), cudnn_names(provider), cuda_include,
+             out / cudart)
+    plain = out / "libcudnn.so"
+    plain.unlink(missing_ok=True)
+    plain.symlink_to("libcudnn.so.9")
+    return out
+
+
+def _library(out: Path, name: str, source: Path, flags: tuple[str, ...], wanted: set[str], cuda_include: Path,
+             *others: Path) -> None:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "g++"
+    options = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{HERE}", f"-I{cuda_include}", *flags)
+    written = out / f"{name}.written.o"
+    _run(compiler, *options, "-c", source, "-o", written)
+    there = {line.split()[-1] for line in _run("nm", "--defined-only", "-g", written).splitlines()}
+    generated = out / f"{name}.generated.cpp"
+    generated.write_text(_HEAD + "".join(map(_function, sorted(wanted - there))))
+    script = out / f"{name}.map"
+    script.write_text(f"{name} {{ global: cuda*; __cuda*; cu*; dmoe_*; local: *; }};\n")
+    _run(compiler, *options, "-shared", written, generated, "-o", out / name, f"-Wl,-soname,{name}",
+         f"-Wl,--version-script={script}", *others)
+    for file in (written, generated, script):
+        file.unlink()
+
+
+def _function(name: str) -> str:
+    """One that answers success; `…Create…` makes an object for its first argument."""
+    if _CUBLAS.match(name) or _CUDNN.match(name):
+        body = f'dmoe_stub_library(stubStreamOf(first), "{name}");'
+    else:
+        body = f'dmoe_stub_call("{name}");' + (" *static_cast<void**>(first) = std::calloc(1, 256);"
+                                                if "Create" in name else " (void)first;")
+    return f"STUB int {name}(void* first) {{ {body} return 0; }}\n"
+
+
+def _run(*command: str | Path) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise StubsError(f"{command[0]} is not installed.") from None
+    if done.returncode:
+        raise StubsError(f"{command[0]} failed: {done.stderr.strip()[-2000:]}")
+    return done.stdout
+
+
+def cuda_headers() -> Path:
+    """The folder of cuda_runtime_api.h, of the compiler that plugins/build.py takes."""
+    spec = importlib.util.spec_from_file_location("dmoe_plugins_build", HERE.parents[1] / "plugins" / "build.py")
+    assert spec and spec.loader
+    plugins = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plugins)
+    command = [plugins.cuda_compiler(), "--dryrun", "-x", "cu", "/dev/null"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    top = re.search(r"TOP=(\S+)", said)  # nvcc on the path may be a script that starts it elsewhere
+    if top is None:
+        raise StubsError("nvcc does not say where its toolkit is.")
+    return Path(top[1]) / "include"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--provider", type=Path, required=True, help="libonnxruntime_providers_cuda.so")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cuda-include", type=Path, help="folder of cuda_runtime_api.h [that of nvcc]")
+    chosen = parser.parse_args()
+    try:
+        print(build(chosen.provider, chosen.out, chosen.cuda_include or cuda_headers()))
+    except StubsError as problem:
+        sys.exit(f"[cuda-stubs] {problem}")
