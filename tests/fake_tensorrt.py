@@ -71,13 +71,33 @@ class ILogger:
         raise NotImplementedError
 
 
+class IPluginRegistry:
+    """Of a process; `libraries` are those that were loaded into it, `known` whether somebody registered our plugins."""
+
+    def __init__(self):
+        self.libraries, self.known, self.refuses = [], False, False
+
+    def get_creator(self, type, version, plugin_namespace):
+        ours = type in ("DmoeBlockRoute", "DmoeExperts") and (version, plugin_namespace) == ("1", "dmoe")
+        return object() if ours and self.known else None
+
+    def load_library(self, plugin_path):
+        assert not self.known, "the real one fails where a plugin is registered already"
+        self.libraries.append(plugin_path)
+        self.known = not self.refuses
+        return object() if self.known else None
+
+
 class FakeTensorRT:
     """The module. `cudart`: the FakeCudart whose addresses and streams it uses."""
 
     def __init__(self, cudart, version="11.4.0.0", rtx=False):
         self.cudart, self.__version__, self.rtx = cudart, version, rtx
-        self.plugins, self.host_inputs, self.capturable, self.trouble = True, (), True, ""
+        self.embedded_loads, self.host_inputs, self.capturable, self.trouble = True, (), True, ""
         self.contexts = []
+        self.registry = IPluginRegistry()
+        self.registry.known = not rtx  # where engines carry no library, most tests are not about loading one
+        self.get_plugin_registry = lambda: self.registry
         for kind in (TensorIOMode, TensorLocation, ExecutionContextAllocationStrategy, DataType, ILogger,
                      DynamicShapesKernelSpecializationStrategy, EngineInvalidityDiagnostics):
             setattr(self, kind.__name__, kind)
@@ -98,7 +118,9 @@ class Runtime:
             self._logger.log(ILogger.WARNING, "not this")
             self._logger.log(ILogger.ERROR, "Serialization assertion failed.\n")
             return None
-        if content["plugins"] and not (self._trt.plugins and self.engine_host_code_allowed):
+        carried = self._trt.rtx or content["version_compatible"]
+        loaded = carried and self._trt.embedded_loads and self.engine_host_code_allowed
+        if content["plugins"] and not (loaded or self._trt.registry.known):
             self._logger.log(ILogger.ERROR, "Cannot find plugin: DmoeExperts, version: 1, namespace: dmoe.")
             self._logger.log(ILogger.ERROR, "IRuntime::deserializeCudaEngine failed.")
             return None

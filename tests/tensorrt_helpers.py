@@ -30,7 +30,8 @@ def bundle_with_engine(golden_bundle, folder):
     tensors = 4 if golden_bundle.manifest.quantisation else 2
     assert len(found) == tensors * len(golden_bundle.manifest.model.moe_layers)
     (folder / "a.engine").write_text(json.dumps({
-        "onnx": str(folder / "external.onnx"), "plugins": True, "profiles": [p.model_dump() for p in PROFILES]}))
+        "onnx": str(folder / "external.onnx"), "plugins": True, "version_compatible": False,
+        "profiles": [p.model_dump() for p in PROFILES]}))
     weights = [WeightInput(name=name, file="experts.bin", offset=offset, bytes=size, dtype=dtype, shape=shape)
                for name, offset, size, dtype, shape in found]
     entry = EngineEntry(file="a.engine", flavour="tensorrt", version="11.4.0.0", targets=["sm86", "sm89"],

@@ -13,8 +13,10 @@ import pytest
 from engine_helpers import dmoe, fatbin_targets, plugin_library
 
 from dmoe_export.bundle.reader import open_bundle
-from dmoe_export.engine.flavour import Flavour
-from dmoe_export.engine.plugins import check_count
+from dmoe_export.engine.build import _config
+from dmoe_export.engine.callbacks import logger_of
+from dmoe_export.engine.flavour import Flavour, find_flavour
+from dmoe_export.engine.plugins import PluginLibrary, check_count
 from dmoe_export.errors import CheckError, InputError, MissingRequirementError
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed (pip install '.[rtx]')")
@@ -78,7 +80,7 @@ def test_a_build_without_the_library_says_how_to_get_it(bundle, tmp_path):
 
 _WITHOUT_LIBRARY = """
 import sys
-import dmoe_export.engine.plugins as plugins
+import dmoe_export.ops.plugin_library as plugins
 from pathlib import Path
 plugins.INSTALLED = Path(sys.argv[1]) / "nowhere"
 from dmoe_export.cli import main
@@ -119,6 +121,21 @@ def test_counting():
     assert check_count(4, 4, False) == 0 and check_count(1, 4, True) == 3
     with pytest.raises(CheckError, match="Only 3 of 4 custom nodes became plugins"):
         check_count(3, 4, False)
+
+
+@pytest.mark.parametrize(("name", "flags", "carried"), [
+    ("tensorrt-rtx", (), True), ("tensorrt", ("version-compatible",), True), ("tensorrt", ("refit",), False)])
+def test_config_of_the_builder(monkeypatch, name, flags, carried):
+    """On the real builder: no side streams, and the library only where an engine is sure to carry it."""
+    flavour = Flavour(name, find_flavour("tensorrt-rtx").trt)
+    monkeypatch.setattr(Flavour, "configure", lambda *arguments: None)  # RTX knows no flags of the other flavour
+    plan = SimpleNamespace(flavour=flavour, targets=("sm89",), library=PluginLibrary(plugin_library(), "b1"),
+                           settings=SimpleNamespace(flags=flags, workspace=1 << 20, optimization_level=None))
+    builder = flavour.trt.Builder(logger_of(flavour.trt))
+    assert builder.create_builder_config().max_aux_streams != 0
+    config = _config(plan, builder, [])
+    assert config.max_aux_streams == 0
+    assert config.plugins_to_serialize == ([str(plugin_library())] if carried else [])
 
 
 class Recorder(SimpleNamespace):

@@ -64,9 +64,9 @@ def test_a_machine_that_cannot_is_not_the_file_s_fault(monkeypatch, engines):
         setup.open()
 
 
-def test_plugin_library_that_does_not_load(monkeypatch, engines):
-    setup = Setup(monkeypatch, engines)
-    setup.trt.plugins = False
+def test_embedded_plugin_library_that_does_not_load(monkeypatch, engines):
+    setup = Setup(monkeypatch, engines, rtx=True)
+    setup.trt.embedded_loads = False
     with pytest.raises(MissingRequirementError, match=r"needs the dmoe plugin library of build b1.*dmoe-export build"):
         setup.open()
 

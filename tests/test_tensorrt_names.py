@@ -12,17 +12,19 @@ from fake_cudart import HostDevice
 from tensorrt_helpers import bundle_with_engine, changed
 
 from dmoe_export.errors import BundleError
+from dmoe_export.ops import plugin_library
 from dmoe_export.runtime import tensorrt as tensorrt_module
 from dmoe_export.runtime import tensorrt_engine
 from dmoe_export.runtime.tensorrt import open_tensorrt
 
-CLASSES = {"engine": "ICudaEngine", "raw": "IExecutionContext", "runtime": "Runtime", "config": "IRuntimeConfig"}
+CLASSES = {"engine": "ICudaEngine", "raw": "IExecutionContext", "runtime": "Runtime", "config": "IRuntimeConfig",
+           "registry": "IPluginRegistry"}
 
 
 def test_every_name_exists_in_tensorrt_rtx():
     trt = pytest.importorskip("tensorrt_rtx_bindings")
     trt = getattr(trt, "tensorrt_rtx_bindings", trt)
-    source = "".join(Path(m.__file__).read_text() for m in (tensorrt_module, tensorrt_engine))
+    source = "".join(Path(m.__file__).read_text() for m in (tensorrt_module, tensorrt_engine, plugin_library))
     used = set()
     for variable, kind in CLASSES.items():
         for name in re.findall(rf"\b{variable}\.(\w+)", source):
@@ -32,7 +34,8 @@ def test_every_name_exists_in_tensorrt_rtx():
         assert hasattr(getattr(trt, first), second or "__doc__"), f"{first}.{second}"
         used.add(first)
     assert {"set_tensor_address", "execute_async_v3", "deserialize_cuda_engine", "create_runtime_config", "ILogger",
-            "set_device_memory", "get_tensor_location"} <= used
+            "set_device_memory", "get_tensor_location", "get_creator"} <= used
+    assert {"get_plugin_registry", "load_library"} <= {*dir(trt), *dir(trt.IPluginRegistry)}
     assert hasattr(trt.IExecutionContext, "is_stream_capturable") and trt.DataType.BF16.itemsize == 2
     assert {"EAGER", "LAZY"} <= set(trt.DynamicShapesKernelSpecializationStrategy.__members__)
     for name in tensorrt_module._PRECISIONS.values():
@@ -42,7 +45,7 @@ def test_every_name_exists_in_tensorrt_rtx():
 def test_stand_in_has_the_real_names_and_arguments():
     trt = pytest.importorskip("tensorrt_rtx_bindings")
     trt = getattr(trt, "tensorrt_rtx_bindings", trt)
-    for kind in ("Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "ILogger"):
+    for kind in ("Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "ILogger", "IPluginRegistry"):
         for name, function in inspect.getmembers(getattr(fake_tensorrt, kind), inspect.isfunction):
             if name.startswith("_"):
                 continue

@@ -14,7 +14,7 @@ from .callbacks import Report, logger_of, make_monitor, make_writer, signals_kep
 from .facts import network_entry
 from .flavour import Flavour
 from .network import PreparedNetwork, model_path, prepare
-from .plugins import PluginLibrary, check_count, count_plugins, find_library, register
+from .plugins import PluginLibrary, check_count, count_plugins, find_library, is_embedded, register
 from .resident import slot_range
 from .settings import BuildSettings, profiles, resolved
 
@@ -132,7 +132,8 @@ def _config(plan: BuildPlan, builder: Any, shapes: list[Any]) -> Any:
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace)
     if settings.optimization_level is not None:
         config.builder_optimization_level = settings.optimization_level
-    if plan.library:
+    config.max_aux_streams = 0  # a recorded graph is then the same work in the same order each time
+    if plan.library and is_embedded(plan.flavour.name, settings.flags):
         config.plugins_to_serialize = [str(plan.library.path)]
     for profile in shapes:
         config.add_optimization_profile(profile)

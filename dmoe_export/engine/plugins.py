@@ -1,58 +1,14 @@
-"""The plugin library: where it is, which build it is, and that TensorRT has really taken its plugins."""
+"""That TensorRT has really taken the plugins of our library, and what an engine carries of it."""
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ..errors import CheckError, MissingRequirementError
-from ..ops import block_route, experts
-from ..ops.schema import PLUGIN_NAMESPACE
+from ..errors import CheckError
+from ..ops.plugin_library import INSTALLED, LIBRARY, NAMES, PluginLibrary, find_library, is_embedded, register
 
-LIBRARY = "libdmoe_plugins.so"
-INSTALLED = Path(__file__).parents[1] / "lib"  # `make plugins` puts the libraries here
-NAMES = (block_route.SCHEMA.name, experts.SCHEMA.name)
-
-
-@dataclass(frozen=True)
-class PluginLibrary:
-    """A built plugin library; `build` is the hash of its sources."""
-
-    path: Path
-    build: str
-
-
-def find_library(path: Path | None = None) -> PluginLibrary:
-    """The library at `path`, or the installed one; raises MissingRequirementError that says how to get it."""
-    found = path or INSTALLED / LIBRARY
-    if not found.is_file():
-        raise MissingRequirementError(
-            f"The plugin library {found} does not exist; build it with `make plugins` (needs no GPU), or name one with "
-            "--plugin-library.")
-    try:
-        library = ctypes.CDLL(str(found))
-        library.dmoe_build_id.restype = ctypes.c_char_p
-        return PluginLibrary(found.resolve(), library.dmoe_build_id().decode())
-    except (OSError, AttributeError) as error:
-        raise MissingRequirementError(
-            f"{found} cannot be used as the plugin library ({error}); build it again with `make plugins`.") from None
-
-
-def register(trt: Any, library: PluginLibrary) -> None:
-    """Make the plugins known to TensorRT's parser; raises MissingRequirementError."""
-    registry = trt.get_plugin_registry()
-    if not _registered(registry):  # loading it may have registered it already
-        registry.load_library(str(library.path))
-    if not _registered(registry):
-        raise MissingRequirementError(
-            f"TensorRT {trt.__version__} did not take the plugins of {library.path}; build it again with "
-            "`make plugins` against the headers of this TensorRT.")
-
-
-def _registered(registry: Any) -> bool:
-    return all(registry.get_creator(name, "1", PLUGIN_NAMESPACE) is not None for name in NAMES)
+__all__ = ["INSTALLED", "LIBRARY", "NAMES", "PluginLibrary", "check_count", "count_plugins", "find_library",
+           "is_embedded", "register"]
 
 
 def count_plugins(trt: Any, network: Any) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from ..bundle.manifest import EngineEntry
 from ..bundle.reader import Bundle
 from ..errors import BundleError, DmoeError, MissingRequirementError
+from ..ops import plugin_library
 from .device import Device
 
 # In the PyPI wheel of TensorRT-RTX only the bindings module is sure to be there, under its own name.
@@ -104,9 +105,12 @@ def deserialise(bundle: Bundle, entry: EngineEntry, trt: Any) -> Any:
     """The engine of a file, mapped rather than read.
 
     The plugin library inside the file is loaded and run, as the graph's custom nodes need it: open bundles you trust.
+    An engine that carries none gets the installed one.
     """
     path = bundle.folder / entry.file
     logger(trt).errors.clear()
+    if entry.plugin_build and not plugin_library.is_embedded(entry.flavour, entry.flags):
+        _load_plugins(bundle, entry, trt)
     runtime = trt.Runtime(logger(trt))
     runtime.engine_host_code_allowed = True
     try:
@@ -117,6 +121,23 @@ def deserialise(bundle: Bundle, entry: EngineEntry, trt: Any) -> Any:
     if engine is not None:
         return engine
     raise _refusal(bundle, entry, trt, runtime, content)
+
+
+def _load_plugins(bundle: Bundle, entry: EngineEntry, trt: Any) -> None:
+    """Register the installed plugin library, once per process; raises MissingRequirementError."""
+    if plugin_library.is_registered(trt):
+        return  # each plugin compares its own build with the engine's
+    path = plugin_library.INSTALLED / plugin_library.LIBRARY
+    if not path.is_file():
+        raise MissingRequirementError(
+            f"Engine {entry.file} does not carry the dmoe plugin library it needs (build {entry.plugin_build}), and "
+            f"{path} does not exist; build it with `make plugins` from the sources that built the engine.")
+    found = plugin_library.read_library(path)
+    if found.build != entry.plugin_build:
+        raise MissingRequirementError(
+            f"Engine {entry.file} needs the dmoe plugin library of build {entry.plugin_build}, installed is build "
+            f"{found.build} ({path}); build the engine again with: dmoe-export build {bundle.folder}.")
+    plugin_library.register(trt, found)
 
 
 def _refusal(bundle: Bundle, entry: EngineEntry, trt: Any, runtime: Any, content: Any) -> DmoeError:

@@ -116,7 +116,8 @@ DMOE_DEVICE void load_ahead(Rows (&ring)[AHEAD], const RowPair &from, int first,
 }
 
 // sums += (sixteen weight rows) · (tokens), over steps first, first + every, … of k. `ring` holds the first of them and
-// is refilled as it is used up; its places are known at compile time, so it is registers.
+// is refilled as it is used up; its places are known at compile time, so it is registers. ptxas has all its loads waited
+// for together (README.md), so the ring is that many steps in one go rather than a pipeline.
 template <class Half, class Rows, int AHEAD, int TILES>
 DMOE_DEVICE void multiply_rows(float (&sums)[TILES][4], Rows (&ring)[AHEAD], const RowPair &from, const uint4 *tokens,
                                const uint32_t (&offsets)[TILES], int tiles, int first, int every) {
@@ -159,7 +160,7 @@ DMOE_DEVICE void write_tile(const ProductArguments &a, const float (&c)[4], int 
 }
 
 // Persistent: block b takes items b, b + gridDim.x, …; an item is 64 / SPLIT rows of an active expert. The first weights
-// of an item are fetched before the last one's results are written, so the stream of weights has no gaps.
+// of an item are fetched before the last one's results are written.
 // TILES: tiles of eight tokens per pass over the rows. SPLIT 1: a warp has 16 rows of its own. SPLIT 4: the warps share
 // 16 rows and take every fourth step of k.
 template <class Half, class Rows, int TILES, int SPLIT, bool GATE>

@@ -6,7 +6,7 @@
 //   values()  eight values of a row as the words of two products, first or second half of the step
 //   unit()    where the first half's eight k are in a token; those of the second half are kNext units further
 //   kPartial  whether a half of a step can lie behind the end, where tokens are to be read as 0
-//   kAhead    how many steps are fetched ahead
+//   kAhead    how many steps are asked for at once
 #pragma once
 
 #include "device.cuh"

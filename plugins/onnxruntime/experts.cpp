@@ -1,12 +1,12 @@
 // dmoe::DmoeExperts on dmoe_experts() and dmoe_experts_quantised(), for fp16 and bf16, each with weights of that type and
 // of uint8.
 #include "common.h"
+#include "workspace.h"
 
 namespace dmoe {
 namespace {
 
 constexpr char kName[] = "DmoeExperts";
-constexpr int64_t kAlignment = 256; // of dmoe_experts' workspace
 
 // Scratch memory of one call, given back when the launches are queued. On CUDA it belongs to the run's stream, so
 // whoever gets it next comes after our kernels; see README.md.
@@ -14,7 +14,7 @@ class Workspace {
 public:
     Workspace(OrtKernelContext* context, OrtAllocator* allocator, int64_t bytes) : mAllocator(allocator)
     {
-        auto const size = static_cast<size_t>(bytes + kAlignment);
+        auto const size = roomForWorkspace(bytes);
 #ifdef DMOE_ONNXRUNTIME_CPU
         static_cast<void>(context);
         mMemory = allocator->Alloc(allocator, size);
@@ -31,11 +31,7 @@ public:
     Workspace(Workspace const&) = delete;
     Workspace& operator=(Workspace const&) = delete;
 
-    void* data() const
-    {
-        auto const address = reinterpret_cast<uintptr_t>(mMemory);
-        return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
-    }
+    void* data() const { return alignedWorkspace(mMemory); }
 
 private:
     OrtAllocator* mAllocator;

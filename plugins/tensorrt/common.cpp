@@ -98,7 +98,7 @@ bool sameBuild(FieldReader& fields, TensorRTPhase phase, char const* plugin) noe
         return true;
     }
     logError(std::string(plugin) + ": the engine was made with plugin build " + built + ", the loaded library is build "
-        + dmoe_build_id() + "; load only the library inside the engine, or build the engine again.");
+        + dmoe_build_id() + "; load that build, or build the engine again.");
     return false;
 }
 

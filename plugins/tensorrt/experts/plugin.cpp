@@ -1,5 +1,7 @@
 #include "plugin.h"
 
+#include "../../kernels/workspace.h"
+
 using namespace nvinfer1;
 
 namespace dmoe {
@@ -191,7 +193,7 @@ size_t ExpertsPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, in
         logError(std::string(name) + ": " + dmoe_error_string(static_cast<int32_t>(bytes)) + ".");
         return 0; // enqueue refuses the same shape again
     }
-    return static_cast<size_t>(bytes);
+    return roomForWorkspace(bytes);
 }
 
 int32_t ExpertsPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*, void const* const* inputs,
@@ -220,7 +222,8 @@ int32_t ExpertsPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDe
     }
     int32_t const status = dmoe_experts_quantised(&shape, quantised() ? &quantisation : nullptr,
         mResidency ? &pool : nullptr, inputs[kHidden], static_cast<int32_t const*>(inputs[kIds]),
-        static_cast<float const*>(inputs[kWeights]), inputs[kGateUp], inputs[kDown], outputs[0], workspace, stream);
+        static_cast<float const*>(inputs[kWeights]), inputs[kGateUp], inputs[kDown], outputs[0],
+        alignedWorkspace(workspace), stream);
     if (status != 0) {
         logError(std::string(name) + ": " + dmoe_error_string(status) + ".");
     }
