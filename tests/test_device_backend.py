@@ -140,19 +140,27 @@ def test_old_graphs_make_room(golden_bundle, prompts):
     assert backend.fake.calls["cudaGraphExecDestroy"] >= backend.graphs.recorded - 2 > 0
 
 
-@pytest.mark.parametrize("trouble", ["executor", "driver"])
-def test_without_graphs_it_goes_on_and_says_so(golden_bundle, prompts, trouble, caplog):
-    backend = host_backend(golden_bundle, True, recordable=trouble == "driver")
+@pytest.mark.parametrize("trouble", ["executor", "driver", "launcher"])
+def test_without_graphs_it_goes_on_and_says_so(golden_bundle, prompts, trouble, caplog, monkeypatch):
+    backend = host_backend(golden_bundle, True, recordable=trouble != "executor")
     if trouble == "driver":
         def refuse(stream, host_reads):
             real_end(stream, host_reads)
             raise DeviceError("cudaStreamEndCapture failed on Host Memory.")
 
         real_end, backend._device.end_capture = backend._device.end_capture, refuse
+    if trouble == "launcher":
+        def lost(self, stream):
+            if backend.fake.recording(stream):
+                raise DeviceError("ONNX Runtime may not allocate now.")
+            self._executor.execute(self._call, stream)
+
+        monkeypatch.setattr("device_helpers._Launcher.__call__", lost)
     options = {"max_new_tokens": 40, "steps": 8, "threshold": 0.99, "eos_id": -1}
     _same(decode(backend, prompts[:2], **options), decode(host_backend(golden_bundle), prompts[:2], **options))
-    assert backend.graphs.off and backend.graphs.recorded == 0
-    assert ("run without CUDA graphs" in caplog.text) == (trouble == "driver")
+    said = {"executor": "cannot be recorded", "driver": "cudaStreamEndCapture failed", "launcher": "may not allocate"}
+    assert said[trouble] in backend.graphs.off and backend.graphs.recorded == 0
+    assert ("run without CUDA graphs" in caplog.text) == (trouble != "executor")
 
 
 def test_requests_share_a_backend(golden_bundle, cpu, prompts):

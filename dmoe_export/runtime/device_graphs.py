@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -67,13 +68,15 @@ class GraphCache:
 
     def _record(self, launcher: Launcher, stream: int) -> Any:
         """A graph of the launcher, or None; then later calls go on without graphs, with the same results."""
-        graph = None
         try:
             self._device.begin_capture(stream)
             try:
                 launcher(stream)
-            finally:
-                graph = self._device.end_capture(stream, launcher.host_reads)
+            except DeviceError:
+                with contextlib.suppress(DeviceError):  # it is lost; the first error says why
+                    self._device.free_graph(self._device.end_capture(stream))
+                raise
+            graph = self._device.end_capture(stream, launcher.host_reads)
         except DeviceError as error:
             self.off = str(error)
             _log.warning("Denoise steps run without CUDA graphs: %s", error)

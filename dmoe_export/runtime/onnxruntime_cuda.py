@@ -52,11 +52,14 @@ class OnnxRuntimeExecutor:
         self._device_type, self._provider = device.kind, provider
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
-        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if profile:
             settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
         path, options = bundle.denoiser_path, options or {}
-        model = prepare_session(bundle, settings, custom_ops) if custom_ops else str(path)
+        model: str | bytes = str(path)
+        if custom_ops:
+            model = prepare_session(bundle, settings, custom_ops)
+        else:
+            settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
             self._session = ort.InferenceSession(model, settings, providers=[(provider, options)])
         except Exception as error:  # onnxruntime raises its own kinds

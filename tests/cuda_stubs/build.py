@@ -2,9 +2,10 @@
 
     python tests/cuda_stubs/build.py --provider libonnxruntime_providers_cuda.so --out FOLDER
 
-Standard library only, plus a C++ compiler, binutils and CUDA's headers. What the provider asks of each library is read
-off its undefined symbols, so that a provider of another version gets stubs that fit it. cuDNN is opened by name at run
-time: its functions are those that stand in the provider as text.
+FOLDER looks like an installation: nvidia/cu13/lib and nvidia/cudnn/lib as NVIDIA's Python packages lay it out, and
+driver/ with libcuda. What the provider asks of each library is read off its undefined symbols, so that a provider of
+another version gets stubs that fit it. cuDNN is opened by name at run time: its functions are those that stand in the
+provider as text. Standard library only, plus a C++ compiler, binutils and CUDA's headers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -50,46 +52,43 @@ def cudnn_names(library: Path) -> set[str]:
 
 
 def build(provider: Path, out: Path, cuda_include: Path) -> Path:
-    """All stubs for `provider`, in `out`. Raises StubsError."""
-    out.mkdir(parents=True, exist_ok=True)
+    """All stubs for `provider`, in `out`; libcudart's path. Raises StubsError."""
     wanted = undefined(provider)
     version = next((file.rsplit(".", 1)[1] for file in wanted if file.startswith("libcudart.so.")), None)
     if version is None:
         raise StubsError(f"{provider} takes nothing from libcudart: it is no CUDA provider.")
+    toolkit, cudnn, driver = (out / part for part in (f"nvidia/cu{version}/lib", "nvidia/cudnn/lib", "driver"))
+    for folder in (toolkit, cudnn, driver):
+        folder.mkdir(parents=True, exist_ok=True)
+    cudart = toolkit / f"libcudart.so.{version}"
+    _library(cudart, HERE / "cudart.cpp", (), wanted[cudart.name], cuda_include)
     needed = re.findall(r"NEEDED\)\s+Shared library: \[(lib(?:cu|nv)[^]]+)\]", _run("readelf", "-d", provider))
-    cudart = f"libcudart.so.{version}"
-    _library(out, cudart, HERE / "cudart.cpp", (), wanted[cudart], cuda_include)
-    for name in needed:
-        if name == cudart:
-            continue
+    for name in set(needed) - {cudart.name}:
         stem = name.split(".")[0]
-        part = {"libcublas": "STUB_CUBLAS", "libcublasLt": "STUB_CUBLASLT"}.get(stem)
-        names = wanted.get(name, set()) | ({n for n in wanted.get("", ()) if n.startswith("cuTensor")}
-                                           if stem == "libcuda" else set())
-        _library(out, name, HERE / "libraries.cpp", (f"-D{part}",) if part else (), names, cuda_include, out / cudart)
-    _library(out, "libcudnn.so.9", HERE / "libraries.cpp", ("-DSTUB_CUDNN",), cudnn_names(provider), cuda_include,
-             out / cudart)
-    plain = out / "libcudnn.so"
-    plain.unlink(missing_ok=True)
-    plain.symlink_to("libcudnn.so.9")
-    return out
+        if stem == "libcuda":  # its symbols carry no version
+            names = {n for n in wanted.get("", ()) if re.match(r"cu[A-Z]", n)}
+            _library(driver / name, HERE / "libraries.cpp", (), names, cuda_include, cudart)
+            continue
+        part = {"libcublas": ("-DSTUB_CUBLAS",), "libcublasLt": ("-DSTUB_CUBLASLT",)}.get(stem, ())
+        _library(toolkit / name, HERE / "libraries.cpp", part, wanted.get(name, set()), cuda_include, cudart)
+    _library(cudnn / "libcudnn.so.9", HERE / "libraries.cpp", ("-DSTUB_CUDNN",), cudnn_names(provider), cuda_include,
+             cudart)
+    return cudart
 
 
-def _library(out: Path, name: str, source: Path, flags: tuple[str, ...], wanted: set[str], cuda_include: Path,
+def _library(path: Path, source: Path, flags: tuple[str, ...], wanted: set[str], cuda_include: Path,
              *others: Path) -> None:
+    """One library: `source`, and a function for every name of `wanted` that it does not define."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "g++"
     options = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{HERE}", f"-I{cuda_include}", *flags)
-    written = out / f"{name}.written.o"
-    _run(compiler, *options, "-c", source, "-o", written)
-    there = {line.split()[-1] for line in _run("nm", "--defined-only", "-g", written).splitlines()}
-    generated = out / f"{name}.generated.cpp"
-    generated.write_text(_HEAD + "".join(map(_function, sorted(wanted - there))))
-    script = out / f"{name}.map"
-    script.write_text(f"{name} {{ global: cuda*; __cuda*; cu*; dmoe_*; local: *; }};\n")
-    _run(compiler, *options, "-shared", written, generated, "-o", out / name, f"-Wl,-soname,{name}",
-         f"-Wl,--version-script={script}", *others)
-    for file in (written, generated, script):
-        file.unlink()
+    with tempfile.TemporaryDirectory() as work:
+        written, generated, script = (Path(work) / name for name in ("written.o", "generated.cpp", "exports.map"))
+        _run(compiler, *options, "-c", source, "-o", written)
+        there = {line.split()[-1] for line in _run("nm", "--defined-only", "-g", written).splitlines()}
+        generated.write_text(_HEAD + "".join(map(_function, sorted(wanted - there))))
+        script.write_text(f"{path.name} {{ global: cuda*; __cuda*; cu*; dmoe_*; local: *; }};\n")
+        _run(compiler, *options, "-shared", written, generated, "-o", path, f"-Wl,-soname,{path.name}",
+             f"-Wl,--version-script={script}", *others)
 
 
 def _function(name: str) -> str:

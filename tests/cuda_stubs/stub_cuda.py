@@ -1,12 +1,13 @@
 """`cuda.bindings.runtime` on the stub of cudart, and what the stubs counted.
 
-For a process whose LD_LIBRARY_PATH has the stubs, so that ONNX Runtime's provider, our custom ops and this module
-share one libcudart. Structs and enums are the real module's; it needs no driver for them.
+In a process that prepare.py describes ONNX Runtime's provider, our custom ops and this module share one libcudart.
+Structs and enums are the real module's; it needs no driver for them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections import Counter
 from typing import Any
 
@@ -21,9 +22,9 @@ class StubCudart:
     """Names, arguments and results of the real functions that `CudaDevice` calls."""
 
     def __init__(self) -> None:
-        """Raises OSError when no stub is on the library path."""
-        self.library = ctypes.CDLL("libcudart.so.13")
-        self.library.dmoe_stub_report.restype = ctypes.c_char_p  # AttributeError: that is the real one
+        """The library that DMOE_CUDA_STUBS names."""
+        self.library = ctypes.CDLL(os.environ["DMOE_CUDA_STUBS"])
+        self.library.dmoe_stub_report.restype = ctypes.c_char_p
 
     def __getattr__(self, name: str) -> Any:
         return getattr(real, name)

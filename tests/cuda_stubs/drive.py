@@ -1,0 +1,123 @@
+"""Runs a bundle on ONNX Runtime's real CUDA provider over the stubs, and writes what it asked of the device as JSON.
+
+    python tests/cuda_stubs/drive.py BUNDLE --out FILE [--no-bodies]
+
+In the environment that prepare.py prints. Kernels do nothing here, so tokens mean nothing; what is counted is real:
+where nodes are placed, what a step asks of the device, how many calls of CUDA the host makes for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+from stub_cuda import StubDevice
+
+from dmoe_export.bundle.reader import Bundle, open_bundle
+from dmoe_export.generator import Generator
+from dmoe_export.runtime import ort_custom_ops
+from dmoe_export.runtime.device import DeviceError
+from dmoe_export.runtime.onnxruntime_cuda import open_onnxruntime_cuda
+
+OPTIONS: dict[str, Any] = {"acceptance": "fixed", "steps": 8, "eos_id": -1, "early_stop": False}
+KINDS = {"launches": "kernel", "copies": "copy", "sets": "set", "library_calls": "library", "host_functions": "host"}
+
+
+def summary(counts: Counter[str], seconds: float) -> dict[str, Any]:
+    """Operations of the device by kind, and CUDA calls of the host."""
+    kinds = {name: counts[f"op:{kind}"] for name, kind in KINDS.items()}
+    calls = {name.removeprefix("call:"): count for name, count in counts.items() if name.startswith("call:")}
+    return {"operations": sum(kinds.values()), **kinds, "host_calls": sum(calls.values()), "calls": calls,
+            "host_ms": 1e3 * seconds}
+
+
+def run(bundle: Bundle, prompts: list[list[int]], new_tokens: int, **how: Any) -> dict[str, Any]:
+    """One generation; every forward's counts, and a denoise step's as it is when nothing is new any more."""
+    device = StubDevice()
+    backend = open_onnxruntime_cuda(bundle, device, **how)
+    forward, steps, replays = backend.forward, [], []
+    shapes, violations = set(), []
+
+    def counted(inputs: Any, cache: Any) -> Any:
+        replayed = backend.graphs.replayed if backend.graphs else 0
+        device.reset()
+        start = time.perf_counter()
+        outputs = forward(inputs, cache)
+        found = summary(device.counts(), time.perf_counter() - start)
+        violations.extend(device.violations())
+        shapes.add((*inputs.input_ids.shape, cache.slab.length))
+        if (inputs.logit_rows >= 0).any() and not inputs.want_keys_values:
+            again = backend.graphs is not None and backend.graphs.replayed > replayed
+            (replays if again else steps).append(found)
+        return outputs
+
+    backend.forward = counted  # type: ignore[method-assign]
+    answers = Generator(bundle, backend).generate(prompts, max_new_tokens=new_tokens, **OPTIONS)
+    graphs = backend.graphs
+    cpu = Counter(node.op_type for part in backend._executor._session.get_provider_graph_assignment_info()
+                  if part.ep_name != "CUDAExecutionProvider" for node in part.get_nodes())
+    return {"placement": backend.placement, "cpu_ops": dict(cpu), "violations": violations,
+            "tokens": [len(answer.token_ids) for answer in answers], "shapes": sorted(shapes),
+            "step": _usual(steps), "replayed_step": _usual(replays),
+            "graphs": graphs and {"recorded": graphs.recorded, "replayed": graphs.replayed, "off": graphs.off}}
+
+
+def _usual(found: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The step with the fewest calls: the first of a shape allocates. Its time is the median of all of that kind."""
+    if not found:
+        return None
+    least = min(found, key=lambda step: step["host_calls"])
+    alike = [step["host_ms"] for step in found if step["host_calls"] == least["host_calls"]]
+    return {**least, "host_ms": statistics.median(alike), "steps": len(alike)}
+
+
+def rules() -> dict[str, str]:
+    """That the stubs refuse what CUDA refuses: without it, no violation would mean nothing."""
+    device, said = StubDevice(), {}
+    stream, pinned, block = device.stream(), device.pinned(256), device.allocate(256)
+    for name, work in (("wait", lambda: device.synchronize(stream)),
+                       ("host copy", lambda: device.copy(block, pinned.ctypes.data, 256, stream)),
+                       ("other stream", lambda: device.fill(block, 0, 256, device.stream())),
+                       ("device copy", lambda: device.copy(block, block, 256, stream))):
+        device.reset()
+        device.begin_capture(stream)
+        with contextlib.suppress(DeviceError):
+            work()
+        try:
+            device.free_graph(device.end_capture(stream, host_reads=False))
+            said[name] = "; ".join(device.violations())
+        except DeviceError as error:
+            said[name] = str(error)
+    device.reset()
+    return said
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--no-bodies", action="store_true", help="leave the graph's own bodies out")
+    options = parser.parse_args()
+    ort_custom_ops.INSTALLED = Path(os.environ["DMOE_CUDA_STUBS_OPS"])
+    bundle = open_bundle(options.bundle, "sizes")
+    prompt = [5 + i % 80 for i in range(60)]
+    ways = {"custom ops": {"cuda_graphs": False, "custom_ops": "on"},
+            "custom ops, recorded": {"custom_ops": "on"},
+            **({} if options.no_bodies else {"bodies": {"cuda_graphs": False, "custom_ops": "off"}})}
+    result = {"onnxruntime": ort.__version__, "rules": rules(),
+              "runs": {name: run(bundle, [prompt], 96, **how) for name, how in ways.items()},
+              "batch": run(bundle, [prompt, prompt[:9], prompt[:40]], 160, custom_ops="on")}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

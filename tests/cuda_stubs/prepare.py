@@ -1,0 +1,120 @@
+"""What the real CUDA provider of ONNX Runtime needs to run on stubs: the package, the stubs, our custom ops on them.
+
+    python tests/cuda_stubs/prepare.py --out FOLDER [--site FOLDER] [--version 1.31.1]
+
+`--site`: a folder that has onnxruntime-gpu already; without one it is installed from the package index into a folder of
+its own, so that the CPU's package stays what it is. Prints the environment variables of a process that uses them, as
+JSON. Standard library only. What is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+_PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
+
+
+class Unavailable(Exception):
+    """Something is not to be had on this machine; one sentence."""
+
+
+def prepare(out: Path, version: str = "", site: Path | None = None) -> dict[str, str]:
+    """The environment of a process on the stubs. Raises Unavailable; one process makes it, others wait."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        site = site or _install(out / f"onnxruntime-gpu-{version}", version)
+        provider = site / _PROVIDER
+        if not provider.is_file():
+            raise Unavailable(f"{site} has no {_PROVIDER}.")
+        stubs = out / "stubs"
+        cudart = _stubs(provider, stubs)
+        custom_ops = _custom_ops(out, cudart)
+    paths = [site, stubs, HERE, ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(map(str, paths)), "LD_LIBRARY_PATH": str(stubs / "driver"),
+            "DMOE_CUDA_STUBS": str(cudart), "DMOE_CUDA_STUBS_OPS": str(custom_ops)}
+
+
+def _install(site: Path, version: str) -> Path:
+    if not (site / _PROVIDER).is_file():
+        partial = site.with_name(f"{site.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+                               "--no-deps", "--target", partial, f"onnxruntime-gpu=={version}"], capture_output=True,
+                              text=True, check=False)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
+            raise Unavailable(f"onnxruntime-gpu {version} could not be installed: {said[-1].removeprefix('ERROR: ')}")
+        shutil.rmtree(site, ignore_errors=True)
+        partial.rename(site)
+    return site
+
+
+def _stubs(provider: Path, stubs: Path) -> Path:
+    """Built anew when their sources or the provider changed."""
+    build = _script(HERE / "build.py")
+    sources = [provider, *(HERE / name for name in ("build.py", "stub.h", "cudart.cpp", "libraries.cpp"))]
+    state = json.dumps([[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sources])
+    stamp = stubs / "made_from.json"
+    if not stamp.is_file() or stamp.read_text() != state:
+        shutil.rmtree(stubs, ignore_errors=True)
+        try:
+            build.build(provider, stubs, build.cuda_headers())
+        except build.StubsError as error:
+            raise Unavailable(str(error)) from None
+        stamp.write_text(state)
+    return next(stubs.glob("nvidia/*/lib/libcudart.so.*"))
+
+
+def _custom_ops(out: Path, cudart: Path) -> Path:
+    """Our custom ops on that libcudart; kernels that `make plugins` has compiled are linked again, not compiled."""
+    plugins, headers = _script(ROOT / "plugins" / "build.py"), _script(ROOT / "plugins" / "onnxruntime" / "headers.py")
+    try:
+        include = headers.onnxruntime_headers()
+    except headers.HeadersError as error:
+        raise Unavailable(str(error)) from None
+    folder, code = plugins.WORK / "plugins", []
+    if not (folder / "build.ninja").is_file():
+        folder, code = out / "plugins", ["-DDMOE_CUDA_CODE=90"]
+    for command in (
+            [plugins.tool("cmake"), "-S", ROOT / "plugins", "-B", folder, "-G", "Ninja", "-DDMOE_CUDA=ON", *code,
+             f"-DCMAKE_CUDA_COMPILER={plugins.cuda_compiler()}", f"-DCMAKE_MAKE_PROGRAM={plugins.tool('ninja')}",
+             f"-DDMOE_ONNXRUNTIME_INCLUDE={include}", f"-DDMOE_CUDART={cudart}"],
+            [plugins.tool("cmake"), "--build", folder, "--target", "dmoe_onnxruntime_shared"]):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{command[0]} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return folder / "onnxruntime" / "libdmoe_onnxruntime_shared.so"
+
+
+def _script(path: Path) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(f"dmoe_{path.parent.name}_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--site", type=Path)
+    parser.add_argument("--version", default="1.31.1")
+    chosen = parser.parse_args()
+    try:
+        made = prepare(chosen.out.resolve(), chosen.version, chosen.site and chosen.site.resolve())
+        print(json.dumps(made, indent=1))
+    except Unavailable as problem:
+        sys.exit(f"[cuda-stubs] {problem}")
