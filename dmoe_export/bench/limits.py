@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from pydantic import Field
 
 from ..description import Frozen
@@ -18,6 +17,7 @@ from ..ops.schema import DOMAIN
 from ..runtime import cpu_ops
 from ..runtime.cpu_ops import uses_cpu_ops
 from ..runtime.linear_layers import LINEAR
+from ..runtime.ort import ort
 
 _FLOATS = 1 << 26  # 256 MiB: more than any cache
 _SIDE = 2048  # of the square product

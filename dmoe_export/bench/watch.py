@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
+from ..runtime.ort import ort
 
 
 class Watch:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
 
@@ -19,6 +18,7 @@ from ..runtime.backend import Backend
 from ..runtime.backend import Limits as BackendLimits
 from ..runtime.choose import BackendName, open_backend
 from ..runtime.onnxruntime import OnnxRuntimeBackend
+from ..runtime.ort import ort
 from ..runtime.text import TextCodec
 from .compare import CompareForward
 from .gates import Limits

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
@@ -17,6 +16,7 @@ from ..description import ModelDescription, Precision
 from ..errors import BundleError
 from ..runtime.backend import Backend, ForwardOutputs, Limits
 from ..runtime.cache import HostCache
+from ..runtime.ort import ort
 from .inputs import forward_inputs
 from .instrument import OpenedGraph
 from .reference import Reference, named_outputs

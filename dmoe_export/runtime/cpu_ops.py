@@ -9,12 +9,11 @@ import struct
 from pathlib import Path
 from typing import Literal
 
-import onnxruntime as ort
-
 from ..bundle.manifest import Manifest
 from ..errors import MissingRequirementError
 from ..ops import experts
 from .linear_layers import with_linear
+from .ort import ort
 from .ort_custom_ops import without_bodies
 
 INSTALLED = Path(__file__).parents[1] / "lib" / "libdmoe_cpu.so"

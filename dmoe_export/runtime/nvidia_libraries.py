@@ -7,7 +7,7 @@ import importlib.util
 import io
 from pathlib import Path
 
-import onnxruntime as ort
+from .ort import ort
 
 _WANTED = ("libcudart.so.*", "libcublas.so.*", "libcudnn.so.*")
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from ..bundle.reader import Bundle
 from ..description import Precision
@@ -21,6 +20,7 @@ from .device_backend import DeviceBackend
 from .device_call import Call, Sizes, Tensor, round_up
 from .device_memory import Pool
 from .nvidia_libraries import load_nvidia_libraries
+from .ort import ort
 from .ort_custom_ops import CustomOps, check_session, choose_custom_ops, prepare_session
 
 PROVIDER = "CUDAExecutionProvider"

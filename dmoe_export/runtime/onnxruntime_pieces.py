@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..bundle.reader import Bundle
 from .backend import Ints
 from .cpu_ops import CpuOps, uses_cpu_ops
 from .onnxruntime_session import open_session
+from .ort import ort
 from .pieces import Mixture, cut_at_experts
 
 Array = NDArray[Any]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import onnxruntime as ort
-
 from ..bundle.reader import Bundle
 from ..errors import BundleError, MissingRequirementError
 from ..ops.schema import DOMAIN
 from .cpu_ops import INSTALLED, CpuOps, use_cpu_ops
+from .ort import ort
 from .walls import wall_at_experts
 
 _QUANTISED_FROM = 1, 25

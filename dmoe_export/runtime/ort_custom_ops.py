@@ -13,13 +13,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
-import onnxruntime as ort
-
 from ..bundle.reader import Bundle
 from ..errors import BundleError, MissingRequirementError
 from ..ops import block_route, experts
 from ..ops.schema import DOMAIN
 from . import protobuf
+from .ort import ort
 
 LIBRARY = "libdmoe_onnxruntime.so"
 INSTALLED = Path(__file__).parents[1] / "lib" / LIBRARY
