@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu  # puts the benchmarks on the path
 import gpu_common
+import gpu_findings
 import gpu_kernels
 import kernel_helpers
 import numpy as np
 import pytest
 import torch
 from fake_cudart import OK, FakeCudart, HostDevice
-from gpu import expert_checks
-from gpu.conftest import write_findings
+from gpu import conftest, expert_checks
 from gpu.expert_checks import ExpertCase
 from gpu_common import KernelLibrary, gpu_missing
+from gpu_findings import LINES, append_finding, write_summary
 from gpu_torch_loop import loop, steps_of
 
 BENCHMARKS = Path(gpu.__file__).parents[2] / "benchmarks"
@@ -75,11 +78,11 @@ class TestBenchmarks:
     def test_the_torch_loop_computes_the_same(self):
         case = ExpertCase("fp16", np.array([[0, 1], [2, 0], [1, 2]]), 3, 16, 8)
         case.weights = np.full((3, 2), np.float32(1.25))
-        gate_up, down = (torch.stack([expert_checks.to_tensor(case.slabs(e)[i], "fp16") for e in range(3)])
+        gate_up, down = (torch.stack([expert_checks.to_tensor(case.stored(e)[i], "fp16") for e in range(3)])
                          for i in range(2))
         got = loop(expert_checks.to_tensor(case.hidden, "fp16").float(), gate_up.float(), down.float(),
                    steps_of(case.ids, 1.25, "cpu"))
-        np.testing.assert_allclose(got.numpy(), case.reference(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got.numpy(), case.reference, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("script", ["gpu_kernels.py", "gpu_generate.py"])
     def test_without_a_gpu_one_sentence_and_exit_code_3(self, script):
@@ -89,9 +92,35 @@ class TestBenchmarks:
         run = subprocess.run([sys.executable, path], text=True, capture_output=True, check=False)
         assert run.returncode == 3 and run.stdout == "" and run.stderr.count("\n") == 1 and "NVIDIA" in run.stderr
 
-    def test_findings_of_a_day_add_up(self, tmp_path):
-        device = {"name": "NVIDIA H100 80GB HBM3"}
-        write_findings(tmp_path, {"device": device, "a": 1, "b": 1})
-        path = write_findings(tmp_path, {"device": device, "b": 2})
-        assert path.name.startswith("gpu_test_h100-80gb-hbm3_") and len(list(tmp_path.iterdir())) == 1
-        assert json.loads(path.read_text())["findings"] == {"device": device, "a": 1, "b": 2}
+
+
+class TestFindings:
+    def test_they_add_up_over_processes_and_a_half_line(self, tmp_path):
+        code = ("import sys, pathlib, gpu_findings as f\nfor i in range(50):\n    "
+                "f.append_finding(pathlib.Path(sys.argv[1]), f'{sys.argv[2]} {i}', ['x' * 3000])")
+        workers = [subprocess.Popen([sys.executable, "-c", code, tmp_path, name], env={
+            **os.environ, "PYTHONPATH": f"{BENCHMARKS}:{BENCHMARKS.parent}"}) for name in "ab"]
+        assert [worker.wait() for worker in workers] == [0, 0]
+        append_finding(tmp_path, "device", {"name": "NVIDIA H100 80GB HBM3"})
+        append_finding(tmp_path, "a 0", 1)
+        with (tmp_path / LINES).open("a") as file:
+            file.write('{"name": "cut')
+        path = write_summary(tmp_path)
+        assert path.name.startswith("gpu_test_h100-80gb-hbm3_") and len(list(tmp_path.iterdir())) == 2
+        findings = json.loads(path.read_text())["findings"]
+        assert len(findings) == 102 and findings["a 0"] == 1 and findings["lines that cannot be read"] == 1
+        assert all(findings[f"{name} {i}"] == ["x" * 3000] for name in "ab" for i in range(1, 50))
+
+    def test_the_command_without_findings(self, tmp_path):
+        run = subprocess.run([sys.executable, BENCHMARKS / "gpu_findings.py", tmp_path], text=True, capture_output=True,
+                             check=False)
+        assert run.returncode == 1 and run.stdout == "" and "has no finding" in run.stderr
+
+    def test_tests_keep_them_at_once(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("DMOE_GPU_RESULTS", str(tmp_path))
+        monkeypatch.setattr(conftest, "FINDINGS", {})
+        conftest.keep("a", {"b": 1})
+        assert gpu_findings.read_findings(tmp_path) == {"a": {"b": 1}}
+        said = []
+        conftest.pytest_terminal_summary(SimpleNamespace(write_sep=lambda *_: None, write_line=said.append))
+        assert said[0] == 'a: {"b": 1}' and "gpu_test_unknown" in said[1]

@@ -1,27 +1,20 @@
-"""GPU tests skip with one reason where there is no GPU; what they find out is printed and kept as JSON."""
+"""GPU tests skip with one reason where there is no GPU; what they find out is kept as they find it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_common import (
-    LIBRARY,
-    KernelLibrary,
-    describe_device,
-    describe_run,
-    gpu_missing,
-    result_path,
-    write_result,
-)
+from gpu_common import LIBRARY, describe_device, gpu_missing
+from gpu_findings import append_finding, write_summary
 
 _HERE = Path(__file__).parent
 _REASON = gpu_missing()
-FINDINGS: dict[str, Any] = {}
+FINDINGS: dict[str, Any] = {}  # of this process
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,13 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=_REASON))
 
 
-def write_findings(folder: Path, findings: dict[str, Any]) -> Path:
-    """gpu_test_<device>_<date>.json; several runs of a day add to one file, as the tests may be run in parts."""
-    device = findings.get("device", {"name": "unknown"})
-    result = describe_run("gpu_test", device, KernelLibrary(LIBRARY) if LIBRARY.is_file() else None)
-    path = result_path(result, folder)
-    before = json.loads(path.read_text())["findings"] if path.is_file() else {}
-    return write_result({**result, "findings": {**before, **findings}}, folder)
+def keep(name: str, value: Any) -> None:
+    """Keep a finding under a name, at once; DMOE_GPU_RESULTS names the folder."""
+    FINDINGS[name] = value
+    if folder := os.environ.get("DMOE_GPU_RESULTS"):
+        append_finding(Path(folder), name, value)
+
+
+@pytest.fixture(scope="session")
+def found() -> Callable[[str, Any], None]:
+    return keep
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +44,7 @@ def device():
     from dmoe_export.runtime.device import CudaDevice
 
     device = CudaDevice.open()
-    FINDINGS["device"] = describe_device(device)
+    keep("device", describe_device(device))
     return device
 
 
@@ -60,27 +56,24 @@ def library() -> Path:
 
 
 @pytest.fixture(scope="session")
-def space(device, library):
+def space(device, library) -> Iterator[Any]:
+    import torch
+
     from .spaces import cuda_space
 
-    return cuda_space(device, library)
-
-
-@pytest.fixture(scope="session")
-def found() -> Callable[[str, Any], None]:
-    """Keep a finding under a name; DMOE_GPU_RESULTS names the folder."""
-
-    def keep(name: str, value: Any) -> None:
-        FINDINGS[name] = value
-
-    return keep
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each would take all cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+    space = cuda_space(device, library)
+    yield space
+    space.close()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Device and findings last, where a cut log still has them."""
-    if not FINDINGS:
-        return
-    terminalreporter.write_sep("=", "findings on this GPU")
-    terminalreporter.write_line(json.dumps(FINDINGS, indent=1))
-    if folder := os.environ.get("DMOE_GPU_RESULTS"):
-        terminalreporter.write_line(str(write_findings(Path(folder), FINDINGS)))
+    """Findings last, where a cut log still has them; those of pytest's workers are in the file alone."""
+    if FINDINGS:
+        terminalreporter.write_sep("=", "findings on this GPU")
+        for name, value in FINDINGS.items():
+            terminalreporter.write_line(f"{name}: {json.dumps(value)[:300]}")
+    folder = os.environ.get("DMOE_GPU_RESULTS")
+    if folder and (path := write_summary(Path(folder))):
+        terminalreporter.write_line(str(path))

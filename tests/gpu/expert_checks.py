@@ -9,25 +9,17 @@ import numpy as np
 import torch
 from gpu_common import TYPES, ExpertsShapeC, QuantisationC
 
+from .slabs import Slabs, SlabsOf, halfs, slabs_of, to_words
 from .spaces import Array, Space
 
 # ‖out − ref‖ / ‖ref‖: two roundings to the type, of silu(gate)·up and of the output, each half a unit at most.
 BOUNDS = {"fp16": 1e-3, "bf16": 8e-3}
-_TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16}
-_DISTINCT = 23  # different slabs in large cases; prime, so that wrong strides do not hit an equal one
-_NAN = 0x7FFF  # in both types
-
-
-def to_words(values: np.ndarray, kind: str) -> np.ndarray:
-    """Raw 16-bit words of float values, rounded to nearest even."""
-    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(_TORCH[kind]).view(torch.int16).numpy().view(
-        np.uint16)
+_DISTINCT = 13  # different slabs in large cases; prime, so that wrong strides do not hit an equal one
 
 
 def to_tensor(words: np.ndarray, kind: str) -> torch.Tensor:
     """The values of raw words, exactly, in float64 on the machine's fastest place."""
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.from_numpy(words.view(np.int16)).view(_TORCH[kind]).to(place, torch.float64)
+    return halfs(words, kind).double()
 
 
 @dataclass
@@ -61,74 +53,45 @@ class ExpertCase:
         """Ascending."""
         return np.unique(self.ids[self._real])
 
-    @cached_property
-    def _slabs(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Words of gate_up [2I', H] and down [H, I'] of the distinct experts."""
-        rng, h, i = self._rng(3), self.hidden_size, self.width
-        return [(to_words(rng.standard_normal((2 * i, h), np.float32) / np.sqrt(h), self.kind),
-                 to_words(rng.standard_normal((h, i), np.float32) / np.sqrt(i), self.kind))
-                for _ in range(min(_DISTINCT, self.experts))]
-
-    def slabs(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
-        """Words of one expert's weights."""
-        return self._slabs[expert % len(self._slabs)]
+    @property
+    def slabs(self) -> Slabs:
+        """Weights of the distinct experts; the same for all cases of these sizes."""
+        return slabs_of(SlabsOf(self.kind, self.hidden_size, self.width, min(_DISTINCT, self.experts), self.seed))
 
     def stored(self, expert: int) -> tuple[np.ndarray, ...]:
-        """What the kernel reads of an expert, tensor by tensor; of one that is not active, poison."""
-        slabs = self.slabs(expert)
-        return slabs if expert in self.active else tuple(np.full_like(slab, _NAN) for slab in slabs)
+        """What the kernel reads of an expert, tensor by tensor."""
+        return tuple(part[expert % len(part)] for part in self.slabs.stored)
 
     def _rng(self, part: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, part))
 
+    @cached_property
     def reference(self) -> np.ndarray:
         """[N, H] in float64, each token's places added up; nothing is rounded in between."""
         hidden = to_tensor(self.hidden, self.kind)
+        ids, weights = (torch.from_numpy(x).to(hidden.device) for x in (self.ids, np.float64(self.weights)))
         mixed = torch.zeros_like(hidden)
         for expert in self.active.tolist():
-            gate_up, down = (to_tensor(words, self.kind) for words in self.slabs(expert))
-            tokens, places = (torch.from_numpy(x).to(hidden.device) for x in np.nonzero(self.ids == expert))
+            gate_up, down = (part[expert % len(part)].double() for part in self.slabs.values)
+            tokens, places = (ids == expert).nonzero(as_tuple=True)
             gate, up = (hidden[tokens] @ gate_up.T).unflatten(-1, (-1, 2)).unbind(-1)
-            weight = torch.from_numpy(np.float64(self.weights)).to(hidden.device)[tokens, places]
-            mixed.index_add_(0, tokens, (torch.nn.functional.silu(gate) * up) @ down.T * weight[:, None])
+            weight = weights[tokens, places, None]
+            mixed.index_add_(0, tokens, (torch.nn.functional.silu(gate) * up) @ down.T * weight)
         return mixed.cpu().numpy()
 
 
 @dataclass
 class QuantisedCase(ExpertCase):
-    """The same with weights of `bits` bits and a scale per `group` of them; their slabs are what dequantising gives."""
+    """The same with weights of `bits` bits and a scale per `group` of them."""
 
     bits: int = 4
     group: int = 64
 
-    @cached_property
-    def _packed(self) -> list[tuple[np.ndarray, ...]]:
-        """Bytes of gate_up and down and words of their scales, of the distinct experts."""
-        rng, h, i, found = self._rng(4), self.hidden_size, self.width, []
-        for _ in range(min(_DISTINCT, self.experts)):
-            parts, scales = [], []
-            for rows, depth in ((2 * i, h), (h, i)):
-                parts.append(rng.integers(0, 256, (rows, depth * self.bits // 8), np.uint8))
-                steps = rng.uniform(1, 3, (rows, depth // self.group)) / (2 ** (self.bits - 1) * np.sqrt(depth))
-                scales.append(to_words(steps, self.kind))
-            found.append((*parts, *scales))
-        return found
-
-    @cached_property
-    def _slabs(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [(self._dequantised(gate_up, s), self._dequantised(down, t)) for gate_up, down, s, t in self._packed]
-
-    def _dequantised(self, packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
-        values = packed if self.bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)
-        steps = torch.from_numpy(scales.view(np.int16)).view(_TORCH[self.kind]).float().numpy()
-        return to_words((values - np.float32(2 ** (self.bits - 1))) * np.repeat(steps, self.group, -1), self.kind)
-
-    def stored(self, expert: int) -> tuple[np.ndarray, ...]:
-        """See `ExpertCase`; integers cannot be NaN, their scales can."""
-        gate_up, down, *scales = self._packed[expert % len(self._packed)]
-        if expert not in self.active:
-            scales = [np.full_like(part, _NAN) for part in scales]
-        return gate_up, down, *scales
+    @property
+    def slabs(self) -> Slabs:
+        """See `ExpertCase`; their values are what dequantising gives."""
+        return slabs_of(SlabsOf(self.kind, self.hidden_size, self.width, min(_DISTINCT, self.experts), self.seed,
+                                self.bits, self.group))
 
 
 class LoadedExperts:
@@ -138,10 +101,12 @@ class LoadedExperts:
         self.space, self.case = space, case
         tokens, places = case.ids.shape
         self.shape = ExpertsShapeC(tokens, places, case.experts, case.hidden_size, case.width, TYPES[case.kind])
-        stored = [space.empty((case.experts, *part.shape), part.dtype) for part in case.stored(0)]
-        for expert in range(case.experts) if case.experts < 32 else case.active.tolist():  # the rest is poison: NaN
-            for array, part in zip(stored, case.stored(expert), strict=True):
-                array.put_row(expert, part, space.stream)
+        distinct = space.kept(case.slabs)
+        stored = [space.empty((case.experts, *part.shape[1:]), part.dtype) for part in distinct]
+        # Who is not active stays poison: NaN, or integers whose scales are.
+        for array, part in zip(stored, distinct, strict=True):
+            for expert in case.active.tolist():
+                array.copy_row(expert, part, expert % part.shape[0], space.stream)
         self.gate_up, self.down, *self.scales = stored
         self.quantisation = None
         if isinstance(case, QuantisedCase):
@@ -176,7 +141,7 @@ class LoadedExperts:
 
 def relative_error(case: ExpertCase, words: np.ndarray) -> float:
     """‖out − ref‖ / ‖ref‖; infinite when something is not finite or a silent token is not exactly 0."""
-    got, want = to_tensor(words, case.kind).cpu().numpy(), case.reference()
+    got, want = to_tensor(words, case.kind).cpu().numpy(), case.reference
     silent = ~case._real.any(axis=1)
     if not np.isfinite(got).all() or got[silent].any():
         return float("inf")
@@ -188,7 +153,7 @@ def check_experts(space: Space, case: ExpertCase) -> float:
     words = LoadedExperts(space, case).run()
     error = relative_error(case, words)
     assert error <= BOUNDS[case.kind], f"relative error {error:.2e} in {case.kind}, allowed {BOUNDS[case.kind]:.0e}"
-    got, want = to_tensor(words, case.kind).cpu().numpy(), case.reference()
+    got, want = to_tensor(words, case.kind).cpu().numpy(), case.reference
     sizes = np.linalg.norm(want, axis=1)
     rows = np.linalg.norm(got - want, axis=1)[sizes > 0] / sizes[sizes > 0]
     # One token's norm gathers fewer roundings, and its places may cancel; a wrong token is off by about 1.

@@ -36,8 +36,8 @@ class ResidentExperts(LoadedExperts):
             part.poison(self.space.stream)
         for expert, slot in slot_of.items():
             table[expert] = slot
-            for part, slab in zip(self._pool, self.case.stored(expert), strict=True):
-                part.put_row(slot, slab, self.space.stream)
+            for part, slabs in zip(self._pool, self.space.kept(self.case.slabs), strict=True):
+                part.copy_row(slot, slabs, expert % slabs.shape[0], self.space.stream)
         self._table.put(table, self.space.stream)
 
     def enqueue(self, stream: int) -> None:

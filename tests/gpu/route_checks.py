@@ -85,19 +85,26 @@ def run_route(space: Space, case: RouteCase, with_coreset: bool = True, stream: 
 
 
 def check_route(space: Space, case: RouteCase, **how: bool) -> tuple[int, int]:
-    """Compare with the eager op; tokens compared and tokens there are.
+    """Compare with the eager op; tokens decided and tokens there.
 
-    A token is left out only where the answer hangs on less than float32's own error: where the eager op itself changes
-    its mind when its inputs move by a millionth.
+    Decided are those that agree. One that differs is excused, and so not decided, only where the answer hangs on less
+    than float32's own error: where the eager op itself changes its mind when its inputs move by a millionth. Whether it
+    does is asked of tokens that differ alone, as it costs eight more runs of the eager op.
     """
     want, got = eager(case), run_route(space, case, **how)
-    sure = np.ones(want[0].shape[:2], bool) if case.exact else _sure(case, want)
+    allowed = TOLERANCE * case.attributes.routed_scaling
+    differs = (got[0] != want[0]).any(-1) | ~(np.abs(got[1] - want[1]) <= allowed).all(-1)
+    if how.get("with_coreset", True):
+        differs |= (got[2] != want[2]).any(-1)
+    sure = np.ones(differs.shape, bool)
+    if differs.any() and not case.exact:
+        sure = _sure(case, want)
     np.testing.assert_array_equal(got[0][sure], want[0][sure])
     if how.get("with_coreset", True):
         np.testing.assert_array_equal(got[2][sure], want[2][sure])
-    np.testing.assert_allclose(got[1][sure], want[1][sure], rtol=0, atol=TOLERANCE * case.attributes.routed_scaling)
+    np.testing.assert_allclose(got[1][sure], want[1][sure], rtol=0, atol=allowed)
     assert ((got[0] >= -1) & (got[0] < case.logits.shape[-1])).all(), "an id is no expert"
-    return int(sure.sum()), sure.size
+    return int((~differs).sum()), differs.size
 
 
 def _sure(case: RouteCase, want: tuple[np.ndarray, ...]) -> np.ndarray:

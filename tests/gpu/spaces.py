@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from gpu_common import ExpertsShapeC, KernelLibrary, QuantisationC, RouteAttributesC
 
+from .slabs import Slabs
+
 FENCE = 256  # bytes behind every output that must stay as they were
 POISON = 0xFF  # NaN as fp16, bf16 and fp32; −1 as an integer
 
@@ -43,6 +45,12 @@ class Array:
         assert values.shape == self.shape[1:]
         self._send(self.address + index * values.nbytes, values, stream)
 
+    def copy_row(self, index: int, source: Array, row: int, stream: int) -> None:
+        """Enqueue a copy of one entry of another array's first axis; nobody waits."""
+        assert self.shape[1:] == source.shape[1:] and self.dtype == source.dtype
+        size = source.size // source.shape[0]
+        self._space.device.copy(self.address + index * size, source.address + row * size, size, stream)
+
     def _send(self, address: int, values: np.ndarray, stream: int) -> None:
         staged = self._space.staging(values.nbytes)
         staged[:] = values.reshape(-1).view(np.uint8)
@@ -66,6 +74,21 @@ class Space:
         self.device, self.library, self._enqueue = device, library, enqueue
         self.stream, self.other_stream = device.stream(), device.stream()
         self._staging = device.pinned(1 << 20)
+        self._kept: dict[Any, list[Array]] = {}
+
+    def kept(self, slabs: Slabs) -> list[Array]:
+        """Weights on the device, sent once and there until the end."""
+        if slabs.of not in self._kept:
+            arrays = [self.empty(part.shape, part.dtype) for part in slabs.stored]
+            for array, part in zip(arrays, slabs.stored, strict=True):
+                for row, values in enumerate(part):  # in pieces: pinned memory for all of it takes long to get
+                    array.put_row(row, values, self.stream)
+            self._kept[slabs.of] = arrays
+        return self._kept[slabs.of]
+
+    def close(self) -> None:
+        """Forget what is kept, while there is a device to give it back to."""
+        self._kept.clear()
 
     def staging(self, size: int) -> np.ndarray:
         """Pinned memory for one copy; whoever uses it waits for the copy."""
