@@ -11,7 +11,7 @@ RUN apt-get update \
 WORKDIR /usr/src/dmoe-export
 COPY . .
 # export brings torch, for reading checkpoints; tensorrt alone builds and runs bundles.
-ARG EXTRAS=tensorrt,export
+ARG EXTRAS=tensorrt,export,cpu
 ARG CODE=
 RUN samples/deploy/install.sh --venv /usr/local/dmoe-export --system-packages --extras "${EXTRAS}" ${CODE:+--code "${CODE}"}
 

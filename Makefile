@@ -16,7 +16,7 @@ QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[export,rtx,check,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,export,rtx,check,dev]'
 	touch $(READY)
 
 out/sample.bundle/manifest.json: $(READY) $(CPU_OPS) samples/tiny-dmoe/model.safetensors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,7 +47,24 @@ def test_the_gpu_extra_takes_the_tested_provider_and_no_older_one(project):
     assert wanted.contains(version_of("onnxruntime-gpu")) and not wanted.contains("1.30.0")
 
 
-def test_both_onnx_runtimes_are_tested_in_one_version(project):
-    """They share the module's folder, so files of two versions would be mixed."""
+def test_an_installation_has_one_onnx_runtime(project):
+    """Two packages own the module's folder: only who chooses `cpu` or `gpu` gets one, so nobody gets both."""
+    brings = {extra for extra, requirements in project["optional-dependencies"].items()
+              if any(Requirement(r).name.startswith("onnxruntime") for r in requirements)}
+    assert brings == {"cpu", "gpu"} and not [r for r in project["dependencies"] if r.startswith("onnxruntime")]
     assert version_of("onnxruntime") == version_of("onnxruntime-gpu")
-    assert named(project["dependencies"], "onnxruntime").specifier.contains(version_of("onnxruntime"))
+
+
+@pytest.mark.parametrize(("verb", "code"), [("--help", 0), ("inspect", 0), ("generate", 3)])
+def test_without_onnx_runtime(half_sample_bundle, tmp_path, verb, code):
+    """What needs no model goes on; what does ends in one sentence."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['onnxruntime'] = None\n")
+    folder = half_sample_bundle.folder
+    more = {"--help": [], "inspect": [folder], "generate": [folder, "--prompt", "x"]}
+    run = subprocess.run([sys.executable, "-m", "dmoe_export", verb, *more[verb]], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False)
+    assert run.returncode == code, run.stderr
+    assert (run.stderr == "") == (code == 0)
+    if code:
+        assert "ONNX Runtime is not installed; run: pip install 'dmoe-export[cpu]'" in run.stderr
+        assert run.stderr.count("\n") == 1

@@ -5,14 +5,14 @@
 #   samples/deploy/install.sh [--venv DIR] [--extras LIST] [--system-packages] [--code LIST] [--dry-run]
 #
 #   --venv DIR          the virtual environment, made if missing [.venv-deploy]
-#   --extras LIST       of pyproject.toml [rtx]; tensorrt for the datacenter flavour, export to read checkpoints (torch)
+#   --extras LIST       of pyproject.toml [rtx,cpu]; tensorrt for the datacenter flavour, export to read checkpoints (torch)
 #   --system-packages   the environment sees the system's Python packages: the TensorRT of NVIDIA's image
 #   --code LIST         compile the kernels for these compute capabilities only, such as 80,90 [all]
 #   --dry-run           print the steps, do nothing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-venv=.venv-deploy extras=rtx code='' dry=false venv_options=()
+venv=.venv-deploy extras=rtx,cpu code='' dry=false venv_options=()
 
 fail() { echo "install.sh: $2" >&2; exit "$1"; }
 
