@@ -218,7 +218,7 @@ class EngineEntry(Frozen):
     experts: Literal["inline", "external", "resident"]
     experts_op: Literal["plugin", "onnx"]
     profiles: list[ProfileEntry]
-    plugin_build: str | None = Field(description="build id of the plugin library inside; null = no plugins")
+    plugin_build: str | None = Field(description="build id of the library its plugins come from; null = no plugins")
     plugin_nodes: int = Field(ge=0, description="custom nodes that are plugins")
     fallback_nodes: int = Field(ge=0, description="custom nodes that became their ONNX bodies (--allow-fallback)")
     weight_inputs: list[WeightInput]
