@@ -1,4 +1,4 @@
-"""The experts' workspace is aligned wherever the memory starts: what both adapters use, and TensorRT's as it is built."""
+"""The experts' workspace is aligned wherever memory starts: what both adapters use, and TensorRT's as it is built."""
 
 from __future__ import annotations
 
