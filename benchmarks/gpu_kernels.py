@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,61 +29,16 @@ from gpu_common import (
     time_calls,
     write_result,
 )
+from gpu_findings import append_finding
+from gpu_memory import Memory
+from gpu_outcome import against, predicted_experts, predicted_route, said
 
 GEOMETRIES = {"mini": (256, 8, 2048, 512), "flash": (256, 8, 4096, 1024)}  # E, k, H, I of LLaDA2.0
 TOKENS = (32, 128, 512)
-ACTIVE = (10, 15, 20, 40, 80, 87, 256)
+ACTIVE = (10, 15, 20, 40, 70, 87, 256)
 DMOE, TOKEN_ROUTING = 15, 87  # experts of a block of 32 in a layer, with a coreset and without one
 GROUP = 64  # integer weights per scale
-ROUTE_EXPERTS, ROUTE_TOKENS = (64, 256, 1024), (32, 128, 512, 4096)
-
-
-class Memory:
-    """Device memory for one part of the benchmark, freed at its end; filled with random numbers, never with zeros."""
-
-    def __init__(self, device: Any, stream: int) -> None:
-        self.device, self.stream, self._blocks = device, stream, []
-        self._staged = device.pinned(16 << 20)
-        self._rng = np.random.default_rng(0)
-
-    def __enter__(self) -> Memory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.device.synchronize(self.stream)
-        while self._blocks:
-            self.device.free(self._blocks.pop())
-
-    def empty(self, size: int) -> int:
-        """Unwritten."""
-        self._blocks.append(self.device.allocate(size))
-        return self._blocks[-1]
-
-    def put(self, values: np.ndarray, address: int | None = None) -> int:
-        """A copy of an array of at most 16 MiB."""
-        address = self.empty(values.nbytes) if address is None else address
-        self._staged[:values.nbytes] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        self.device.copy(address, self._staged.ctypes.data, values.nbytes, self.stream)
-        self.device.synchronize(self.stream)
-        return address
-
-    def random_halfs(self, count: int, kind: str, scale: float) -> int:
-        """`count` 16-bit numbers around 0: a pattern of at most 4 Mi, repeated."""
-        values = self._rng.standard_normal(min(count, 4 << 20), np.float32) * np.float32(scale)
-        words = values.astype(np.float16).view(np.uint16) if kind == "fp16" else (
-            values.view(np.uint32) >> 16).astype(np.uint16)
-        return self._repeated(words.view(np.uint8), 2 * count)
-
-    def random_bytes(self, count: int) -> int:
-        """`count` integers of 8 bits, or twice as many of 4."""
-        return self._repeated(self._rng.integers(0, 256, min(count, 8 << 20), np.uint8), count)
-
-    def _repeated(self, pattern: np.ndarray, size: int) -> int:
-        address = self.put(pattern, self.empty(size))
-        for start in range(len(pattern), size, len(pattern)):
-            self.device.copy(address + start, address, min(len(pattern), size - start), self.stream)
-        self.device.synchronize(self.stream)
-        return address
+ROUTE_EXPERTS, ROUTE_TOKENS, ROUTE_CALLS = (64, 256, 1024), (32, 128, 512, 4096), 20
 
 
 def measure_copy(device: Any, stream: int, size: int) -> dict[str, Any]:
@@ -118,7 +74,7 @@ def measure_experts(device: Any, stream: int, library: KernelLibrary, geometry: 
                 shape = ExpertsShapeC(tokens, k, experts, hidden, width, TYPES[kind])
                 results.append({"experts": experts, "k": k, "hidden": hidden, "width": width, "type": kind,
                                 "tokens": tokens, "active": active, "expert_bytes": active * 3 * width * hidden * 2,
-                                **_measure_case(device, stream, library, shape, active, weights, baseline)})
+                                **measure_case(device, stream, library, shape, active, weights, baseline)})
     return results
 
 
@@ -140,13 +96,14 @@ def measure_quantised(device: Any, stream: int, library: KernelLibrary, geometry
                 results.append({"experts": experts, "k": k, "hidden": hidden, "width": width, "type": f"int{bits}",
                                 "tokens": tokens, "active": active,
                                 "expert_bytes": active * (values * bits // 8 + values // GROUP * 2),
-                                **_measure_case(device, stream, library, shape, active, weights, None, quantisation)})
+                                **measure_case(device, stream, library, shape, active, weights, None, quantisation)})
     return results
 
 
-def _measure_case(device: Any, stream: int, library: KernelLibrary, shape: ExpertsShapeC, active: int,
+def measure_case(device: Any, stream: int, library: KernelLibrary, shape: ExpertsShapeC, active: int,
                   weights: tuple[int, ...], baseline: Callable[..., dict[str, Any]] | None,
                   quantisation: QuantisationC | None = None) -> dict[str, Any]:
+    """Time of one (tokens, active experts) on weights that are there."""
     kind = next(name for name, number in TYPES.items() if number == shape.type)
     tokens, k, hidden = shape.tokens, shape.places, shape.hidden
     with Memory(device, stream) as memory:
@@ -168,14 +125,15 @@ def _measure_case(device: Any, stream: int, library: KernelLibrary, shape: Exper
     return result
 
 
-def add_rates(results: list[dict[str, Any]], copy_rate: float, l2_bytes: int) -> None:
-    """Bytes of the active experts' weights over the time, against the copy's rate; and whether L2 was cold."""
+def add_rates(results: list[dict[str, Any]], copy_rate: float, l2_bytes: int, device: str) -> None:
+    """Bytes of the active experts' weights over the time, against the copy's rate; whether L2 was cold; prediction."""
     for r in results:
         r["bytes_per_second"] = r["expert_bytes"] / r["ms"] * 1e3
         r["of_copy"] = r["bytes_per_second"] / copy_rate
         r["l2_cold"] = r["sets"] * r["expert_bytes"] >= 3 * l2_bytes  # read between two uses of the same bytes
         if "graph_ms" in r.get("torch", {}):
             r["torch_over_ours"] = r["torch"]["graph_ms"] / r["ms"]
+        r |= against(1e3 * r["ms"], predicted_experts(device, r))
 
 
 def measure_route(device: Any, stream: int, library: KernelLibrary, experts: int, tokens: int, mode: str,
@@ -191,8 +149,9 @@ def measure_route(device: Any, stream: int, library: KernelLibrary, experts: int
                                           np.int64([48]))]
         outputs = [memory.empty(tokens * size) for size in (4 * k, 4 * k, experts)]
         timing = time_calls(device, stream, [
-            lambda s: library.route(attributes, 1, tokens, experts, [*inputs, *outputs], s)] * 20)
-    return {"mode": mode, "experts": experts, "tokens": tokens, "k": k, **timing}
+            lambda s: library.route(attributes, 1, tokens, experts, [*inputs, *outputs], s)] * ROUTE_CALLS)
+    return {"mode": mode, "experts": experts, "tokens": tokens, "k": k, **timing,
+            **against(1e3 * timing["ms"], predicted_route(device.name, experts, tokens))}
 
 
 def routing_ratio(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,27 +164,36 @@ def routing_ratio(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run(device: Any, library: KernelLibrary, quick: bool = False, geometries: Any = None,
-        baseline: Callable[..., dict[str, Any]] | None = None, copy_bytes: int = 2 << 30) -> dict[str, Any]:
-    """All of it, as one JSON object."""
+        baseline: Callable[..., dict[str, Any]] | None = None, copy_bytes: int = 2 << 30,
+        keep: Callable[[str, Any], None] = lambda name, value: None) -> dict[str, Any]:
+    """All of it, as one JSON object; `keep` gets what is known so far, part by part."""
     about, stream = describe_device(device), device.stream()
     result = describe_run("gpu_kernels", about, library)
     result["copy"] = measure_copy(device, stream, min(copy_bytes, device.memory()[0] // 4))
+    keep("kernels copy", result["copy"])
     cases = [(tokens, active) for tokens in (TOKENS[:1] if quick else TOKENS) for active in ACTIVE]
     result["experts"] = []
+
+    def add(results: list[dict[str, Any]]) -> None:
+        add_rates(results, result["copy"]["bytes_per_second"], about["l2_bytes"], about["name"])
+        result["experts"] += results
+        for r in results:
+            keep(f"kernels experts {r['type']} H{r['hidden']} N{r['tokens']} active {r['active']}", r)
+
     for name, geometry in (geometries or GEOMETRIES).items():
         for kind in TYPES if name == "mini" else ["fp16"]:
             needed = 3 * geometry[0] * geometry[2] * geometry[3] * 2
             if needed > 0.8 * device.memory()[0]:
                 result.setdefault("left_out", []).append(f"{name}: its weights of {needed} bytes do not fit")
                 continue
-            result["experts"] += measure_experts(device, stream, library, geometry, kind, cases, baseline)
+            add(measure_experts(device, stream, library, geometry, kind, cases, baseline))
         for bits in (8, 4) if name == "mini" else ():
-            result["experts"] += measure_quantised(device, stream, library, geometry, bits, cases)
-    add_rates(result["experts"], result["copy"]["bytes_per_second"], about["l2_bytes"])
+            add(measure_quantised(device, stream, library, geometry, bits, cases))
     result["dmoe_against_token_routing"] = routing_ratio(result["experts"])
     result["route"] = [measure_route(device, stream, library, experts, tokens, mode) for mode in MODES
                        for experts in (ROUTE_EXPERTS[:2] if quick else ROUTE_EXPERTS)
                        for tokens in (ROUTE_TOKENS[:1] if quick else ROUTE_TOKENS)]
+    keep("kernels route", result["route"])
     # Once more: a clock that moved during the run shows in the difference.
     result["copy_again"] = measure_copy(device, stream, min(copy_bytes, device.memory()[0] // 4))
     return result
@@ -241,13 +209,18 @@ def table(result: dict[str, Any]) -> str:
     for r in result["experts"]:
         lines.append(f"{r['hidden']:>5} {r['type']:>4} {r['tokens']:>4} {r['active']:>6} {1e3 * r['ms']:>8.1f} "
                      f"{r['spread']:>6.1%} {r['bytes_per_second'] / 1e12:>6.2f} {r['of_copy']:>7.0%} "
-                     f"{r.get('torch_over_ours', float('nan')):>10.1f}" + ("" if r["l2_cold"] else "  (L2 warm)"))
+                     f"{r.get('torch_over_ours', float('nan')):>10.1f}" + ("" if r["l2_cold"] else "  (L2 warm)")
+                     + _beside(r))
     lines += [f"dMoE ({r['dmoe_experts']} experts) against token routing ({r['token_experts']}), H {r['hidden']} "
               f"{r['type']}: {r['time_ratio']:.2f} times faster; bytes {r['bytes_ratio']:.2f}"
               for r in result["dmoe_against_token_routing"]]
-    lines += [f"route {r['mode']:>6} E {r['experts']:>4} T {r['tokens']:>4}: {1e3 * r['ms']:.2f} us"
+    lines += [f"route {r['mode']:>6} E {r['experts']:>4} T {r['tokens']:>4}: {1e3 * r['ms']:.2f} us{_beside(r)}"
               for r in result["route"] if r["tokens"] in (32, 512)]
     return "\n".join(lines)
+
+
+def _beside(r: dict[str, Any]) -> str:
+    return "  " + said(1e3 * r["ms"], tuple(r["predicted"]), "us") if "predicted" in r else ""
 
 
 def main() -> None:
@@ -268,7 +241,8 @@ def main() -> None:
             print(f"Without the PyTorch baseline: {reason}")
         else:
             baseline = measure_torch_loop
-    result = run(CudaDevice.open(), KernelLibrary(LIBRARY), options.quick, baseline=baseline)
+    result = run(CudaDevice.open(), KernelLibrary(LIBRARY), options.quick, baseline=baseline,
+                 keep=partial(append_finding, options.out))
     path = write_result(result, options.out)
     print(f"{path}\n{table(result)}")
 

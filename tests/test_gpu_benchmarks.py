@@ -14,6 +14,8 @@ import gpu  # puts the benchmarks on the path
 import gpu_common
 import gpu_findings
 import gpu_kernels
+import gpu_outcome
+import gpu_smoke
 import kernel_helpers
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ import torch
 from fake_cudart import OK, FakeCudart, HostDevice
 from gpu import conftest, expert_checks
 from gpu.expert_checks import ExpertCase
-from gpu_common import KernelLibrary, gpu_missing
+from gpu_common import KernelLibrary, RouteAttributesC, gpu_missing
 from gpu_findings import LINES, append_finding, write_summary
 from gpu_torch_loop import loop, steps_of
 
@@ -39,26 +41,75 @@ class TimedFake(FakeCudart):
         return OK, 2.0 * (end.place - start.place)
 
 
+@pytest.fixture
+def device():
+    device = HostDevice()
+    device.fake = device._cuda = TimedFake(memory=1 << 30)
+    yield device
+    assert not device.fake.blocks, "memory was not given back"
+
+
+@pytest.fixture
+def library(device, monkeypatch):
+    """The emulated kernels, each call when its turn on the stream comes."""
+    library = KernelLibrary(Path(kernel_helpers.library()._name))
+
+    def later(call):
+        return lambda *a: device.fake.enqueue(a[-1], lambda: call(*a))
+
+    for name in ("route", "experts", "experts_quantised"):
+        monkeypatch.setattr(library, name, later(getattr(library, name)))
+    return library
+
+
+class TestSmoke:
+    GEOMETRY = (12, 2, 64, 32)
+
+    @pytest.fixture(autouse=True)
+    def few_replays(self, monkeypatch):
+        monkeypatch.setattr(gpu_kernels, "time_calls", functools.partial(gpu_common.time_calls, replays=1, warm_up=0))
+        monkeypatch.setattr(gpu_smoke, "measure_route", lambda *a: {"ms": 0.01})  # emulated, 20 calls take long
+
+    def run(self, device, library, tmp_path, capsys):
+        tell = functools.partial(gpu_smoke._tell, tmp_path, 0.0)
+        right = gpu_smoke.run(device, library, tell, self.GEOMETRY, active=4, group=32, copy_bytes=1 << 20)
+        return right, capsys.readouterr().out.splitlines(), gpu_findings.read_findings(tmp_path)
+
+    def test_everything_is_right(self, device, library, tmp_path, capsys):
+        right, lines, found = self.run(device, library, tmp_path, capsys)
+        assert right and len(lines) == len(found) == 7 and all(": right" in line for line in lines[2:])
+        assert all(found[f"smoke experts {name}"]["error"] > 1e-6 for name in ("fp16", "bf16", "int8", "int4"))
+        assert "smoke copy" in found and "TB/s" in lines[1]
+        assert "experts int4" in "\n".join(gpu_outcome.smoke_table(found))
+
+    def test_wrong_results_are_told(self, device, library, tmp_path, capsys, monkeypatch):
+        """The next expert's weights, an output that nobody writes, other settings than the gate's."""
+        part, route = gpu_smoke.Weights._part, library.route
+        monkeypatch.setattr(gpu_smoke.Weights, "_part", lambda w, p, r, d, e: part(w, p, r, d, (e + 1) % 12))
+        monkeypatch.setattr(library, "route", lambda a, *rest: route(RouteAttributesC(
+            a.mode, a.block_length, a.experts_per_token, 1, 1, 0, 1, 2.5), *rest))
+        right, lines, found = self.run(device, library, tmp_path, capsys)
+        assert not right and all("WRONG" in line for line in lines[2:]) and not found["smoke route"]["right"]
+        monkeypatch.setattr(library, "experts", lambda *a: device.fake.enqueue(a[-1], lambda: None))
+        result = gpu_smoke.smoke_experts(device, device.stream(), library, self.GEOMETRY, "fp16", 4, 32)
+        assert result["error"] == float("inf") and not result["right"]
+
+
 class TestBenchmarks:
-    def test_kernels(self, monkeypatch, tmp_path):
-        device = HostDevice()
-        device.fake = device._cuda = TimedFake(memory=1 << 30)
-        library = KernelLibrary(Path(kernel_helpers.library()._name))
-        route, experts, quantised = library.route, library.experts, library.experts_quantised
-        monkeypatch.setattr(library, "route", lambda *a: device.fake.enqueue(a[-1], lambda: route(*a)))
-        monkeypatch.setattr(library, "experts", lambda *a: device.fake.enqueue(a[-1], lambda: experts(*a)))
-        monkeypatch.setattr(library, "experts_quantised", lambda *a: device.fake.enqueue(a[-1], lambda: quantised(*a)))
+    def test_kernels(self, device, library, monkeypatch, tmp_path):
         monkeypatch.setattr(gpu_kernels, "GROUP", 32)
         monkeypatch.setattr(gpu_kernels, "ACTIVE", (2, 5, 6, 17))
         monkeypatch.setattr(gpu_kernels, "DMOE", 2)
         monkeypatch.setattr(gpu_kernels, "TOKEN_ROUTING", 6)
         monkeypatch.setattr(gpu_kernels, "TOKENS", (32,))
         monkeypatch.setattr(gpu_kernels, "ROUTE_TOKENS", (32,))
+        monkeypatch.setattr(gpu_kernels, "ROUTE_CALLS", 2)
         monkeypatch.setattr(gpu_kernels, "MODES", {"top_p": 1})
         monkeypatch.setattr(gpu_kernels, "time_calls", functools.partial(gpu_common.time_calls, replays=2, warm_up=1))
-        seen = []
+        seen, kept = [], {}
         result = gpu_kernels.run(device, library, quick=True, geometries={"mini": (12, 2, 64, 32)},
-                                 baseline=lambda *a: seen.append(a) or {"graph_ms": 4.0}, copy_bytes=1 << 20)
+                                 baseline=lambda *a: seen.append(a) or {"graph_ms": 4.0}, copy_bytes=1 << 20,
+                                 keep=kept.__setitem__)
         assert result["copy"]["bytes_per_second"] == 2 * (1 << 20) / 2e-3
         assert [(r["type"], r["active"]) for r in result["experts"]] == [
             (kind, active) for kind in ("fp16", "bf16", "int8", "int4") for active in (2, 5, 6)], "17 cannot be active"
@@ -73,7 +124,9 @@ class TestBenchmarks:
         assert "L2 warm" not in gpu_kernels.table(result) and "of copy" in gpu_kernels.table(result)
         path = gpu_common.write_result(result, tmp_path)
         assert path.name.startswith("gpu_kernels_host-memory_20") and json.loads(path.read_text()) == result
-        assert not device.fake.blocks, "memory was not given back"
+        assert len(kept) == 14 and kept["kernels experts int4 H64 N32 active 2"] == result["experts"][9]
+        lines = gpu_outcome.kernels_table(result)
+        assert len([line for line in lines if line.startswith("| route")]) == 1
 
     def test_the_torch_loop_computes_the_same(self):
         case = ExpertCase("fp16", np.array([[0, 1], [2, 0], [1, 2]]), 3, 16, 8)
@@ -84,7 +137,7 @@ class TestBenchmarks:
                    steps_of(case.ids, 1.25, "cpu"))
         np.testing.assert_allclose(got.numpy(), case.reference, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("script", ["gpu_kernels.py", "gpu_generate.py"])
+    @pytest.mark.parametrize("script", ["gpu_kernels.py", "gpu_generate.py", "gpu_smoke.py"])
     def test_without_a_gpu_one_sentence_and_exit_code_3(self, script):
         if gpu_missing() is None:
             pytest.skip("this machine has a GPU")
