@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo cpu-ops check bench bench-decode test lint types plugins ort-ops engines test-slow accuracy bench-export bench-build gpu-test gpu-bench clean
+.PHONY: demo cpu-ops check bench bench-decode test lint types plugins ort-ops engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
@@ -63,7 +63,8 @@ test: $(READY) $(PLUGINS) $(CPU_OPS) lint types
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/shellcheck samples/deploy/*.sh
+	$(BIN)/shellcheck --external-sources samples/deploy/*.sh benchmarks/*.sh benchmarks/device/*.sh \
+		benchmarks/device/stand_in/nvidia-smi
 
 types: $(READY)
 	$(BIN)/mypy
@@ -97,6 +98,10 @@ gpu-bench: $(READY) $(PLUGINS) $(CPU_OPS)
 	$(BIN)/python benchmarks/gpu_kernels.py
 	$(BIN)/python benchmarks/gpu_residency.py
 	$(BIN)/python benchmarks/gpu_generate.py
+
+# What benchmarks/gpu_runbook.md does on a GPU machine, on this one without a GPU; 12 GB of disk, 15 minutes.
+rehearse: $(READY)
+	bash benchmarks/rehearse.sh
 
 bench-build: $(READY) $(PLUGINS)
 	$(BIN)/dmoe-export bench build --work out/bench --out out/bench/build-4.json

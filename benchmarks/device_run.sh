@@ -1,79 +1,33 @@
 #!/usr/bin/env bash
-# GPU proof on a bare machine with an NVIDIA GPU and no network: builds the plugins for its GPU, runs the GPU tests and
+# GPU proof on a bare machine with an NVIDIA GPU and no network: puts our libraries in place, runs the GPU tests and
 # benchmarks, leaves raw JSON and one log in $OUT (at most eight files). Prints a short table last.
 #
-#   OUT=folder bash benchmarks/device_run.sh first     build, kernel tests, sanitizer, kernel benchmark, generation tests
-#   OUT=folder bash benchmarks/device_run.sh engines   engines through TensorRT-RTX / ONNX Runtime CUDA, step times
-#   bash benchmarks/device_run.sh keep                 only put carried parts aside (when two calls cannot carry all)
-#   bash benchmarks/device_run.sh pack [rtx] [ort]     beforehand, on a machine with a network: fill .carry/
+#   OUT=folder bash benchmarks/device_run.sh first [STEP...]     kernels: smoke, tests, rates, sanitizer, profiler
+#   OUT=folder bash benchmarks/device_run.sh engines [STEP...]   ONNX Runtime CUDA: custom ops, generation, step times
+#   OUT=folder bash benchmarks/device_run.sh rtx                 does a TensorRT-RTX engine run here? (also at the end
+#                                                                of `engines`, where its parts are there)
+#   bash benchmarks/device_run.sh keep                           only put carried parts aside
+#   bash benchmarks/device_run.sh pack [ort|ort-whole] [rtx]     beforehand, on a machine with a network: fill .carry/
 #
-# The machine needs: nvcc 12.8 or newer (cmake and ninja too), and Python 3.12 (PACK_PYTHON changes that) with torch,
-# numpy, onnx, onnxscript, onnxruntime, tokenizers, safetensors, jinja2, click, rich, cuda-bindings, pytest,
-# pytest-timeout, hypothesis. What `pack` brings, in .carry/ (git ignores it):
-#   base/wheels     pydantic and what it needs, in the versions it needs: 3 MB
-#   base/tensorrt   TensorRT's Apache-2.0 headers: 1 MB; without them only the kernels are built, not the plugins
-#   rtx.N, ort.N    TensorRT-RTX, and onnxruntime-gpu, as one archive each cut into parts of 40 MiB
-# Calls, where one may carry 64 MiB, on one machine that stays up in between:
-#   1  carry .carry/base .carry/rtx.0   first
-#   2  carry .carry/base .carry/rtx.1   engines        (rtx.0 was put aside by call 1; a missing part is named)
-# Every further part needs a `keep` call before `engines`; `ort` works in the same way.
-# Each step has a time limit, and all steps of a call together $BUDGET seconds (540); what no time was left for is
-# listed in steps.json as such. A step's failure does not end the run; the exit code is the number of failed steps.
+# STEP...: only these, in this order. gpu_runbook.md has the calls, device/calls.txt what each carries; rehearse.sh runs
+# them all without a GPU. The machine needs nvcc 12.8 or newer, cmake, ninja, and Python 3.12 (PACK_PYTHON changes that)
+# with torch, numpy, onnx, onnxscript, onnxruntime, tokenizers, safetensors, jinja2, click, rich, cuda-bindings, pytest,
+# pytest-timeout, pytest-xdist, hypothesis; pydantic and the rest is carried.
+#
+# A failed step does not end the run. Exit codes: 0 all steps did what they are for, 1 some did not, 3 no GPU here.
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 PYTHON=${PYTHON:-python3}
 CARRY=.carry
 STASH=${DMOE_STASH:-$HOME/.cache/dmoe-device-run}   # outside the tree: survives what a later call replaces
-BUDGET=${BUDGET:-540}
-PACK_PYTHON=${PACK_PYTHON:-3.12}
-RTX_VERSION=${RTX_VERSION:-1.7.1.116}
-ORT_VERSION=${ORT_VERSION:-1.31.1}
-failed=0
-
-pack() {
-    mkdir -p "$CARRY/base/wheels" "$CARRY/base/tensorrt"
-    grep -qsx '/.carry/' .git/info/exclude || echo '/.carry/' >> .git/info/exclude
-    wheels "$CARRY/base/wheels" pydantic annotated-types typing-inspection typing-extensions "$(pydantic_core)"
-    if [ -d build/tensorrt ]; then
-        find build/tensorrt -name '*.h' -exec cp {} "$CARRY/base/tensorrt/" \;
-    else
-        echo "Run 'make plugins' first: build/tensorrt has no headers to carry."; exit 2
-    fi
-    local what
-    for what in "$@"; do
-        local scratch; scratch=$(mktemp -d)
-        case $what in
-            rtx) wheels "$scratch/w" "tensorrt-rtx-cu13-libs==$RTX_VERSION" "tensorrt-rtx-cu13-bindings==$RTX_VERSION" ;;
-            ort) wheels "$scratch/w" "onnxruntime-gpu==$ORT_VERSION" ;;
-            *) echo "pack knows rtx and ort, not $what"; exit 2 ;;
-        esac
-        mkdir "$scratch/site"
-        for wheel in "$scratch"/w/*.whl; do "$PYTHON" -m zipfile -e "$wheel" "$scratch/site"; done
-        rm -f "$CARRY/$what".*
-        tar -C "$scratch/site" -c . | xz --x86 --lzma2=preset=9e,dict=256MiB -T1 > "$scratch/$what.txz" || exit 1
-        split -b 40M -d -a 1 "$scratch/$what.txz" "$CARRY/$what."
-        # Parts and sum travel with the base, so that a missing part is noticed.
-        (cd "$scratch" && sha256sum "$what.txz") > "$CARRY/base/$what.sha256"
-        (cd "$CARRY" && ls "$what".[0-9]) > "$CARRY/base/$what.parts"
-        rm -rf "$scratch"
-    done
-    du -sh "$CARRY"/*
-}
-
-pydantic_core() {  # the one version the chosen pydantic takes
-    local wheel; wheel=$(ls "$CARRY"/base/wheels/pydantic-*.whl 2>/dev/null | tail -1)
-    [ -n "$wheel" ] || { wheels "$CARRY/base/wheels" pydantic >&2; wheel=$(ls "$CARRY"/base/wheels/pydantic-*.whl); }
-    unzip -p "$wheel" '*/METADATA' | sed -n 's/^Requires-Dist: \(pydantic-core==[0-9.]*\).*/\1/p'
-}
-
-wheels() {  # folder, requirements: wheels for the machine, not for this one
-    local folder=$1; shift
-    local platforms=() n
-    for n in 17 24 27 28 31 34 35; do platforms+=(--platform "manylinux_2_${n}_x86_64"); done
-    "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$PACK_PYTHON" --implementation cp \
-        "${platforms[@]}" --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d "$folder" "$@" || exit 1
-}
+LAYERS=${LAYERS:-6}
+FIRST=(smoke bench-quick test-kernels test-residency bench-residency memcheck racecheck ncu bench-kernels initcheck
+       synccheck)
+ENGINES=(unpack-ort test-custom-ops generate-fp16 test-generation cli-export cli-generate generate-int8 generate-int4)
+RTX=(unpack-rtx rtx-finding)
+# shellcheck source=benchmarks/device/steps.sh
+. benchmarks/device/steps.sh
 
 keep() {
     mkdir -p "$STASH/parts"
@@ -83,37 +37,42 @@ keep() {
     return 0
 }
 
-unpack() {  # name: joined, checked, unpacked to a folder of its own
-    local what=$1 name
-    while read -r name; do
-        [ -f "$STASH/parts/$name" ] || { echo "Part $name of $what is not here: carry it with a 'keep' call."; return 3; }
-    done < "$STASH/base/$what.parts"
-    (cd "$STASH/parts" && xargs cat < "$STASH/base/$what.parts" > "$STASH/$what.txz") || return 1
-    (cd "$STASH" && sha256sum --check --quiet "base/$what.sha256") || return 1
-    mkdir -p "$STASH/$what" && tar -C "$STASH/$what" -xJf "$STASH/$what.txz" && rm "$STASH/$what.txz"
+all_parts() {  # name: were put aside
+    [ -f "$STASH/base/$1.parts" ] && (cd "$STASH/parts" && xargs ls < "../base/$1.parts" > /dev/null 2>&1)
 }
 
-step() {  # name, seconds, command: its output goes to the log and the end of it to the screen
-    local name=$1 limit=$2 left=$((BUDGET - SECONDS)) start=$SECONDS code state; shift 2
-    if ((left < 15)); then
-        code=-1 state="no time left"
-    else
-        ((limit > left)) && limit=$left
-        echo "== $name, at most $limit s: $*" | tee -a "$OUT/log.txt"
-        timeout --kill-after=10 "$limit" "$@" > "$OUT/step.txt" 2>&1
-        code=$?
-        cat "$OUT/step.txt" >> "$OUT/log.txt"; tail -n "${SHOWN:-6}" "$OUT/step.txt"; rm -f "$OUT/step.txt"
-        case $code in 0) state=done ;; 124 | 137) state="ran past $limit s" ;; *) state=failed ;; esac
-    fi
-    [ "$state" = done ] || failed=$((failed + 1))
-    records+=("{\"step\": \"$name\", \"state\": \"$state\", \"exit\": $code, \"seconds\": $((SECONDS - start))}")
-    (IFS=,; echo "[${records[*]}]") > "$OUT/steps.json"
-    [ "$state" = done ]
+unpack() {  # name, module: joined, checked, unpacked to a folder of its own, imported from there
+    local what=$1 name
+    [ -f "$STASH/base/$what.parts" ] || { echo "$what was not packed: device_run.sh pack $what."; return 3; }
+    [ -d "$STASH/$what" ] || {
+        while read -r name; do
+            [ -f "$STASH/parts/$name" ] || { echo "Part $name is not here: carry it with a 'keep' call."; return 3; }
+        done < "$STASH/base/$what.parts"
+        (cd "$STASH/parts" && xargs cat < "$STASH/base/$what.parts" > "$STASH/$what.txz") || return 1
+        (cd "$STASH" && sha256sum --check --quiet "base/$what.sha256") || return 1
+        rm -rf "$STASH/$what.partial" && mkdir "$STASH/$what.partial" &&
+            tar -C "$STASH/$what.partial" -xJf "$STASH/$what.txz" && rm "$STASH/$what.txz" &&
+            mv "$STASH/$what.partial" "$STASH/$what" || return 1
+    }
+    PYTHONPATH="$STASH/$what:$PYTHONPATH" LD_LIBRARY_PATH="$(library_folders):${LD_LIBRARY_PATH:-}" "$PYTHON" -c "
+import $2 as module
+assert module.__file__.startswith('$STASH'), f'{module.__file__} is not what was carried'
+print(module.__name__, module.__version__, *getattr(module, 'get_available_providers', list)())"
+}
+
+library_folders() {  # of CUDA and cuDNN in NVIDIA's Python packages, and of TensorRT-RTX: what wheels link by name
+    "$PYTHON" -c "
+import importlib.util, pathlib
+spec = importlib.util.find_spec('nvidia')
+roots = spec.submodule_search_locations if spec else ()
+print(':'.join(str(folder) for root in roots for folder in sorted(pathlib.Path(root).glob('*/lib'))), end='')"
+    find "$STASH/rtx" -name 'libtensorrt_rtx.so*' -printf ':%h' -quit 2> /dev/null
+    return 0
 }
 
 facts() {
     nvidia-smi || return 3
-    nvcc --version; compute-sanitizer --version; "$PYTHON" --version; uname -a
+    nvcc --version; compute-sanitizer --version; ncu --version; "$PYTHON" --version; uname -a; df -h "$STASH"; free -g
     "$PYTHON" -m pip list 2>/dev/null | grep -iE '^(torch|numpy|onnx|cuda|nvidia|tensorrt|pytest|hypothesis|pydantic)'
     return 0
 }
@@ -123,69 +82,109 @@ install_wheels() {
         "$STASH"/base/wheels/*.whl
 }
 
-build_plugins() {
-    local code; code=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .) || return 1
-    if [ -f "$STASH/base/tensorrt/NvInfer.h" ]; then
-        TENSORRT_INCLUDE="$STASH/base/tensorrt" "$PYTHON" plugins/build.py --code "$code"
-    else
-        cmake -S plugins -B build/plugins-kernels -G Ninja -DDMOE_CUDA=ON "-DDMOE_CUDA_CODE=$code" &&
-            cmake --build build/plugins-kernels && mkdir -p dmoe_export/lib &&
-            cp build/plugins-kernels/libdmoe_plugins.so dmoe_export/lib/ && echo "kernels only, no TensorRT headers"
-    fi
+libraries() {  # those that are there, else those that were carried, else built here: whichever these sources make
+    local code folder
+    code=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .) || return 1
+    for folder in dmoe_export/lib "$CARRY/lib"; do
+        "$PYTHON" benchmarks/device/libraries.py check "$folder" --code "$code" || continue
+        [ "$folder" = dmoe_export/lib ] || { mkdir -p dmoe_export/lib && cp "$folder"/* dmoe_export/lib/; } || return 1
+        return 0
+    done
+    TENSORRT_INCLUDE="$STASH/base/tensorrt" ONNXRUNTIME_INCLUDE="$STASH/base/onnxruntime" \
+        "$PYTHON" benchmarks/device/libraries.py build dmoe_export/lib --code "$code"
 }
 
-gpu_pytest() { "$PYTHON" -m pytest -m gpu -rs -p no:cacheprovider "$@"; }
+custom_ops() {  # both libraries are there, and ONNX Runtime takes ours; without them the product has no kernels here
+    "$PYTHON" -c "
+import onnxruntime as ort
+from dmoe_export.ops.plugin_library import find_library as plugins
+from dmoe_export.runtime.ort_custom_ops import find_library
+ort.SessionOptions().register_custom_ops_library(str(find_library()))
+print(f'ONNX Runtime {ort.__version__} takes {find_library()}; plugins build {plugins().build}')"
+}
+
+profile() {  # four product launches, each read in full; the table is in the log, the report beside it
+    command -v ncu || { echo "ncu is not on the PATH."; return 3; }
+    ncu --set full --clock-control none --kernel-name regex:product_kernel --launch-count 4 --force-overwrite \
+        --export "$STASH/ncu" "$PYTHON" benchmarks/device/ncu_target.py || return $?
+    ncu --import "$STASH/ncu.ncu-rep" --page details &&
+        find "$STASH/ncu.ncu-rep" -size -16M -exec cp {} "$OUT/" \;
+}
+
+tests() { "$PYTHON" -m pytest -m gpu -rs -p no:cacheprovider "$@"; }
+
+generate() {  # precision, options
+    PROOF='ms' SHOWN=16 step "generate-$1" 200 "$PYTHON" benchmarks/gpu_generate.py --layers "$LAYERS" \
+        --precision "$1" --out "$OUT" --work "$STASH/work" "${@:2}"
+    rm -rf "$STASH/work/$1"
+}
+
+run() {  # the steps of these names
+    local name gpu=tests/gpu
+    for name in "$@"; do case $name in
+        smoke) SHOWN=20 PROOF='TB/s' step smoke 60 "$PYTHON" benchmarks/gpu_smoke.py --out "$OUT" ;;
+        bench-quick) SHOWN=24 PROOF='TB/s' step "$name" 90 "$PYTHON" benchmarks/gpu_kernels.py --quick --out "$OUT" ;;
+        bench-kernels) SHOWN=24 PROOF='TB/s' step "$name" 180 "$PYTHON" benchmarks/gpu_kernels.py --out "$OUT" ;;
+        bench-residency) PROOF='.' step "$name" 70 "$PYTHON" benchmarks/gpu_residency.py --out "$OUT" ;;
+        test-kernels) PROOF='[0-9]+ passed' step "$name" 180 bash -c "OMP_NUM_THREADS=2 tests -n 6 -v --durations=10 \
+            $gpu/test_gpu_kernels.py tests/test_device_gpu.py" ;;
+        test-residency) PROOF='[0-9]+ passed' step "$name" 60 bash -c "tests -v $gpu/test_gpu_residency.py" ;;
+        memcheck | racecheck | initcheck | synccheck)
+            PROOF='[0-9]+ passed' step "$name" 90 bash -c "tests -v $gpu/test_gpu_sanitizer.py -k $name" ;;
+        ncu) SHOWN=12 PROOF='product_kernel' step "$name" 120 bash -c profile ;;
+        unpack-ort) PROOF=CUDAExecutionProvider step "$name" 90 bash -c "unpack ort onnxruntime" && use ort ;;
+        test-custom-ops) PROOF='[0-9]+ passed' step "$name" 100 bash -c "OMP_NUM_THREADS=2 tests -n 4 -v \
+            $gpu/test_gpu_ort_custom_ops.py" ;;
+        test-generation) PROOF='[0-9]+ passed' step "$name" 180 bash -c "OMP_NUM_THREADS=2 tests -n 4 -v \
+            $gpu/test_gpu_generation.py -k onnxruntime" ;;
+        generate-fp16) generate fp16 --profile 3 ;;
+        generate-int8 | generate-int4) generate "${name#generate-}" ;;
+        cli-export) step "$name" 60 "$PYTHON" -m dmoe_export export samples/tiny-dmoe --precision fp16 --force \
+            --out "$STASH/sample.bundle" ;;
+        # As a user would: nothing names CUDA's libraries but the package itself.
+        cli-generate) PROOF='[a-z]' step "$name" 60 env -u LD_LIBRARY_PATH "$PYTHON" -m dmoe_export generate \
+            "$STASH/sample.bundle" --prompt "tom has 12 apples and buys 7 more. how many apples does tom have?" \
+            --max-new-tokens 32 --backend onnxruntime-cuda ;;
+        unpack-rtx) PROOF=tensorrt step "$name" 90 bash -c "unpack rtx tensorrt_rtx" && use rtx ;;
+        rtx-finding) SHOWN=30 PROOF='[0-9]+ passed' step "$name" 220 bash -c "tests -v $gpu/test_gpu_generation.py \
+            -k rtx_engines" ;;
+        *) echo "There is no step $name."; exit 2 ;;
+    esac; done
+}
+
+use() {  # name: steps from here on import it, and find what it links
+    export PYTHONPATH="$STASH/$1:$PYTHONPATH" LD_LIBRARY_PATH
+    LD_LIBRARY_PATH=$(library_folders)
+}
 
 prepare() {
     : "${OUT:?set OUT to the folder for results}"
     mkdir -p "$OUT" "$STASH" && OUT=$(cd "$OUT" && pwd)
-    records=()
-    export OUT STASH PYTHON PYTHONUNBUFFERED=1 DMOE_GPU_RESULTS=$OUT
-    export -f facts install_wheels build_plugins gpu_pytest unpack
+    export OUT STASH CARRY PYTHON PYTHONUNBUFFERED=1 DMOE_GPU_RESULTS=$OUT DMOE_REQUIRE_CUSTOM_OPS=1
+    export -f facts install_wheels libraries custom_ops profile tests unpack library_folders
     export PYTHONPATH="$STASH/site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
     keep
     SHOWN=30 step facts 40 bash -c facts || { echo "No NVIDIA GPU answers here."; exit 3; }
     step wheels 60 bash -c install_wheels
-    step build 240 bash -c build_plugins
+    step libraries 240 bash -c libraries
+    step custom-ops 60 bash -c custom_ops || echo "WITHOUT OUR CUSTOM OPS the product does not reach its kernels here."
 }
 
-first() {
-    prepare
-    step test-kernels 200 bash -c 'gpu_pytest tests/gpu/test_gpu_kernels.py tests/test_device_gpu.py'
-    step bench-kernels 150 "$PYTHON" benchmarks/gpu_kernels.py --out "$OUT"
-    step test-sanitizer 180 bash -c 'gpu_pytest tests/gpu/test_gpu_sanitizer.py'
-    step test-generation 90 bash -c 'gpu_pytest tests/gpu/test_gpu_generation.py tests/gpu/test_gpu_ort_custom_ops.py'
+pack_here() {
+    # shellcheck source=benchmarks/device/pack.sh
+    . benchmarks/device/pack.sh
+    pack "$@"
 }
 
-engines() {
-    prepare
-    local what
-    for what in rtx ort; do
-        [ -f "$STASH/base/$what.parts" ] || continue  # not packed: the tests say what is missing
-        if [ -d "$STASH/$what" ] || step "unpack-$what" 90 bash -c "unpack $what"; then
-            PYTHONPATH="$STASH/$what:$PYTHONPATH"
-        fi
-    done
-    # The wheel has its libraries beside the bindings; name them, as their packages do on an ordinary installation.
-    local libs; libs=$(find "$STASH/rtx" -name 'libtensorrt_rtx.so*' -printf '%h\n' 2>/dev/null | head -1)
-    export LD_LIBRARY_PATH="${libs:+$libs:}${LD_LIBRARY_PATH:-}"
-    step test-generation 240 bash -c 'gpu_pytest tests/gpu/test_gpu_generation.py tests/gpu/test_gpu_ort_custom_ops.py'
-    SHOWN=12 step bench-generate 280 "$PYTHON" benchmarks/gpu_generate.py --layers "${LAYERS:-2}" --out "$OUT" \
-        --work "$STASH/work"
-    rm -rf "$STASH/work"
-}
-
-case ${1:-} in
-    pack) shift; pack "$@"; exit ;;
-    keep) keep; ls "$STASH/parts"; exit ;;
-    first | engines) "$1" ;;
+verb=${1:-}; shift || true
+case $verb in
+    pack) pack_here "$@"; exit ;;
+    keep) keep; ls -l "$STASH/parts"; exit ;;
+    first) prepare; if (($#)); then run "$@"; else run "${FIRST[@]}"; fi ;;
+    engines) prepare; if (($#)); then run "$@"; else run "${ENGINES[@]}"; fi
+        # Where all of its parts are here, no other call is to come for it.
+        (($#)) || ! all_parts rtx || run "${RTX[@]}" ;;
+    rtx) prepare; run "${RTX[@]}" ;;
     *) sed -n '2,21p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac
-"$PYTHON" - "$OUT" <<'PY'
-import json, pathlib, sys
-for entry in json.loads((pathlib.Path(sys.argv[1]) / "steps.json").read_text()):
-    print(f"{entry['step']:<18} {entry['state']:<16} {entry['seconds']:>4} s")
-PY
-table=$(sed -n '/device copy .* TB\/s/,/^==/p;/milliseconds per forward/,/^==/p' "$OUT/log.txt" | grep -v '^==')
-[ -n "$table" ] && echo "$table"
-exit "$failed"
+finish

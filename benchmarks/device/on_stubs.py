@@ -1,0 +1,44 @@
+"""The unpacked onnxruntime-gpu opens a bundle on its CUDA provider, with our custom ops, on stubs of CUDA's libraries.
+
+    python benchmarks/device/on_stubs.py STUBS.json BUNDLE OUT.json
+
+STUBS.json: what tests/cuda_stubs/prepare.py printed. Kernels do nothing there, so this says that slimming, packing and
+unpacking left a provider that takes the graph, and nothing of results. Exit code 1 and a sentence when it does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA = "CUDAExecutionProvider"
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("stubs", "bundle", "out"):
+        parser.add_argument(name, type=Path)
+    chosen = parser.parse_args()
+    made = json.loads(chosen.stubs.read_text())
+    subprocess.run([sys.executable, ROOT / "tests" / "cuda_stubs" / "drive.py", chosen.bundle, "--out", chosen.out],
+                   check=True, env={**os.environ, **made})
+    found = json.loads(chosen.out.read_text())
+    for name, run in {**found["runs"], "batch": found["batch"]}.items():
+        if not run["placement"].get(CUDA) or run["violations"]:
+            sys.exit(f"{name}: nodes {run['placement']}, violations {run['violations']}")
+    plain, recorded = found["runs"]["custom ops"], found["runs"]["custom ops, recorded"]["graphs"]
+    ours, bodies = (found["runs"][name]["step"]["operations"] for name in ("custom ops", "bodies"))
+    if recorded["off"] or not recorded["replayed"] or ours >= bodies:
+        sys.exit(f"recorded steps: {recorded}; operations of a step: {ours} with custom ops, {bodies} with bodies")
+    print(f"ONNX Runtime {found['onnxruntime']} on stubs: nodes {plain['placement']}, {ours} operations a step with "
+          f"custom ops and {bodies} with bodies, {recorded['replayed']} steps replayed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Make an unpacked onnxruntime-gpu small enough to be carried: machine code of one GPU, files that a session needs.
+
+    python benchmarks/slim_onnxruntime.py SITE [--code 90]
+
+SITE: a folder with onnxruntime/ in it; changed in place. Standard library only.
+
+The CUDA provider holds its kernels in the section .nv_fatbin: containers, each with one entry per GPU generation. Here
+a container keeps its entries of one compute capability and says that it is that long; the rest is zeros, which take no
+room in an archive. Nothing moves in the file, so whatever points to a container stays right, and a container is again
+what nvcc writes for one generation. A container without such an entry stays whole: CUDA says the same of it as before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import struct
+import sys
+from collections import Counter
+from pathlib import Path
+
+PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
+# What opening and running a session never looks at, the largest first.
+NOT_NEEDED = ("capi/libonnxruntime.so*", "transformers", "quantization", "tools", "ThirdPartyNotices.txt",
+              "capi/libonnxruntime_providers_tensorrt.so", "datasets", "**/__pycache__")
+_CONTAINER, _ELF, _PTX = 0xBA55ED50, 2, 1
+
+
+class SlimError(Exception):
+    """The file is not what this program understands; one sentence."""
+
+
+def section(data: bytes | bytearray, wanted: str) -> tuple[int, int]:
+    """Offset and size of a section of a 64-bit ELF file."""
+    if bytes(data[:6]) != b"\x7fELF\x02\x01":
+        raise SlimError("This is no 64-bit little-endian ELF file.")
+    table, = struct.unpack_from("<Q", data, 40)
+    size, count, names_at = struct.unpack_from("<HHH", data, 58)
+    headers = [struct.unpack_from("<IIQQQQ", data, table + i * size) for i in range(count)]
+    names = headers[names_at][4]
+    for name, _, _, _, offset, length in headers:
+        if data[names + name:data.index(b"\0", names + name)] == wanted.encode():
+            return offset, length
+    raise SlimError(f"The file has no section {wanted}.")
+
+
+def containers(data: bytes | bytearray) -> list[tuple[int, int, list[tuple[int, int, int, int]]]]:
+    """Start, length of the header, and entries (offset, length, kind, compute capability) of every container."""
+    start, size = section(data, ".nv_fatbin")
+    found, at, end = [], start, start + size
+    while at < end:
+        magic, _, header, length = struct.unpack_from("<IHHQ", data, at)
+        if magic == 0 and not any(data[at:at + 8]):  # room that was left free
+            at += 8
+            continue
+        if magic != _CONTAINER or at + header + length > end:
+            raise SlimError(f"At {at:#x}, .nv_fatbin is not what this program knows (magic {magic:#x}).")
+        entries, entry = [], at + header
+        while entry < at + header + length:
+            kind, _, head, payload = struct.unpack_from("<HHIQ", data, entry)
+            code, = struct.unpack_from("<I", data, entry + 28)
+            if kind not in (_ELF, _PTX) or not 32 <= head <= 1024:
+                raise SlimError(f"At {entry:#x}, an entry of .nv_fatbin is of kind {kind}, its header {head} bytes.")
+            entries.append((entry, head + payload, kind, code))
+            entry += head + payload
+        if entry != at + header + length:
+            raise SlimError(f"At {at:#x}, the entries of a container are longer than it says.")
+        found.append((at, header, entries))
+        at = entry
+    return found
+
+
+def trim(data: bytearray, code: int) -> Counter[str]:
+    """Keep one compute capability's machine code; what was kept, in entries and bytes. Raises SlimError."""
+    said: Counter[str] = Counter()
+    for at, header, entries in containers(data):
+        kept = [entry for entry in entries if entry[2:] == (_ELF, code)]
+        said["containers"] += 1
+        if not kept:
+            said["left whole"] += 1
+            said["bytes"] += sum(length for _, length, *_ in entries)
+            continue
+        body = b"".join(bytes(data[offset:offset + length]) for offset, length, *_ in kept)
+        room = sum(length for _, length, *_ in entries)
+        data[at + header:at + header + room] = body + bytes(room - len(body))
+        struct.pack_into("<Q", data, at + 8, len(body))
+        said["kept"] += len(kept)
+        said["dropped"] += len(entries) - len(kept)
+        said["bytes"] += len(body)
+    if not said["kept"]:
+        raise SlimError(f"No container has machine code for compute capability {code}.")
+    return said
+
+
+def slim(site: Path, code: int) -> str:
+    """A folder with onnxruntime/ in it, in place; what was done, in one line. Raises SlimError."""
+    provider = site / PROVIDER
+    if not provider.is_file():
+        raise SlimError(f"{site} has no {PROVIDER}; it is to be onnxruntime-gpu, unpacked.")
+    data = bytearray(provider.read_bytes())
+    said = trim(data, code)
+    provider.write_bytes(data)
+    for pattern in NOT_NEEDED:
+        for path in sorted((site / "onnxruntime").glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return (f"{said['kept']} of {said['kept'] + said['dropped']} pieces of machine code kept for compute capability "
+            f"{code}, {said['left whole']} of {said['containers']} containers have none and stay whole; "
+            f"{said['bytes'] / 1e6:.1f} MB of machine code in all")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("site", type=Path)
+    parser.add_argument("--code", type=int, default=90, help="compute capability, such as 90 [90]")
+    chosen = parser.parse_args()
+    try:
+        print(slim(chosen.site, chosen.code))
+    except (SlimError, OSError) as problem:
+        sys.exit(f"[slim] {problem}")
