@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -78,6 +79,14 @@ def test_the_accuracy_page_has_the_limits_of_the_check():
         shown = [float(cell.rstrip(" %")) if cell != "–" else None for cell in cells]
         assert shown == [limits.cosine, limits.norm, limits.sequence_cosine, limits.sequence_norm,
                          pytest.approx(limits.agreement * 100), limits.atol]
+
+
+def test_the_gpu_page_has_the_predictions_of_the_programs():
+    page = (REPOSITORY / "docs" / "gpu.md").read_text(encoding="utf-8")
+    predicted = json.loads((REPOSITORY / "benchmarks" / "predictions.json").read_text())
+    rows = predicted["experts"]["rows"] + predicted["step"]["rows"]
+    missing = [row for row in rows if f"| {row['low']:g} … {row['high']:g} |" not in page]
+    assert rows and not missing
 
 
 def test_every_kind_of_error_with_words_is_an_exit_code_of_the_page():
