@@ -55,16 +55,19 @@ def test_an_installation_has_one_onnx_runtime(project):
     assert version_of("onnxruntime") == version_of("onnxruntime-gpu")
 
 
-@pytest.mark.parametrize(("verb", "code"), [("--help", 0), ("inspect", 0), ("generate", 3)])
-def test_without_onnx_runtime(half_sample_bundle, tmp_path, verb, code):
+NOT_THERE = "import sys\nsys.modules['onnxruntime'] = None\n"
+HOLLOW = "import sys, types\nsys.modules['onnxruntime'] = types.ModuleType('onnxruntime')\n"
+MISSING = "ONNX Runtime is not installed; run: pip install 'dmoe-export[cpu]'"
+IN_PART = "installed in part (two packages share its folder, and one was removed); run: pip uninstall"
+
+
+@pytest.mark.parametrize(("state", "verb", "sentence"), [
+    (NOT_THERE, "inspect", ""), (NOT_THERE, "generate", MISSING), (HOLLOW, "generate", IN_PART)])
+def test_without_onnx_runtime(half_sample_bundle, tmp_path, state, verb, sentence):
     """What needs no model goes on; what does ends in one sentence."""
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['onnxruntime'] = None\n")
-    folder = half_sample_bundle.folder
-    more = {"--help": [], "inspect": [folder], "generate": [folder, "--prompt", "x"]}
-    run = subprocess.run([sys.executable, "-m", "dmoe_export", verb, *more[verb]], capture_output=True, text=True,
-                         env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False)
-    assert run.returncode == code, run.stderr
-    assert (run.stderr == "") == (code == 0)
-    if code:
-        assert "ONNX Runtime is not installed; run: pip install 'dmoe-export[cpu]'" in run.stderr
-        assert run.stderr.count("\n") == 1
+    (tmp_path / "sitecustomize.py").write_text(state)
+    more = ["--prompt", "x"] if verb == "generate" else []
+    run = subprocess.run([sys.executable, "-m", "dmoe_export", verb, half_sample_bundle.folder, *more], text=True,
+                         capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False)
+    assert run.returncode == (3 if sentence else 0), run.stderr
+    assert sentence in run.stderr and run.stderr.count("\n") == bool(sentence)

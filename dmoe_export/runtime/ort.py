@@ -12,6 +12,8 @@ from typing import Any
 
 from ..errors import MissingRequirementError
 
+_INSTALL = "pip install 'dmoe-export[cpu]', or 'dmoe-export[gpu]' for an NVIDIA GPU"
+
 
 class _OnnxRuntime:
     """Stands for the module: its attributes are the module's."""
@@ -25,12 +27,15 @@ class _OnnxRuntime:
 
 def _module() -> ModuleType:
     try:
-        return importlib.import_module("onnxruntime")
+        module = importlib.import_module("onnxruntime")
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise
-        raise MissingRequirementError("ONNX Runtime is not installed; run: pip install 'dmoe-export[cpu]', or "
-                                      "'dmoe-export[gpu]' for an NVIDIA GPU.") from None
+        raise MissingRequirementError(f"ONNX Runtime is not installed; run: {_INSTALL}.") from None
+    if not hasattr(module, "InferenceSession"):  # a folder that an uninstalled package left
+        raise MissingRequirementError("ONNX Runtime is installed in part (two packages share its folder, and one was "
+                                      f"removed); run: pip uninstall -y onnxruntime onnxruntime-gpu && {_INSTALL}.")
+    return module
 
 
 ort: Any = _OnnxRuntime()
