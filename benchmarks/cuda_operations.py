@@ -32,15 +32,13 @@ SMALL = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 128, "num_a
 
 def count(layers: int, work: Path) -> dict[str, Any]:
     """Export, run on the stubs, and what drive.py found. Raises Unavailable where something is not to be had."""
-    import onnxruntime
-
     from dmoe_export import export_checkpoint
     from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
 
     sys.path.insert(0, str(STUBS))
     from prepare import prepare  # type: ignore[import-not-found]
 
-    environment = prepare(ROOT / "build" / "cuda-stubs", onnxruntime.__version__)
+    environment = prepare(ROOT / "build" / "cuda-stubs")
     write_synthetic(work / "model", GEOMETRIES["llada2.0-mini"] | SMALL | {"num_hidden_layers": layers}, merged=True)
     bundle = export_checkpoint(work / "model", work / "model.bundle", precision="fp16")
     subprocess.run([sys.executable, STUBS / "drive.py", bundle.folder, "--out", work / "found.json"], check=True,

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
-from cuda_stubs.prepare import Unavailable, prepare
+from cuda_stubs.prepare import Unavailable, prepare, pinned_version
 
 from dmoe_export.runtime.nvidia_libraries import nvidia_folders
 from dmoe_export.runtime.onnxruntime_cuda import SHAPE_OPS
@@ -32,7 +31,7 @@ REPLAYED = {"cudaMemcpyAsync": 2, "cudaGraphLaunch": 1, "cudaStreamSynchronize":
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     try:
-        made = prepare(HERE.parent / "build" / "cuda-stubs", onnxruntime.__version__)
+        made = prepare(HERE.parent / "build" / "cuda-stubs")
     except Unavailable as error:
         pytest.skip(str(error))
     return {**{name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}, **made}
@@ -57,7 +56,7 @@ def sample(driven, half_sample_bundle) -> dict[str, Any]:
 
 
 def test_the_stubs_know_cuda_s_rules(sample):
-    assert sample["onnxruntime"] == onnxruntime.__version__
+    assert sample["onnxruntime"] == pinned_version()
     wait, host, other, fine = (sample["rules"][name] for name in ("wait", "host copy", "other stream", "device copy"))
     assert "failed due to a previous error during capture" in wait and "on another stream than the one" in other
     assert "would copy from the host's memory 1 times" in host and fine == ""

@@ -1,10 +1,10 @@
 """What the real CUDA provider of ONNX Runtime needs to run on stubs: the package, the stubs, our custom ops on them.
 
-    python tests/cuda_stubs/prepare.py --out FOLDER [--site FOLDER] [--version 1.31.1]
+    python tests/cuda_stubs/prepare.py --out FOLDER [--site FOLDER]
 
-`--site`: a folder that has onnxruntime-gpu already; without one it is installed from the package index into a folder of
-its own, so that the CPU's package stays what it is. Prints the environment variables of a process that uses them, as
-JSON. Standard library only. What is there is not made again.
+`--site`: a folder that has onnxruntime-gpu already; without one the version of constraints.txt is installed from the
+package index into a folder of its own, so that the CPU's package stays what it is. Prints the environment variables of
+a process that uses them, as JSON. Standard library only. What is there is not made again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,8 +30,14 @@ class Unavailable(Exception):
     """Something is not to be had on this machine; one sentence."""
 
 
-def prepare(out: Path, version: str = "", site: Path | None = None) -> dict[str, str]:
+def pinned_version() -> str:
+    """Of onnxruntime-gpu, in constraints.txt."""
+    return re.findall(r"^onnxruntime-gpu==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[0]
+
+
+def prepare(out: Path, site: Path | None = None) -> dict[str, str]:
     """The environment of a process on the stubs. Raises Unavailable; one process makes it, others wait."""
+    version = pinned_version()
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -111,10 +118,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--site", type=Path)
-    parser.add_argument("--version", default="1.31.1")
     chosen = parser.parse_args()
     try:
-        made = prepare(chosen.out.resolve(), chosen.version, chosen.site and chosen.site.resolve())
-        print(json.dumps(made, indent=1))
+        print(json.dumps(prepare(chosen.out.resolve(), chosen.site and chosen.site.resolve()), indent=1))
     except Unavailable as problem:
         sys.exit(f"[cuda-stubs] {problem}")
