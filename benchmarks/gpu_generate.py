@@ -1,135 +1,208 @@
-"""Time of a denoise step through every backend of this GPU, at LLaDA2.0-mini's size: dMoE against token routing.
+"""Time of a denoise step through every backend of this GPU, at LLaDA2.0-mini's size, beside the prediction.
 
-    python benchmarks/gpu_generate.py [--layers 4] [--work FOLDER] [--out FOLDER]
+    python benchmarks/gpu_generate.py [--layers 6] [--precision fp16] [--work FOLDER] [--out FOLDER] [--profile 3]
 
-Weights are random and made here, so text and coresets mean nothing: `top_p` routing runs with p = 0 and a guard of 15,
-which gives coresets of exactly 15 experts (a block of dMoE-16B has 14.6), and token routing spreads over more experts
-than a trained model's; the unique experts of every run are in the result. Writes gpu_generate_<device>_<date>.json.
-Without a GPU: one sentence, exit code 3 (`--cpu` runs the CPU backend instead, to try the program).
+Weights are random and made here, so text and coresets mean nothing: p = 0 and a guard of 15 give coresets of exactly 15
+experts (a block of dMoE-16B has 14.6); a guard of all experts lets each token choose as token routing does, which
+spreads over more experts than in a trained model. The unique experts of every run are in the result. Every entry is
+kept as soon as it is there; runs of a day add up in gpu_generate_<device>_<date>.json. Exit code 1 when a run broke (or
+when DMOE_REQUIRE_CUSTOM_OPS=1 and the custom ops were missing). Without a GPU: one sentence, exit code 3 (`--cpu` runs
+the CPU backend instead, to try the program).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import json
+import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpu_common import LIBRARY, RESULTS, KernelLibrary, describe_device, describe_run, require_gpu, write_result
+from gpu_bundle import random_bundle
+from gpu_common import (
+    LIBRARY,
+    RESULTS,
+    KernelLibrary,
+    describe_device,
+    describe_run,
+    require_gpu,
+    result_path,
+    write_result,
+)
+from gpu_findings import append_finding
+from gpu_outcome import against, predicted_step, said
 
-ROUTINGS: dict[str, dict[str, Any]] = {"top_p": {"coreset_top_p": 0.0, "min_experts": 15}, "token": {}}
+CORESETS = ("15", "all")
+KEY = ("geometry", "layers", "precision", "coreset", "backend")  # what one run of a file replaces
+OPS = ("onnxruntime-cuda ops, CUDA graphs", "onnxruntime-cuda ops")
+Opener = Callable[[], Any]
 
 
-def write_bundle(folder: Path, geometry: str, layers: int, routing: Any, precision: Any) -> Any:
-    """A bundle of random weights; the checkpoint is made once per folder."""
-    import torch
-
-    from dmoe_export import export_checkpoint
-    from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
-
-    checkpoint = folder / f"{geometry}-{layers}"
-    if not (checkpoint / "config.json").exists():
-        config = GEOMETRIES[geometry] | {"num_hidden_layers": layers}
-        write_synthetic(checkpoint, config, dtype=torch.float16 if precision == "fp16" else torch.float32, merged=True)
-    return export_checkpoint(checkpoint, folder / f"{geometry}-{layers}-{routing}.bundle", routing=routing,
-                             precision=precision, overwrite=True)
+def coreset_settings(bundle: Any, coreset: str) -> dict[str, Any]:
+    """Options of `generate` for so many experts a block, or `all`."""
+    experts = bundle.manifest.model.moe.num_experts
+    return {"coreset_top_p": 0.0, "min_experts": experts if coreset == "all" else min(int(coreset), experts)}
 
 
-def backends(bundle: Any, device: Any, context: int) -> Iterator[tuple[str, Callable[[], Any] | str]]:
-    """Name and opener of each backend, or the sentence why there is none."""
+def backends(bundle: Any, device: Any, context: int) -> Iterator[tuple[str, Opener | str]]:
+    """Name and opener of each backend, what matters most first; or the sentence why there is none."""
+    from dmoe_export.errors import DmoeError
     from dmoe_export.runtime.onnxruntime_cuda import open_onnxruntime_cuda
     from dmoe_export.runtime.tensorrt import open_tensorrt
 
-    yield "onnxruntime-cuda", lambda: open_onnxruntime_cuda(bundle, device)
+    yield OPS[0], lambda: open_onnxruntime_cuda(bundle, device, custom_ops="on")
+    yield OPS[1], lambda: open_onnxruntime_cuda(bundle, device, cuda_graphs=False, custom_ops="on")
+    yield "onnxruntime-cuda bodies", lambda: open_onnxruntime_cuda(bundle, device, cuda_graphs=False, custom_ops="off")
     try:
         built = build(bundle, device.target, context)
-    except Exception as error:  # whatever the reason, the other backends are still measured
-        yield "tensorrt", f"{type(error).__name__}: {error}"
+    except DmoeError as error:  # whatever the reason, it is one sentence
+        yield "tensorrt", str(error)
         return
     yield "tensorrt, CUDA graphs", lambda: open_tensorrt(built, device, True)
     yield "tensorrt, no graphs", lambda: open_tensorrt(built, device, False)
 
 
 def build(bundle: Any, target: str, context: int) -> Any:
-    """The bundle with an engine for this GPU."""
+    """The bundle with an engine for this GPU; raises at once where no TensorRT here can build for it."""
     from dmoe_export.bundle.engines import add_engine, engine_file
     from dmoe_export.bundle.reader import open_bundle
     from dmoe_export.engine.build import build_engine, plan_build
     from dmoe_export.engine.flavour import find_flavour
     from dmoe_export.engine.settings import BuildSettings
 
-    plan = plan_build(bundle, BuildSettings(targets=(target,), max_context=context), find_flavour())
+    flavour = find_flavour()
+    flavour.targets((target,))
+    plan = plan_build(bundle, BuildSettings(targets=(target,), max_context=context), flavour)
     with engine_file(bundle.folder, plan.file_name) as path:
         add_engine(bundle.folder, path, build_engine(plan, path))
     return open_bundle(bundle.folder, "sizes")
 
 
-def measure(bundle: Any, open_one: Callable[[], Any], prompt_tokens: int, blocks: int, steps: int,
+def measure(bundle: Any, backend: Any, prompt_tokens: int, blocks: int, steps: int,
             settings: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of prefill, denoise and commit forwards, as the loop sees them: copies and waiting included."""
     from dmoe_export.generator import Generator
 
-    start = time.perf_counter()
-    backend = open_one()
-    opened = time.perf_counter() - start
     generator = Generator(bundle, backend)
     n = backend.routing.block_length
     prompt = [5 + i % 80 for i in range(prompt_tokens)]
     # Fixed acceptance of one place in n / steps per step: every block takes all its steps, in every backend.
     options = {"max_new_tokens": blocks * n, "acceptance": "fixed", "steps": steps, "eos_id": -1, "early_stop": False}
+    graphs = getattr(backend, "graphs", None)
+    before = (graphs.recorded, graphs.replayed) if graphs else (0, 0)
     generator.generate([prompt], **options, **settings)  # warms up: shapes, graphs, kernels
     stats = generator.generate([prompt], **options, **settings)[0].stats
     forwards, seconds = stats.forwards_by_phase, stats.seconds_by_phase
-    result = {"open_seconds": opened, "forwards": dict(forwards), "unique_experts": stats.unique_experts,
-              "expert_bytes_touched": stats.expert_bytes_touched,
-              **{f"{phase}_ms": 1e3 * seconds[phase] / count for phase, count in forwards.items() if count}}
-    graphs = getattr(backend, "graphs", None)
-    if graphs is not None:
-        result["graphs"] = {"recorded": graphs.recorded, "replayed": graphs.replayed, "off": graphs.off}
-    return result
+    return {"forwards": dict(forwards), "unique_experts": stats.unique_experts,
+            "expert_bytes_touched": stats.expert_bytes_touched,
+            "placement": getattr(backend, "placement", {}),
+            "graphs": graphs and {"recorded": graphs.recorded - before[0], "replayed": graphs.replayed - before[1],
+                                  "off": graphs.off},  # warm-up included
+            **{f"{phase}_ms": 1e3 * seconds[phase] / count for phase, count in forwards.items() if count}}
 
 
-def run(result: dict[str, Any], work: Path, options: argparse.Namespace, device: Any) -> None:
-    """Fill `result["runs"]`, one entry per routing and backend."""
+def measure_backend(bundle: Any, open_one: Opener | str, options: argparse.Namespace, about: dict[str, Any],
+                    keep: Callable[[dict[str, Any]], None]) -> None:
+    """Open one backend and keep an entry for each coreset; `missing`: why there is none, `broke`: what went wrong."""
     from dmoe_export.errors import DmoeError
-    from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
 
-    for routing, settings in ROUTINGS.items():
+    try:
+        if isinstance(open_one, str):
+            return keep({**about, "coreset": "any", "missing": open_one})
         start = time.perf_counter()
-        bundle = write_bundle(work, options.geometry, options.layers, routing, options.precision)
-        exported = time.perf_counter() - start
-        guard = min(settings.get("min_experts", 0), bundle.manifest.model.moe.num_experts)
-        used = {**settings, "min_experts": guard} if settings else {}
-        context = options.prompt + (options.blocks + 1) * bundle.manifest.routing.block_length
-        every: Any = backends(bundle, device, context)
-        if options.cpu:
-            every = [("onnxruntime", lambda bundle=bundle: OnnxRuntimeBackend(bundle))]
-        for name, open_one in every:
-            entry = {"routing": routing, "settings": used, "backend": name, "export_seconds": exported}
-            try:
-                if isinstance(open_one, str):
-                    raise RuntimeError(open_one)
-                entry |= measure(bundle, open_one, options.prompt, options.blocks, options.steps, used)
-            except (DmoeError, RuntimeError) as error:
-                entry["missing"] = str(error)
-            result["runs"].append(entry)
+        backend = open_one()
+        opened = time.perf_counter() - start
+    except DmoeError as error:
+        return keep({**about, "coreset": "any", "missing": str(error)})
+    except Exception as error:  # the other backends are still measured, and the exit code tells
+        return keep({**about, "coreset": "any", "broke": f"{type(error).__name__}: {error}"})
+    for coreset in CORESETS:
+        settings = coreset_settings(bundle, coreset)
+        entry = {**about, "coreset": coreset, "settings": settings, "open_seconds": opened}
+        try:
+            entry |= measure(bundle, backend, options.prompt, options.blocks, options.steps, settings)
+        except Exception as error:
+            entry["broke"] = f"{type(error).__name__}: {error}"
+        keep(entry)
+    return None
 
 
-def table(result: dict[str, Any]) -> str:
-    """What to read first."""
-    lines = [f"{result['device']['name']}, {result['geometry']} with {result['layers']} layers, {result['precision']}: "
-             "milliseconds per forward"]
-    for r in result["runs"]:
-        if "missing" in r:
-            lines.append(f"{r['routing']:>6} {r['backend']:<22} {r['missing']}")
-        else:
-            lines.append(f"{r['routing']:>6} {r['backend']:<22} denoise {r['denoise_ms']:8.2f}  commit "
-                         f"{r.get('commit_ms', float('nan')):8.2f}  prefill {r.get('prefill_ms', float('nan')):8.2f}  "
-                         f"{r['unique_experts']:6.1f} experts")
+def run(work: Path, options: argparse.Namespace, device: Any, keep: Callable[[dict[str, Any]], None]) -> None:
+    """All backends, each closed before the next; then the profile."""
+    bundle, made = random_bundle(work, options.geometry, options.layers, options.precision)
+    print(f"bundle: {json.dumps(made)}", flush=True)
+    context = options.prompt + (options.blocks + 1) * bundle.manifest.routing.block_length
+    every: Any = backends(bundle, device, context)
+    if options.cpu:
+        from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
+
+        every = [("onnxruntime", lambda: OnnxRuntimeBackend(bundle))]
+    about = {"geometry": options.geometry, "layers": options.layers, "precision": options.precision,
+             "prompt_tokens": options.prompt, "blocks": options.blocks, "steps": options.steps, "bundle": made}
+    for name, open_one in every:
+        measure_backend(bundle, open_one, options, {**about, "backend": name}, keep)
+        gc.collect()  # its weights leave the device
+    if options.profile:
+        keep({**about, "backend": "profile", "coreset": "15", **profile(bundle.folder, work, options.profile)})
+
+
+def profile(bundle: Path, work: Path, steps: int) -> dict[str, Any]:
+    """gpu_profile.py's result; a process of its own, in which launches wait."""
+    out = work / "profile.json"
+    script = Path(__file__).with_name("gpu_profile.py")
+    done = subprocess.run([sys.executable, script, bundle, "--steps", str(steps), "--out", out], text=True,
+                          capture_output=True, check=False)
+    if done.returncode:
+        return {"broke": f"gpu_profile.py ended with {done.returncode}: {(done.stderr.splitlines() or [''])[-1]}"}
+    print(done.stdout, flush=True)
+    return {"profile": json.loads(out.read_text())}
+
+
+def add_entry(result: dict[str, Any], folder: Path, entry: dict[str, Any]) -> None:
+    """Keep an entry at once: in the result and its file, as a finding, and on the screen."""
+    if "denoise_ms" in entry:
+        entry |= against(entry["denoise_ms"], predicted_step(result["device"]["name"], entry))
+    result["runs"] = [old for old in result["runs"] if not _replaced(old, entry)] + [entry]
+    write_result(result, folder)
+    append_finding(folder, "generate " + " ".join(str(entry[k]) for k in KEY), entry)
+    print(line(entry), flush=True)
+
+
+def _replaced(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return all(old[k] == new[k] or (k, old[k]) == ("coreset", "any") for k in KEY)
+
+
+def line(r: dict[str, Any]) -> str:
+    """An entry in words."""
+    head = f"{r['precision']} coreset {r['coreset']:>3} {r['backend']:<34}"
+    for why in ("missing", "broke"):
+        if why in r:
+            return f"{head} {why}: {r[why]}"
+    if "profile" in r:
+        return f"{head} {r['profile']['nodes_us']:.0f} us of nodes"
+    text = (f"{head} denoise {r['denoise_ms']:7.2f} ms, commit {r.get('commit_ms', float('nan')):7.2f}, prefill "
+            f"{r.get('prefill_ms', float('nan')):7.2f}, {r['unique_experts']:.1f} experts, nodes {r['placement']}")
+    if r["graphs"]:
+        text += f", graphs {r['graphs']}"
+    return text + ("; " + said(r["denoise_ms"], tuple(r["predicted"]), "ms") if "predicted" in r else "")
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """What to read first: all lines, and what a coreset brings."""
+    lines = [line(r) for r in runs]
+    of = {tuple(r[k] for k in KEY): r["denoise_ms"] for r in runs if "denoise_ms" in r}
+    for key, ms in of.items():
+        dmoe = of.get((*key[:3], CORESETS[0], key[4]))
+        if key[3] == "all" and dmoe:
+            lines.append(f"{key[2]} {key[4]}: a step of all experts takes {ms / dmoe:.2f} times one of a coreset")
     return "\n".join(lines)
 
 
@@ -137,12 +210,14 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", default="llada2.0-mini")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--precision", choices=["fp16", "fp32"], default="fp16")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--precision", choices=["fp16", "fp32", "int8", "int4"], default="fp16")
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens [128]")
     parser.add_argument("--blocks", type=int, default=3, help="blocks to generate [3]")
     parser.add_argument("--steps", type=int, default=16, help="denoise steps per block [16]")
-    parser.add_argument("--work", type=Path, help="scratch folder, needs three times the model [a temporary one]")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="profile N denoise steps, by kind of node")
+    parser.add_argument("--work", type=Path, help="scratch folder, needs twice the model's size [a temporary one]; "
+                                                  "bundles that are there already are used again")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON [benchmarks/results]")
     parser.add_argument("--cpu", action="store_true", help="the CPU backend only")
     options = parser.parse_args()
@@ -156,15 +231,27 @@ def main() -> None:
         device = CudaDevice.open()
         about = describe_device(device)
     result = describe_run("gpu_generate", about, KernelLibrary(LIBRARY) if LIBRARY.is_file() else None)
-    result |= {"geometry": options.geometry, "layers": options.layers, "precision": options.precision,
-               "prompt_tokens": options.prompt, "blocks": options.blocks, "steps": options.steps, "runs": []}
+    path = result_path(result, options.out)
+    before = json.loads(path.read_text()) if path.is_file() else {"runs": [], "commands": []}
+    result |= {"runs": before["runs"], "commands": [*before["commands"], result["command"]]}
+    mine: list[dict[str, Any]] = []
+
+    def keep(entry: dict[str, Any]) -> None:
+        mine.append(entry)
+        add_entry(result, options.out, entry)
+
     with contextlib.nullcontext(options.work) if options.work else tempfile.TemporaryDirectory() as work:
         Path(work).mkdir(parents=True, exist_ok=True)
-        run(result, Path(work), options, device)
-    path = write_result(result, options.out)
-    print(f"{path}\n{table(result)}")
-    if all("missing" in entry for entry in result["runs"]):
-        raise SystemExit("No backend could be measured.")
+        run(Path(work), options, device, keep)
+    print(f"{path}, milliseconds per forward:\n{table(mine)}")
+    raise SystemExit(exit_code(mine))
+
+
+def exit_code(runs: list[dict[str, Any]]) -> int:
+    """1 when a run broke, when nothing could be measured, or when custom ops are required and were missing."""
+    required = os.environ.get("DMOE_REQUIRE_CUSTOM_OPS") == "1"
+    lost = [r for r in runs if "broke" in r or (required and "missing" in r and r["backend"] in OPS)]
+    return int(bool(lost) or not any("denoise_ms" in r for r in runs))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,168 @@
+"""gpu_generate.py and gpu_profile.py without a GPU: the CPU backend, the CPU provider on the stand-in for CUDA."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import gpu  # noqa: F401  puts the benchmarks on the path
+import gpu_bundle
+import gpu_generate
+import gpu_outcome
+import gpu_profile
+import pytest
+import torch
+from device_helpers import HostExecutor, host_backend
+from fake_cudart import HostDevice
+from safetensors import safe_open
+
+from dmoe_export.checkpoint.family import Checkpoint
+from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
+from dmoe_export.errors import MissingRequirementError
+from dmoe_export.runtime.device_backend import DeviceBackend
+from dmoe_export.runtime.device_memory import Pool
+from dmoe_export.runtime.onnxruntime_cuda import OnnxRuntimeExecutor
+
+OPTIONS = argparse.Namespace(geometry="tiny", layers=2, precision="fp16", prompt=32, blocks=2, steps=4, profile=0,
+                             cpu=False)
+RESULT = {"benchmark": "gpu_generate", "date": "2030-01-01T00:00", "device": {"name": "NVIDIA H100"}}
+
+
+def tensors(folder):
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return found
+
+
+def test_quick_checkpoints_are_like_the_others(tmp_path):
+    config = GEOMETRIES["tiny"]
+    write_synthetic(tmp_path / "slow", config, dtype=torch.float16, merged=True)
+    gpu_bundle.write_checkpoint(tmp_path / "quick", config, torch.float16)
+    slow, quick = tensors(tmp_path / "slow"), tensors(tmp_path / "quick")
+    assert {name: (x.shape, x.dtype) for name, x in quick.items()} == {n: (x.shape, x.dtype) for n, x in slow.items()}
+    assert Checkpoint(tmp_path / "quick").description == Checkpoint(tmp_path / "slow").description
+    for name, values in quick.items():
+        wanted = slow[name].float()
+        assert values.float().std().item() == pytest.approx(wanted.std().item(), rel=0.3, abs=1e-6), name
+        assert (values == 1).all() == (wanted == 1).all()
+
+
+def test_bundles_are_used_again(tmp_path, monkeypatch, tiny_bundle):
+    (tmp_path / "tiny-2-fp16.bundle").symlink_to(tiny_bundle.folder)
+    monkeypatch.setattr(gpu_bundle, "write_checkpoint", None)
+    bundle, made = gpu_bundle.random_bundle(tmp_path, "tiny", 2, "fp16")
+    assert bundle.manifest == tiny_bundle.manifest and made == {"reused": True}
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path, tiny_bundle):
+    """`measured(backends)`: entries, and the result's file."""
+
+    def measured(every):
+        monkeypatch.setattr(gpu_generate, "random_bundle", lambda *_: (tiny_bundle, {"reused": True}))
+        monkeypatch.setattr(gpu_generate, "backends", lambda *_: iter(every))
+        result = {**RESULT, "runs": []}
+        entries = []
+        gpu_generate.run(tmp_path, OPTIONS, None,
+                         lambda entry: (entries.append(entry), gpu_generate.add_entry(result, tmp_path, entry)))
+        assert json.loads((tmp_path / "gpu_generate_h100_2030-01-01.json").read_text()) == result
+        return entries, result
+
+    return measured
+
+
+def test_every_backend_has_its_entries(measured, tiny_bundle, monkeypatch, capsys):
+    def absent():
+        raise MissingRequirementError("There is none.")
+
+    def broken():
+        raise ValueError("what nobody thought of")
+
+    entries, result = measured([
+        ("onnxruntime-cuda ops, CUDA graphs", lambda: host_backend(tiny_bundle, cuda_graphs=True)),
+        ("onnxruntime-cuda ops", absent), ("tensorrt", "TensorRT cannot build for it.")])
+    assert [(e["backend"], e["coreset"]) for e in entries] == [
+        ("onnxruntime-cuda ops, CUDA graphs", "15"), ("onnxruntime-cuda ops, CUDA graphs", "all"),
+        ("onnxruntime-cuda ops", "any"), ("tensorrt", "any")]
+    first, both, none, tensorrt = entries
+    assert first["placement"] == {"CPUExecutionProvider": first["placement"]["CPUExecutionProvider"]}
+    assert first["graphs"]["replayed"] > 0 and first["graphs"]["off"] == "" and first["forwards"]["denoise"] == 8
+    assert first["unique_experts"] <= 15 and both["settings"]["min_experts"] == 16 and first["denoise_ms"] > 0
+    assert none["missing"] == "There is none." and tensorrt["missing"] == "TensorRT cannot build for it."
+    text = gpu_generate.table(entries)
+    assert "a step of all experts takes" in text and "missing: There is none." in text
+    assert len(gpu_outcome.generate_table(result)) == 4 + 4
+    assert gpu_generate.exit_code(entries) == 0
+    monkeypatch.setenv("DMOE_REQUIRE_CUSTOM_OPS", "1")
+    assert gpu_generate.exit_code(entries) == 1, "custom ops are required and were missing"
+    monkeypatch.delenv("DMOE_REQUIRE_CUSTOM_OPS")
+    entries, _ = measured([("onnxruntime-cuda ops", broken)])
+    assert gpu_generate.exit_code(entries) == 1 and "broke: ValueError: what nobody" in capsys.readouterr().out
+
+
+def test_entries_replace_those_of_their_kind(tmp_path):
+    result = {**RESULT, "runs": []}
+    base = {"geometry": "llada2.0-mini", "layers": 6, "precision": "fp16", "backend": "onnxruntime-cuda ops"}
+    ran = {"unique_experts": 15.0, "placement": {}, "graphs": None}
+    for entry in ({**base, "coreset": "any", "missing": "x"}, {**base, "coreset": "15", "denoise_ms": 3.0, **ran},
+                  {**base, "coreset": "15", "denoise_ms": 2.0, **ran},
+                  {**base, "precision": "int8", "coreset": "15", "denoise_ms": 1.0, **ran}):
+        gpu_generate.add_entry(result, tmp_path, entry)
+    fp16, int8 = result["runs"]
+    assert fp16["denoise_ms"] == 2.0 and "predicted" not in int8
+    low, high = fp16["predicted"]  # 5 … 6.5 ms of 20 layers, of which the head stays
+    assert low == pytest.approx(0.215 + 4.785 * 0.3) and high == pytest.approx(0.215 + 6.285 * 0.3)
+    assert fp16["over_predicted"] == pytest.approx(2.0 / ((low + high) / 2))
+
+
+def test_tensorrt_is_not_built_where_it_cannot_run(tiny_bundle, monkeypatch):
+    from dmoe_export.engine import build
+
+    monkeypatch.setattr(build, "plan_build", None)
+    device = argparse.Namespace(target="sm90")
+    *_, (name, why) = gpu_generate.backends(tiny_bundle, device, 100)
+    assert name == "tensorrt" and ("sm90" in why or "not installed" in why)
+
+
+class Profiled(HostExecutor):
+    """With a profile, on the CPU provider."""
+
+    def __init__(self, bundle, device, profile):
+        OnnxRuntimeExecutor.__init__(self, bundle, device, "CPUExecutionProvider", profile=profile)
+        self._fake, self._recordable, self.sizes = device.fake, False, []
+
+
+def test_a_profile_is_summed_up(tiny_bundle, tmp_path):
+    device = HostDevice()
+    pool, stream = Pool(device), device.stream()
+    executor = Profiled(tiny_bundle, device, tmp_path / "p")
+    backend = DeviceBackend("host", tiny_bundle, device, pool, stream, executor, False)
+    settings = gpu_generate.coreset_settings(tiny_bundle, "15")
+    found = gpu_profile.profile(tiny_bundle, backend, 3, settings)
+    assert found["steps"] == 3 and 0 < len(found["rows"]) <= gpu_profile.ROWS and not list(tmp_path.iterdir())
+    assert found["rows"] == sorted(found["rows"], key=lambda row: -row["us"])
+    assert 0 < found["nodes_us"] <= found["run_us"] and found["nodes"] > 50
+    assert {row["provider"] for row in found["rows"]} == {"CPU"} and "calls" in gpu_profile.table(found)
+
+
+def test_a_profile_with_other_runs_is_refused():
+    events = [{"name": "model_run", "ts": 0, "dur": 5}]
+    with pytest.raises(ValueError, match="1 runs where 2"):
+        gpu_profile.denoise_windows(events, [True, False], 1)
+
+
+def test_the_cpu_tries_the_program(monkeypatch, tmp_path, tiny_bundle, capsys):
+    monkeypatch.setattr(gpu_generate, "random_bundle", lambda *_: (tiny_bundle, {"reused": True}))
+    monkeypatch.setattr(sys, "argv", ["gpu_generate.py", "--cpu", "--geometry", "tiny", "--layers", "2", "--blocks",
+                                      "1", "--steps", "2", "--out", str(tmp_path)])
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            gpu_generate.main()
+        assert ended.value.code == 0
+    (path,) = tmp_path.glob("gpu_generate_cpu-*.json")
+    result = json.loads(path.read_text())
+    assert len(result["runs"]) == 2 and len(result["commands"]) == 2
+    assert "milliseconds per forward" in capsys.readouterr().out
