@@ -101,11 +101,10 @@ def test_nothing_that_cuda_forbids(sample):
         assert run["violations"] == []
 
 
-@pytest.mark.parametrize("geometry", ["llada-tiny", "dream-tiny", "llada-moe-tiny"])
-def test_other_families_are_recorded_too(driven, synthetic, exported, geometry):
-    """Biases and shifted logits (Dream), whole canvases, experts without groups."""
-    block = {"block_length": 8} if geometry in ("llada-tiny", "dream-tiny") else {}
-    found = driven(exported(synthetic(geometry), precision="fp16", **block), "--no-bodies")
+@pytest.mark.parametrize("family", ["llada_dense", "dream", "llada_moe"])
+def test_other_families_are_recorded_too(driven, golden, exported, family):
+    """Biases and shifted logits (Dream), whole canvases, experts without groups; exports of test_golden_families.py."""
+    found = driven(exported(golden.parent / family / "model", precision="fp16"), "--no-bodies")
     for run in (*found["runs"].values(), found["batch"]):
         assert run["cpu_ops"].keys() <= SHAPE_OPS and run["violations"] == []
     assert found["runs"]["custom ops, recorded"]["graphs"]["off"] == ""
