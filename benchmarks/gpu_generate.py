@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,15 @@ def backends(bundle: Any, device: Any, context: int) -> Iterator[tuple[str, Open
     yield "onnxruntime-cuda bodies", lambda: open_onnxruntime_cuda(bundle, device, cuda_graphs=False, custom_ops="off")
     try:
         built = build(bundle, device.target, context)
-    except DmoeError as error:  # whatever the reason, it is one sentence
-        yield "tensorrt", str(error)
+    except Exception as error:  # what is not one sentence of ours breaks when the backend is opened
+        yield "tensorrt", str(error) if isinstance(error, DmoeError) else partial(_again, error)
         return
     yield "tensorrt, CUDA graphs", lambda: open_tensorrt(built, device, True)
     yield "tensorrt, no graphs", lambda: open_tensorrt(built, device, False)
+
+
+def _again(error: Exception) -> Any:
+    raise error
 
 
 def build(bundle: Any, target: str, context: int) -> Any:

@@ -5,6 +5,7 @@ What these checks prove about the kernels is proved better by test_kernels_*.py;
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -18,6 +19,7 @@ from conftest import SAMPLE
 from device_helpers import host_backend
 from fake_cudart import HostDevice
 from gpu import expert_checks, replay, route_checks, sanitizer_driver
+from gpu import test_gpu_sanitizer as sanitizer_tests
 from gpu.expert_checks import ExpertCase, QuantisedCase, odd_ids, routed_ids
 from gpu.spaces import emulated_space
 from gpu_common import LIBRARY, gpu_missing
@@ -44,6 +46,27 @@ def test_random_routing(space):
 def test_routing_at_model_size(space, mode):
     compared, tokens = route_checks.check_route(space, route_checks.sized_case(256, 8, 8, 4, 32, mode, 32))
     assert compared > 0.9 * tokens
+
+
+def test_only_near_ties_are_excused(space, monkeypatch):
+    """A token whose ids differ is asked for; where the eager op stays with its answer, the check fails."""
+    case = route_checks.sized_case(24, 4, 4, 2, 8, "token", 21)
+    run, asked = route_checks.run_route, []
+
+    def wrong(*args, **how):
+        ids, weights, coreset = run(*args, **how)
+        ids[0, 3, :2] = ids[0, 3, 1::-1]
+        return ids, weights, coreset
+
+    monkeypatch.setattr(route_checks, "run_route", wrong)
+    with pytest.raises(AssertionError):
+        route_checks.check_route(space, case)
+    sure = np.ones((2, 21), bool)
+    sure[0, 3] = False
+    monkeypatch.setattr(route_checks, "_sure", lambda *_: asked.append(1) or sure)
+    assert route_checks.check_route(space, case) == (41, 42) and asked == [1]
+    monkeypatch.setattr(route_checks, "run_route", run)
+    assert route_checks.check_route(space, case) == (42, 42) and asked == [1], "nobody differs, so nobody is asked"
 
 
 def test_routing_without_coreset_and_in_a_graph(space):
@@ -159,6 +182,20 @@ def test_the_sanitizer_driver_needs_a_gpu():
         pytest.skip("this machine has a GPU")
     run = subprocess.run([sys.executable, sanitizer_driver.__file__], text=True, capture_output=True, check=False)
     assert run.returncode == 3 and run.stderr.count("\n") == 1 and "NVIDIA" in run.stderr
+
+
+@pytest.mark.parametrize(("says", "code", "ends"), [
+    ("24 calls were fine\n== ERROR SUMMARY: 0 errors", 0, None), ("== ERROR SUMMARY: 3 errors", 9, AssertionError),
+    ("24 calls were fine", 0, AssertionError), ("Error: Device not supported", 1, pytest.skip.Exception)])
+def test_the_sanitizer_s_verdict_is_read(tmp_path, monkeypatch, says, code, ends):
+    tool, found = tmp_path / "compute-sanitizer", {}
+    tool.write_text(f"#!/bin/sh\nprintf '{says}\\n'\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ends) if ends else contextlib.nullcontext():
+        sanitizer_tests.test_sanitizer_finds_nothing(LIBRARY, None, found.__setitem__, "memcheck")
+    if code != 1:
+        assert found["sanitizer memcheck"]["exit"] == code and found["sanitizer memcheck"]["seconds"] > 0
 
 
 @pytest.fixture(scope="module")

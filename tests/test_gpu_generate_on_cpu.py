@@ -125,6 +125,10 @@ def test_tensorrt_is_not_built_where_it_cannot_run(tiny_bundle, monkeypatch):
     device = argparse.Namespace(target="sm90")
     *_, (name, why) = gpu_generate.backends(tiny_bundle, device, 100)
     assert name == "tensorrt" and ("sm90" in why or "not installed" in why)
+    monkeypatch.setattr(gpu_generate, "build", lambda *_: {}["what nobody thought of"])
+    *_, (name, again) = gpu_generate.backends(tiny_bundle, device, 100)
+    with pytest.raises(KeyError, match="nobody"):
+        again()
 
 
 class Profiled(HostExecutor):

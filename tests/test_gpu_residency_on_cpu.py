@@ -55,7 +55,11 @@ def test_the_benchmark_runs(monkeypatch):
     call = library.experts_resident
     monkeypatch.setattr(library, "experts_resident", lambda *a: device.fake.enqueue(a[-1], lambda: call(*a)))
     monkeypatch.setattr(gpu_residency, "time_calls", functools.partial(gpu_common.time_calls, replays=2, warm_up=1))
-    result = gpu_residency.run(device, library, (8, 2, 64, 16), 6, 4, (0, 1, 4))
+    kept = {}
+    result = gpu_residency.run(device, library, (8, 2, 64, 16), 6, 4, (0, 1, 4), kept.__setitem__)
+    assert [*kept] == ["residency pinning", *(f"residency {n} misses" for n in (0, 1, 4))]
+    assert result["pinning"] == kept["residency pinning"] and result["pinning"]["bytes"] == 8 * 3 * 64 * 16 * 2
+    assert "pinning 0.00 GB" in gpu_residency.table(result)
     assert [r["misses"] for r in result["resident"]] == [0, 1, 4]
     assert result["resident"][2]["miss_bytes"] == 4 * 3 * 64 * 16 * 2 and result["ms_per_copy"] > 0
     assert result["cpu"]["ms"] > 0 and "computed on the CPU" in gpu_residency.table(result)

@@ -11,7 +11,8 @@ from .residency_checks import check_residency
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 @pytest.mark.parametrize("tokens", [1, 32, 200])
 def test_any_table_gives_the_same_bits(space, kind, tokens):
-    case = ExpertCase(kind, routed_ids(tokens, 8, 256, min(64, tokens * 8), empty=0.02), 256, 2048, 512)
+    # 64 experts: pinned memory for 256 of this size may take seconds to get (gpu_residency.py measures it).
+    case = ExpertCase(kind, routed_ids(tokens, 8, 64, min(48, tokens * 8), empty=0.02), 64, 2048, 512)
     check_residency(space, case, slots=24)
 
 
