@@ -76,7 +76,8 @@ def cuda(monkeypatch):
     monkeypatch.setattr(onnxruntime_cuda, "has_provider", lambda: True)
     monkeypatch.setattr(choose, "has_provider", lambda: True)
     monkeypatch.setattr(onnxruntime_cuda, "ort", SimpleNamespace(
-        InferenceSession=session, SessionOptions=ort.SessionOptions, RunOptions=ort.RunOptions, __version__="1.0"))
+        InferenceSession=session, SessionOptions=ort.SessionOptions, RunOptions=ort.RunOptions, __version__="1.0",
+        set_default_logger_severity=lambda level: None))
     return session
 
 

@@ -184,6 +184,7 @@ def open_onnxruntime_cuda(bundle: Bundle, device: Device | None = None, cuda_gra
             f"ops alone, and {reason}; export with --dense-precision fp16 and run `make ort-ops`, {CPU_INSTEAD}.")
     device = device or CudaDevice.open()
     load_nvidia_libraries()
+    ort.set_default_logger_severity(3)  # else it warns at every start that the provider is no plugin of it
     pool, stream = Pool(device), device.stream()
     # On our stream the provider's work and our copies run in order. TF32 would round the router's float32 products to
     # ten bits, and so choose other experts than the model.
