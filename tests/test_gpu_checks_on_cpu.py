@@ -19,11 +19,14 @@ from conftest import SAMPLE
 from device_helpers import host_backend
 from fake_cudart import HostDevice
 from gpu import expert_checks, replay, route_checks, sanitizer_driver
+from gpu import test_gpu_generation as generation_tests
 from gpu import test_gpu_sanitizer as sanitizer_tests
+from gpu.conftest import missing_custom_ops
 from gpu.expert_checks import ExpertCase, QuantisedCase, odd_ids, routed_ids
 from gpu.spaces import emulated_space
 from gpu_common import LIBRARY, gpu_missing
 
+from dmoe_export.errors import MissingRequirementError
 from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
 
 
@@ -198,6 +201,14 @@ def test_the_sanitizer_s_verdict_is_read(tmp_path, monkeypatch, says, code, ends
         assert found["sanitizer memcheck"]["exit"] == code and found["sanitizer memcheck"]["seconds"] > 0
 
 
+def test_missing_custom_ops_fail_where_they_are_required(monkeypatch):
+    with pytest.raises(pytest.skip.Exception, match="no library"):
+        missing_custom_ops("no library")
+    monkeypatch.setenv("DMOE_REQUIRE_CUSTOM_OPS", "1")
+    with pytest.raises(pytest.fail.Exception, match=r"DMOE_REQUIRE_CUSTOM_OPS=1, but .* no library"):
+        missing_custom_ops("no library")
+
+
 @pytest.fixture(scope="module")
 def prompts(sample_bundle):
     return replay.sample_prompts(sample_bundle, SAMPLE, 8)
@@ -207,9 +218,36 @@ class TestReplay:
     """Comparing backends forward by forward, with the CPU provider behind the stand-in device as the other backend."""
 
     def test_equal_backends(self, sample_bundle, prompts):
-        report = replay.compare(OnnxRuntimeBackend(sample_bundle), host_backend(sample_bundle), prompts)
+        recording = replay.record(OnnxRuntimeBackend(sample_bundle), [[prompt] for prompt in prompts])
+        report = replay.compare(recording, host_backend(sample_bundle))
         replay.check(report, 1e-5)
         assert report["generations_equal"] == 8 and report["token_layers_with_other_experts"] == 0
+
+    def test_a_batch_whose_rows_end_apart(self, sample_bundle, prompts):
+        recording = replay.record(OnnxRuntimeBackend(sample_bundle), [replay.odd_batch(prompts)], **replay.ODD)
+        backend = host_backend(sample_bundle, cuda_graphs=True)
+        report = replay.compare(recording, backend)
+        replay.check(report, 1e-5)
+        assert report["generations_equal"] == 3 and replay.ends(recording) >= 2 and backend.graphs.replayed > 0
+        assert len({sizes.past for sizes in backend.executor.sizes}) >= 3, "the cache should have grown over buckets"
+
+    def test_the_gpu_tests_run(self, sample_bundle, prompts, monkeypatch):
+        """Those of ONNX Runtime's CUDA provider, with the stand-in in its place."""
+        def open_one(bundle, device, graphs, ops):
+            if ops == "on":
+                raise MissingRequirementError("no library")
+            return host_backend(bundle, cuda_graphs=graphs)
+
+        monkeypatch.setattr(generation_tests, "open_onnxruntime_cuda", open_one)
+        cpu, found = OnnxRuntimeBackend(sample_bundle), {}
+        recorded = replay.record(cpu, [[prompt] for prompt in prompts])
+        odd, keep = replay.record(cpu, [replay.odd_batch(prompts)], **replay.ODD), found.__setitem__
+        generation_tests.test_onnxruntime_cuda(sample_bundle, recorded, None, keep, "off")
+        generation_tests.test_recorded_steps_give_the_same_tokens(sample_bundle, recorded, odd, None, keep, "off")
+        generation_tests.test_a_growing_cache_and_rows_that_end_apart(sample_bundle, odd, None, keep)
+        assert found["placement fp32 ops=off"] and found["graphs onnxruntime-cuda fp32 ops=off"]["replayed"] > 0
+        with pytest.raises(pytest.skip.Exception, match="custom ops compute in fp16"):
+            generation_tests.test_onnxruntime_cuda(sample_bundle, recorded, None, keep, "on")
 
     def test_a_flip_is_found_and_judged(self, sample_bundle, prompts):
         class Wrong(type(host_backend(sample_bundle))):
@@ -224,12 +262,10 @@ class TestReplay:
                     outputs.token_ids[0, 0] = (outputs.token_ids[0, 0] + 1) % 50
                 return outputs
 
-        recorder = replay.Recorder(OnnxRuntimeBackend(sample_bundle))
-        for prompt in prompts:
-            replay.decode(recorder, [prompt])
+        recording = replay.record(OnnxRuntimeBackend(sample_bundle), [[prompt] for prompt in prompts])
         backend = host_backend(sample_bundle)
         backend.__class__ = Wrong
-        report = {"prompts": 8, "generations_equal": 8, **replay.replay(recorder.steps, backend)}
+        report = {"prompts": 8, "generations_equal": 8, **replay.replay(recording.steps, backend)}
         (flip,) = report["flips"]
         assert flip["token"] == (flip["reference_token"] + 1) % 50 and flip["margin"] > 0.1
         with pytest.raises(AssertionError, match="margin"):

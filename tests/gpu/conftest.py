@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from gpu_common import LIBRARY, describe_device, gpu_missing
@@ -32,6 +32,13 @@ def keep(name: str, value: Any) -> None:
     FINDINGS[name] = value
     if folder := os.environ.get("DMOE_GPU_RESULTS"):
         append_finding(Path(folder), name, value)
+
+
+def missing_custom_ops(why: str) -> NoReturn:
+    """Skip, or fail where a run must not pass without them: DMOE_REQUIRE_CUSTOM_OPS=1 (device_run.sh)."""
+    if os.environ.get("DMOE_REQUIRE_CUSTOM_OPS") == "1":
+        pytest.fail(f"DMOE_REQUIRE_CUSTOM_OPS=1, but the custom ops cannot run: {why}")
+    pytest.skip(why)
 
 
 @pytest.fixture(scope="session")

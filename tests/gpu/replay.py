@@ -58,10 +58,10 @@ class _RecordedCache:
         self.inner.keep(rows)
 
 
-def decode(backend: Any, prompts: list[list[int]]) -> list[list[int]]:
-    """Tokens of every prompt, free running."""
+def decode(backend: Any, prompts: list[list[int]], **changes: Any) -> list[list[int]]:
+    """Tokens of every prompt of a batch, free running; `changes` of OPTIONS."""
     tokens: list[list[int]] = [[] for _ in prompts]
-    for block in BlockDiffusion(backend, DecodeSettings(**OPTIONS)).decode(prompts):
+    for block in BlockDiffusion(backend, DecodeSettings(**{**OPTIONS, **changes})).decode(prompts):
         tokens[block.index] += block.token_ids
     return tokens
 
@@ -120,13 +120,42 @@ def sample_prompts(bundle: Bundle, folder: Path, count: int) -> list[list[int]]:
     return [codec.encode_chat([{"role": "user", "content": json.loads(line)["question"]}]) for line in lines]
 
 
-def compare(reference: Any, backend: Any, prompts: list[list[int]]) -> dict[str, Any]:
-    """The replay's report, and whether the free-running tokens are equal; prompts one at a time."""
+@dataclass
+class Recording:
+    """What a reference did: its answers, batch by batch, and every step on the way."""
+
+    batches: list[list[list[int]]]
+    changes: dict[str, Any]
+    answers: list[list[list[int]]]
+    steps: list[tuple[str, Any]]
+
+
+def record(reference: Any, batches: list[list[list[int]]], **changes: Any) -> Recording:
+    """Run the reference once, for all backends that are compared with it."""
     recorder = Recorder(reference)
-    want = [decode(recorder, [prompt])[0] for prompt in prompts]
-    report = replay(recorder.steps, backend)
-    got = [decode(backend, [prompt])[0] for prompt in prompts]
-    return {"prompts": len(prompts), "generations_equal": sum(a == b for a, b in zip(want, got, strict=True)), **report}
+    answers = [decode(recorder, batch, **changes) for batch in batches]
+    return Recording(batches, changes, answers, recorder.steps)
+
+
+def compare(recording: Recording, backend: Any) -> dict[str, Any]:
+    """The replay's report, and how many free-running answers are equal."""
+    report = replay(recording.steps, backend)
+    got = [answer for batch in recording.batches for answer in decode(backend, batch, **recording.changes)]
+    want = [answer for batch in recording.answers for answer in batch]
+    return {"prompts": len(want), "generations_equal": sum(a == b for a, b in zip(want, got, strict=True)), **report}
+
+
+def odd_batch(prompts: list[list[int]]) -> list[list[int]]:
+    """Three prompts of 150, 100 and few tokens: with `ODD`, caches grow and rows end one after the other."""
+    return [(prompts[0] * 150)[:150], (prompts[1] * 100)[:100], prompts[2]]
+
+
+ODD: dict[str, Any] = {"max_new_tokens": 200, "eos_id": -1}
+
+
+def ends(recording: Recording) -> int:
+    """How often rows left a batch while others stayed."""
+    return sum(kind == "keep" for kind, _ in recording.steps)
 
 
 def check(report: dict[str, Any], margin: float) -> None:

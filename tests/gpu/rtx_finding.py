@@ -63,18 +63,17 @@ def run(bundle: Bundle, flavour: Flavour, sample: Path) -> None:
     from dmoe_export.runtime.device_memory import Pool
     from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
     from dmoe_export.runtime.tensorrt import TensorRTExecutor
-    from gpu.replay import check, compare, sample_prompts
+    from gpu.replay import check, compare, record, sample_prompts
 
     device = CudaDevice.open()
     tell("device", name=device.name, target=device.target)
     pool, stream = Pool(device), device.stream()
     executor = TensorRTExecutor(bundle, bundle.manifest.engines[-1], flavour.trt, pool, stream)
     tell("deserialised")
-    prompts = sample_prompts(bundle, sample, 4)
-    reference = OnnxRuntimeBackend(bundle)
+    recording = record(OnnxRuntimeBackend(bundle), [[prompt] for prompt in sample_prompts(bundle, sample, 4)])
     for graphs in (False, True):
         backend = DeviceBackend("tensorrt", bundle, device, pool, stream, executor, graphs)
-        report = compare(reference, backend, prompts)
+        report = compare(recording, backend)
         tell("ran", cuda_graphs=graphs, replayed=backend.graphs.replayed if backend.graphs else 0, **report)
         check(report, 0.1)
     tell("right")

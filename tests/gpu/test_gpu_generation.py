@@ -21,6 +21,7 @@ from dmoe_export.runtime.onnxruntime_cuda import open_onnxruntime_cuda
 from dmoe_export.runtime.tensorrt import open_tensorrt
 
 from . import replay
+from .conftest import missing_custom_ops
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "tiny-dmoe"
 PROMPTS = 12
@@ -29,32 +30,77 @@ MARGINS = {"fp32": 0.02, "fp16": 0.1, "int8": 0.1, "int4": 0.1}
 
 
 @pytest.fixture(scope="module", params=list(MARGINS))
-def bundle(request, tmp_path_factory) -> Bundle:
-    from dmoe_export import export_checkpoint
+def bundle(request, exported) -> Bundle:
+    """Shared with the other workers, and not to be changed."""
+    dense = {"dense_precision": "fp16"} if request.param.startswith("int") else {}
+    return exported(SAMPLE, precision=request.param, **dense)
 
-    return export_checkpoint(SAMPLE, tmp_path_factory.mktemp("b") / request.param, precision=request.param,
-                             dense_precision="fp16" if request.param.startswith("int") else None)
+
+@pytest.fixture(scope="module")
+def recorded(bundle) -> replay.Recording:
+    """The CPU backend's run, one prompt at a time."""
+    return replay.record(OnnxRuntimeBackend(bundle), [[p] for p in replay.sample_prompts(bundle, SAMPLE, PROMPTS)])
 
 
-def _compare(bundle: Bundle, backend, found, name: str) -> None:
-    prompts = replay.sample_prompts(bundle, SAMPLE, PROMPTS)
-    report = replay.compare(OnnxRuntimeBackend(bundle), backend, prompts)
+@pytest.fixture(scope="module")
+def odd(bundle) -> replay.Recording:
+    """A batch whose cache grows and whose rows end one after the other."""
+    recording = replay.record(OnnxRuntimeBackend(bundle),
+                              [replay.odd_batch(replay.sample_prompts(bundle, SAMPLE, 3))], **replay.ODD)
+    assert replay.ends(recording) >= 2
+    return recording
+
+
+def _compare(bundle: Bundle, recording: replay.Recording, backend, found, name: str) -> None:
+    report = replay.compare(recording, backend)
     found(f"generation {name} {bundle.manifest.export_precision}", report)
     replay.check(report, MARGINS[bundle.manifest.export_precision])
 
 
-def test_onnxruntime_cuda(bundle, device, found):
+def _opened(bundle: Bundle, device, found, graphs: bool, ops: str):
+    """The backend, or a skip that says why not; never a skip where the custom ops are required."""
+    if ops == "on" and bundle.manifest.precision == "fp32":
+        pytest.skip("the custom ops compute in fp16 and bf16 only")
+    if ops == "off" and bundle.manifest.quantisation:
+        pytest.skip("quantised experts need the custom ops")
     try:
-        backend = open_onnxruntime_cuda(bundle, device)
+        return open_onnxruntime_cuda(bundle, device, graphs, ops)
     except MissingRequirementError as error:
         found("onnxruntime-cuda", str(error))
-        pytest.skip(str(error))
-    _compare(bundle, backend, found, "onnxruntime-cuda")
+        missing_custom_ops(str(error))
+
+
+@pytest.mark.parametrize("ops", ["on", "off"])
+def test_onnxruntime_cuda(bundle, recorded, device, found, ops):
+    backend = _opened(bundle, device, found, False, ops)
+    found(f"placement {bundle.manifest.export_precision} ops={ops}", backend.placement)
+    _compare(bundle, recorded, backend, found, f"onnxruntime-cuda ops={ops}")
+
+
+@pytest.mark.parametrize("ops", ["on", "off"])
+def test_recorded_steps_give_the_same_tokens(bundle, recorded, odd, device, found, ops):
+    """Steps from CUDA graphs against the same steps without: the kernels are the same, so are the tokens."""
+    plain, recorded_steps = (_opened(bundle, device, found, graphs, ops) for graphs in (False, True))
+    equal = []
+    for recording in (recorded, odd):
+        for batch in recording.batches:
+            want, got = (replay.decode(b, batch, **recording.changes) for b in (plain, recorded_steps))
+            equal.append(got == want)
+    graphs = recorded_steps.graphs
+    found(f"graphs onnxruntime-cuda {bundle.manifest.export_precision} ops={ops}",
+          {"recorded": graphs.recorded, "replayed": graphs.replayed, "off": graphs.off, "equal": equal})
+    assert all(equal)
+    assert graphs.replayed or graphs.off, "graphs were neither used nor refused"
+
+
+def test_a_growing_cache_and_rows_that_end_apart(bundle, odd, device, found):
+    backend = _opened(bundle, device, found, True, "off" if bundle.manifest.precision == "fp32" else "on")
+    _compare(bundle, odd, backend, found, "batch of 3, onnxruntime-cuda")
 
 
 @pytest.mark.parametrize("experts_op", ["plugin", "onnx"])
 @pytest.mark.parametrize("experts", ["external", "inline"])
-def test_tensorrt(bundle, device, library, found, tmp_path, experts, experts_op):
+def test_tensorrt(bundle, recorded, device, library, found, tmp_path, experts, experts_op):
     """The plugin through an engine of the sample, with and without CUDA graphs."""
     if bundle.manifest.precision == "fp32" and experts_op == "plugin":
         pytest.skip("the experts plugin computes in fp16 and bf16 only")
@@ -76,7 +122,8 @@ def test_tensorrt(bundle, device, library, found, tmp_path, experts, experts_op)
     built = open_bundle(folder)
     for graphs in (False, True):
         backend = open_tensorrt(built, device, graphs)
-        _compare(built, backend, found, f"{flavour.name} {flavour.version} {experts} {experts_op} graphs={graphs}")
+        _compare(built, recorded, backend, found,
+                 f"{flavour.name} {flavour.version} {experts} {experts_op} graphs={graphs}")
         if graphs:
             found(f"graphs {flavour.name} {experts_op}", {"replayed": backend.graphs.replayed,
                                                           "off": backend.graphs.off})

@@ -14,24 +14,26 @@ from onnx import TensorProto
 from ort_ops_helpers import experts_case, experts_model, route_feeds, route_model, session
 from route_helpers import eager_route
 
-from dmoe_export import export_checkpoint
 from dmoe_export.errors import MissingRequirementError
 from dmoe_export.ops.block_route.attributes import RouteAttributes
 from dmoe_export.ops.experts.eager import experts
+from dmoe_export.runtime.nvidia_libraries import load_nvidia_libraries
 from dmoe_export.runtime.ort_custom_ops import check_session, find_library, prepare_session
 
+from .conftest import missing_custom_ops
+
 CUDA = "CUDAExecutionProvider"
-SAMPLE = Path(__file__).parents[2] / "samples" / "tiny-dmoe"
 
 
 @pytest.fixture(scope="module")
 def custom_ops() -> Path:
     if CUDA not in ort.get_available_providers():
-        pytest.skip(f"ONNX Runtime {ort.__version__} here was built without {CUDA}")
+        missing_custom_ops(f"ONNX Runtime {ort.__version__} here was built without {CUDA}")
+    load_nvidia_libraries()
     try:
         return find_library()
     except MissingRequirementError as error:
-        pytest.skip(str(error))
+        missing_custom_ops(str(error))
 
 
 def on_gpu(model: bytes, custom_ops: Path) -> ort.InferenceSession:
@@ -75,8 +77,8 @@ def test_experts_of_several_threads(custom_ops, half, dtype, atol):
                 np.testing.assert_array_equal(got, want)
 
 
-def test_bundle(custom_ops, tmp_path, found):
-    bundle = export_checkpoint(SAMPLE, tmp_path / "half", precision="fp16")
+def test_bundle(custom_ops, half_sample_bundle, found):
+    bundle = half_sample_bundle
     options = ort.SessionOptions()
     gpu = ort.InferenceSession(prepare_session(bundle, options, custom_ops), options, providers=[CUDA])
     check_session(gpu, CUDA)
