@@ -39,7 +39,7 @@ from gpu_common import (
     write_result,
 )
 from gpu_findings import append_finding
-from gpu_outcome import against, predicted_step, said
+from gpu_outcome import against, counted_placement, predicted_step, said
 
 CORESETS = ("15", "all")
 KEY = ("geometry", "layers", "precision", "coreset", "backend")  # what one run of a file replaces
@@ -175,6 +175,8 @@ def add_entry(result: dict[str, Any], folder: Path, entry: dict[str, Any]) -> No
     """Keep an entry at once: in the result and its file, as a finding, and on the screen."""
     if "denoise_ms" in entry:
         entry |= against(entry["denoise_ms"], predicted_step(result["device"]["name"], entry))
+        if expected := counted_placement(entry):
+            entry["placement_on_stubs"] = expected
     result["runs"] = [old for old in result["runs"] if not _replaced(old, entry)] + [entry]
     write_result(result, folder)
     append_finding(folder, "generate " + " ".join(str(entry[k]) for k in KEY), entry)
@@ -195,6 +197,9 @@ def line(r: dict[str, Any]) -> str:
         return f"{head} {r['profile']['nodes_us']:.0f} us of nodes"
     text = (f"{head} denoise {r['denoise_ms']:7.2f} ms, commit {r.get('commit_ms', float('nan')):7.2f}, prefill "
             f"{r.get('prefill_ms', float('nan')):7.2f}, {r['unique_experts']:.1f} experts, nodes {r['placement']}")
+    if "placement_on_stubs" in r:
+        expected = r["placement_on_stubs"]
+        text += " (as on stubs)" if expected == r["placement"] else f" (on stubs {expected})"
     if r["graphs"]:
         text += f", graphs {r['graphs']}"
     return text + ("; " + said(r["denoise_ms"], tuple(r["predicted"]), "ms") if "predicted" in r else "")

@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_kernels.py [--out FOLDER] [--quick]
 
-Writes gpu_kernels_<device>_<date>.json, prints a short table last. Without a GPU: one sentence, exit code 3.
+Writes gpu_kernels_<device>_<date>.json, each result to gpu_findings.jsonl as it is known, prints a short table last,
+with the predictions of predictions.json. Without a GPU: one sentence, exit code 3.
 """
 
 from __future__ import annotations

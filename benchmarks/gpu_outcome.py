@@ -28,7 +28,7 @@ def predictions() -> dict[str, Any]:
 
 def _rows(part: str, device: str) -> list[dict[str, Any]]:
     """What is predicted for this GPU; `device` is its name as the driver gives it."""
-    return [row for row in predictions()[part]["rows"] if row["gpu"] in device]
+    return [row for row in predictions()[part]["rows"] if row["gpu"] in device.split()]
 
 
 def predicted_experts(device: str, result: dict[str, Any]) -> Range | None:
@@ -60,6 +60,15 @@ def predicted_step(device: str, run: dict[str, Any]) -> Range | None:
 
     return next(((scaled(row["low"]), scaled(row["high"])) for row in _rows("step", device)
                  if row["backend"] == run["backend"]), None)
+
+
+def counted_placement(run: dict[str, Any]) -> dict[str, int] | None:
+    """Nodes by provider of a gpu_generate run, as the real provider placed them on stubs of CUDA."""
+    about = predictions()["counted"]
+    ops = {"onnxruntime-cuda ops": "on", "onnxruntime-cuda bodies": "off"}.get(run["backend"].split(",")[0])
+    if any(run[name] != about[name] for name in ("geometry", "precision")):
+        return None
+    return next((row["placement"] for row in about["rows"] if (row["ops"], row["layers"]) == (ops, run["layers"])), None)
 
 
 def against(measured: float, predicted: Range | None) -> dict[str, Any]:

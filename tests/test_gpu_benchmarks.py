@@ -96,7 +96,7 @@ class TestSmoke:
 
 
 class TestBenchmarks:
-    def test_kernels(self, device, library, monkeypatch, tmp_path):
+    def test_kernels(self, device, library, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(gpu_kernels, "GROUP", 32)
         monkeypatch.setattr(gpu_kernels, "ACTIVE", (2, 5, 6, 17))
         monkeypatch.setattr(gpu_kernels, "DMOE", 2)
@@ -123,6 +123,9 @@ class TestBenchmarks:
         assert result["dmoe_against_token_routing"][0]["bytes_ratio"] == 3
         assert "L2 warm" not in gpu_kernels.table(result) and "of copy" in gpu_kernels.table(result)
         path = gpu_common.write_result(result, tmp_path)
+        monkeypatch.setattr(sys, "argv", ["gpu_outcome.py", str(tmp_path)])
+        gpu_outcome.main()
+        assert "| experts int4, 5 active |" not in capsys.readouterr().out, "another size than the predicted one"
         assert path.name.startswith("gpu_kernels_host-memory_20") and json.loads(path.read_text()) == result
         assert len(kept) == 14 and kept["kernels experts int4 H64 N32 active 2"] == result["experts"][9]
         lines = gpu_outcome.kernels_table(result)
@@ -145,6 +148,37 @@ class TestBenchmarks:
         run = subprocess.run([sys.executable, path], text=True, capture_output=True, check=False)
         assert run.returncode == 3 and run.stdout == "" and run.stderr.count("\n") == 1 and "NVIDIA" in run.stderr
 
+
+
+class TestPredictions:
+    MINI = {"hidden": 2048, "width": 512, "tokens": 32}  # noqa: RUF012
+
+    def test_each_is_found_for_its_gpu_and_sizes(self):
+        for row in gpu_outcome.predictions()["experts"]["rows"]:
+            for name in row["types"]:
+                result = {**self.MINI, "type": name, "active": row["active"]}
+                found = gpu_outcome.predicted_experts(f"NVIDIA {row['gpu']} 80GB HBM3", result)
+                assert found == (row["low"], row["high"]) and row["limit"] < row["low"]
+                assert gpu_outcome.predicted_experts("NVIDIA GH200 480GB", result) is None
+                assert gpu_outcome.predicted_experts("NVIDIA H100", {**result, "tokens": 64}) is None
+        assert gpu_outcome.predicted_route("NVIDIA H100", 256, 32) == (10, 13)
+
+    def test_the_page_says_the_same(self):
+        page = (BENCHMARKS.parent / "docs" / "gpu.md").read_text()
+        for part in ("experts", "step"):
+            for row in gpu_outcome.predictions()[part]["rows"]:
+                assert f"| {row['low']} … {row['high']} |" in page
+
+    def test_a_ratio_is_of_the_middle(self):
+        assert gpu_outcome.against(60, (45, 55)) == {"predicted": [45, 55], "over_predicted": 1.2}
+        assert gpu_outcome.said(60, (45, 55), "us") == "predicted 45 … 55, measured 60 us, ratio 1.20"
+        assert gpu_outcome.against(60, None) == {} and gpu_outcome.said(60, None, "us") == ""
+
+    def test_a_folder_without_results(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["gpu_outcome.py", str(tmp_path)])
+        with pytest.raises(SystemExit) as ended:
+            gpu_outcome.main()
+        assert ended.value.code == 1 and "has no result" in capsys.readouterr().err
 
 
 class TestFindings:

@@ -112,7 +112,10 @@ def test_entries_replace_those_of_their_kind(tmp_path):
                   {**base, "precision": "int8", "coreset": "15", "denoise_ms": 1.0, **ran}):
         gpu_generate.add_entry(result, tmp_path, entry)
     fp16, int8 = result["runs"]
-    assert fp16["denoise_ms"] == 2.0 and "predicted" not in int8
+    assert fp16["denoise_ms"] == 2.0 and "predicted" not in int8 and "placement_on_stubs" not in int8
+    nodes = fp16["placement_on_stubs"]
+    assert f"(on stubs {nodes})" in gpu_generate.line(fp16)
+    assert "(as on stubs)" in gpu_generate.line({**fp16, "placement": nodes})
     low, high = fp16["predicted"]  # 5 … 6.5 ms of 20 layers, of which the head stays
     assert low == pytest.approx(0.215 + 4.785 * 0.3) and high == pytest.approx(0.215 + 6.285 * 0.3)
     assert fp16["over_predicted"] == pytest.approx(2.0 / ((low + high) / 2))
