@@ -41,7 +41,7 @@ all_parts() {  # name: were put aside
     [ -f "$STASH/base/$1.parts" ] && (cd "$STASH/parts" && xargs ls < "../base/$1.parts" > /dev/null 2>&1)
 }
 
-unpack() {  # name, module: joined, checked, unpacked to a folder of its own, imported from there
+unpack() {  # name, Python that imports `module`: joined, checked, unpacked to a folder of its own, imported from there
     local what=$1 name
     [ -f "$STASH/base/$what.parts" ] || { echo "$what was not packed: device_run.sh pack $what."; return 3; }
     [ -d "$STASH/$what" ] || {
@@ -54,8 +54,7 @@ unpack() {  # name, module: joined, checked, unpacked to a folder of its own, im
             tar -C "$STASH/$what.partial" -xJf "$STASH/$what.txz" && rm "$STASH/$what.txz" &&
             mv "$STASH/$what.partial" "$STASH/$what" || return 1
     }
-    PYTHONPATH="$STASH/$what:$PYTHONPATH" LD_LIBRARY_PATH="$(library_folders):${LD_LIBRARY_PATH:-}" "$PYTHON" -c "
-import $2 as module
+    PYTHONPATH="$STASH/$what:$PYTHONPATH" LD_LIBRARY_PATH="$(library_folders)" "$PYTHON" -c "$2
 assert module.__file__.startswith('$STASH'), f'{module.__file__} is not what was carried'
 print(module.__name__, module.__version__, *getattr(module, 'get_available_providers', list)())"
 }
@@ -72,6 +71,7 @@ print(':'.join(str(folder) for root in roots for folder in sorted(pathlib.Path(r
 
 facts() {
     nvidia-smi || return 3
+    nvidia-smi --query-gpu=name,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.limit --format=csv
     nvcc --version; compute-sanitizer --version; ncu --version; "$PYTHON" --version; uname -a; df -h "$STASH"; free -g
     "$PYTHON" -m pip list 2>/dev/null | grep -iE '^(torch|numpy|onnx|cuda|nvidia|tensorrt|pytest|hypothesis|pydantic)'
     return 0
@@ -114,9 +114,8 @@ profile() {  # four product launches, each read in full; the table is in the log
 tests() { "$PYTHON" -m pytest -m gpu -rs -p no:cacheprovider "$@"; }
 
 generate() {  # precision, options
-    PROOF='ms' SHOWN=16 step "generate-$1" 200 "$PYTHON" benchmarks/gpu_generate.py --layers "$LAYERS" \
-        --precision "$1" --out "$OUT" --work "$STASH/work" "${@:2}"
-    rm -rf "$STASH/work/$1"
+    PROOF='denoise +[0-9.]+ ms' SHOWN=16 step "generate-$1" 200 "$PYTHON" benchmarks/gpu_generate.py \
+        --layers "$LAYERS" --precision "$1" --out "$OUT" --work "$STASH/work" "${@:2}"
 }
 
 run() {  # the steps of these names
@@ -125,16 +124,17 @@ run() {  # the steps of these names
         smoke) SHOWN=20 PROOF='TB/s' step smoke 60 "$PYTHON" benchmarks/gpu_smoke.py --out "$OUT" ;;
         bench-quick) SHOWN=24 PROOF='TB/s' step "$name" 90 "$PYTHON" benchmarks/gpu_kernels.py --quick --out "$OUT" ;;
         bench-kernels) SHOWN=24 PROOF='TB/s' step "$name" 180 "$PYTHON" benchmarks/gpu_kernels.py --out "$OUT" ;;
-        bench-residency) PROOF='.' step "$name" 70 "$PYTHON" benchmarks/gpu_residency.py --out "$OUT" ;;
+        bench-residency) PROOF='a miss:' step "$name" 70 "$PYTHON" benchmarks/gpu_residency.py --out "$OUT" ;;
         test-kernels) PROOF='[0-9]+ passed' step "$name" 180 bash -c "OMP_NUM_THREADS=2 tests -n 6 -v --durations=10 \
             $gpu/test_gpu_kernels.py tests/test_device_gpu.py" ;;
-        test-residency) PROOF='[0-9]+ passed' step "$name" 60 bash -c "tests -v $gpu/test_gpu_residency.py" ;;
+        test-residency) PROOF='[0-9]+ passed' step "$name" 60 bash -c "tests -vv $gpu/test_gpu_residency.py" ;;
         memcheck | racecheck | initcheck | synccheck)
-            PROOF='[0-9]+ passed' step "$name" 90 bash -c "tests -v $gpu/test_gpu_sanitizer.py -k $name" ;;
+            PROOF='[0-9]+ passed' step "$name" 90 bash -c "tests -vv $gpu/test_gpu_sanitizer.py -k $name" ;;
         ncu) SHOWN=12 PROOF='product_kernel' step "$name" 120 bash -c profile ;;
-        unpack-ort) PROOF=CUDAExecutionProvider step "$name" 90 bash -c "unpack ort onnxruntime" && use ort ;;
+        unpack-ort) PROOF=CUDAExecutionProvider step "$name" 90 bash -c "unpack ort 'import onnxruntime as module'" &&
+            use ort ;;
         test-custom-ops) PROOF='[0-9]+ passed' step "$name" 100 bash -c "OMP_NUM_THREADS=2 tests -n 4 -v \
-            $gpu/test_gpu_ort_custom_ops.py" ;;
+            $gpu/test_gpu_ort_custom_ops.py tests/test_device_gpu.py" ;;
         test-generation) PROOF='[0-9]+ passed' step "$name" 180 bash -c "OMP_NUM_THREADS=2 tests -n 4 -v \
             $gpu/test_gpu_generation.py -k onnxruntime" ;;
         generate-fp16) generate fp16 --profile 3 ;;
@@ -145,8 +145,9 @@ run() {  # the steps of these names
         cli-generate) PROOF='[a-z]' step "$name" 60 env -u LD_LIBRARY_PATH "$PYTHON" -m dmoe_export generate \
             "$STASH/sample.bundle" --prompt "tom has 12 apples and buys 7 more. how many apples does tom have?" \
             --max-new-tokens 32 --backend onnxruntime-cuda ;;
-        unpack-rtx) PROOF=tensorrt step "$name" 90 bash -c "unpack rtx tensorrt_rtx" && use rtx ;;
-        rtx-finding) SHOWN=30 PROOF='[0-9]+ passed' step "$name" 220 bash -c "tests -v $gpu/test_gpu_generation.py \
+        unpack-rtx) PROOF=tensorrt step "$name" 90 bash -c "unpack rtx 'import tensorrt_rtx_bindings as module'" &&
+            use rtx ;;
+        rtx-finding) SHOWN=30 PROOF='[0-9]+ passed' step "$name" 220 bash -c "tests -vv $gpu/test_gpu_generation.py \
             -k rtx_engines" ;;
         *) echo "There is no step $name."; exit 2 ;;
     esac; done

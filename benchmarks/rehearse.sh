@@ -20,7 +20,7 @@ PACKAGES=(torch==2.11.0 onnx==1.23.1 onnx-ir==1.0.0 onnxscript==0.7.2 onnxruntim
           tokenizers==0.23.2 safetensors==0.8.0 jinja2 click rich pytest pytest-timeout pytest-xdist hypothesis cmake
           ninja)
 # What the runtime alone needs: no torch, and so no libraries of CUDA beside the stubs.
-LIGHT=(numpy==2.5.2 tokenizers==0.23.2 safetensors==0.8.0 jinja2 click rich)
+LIGHT=(numpy==2.5.2 tokenizers==0.23.2 safetensors==0.8.0 jinja2 click rich cuda-bindings)
 HOST_PYTHON=${HOST_PYTHON:-python3}
 [ -x .venv/bin/python ] && HOST_PYTHON=$PWD/.venv/bin/python
 rows=()
@@ -113,14 +113,19 @@ while IFS='|' read -r name seconds carried command; do
     call "$name" "${seconds// /}" "$carried" "${command# }"
 done < <(grep -v '^#' $DEVICE/calls.txt)
 if (($# == 0)); then
+    check machine-code 60 "python3 benchmarks/slim_onnxruntime.py '$STASH/ort' --list | grep -E ' 90 in [0-9]{3}'"
+    check links 60 "python3 $DEVICE/links.py '$STASH/ort/onnxruntime/capi/libonnxruntime_providers_cuda.so'"
     check stubs 600 "PYTHONPATH='$STASH/site' ONNXRUNTIME_INCLUDE='$STASH/base/onnxruntime' \
         python3 tests/cuda_stubs/prepare.py --out '$WORK/stubs' --site '$STASH/ort' > '$WORK/stubs.json'"
     check on-stubs 300 "'$WORK/light/bin/python' $DEVICE/on_stubs.py '$WORK/stubs.json' '$STASH/sample.bundle' \
         '$WORK/out/on-stubs.json'"
+    # TensorRT-RTX needs no GPU to build an engine with our plugins.
+    check rtx-build 300 "PYTHONPATH='$STASH/rtx:$STASH/site:.' LD_LIBRARY_PATH='$STASH/rtx/tensorrt_rtx_libs' \
+        python3 tests/gpu/rtx_finding.py '$STASH/sample.bundle' sm80 --build-only"
     # The GPU programs' own code and its tests, with the machine's versions of everything.
     check python-side 600 "PYTHONPATH='$STASH/site:.' python3 -m pytest -q -p no:cacheprovider \
         tests/test_gpu_benchmarks.py tests/test_gpu_checks_on_cpu.py tests/test_gpu_residency_on_cpu.py \
-        tests/test_device_run.py"
+        tests/test_gpu_generate_on_cpu.py tests/test_device_run.py"
     rm -rf "${WORK:?}/home" "${WORK:?}/tree" && mkdir "$WORK/home"
     call bare 300 ".carry/base" "bash benchmarks/device_run.sh engines unpack-ort"
 fi

@@ -1,8 +1,9 @@
 """Make an unpacked onnxruntime-gpu small enough to be carried: machine code of one GPU, files that a session needs.
 
-    python benchmarks/slim_onnxruntime.py SITE [--code 90]
+    python benchmarks/slim_onnxruntime.py SITE [--code 90] [--list]
 
-SITE: a folder with onnxruntime/ in it; changed in place. Standard library only.
+SITE: a folder with onnxruntime/ in it; changed in place. `--list` changes nothing and says which machine code is there
+(cuobjdump --list-elf says the same). Standard library only.
 
 The CUDA provider holds its kernels in the section .nv_fatbin: containers, each with one entry per GPU generation. Here
 a container keeps its entries of one compute capability and says that it is that long; the rest is zeros, which take no
@@ -92,14 +93,27 @@ def trim(data: bytearray, code: int) -> Counter[str]:
     return said
 
 
-def slim(site: Path, code: int) -> str:
-    """A folder with onnxruntime/ in it, in place; what was done, in one line. Raises SlimError."""
+def listing(data: bytes | bytearray) -> str:
+    """Which machine code is there, in one line. Raises SlimError."""
+    found = containers(data)
+    codes = Counter(code for _, _, entries in found for _, _, kind, code in entries if kind == _ELF)
+    return ("machine code by compute capability: " +
+            ", ".join(f"{code} in {count}" for code, count in sorted(codes.items())) + f" of {len(found)} containers")
+
+
+def read_provider(site: Path) -> bytearray:
+    """The CUDA provider of a folder with onnxruntime/ in it. Raises SlimError."""
     provider = site / PROVIDER
     if not provider.is_file():
         raise SlimError(f"{site} has no {PROVIDER}; it is to be onnxruntime-gpu, unpacked.")
-    data = bytearray(provider.read_bytes())
+    return bytearray(provider.read_bytes())
+
+
+def slim(site: Path, code: int) -> str:
+    """A folder with onnxruntime/ in it, in place; what was done, in one line. Raises SlimError."""
+    data = read_provider(site)
     said = trim(data, code)
-    provider.write_bytes(data)
+    (site / PROVIDER).write_bytes(data)
     for pattern in NOT_NEEDED:
         for path in sorted((site / "onnxruntime").glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -112,8 +126,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("site", type=Path)
     parser.add_argument("--code", type=int, default=90, help="compute capability, such as 90 [90]")
+    parser.add_argument("--list", action="store_true", help="change nothing, say what is there")
     chosen = parser.parse_args()
     try:
-        print(slim(chosen.site, chosen.code))
+        print(listing(read_provider(chosen.site)) if chosen.list else slim(chosen.site, chosen.code))
     except (SlimError, OSError) as problem:
         sys.exit(f"[slim] {problem}")

@@ -114,7 +114,8 @@ class TestCalls:
         expected = compare.expected("rtx")
         (tmp_path / "log.txt").write_text("".join(
             f"== {step.name}, at most 9 s: x\nthis is a rehearsal dmoe_export/lib: build 0123456789abcdef for compute "
-            "capability 90 ONNX Runtime 1.30.0 takes tensorrt_rtx No NVIDIA driver\n" for step in expected))
+            "capability 90 ONNX Runtime 1.30.0 takes tensorrt_rtx_bindings 1.7 No NVIDIA driver\n"
+            for step in expected))
 
         def told(states: dict[str, str]) -> list[str]:
             entries = [{"step": name, "state": state, "seconds": 1} for name, state in states.items()]
@@ -167,6 +168,7 @@ class TestSlimming:
         assert b"o" * 40 not in data and b"p" * 16 not in data
         slim.trim(data, 90)
         assert slim.containers(data) == after, "once more changes nothing"
+        assert slim.listing(data) == "machine code by compute capability: 90 in 2, 120 in 1 of 3 containers"
 
     def test_what_is_not_understood_is_refused(self):
         whole = fat_binary([self.OLD, self.NEW])
@@ -183,13 +185,17 @@ class TestSlimming:
         for path in ("transformers/models/big.py", "capi/libonnxruntime.so.1.31.1", "capi/_pybind_state.py"):
             (tmp_path / "onnxruntime" / path).touch()
         (tmp_path / slim.PROVIDER).write_bytes(fat_binary([self.OLD, self.NEW]))
-        run = subprocess.run([sys.executable, slim.__file__, tmp_path], text=True, capture_output=True, check=False)
-        assert run.returncode == 0 and "1 of 2 pieces of machine code kept" in run.stdout
+
+        def run(*arguments: str | Path):
+            return subprocess.run([sys.executable, slim.__file__, *arguments], text=True, capture_output=True, check=False)
+
+        done = run(tmp_path)
+        assert done.returncode == 0 and "1 of 2 pieces of machine code kept" in done.stdout
         assert sorted(path.name for path in capi.iterdir()) == ["_pybind_state.py", "libonnxruntime_providers_cuda.so"]
         assert not (tmp_path / "onnxruntime" / "transformers").exists()
-        run = subprocess.run([sys.executable, slim.__file__, tmp_path / "onnxruntime"], text=True, capture_output=True,
-                             check=False)
-        assert run.returncode == 1 and "it is to be onnxruntime-gpu, unpacked" in run.stderr
+        assert run(tmp_path, "--list").stdout == "machine code by compute capability: 90 in 1 of 1 containers\n"
+        refused = run(tmp_path / "onnxruntime")
+        assert refused.returncode == 1 and "it is to be onnxruntime-gpu, unpacked" in refused.stderr
 
 
 class TestLibraries:
