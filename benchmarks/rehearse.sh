@@ -65,7 +65,7 @@ call() {  # name, seconds, carried, command
     echo "=== $1: $4 (carries $3)"
     rm -rf "$out" && mkdir -p "$out"
     sync_tree "${carried[@]}" || { wrong=1; row "$1" copy WRONG 0 "no copy of the tree"; return; }
-    alone "$2" "export OUT=$out; $4" > "$WORK/out/$1.screen.txt" 2>&1
+    alone "$2" "OUT=$out; $4" > "$WORK/out/$1.screen.txt" 2>&1
     code=$?
     if [ -f "$out/steps.json" ]; then
         said=$("$HOST_PYTHON" $DEVICE/compare.py "$1" "$out") || wrong=1
