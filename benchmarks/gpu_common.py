@@ -156,8 +156,8 @@ def describe_device(device: Any) -> dict[str, Any]:
 def describe_run(what: str, device: dict[str, Any], library: KernelLibrary | None) -> dict[str, Any]:
     """The head of a result: what was measured where, when, with which versions, by which command."""
     versions = {"python": platform.python_version()}
-    for name in ("torch", "numpy", "onnxruntime", "onnxruntime-gpu", "cuda-bindings", "tensorrt",
-                 "tensorrt-rtx-cu13-bindings"):
+    for name in ("torch", "numpy", "onnxruntime", "onnxruntime-gpu", "cuda-bindings", "nvidia-cublas",
+                 "nvidia-cudnn-cu13", "nvidia-cuda-runtime", "tensorrt", "tensorrt-rtx-cu13-bindings"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -68,7 +68,8 @@ def counted_placement(run: dict[str, Any]) -> dict[str, int] | None:
     ops = {"onnxruntime-cuda ops": "on", "onnxruntime-cuda bodies": "off"}.get(run["backend"].split(",")[0])
     if any(run[name] != about[name] for name in ("geometry", "precision")):
         return None
-    return next((row["placement"] for row in about["rows"] if (row["ops"], row["layers"]) == (ops, run["layers"])), None)
+    wanted = ops, run["layers"]
+    return next((row["placement"] for row in about["rows"] if (row["ops"], row["layers"]) == wanted), None)
 
 
 def against(measured: float, predicted: Range | None) -> dict[str, Any]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
-import gpu  # noqa: F401  puts the benchmarks on the path
+import gpu  # puts the benchmarks on the path
 import gpu_bundle
 import gpu_generate
 import gpu_outcome
 import gpu_profile
 import pytest
 import torch
+from cuda_stubs.prepare import Unavailable, prepare
 from device_helpers import HostExecutor, host_backend
 from fake_cudart import HostDevice
 from safetensors import safe_open
@@ -173,3 +177,28 @@ def test_the_cpu_tries_the_program(monkeypatch, tmp_path, tiny_bundle, capsys):
     result = json.loads(path.read_text())
     assert len(result["runs"]) == 2 and len(result["commands"]) == 2
     assert "milliseconds per forward" in capsys.readouterr().out
+
+
+def test_on_the_real_provider_over_stubs(half_sample_bundle, tmp_path):
+    """All ways of ONNX Runtime's CUDA provider, and its own profile: as on a GPU, but that kernels do nothing."""
+    try:
+        environment = prepare(Path(__file__).parents[1] / "build" / "cuda-stubs")
+    except Unavailable as error:
+        pytest.skip(str(error))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
+    run = subprocess.run([sys.executable, Path(gpu.__file__).with_name("generate_on_stubs.py"),
+                          half_sample_bundle.folder, tmp_path], text=True, capture_output=True, check=False,
+                         env={**kept, **environment})
+    assert run.returncode == 0, run.stderr[-3000:]
+    runs = json.loads((tmp_path / "gpu_generate_stubs_2030-01-01.json").read_text())["runs"]
+    graphs, _, ops, _, bodies, _, tensorrt = runs
+    assert [r["backend"] for r in (graphs, ops, bodies)] == [*gpu_generate.OPS, "onnxruntime-cuda bodies"]
+    assert graphs["graphs"]["replayed"] > graphs["graphs"]["recorded"] > 0 and ops["graphs"] is None
+    assert graphs["placement"] == ops["placement"] and ops["placement"].keys() == bodies["placement"].keys()
+    assert 0 < ops["placement"]["CPUExecutionProvider"] < 40 < ops["placement"]["CUDAExecutionProvider"]
+    assert bodies["placement"]["CUDAExecutionProvider"] > ops["placement"]["CUDAExecutionProvider"]
+    assert tensorrt["broke"].endswith("no TensorRT on stubs")
+    found = json.loads((tmp_path / "found.json").read_text())
+    # What runs of a step; some nodes of the placement are the optimiser's to fold when the session is made.
+    assert found["steps"] == 3 and 0.8 < found["nodes"] / sum(ops["placement"].values()) <= 1
+    assert {row["provider"] for row in found["rows"]} == {"CUDA", "CPU"}
