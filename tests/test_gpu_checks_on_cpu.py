@@ -243,8 +243,8 @@ class TestReplay:
         recorded = replay.record(cpu, [[prompt] for prompt in prompts])
         odd, keep = replay.record(cpu, [replay.odd_batch(prompts)], **replay.ODD), found.__setitem__
         generation_tests.test_onnxruntime_cuda(sample_bundle, recorded, None, keep, "off")
-        generation_tests.test_recorded_steps_give_the_same_tokens(sample_bundle, recorded, odd, None, keep, "off")
-        generation_tests.test_a_growing_cache_and_rows_that_end_apart(sample_bundle, odd, None, keep)
+        generation_tests.test_onnxruntime_cuda_steps_recorded(sample_bundle, recorded, odd, None, keep, "off")
+        generation_tests.test_onnxruntime_cuda_rows_end_apart(sample_bundle, odd, None, keep)
         assert found["placement fp32 ops=off"] and found["graphs onnxruntime-cuda fp32 ops=off"]["replayed"] > 0
         with pytest.raises(pytest.skip.Exception, match="custom ops compute in fp16"):
             generation_tests.test_onnxruntime_cuda(sample_bundle, recorded, None, keep, "on")

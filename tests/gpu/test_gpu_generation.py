@@ -78,7 +78,7 @@ def test_onnxruntime_cuda(bundle, recorded, device, found, ops):
 
 
 @pytest.mark.parametrize("ops", ["on", "off"])
-def test_recorded_steps_give_the_same_tokens(bundle, recorded, odd, device, found, ops):
+def test_onnxruntime_cuda_steps_recorded(bundle, recorded, odd, device, found, ops):
     """Steps from CUDA graphs against the same steps without: the kernels are the same, so are the tokens."""
     plain, recorded_steps = (_opened(bundle, device, found, graphs, ops) for graphs in (False, True))
     equal = []
@@ -93,7 +93,8 @@ def test_recorded_steps_give_the_same_tokens(bundle, recorded, odd, device, foun
     assert graphs.replayed or graphs.off, "graphs were neither used nor refused"
 
 
-def test_a_growing_cache_and_rows_that_end_apart(bundle, odd, device, found):
+def test_onnxruntime_cuda_rows_end_apart(bundle, odd, device, found):
+    """A batch whose cache grows meanwhile; its steps are recorded, too."""
     backend = _opened(bundle, device, found, True, "off" if bundle.manifest.precision == "fp32" else "on")
     _compare(bundle, odd, backend, found, "batch of 3, onnxruntime-cuda")
 
