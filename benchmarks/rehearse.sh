@@ -70,7 +70,7 @@ call() {  # name, seconds, carried, command
     if [ -f "$out/steps.json" ]; then
         said=$("$HOST_PYTHON" $DEVICE/compare.py "$1" "$out") || wrong=1
         # What needs a GPU did not run, and the exit code must say so.
-        [ "$code" = 1 ] || { wrong=1; said+=$'\n'"WRONG $1: exit code $code instead of 1"; }
+        [ "$code" = 1 ] || { wrong=1; said+=$'\n'"$1: WRONG, exit code $code instead of 1"; }
         echo "$said"; rows+=("$said")
     elif ((code == 0)); then
         row "$1" keep "done" $((SECONDS - start)) "as expected"
@@ -118,16 +118,16 @@ if (($# == 0)); then
     check stubs 600 "PYTHONPATH='$STASH/site' ONNXRUNTIME_INCLUDE='$STASH/base/onnxruntime' \
         python3 tests/cuda_stubs/prepare.py --out '$WORK/stubs' --site '$STASH/ort' > '$WORK/stubs.json'"
     check on-stubs 300 "'$WORK/light/bin/python' $DEVICE/on_stubs.py '$WORK/stubs.json' '$STASH/sample.bundle' \
-        '$WORK/out/on-stubs.json'"
+        '$WORK/out/on-stubs'"
     # TensorRT-RTX needs no GPU to build an engine with our plugins.
     check rtx-build 300 "PYTHONPATH='$STASH/rtx:$STASH/site:.' LD_LIBRARY_PATH='$STASH/rtx/tensorrt_rtx_libs' \
         python3 tests/gpu/rtx_finding.py '$STASH/sample.bundle' sm80 --build-only"
     # The GPU programs' own code and its tests, with the machine's versions of everything.
-    check python-side 600 "PYTHONPATH='$STASH/site:.' python3 -m pytest -q -p no:cacheprovider \
+    check python-side 600 "PYTHONPATH='$STASH/site:.' python3 -m pytest -p no:cacheprovider \
         tests/test_gpu_benchmarks.py tests/test_gpu_checks_on_cpu.py tests/test_gpu_residency_on_cpu.py \
         tests/test_gpu_generate_on_cpu.py tests/test_device_run.py"
     rm -rf "${WORK:?}/home" "${WORK:?}/tree" && mkdir "$WORK/home"
-    call bare 300 ".carry/base" "bash benchmarks/device_run.sh engines unpack-ort"
+    call bare 300 ".carry/base" "export OUT; bash benchmarks/device_run.sh engines unpack-ort"
 fi
 echo; echo "=== the rehearsal"; printf '%s\n' "${rows[@]}"
 if ((wrong)); then echo "Something differs; each call's log is in $WORK/out."; exit 1; fi

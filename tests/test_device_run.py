@@ -120,16 +120,25 @@ class TestCalls:
         def told(states: dict[str, str]) -> list[str]:
             entries = [{"step": name, "state": state, "seconds": 1} for name, state in states.items()]
             (tmp_path / "steps.json").write_text(json.dumps(entries))
-            return compare.compare("rtx", tmp_path)[1]
+            lines, wrong = compare.compare("rtx", tmp_path)
+            said = [line for line in lines if "WRONG" in line]
+            assert len(said) == wrong
+            return said
 
         right = {step.name: step.state for step in expected}
         assert told(right) == []
-        assert told(right | {"wheels": "failed"}) == ["rtx, wheels: expected: done"]
-        assert "not there" not in told(right | {"odd": "done"})[0] and "odd" in told(right | {"odd": "done"})[0]
-        assert len(told({name: state for name, state in right.items() if name != "wheels"})) == 1
+        (line,) = told(right | {"wheels": "failed"})
+        assert re.search(r"wheels +failed .*expected: done", line)
+        (line,) = told(right | {"odd": "done"})
+        assert "odd: nothing of it stands in expected.txt" in line
+        (line,) = told({name: state for name, state in right.items() if name != "wheels"})
+        assert re.search("wheels +not there", line)
         for i in range(8):
             (tmp_path / f"more{i}.json").touch()
         assert "10 files" in told(right)[0]
+        log = tmp_path / "log.txt"
+        log.write_text(log.read_text().replace("No NVIDIA driver", "ImportError"))
+        assert "does not show: No NVIDIA driver" in told(right)[0]
 
     def test_usage(self):
         assert subprocess.run(["bash", SCRIPT, "nonsense"], capture_output=True, check=False).returncode == 2
@@ -187,7 +196,8 @@ class TestSlimming:
         (tmp_path / slim.PROVIDER).write_bytes(fat_binary([self.OLD, self.NEW]))
 
         def run(*arguments: str | Path):
-            return subprocess.run([sys.executable, slim.__file__, *arguments], text=True, capture_output=True, check=False)
+            return subprocess.run([sys.executable, slim.__file__, *arguments], text=True, capture_output=True,
+                                  check=False)
 
         done = run(tmp_path)
         assert done.returncode == 0 and "1 of 2 pieces of machine code kept" in done.stdout

@@ -38,30 +38,26 @@ def outputs(log: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def compare(call: str, out: Path) -> tuple[list[str], list[str]]:
-    """A line per step, and what differs."""
+def compare(call: str, out: Path) -> tuple[list[str], int]:
+    """A line per step and per other difference, and how many of them are wrong."""
     wanted, printed = expected(call), outputs((out / "log.txt").read_text(errors="replace"))
     steps = {entry["step"]: entry for entry in json.loads((out / "steps.json").read_text())}
-    lines, wrong = [], []
+    lines = []
     for step in wanted:
         entry = steps.pop(step.name, {"state": "not there", "seconds": 0})
-        said = []
-        if entry["state"] != step.state:
-            said.append(f"expected: {step.state}")
+        said = [f"WRONG, expected: {step.state}"] if entry["state"] != step.state else []
         if not re.search(step.shows, printed.get(step.name, "")):
-            said.append(f"its output does not show: {step.shows}")
+            said.append(f"WRONG, its output does not show: {step.shows}")
         lines.append(f"{call:<8} {step.name:<16} {entry['state']:<16} {entry['seconds']:>4} s  " +
-                     ('; '.join(said) or 'as expected'))
-        wrong += [f"{call}, {step.name}: {text}" for text in said]
-    wrong += [f"{call}, {name}: nothing of it stands in {EXPECTED.name}" for name in steps]
-    if not wanted:
-        wrong.append(f"{call}: nothing of it stands in {EXPECTED.name}")
+                     ("; ".join(said) or "as expected"))
+    others = [f"{name}: nothing of it stands in {EXPECTED.name}" for name in (steps if wanted else [call])]
     files = [path for path in out.rglob("*") if path.is_file()]
     if len(files) > MOST_FILES or any(path.stat().st_size > MOST_BYTES for path in files):
-        wrong.append(f"{call}: {len(files)} files, of which {MOST_FILES} may come back, none over {MOST_BYTES} bytes")
+        others.append(f"{len(files)} files, of which {MOST_FILES} may come back, none over {MOST_BYTES} bytes")
     if odd := [path.name for path in files if not re.fullmatch(r"[A-Za-z0-9._-]+", path.name)]:
-        wrong.append(f"{call}: files of these names do not come back: {odd}")
-    return lines, wrong
+        others.append(f"files of these names do not come back: {odd}")
+    lines += [f"{call:<8} WRONG, {text}" for text in others]
+    return lines, sum("WRONG" in line for line in lines)
 
 
 def main() -> None:
@@ -71,7 +67,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     chosen = parser.parse_args()
     lines, wrong = compare(chosen.call, chosen.out)
-    print("\n".join(lines + [f"WRONG {text}" for text in wrong]))
+    print("\n".join(lines))
     raise SystemExit(1 if wrong else 0)
 
 

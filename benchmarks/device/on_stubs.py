@@ -1,9 +1,10 @@
 """The unpacked onnxruntime-gpu opens a bundle on its CUDA provider, with our custom ops, on stubs of CUDA's libraries.
 
-    python benchmarks/device/on_stubs.py STUBS.json BUNDLE OUT.json
+    python benchmarks/device/on_stubs.py STUBS.json BUNDLE FOLDER
 
-STUBS.json: what tests/cuda_stubs/prepare.py printed. Kernels do nothing there, so this says that slimming, packing and
-unpacking left a provider that takes the graph, and nothing of results. Exit code 1 and a sentence when it does not.
+STUBS.json: what tests/cuda_stubs/prepare.py printed. FOLDER gets what was found: by drive.py there, and by
+gpu_generate.py and gpu_profile.py with that provider. Kernels do nothing on stubs, so this says that slimming, packing
+and unpacking left a provider that takes the graph, and nothing of results. Exit code 1 when it does not.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ CUDA = "CUDAExecutionProvider"
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("stubs", "bundle", "out"):
+    for name in ("stubs", "bundle", "folder"):
         parser.add_argument(name, type=Path)
     chosen = parser.parse_args()
-    made = json.loads(chosen.stubs.read_text())
-    subprocess.run([sys.executable, ROOT / "tests" / "cuda_stubs" / "drive.py", chosen.bundle, "--out", chosen.out],
-                   check=True, env={**os.environ, **made})
-    found = json.loads(chosen.out.read_text())
+    environment = {**os.environ, **json.loads(chosen.stubs.read_text())}
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    driven = chosen.folder / "driven.json"
+    for command in (["cuda_stubs/drive.py", chosen.bundle, "--out", driven],
+                    ["gpu/generate_on_stubs.py", chosen.bundle, chosen.folder]):
+        if subprocess.run([sys.executable, ROOT / "tests" / command[0], *command[1:]], env=environment).returncode:
+            sys.exit(f"{command[0]} failed; what it said stands above.")
+    found = json.loads(driven.read_text())
     for name, run in {**found["runs"], "batch": found["batch"]}.items():
         if not run["placement"].get(CUDA) or run["violations"]:
             sys.exit(f"{name}: nodes {run['placement']}, violations {run['violations']}")
