@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cuda_stubs.prepare import Unavailable, prepare, pinned_version
+from cuda_stubs.prepare import Unavailable, pinned_version, prepare
 
 from dmoe_export.runtime.nvidia_libraries import nvidia_folders
 from dmoe_export.runtime.onnxruntime_cuda import SHAPE_OPS

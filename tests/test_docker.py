@@ -55,8 +55,8 @@ def _install(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_dry_run_shows_the_steps_and_does_nothing(tmp_path):
-    done = _install("--venv", str(tmp_path / "v"), "--extras", "tensorrt,export,cpu", "--system-packages", "--code", "90",
-                    "--dry-run")
+    done = _install("--venv", str(tmp_path / "v"), "--extras", "tensorrt,export,cpu", "--system-packages", "--code",
+                    "90", "--dry-run")
     assert done.returncode == 0, done.stderr
     commands = [line.strip() for line in done.stdout.splitlines() if line.startswith("    ")]
     assert commands[1:5] == [

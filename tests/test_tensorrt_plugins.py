@@ -1,4 +1,4 @@
-"""Where plugins of an engine come from: what it carries, else our library of the same build; a stand-in for TensorRT."""
+"""Where an engine's plugins come from: what it carries, else our library of the same build; a stand-in for TensorRT."""
 
 from __future__ import annotations
 
