@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dmoe_export import export_checkpoint
 from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.checkpoint.hub import resolve_checkpoint
-from dmoe_export.checkpoint.reader import CheckpointReader
+from dmoe_export.checkpoint.reader import CheckpointReader, all_finite
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
 from dmoe_export.checkpoint.text import chat_template
 from dmoe_export.description import RoutingDescription
@@ -195,6 +195,16 @@ def test_nan_is_named(tiny_checkpoint, tmp_path):
     folder = _edited(tiny_checkpoint, tmp_path / "nan", tensors=poison)
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.gate\.weight .*NaN"):
         _logits(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_value_that_is_no_number_is_found(dtype):
+    fine = torch.linspace(-400, 400, 99).reshape(9, 11).to(dtype)
+    assert all_finite(fine) and all_finite(fine[:0]) and all_finite(torch.arange(5))
+    for value in (float("nan"), float("inf"), -float("inf")):
+        spoilt = fine.clone()
+        spoilt[4, 7] = value
+        assert not all_finite(spoilt) and not all_finite(spoilt.T)
 
 
 def test_chunks_are_the_tensor(tiny_checkpoint, monkeypatch):

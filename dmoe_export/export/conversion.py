@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..bundle.writer import PAGE
 from ..checkpoint.family import Checkpoint
+from ..checkpoint.reader import all_finite
 from ..description import ExpertQuantisation
 from ..errors import CheckpointError
 from ..model.load import interleave
@@ -123,7 +124,7 @@ class Conversion:
         def packed() -> Iterator[memoryview]:
             for slab in slabs:
                 integers, slab_scales = quantise(slab, how, self._dtype)
-                if not torch.isfinite(slab_scales).all():
+                if not all_finite(slab_scales):
                     raise CheckpointError(f"Tensor {name} from {self._checkpoint.folder} has values that no scale in "
                                           "float16 reaches; use --dense-precision bf16 or fp32.")
                 scales.append(slab_scales)
@@ -146,7 +147,7 @@ class Conversion:
                    padding: tuple[int, ...] = ()) -> Tensor:
         self.digests.update(layer, raw_bytes(tensor))  # before type and padding: digests are the checkpoint's alone
         out = F.pad(tensor.to(dtype), padding)
-        if dtype == torch.float16 and not torch.isfinite(out).all():
+        if dtype == torch.float16 and not all_finite(out):
             option = "--dense-precision" if self._how else "--precision"
             raise CheckpointError(f"Tensor {name} in {self._checkpoint.folder} has values beyond float16; "
                                   f"use {option} bf16 or fp32.")
