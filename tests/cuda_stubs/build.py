@@ -67,7 +67,7 @@ def build(provider: Path, out: Path, cuda_include: Path) -> Path:
         stem = name.split(".")[0]
         if stem == "libcuda":  # its symbols carry no version
             names = {n for n in wanted.get("", ()) if re.match(r"cu[A-Z]", n)}
-            _library(driver / name, HERE / "libraries.cpp", (), names, cuda_include, cudart)
+            _library(driver / name, HERE / "libraries.cpp", ("-DSTUB_CUDA",), names, cuda_include, cudart)
             continue
         part = {"libcublas": ("-DSTUB_CUBLAS",), "libcublasLt": ("-DSTUB_CUBLASLT",)}.get(stem, ())
         _library(toolkit / name, HERE / "libraries.cpp", part, wanted.get(name, set()), cuda_include, cudart)

@@ -1,5 +1,5 @@
-// What of cuBLAS, cuBLASLt and cuDNN must do more than be counted; build.py generates the rest. Each library takes its
-// part of this file (STUB_CUBLAS, STUB_CUBLASLT, STUB_CUDNN).
+// What of cuBLAS, cuBLASLt, cuDNN and the driver must do more than be counted; build.py generates the rest. Each library
+// takes its part of this file (STUB_CUBLAS, STUB_CUBLASLT, STUB_CUDNN, STUB_CUDA).
 #include "stub.h"
 
 #include <cstring>
@@ -82,4 +82,8 @@ STUB int cudnnGetReductionIndicesSize(void*, void*, void*, void*, size_t* size)
     *size = 0;
     return 0;
 }
+#endif
+
+#ifdef STUB_CUDA
+STUB int cuInit(unsigned) { return 100; } // no device: whoever asks the driver itself is told the truth
 #endif
