@@ -22,6 +22,7 @@ PYTHON=${PYTHON:-python3}
 CARRY=.carry
 STASH=${DMOE_STASH:-$HOME/.cache/dmoe-device-run}   # outside the tree: survives what a later call replaces
 LAYERS=${LAYERS:-6}
+DRIVER_PATH=${LD_LIBRARY_PATH:-}  # where this machine may have its driver
 FIRST=(smoke bench-quick test-kernels test-residency bench-residency memcheck racecheck ncu bench-kernels initcheck
        synccheck)
 ENGINES=(unpack-ort test-custom-ops generate-fp16 test-generation cli-export cli-generate generate-int8 generate-int4)
@@ -66,12 +67,13 @@ spec = importlib.util.find_spec('nvidia')
 roots = spec.submodule_search_locations if spec else ()
 print(':'.join(str(folder) for root in roots for folder in sorted(pathlib.Path(root).glob('*/lib'))), end='')"
     find "$STASH/rtx" -name 'libtensorrt_rtx.so*' -printf ':%h' -quit 2> /dev/null
-    return 0
+    echo "${DRIVER_PATH:+:$DRIVER_PATH}"
 }
 
 facts() {
     nvidia-smi || return 3
     nvidia-smi --query-gpu=name,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.limit --format=csv
+    echo "LD_LIBRARY_PATH=$DRIVER_PATH"
     nvcc --version; compute-sanitizer --version; ncu --version; "$PYTHON" --version; uname -a; df -h "$STASH"; free -g
     "$PYTHON" -m pip list 2>/dev/null | grep -iE '^(torch|numpy|onnx|cuda|nvidia|tensorrt|pytest|hypothesis|pydantic)'
     return 0
@@ -113,9 +115,12 @@ profile() {  # four product launches, each read in full; the table is in the log
 
 tests() { "$PYTHON" -m pytest -m gpu -rs -p no:cacheprovider "$@"; }
 
-generate() {  # precision, options
+generate() {  # precision, options; 28 GB of models at 6 layers, in memory where there is room: exports wait for disks
+    local work=$STASH/work free
+    free=$(df --output=avail --block-size=1G /dev/shm 2> /dev/null | tail -n 1)
+    if [ -d /dev/shm/dmoe-work ] || ((${free:-0} >= 34)); then work=/dev/shm/dmoe-work; fi
     PROOF='denoise +[0-9.]+ ms' SHOWN=16 step "generate-$1" 200 "$PYTHON" benchmarks/gpu_generate.py \
-        --layers "$LAYERS" --precision "$1" --out "$OUT" --work "$STASH/work" "${@:2}"
+        --layers "$LAYERS" --precision "$1" --out "$OUT" --work "$work" "${@:2}"
 }
 
 run() {  # the steps of these names
@@ -126,7 +131,7 @@ run() {  # the steps of these names
         bench-kernels) SHOWN=24 PROOF='TB/s' step "$name" 180 "$PYTHON" benchmarks/gpu_kernels.py --out "$OUT" ;;
         bench-residency) PROOF='a miss:' step "$name" 70 "$PYTHON" benchmarks/gpu_residency.py --out "$OUT" ;;
         test-kernels) PROOF='[0-9]+ passed' step "$name" 180 bash -c "OMP_NUM_THREADS=2 tests -n 6 -v --durations=10 \
-            $gpu/test_gpu_kernels.py tests/test_device_gpu.py" ;;
+            --dist worksteal $gpu/test_gpu_kernels.py tests/test_device_gpu.py" ;;
         test-residency) PROOF='[0-9]+ passed' step "$name" 60 bash -c "tests -vv $gpu/test_gpu_residency.py" ;;
         memcheck | racecheck | initcheck | synccheck)
             PROOF='[0-9]+ passed' step "$name" 90 bash -c "tests -vv $gpu/test_gpu_sanitizer.py -k $name" ;;
@@ -136,19 +141,19 @@ run() {  # the steps of these names
         test-custom-ops) PROOF='[0-9]+ passed' step "$name" 100 bash -c "OMP_NUM_THREADS=2 tests -n 4 -v \
             $gpu/test_gpu_ort_custom_ops.py tests/test_device_gpu.py" ;;
         test-generation) PROOF='[0-9]+ passed' step "$name" 180 bash -c "OMP_NUM_THREADS=2 tests -n 4 -v \
-            $gpu/test_gpu_generation.py -k onnxruntime" ;;
+            --dist worksteal $gpu/test_gpu_generation.py -k onnxruntime" ;;
         generate-fp16) generate fp16 --profile 3 ;;
         generate-int8 | generate-int4) generate "${name#generate-}" ;;
         cli-export) step "$name" 60 "$PYTHON" -m dmoe_export export samples/tiny-dmoe --precision fp16 --force \
             --out "$STASH/sample.bundle" ;;
         # As a user would: nothing names CUDA's libraries but the package itself.
-        cli-generate) PROOF='[a-z]' step "$name" 60 env -u LD_LIBRARY_PATH "$PYTHON" -m dmoe_export generate \
-            "$STASH/sample.bundle" --prompt "tom has 12 apples and buys 7 more. how many apples does tom have?" \
-            --max-new-tokens 32 --backend onnxruntime-cuda ;;
+        cli-generate) PROOF='[a-z]' step "$name" 60 env LD_LIBRARY_PATH="$DRIVER_PATH" "$PYTHON" -m dmoe_export \
+            generate "$STASH/sample.bundle" --backend onnxruntime-cuda --max-new-tokens 32 \
+            --prompt "tom has 12 apples and buys 7 more. how many apples does tom have?" ;;
         unpack-rtx) PROOF=tensorrt step "$name" 90 bash -c "unpack rtx 'import tensorrt_rtx_bindings as module'" &&
             use rtx ;;
         rtx-finding) SHOWN=30 PROOF='[0-9]+ passed' step "$name" 220 bash -c "tests -vv $gpu/test_gpu_generation.py \
-            -k rtx_engines" ;;
+            -k 'rtx_engines and fp16'" ;;
         *) echo "There is no step $name."; exit 2 ;;
     esac; done
 }
@@ -161,7 +166,7 @@ use() {  # name: steps from here on import it, and find what it links
 prepare() {
     : "${OUT:?set OUT to the folder for results}"
     mkdir -p "$OUT" "$STASH" && OUT=$(cd "$OUT" && pwd)
-    export OUT STASH CARRY PYTHON PYTHONUNBUFFERED=1 DMOE_GPU_RESULTS=$OUT DMOE_REQUIRE_CUSTOM_OPS=1
+    export OUT STASH CARRY PYTHON DRIVER_PATH PYTHONUNBUFFERED=1 DMOE_GPU_RESULTS=$OUT DMOE_REQUIRE_CUSTOM_OPS=1
     export -f facts install_wheels libraries custom_ops profile tests unpack library_folders
     export PYTHONPATH="$STASH/site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
     keep

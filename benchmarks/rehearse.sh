@@ -49,7 +49,7 @@ sync_tree() {  # carried paths: what the tool sends; ignored build outputs of ea
 }
 
 alone() {  # seconds, command: in the tree, without a network, and with nothing of this machine's environment
-    env -i HOME="$WORK/home" LANG=C.UTF-8 TMPDIR="$WORK/tmp" "${CLOSED[@]}" \
+    env -i HOME="$WORK/home" LANG=C.UTF-8 LD_LIBRARY_PATH=/usr/local/nvidia/lib64 TMPDIR="$WORK/tmp" "${CLOSED[@]}" \
         PATH="$WORK/tree/$DEVICE/stand_in:$WORK/venv/bin:$CUDA_BIN:/usr/local/bin:/usr/bin:/bin" \
         timeout --kill-after=10 "$1" "${CUT[@]}" bash -c "cd '$WORK/tree' && $2"
 }

@@ -1,14 +1,15 @@
 """How much every planned call carries, in bytes; exit code 1 when one is over what a call may carry.
 
-    python benchmarks/device/load.py [--tree FOLDER]
+    python benchmarks/device/load.py [--json]
 
-What travels: files of the tree that git does not ignore, the folder shared/ if the checkout has one, and what
-calls.txt names beside. Standard library only.
+What travels: files of the tree that git does not ignore, the folder shared/ if the checkout has one, and what calls.txt
+names beside. `--json` prints the calls as arguments of the tool, to be pasted. Standard library only.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -70,8 +71,12 @@ def report(tree: Path, calls: list[Call]) -> tuple[list[str], bool]:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tree", type=Path, default=HERE.parents[1])
-    lines, fits = report(parser.parse_args().tree.resolve(), planned())
+    parser.add_argument("--json", action="store_true")
+    if parser.parse_args().json:
+        for call in planned():
+            print(json.dumps({"command": call.command, "carry": call.carry, "timeout_s": call.seconds}))
+        return
+    lines, fits = report(HERE.parents[1], planned())
     print("\n".join(lines))
     raise SystemExit(0 if fits else 1)
 
