@@ -52,7 +52,7 @@ unpack() {  # name, Python that imports `module`: joined, checked, unpacked to a
         (cd "$STASH/parts" && xargs cat < "$STASH/base/$what.parts" > "$STASH/$what.txz") || return 1
         (cd "$STASH" && sha256sum --check --quiet "base/$what.sha256") || return 1
         rm -rf "$STASH/$what.partial" && mkdir "$STASH/$what.partial" &&
-            tar -C "$STASH/$what.partial" -xJf "$STASH/$what.txz" && rm "$STASH/$what.txz" &&
+            "$PYTHON" -m tarfile -e "$STASH/$what.txz" "$STASH/$what.partial" && rm "$STASH/$what.txz" &&
             mv "$STASH/$what.partial" "$STASH/$what" || return 1
     }
     PYTHONPATH="$STASH/$what:$PYTHONPATH" LD_LIBRARY_PATH="$(library_folders)" "$PYTHON" -c "$2
