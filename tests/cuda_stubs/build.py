@@ -21,6 +21,9 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+CUDART = tuple(HERE / f"cudart_{part}.cpp" for part in ("state", "device", "memory", "streams"))
+LIBRARIES = (HERE / "libraries.cpp",)
+SOURCES = (HERE / "build.py", HERE / "stub.h", HERE / "cudart_state.h", *CUDART, *LIBRARIES)
 # Work on the device, by a handle that is the first argument; everything else is housekeeping.
 _CUBLAS = re.compile(r"cublas(?!Lt|Get|Set).*([gG]emm|geam|get[rR][fi]|copy|scal)")
 _CUDNN = re.compile(r"cudnn(ReduceTensor|AddTensor|BackendExecute|[A-Za-z]*Forward|[A-Za-z]*ForwardInference)$")
@@ -61,33 +64,35 @@ def build(provider: Path, out: Path, cuda_include: Path) -> Path:
     for folder in (toolkit, cudnn, driver):
         folder.mkdir(parents=True, exist_ok=True)
     cudart = toolkit / f"libcudart.so.{version}"
-    _library(cudart, HERE / "cudart.cpp", (), wanted[cudart.name], cuda_include)
+    _library(cudart, CUDART, (), wanted[cudart.name], cuda_include)
     needed = re.findall(r"NEEDED\)\s+Shared library: \[(lib(?:cu|nv)[^]]+)\]", _run("readelf", "-d", provider))
     for name in set(needed) - {cudart.name}:
         stem = name.split(".")[0]
         if stem == "libcuda":  # its symbols carry no version
             names = {n for n in wanted.get("", ()) if re.match(r"cu[A-Z]", n)}
-            _library(driver / name, HERE / "libraries.cpp", ("-DSTUB_CUDA",), names, cuda_include, cudart)
+            _library(driver / name, LIBRARIES, ("-DSTUB_CUDA",), names, cuda_include, cudart)
             continue
         part = {"libcublas": ("-DSTUB_CUBLAS",), "libcublasLt": ("-DSTUB_CUBLASLT",)}.get(stem, ())
-        _library(toolkit / name, HERE / "libraries.cpp", part, wanted.get(name, set()), cuda_include, cudart)
-    _library(cudnn / "libcudnn.so.9", HERE / "libraries.cpp", ("-DSTUB_CUDNN",), cudnn_names(provider), cuda_include,
+        _library(toolkit / name, LIBRARIES, part, wanted.get(name, set()), cuda_include, cudart)
+    _library(cudnn / "libcudnn.so.9", LIBRARIES, ("-DSTUB_CUDNN",), cudnn_names(provider), cuda_include,
              cudart)
     return cudart
 
 
-def _library(path: Path, source: Path, flags: tuple[str, ...], wanted: set[str], cuda_include: Path,
+def _library(path: Path, sources: tuple[Path, ...], flags: tuple[str, ...], wanted: set[str], cuda_include: Path,
              *others: Path) -> None:
-    """One library: `source`, and a function for every name of `wanted` that it does not define."""
+    """One library: its sources, and a function for every name of `wanted` that they do not define."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "g++"
     options = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{HERE}", f"-I{cuda_include}", *flags)
     with tempfile.TemporaryDirectory() as work:
-        written, generated, script = (Path(work) / name for name in ("written.o", "generated.cpp", "exports.map"))
-        _run(compiler, *options, "-c", source, "-o", written)
-        there = {line.split()[-1] for line in _run("nm", "--defined-only", "-g", written).splitlines()}
+        generated, script = Path(work) / "generated.cpp", Path(work) / "exports.map"
+        written = [Path(work) / f"{source.stem}.o" for source in sources]
+        for source, made in zip(sources, written, strict=True):
+            _run(compiler, *options, "-c", source, "-o", made)
+        there = {line.split()[-1] for line in _run("nm", "--defined-only", "-g", *written).splitlines() if line}
         generated.write_text(_HEAD + "".join(map(_function, sorted(wanted - there))))
         script.write_text(f"{path.name} {{ global: cuda*; __cuda*; cu*; dmoe_*; local: *; }};\n")
-        _run(compiler, *options, "-shared", written, generated, "-o", path, f"-Wl,-soname,{path.name}",
+        _run(compiler, *options, "-shared", *written, generated, "-o", path, f"-Wl,-soname,{path.name}",
              f"-Wl,--version-script={script}", *others)
 
 

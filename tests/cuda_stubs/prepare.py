@@ -71,8 +71,8 @@ def _install(site: Path, version: str) -> Path:
 def _stubs(provider: Path, stubs: Path) -> Path:
     """Built anew when their sources or the provider changed."""
     build = _script(HERE / "build.py")
-    sources = [provider, *(HERE / name for name in ("build.py", "stub.h", "cudart.cpp", "libraries.cpp"))]
-    state = json.dumps([[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sources])
+    made_from = (provider, *build.SOURCES)
+    state = json.dumps([[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in made_from])
     stamp = stubs / "made_from.json"
     if not stamp.is_file() or stamp.read_text() != state:
         shutil.rmtree(stubs, ignore_errors=True)
