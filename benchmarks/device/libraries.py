@@ -14,14 +14,15 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
-import importlib.util
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
@@ -116,13 +117,9 @@ def _headers() -> tuple[Path, Path]:
         raise LibrariesError(str(error)) from None
 
 
-def _script(path: Path) -> ModuleType:
-    """A script as a module; plugins/ is no package."""
-    spec = importlib.util.spec_from_file_location(f"dmoe_{path.parent.name}_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _script(path: Path) -> Any:
+    """What a script defines; plugins/ is no package."""
+    return SimpleNamespace(**runpy.run_path(str(path)))
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ provider as text. Standard library only, plus a C++ compiler, binutils and CUDA'
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -118,11 +118,8 @@ def _run(*command: str | Path) -> str:
 
 def cuda_headers() -> Path:
     """The folder of cuda_runtime_api.h, of the compiler that plugins/build.py takes."""
-    spec = importlib.util.spec_from_file_location("dmoe_plugins_build", HERE.parents[1] / "plugins" / "build.py")
-    assert spec and spec.loader
-    plugins = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plugins)
-    command = [plugins.cuda_compiler(), "--dryrun", "-x", "cu", "/dev/null"]
+    compiler = runpy.run_path(str(HERE.parents[1] / "plugins" / "build.py"))["cuda_compiler"]()
+    command = [compiler, "--dryrun", "-x", "cu", "/dev/null"]
     said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
     top = re.search(r"TOP=(\S+)", said)  # nvcc on the path may be a script that starts it elsewhere
     if top is None:

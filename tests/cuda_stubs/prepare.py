@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -105,13 +106,9 @@ def _custom_ops(out: Path, cudart: Path) -> Path:
     return folder / "onnxruntime" / "libdmoe_onnxruntime_shared.so"
 
 
-def _script(path: Path) -> ModuleType:
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(f"dmoe_{path.parent.name}_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _script(path: Path) -> Any:
+    """What a script defines; plugins/ is no package."""
+    return SimpleNamespace(**runpy.run_path(str(path)))
 
 
 if __name__ == "__main__":
