@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -150,6 +151,14 @@ def test_auto_without_a_driver(golden_bundle, no_driver, monkeypatch):
     assert backend.name == "onnxruntime"
     assert why == ("No NVIDIA driver is loaded here (nvidia-smi would show it, a container needs --gpus all)"
                    + kernels_clause(golden_bundle.manifest))
+
+
+def test_auto_without_onnx_runtime_says_why_the_engine_is_not_taken(golden_bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(CudaDevice, "open", classmethod(lambda cls: cls(FakeCudart(driver=0))))
+    with_engine = Bundle(golden_bundle.folder, golden_bundle.manifest.model_copy(update={"engines": [None]}))
+    with pytest.raises(MissingRequirementError, match=r"^Nothing here can run .*: No NVIDIA driver .*; ONNX Runtime is not inst"):
+        choose.open_backend(with_engine)
 
 
 def test_auto_does_not_hide_a_damaged_engine(golden_bundle, monkeypatch):

@@ -37,7 +37,11 @@ def open_backend(bundle: Bundle, name: BackendName = "auto", threads: int | None
             return open_tensorrt(bundle), "the bundle has an engine for this GPU"
         except MissingRequirementError as error:
             reasons.append(_clause(error))
-    if not has_provider():
+    try:
+        provider = has_provider()
+    except MissingRequirementError as error:  # without ONNX Runtime there is nothing left, and the reasons matter
+        raise MissingRequirementError(f"Nothing here can run {bundle.folder}: {'; '.join(reasons)}; {error}") from None
+    if not provider:
         reasons.append("ONNX Runtime has no CUDA provider here")
     else:
         try:
