@@ -14,6 +14,7 @@ from dmoe_export.checkpoint.generated import GeneratedCheckpoint
 from dmoe_export.errors import InputError
 
 
+@pytest.mark.slow
 def test_export_is_measured_and_nothing_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(children, "_PROBE", 1 << 16)
     found = bench_json("export", "--geometry", "tiny", "--layers", 2, "--work", tmp_path, "--out", tmp_path / "e.json")
