@@ -177,7 +177,9 @@ def write_result(result: dict[str, Any], folder: Path) -> Path:
     """Write it under its name; one of the same day is replaced."""
     path = result_path(result, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    partial = path.with_name(f"{path.name}.partial")  # a program that is killed leaves the file before
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
     return path
 
 

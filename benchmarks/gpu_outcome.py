@@ -116,8 +116,9 @@ def generate_table(result: dict[str, Any]) -> list[str]:
              "| model, backend | nodes | predicted | measured | ratio |", "|---|---|---|---|---|"]
     for r in result["runs"]:
         what = f"{r['geometry']} {r['layers']} layers {r['precision']}, coreset {r['coreset']}, {r['backend']}"
-        if "missing" in r:
-            lines.append(f"| {what} | – | – | {r['missing']} | – |")
+        if "denoise_ms" not in r:  # no backend, a failure, or the profile, which has a table of its own
+            why = r.get("missing") or r.get("broke") or f"{r['profile']['nodes_us']:.0f} us of nodes, each waited for"
+            lines.append(f"| {what} | – | – | {why} | – |")
         else:
             nodes = " / ".join(str(count) for count in r.get("placement", {}).values()) or "–"
             lines.append(_row(what, nodes, r["denoise_ms"], predicted_step(device, r)))

@@ -125,6 +125,16 @@ def test_entries_replace_those_of_their_kind(tmp_path):
     assert fp16["over_predicted"] == pytest.approx(2.0 / ((low + high) / 2))
 
 
+def test_every_kind_of_entry_has_a_row_of_the_outcome():
+    """What device_run.sh prints last must not end at an entry without a time."""
+    base = {"geometry": "llada2.0-mini", "layers": 6, "precision": "fp16", "coreset": "15", "backend": "b"}
+    kinds = ({"missing": "There is none."}, {"broke": "ValueError: no"}, {"profile": {"nodes_us": 321.4}},
+             {"denoise_ms": 2.5})
+    rows = gpu_outcome.generate_table({**RESULT, "runs": [{**base, **kind} for kind in kinds]})[-len(kinds):]
+    for row, said in zip(rows, ("There is none.", "ValueError: no", "321 us of nodes", "2.5"), strict=True):
+        assert said in row and row.count("|") == 6
+
+
 def test_tensorrt_is_not_built_where_it_cannot_run(tiny_bundle, monkeypatch):
     from dmoe_export.engine import build
 

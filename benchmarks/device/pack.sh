@@ -9,8 +9,9 @@
 #                     each, cut into parts
 PACK_PYTHON=${PACK_PYTHON:-3.12}
 PACK_CODE=${PACK_CODE:-90}
-RTX_VERSION=${RTX_VERSION:-1.7.1.116}
-ORT_VERSION=${ORT_VERSION:-1.31.1}
+pinned() { sed -n "s/^$1==\([0-9.]*\).*/\1/p" constraints.txt; }
+RTX_VERSION=${RTX_VERSION:-$(pinned tensorrt-rtx-cu13-libs)}
+ORT_VERSION=${ORT_VERSION:-$(pinned onnxruntime-gpu)}
 
 pack() {
     mkdir -p "$CARRY/base/wheels"
