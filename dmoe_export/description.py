@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 RoutingMode = Literal["token", "top_p", "top_c"]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -76,12 +76,26 @@ class ModelDescription(Frozen):
     max_positions: int = Field(gt=0)
     tie_embeddings: bool
     mask_id: int = Field(ge=0)
-    eos_id: int = Field(ge=0)
+    eos_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, description="each of them ends an answer; "
+                                                             "the first is the one that templates and padding mean")
     pad_id: int = Field(ge=0)
     attention: Literal["block_causal", "full"] = Field(
         "block_causal", description="who sees whom: earlier blocks and the own one (block diffusion), or everyone")
     logit_shift: bool = Field(False, description="position i is predicted by the row of position i − 1 (Dream)")
     qkv_bias: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_eos(cls, value: Any) -> Any:
+        """`eos_id`, as code and bundles from before `eos_ids` say it."""
+        if isinstance(value, dict) and "eos_id" in value and "eos_ids" not in value:
+            return {name: v for name, v in value.items() if name != "eos_id"} | {"eos_ids": [value["eos_id"]]}
+        return value
+
+    @property
+    def eos_id(self) -> int:
+        """The first of `eos_ids`."""
+        return self.eos_ids[0]
 
     @property
     def moe_layers(self) -> range:
@@ -104,6 +118,7 @@ class RoutingDescription(Frozen):
     top_p: float = Field(ge=0, le=1)
     min_experts: int = Field(ge=1, description="guard: least coreset size")
     coreset_size: int = Field(ge=1, description="C of top_c")
+    reason: str = Field("", description="why it is this mode: a field of config.json, or that it was asked for")
 
     @classmethod
     def default(cls, moe: MoeDescription | None, mode: RoutingMode = "top_p", block_length: int = 32,

@@ -134,6 +134,7 @@ class CheckpointEntry(Frozen):
 
     identity: str = Field(description="sha256 over the description and `parts`")
     layers_total: int
+    source: str | None = Field(None, description="the hub id it was fetched by, or the folder's name")
     parts: list[str] = Field(default_factory=list, description="sha256 of what was read outside layers, then of each "
                              "exported layer; empty in bundles from before this field")
 
@@ -143,6 +144,8 @@ class TokenizerEntry(Frozen):
 
     file: str
     chat_template: str | None
+    special_tokens: dict[str, str] = Field(default_factory=dict, description="what a template knows by name: "
+                                           "bos_token, eos_token, …; empty in older bundles")
 
 
 class ProfileEntry(Frozen):
@@ -256,6 +259,9 @@ class Manifest(Frozen):
     tokenizer: TokenizerEntry | None
     files: list[FileEntry]
     engines: list[EngineEntry] = Field(default_factory=list)
+    decode_defaults: dict[str, int | float | bool | str] = Field(
+        default_factory=dict, description="fields of DecodeSettings that the checkpoint's generation_config.json sets")
+    warnings: list[str] = Field(default_factory=list, description="sentences that the export printed")
 
     @model_validator(mode="after")
     def _numbers_agree(self) -> Manifest:

@@ -67,6 +67,8 @@ class Checkpoint:
     def __init__(self, folder: Path, layers: int | None = None) -> None:
         """Read and check the folder; `layers` keeps the first N layers."""
         self.folder = folder
+        self.warnings: list[str] = []  # for whoever exports it
+        self.decode_defaults: dict[str, int | float | bool | str] = {}  # of generation_config.json
         self.config = read_config(folder)
         family = family_of(self.config, folder / "config.json")
         try:

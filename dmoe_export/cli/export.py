@@ -47,6 +47,8 @@ def export(checkpoint: str, out: Path, coreset_top_p: float | None, force: bool,
     with byte_bar("read", 0, shown=not as_json) as report:
         bundle = export_checkpoint(checkpoint, out, top_p=coreset_top_p, overwrite=force, report=report, **options)
     manifest = bundle.manifest
+    for sentence in manifest.warnings:
+        click.echo(f"dmoe-export: warning: {sentence}", err=True)
     size = sum(entry.size for entry in manifest.files)
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle.folder), "bytes": size, "seconds": time.perf_counter() - start,

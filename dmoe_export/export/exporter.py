@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
@@ -10,36 +9,31 @@ from typing import get_args
 import torch
 
 from .. import __version__
-from ..bundle.manifest import (
-    CheckpointEntry,
-    Manifest,
-    TokenizerEntry,
-)
+from ..bundle.manifest import CheckpointEntry, Manifest
 from ..bundle.reader import Bundle, open_bundle
 from ..bundle.writer import BundleWriter
-from ..checkpoint.config_fields import Fields
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.hub import resolve_checkpoint
-from ..checkpoint.text import chat_template, tokenizer_json
 from ..description import (
     RUNTIME_SETTINGS,
     ExpertQuantisation,
     ExportPrecision,
     ModelDescription,
     Precision,
-    RoutingDescription,
     RoutingMode,
 )
-from ..errors import CheckpointError, InputError
+from ..errors import InputError
 from .conversion import identity, padded_width
 from .graph_file import save_graph
 from .quantisation import choose_precision
+from .routing import choose_routing
 from .salient import check_capacities, export_salient
+from .text_files import copy_text
 from .trace import trace_denoiser
 from .weights import WeightStream
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-GRAPH_FILE, TOKENIZER_FILE, TEMPLATE_FILE = "denoiser.onnx", "tokenizer.json", "chat_template.jinja"
+GRAPH_FILE = "denoiser.onnx"
 
 Report = Callable[[str, int, int], None]
 """Told the phase, the bytes written and the bytes to write."""
@@ -70,8 +64,8 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *, p
     d = source.description
     kept, how = choose_precision(d, precision, dense_precision, group_size)
     dtype = DTYPES[kept]
-    route = _routing(source, routing, block_length,
-                     {"top_p": top_p, "min_experts": min_experts, "coreset_size": coreset_size})
+    route, warnings = choose_routing(source, routing, block_length,
+                                     {"top_p": top_p, "min_experts": min_experts, "coreset_size": coreset_size})
     if salient_capacity and not salient:
         raise InputError("salient_capacity adds to the salient graph; give salient (--salient), too.")
     check_capacities(d, route, tuple(salient_capacity))
@@ -95,43 +89,16 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *, p
         graph = save_graph(model, writer, GRAPH_FILE)
         salient_entry = (export_salient(model, d, route, dtype, width, tuple(salient_capacity), writer, how)
                          if salient else None)
+        tokenizer, said = copy_text(source, writer)
         manifest = Manifest(
             created_by=f"dmoe-export {__version__}", model=d, routing=route, precision=kept,
             checkpoint=CheckpointEntry(identity=identity(source, stream.parts), parts=stream.parts,
                                        layers_total=source.full_description.num_layers),
-            denoiser=graph, salient=salient_entry, experts=expert_entry, tokenizer=_copy_text(source, writer),
-            files=writer.entries)
+            denoiser=graph, salient=salient_entry, experts=expert_entry, tokenizer=tokenizer,
+            files=writer.entries, warnings=[*source.warnings, *warnings, *said], decode_defaults=source.decode_defaults)
         writer.seal(manifest)
     source.reader.close()
     return open_bundle(out, verify="sizes")
-
-
-def _routing(source: Checkpoint, mode: RoutingMode | None, block_length: int,
-             settings: dict[str, float | None]) -> RoutingDescription:
-    moe = source.description.moe
-    if block_length < 1:
-        raise CheckpointError(f"Block length {block_length} is not positive; LLaDA2 models use 32.")
-    if block_length > source.description.max_positions:
-        raise CheckpointError(f"Block length {block_length} is more than the model's "
-                              f"{source.description.max_positions} positions; LLaDA2 models use 32.")
-    if moe is None:
-        given = next((name for name, value in settings.items() if value is not None), None)
-        if mode not in (None, "token") or given:
-            what = f"routing {mode}" if mode not in (None, "token") else given
-            raise InputError(f"{source.folder} is a dense model ({source.description.architecture}): it has no experts "
-                             f"to route, so leave {what} out.")
-        return RoutingDescription.default(None, block_length=block_length)
-    mode = mode or ("token" if source.description.attention == "full" else "top_p")
-    threshold = Fields(source.config, source.folder / "config.json").get("core_threshold", float, 0.6)
-    if not 0 <= threshold <= 1:
-        raise CheckpointError(f"core_threshold {threshold} in {source.folder / 'config.json'} is outside 0 … 1.")
-    base = RoutingDescription.default(moe, mode, block_length, threshold)
-    chosen = {name: value for name, value in settings.items() if value is not None}
-    for name, value in chosen.items():
-        low, high = (0, 1) if name == "top_p" else (1, moe.num_experts)
-        if not low <= value <= high:
-            raise CheckpointError(f"{name} {value} is outside {low} … {high}.")
-    return base.model_copy(update=chosen)
 
 
 def _weight_bytes(d: ModelDescription, width: int, dtype: torch.dtype, how: ExpertQuantisation | None) -> int:
@@ -143,15 +110,3 @@ def _weight_bytes(d: ModelDescription, width: int, dtype: torch.dtype, how: Expe
     dense = 2 * d.vocab_size * d.hidden_size + 3 * d.hidden_size * d.dense_width * d.moe_layers.start
     return (len(d.moe_layers) * experts
             + dtype.itemsize * (len(d.moe_layers) * shared + d.num_layers * attention + dense))
-
-
-def _copy_text(source: Checkpoint, writer: BundleWriter) -> TokenizerEntry | None:
-    tokenizer = tokenizer_json(source.folder)
-    if tokenizer is None:
-        return None
-    shutil.copyfile(tokenizer, writer.folder / TOKENIZER_FILE)
-    writer.add_file(TOKENIZER_FILE)
-    template = chat_template(source.folder)
-    if template is not None:
-        writer.add_file(TEMPLATE_FILE, template.encode())
-    return TokenizerEntry(file=TOKENIZER_FILE, chat_template=TEMPLATE_FILE if template is not None else None)
