@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ..errors import OutputError
 from .manifest import EngineEntry, FileEntry, Manifest
+from .place import check_target, put_in_place
 from .reader import Bundle, hash_file, read_manifest
-from .writer import check_target, put_in_place, write_manifest
+from .writer import write_manifest
 
 
 @contextmanager
@@ -77,6 +78,6 @@ def copied_bundle(bundle: Bundle, target: Path, overwrite: bool) -> Iterator[Pat
 def _share(source: Path, copy: Path) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, copy)
+        os.link(source.resolve(), copy)  # of a link, what it points to: a relative one would point elsewhere
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, copy)

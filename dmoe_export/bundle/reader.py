@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Literal, get_args
 from pydantic import ValidationError
 
 from ..errors import BundleError, RequestError
+from .finite import not_finite
 from .manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest
 
 Verify = Literal["full", "sizes"]
@@ -51,14 +55,14 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest alone, schema checked, files not."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        what = ("has no manifest.json" if folder.is_dir() else "is a file, not a folder" if folder.exists()
-                else "does not exist")
-        raise BundleError(f"{folder} is no bundle: it {what}; make one with: "
+        raise BundleError(f"{folder} is no bundle: it {_lacking(folder)}; make one with: "
                           "dmoe-export export CHECKPOINT --out BUNDLE.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        if wrong := not_finite(raw):
+            raise ValueError(wrong)
         version = raw["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"{path} is not readable as a manifest ({error!r}); export the bundle again.") from None
     if version != SCHEMA_VERSION:
         raise BundleError(f"{path} has schema version {version!r}, this program reads {SCHEMA_VERSION}; "
@@ -84,16 +88,37 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def _lacking(folder: Path) -> str:
+    """What keeps a folder from being a bundle, as the end of a sentence."""
+    if folder.is_dir():
+        path = folder / MANIFEST_NAME
+        return (f"has a manifest.json that is a link to {os.path.realpath(path)}, where no file is" if path.is_symlink()
+                else "has no manifest.json")
+    if folder.exists():
+        return "is a file, not a folder"
+    if folder.is_symlink():
+        return f"is a link to {os.path.realpath(folder)}, which does not exist"
+    old = sorted(folder.absolute().parent.glob(f".{glob.escape(folder.name)}.partial-*.old"))
+    return f"does not exist, but was being replaced when a crash came, and is now {old[-1]}" if old else (
+        "does not exist")
+
+
 def _verify_file(folder: Path, entry: FileEntry, verify: Verify, progress: Callable[[int], None] | None) -> None:
     path = folder / entry.path
     try:
-        size = path.stat().st_size
-        if size != entry.size:
-            raise BundleError(f"{path} has {size} bytes, the manifest says {entry.size}; copy the bundle again.")
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise BundleError(f"{path} is no regular file, and a bundle holds nothing else; copy the bundle again.")
+        if found.st_size != entry.size:
+            raise BundleError(f"{path} has {found.st_size} bytes, the manifest says {entry.size}; copy the bundle again.")
         if verify == "full" and hash_file(path, progress) != entry.sha256:
             raise BundleError(f"{path} was changed: its sha256 is not the manifest's; copy or export the bundle again.")
     except OSError as error:
-        raise BundleError(f"{path} cannot be read ({error.strerror}); copy the bundle again.") from None
+        if path.is_symlink() and not path.exists():
+            raise BundleError(f"{path} is a link to {os.path.realpath(path)}, where no file is; fetch the bundle again, "
+                              "or copy it with what its links point to (cp -rL).") from None
+        raise BundleError(f"{path} cannot be read ({error.strerror}); make it readable, or copy the bundle "
+                          "again.") from None
 
 
 def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:

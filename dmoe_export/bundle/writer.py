@@ -10,47 +10,37 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import OutputError
+from ..errors import BundleError, OutputError
+from .finite import not_finite
 from .manifest import MANIFEST_NAME, FileEntry, Manifest
-from .reader import hash_file, read_manifest
+from .place import check_target, put_in_place
+from .reader import hash_file, open_bundle
 
 PAGE = 4096
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse to replace what is not meant to be replaced (OutputError, BundleError)."""
-    if not target.exists():
-        return
-    if not overwrite:
-        raise OutputError(f"{target} exists already; choose another --out or add --force.")
-    if not target.is_dir() or any(target.iterdir()):
-        read_manifest(target)  # never replace what is not a bundle
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json whole or not at all."""
-    partial = folder / f".{MANIFEST_NAME}.partial"
-    partial.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST_NAME)
+    """Write manifest.json whole or not at all. Raises OutputError for numbers that JSON cannot say."""
+    if wrong := not_finite(manifest.model_dump()):
+        raise OutputError(f"Bundle {folder} cannot be written: {wrong}, which is no number for a manifest; correct the "
+                          "checkpoint's config.json.")
+    write_text(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1) + "\n")
 
 
-def put_in_place(folder: Path, target: Path, overwrite: bool = True) -> None:
-    """Rename a finished folder to its name; what was there is removed only when that worked.
-
-    Without `overwrite` raises OutputError where another program was faster.
-    """
-    if not target.exists():
-        folder.rename(target)
-        return
-    check_target(target, overwrite)
-    aside = folder.with_name(folder.name + ".old")
-    target.rename(aside)
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; a link of this name is replaced, what it points to stays. Raises OSError."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+    partial = Path(name)
     try:
-        folder.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside)
+        with os.fdopen(handle, "wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(0o644)
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
 
 
 class DataFile:
@@ -143,8 +133,17 @@ class BundleWriter:
         self.entries.append(FileEntry(path=name, size=path.stat().st_size, sha256=hash_file(path)))
 
     def seal(self, manifest: Manifest) -> None:
-        """Write the manifest and put the bundle in place."""
+        """Write the manifest, read the bundle back as a reader would, and only then put it in place."""
+        check_target(self.target, self._overwrite)
         write_manifest(self.folder, manifest)
+        try:
+            same = open_bundle(self.folder, verify="sizes").manifest == manifest
+            wrong = None if same else "it is not what was written"
+        except BundleError as error:
+            wrong = str(error).rstrip(".")
+        if wrong:
+            raise OutputError(f"Bundle {self.target} is not put in place, as it cannot be read back ({wrong}); what was "
+                              "there before is unchanged.")
         put_in_place(self.folder, self.target, self._overwrite)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,

@@ -12,12 +12,12 @@ import click
 
 from ..bundle.engines import add_engine, copied_bundle, engine_file
 from ..bundle.manifest import MANIFEST_NAME, EngineEntry
+from ..bundle.place import check_target
 from ..bundle.reader import Bundle, open_bundle
-from ..bundle.writer import check_target
 from ..engine.recipe import load_recipe
 from ..engine.settings import BuildSettings, parse_size, parse_targets
 from ..errors import DmoeError, InputError, MissingRequirementError
-from .export import as_number
+from .export import as_number, warn
 from .progress import byte_bar, step_bar
 from .recipes import BUILT, check_bundle, list_recipes, with_recipe
 
@@ -66,9 +66,10 @@ EXPORT_OPTIONS = {"routing": "routing", "block_length": "block_length", "layers"
 @click.option("--refit", is_flag=True, help="TensorRT only, with --experts inline: weights can be replaced later.")
 @click.option("--allow-fallback", is_flag=True, help="Let custom nodes become ONNX bodies where plugins are missing.")
 @click.option("--plugin-library", type=click.Path(path_type=Path), help="libdmoe_plugins.so [made by `make plugins`].")
-@click.option("--routing", type=click.Choice(["token", "top_p", "top_c"]),
-              help="Of the export of a checkpoint [top_p].")
-@click.option("--block-length", type=int, help="Of the export of a checkpoint [32].")
+@click.option("--routing", type=click.Choice(["auto", "token", "top_p", "top_c"]),
+              help="Of the export of a checkpoint [auto: as it was trained, by its config.json].")
+@click.option("--block-length", type=int,
+              help="Of the export of a checkpoint [block_size of its config.json, or 32].")
 @click.option("--layers", type=int, help="Of the export of a checkpoint: keep the first N layers.")
 @click.option("--coreset-top-p", type=float, help="Of the export of a checkpoint: default p of top_p routing.")
 @click.option("--min-experts", type=int, help="Of the export of a checkpoint: default least coreset size.")
@@ -157,7 +158,9 @@ def _export(source: str, out: Path, precision: Any, options: dict[str, Any], for
     if precision in ("int8", "int4"):
         chosen.setdefault("dense_precision", "fp16")
     with byte_bar("read", 0, shown=not as_json) as report:
-        return export_checkpoint(source, out, precision=precision, overwrite=force, report=report, **chosen)
+        bundle = export_checkpoint(source, out, precision=precision, overwrite=force, report=report, **chosen)
+    warn(bundle)
+    return bundle
 
 
 def _engines(bundle: Bundle, folder: Path, settings: BuildSettings, flavour: Any, library: Path | None, split: bool,
