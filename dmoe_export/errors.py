@@ -15,6 +15,10 @@ class CheckError(DmoeError):
     exit_code = 1
 
 
+class NotFiniteError(CheckError):
+    """A model computed NaN or infinity where an answer is asked, so there is none (exit code 1)."""
+
+
 class InputError(DmoeError):
     """A file, option or request is not usable as given (exit code 2)."""
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dmoe_export.decoding.loop import BlockDiffusion
 from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.description import ModelDescription, MoeDescription, RoutingDescription
+from dmoe_export.errors import NotFiniteError
 from dmoe_export.runtime.backend import ForwardOutputs
 
 N, EOS, MASK = 4, 1, 2
@@ -169,3 +172,57 @@ def test_blocks_are_streamed_as_they_finish():
 def test_every_prompt_length_meets_the_grid(prompt_length):
     tokens, _ = run(Scripted(), [[7] * prompt_length], max_new_tokens=7)
     assert tokens == [answer(prompt_length, 7)]
+
+
+class Broken(Scripted):
+    """From position `since` on, row `row` has confidences of `value`; logits, where asked for, are `logit` there."""
+
+    def __init__(self, value, since=0, row=0, logit=0.0):
+        super().__init__()
+        self.value, self.since, self.row, self.logit = value, since, row, logit
+
+    def forward(self, inputs, cache):
+        outputs = super().forward(inputs, cache)
+        places = np.take_along_axis(inputs.position_ids, np.maximum(inputs.logit_rows, 0), 1)
+        bad = (places >= self.since) & (inputs.logit_rows >= 0)
+        bad[np.arange(len(bad)) != self.row] = False
+        logits = np.zeros((*bad.shape, MODEL.vocab_size), np.float32) if inputs.want_logits else None
+        if logits is not None:
+            logits[bad] = self.logit
+        return replace(outputs, confidence=np.where(bad, np.float32(self.value), outputs.confidence), logits=logits)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("options", [{}, {"acceptance": "fixed", "steps": 1}, {"acceptance": "factor"},
+                                     {"acceptance": "hierarchy"}, {"edit_threshold": 0.9}, {"temperature": 1.0}])
+def test_numbers_that_are_not_finite_are_no_answer(value, options):
+    loop = BlockDiffusion(Broken(value), DecodeSettings(max_new_tokens=8, **options))
+    with pytest.raises(NotFiniteError, match=r"Prompt 0 gets no answer: in block 0 .* weights are damaged"):
+        list(loop.decode([[7] * 6]))
+
+
+@pytest.mark.parametrize("logit", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"acceptance": "credit"}])
+def test_logits_that_are_not_finite_are_no_answer_either(logit, options):
+    """Whatever the confidence beside them says."""
+    loop = BlockDiffusion(Broken(0.99, logit=logit), DecodeSettings(max_new_tokens=8, **options))
+    with pytest.raises(NotFiniteError):
+        list(loop.decode([[7] * 6]))
+
+
+def test_blocks_before_such_numbers_stay_and_the_row_is_named():
+    loop = BlockDiffusion(Broken(np.nan, since=8, row=1), DecodeSettings(max_new_tokens=12), precision="fp16")
+    blocks = loop.decode([[7] * 4, [7] * 4])
+    assert [next(blocks).token_ids for _ in range(2)] == [[104, 105, 106, 107]] * 2
+    with pytest.raises(NotFiniteError, match=r"Prompt 1 gets no answer: in block 1 .* likely an overflow past 65504"):
+        next(blocks)
+
+
+def test_what_was_not_asked_may_be_anything():
+    """Padding, prefills and commits hold numbers without meaning; a token that cannot be chosen is at −inf."""
+    class Odd(Broken):
+        def forward(self, inputs, cache):
+            outputs = super().forward(inputs, cache)
+            return replace(outputs, confidence=np.where(inputs.logit_rows >= 0, outputs.confidence, np.float32("nan")))
+    blocks = list(BlockDiffusion(Odd(0.99), DecodeSettings(max_new_tokens=6)).decode([[7] * 6, [7] * 3]))
+    assert sum(len(block.token_ids) for block in blocks) == 12

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..description import Precision
 from ..errors import RequestError
 from ..runtime.backend import Backend, Cache, ForwardInputs, Ints, Limits
 from ..runtime.salient import SalientBackend, SalientGraphs, SalientSteps
@@ -38,8 +39,12 @@ class BlockDecoded:
 class BlockDiffusion:
     """Decodes a batch of prompts; iterate to get finished blocks as they come."""
 
-    def __init__(self, backend: Backend, settings: DecodeSettings, bytes_per_expert: int = 0) -> None:
-        """Raises RequestError for settings that make no sense with the backend's model."""
+    def __init__(self, backend: Backend, settings: DecodeSettings, bytes_per_expert: int = 0,
+                 precision: Precision | None = None) -> None:
+        """`bytes_per_expert` is for statistics, `precision` for an error's advice.
+
+        Raises RequestError for settings that make no sense with the backend's model.
+        """
         self._backend, self._settings, self._bytes = backend, settings, bytes_per_expert
         bundled = backend.routing.block_length
         n = self._n = settings.block_length or bundled
@@ -60,7 +65,7 @@ class BlockDiffusion:
                 raise RequestError(f"Backend {backend.name} runs no salient steps; use backend onnxruntime, or leave "
                                    "salient_threshold out.")
             self._graphs = backend.salient_graphs(settings.salient_capacity)
-        self._outcome = Outcome(settings, backend.description.mask_id)
+        self._outcome = Outcome(settings, backend.description.mask_id, precision)
 
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raise RequestError when the prompts, or the forwards their answers take, are more than the backend takes."""
@@ -82,7 +87,8 @@ class BlockDiffusion:
     def decode(self, prompts: Sequence[Sequence[int]]) -> Iterator[BlockDecoded]:
         """Prompts of token ids (not empty) → finished blocks; a row's result does not depend on its neighbours.
 
-        Raises RequestError as `check` does.
+        Raises RequestError as `check` does, and NotFiniteError where a row's numbers are NaN or infinite: the whole
+        call ends there, for rows share their forwards; blocks that came before stay.
         """
         self.check(prompts)
         live = [Row(i, list(p), self._settings, self._backend.description, self._n, self._bytes)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..description import Precision
+from ..errors import NotFiniteError
 from ..runtime.backend import Bools, ForwardOutputs, Ints
 from .acceptance import credit, edits, policy, schedule
 from .row import Row
@@ -19,13 +21,18 @@ def asked_places(row: Row) -> Ints:
 class Outcome:
     """Writes the outcome of decoding forwards into rows, as the settings want it."""
 
-    def __init__(self, settings: DecodeSettings, mask_id: int) -> None:
-        self._settings, self._mask_id = settings, mask_id
+    def __init__(self, settings: DecodeSettings, mask_id: int, precision: Precision | None = None) -> None:
+        """`precision` of the model, where it is known: an error then says what may help."""
+        self._settings, self._mask_id, self._precision = settings, mask_id, precision
         self._accept = policy(settings)
         self.needs_logits = settings.temperature > 0 or settings.acceptance == "credit"
 
     def apply(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> bool:
-        """Take row i of the outputs, predictions for `asked_places`; whether any token changed."""
+        """Take row i of the outputs, predictions for `asked_places`; whether any token changed.
+
+        Raises NotFiniteError where these are NaN or infinite: one such logit makes the row's confidence NaN.
+        """
+        self._check_finite(row, outputs.confidence[i, :len(asked)])
         gaps = row.gaps()
         tokens, confidence = self._choose(row, gaps, outputs, i)
         accepted = self._accepted(row, gaps, confidence)
@@ -47,6 +54,7 @@ class Outcome:
             return outputs.token_ids[i, :m], outputs.confidence[i, :m]
         assert outputs.logits is not None
         logits = without(outputs.logits[i, :m], self._mask_id)
+        self._check_finite(row, logits.max(axis=-1))  # some tokens may be at −inf, not all
         if settings.acceptance == "credit":
             logits, row.credits = credit(logits, gaps, row.credits, settings.credit_alpha, settings.credit_beta,
                                          settings.credit_gamma)
@@ -58,3 +66,10 @@ class Outcome:
             return np.ones(len(gaps), bool)  # out of steps: what is still masked takes its choice
         width = row.span.stop - row.span.start
         return self._accept(confidence, gaps, schedule(width, self._settings.steps)[row.step])
+
+    def _check_finite(self, row: Row, numbers: Reals) -> None:
+        if not np.isfinite(numbers).all():
+            why = ("in fp16 likely an overflow past 65504, so export with --precision fp32, or bf16 for a GPU"
+                   if self._precision == "fp16" else "so its weights are damaged or never were good")
+            raise NotFiniteError(f"Prompt {row.index} gets no answer: in block {row.block} the model computes NaN or "
+                                 f"infinity, {why}; find the first such layer with: dmoe-export check BUNDLE.")
