@@ -21,7 +21,7 @@ from ..description import ModelDescription
 from ..errors import RequestError
 from .family import Checkpoint, family_of, first_layers
 from .layout import Layout, StoredWeights, dense_tensors, expert_tensors
-from .reader import CheckpointReader
+from .reader import TensorReader
 from .synthetic import GEOMETRIES
 
 _POOL = 1 << 24  # numbers: 64 MiB
@@ -30,15 +30,14 @@ _SHARD = 2 << 30  # bytes
 ALIASES = {"llada-moe": "llada-moe-7b"}
 
 
-class GeneratedReader(CheckpointReader):
-    """Reads what no file holds; see `CheckpointReader`."""
+class GeneratedReader(TensorReader):
+    """Reads what no file holds."""
 
     def __init__(self, folder: Path, description: ModelDescription, layout: Layout, seed: int, merged: bool) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self._shapes = {name: shape for tensors in dense_tensors(description, layout).values()
                         for name, shape in tensors.items()}
         self._shapes |= dict(expert_tensors(description, layout, merged))
-        self._where = dict.fromkeys(self._shapes, folder)
         self._seed = seed
 
     @cached_property

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..description import ModelDescription
 from ..errors import CheckpointError
-from .reader import CheckpointReader
+from .expert_storage import PARTS, StoredExperts, part_shape
+from .reader import TensorReader
 
 Names = dict[str, tuple[str, ...]]
 """Parameter → the tensors whose rows, in this order, are the parameter's rows."""
@@ -30,7 +31,7 @@ class Layout:
     dense_ffn: Names
     router: Names = field(default_factory=dict)
     shared_ffn: Names = field(default_factory=dict)
-    experts: str = "mlp.experts"  # below a layer; one by one `.{e}.gate_proj.weight` or merged `.gate_proj [E, I, H]`
+    experts: str = "mlp.experts"  # below a layer; expert_storage.py says how they may be stored
 
     def prefix(self, layer: int) -> str:
         """What the names of a layer's tensors begin with."""
@@ -113,7 +114,7 @@ def _parts(d: ModelDescription, ours: str, shape: tuple[int, ...],
 def expert_tensors(d: ModelDescription, layout: Layout, merged: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every routed expert's tensors, one by one or merged."""
     for layer in d.moe_layers:
-        for part in ("gate", "up", "down"):
+        for part in PARTS:
             shape = part_shape(d, part)
             base = f"{layout.prefix(layer)}{layout.experts}"
             if merged:
@@ -122,16 +123,10 @@ def expert_tensors(d: ModelDescription, layout: Layout, merged: bool) -> Iterato
                 yield from ((f"{base}.{e}.{part}_proj.weight", shape) for e in range(d.experts.num_experts))
 
 
-def part_shape(d: ModelDescription, part: str) -> tuple[int, int]:
-    """Shape of one expert's gate, up or down."""
-    wide = (d.experts.expert_width, d.hidden_size)
-    return wide if part != "down" else wide[::-1]
-
-
 class StoredWeights:
-    """Weight map of one checkpoint in a family's layout; experts one by one or merged."""
+    """Weight map of one checkpoint in a family's layout; experts as `StoredExperts` finds them."""
 
-    def __init__(self, description: ModelDescription, reader: CheckpointReader, layout: Layout,
+    def __init__(self, description: ModelDescription, reader: TensorReader, layout: Layout,
                  stored_layers: int | None = None) -> None:
         """Check that every tensor is there with the right shape, and that no stranger is.
 
@@ -145,31 +140,11 @@ class StoredWeights:
             for tensor, shape in tensors.items():
                 reader.expect(tensor, shape)
                 used.add(tensor)
+        bases = {layer: f"{layout.prefix(layer)}{layout.experts}" for layer in description.moe_layers}
+        self._experts = StoredExperts(description, reader, bases)
         for layer in description.moe_layers:
-            used |= self._check_experts(layer)
+            used |= self._experts.check(layer)
         self._refuse_strangers(used, stored_layers or description.num_layers)
-
-    def _base(self, layer: int) -> str:
-        return f"{self._layout.prefix(layer)}{self._layout.experts}"
-
-    def _merged_name(self, layer: int, part: str) -> str | None:
-        base = f"{self._base(layer)}.{part}_proj"
-        return next((name for name in (base, f"{base}.weight") if name in self._reader), None)
-
-    def _check_experts(self, layer: int) -> set[str]:
-        number, used = self._d.experts.num_experts, set()
-        for part in ("gate", "up", "down"):
-            shape = part_shape(self._d, part)
-            merged = self._merged_name(layer, part)
-            if merged:
-                self._reader.expect(merged, (number, *shape))
-                used.add(merged)
-                continue
-            for expert in range(number):
-                name = f"{self._base(layer)}.{expert}.{part}_proj.weight"
-                self._reader.expect(name, shape)
-                used.add(name)
-        return used
 
     def _refuse_strangers(self, used: set[str], stored_layers: int) -> None:
         """A tensor that nobody reads would mean a model we do not rebuild, unless it is of a layer that was cut off."""
@@ -185,14 +160,8 @@ class StoredWeights:
 
     def gate_up(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
         """Gate [I,H] and up [I,H] of one expert, as stored."""
-        return self._part(layer, expert, "gate"), self._part(layer, expert, "up")
+        return self._experts.gate_up(layer, expert)
 
     def down(self, layer: int, expert: int) -> Tensor:
         """Down [H,I] of one expert, as stored."""
-        return self._part(layer, expert, "down")
-
-    def _part(self, layer: int, expert: int, part: str) -> Tensor:
-        merged = self._merged_name(layer, part)
-        if merged:
-            return self._reader.read(merged, slice(expert, expert + 1))[0]
-        return self._reader.read(f"{self._base(layer)}.{expert}.{part}_proj.weight")
+        return self._experts.down(layer, expert)

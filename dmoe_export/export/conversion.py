@@ -147,8 +147,10 @@ class Conversion:
                    padding: tuple[int, ...] = ()) -> Tensor:
         self.digests.update(layer, raw_bytes(tensor))  # before type and padding: digests are the checkpoint's alone
         out = F.pad(tensor.to(dtype), padding)
-        if dtype == torch.float16 and not all_finite(out):
+        if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not all_finite(out):
+            wider = {torch.float16: "bf16 or fp32", torch.bfloat16: "fp32"}.get(dtype)
             option = "--dense-precision" if self._how else "--precision"
-            raise CheckpointError(f"Tensor {name} in {self._checkpoint.folder} has values beyond float16; "
-                                  f"use {option} bf16 or fp32.")
+            advice = f"use {option} {wider}" if wider else "no bundle holds such numbers"
+            raise CheckpointError(f"Tensor {name} in {self._checkpoint.folder} has values beyond "
+                                  f"{str(dtype).removeprefix('torch.')}; {advice}.")
         return out
