@@ -106,7 +106,7 @@ def compared(checkpoint: Path, groups: tuple[int, ...], questions: list[dict[str
     found: dict[str, Any] = {}
     reference: Any = None
     for name, options in widths(groups).items():
-        bundle = export_checkpoint(checkpoint, folder / name.replace(" ", "-"), **options)
+        bundle = export_checkpoint(checkpoint, folder / name.replace(" ", "-"), routing="top_p", **options)
         generator = Generator.open(bundle.folder, backend="onnxruntime")
         inputs = list(canvases(generator, [row["question"] for row in questions]))
         logits, texts = logits_of(generator, inputs), {}

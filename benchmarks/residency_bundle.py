@@ -51,7 +51,7 @@ def main(geometry: str, layers: int | None, distinct: int, out: Path) -> None:
     if layers:
         config["num_hidden_layers"] = layers
     d = family_of(config, Path("config.json")).describe(config, Path("config.json"))
-    routing = RoutingDescription.default(d.moe)
+    routing = RoutingDescription.default(d.moe, "top_p")
     width = padded_width(d.hidden_size, d.experts.expert_width, 4)
     model = trace_denoiser(d, routing, torch.float32, width)
     with BundleWriter(out) as writer:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 RoutingMode = Literal["token", "top_p", "top_c"]
+RoutingChoice = Literal["auto", "token", "top_p", "top_c"]
+"""What an export may be asked for; auto: what the checkpoint was trained with."""
 Precision = Literal["fp32", "fp16", "bf16"]
 QuantisedPrecision = Literal["int8", "int4"]
 ExportPrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
@@ -116,19 +118,19 @@ class RoutingDescription(Frozen):
     mode: RoutingMode
     block_length: int = Field(gt=0, description="n: routing block = decoding block, on absolute positions")
     top_p: float = Field(ge=0, le=1)
-    min_experts: int = Field(ge=1, description="guard: least coreset size")
-    coreset_size: int = Field(ge=1, description="C of top_c")
-    reason: str = Field("", description="why it is this mode: a field of config.json, or that it was asked for")
+    min_experts: int = Field(ge=1, description="guard of top_p: least coreset size")
+    coreset_size: int = Field(ge=1, description="C of top_c, k … E")
+    reason: str = Field("", description="why it is this mode: fields of config.json, or that it was asked for; empty "
+                        "in older bundles")
 
     @classmethod
     def default(cls, moe: MoeDescription | None, mode: RoutingMode = "top_p", block_length: int = 32,
                 top_p: float = 0.6) -> RoutingDescription:
-        """Defaults of the paper: p 0.6, guard k + G − Kg; C in LLaDA2.2's ratio 48/256, at least the guard.
+        """Defaults of the paper: p 0.6, guard k + G − Kg; C in LLaDA2.2's ratio 48/256, at least k (no groups there).
 
         A dense model (None) routes nothing: mode `token`, and settings that no request can change.
         """
         if moe is None:
             return cls(mode="token", block_length=block_length, top_p=1, min_experts=1, coreset_size=1)
-        guard = moe.tight_guard()
-        return cls(mode=mode, block_length=block_length, top_p=top_p, min_experts=guard,
-                   coreset_size=max(guard, moe.num_experts * 48 // 256))
+        return cls(mode=mode, block_length=block_length, top_p=top_p, min_experts=moe.tight_guard(),
+                   coreset_size=max(moe.experts_per_token, moe.num_experts * 48 // 256))

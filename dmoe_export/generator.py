@@ -146,10 +146,10 @@ class Generator:
         routing = self.backend.routing
         chosen: dict[str, float | int] = {}
         moe = self.backend.description.moe
-        experts = moe.num_experts if moe else 0
+        experts, fewest = (moe.num_experts, moe.experts_per_token) if moe else (0, 0)
         for option, name, kind, low, high in (("coreset_top_p", "top_p", "float", 0, 1),
                                               ("min_experts", "min_experts", "int", 1, experts),
-                                              ("coreset_size", "coreset_size", "int", 1, experts)):
+                                              ("coreset_size", "coreset_size", "int", fewest, experts)):
             value = options.pop(option, None)
             if value is None:
                 continue

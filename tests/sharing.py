@@ -16,6 +16,7 @@ import onnx_ir as ir
 from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
+from dmoe_export.description import RoutingDescription
 
 
 @contextmanager
@@ -53,7 +54,13 @@ def shared_export(folder: Path, checkpoint: Path, **options: Any) -> Bundle:
 
 
 def shared_trace(folder: Path, trace: Callable[..., ir.Model], *arguments: Any) -> ir.Model:
-    """`trace(*arguments)`, a graph whose weights carry no data; equal arguments are traced once."""
+    """`trace(*arguments)`, a graph whose weights carry no data; equal arguments are traced once.
+
+    Why a routing was chosen does not count: no graph depends on it.
+    """
+    arguments = tuple(a.model_copy(update={"reason": ""}) if isinstance(a, RoutingDescription) else a
+                      for a in arguments)
+
     def make(target: Path) -> None:
         model = trace(*arguments)
         for value in _weights(model):

@@ -31,13 +31,17 @@ def test_export_generate_inspect(tiny_checkpoint, tmp_path):
     result = run("export", tiny_checkpoint, "--out", out, "--block-length", 8, "--routing", "top_c", "--json")
     assert result.exit_code == 0, result.output
     exported = json.loads(result.stdout)
-    assert exported["manifest"]["routing"] == {"mode": "top_c", "block_length": 8, "top_p": 0.6, "min_experts": 4,
-                                               "coreset_size": 4}
+    assert exported["manifest"]["routing"] == {
+        "mode": "top_c", "block_length": 8, "top_p": 0.6, "min_experts": 4, "coreset_size": 3,
+        "reason": "asked for; trained with top_p: core_threshold 0.6 in config.json"}
+    said = [line.removeprefix("dmoe-export: warning: ") for line in result.stderr.splitlines()]
+    assert said == exported["manifest"]["warnings"]
+    assert [words.split(" was ")[0] for words in said[:2]] == ["Routing top_c", "Block length 8"]
     inspected = json.loads(run("inspect", out, "--json").stdout)
     assert inspected["manifest"] == exported["manifest"]
     assert inspected["sizes"]["bytes_per_expert"] == 3 * 32 * 32 * 4
     shown = run("inspect", out).stdout
-    for word in ("LLaDA2MoeModelLM", "top_c", "DmoeExperts", "experts.bin", "tokenizer"):
+    for word in ("LLaDA2MoeModelLM", "top_c", "asked for; trained", "DmoeExperts", "experts.bin", "tokenizer"):
         assert word in shown
     result = run("generate", out, "--prompt-ids", "1,2,3", "--max-new-tokens", 12, "--eos-id", -1, "--json",
                  "--coreset-size", 6, "--block-length", 8)

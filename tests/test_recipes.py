@@ -13,6 +13,8 @@ from engine_helpers import RTX_TARGETS, built, dmoe, plugin_library
 
 from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.checkpoint.hub import _HUB_ID
+from dmoe_export.cli import main
+from dmoe_export.cli.recipes import check_bundle, with_recipe
 from dmoe_export.engine.recipe import FOLDER, load_recipe, recipe_names
 from dmoe_export.errors import InputError
 
@@ -46,6 +48,23 @@ def test_block_routing_only_where_it_was_trained():
     assert modes["dmoe-16b"].top_p == 0.6 and modes["dmoe-16b"].min_experts == 12
 
 
+def test_a_recipe_can_leave_routing_to_the_checkpoint(tmp_path, tiny_bundle):
+    recipe = load_recipe(_write(tmp_path, mode="", block_length="", top_p="", min_experts=""))
+    options = recipe.options()
+    assert options["routing"] == "auto"
+    assert not [name for name in ("block_length", "coreset_top_p", "min_experts", "coreset_size") if options[name]]
+    check_bundle(recipe, tiny_bundle.folder, tiny_bundle.manifest)
+
+
+def test_another_routing_does_not_inherit_the_settings():
+    """`--routing token` with a recipe of top_p: its p and guard mean nothing then."""
+    build = main.commands["build"]
+    for said, kept in (("token", None), ("auto", None), ("top_p", 0.6)):
+        context = build.make_context("build", ["--recipe", "sample", "--routing", said])
+        options = with_recipe(context, load_recipe("sample"), context.params)
+        assert (options["routing"], options["coreset_top_p"], options["block_length"]) == (said, kept, 32)
+
+
 def _write(folder: Path, name: str = "mine", **changes: str) -> Path:
     """A copy of the sample's recipe with lines replaced: field=line."""
     lines = (REPOSITORY / "engines" / "sample.toml").read_text().splitlines()
@@ -74,6 +93,8 @@ BAD = [
     ({"precision": 'precision = "fp16"\nprecison = 1'}, "precison = 1 is not a field of a recipe; remove it"),
     ({"precision": 'precision = "fp16"\nname = "x"'}, "sets name, which is taken from the file's name"),
     ({"top_p": "top_p = 1.5"}, "routing.top_p is 1.5: input should be less than or equal to 1"),
+    ({"mode": 'mode = "token"'}, "routing.min_experts has no meaning with routing.mode token; remove it"),
+    ({"mode": 'mode = "top_k"'}, "routing.mode is 'top_k': input should be 'auto', 'token', 'top_p' or 'top_c'"),
     ({"batch": 'batch = "many"'}, "profiles.batch is 'many'"),
     ({"prefill": "prefill = 100"}, "profiles.prefill must be a multiple of routing.block_length, 32"),
     ({"context": "context = 16"}, "profiles.context no less than it"),
@@ -136,12 +157,13 @@ def test_the_sample_builds_from_its_recipe_alone(rtx, tmp_path, monkeypatch):
 
 def test_the_command_line_wins_and_a_bundle_gets_its_engine_in_place(rtx, tiny_checkpoint, tmp_path):
     recipe = _write(tmp_path, checkpoint='checkpoint = "./nowhere"', context="context = 256", prefill="prefill = 64",
-                    batch="batch = 2", mode='mode = "token"')
+                    batch="batch = 2", top_p="top_p = 0.4")
     out = tmp_path / "out"
     built(tiny_checkpoint, "--recipe", recipe, "--out", out, "--targets", "sm89", "--max-batch", 3, "--min-experts", 5)
     manifest = open_bundle(out).manifest
     (engine,) = manifest.engines
-    assert manifest.routing.mode == "token" and manifest.routing.min_experts == 5 and manifest.precision == "fp16"
+    assert (manifest.routing.mode, manifest.precision) == ("top_p", "fp16")
+    assert (manifest.routing.top_p, manifest.routing.min_experts) == (0.4, 5)
     assert engine.targets == ["sm89"] and engine.profiles[0].batch[2] == 3  # said
     assert (engine.profiles[0].tokens[2], engine.profiles[0].past[2]) == (64, 256)  # from the recipe
 
@@ -150,7 +172,7 @@ def test_the_command_line_wins_and_a_bundle_gets_its_engine_in_place(rtx, tiny_c
 
 
 def test_a_bundle_that_was_exported_another_way_is_refused(rtx, tiny_bundle, tmp_path):
-    recipe = _write(tmp_path, mode='mode = "token"')
+    recipe = _write(tmp_path, mode='mode = "token"', top_p="", min_experts="")
     other = dmoe("build", tiny_bundle.folder, "--recipe", recipe)
     assert other.exit_code == 2 and "was exported with routing top_p and recipe mine says token" in other.stderr
     precision = dmoe("build", tiny_bundle.folder, "--recipe", _write(tmp_path))

@@ -31,8 +31,11 @@ def said(kind, error, trace):
 sys.excepthook = said
 """  # a child without a command line ends as one with it
 _WRITE = _OURS + """
+from dmoe_export.bench.workload import measured_routing
 from dmoe_export.checkpoint.generated import GeneratedCheckpoint
-GeneratedCheckpoint(sys.argv[2], int(sys.argv[3]) or None, merged=False).write(pathlib.Path(sys.argv[1]), sys.argv[4])
+source = GeneratedCheckpoint(sys.argv[2], int(sys.argv[3]) or None, merged=False)
+source.write(pathlib.Path(sys.argv[1]), sys.argv[4])
+print(measured_routing(source.description))
 """
 _EXPORT = _OURS + """
 from dmoe_export.bench.workload import generated_bundle
@@ -160,11 +163,12 @@ def run_export(work: Path, geometry: str, layers: int | None, precision: str, te
     """Write a checkpoint of generated weights, measure its export and an answer of 60 tokens; both stay in `work`."""
     checkpoint, bundle = work / "checkpoint", work / "exported.bundle"
     tell("checkpoint")
-    _watched([sys.executable, "-c", _WRITE, str(checkpoint), geometry, str(layers or 0), "float32"],
-             "Writing the checkpoint")
+    _, routing = _watched([sys.executable, "-c", _WRITE, str(checkpoint), geometry, str(layers or 0), "float32"],
+                          "Writing the checkpoint")
     limits = disk_limits(work)
     tell("export")
-    export, printed = child(["export", str(checkpoint), "--out", str(bundle), "--force", "--precision", precision])
+    export, printed = child(["export", str(checkpoint), "--out", str(bundle), "--force", "--precision", precision,
+                             "--routing", routing])
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
     generate, tokens = None, None
     if precision != "bf16":  # for which ONNX Runtime's CPU provider has no kernels

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..bundle.reader import Bundle, open_bundle, read_manifest
 from ..bundle.writer import BundleWriter, write_manifest
+from ..description import ModelDescription, RoutingChoice
 from ..errors import BundleError, MissingRequirementError
 
 Report = Callable[[str, int, int], None]
@@ -21,6 +22,7 @@ def generated_bundle(work: Path, geometry: str, *, layers: int | None, precision
                      block_length: int | None = None, report: Report | None = None) -> Bundle:
     """The bundle of a geometry in folder `work`; a finished one from before is used again.
 
+    `routing` None: `measured_routing`.
     Was it made by other sources of this package, then its graph is traced anew over its data files.
     Raises RequestError for an unknown geometry, MissingRequirementError without the exporter's libraries.
     """
@@ -42,11 +44,18 @@ def generated_bundle(work: Path, geometry: str, *, layers: int | None, precision
             (folder / _MADE_BY).write_text(made_by, encoding="utf-8")
             return open_bundle(folder, "sizes")
         shutil.rmtree(folder)
-    options: dict[str, Any] = {"precision": precision, "routing": routing, "report": report,
-                               "block_length": block_length or 32}
-    export_checkpoint(GeneratedCheckpoint(geometry, layers, seed), folder, **options)
+    source = GeneratedCheckpoint(geometry, layers, seed)
+    options: dict[str, Any] = {"precision": precision, "routing": routing or measured_routing(source.description),
+                               "block_length": block_length, "report": report}
+    export_checkpoint(source, folder, **options)
     (folder / _MADE_BY).write_text(made_by, encoding="utf-8")
     return open_bundle(folder, "sizes")
+
+
+def measured_routing(description: ModelDescription) -> RoutingChoice:
+    """`top_p` for block diffusion with experts, whatever such a model was trained with: what it costs is the question,
+    and generated weights have no accuracy to lose. Else as the export chooses."""
+    return "top_p" if description.moe and description.attention == "block_causal" else "auto"
 
 
 def sources_digest() -> str:

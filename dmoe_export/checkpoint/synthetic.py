@@ -21,6 +21,7 @@ _LLADA2 = {
     "partial_rotary_factor": 0.5, "rope_theta": 600000.0, "rms_norm_eps": 1e-6, "norm_topk_prob": True,
     "tie_word_embeddings": False, "num_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
 }
+_DMOE = {"core_threshold": 0.6, "mode": "aggregate"}  # trained with block routing; without them, with token routing
 _LLADA = {
     "architectures": ["LLaDAModelLM"], "model_type": "llada", "block_type": "llama", "layer_norm_type": "rms",
     "activation_type": "silu", "rope": True, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "include_bias": False,
@@ -48,7 +49,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 256,
         "num_experts_per_tok": 8, "moe_intermediate_size": 1024, "n_group": 8, "topk_group": 4,
         "max_position_embeddings": 32768, "pad_token_id": 156892, "eos_token_id": 156892, "mask_token_id": 156895},
-    "tiny": _LLADA2 | {
+    "tiny": _LLADA2 | _DMOE | {
         "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 16,
         "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 4, "topk_group": 2,

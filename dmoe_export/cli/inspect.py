@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..bundle.manifest import Manifest
 from ..bundle.reader import open_bundle
+from ..description import RUNTIME_SETTINGS
 from ..runtime.budget import plan_budget
 from .output import console
 
@@ -47,8 +48,9 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool)
         "checkpoint": manifest.checkpoint.identity[:16] + "…", "made by": manifest.created_by}))
     routing = manifest.routing
     out.print(_table("Blocks", {"block length": routing.block_length}) if moe is None else _table("Routing", {
-        "mode": routing.mode, "block length": routing.block_length, "top_p": routing.top_p,
-        "min_experts": routing.min_experts, "coreset_size": routing.coreset_size}))
+        "mode": routing.mode, "because": routing.reason or "not said: an older bundle",
+        "block length": routing.block_length,
+        **{name: getattr(routing, name) for name in RUNTIME_SETTINGS[routing.mode]}}))
     out.print(_table("Sizes", {name.replace("_", " "): f"{value:,}" for name, value in summary.items()}))
     ops = Table("op", "domain", "version", "nodes", title="Custom ops")
     for op in manifest.denoiser.ops:

@@ -25,15 +25,19 @@ def with_recipe(context: click.Context, recipe: Recipe, options: dict[str, Any])
     wanted = {name: value for name, value in recipe.options().items() if name in options and name not in said}
     if "flavour" in said and options["flavour"] != recipe.engine.flavour:
         wanted.pop("targets", None)  # another flavour cannot be held to these targets
+    if "routing" in said and options["routing"] != recipe.routing.mode:
+        for name in ("coreset_top_p", "min_experts", "coreset_size"):  # settings of the recipe's mode
+            wanted.pop(name, None)
     return options | wanted
 
 
 def check_bundle(recipe: Recipe, bundle: Path, manifest: Manifest) -> None:
     """Refuse a bundle that was exported another way than the recipe says (InputError)."""
     routing = manifest.routing
-    for what, ours, theirs in (("routing", recipe.routing.mode, routing.mode),
+    wanted = None if recipe.routing.mode == "auto" else recipe.routing.mode
+    for what, ours, theirs in (("routing", wanted, routing.mode),
                                ("block length", recipe.routing.block_length, routing.block_length)):
-        if ours != theirs:
+        if ours not in (None, theirs):
             raise InputError(f"{bundle} was exported with {what} {theirs} and recipe {recipe.name} says {ours}; build "
                              "it without the recipe, or export it again.")
 
@@ -48,6 +52,7 @@ def list_recipes(as_json: bool) -> None:
     table.columns[0].no_wrap, table.columns[1].overflow = True, "fold"
     for r in recipes:
         sizes = f"batch {r.profiles.batch}, prefill {r.profiles.prefill}, context {r.profiles.context}"
-        table.add_row(r.name, r.checkpoint, f"{r.precision}, {r.routing.mode}, block {r.routing.block_length}",
+        exported = f"{r.precision}, {r.routing.mode}, block {r.routing.block_length or 'auto'}"
+        table.add_row(r.name, r.checkpoint, exported,
                       f"{r.engine.flavour} {' '.join(r.engine.targets)}, {sizes}")
     console().print(table)

@@ -9,7 +9,14 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..description import ExportPrecision, Frozen, Precision, QuantisedPrecision, RoutingMode
+from ..description import (
+    RUNTIME_SETTINGS,
+    ExportPrecision,
+    Frozen,
+    Precision,
+    QuantisedPrecision,
+    RoutingChoice,
+)
 from ..errors import InputError
 from .settings import ExpertsOp, ExpertsPlace, FlavourName
 
@@ -22,13 +29,18 @@ FOLDER = Path(__file__).parents[1] / "recipes"  # in the repository a link to en
 
 
 class RecipeRouting(Frozen):
-    """How a block's experts are chosen; None leaves it to the checkpoint."""
+    """How a block's experts are chosen; auto and None leave it to the checkpoint."""
 
-    mode: RoutingMode
-    block_length: int = Field(gt=0)
+    mode: RoutingChoice = "auto"
+    block_length: int | None = Field(None, gt=0)
     top_p: float | None = Field(None, ge=0, le=1)
     min_experts: int | None = Field(None, ge=1)
     coreset_size: int | None = Field(None, ge=1)
+
+    def settings(self) -> dict[str, float]:
+        """The defaults that it sets for the bundle."""
+        values = {name: getattr(self, name) for names in RUNTIME_SETTINGS.values() for name in names}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class RecipeProfiles(Frozen):
@@ -65,14 +77,16 @@ class Recipe(Frozen):
     precision: ExportPrecision
     dense_precision: Precision | None = Field(None, description="with int8 and int4: of everything but routed experts")
     group_size: Literal[32, 64, 128] | None = None
-    routing: RecipeRouting
+    routing: RecipeRouting = RecipeRouting()
     profiles: RecipeProfiles
     engine: RecipeEngine
     check: Tolerances
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
-        block = self.routing.block_length
+        mode, block = self.routing.mode, self.routing.block_length or 1
+        if mode != "auto" and (wrong := self.routing.settings().keys() - set(RUNTIME_SETTINGS[mode])):
+            raise ValueError(f"routing.{min(wrong)} has no meaning with routing.mode {mode}; remove it")
         if self.profiles.prefill % block or self.profiles.context < block:
             raise ValueError(f"profiles.prefill must be a multiple of routing.block_length, {block}, and "
                              "profiles.context no less than it")

@@ -15,12 +15,11 @@ from ..bundle.writer import BundleWriter
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.hub import resolve_checkpoint
 from ..description import (
-    RUNTIME_SETTINGS,
     ExpertQuantisation,
     ExportPrecision,
     ModelDescription,
     Precision,
-    RoutingMode,
+    RoutingChoice,
 )
 from ..errors import InputError
 from .conversion import identity, padded_width
@@ -41,24 +40,25 @@ Report = Callable[[str, int, int], None]
 
 def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *, precision: ExportPrecision = "fp32",
                       dense_precision: Precision | None = None, group_size: int | None = None,
-                      routing: RoutingMode | None = None, block_length: int = 32, layers: int | None = None,
-                      top_p: float | None = None, min_experts: int | None = None, coreset_size: int | None = None,
-                      salient: bool = False, salient_capacity: Sequence[int] = (), overwrite: bool = False,
-                      report: Report | None = None) -> Bundle:
+                      routing: RoutingChoice | None = "auto", block_length: int | None = None,
+                      layers: int | None = None, top_p: float | None = None, min_experts: int | None = None,
+                      coreset_size: int | None = None, salient: bool = False, salient_capacity: Sequence[int] = (),
+                      overwrite: bool = False, report: Report | None = None) -> Bundle:
     """Export a checkpoint folder or hub id to the bundle folder `out`, and open it.
 
     `precision` int8 or int4 quantises the routed experts, with a scale per `group_size` weights (64, or 32 where the
     hidden size takes no 64), and keeps the rest in `dense_precision` (fp32; docs/quantisation.md).
-    `layers` keeps the first N layers. `routing` None: `top_p` for block diffusion with experts, `token` for
-    full-canvas models, which were trained with it; a dense model takes no other. `top_p`, `min_experts`,
-    `coreset_size` set the bundle's defaults (0.6 or the checkpoint's core_threshold; k + groups − groups kept; the
-    guard or 48/256 of the experts). `salient` adds the graph of salient-token decoding, `salient_capacity` a graph of
-    static shapes for each M it names (docs/salient.md).
+    `layers` keeps the first N layers. `routing` auto (or None) is what the checkpoint was trained with, by its
+    config.json (export/routing.py); another mode is exported with a warning, which the manifest keeps, and a dense
+    model takes none. `block_length` None: the checkpoint's `block_size`, else 32. `top_p`, `min_experts` (of mode
+    top_p) and `coreset_size` (of top_c) set the bundle's defaults: the checkpoint's core_threshold or 0.6; k + groups −
+    groups kept; its expert_capacity, or 48/256 of the experts and no less than k. `salient` adds the graph
+    of salient-token decoding, `salient_capacity` a graph of static shapes for each M it names (docs/salient.md).
     Raises CheckpointError for what cannot be read, OutputError for what cannot be written; `out` is complete or absent.
     """
-    if precision not in get_args(ExportPrecision) or routing not in (None, *RUNTIME_SETTINGS):
+    if precision not in get_args(ExportPrecision) or routing not in (None, *get_args(RoutingChoice)):
         raise InputError(f"Precision {precision!r} or routing {routing!r} is not known; known: "
-                         f"{', '.join(get_args(ExportPrecision))} and {', '.join(RUNTIME_SETTINGS)}.")
+                         f"{', '.join(get_args(ExportPrecision))} and {', '.join(get_args(RoutingChoice))}.")
     source = (checkpoint if isinstance(checkpoint, Checkpoint)
               else Checkpoint(resolve_checkpoint(checkpoint), layers))
     d = source.description

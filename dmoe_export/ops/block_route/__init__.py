@@ -12,12 +12,15 @@ For every token, scores `s` (sigmoid or softmax of the logits, float32) and sele
      In order of votes keep experts while the sum of the votes *before* them is ≤ top_p (so the one that crosses
      stays, and the first always does); an expert without a positive vote is never kept by this rule; `top_p ≥ 1`
      keeps every voted expert. Then fill up to `min_experts` in the same order.
-   * `top_c`: the `coreset_size` experts with the largest maximum of `r` over the block.
+   * `top_c`: the `coreset_size` experts with the largest maximum of `r` over the block (the report's *pool*).
 3. Selection, per token: `r` outside the coreset is −inf; a group scores the sum of its two largest `r`; the best
-   `groups_kept` groups stay; the top-k of `r` inside them are the token's experts.
+   `groups_kept` groups stay; the top-k of `r` inside them are the token's experts. LLaDA2.2 limits no groups, neither
+   for the pool nor for the token: `RouteAttributes.of` gives `top_c` one group, which is kept, and the op does what
+   its attributes say.
 4. A token never leaves its coreset. When the kept groups hold fewer than k coreset experts, the places left are
    filled with the best coreset experts of the other groups; when the coreset has fewer than k, with id −1, weight 0.
-   (The reference takes −inf experts there and gives them weight.)
+   (The reference takes −inf experts there and gives them weight.) `top_c` is defined for k ≤ `coreset_size` ≤ E:
+   exports and requests refuse less, so only the op itself ever sees it.
 5. Weights: `s[ids]`, divided by their sum + 1e-20 if `renormalise`, times `routed_scaling`.
 6. Padding (position < 0) neither votes nor is routed: ids −1, weights 0, empty coreset.
 

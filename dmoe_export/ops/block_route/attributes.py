@@ -23,9 +23,10 @@ class RouteAttributes:
 
     @classmethod
     def of(cls, moe: MoeDescription, mode: RoutingMode, block_length: int) -> RouteAttributes:
-        """Attributes for a model's MoE layers."""
-        return cls(mode, block_length, moe.experts_per_token, moe.num_groups, moe.groups_kept, moe.routed_scaling,
-                   moe.score_function, moe.renormalise)
+        """Attributes for a model's MoE layers; `top_c` knows no groups, whatever the model has (LLaDA2.2)."""
+        groups, kept = (1, 1) if mode == "top_c" else (moe.num_groups, moe.groups_kept)
+        return cls(mode, block_length, moe.experts_per_token, groups, kept, moe.routed_scaling, moe.score_function,
+                   moe.renormalise)
 
     def node_attributes(self) -> dict[str, str | int | float]:
         """As ONNX attributes, plugin attributes included."""
