@@ -25,6 +25,8 @@ def engine_file(folder: Path, name: str) -> Iterator[Path]:
     """
     path = folder / f".{name}.partial"
     try:
+        if path.is_symlink():
+            path.unlink()  # what it points to is not ours to write
         path.touch()
         yield path
     except OSError as error:

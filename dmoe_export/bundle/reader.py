@@ -110,13 +110,14 @@ def _verify_file(folder: Path, entry: FileEntry, verify: Verify, progress: Calla
         if not stat.S_ISREG(found.st_mode):
             raise BundleError(f"{path} is no regular file, and a bundle holds nothing else; copy the bundle again.")
         if found.st_size != entry.size:
-            raise BundleError(f"{path} has {found.st_size} bytes, the manifest says {entry.size}; copy the bundle again.")
+            raise BundleError(f"{path} has {found.st_size} bytes, the manifest says {entry.size}; copy the bundle "
+                              "again.")
         if verify == "full" and hash_file(path, progress) != entry.sha256:
             raise BundleError(f"{path} was changed: its sha256 is not the manifest's; copy or export the bundle again.")
     except OSError as error:
         if path.is_symlink() and not path.exists():
-            raise BundleError(f"{path} is a link to {os.path.realpath(path)}, where no file is; fetch the bundle again, "
-                              "or copy it with what its links point to (cp -rL).") from None
+            raise BundleError(f"{path} is a link to {os.path.realpath(path)}, where no file is; fetch the bundle "
+                              "again, or copy it with what its links point to (cp -rL).") from None
         raise BundleError(f"{path} cannot be read ({error.strerror}); make it readable, or copy the bundle "
                           "again.") from None
 

@@ -142,8 +142,8 @@ class BundleWriter:
         except BundleError as error:
             wrong = str(error).rstrip(".")
         if wrong:
-            raise OutputError(f"Bundle {self.target} is not put in place, as it cannot be read back ({wrong}); what was "
-                              "there before is unchanged.")
+            raise OutputError(f"Bundle {self.target} is not put in place, as it cannot be read back ({wrong}); what "
+                              "was there before is unchanged.")
         put_in_place(self.folder, self.target, self._overwrite)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,

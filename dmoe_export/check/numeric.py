@@ -113,8 +113,8 @@ class _Compared:
         settings = {"top_p": np.array([routing.top_p], np.float32), "min_experts": np.array([routing.min_experts]),
                     "coreset_size": np.array([routing.coreset_size])}
         graph = open_layers(self._bundle, manifest.model.num_layers)
-        return self._against(LayersRunner(graph, self._bundle.folder, manifest.model, manifest.precision, feeds,
-                                          settings), feeds)
+        runner = LayersRunner(graph, self._bundle, manifest.model, manifest.precision, feeds, settings)
+        return self._against(runner, feeds)
 
     def _against(self, runner: Any, feeds: list[Arrays]) -> list[Any]:
         results = RunResults([*self._expected.lst, *Comparator.run([runner], feeds).lst])

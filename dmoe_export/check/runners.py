@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
+from ..bundle.reader import Bundle
 from ..description import ModelDescription, Precision
 from ..errors import BundleError
 from ..runtime.backend import Backend, ForwardOutputs, Limits
 from ..runtime.cache import HostCache
-from ..runtime.ort import ort
+from ..runtime.linked_files import model_for_session
+from ..runtime.ort import ort, why_not_loaded
 from .inputs import forward_inputs
 from .instrument import OpenedGraph
 from .reference import Reference, named_outputs
@@ -98,16 +99,16 @@ class SequenceRunner(_Runner):
 class LayersRunner(_Runner):
     """A graph opened at every layer, on ONNX Runtime's CPU provider, fed with the reference's streams and cache."""
 
-    def __init__(self, graph: OpenedGraph, folder: Path, d: ModelDescription, precision: Precision, feeds: list[Arrays],
-                 routing: Arrays) -> None:
-        """`folder`: where the weights lie. `routing`: the run-time routing settings as the graph takes them."""
+    def __init__(self, graph: OpenedGraph, bundle: Bundle, d: ModelDescription, precision: Precision,
+                 feeds: list[Arrays], routing: Arrays) -> None:
+        """`bundle`: where the weights lie. `routing`: the run-time routing settings as the graph takes them."""
         super().__init__("layers alone", feeds)
-        self._graph, self._folder, self._hidden = graph, folder, d.hidden_size
+        self._graph, self._bundle, self._hidden = graph, bundle, d.hidden_size
         self._dtype, self._routing = DTYPES[precision], routing
 
     def activate_impl(self) -> None:
         """Load the opened graph."""
-        self._session = session_in(self._graph.model, self._folder)
+        self._session = session_in(self._graph.model, self._bundle)
 
     def deactivate_impl(self) -> None:
         """Unload it."""
@@ -129,16 +130,16 @@ class LayersRunner(_Runner):
         return array.astype(self._dtype) if array.dtype == np.float32 and name != "top_p" else array
 
 
-def session_in(model: bytes, folder: Path) -> ort.InferenceSession:
-    """A CPU session of an edited graph whose weights lie in `folder`; raises BundleError."""
+def session_in(model: bytes, bundle: Bundle) -> ort.InferenceSession:
+    """A CPU session of an edited graph over a bundle's data files; raises BundleError."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    given = model_for_session(model, bundle, options)
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own kinds
-        raise BundleError(f"ONNX Runtime {ort.__version__} cannot load the edited graph of {folder}: "
-                          f"{str(error).splitlines()[0]}") from error
+        raise BundleError(f"ONNX Runtime {ort.__version__} cannot load the edited graph of {bundle.folder}: "
+                          f"{why_not_loaded(error, 'onnxruntime')}.") from error
 
 
 def _is_stream(name: str) -> bool:

@@ -19,8 +19,9 @@ from .device import CPU_INSTEAD, CudaDevice, Device, DeviceError
 from .device_backend import DeviceBackend
 from .device_call import Call, Sizes, Tensor, round_up
 from .device_memory import Pool
+from .linked_files import model_for_session
 from .nvidia_libraries import load_nvidia_libraries
-from .ort import ort
+from .ort import ort, why_not_loaded
 from .ort_custom_ops import CustomOps, check_session, choose_custom_ops, prepare_session
 
 PROVIDER = "CUDAExecutionProvider"
@@ -60,12 +61,12 @@ class OnnxRuntimeExecutor:
             model = prepare_session(bundle, settings, custom_ops)
         else:
             settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+            model = model_for_session(model, bundle, settings)
         try:
             self._session = ort.InferenceSession(model, settings, providers=[(provider, options)])
         except Exception as error:  # onnxruntime raises its own kinds
-            raise MissingRequirementError(
-                f"ONNX Runtime {ort.__version__} cannot load {path} on {provider}: {str(error).splitlines()[0]} "
-                "Upgrade with: pip install -U onnxruntime-gpu.") from error
+            raise MissingRequirementError(f"ONNX Runtime {ort.__version__} cannot load {path} on {provider}: "
+                                          f"{why_not_loaded(error, 'onnxruntime-gpu')}.") from error
         self._session.disable_fallback()
         self.placement = _check_provider(self._session, provider, options)
         if custom_ops:

@@ -8,7 +8,8 @@ from ..bundle.reader import Bundle
 from ..errors import BundleError, MissingRequirementError
 from ..ops.schema import DOMAIN
 from .cpu_ops import INSTALLED, CpuOps, use_cpu_ops
-from .ort import ort
+from .linked_files import model_for_session
+from .ort import ort, why_not_loaded
 from .walls import wall_at_experts
 
 _QUANTISED_FROM = 1, 25
@@ -45,9 +46,7 @@ def open_session(model: str | bytes, bundle: Bundle, threads: int | None, alone:
         _check_version(bundle)
     elif isinstance(with_kernels, bytes) and bundle.manifest.precision == "fp16":
         with_kernels = wall_at_experts(with_kernels)  # as under an expert budget, so that answers are the same
-    model = with_kernels
-    if isinstance(model, bytes):
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
+    model = model_for_session(with_kernels, bundle, options)
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own kinds, all of them about this file
@@ -55,9 +54,8 @@ def open_session(model: str | bytes, bundle: Bundle, threads: int | None, alone:
             raise MissingRequirementError(
                 f"The CPU kernels {INSTALLED} do not fit this program; build them again with `make cpu-ops`."
             ) from error
-        raise MissingRequirementError(
-            f"ONNX Runtime {ort.__version__} cannot load {path}: {str(error).splitlines()[0]} "
-            "Upgrade with: pip install -U onnxruntime.") from error
+        raise MissingRequirementError(f"ONNX Runtime {ort.__version__} cannot load {path}: "
+                                      f"{why_not_loaded(error, 'onnxruntime')}.") from error
 
 
 def _check_version(bundle: Bundle) -> None:

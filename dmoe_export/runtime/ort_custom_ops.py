@@ -18,6 +18,7 @@ from ..errors import BundleError, MissingRequirementError
 from ..ops import block_route, experts
 from ..ops.schema import DOMAIN
 from . import protobuf
+from .linked_files import model_for_session
 from .ort import ort
 
 LIBRARY = "libdmoe_onnxruntime.so"
@@ -26,7 +27,6 @@ NAMES = (block_route.SCHEMA.name, experts.SCHEMA.name)
 
 CustomOps = Literal["auto", "on", "off"]
 
-_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 _MODEL_FUNCTIONS, _FUNCTION_NAME, _FUNCTION_DOMAIN = 25, 1, 10  # field numbers in onnx.proto
 
 
@@ -71,10 +71,11 @@ def prepare_session(bundle: Bundle, options: ort.SessionOptions, library: Path |
         raise MissingRequirementError(
             f"ONNX Runtime {ort.__version__} cannot use the custom-op library {found} "
             f"({str(error).splitlines()[0].rstrip('.')}); build it again with `make ort-ops`.") from error
-    options.add_session_config_entry(_EXTERNAL_FOLDER, str(bundle.folder.resolve()))
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        return without_bodies(bundle.denoiser_path.read_bytes())
+        graph = model_for_session(without_bodies(bundle.denoiser_path.read_bytes()), bundle, options)
+        assert isinstance(graph, bytes)
+        return graph
     except ValueError as error:
         raise BundleError(f"{bundle.denoiser_path} is not an ONNX model ({error}); export the bundle again.") from error
 

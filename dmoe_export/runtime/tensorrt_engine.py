@@ -116,7 +116,8 @@ def deserialise(bundle: Bundle, entry: EngineEntry, trt: Any) -> Any:
     try:
         content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
     except OSError as error:
-        raise BundleError(f"{path} cannot be read ({error.strerror}); copy the bundle again.") from None
+        raise BundleError(f"{path} cannot be read ({error.strerror}); make it readable, or copy the bundle "
+                          "again.") from None
     engine = runtime.deserialize_cuda_engine(content) if len(content) else None
     if engine is not None:
         return engine
