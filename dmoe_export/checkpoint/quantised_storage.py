@@ -51,8 +51,8 @@ Storage = Float8 | PackedIntegers
 def read_storage(folder: Path, config: dict[str, Any]) -> Storage | None:
     """What the checkpoint says of its storage; None: nothing is quantised. Raises CheckpointError for what is not read.
     """
-    found = [(f"quantization_config of {folder / 'config.json'}", config[key])
-             for key in ("quantization_config", "compression_config") if config.get(key) is not None]
+    stated = config.get("quantization_config")
+    found = [] if stated is None else [(f"quantization_config of {folder / 'config.json'}", stated)]
     found += [(str(folder / name), read_json(folder / name)) for name in _FILES if (folder / name).exists()]
     if not found:
         return None
