@@ -178,13 +178,8 @@ class Generator:
         if self.text is None:
             raise RequestError(f"{self.bundle.folder} has no tokenizer; give token ids (--prompt-ids).")
         if isinstance(prompt, str):
-            if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-                raise RequestError(f"Prompt {prompt!r} holds half a character (a surrogate), so it is no text.")
             return self.text.encode_chat([{"role": "user", "content": prompt}]) if chat else (
-                self.text.encode_literal(prompt))
-        for message in prompt:
-            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-                raise RequestError(f"Message {message!r} needs the texts role and content.")
+                self.text.encode_plain(prompt))
         return self.text.encode_chat(list(prompt))  # type: ignore[arg-type]
 
     def _check(self, number: int, ids: list[int], settings: DecodeSettings) -> None:

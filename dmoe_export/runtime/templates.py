@@ -1,0 +1,184 @@
+"""Chat templates as transformers renders them: its Jinja settings, filters and functions, within limits."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any
+
+from jinja2 import Template, TemplateError, nodes, pass_context, pass_environment
+from jinja2.exceptions import TemplateRuntimeError
+from jinja2.ext import Extension
+from jinja2.filters import make_attrgetter
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ..errors import RequestError
+from .messages import Message
+from .template_limits import (
+    Budget,
+    check_call,
+    check_join,
+    check_operation,
+    check_replace,
+    check_size,
+    current,
+    limited,
+    rendering,
+)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks an assistant's words for training; here it only bounds what `set` sets inside."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The body, in a scope of its own."""
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+class ChatEnvironment(ImmutableSandboxedEnvironment):
+    """transformers' environment of chat templates (its `chat_template_utils`), bounded by `template_limits`."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"],
+                         finalize=_put_out)
+        self.filters = limited(self.filters | {"tojson": _to_json, "join": _join, "replace": _replace})
+        self.filters |= {"_turns": _turns, "_concat": _concat}
+        self.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
+        del self.globals["lipsum"]  # makes text of any length
+
+    def compile_chat(self, source: str) -> Template:
+        """A template from its source; raises whatever a broken one makes Jinja or Python raise."""
+        tree = self.parse(source)
+        self.rewrite(tree)
+        tree.set_environment(self)
+        return Template.from_code(self, self.compile(tree), self.make_globals(None))
+
+    def rewrite(self, tree: nodes.Template) -> None:
+        """Loops and joined texts go through filters that count them."""
+        for loop in tree.find_all(nodes.For):
+            loop.iter = through_filter(loop.iter, "_turns")
+        replace_nodes(tree, nodes.Concat,
+                      lambda node: through_filter(nodes.List(node.nodes, lineno=node.lineno), "_concat"))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """An operation that could grow."""
+        check_operation(operator, left, right)
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call from a template."""
+        if budget := current():
+            budget.turn(1)
+        check_call(__obj, args, kwargs)
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+class ChatTemplate:
+    """A chat template and what it knows by name; a broken one is refused when it is used."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str], environment: ChatEnvironment | None = None) -> None:
+        """`special_tokens`: bos_token, eos_token, …; names that are not there are undefined in the template."""
+        self.source, self.special_tokens, self.broken = source, special_tokens, ""
+        try:
+            self._template = (environment or ChatEnvironment()).compile_chat(source)
+        except Exception as error:  # Jinja's own errors, and Python's on what Jinja generates
+            self.broken = in_words(error)
+
+    def render(self, messages: list[Message], now: datetime | None = None) -> str:
+        """The prompt's text, generation prompt included; `now` is what the template sees as the time.
+
+        Raises RequestError for whatever goes wrong inside the template.
+        """
+        if self.broken:
+            raise RequestError(f"The chat template is no valid template: {self.broken}; send text without it "
+                               "(--no-chat) or token ids (--prompt-ids).")
+        given: dict[str, Any] = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        try:
+            with rendering(Budget(now or datetime.now())):
+                return str(self._template.render(self.special_tokens | given))
+        except Exception as error:  # a template is a program: it can raise anything
+            raise RequestError(f"The chat template refuses the messages: {in_words(error)}.") from None
+
+
+def in_words(error: BaseException) -> str:
+    """An error as part of one sentence; Python's own with its kind, as "5" alone says little."""
+    words = " ".join(str(error).split()).rstrip(".")[:300]
+    if isinstance(error, TemplateError) and words:
+        return words
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def through_filter(node: nodes.Node, name: str) -> nodes.Filter:
+    """The node's value through a filter."""
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+def replace_nodes(tree: nodes.Node, kind: type[Any], change: Any) -> None:
+    """Put `change(node)` in place of each node of a kind, inner ones first."""
+    for child in list(tree.iter_child_nodes()):
+        replace_nodes(child, kind, change)
+    for name, value in list(tree.iter_fields()):
+        if isinstance(value, list):
+            setattr(tree, name, [change(one) if isinstance(one, kind) else one for one in value])
+        elif isinstance(value, kind):
+            setattr(tree, name, change(value))
+
+
+def _raise(message: str) -> None:
+    raise TemplateRuntimeError(str(message))
+
+
+def _strftime_now(form: str) -> str:
+    budget = current()
+    return (budget.now if budget else datetime.now()).strftime(form)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | str | None = None,
+             separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _put_out(value: Any) -> Any:
+    if isinstance(value, str) and (budget := current()):
+        budget.put_out(len(value))
+    return value
+
+
+@pass_context
+def _turns(context: Context, iterable: Any) -> Any:
+    """What a loop goes through, counted before it does."""
+    if not hasattr(iterable, "__len__"):
+        iterable = list(iterable)
+    if budget := current():
+        budget.turn(len(iterable))
+    return iterable
+
+
+@pass_context
+def _concat(context: Context, parts: list[Any]) -> str:
+    """What `~` makes."""
+    texts = [str(part) for part in parts]
+    check_size(sum(map(len, texts)))
+    return "".join(texts)
+
+
+@pass_environment
+def _join(environment: ChatEnvironment, value: Any, d: str = "", attribute: str | int | None = None) -> str:
+    if attribute is not None:
+        value = map(make_attrgetter(environment, attribute), value)
+    parts = [str(part) for part in value]
+    check_join(d, parts)
+    return str(d).join(parts)
+
+
+def _replace(s: str, old: str, new: str, count: int | None = None) -> str:
+    text = str(s)
+    check_replace(text, str(old), str(new))
+    return text.replace(str(old), str(new), -1 if count is None else count)
