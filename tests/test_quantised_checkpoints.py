@@ -251,8 +251,9 @@ def test_wrapped_zero_points_are_fine_in_the_second_format(tmp_path):
 
 
 def test_what_a_checkpoint_without_a_config_says(tmp_path):
-    for number, (tensors, stored) in enumerate(((packed(np.random.default_rng(0), "a", (8, 16), GPTQ)[0], "I32"),
-                                                (float8(np.random.default_rng(0), "a", (2, 3), (2, 2), "_")[0], "F8_E4M3"))):
+    rng = np.random.default_rng(0)
+    for number, (tensors, stored) in enumerate(((packed(rng, "a", (8, 16), GPTQ)[0], "I32"),
+                                                (float8(rng, "a", (2, 3), (2, 2), "_")[0], "F8_E4M3"))):
         folder = write(tmp_path / str(number), {}, {FILE: tensors})
         with pytest.raises(CheckpointError, match=f"is stored as {stored}, and config.json has no quantization_config"):
             open_tensors(folder, {})

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ..bundle.manifest import Manifest
+from ..bundle.hub import resolve_bundle
 from ..bundle.reader import Bundle, Verify, open_bundle
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.hub import resolve_checkpoint
@@ -36,7 +37,7 @@ def check_bundle(folder: str | Path, reference: str | Path | None = None, *, bac
                  recipe: str | Path | None = None, prompts: Sequence[str] = (), seed: int = 0, weights: bool = True,
                  verify: Verify = "full", announce: Callable[[IdentityCheck], None] | None = None,
                  tell: Tell | None = None) -> CheckReport:
-    """Check a bundle against the eager float32 model of a checkpoint (folder or hub id), or of its own weights.
+    """Check a bundle against the eager float32 model of a checkpoint (each a folder or hub id), or of its own weights.
 
     `backends`: none = ONNX Runtime on the CPU and the best of this machine. `layers`: compare the first N layers only,
     in little memory; nothing is decoded. `atol`, `cosine` replace limits of `gates.LIMITS`, and a `recipe` those of
@@ -46,7 +47,7 @@ def check_bundle(folder: str | Path, reference: str | Path | None = None, *, bac
     the checkpoint's sizes are not the bundle's.
     """
     start, tell = time.perf_counter(), tell or (lambda phase, done, of: None)
-    bundle = open_bundle(folder, verify)
+    bundle = open_bundle(resolve_bundle(folder), verify)
     manifest = bundle.manifest
     _check_options(manifest, layers, atol, cosine)
     tolerances = None if recipe is None else _tolerances(recipe, bundle)

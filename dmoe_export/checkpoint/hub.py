@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from ..errors import CheckpointError, MissingRequirementError
+from ..errors import CheckpointError
+from ..hub import HubError, fetch, hub_id
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "chat_template.jinja"]
+FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "quantize_config.json",
+         "quant_config.json", "hf_quant_config.json", "tokenizer*.json", "tokenizer.model", "vocab.json", "vocab.txt",
+         "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.*", "additional_chat_templates/*",
+         "LICENSE*", "README.md")
+"""What is fetched of a checkpoint: all that the export reads."""
 
 
 def resolve_checkpoint(source: str | Path) -> Path:
@@ -18,20 +21,11 @@ def resolve_checkpoint(source: str | Path) -> Path:
         return folder
     if folder.exists():
         raise CheckpointError(f"{folder} is a file; give the checkpoint's folder.")
-    if not _HUB_ID.fullmatch(str(source)) or (folder.parent.is_dir() and str(folder.parent) != "."):
+    name = hub_id(source)
+    if name is None:
         raise CheckpointError(f"Checkpoint folder {folder} does not exist; give a folder or a hub id such as org/name.")
-    return _download(str(source))
-
-
-def _download(hub_id: str) -> Path:
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise MissingRequirementError(
-            "Reading from the hub needs huggingface_hub; run: pip install 'dmoe-export[export]'.") from error
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=_FILES))
-    except Exception as error:  # huggingface_hub raises many kinds; each means the same to the user
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{hub_id} is no local folder and could not be fetched from the hub: {reason} "
+        return fetch(name, FILES)
+    except HubError as error:
+        raise CheckpointError(f"{name} is no local folder and could not be fetched from the hub: {error} "
                               "Run again to resume.") from error

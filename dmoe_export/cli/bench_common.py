@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from ..bench.workload import generated_bundle
+from ..bundle.hub import resolve_bundle
 from ..bundle.reader import Bundle, open_bundle
 from ..errors import OutputError, RequestError
 from .output import reader_may_leave
@@ -70,7 +71,7 @@ def opened(options: dict[str, Any], quiet: bool) -> Iterator[Bundle]:
         for name in _OF_GEOMETRY:
             if chosen[name] is not None:
                 raise RequestError(f"--{name.replace('_', '-')} belongs to --geometry; leave it out with a bundle.")
-        yield open_bundle(chosen["bundle"], chosen["verify"])
+        yield open_bundle(resolve_bundle(chosen["bundle"]), chosen["verify"])
         return
     with tempfile.TemporaryDirectory() as temporary, byte_bar("bundle", 0, shown=not quiet) as report:
         yield generated_bundle(chosen["work"] or Path(temporary), chosen["geometry"], layers=chosen["layers"],

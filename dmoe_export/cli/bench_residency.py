@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..bench.residency import ResidencyBench, run, settings
+from ..bundle.hub import resolve_bundle
 from ..bundle.reader import open_bundle
 from ..errors import RequestError
 from ..runtime.resident import check_experts
@@ -43,7 +44,7 @@ def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_
               steps: int, rounds: int, threads: int | None, verify: Any, device: str | None, out: Path | None,
               plot: Path | None, as_json: bool) -> None:
     """Compare expert budgets of BUNDLE (not of half precision) on the CPU: budget × interval × routing."""
-    opened = open_bundle(bundle, verify)
+    opened = open_bundle(resolve_bundle(bundle), verify)
     moe = opened.manifest.model.moe
     if moe is None:
         raise RequestError(f"{bundle} is a dense model: it has no experts to keep.")

@@ -11,12 +11,14 @@ from typing import Any
 import click
 
 from ..bundle.engines import add_engine, copied_bundle, engine_file
+from ..bundle.hub import fetched_bundle
 from ..bundle.manifest import MANIFEST_NAME, EngineEntry
 from ..bundle.place import check_target
 from ..bundle.reader import Bundle, open_bundle
 from ..engine.recipe import load_recipe
 from ..engine.settings import BuildSettings, parse_size, parse_targets
 from ..errors import DmoeError, InputError, MissingRequirementError
+from ..hub import hub_id
 from .export import as_number, warn
 from .progress import byte_bar, step_bar
 from .recipes import BUILT, check_bundle, list_recipes, with_recipe
@@ -83,12 +85,13 @@ EXPORT_OPTIONS = {"routing": "routing", "block_length": "block_length", "layers"
 def build(context: click.Context, source: str | None, recipe_name: str | None, listing: bool, out: Path | None,
           force: bool, dry_run: bool, as_json: bool, split_targets: bool, plugin_library: Path | None, verify: Any,
           **options: Any) -> None:
-    """Build engine files from a CHECKPOINT (folder or hub id; exported first), a BUNDLE or a recipe."""
+    """Build engine files from a CHECKPOINT (exported first) or BUNDLE, a folder or hub id, or from a recipe."""
     if listing:
         return list_recipes(as_json)
     if source is None and recipe_name is None:
         raise InputError("Name a CHECKPOINT, a BUNDLE or a --recipe; --list-recipes shows the known ones.")
     recipe = load_recipe(recipe_name) if recipe_name else None
+    source = _fetched(source, out, dry_run) if source else None
     if recipe:
         options = with_recipe(context, recipe, options)
         source = source or recipe.checkpoint_source
@@ -149,6 +152,16 @@ def _settings(options: dict[str, Any]) -> BuildSettings:
     flags = tuple(f for f in ("hardware-compatible", "version-compatible", "refit") if options.pop(f.replace("-", "_")))
     return BuildSettings(targets=parse_targets(targets) if targets is not None else (), workspace=parse_size(workspace),
                          optimization_level=options.pop("builder_optimization_level"), flags=flags, **options)
+
+
+def _fetched(source: str, out: Path | None, dry_run: bool) -> str:
+    """The folder of a bundle that was named by its hub id; any other source as it is."""
+    name = hub_id(source)
+    folder = fetched_bundle(name) if name else None
+    if folder and out is None and not dry_run:
+        raise InputError(f"{source} is a bundle on the hub, and engines are not put into the hub's cache; give --out "
+                         "BUNDLE.")
+    return str(folder) if folder else source
 
 
 def _export(source: str, out: Path, precision: Any, options: dict[str, Any], force: bool, as_json: bool) -> Bundle:

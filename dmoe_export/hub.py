@@ -1,0 +1,42 @@
+"""Hugging Face hub ids as arguments: `org/name` where no such folder is; files go into the hub cache, resumable.
+
+The cache shows a repository as a folder of links (`snapshots/<commit>/…` into `blobs/`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import MissingRequirementError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class HubError(Exception):
+    """Why files could not be fetched, in the hub library's own words."""
+
+
+def hub_id(source: str | Path) -> str | None:
+    """The hub id that an argument is; None where it is, or is meant to be, a place on this machine."""
+    path = Path(source)
+    if path.exists() or not _HUB_ID.fullmatch(str(source)) or path.parent.is_dir():
+        return None
+    return str(source)
+
+
+def fetch(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """Fetch a repository's files that match (fnmatch: `*` takes `/`, too) → the snapshot's folder, named by its commit.
+
+    Raises MissingRequirementError without huggingface_hub, HubError for everything else.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise MissingRequirementError(f"{name} is no local folder, and fetching it from the hub needs huggingface_hub; "
+                                      "run: pip install 'dmoe-export[hub]'.") from error
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # huggingface_hub raises many kinds; each means the same to the user
+        raise HubError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
