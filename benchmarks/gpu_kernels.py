@@ -141,7 +141,8 @@ def measure_route(device: Any, stream: int, library: KernelLibrary, experts: int
                   ) -> dict[str, Any]:
     """One launch for all blocks of 32, with the coreset written."""
     k, rng = 8, np.random.default_rng(experts)
-    attributes = RouteAttributesC(MODES[mode], 32, k, 8, 4, 0, 1, 2.5)
+    groups = (1, 1) if mode == "top_c" else (8, 4)  # LLaDA2.2 has none
+    attributes = RouteAttributesC(MODES[mode], 32, k, *groups, 0, 1, 2.5)
     with Memory(device, stream) as memory:
         # popular experts, so that coresets are small as in a trained model
         logits = rng.standard_normal((tokens, experts), np.float32) + 1.5 * rng.standard_normal(experts, np.float32)

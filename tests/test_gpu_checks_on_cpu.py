@@ -40,6 +40,11 @@ def test_recorded_gates(space, golden, number):
     route_checks.check_gate(space, golden, number)
 
 
+@pytest.mark.parametrize("number", range(16))
+def test_gates_of_pools(space, golden, number):
+    route_checks.check_pool_gate(space, golden.parent / "top_c", number)
+
+
 def test_random_routing(space):
     compared = [route_checks.check_route(space, case) for case in route_checks.random_cases(30, 1, 100)]
     assert sum(c for c, _ in compared) > 0.9 * sum(n for _, n in compared), "most tokens must be decided, not excused"

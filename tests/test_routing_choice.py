@@ -36,6 +36,7 @@ def chosen(config, routing=None, block_length=None, **settings):
 @pytest.mark.parametrize("asked", [None, "auto"])
 @pytest.mark.parametrize(("config", "mode", "values", "reason"), [
     (DMOE, "top_p", {"top_p": 0.6, "min_experts": 4, "block_length": 32}, "core_threshold 0.6 in config.json"),
+    (DMOE | {"core_size": 18}, "top_p", {"top_p": 0.6, "min_experts": 4}, "core_threshold 0.6 in config.json"),
     (PLAIN | {"core_threshold": 0.45}, "top_p", {"top_p": 0.45}, "core_threshold 0.45 in config.json"),
     (PLAIN | {"core_threshold": 1, "block_size": 24}, "top_p", {"top_p": 1.0, "block_length": 24},
      "core_threshold 1 in config.json"),

@@ -3,7 +3,7 @@
 config.json of LLaDA2-MoE checkpoints tells (spec llada2_1_2_2.md; the dMoE reference's configuration class):
 `core_threshold` (with `mode` "aggregate", the only one its reference has) is dMoE's top_p with that p;
 `expert_capacity` is LLaDA2.2's top_c with that C, its routing block is `block_size`; neither is token routing. dMoE's
-`core_size` is read by no reference. dMoE's reference knows no block length but 32.
+training writes a `core_size`, too, which none of its code reads. Its reference knows no block length but 32.
 """
 
 from __future__ import annotations

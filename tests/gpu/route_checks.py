@@ -146,6 +146,20 @@ def check_gate(space: Space, folder: Path, number: int) -> None:
     assert compared >= len(logits) - meta["selected_outside_coreset"]
 
 
+def check_pool_gate(space: Space, folder: Path, number: int) -> None:
+    """One of the 16 gates of LLaDA2.2's block routing, exactly; without groups, as `RouteAttributes.of` makes it."""
+    data = np.load(folder / "gate.npz")
+    meta = json.loads((folder / "gate.json").read_text())[number]
+    attributes = RouteAttributes("top_c", meta["block"], meta["k"], 1, 1, meta["scale"], renormalise=meta["k"] > 1)
+    logits = data[f"{number}.logits"]
+    case = RouteCase(attributes, logits[None], data[f"{number}.expert_bias"], np.arange(len(logits))[None],
+                     {"coreset_size": meta["C"]})
+    ids, weights, pool = (x[0] for x in run_route(space, case))
+    np.testing.assert_array_equal(pool, np.repeat(data[f"{number}.pool"], meta["block"], axis=0)[:len(logits)])
+    np.testing.assert_array_equal(ids, data[f"{number}.topk_idx"])
+    np.testing.assert_allclose(weights, data[f"{number}.topk_weight"], rtol=0, atol=TOLERANCE)
+
+
 def random_cases(count: int, seed: int, largest: int) -> Iterator[RouteCase]:
     """Small and odd: all modes and score functions, padding, blocks out of order, E to `largest`, half exact ties."""
     rng = np.random.default_rng(seed)
@@ -191,7 +205,8 @@ def sized_case(experts: int, k: int, groups: int, kept: int, block: int, mode: s
 
 LIMITS = [(1024, 32, 16, 8, 128, "top_p", 128), (1023, 32, 1, 1, 128, "top_c", 40), (257, 5, 1, 1, 32, "token", 9),
           (256, 8, 256, 40, 32, "top_c", 33), (1024, 32, 512, 64, 16, "top_p", 17), (1, 1, 1, 1, 32, "top_p", 5)]
-MODEL_SIZES = [(256, 8, 8, 4, 32, mode, tokens) for mode in ("token", "top_p", "top_c") for tokens in (32, 96, 512)]
+MODEL_SIZES = [(256, 8, *groups, 32, mode, tokens) for mode, groups in (("token", (8, 4)), ("top_p", (8, 4)),
+                                                                        ("top_c", (1, 1))) for tokens in (32, 96, 512)]
 
 
 def check_same_bits(space: Space, case: RouteCase, runs: int) -> None:

@@ -16,6 +16,11 @@ def test_recorded_gates(space, golden, number):
     route_checks.check_gate(space, golden, number)
 
 
+@pytest.mark.parametrize("number", range(16))
+def test_gates_of_pools(space, golden, number):
+    route_checks.check_pool_gate(space, golden.parent / "top_c", number)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_routing(space, found, seed):
     compared = [route_checks.check_route(space, case) for case in route_checks.random_cases(150, seed, 1024)]
