@@ -94,6 +94,13 @@ class ModelDescription(Frozen):
             return {name: v for name, v in value.items() if name != "eos_id"} | {"eos_ids": [value["eos_id"]]}
         return value
 
+    @model_validator(mode="after")
+    def _ends_are_tokens(self) -> ModelDescription:
+        wrong = next((i for i in self.eos_ids if i >= self.vocab_size or i == self.mask_id), None)
+        if wrong is not None:
+            raise ValueError(f"eos id {wrong} is the mask or outside the vocabulary of {self.vocab_size}")
+        return self
+
     @property
     def eos_id(self) -> int:
         """The first of `eos_ids`."""

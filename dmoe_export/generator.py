@@ -8,13 +8,14 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from .bundle.hub import resolve_bundle
 from .bundle.reader import Bundle, Verify, open_bundle
 from .decoding.loop import BlockDiffusion
 from .decoding.row import FinishReason
 from .decoding.settings import DecodeSettings, check_kind
 from .decoding.telemetry import Statistics
 from .description import RUNTIME_SETTINGS
-from .errors import RequestError
+from .errors import BundleError, RequestError
 from .runtime.backend import Backend, Limits
 from .runtime.budget import plan_budget
 from .runtime.choose import BACKENDS, BackendName, open_backend
@@ -63,13 +64,14 @@ class Generator:
         """`backend_choice`: why it is this backend, in a few words."""
         self.bundle, self.backend, self.backend_choice = bundle, backend, backend_choice
         self.text = TextCodec.of(bundle)
+        self._defaults = _decode_defaults(bundle)
 
     @classmethod
     def open(cls, path: str | Path, *, backend: BackendName = "auto", threads: int | None = None,
              verify: Verify = "full", progress: Callable[[int], None] | None = None,
              expert_budget: str | int | None = None, experts_per_layer: int | None = None,
              expert_refresh_interval: str | int = "auto") -> Generator:
-        """Open and verify a bundle folder.
+        """Open and verify a bundle: a folder, or the hub id (`org/name`) of one, which is fetched first.
 
         `backend` "auto" takes an engine of the bundle that fits this machine ("tensorrt"), else ONNX Runtime on the
         GPU ("onnxruntime-cuda"), else on the CPU ("onnxruntime"), and says why in `backend_choice`; any other name
@@ -86,7 +88,7 @@ class Generator:
             if not 1 <= threads <= _MOST_THREADS:
                 raise RequestError(f"threads is {threads}, it must be between 1 and {_MOST_THREADS}.")
         interval = parse_interval(expert_refresh_interval)
-        bundle = open_bundle(path, verify, progress)
+        bundle = open_bundle(resolve_bundle(path), verify, progress)
         budget = plan_budget(bundle.manifest, expert_budget, experts_per_layer)
         if budget is None:
             return cls(bundle, *open_backend(bundle, backend, threads))
@@ -98,7 +100,8 @@ class Generator:
         A prompt is text, a list of chat messages (`{"role", "content"}`), or a list of token ids. Text is wrapped in
         the chat template unless `chat` is false. `options`: the fields of `DecodeSettings` (max_new_tokens, cache,
         acceptance, threshold, steps, temperature, seed, …) and the run-time routing settings `coreset_top_p`,
-        `min_experts`, `coreset_size`.
+        `min_experts`, `coreset_size`. What is left out or None is as the bundle's `decode_defaults` say, else as in
+        `DecodeSettings`.
         """
         batch = self._batch(prompts)
         tokens: list[list[int]] = [[] for _ in batch]
@@ -115,7 +118,8 @@ class Generator:
         """Finished blocks as they come, `index` telling the prompt; arguments and errors as in `generate`."""
         settings = self._settings(options)
         encoded = [self._encode(prompt, chat) for prompt in self._batch(prompts)]
-        loop = BlockDiffusion(self.backend, settings, self.bundle.manifest.bytes_per_expert)
+        manifest = self.bundle.manifest
+        loop = BlockDiffusion(self.backend, settings, manifest.bytes_per_expert, manifest.precision)
         for number, ids in enumerate(encoded):
             self._check(number, ids, settings)
         loop.check(encoded)
@@ -163,7 +167,8 @@ class Generator:
         unknown = options.keys() - {one.name for one in fields(DecodeSettings)} | options.keys() & {"routing"}
         if unknown:
             raise RequestError(f"Unknown generation option: {', '.join(sorted(unknown))}.")
-        return DecodeSettings(routing=chosen, **options)
+        said = {name: value for name, value in options.items() if value is not None}
+        return DecodeSettings(routing=chosen, **self._defaults | said)
 
     def _encode(self, prompt: Prompt, chat: bool) -> list[int]:
         if not _is_list(prompt) and not isinstance(prompt, str):
@@ -198,8 +203,24 @@ class Generator:
             raise RequestError(f"Prompt {number} of {len(ids)} tokens and {settings.max_new_tokens} new ones need a "
                                f"context of {total} tokens, the engine was built for {most}; build one with: "
                                f"dmoe-export build {self.bundle.folder} --max-context {total}.")
-        if settings.eos_id is not None and settings.eos_id >= d.vocab_size:
-            raise RequestError(f"eos_id {settings.eos_id} is outside the vocabulary 0 … {d.vocab_size - 1}.")
+        beyond = next((i for i in settings.eos_ids or () if i >= d.vocab_size), None)
+        if beyond is not None:
+            raise RequestError(f"eos_id {beyond} is outside the vocabulary 0 … {d.vocab_size - 1}.")
+
+
+def _decode_defaults(bundle: Bundle) -> dict[str, Any]:
+    """The bundle's decode defaults; raises BundleError for what no request could ask for."""
+    defaults: dict[str, Any] = dict(bundle.manifest.decode_defaults)
+    unknown = defaults.keys() - {one.name for one in fields(DecodeSettings)} | defaults.keys() & {"routing"}
+    wrong = f"{', '.join(sorted(unknown))} is no setting of a request." if unknown else ""
+    try:
+        if not unknown:
+            DecodeSettings(**defaults)
+    except RequestError as error:
+        wrong = str(error)
+    if wrong:
+        raise BundleError(f"The decode_defaults of {bundle.folder} cannot be used; export again: {wrong}")
+    return defaults
 
 
 def _is_list(value: object) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoe_export.decoding.acceptance import credit, edits, factor, fixed, hierarchy, policy, schedule, threshold
+from dmoe_export.decoding.acceptance import credit, edits, factor, fixed, hierarchy, policy, scheduled, threshold
 from dmoe_export.decoding.sampling import greedy, sample, without
 from dmoe_export.decoding.settings import ACCEPTANCES, DecodeSettings
 from dmoe_export.errors import RequestError
@@ -20,9 +20,10 @@ def _chosen(accepted):
 
 
 def test_schedule_spreads_the_rest_over_the_first_steps():
-    assert schedule(32, 32) == [1] * 32
-    assert schedule(32, 5) == [7, 7, 6, 6, 6]
-    assert sum(schedule(32, 40)) == 32
+    assert [scheduled(32, 32, step) for step in range(32)] == [1] * 32
+    assert [scheduled(32, 5, step) for step in range(5)] == [7, 7, 6, 6, 6]
+    assert sum(scheduled(32, 40, step) for step in range(40)) == 32
+    assert (scheduled(32, 2**31, 0), scheduled(32, 2**31, 2**31 - 1)) == (1, 0)  # nothing is listed
 
 
 def test_threshold_is_strict_and_falls_back_to_the_schedule():

@@ -215,7 +215,7 @@ BAD = [
     ("llada-tiny", {"embedding_size": 90}, "embedding_size 90 is less than vocab_size 96"),
     ("llada-tiny", {"mask_token_id": 96}, "mask_token_id 96 is outside the vocabulary of 96"),
     ("llada-tiny", {"mlp_hidden_size": None}, "has shape"),  # then 4 × d_model
-    ("llada-tiny", {"weight_tying": None, "include_qkv_bias": True}, r"q_proj\.bias is missing"),
+    ("llada-tiny", {"include_qkv_bias": True}, r"q_proj\.bias is missing"),
     ("dream-tiny", {"rope_scaling": {"type": "yarn"}}, "rope_scaling is"),
     ("dream-tiny", {"use_sliding_window": True}, "use_sliding_window is True"),
     ("dream-tiny", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),

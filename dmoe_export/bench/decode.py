@@ -147,7 +147,7 @@ def _answer(generator: Generator, questions: Sequence[Question], setting: Settin
             advance: Callable[[str], None]) -> tuple[list[Generation], float]:
     start, results = time.perf_counter(), []
     for question in questions:
-        results += generator.generate([question.prompt], **setting.options)
+        results += generator.generate([question.prompt], **{"temperature": 0.0} | setting.options)  # not the bundle's
         advance(" ".join(_key(setting)))
     return results, time.perf_counter() - start
 

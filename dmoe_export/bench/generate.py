@@ -125,6 +125,7 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
     """
     manifest = bundle.manifest
     options = {setting: {"max_new_tokens": max_new_tokens, "steps": steps, "eos_id": -1, "cache": setting.cache,
+                         "temperature": 0.0,  # whatever the bundle's own default is
                          **routing_options(bundle, setting.coreset)} for setting in chosen}
     limits = measure_limits(threads)
     sides = {"ours": _ours(bundle, threads, cpu_ops)} | {name: _peer(name, bundle, threads) for name in peers}
@@ -152,7 +153,7 @@ def random_prompt(bundle: Bundle, tokens: int, seed: int) -> list[int]:
     """Token ids of no special token."""
     d = bundle.manifest.model
     ids = np.random.default_rng(seed).integers(0, d.vocab_size, tokens)
-    ids[np.isin(ids, [d.mask_id, d.eos_id, d.pad_id])] = 0
+    ids[np.isin(ids, [d.mask_id, *d.eos_ids, d.pad_id])] = 0
     return ids.tolist()
 
 

@@ -156,7 +156,7 @@ def _measure(bundle: Bundle, backend: Any, prompt: Prompt, setting: Setting,
     generator, read = Generator(bundle, backend), _read_bytes()
     with _peak(FileIdentity.of(expert_file(bundle))) as peak:
         start = time.perf_counter()
-        answer = generator.generate([prompt], eos_id=-1, **common, **setting.options)[0]
+        answer = generator.generate([prompt], eos_id=-1, **{"temperature": 0.0} | common, **setting.options)[0]
         seconds = time.perf_counter() - start
     done = backend.statistics() if isinstance(backend, ResidentBackend) else None
     names = ("budget_bytes", "residents_per_layer", "last_interval", "hit_rate", "promotions", "brought_bytes",

@@ -88,7 +88,7 @@ def _prompts(d: ModelDescription, text: TextCodec | None, extra: list[str], n: i
              rng: np.random.Generator) -> list[Prompt]:
     if text is not None:
         return [Prompt(p, text.encode_chat([{"role": "user", "content": p}])) for p in (*extra, *PROMPTS)]
-    ordinary = np.setdiff1d(np.arange(d.vocab_size), [d.mask_id, d.eos_id, d.pad_id])
+    ordinary = np.setdiff1d(np.arange(d.vocab_size), [d.mask_id, *d.eos_ids, d.pad_id])
     return [Prompt(None, rng.choice(ordinary, size).tolist()) for size in (n // 2 + 1, n + n // 4 + 1, 3)]
 
 

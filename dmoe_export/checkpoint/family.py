@@ -9,8 +9,10 @@ from pydantic import ValidationError
 
 from ..description import ModelDescription
 from ..errors import CheckpointError
+from .generation_config import read_generation_config
+from .json_file import read_json
 from .layout import Layout, StoredWeights
-from .reader import CheckpointReader, read_config
+from .quantised_reader import open_tensors
 
 
 class Family(Protocol):
@@ -68,19 +70,22 @@ class Checkpoint:
         """Read and check the folder; `layers` keeps the first N layers."""
         self.folder = folder
         self.warnings: list[str] = []  # for whoever exports it
-        self.decode_defaults: dict[str, int | float | bool | str] = {}  # of generation_config.json
-        self.config = read_config(folder)
+        self.config = read_json(folder / "config.json")
+        generation = read_generation_config(folder, self.config)
         family = family_of(self.config, folder / "config.json")
         try:
-            self.full_description = family.describe(self.config, folder / "config.json")
+            described = family.describe(generation.complete(self.config), folder / "config.json")
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
             raise CheckpointError(f"{folder / 'config.json'}: {field} is {first['input']!r}: {first['msg']}.") from None
-        self.description = self.full_description
+        self.full_description = self.description = generation.add_eos(described)
+        self.decode_defaults, said = generation.decode_defaults(family.name)
+        self.warnings += said
         if layers is not None:
             self.description = first_layers(self.full_description, layers)
-        self.reader = CheckpointReader(folder)
+        self.reader = open_tensors(folder, self.config)
+        self.warnings += self.reader.warnings
         self.weights = StoredWeights(self.description, self.reader, family.layout(self.description),
                                      self.full_description.num_layers)
 

@@ -6,10 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from ..description import ModelDescription
-from .config_fields import Fields
+from .config_fields import MOST_LAYERS, Fields
+from .harmless_fields import words
 from .layout import Layout, below, split_qkv, weights
+from .rope import whole_heads
 
-_MASK_ID, _EOS_ID = 126336, 126081  # of the published vocabulary of 126 464
+_PUBLISHED = 126464, 126336, 126081  # vocabulary, mask, EOS
+
+# Fields that must be there: the default of the reference's ModelConfig (configuration_llada.py of the hub, OLMo's), and
+# what the published file says instead; `exactly` below asks for five more. Shared, and filled in: rms_norm_eps 1e-5,
+# include_qkv_bias false, mlp_ratio 4 where mlp_hidden_size is null, n_kv_heads = n_heads, embedding_size = vocab_size
+# where it is null (absent it is 50304 there; the tensors' shapes tell).
+_STATED: dict[str, tuple[Any, Any]] = {"rope_theta": (10000.0, 500000.0), "weight_tying": (True, False)}
+
+# ALiBi and q/k norms are off; mlp_ratio is for models without mlp_hidden_size; the reference reads weight_tying.
+_WITHOUT_MEANING = words("alibi_bias_max attention_layer_norm_with_affine mlp_ratio tie_word_embeddings")
 
 
 class Llada:
@@ -20,7 +31,7 @@ class Llada:
 
     def describe(self, config: dict[str, Any], source: Path) -> ModelDescription:
         """The description; unsupported or contradictory fields are errors."""
-        f = Fields(config, source)
+        f = Fields(config, source, defaults=_STATED)
         for name, value in (("block_type", "llama"), ("layer_norm_type", "rms"), ("activation_type", "silu"),
                             ("rope", True), ("include_bias", False)):
             f.exactly(name, value)
@@ -28,6 +39,7 @@ class Llada:
                      "multi_query_attention"):
             f.only(name, (False,))
         f.only("layer_norm_with_affine", (True,))
+        f.only("rope_full_precision", (True,))
         f.only("block_group_size", (1,))
         f.only("clip_qkv", ())
         vocab, hidden = f.positive("vocab_size"), f.positive("d_model")
@@ -35,14 +47,17 @@ class Llada:
         if rows < vocab:
             raise f.refuse(f"embedding_size {rows} is less than vocab_size {vocab}")
         heads = f.heads("d_model", "n_heads", "n_kv_heads")
-        return ModelDescription(
+        theta, rotary = whole_heads(f, heads["head_dim"])
+        description = ModelDescription(
             family=self.name, architecture=self.architectures[0], vocab_size=rows, hidden_size=hidden,
-            num_layers=f.positive("n_layers"), **heads, moe=None, qk_norm=False,
+            num_layers=f.positive("n_layers", most=MOST_LAYERS), **heads, moe=None, qk_norm=False,
             dense_width=f.positive("mlp_hidden_size", f.positive("mlp_ratio", 4) * hidden),
-            rope_theta=f.get("rope_theta", float, 10000.0), rotary_dim=heads["head_dim"],
+            rope_theta=theta, rotary_dim=rotary,
             rms_eps=f.get("rms_norm_eps", float, 1e-5), max_positions=f.positive("max_sequence_length"),
-            tie_embeddings=f.get("weight_tying", bool, True), attention="full",
-            qkv_bias=f.get("include_qkv_bias", bool, False), **f.ids(vocab, mask=_MASK_ID, eos=_EOS_ID))
+            tie_embeddings=f.get("weight_tying", bool), attention="full",
+            qkv_bias=f.get("include_qkv_bias", bool, False), **f.ids(vocab, _PUBLISHED))
+        f.refuse_unread(_WITHOUT_MEANING)
+        return description
 
     def layout(self, description: ModelDescription) -> Layout:
         """The names of its tensors."""

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ..description import ModelDescription, MoeDescription
-from .config_fields import Fields
+from .config_fields import MOST_LAYERS, Fields
 from .layout import Layout, below, split_qkv, swiglu, weights
+from .rope import read_rotary
 
-_MASK_ID, _EOS_ID = 156895, 156892  # of the published vocabulary of 157 184
+_PUBLISHED = 157184, 156895, 156892  # vocabulary, mask, EOS: the mask is generate's default and in no config.json
+
+# Fields that must be there: the reference's class (LLaDAConfig in configuration_lladamoe.py of the hub) has
+# placeholders for defaults, here beside what the published file says. Shared, and filled in: rms_norm_eps 1e-5,
+# tie_word_embeddings false, num_key_value_heads = num_attention_heads.
+_STATED: dict[str, tuple[Any, Any]] = {
+    "rope_theta": (-1, 50000), "partial_rotary_factor": (-1, 1), "qk_layernorm": (None, True),
+    "moe_layer_freq": ([], "a 1 for each layer")}
 
 
 class LladaMoe:
@@ -31,7 +39,7 @@ class LladaMoe:
 
     def describe(self, config: dict[str, Any], source: Path) -> ModelDescription:
         """The description; unsupported or contradictory fields are errors."""
-        f = Fields(config, source)
+        f = Fields(config, source, defaults=_STATED)
         f.only("hidden_act", ("silu",))
         for name in ("attention_bias", "moe_router_enable_expert_bias", "norm_topk_prob", "use_sliding_window"):
             f.only(name, (False,))  # the reference never renormalises, whatever norm_topk_prob says
@@ -39,29 +47,29 @@ class LladaMoe:
         f.only("routed_scaling_factor", (1,))
         f.only("router_num_group", (1,))
         f.only("router_topk_group", (1,))
-        for name in ("shared_expert_intermediate_size", "rope_scaling", "clip_qkv"):
+        for name in ("shared_expert_intermediate_size", "clip_qkv"):
             f.only(name, ())
         vocab, heads = f.positive("vocab_size"), f.heads("hidden_size", "num_attention_heads", "num_key_value_heads")
-        rotary = int(heads["head_dim"] * f.get("partial_rotary_factor", float, 1.0))
-        if not 0 < rotary <= heads["head_dim"] or rotary % 2:
-            raise f.refuse(f"rotary share of {rotary} dims is odd, empty or exceeds head size {heads['head_dim']}")
-        layers = f.positive("num_hidden_layers")
+        theta, rotary = read_rotary(f, heads["head_dim"], share=None)
+        layers = f.positive("num_hidden_layers", most=MOST_LAYERS)
         dense = self._dense_layers(f, layers)
-        return ModelDescription(
+        description = ModelDescription(
             family=self.name, architecture=self.architectures[0], vocab_size=vocab,
             hidden_size=f.positive("hidden_size"), num_layers=layers, **heads,
             dense_width=f.positive("dense_intermediate_size") if dense else 0, moe=self._moe(f, dense),
-            qk_norm=f.get("qk_layernorm", bool, False), rope_theta=f.get("rope_theta", float, 10000.0),
+            qk_norm=f.get("qk_layernorm", bool), rope_theta=theta,
             rotary_dim=rotary, rms_eps=f.get("rms_norm_eps", float, 1e-5),
             max_positions=f.positive("max_position_embeddings"),
             tie_embeddings=f.get("tie_word_embeddings", bool, False), attention="full",
-            **f.ids(vocab, mask=_MASK_ID, eos=_EOS_ID))
+            **f.ids(vocab, _PUBLISHED))
+        f.refuse_unread(("dense_intermediate_size",))  # of layers without experts, of which there may be none
+        return description
 
     def _dense_layers(self, f: Fields, layers: int) -> int:
         """How many layers come before the first with experts; any other pattern is refused."""
-        pattern = f.config.get("moe_layer_freq")
-        if pattern is None:
-            return 0
+        if not f.has("moe_layer_freq"):
+            raise f.missing("moe_layer_freq")
+        pattern = f.config["moe_layer_freq"]
         dense = pattern.count(0) if isinstance(pattern, list) else 0
         if pattern != [0] * dense + [1] * (layers - dense) or dense == layers:
             raise f.refuse(f"moe_layer_freq is {pattern!r}, which is not supported (supported: a list of "

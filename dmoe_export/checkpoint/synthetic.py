@@ -77,7 +77,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "llada-moe-tiny": _LLADA_MOE | {
         "vocab_size": 96, "hidden_size": 32, "expert_intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 16, "num_experts_per_tok": 2,
-        "max_position_embeddings": 256, "mask_token_id": 95, "eos_token_id": 94},
+        "moe_layer_freq": [1, 1], "max_position_embeddings": 256, "mask_token_id": 95, "eos_token_id": 94},
 }
 
 

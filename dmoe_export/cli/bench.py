@@ -54,7 +54,8 @@ for _command in (build, export, generate, residency, step):
 @click.option("--steps", type=click.IntRange(min=1), help="Most denoise steps per block [generate's default].")
 @click.option("--full-steps", type=click.IntRange(min=1), help="Dense steps before salient ones [generate's default].")
 @click.option("--refresh-interval", type=click.IntRange(min=1), help="Dense step every so many salient ones [never].")
-@click.option("--eos-id", type=int, help="Token that ends an answer [the model's]; -1 for none.")
+@click.option("--eos-id", type=int, multiple=True, callback=lambda context, option, ids: ids or None,
+              help="Token that ends an answer, may be given again [the model's]; -1 for none.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Timed repetitions.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompt.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
@@ -116,7 +117,7 @@ def _questions(generator: Generator, prompts: tuple[str, ...], file: Path | None
 
         d = generator.backend.description
         ids = np.random.default_rng(seed).integers(0, d.vocab_size, random_prompt)
-        special = {d.mask_id, d.eos_id, d.pad_id}
+        special = {d.mask_id, *d.eos_ids, d.pad_id}
         return [Question([int(i) if int(i) not in special else 0 for i in ids])]
     if file is None:
         return [Question(text) for text in prompts or _DEFAULT_PROMPTS]

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..bundle.hub import resolve_bundle
 from ..bundle.reader import read_manifest
-from ..decoding.settings import ACCEPTANCES, CACHES
+from ..decoding.settings import ACCEPTANCES, CACHES, DecodeSettings
 from ..errors import RequestError
 from ..generator import Generation, Generator, Prompt
 from ..runtime.choose import BACKENDS
 from .progress import byte_bar
+
+
+def _setting(name: str, kind: Any, words: str, default: str | None = None, of_bundle: bool = False,
+             **more: Any) -> Callable[[Any], Any]:
+    """The option of a field of DecodeSettings, None where it is not given; its help ends with the default.
+
+    `of_bundle`: a bundle may have a default of its own (`Manifest.decode_defaults`).
+    """
+    own = getattr(DecodeSettings, name) if default is None else default
+    shown = "off" if own is None or own is False else f"the bundle's, or {own}" if of_bundle else own
+    return click.option(f"--{name.replace('_', '-')}", type=kind, default=None, help=f"{words} [{shown}].", **more)
 
 
 @click.command()
@@ -21,36 +34,35 @@ from .progress import byte_bar
 @click.option("--prompt", help="Text; wrapped in the chat template.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="File with the prompt's text.")
 @click.option("--prompt-ids", help="Token ids, separated by commas; needs no tokenizer.")
-@click.option("--max-new-tokens", type=int, default=128, show_default=True)
-@click.option("--cache", type=click.Choice(CACHES), default="auto", show_default=True,
-              help="What is kept between forwards; auto: block for block-causal models, prefix for full-canvas ones.")
-@click.option("--acceptance", type=click.Choice(ACCEPTANCES), default="threshold", show_default=True,
-              help="Which decoded positions are kept after a step.")
-@click.option("--threshold", type=float, default=0.95, show_default=True,
-              help="Confidence of acceptance threshold, hierarchy and credit.")
-@click.option("--factor", type=float, default=1.0, show_default=True, help="Factor of acceptance factor.")
-@click.option("--low-threshold", type=float, default=0.4, show_default=True, help="Of acceptance hierarchy.")
-@click.option("--credit-alpha", type=float, default=0.7, show_default=True, help="Strength of acceptance credit.")
-@click.option("--credit-beta", type=float, default=0.8, show_default=True, help="Decay of acceptance credit.")
-@click.option("--credit-gamma", type=float, default=0.2, show_default=True, help="Exponent of acceptance credit.")
-@click.option("--edit-threshold", type=float, help="Replace decoded tokens when another is surer than this [off].")
-@click.option("--edit-passes", type=int, default=16, show_default=True, help="Most edit forwards after the last mask.")
-@click.option("--steps", type=int, default=32, show_default=True, help="Most denoise steps per block.")
-@click.option("--salient-threshold", type=float, help="Salient-token steps at this cosine, such as 0.99 [off].")
-@click.option("--full-steps", type=int, help="Dense steps before salient ones [4; block-causal: 1 per block].")
-@click.option("--refresh-interval", type=int, help="A dense step every so many salient ones [never].")
-@click.option("--salient-capacity", type=int, metavar="M", help="Static shapes of M salient rows [dynamic].")
-@click.option("--exact-first-layer", is_flag=True, help="All rows enter layer 0 of a salient step.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="Sample from the k best tokens; 0 is off.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from the nucleus of this mass.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@_setting("max_new_tokens", int, "Most tokens of the answer", of_bundle=True)
+@_setting("cache", click.Choice(CACHES), "What is kept between forwards; auto: block for block-causal models, prefix "
+          "for full-canvas ones")
+@_setting("acceptance", click.Choice(ACCEPTANCES), "Which decoded positions are kept after a step")
+@_setting("threshold", float, "Confidence of acceptance threshold, hierarchy and credit")
+@_setting("factor", float, "Factor of acceptance factor")
+@_setting("low_threshold", float, "Of acceptance hierarchy")
+@_setting("credit_alpha", float, "Strength of acceptance credit")
+@_setting("credit_beta", float, "Decay of acceptance credit")
+@_setting("credit_gamma", float, "Exponent of acceptance credit")
+@_setting("edit_threshold", float, "Replace decoded tokens when another is surer than this")
+@_setting("edit_passes", int, "Most edit forwards after the last mask")
+@_setting("steps", int, "Most denoise steps per block")
+@_setting("salient_threshold", float, "Salient-token steps at this cosine, such as 0.99")
+@_setting("full_steps", int, "Dense steps before salient ones", "4; block-causal: 1 per block")
+@_setting("refresh_interval", int, "A dense step every so many salient ones", "never")
+@_setting("salient_capacity", int, "Static shapes of M salient rows", "dynamic", metavar="M")
+@_setting("exact_first_layer", bool, "All rows enter layer 0 of a salient step", is_flag=True)
+@_setting("temperature", float, "0 is greedy", of_bundle=True)
+@_setting("top_k", int, "Sample from the k best tokens; 0 is off", of_bundle=True)
+@_setting("top_p", float, "Sample from the nucleus of this mass", of_bundle=True)
+@_setting("seed", int, "Of sampling")
 @click.option("--coreset-top-p", type=float, help="p of top_p routing [the bundle's].")
 @click.option("--min-experts", type=int, help="Least coreset size of top_p routing [the bundle's].")
 @click.option("--coreset-size", type=int, help="C of top_c routing [the bundle's].")
-@click.option("--block-length", type=int, help="Decoding block of a full-canvas model [the bundle's].")
-@click.option("--eos-id", type=int, help="Token that ends the answer [the model's]; -1 for none.")
-@click.option("--early-stop/--no-early-stop", default=True, show_default=True, help="End inside a block at an EOS.")
+@_setting("block_length", int, "Decoding block of a full-canvas model", "the bundle's")
+@click.option("--eos-id", type=int, multiple=True, callback=lambda context, option, ids: ids or None,
+              help="Token that ends the answer, may be given again [the model's]; -1 for none.")
+@click.option("--early-stop/--no-early-stop", default=None, help="End inside a block at an EOS [--early-stop].")
 @click.option("--chat/--no-chat", default=True, show_default=True, help="Wrap text in the chat template.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
               help="What runs the bundle; auto: the best that fits this machine.")
@@ -67,8 +79,9 @@ from .progress import byte_bar
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
              as_json: bool, backend: Any, threads: int | None, verify: Any, expert_budget: str | None,
              experts_per_layer: int | None, expert_refresh_interval: str, **options: Any) -> None:
-    """Generate with BUNDLE from exactly one of --prompt, --prompt-file, --prompt-ids."""
+    """Generate with BUNDLE (a folder or a hub id) from exactly one of --prompt, --prompt-file, --prompt-ids."""
     given = _prompt(prompt, prompt_file, prompt_ids)
+    bundle = resolve_bundle(bundle)
     total = sum(entry.size for entry in read_manifest(bundle).files)
     done = 0
     with byte_bar("verify", total, shown=total > 200e6 and not as_json) as report:

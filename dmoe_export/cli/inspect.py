@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from ..bundle.hub import resolve_bundle
 from ..bundle.manifest import Manifest
 from ..bundle.reader import open_bundle
 from ..description import RUNTIME_SETTINGS
@@ -23,7 +24,7 @@ from .output import console
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool) -> None:
     """Verify BUNDLE and show its model, routing, sizes, ops and files."""
-    manifest = open_bundle(bundle, verify).manifest
+    manifest = open_bundle(resolve_bundle(bundle), verify).manifest
     summary, moe = sizes(manifest) | prediction(manifest, expert_budget), manifest.model.moe
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle), "verified": verify, "sizes": summary,
@@ -43,7 +44,8 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool)
         "attention": manifest.model.attention.replace("_", " ") + (
             ", logits shifted by one position" if manifest.model.logit_shift else ""),
         "positions": manifest.model.max_positions,
-        "mask / eos id": f"{manifest.model.mask_id} / {manifest.model.eos_id}",
+        "mask id": manifest.model.mask_id, "eos ids": ", ".join(map(str, manifest.model.eos_ids)),
+        "decode defaults": ", ".join(f"{name} {value}" for name, value in manifest.decode_defaults.items()) or "none",
         "tokenizer": "yes" if manifest.tokenizer else "none: use --prompt-ids",
         "checkpoint": manifest.checkpoint.identity[:16] + "…", "made by": manifest.created_by}))
     routing = manifest.routing

@@ -26,10 +26,10 @@ class Acceptance(Protocol):
         ...
 
 
-def schedule(block_length: int, steps: int) -> list[int]:
-    """Positions to take per step: n // steps, one more in the first n % steps steps (LLaDA2 reference)."""
+def scheduled(block_length: int, steps: int, step: int) -> int:
+    """Positions to take in a step: n // steps, one more in the first n % steps steps (LLaDA2 reference)."""
     base, extra = divmod(block_length, steps)
-    return [base + (step < extra) for step in range(steps)]
+    return base + (step < extra)
 
 
 def _best(confidence: Reals, count: int) -> Bools:

@@ -7,7 +7,7 @@ import numpy as np
 from ..description import Precision
 from ..errors import NotFiniteError
 from ..runtime.backend import Bools, ForwardOutputs, Ints
-from .acceptance import credit, edits, policy, schedule
+from .acceptance import credit, edits, policy, scheduled
 from .row import Row
 from .sampling import Reals, greedy, sample, without
 from .settings import DecodeSettings
@@ -65,7 +65,7 @@ class Outcome:
         if not len(gaps) or row.step + 1 >= self._settings.steps:
             return np.ones(len(gaps), bool)  # out of steps: what is still masked takes its choice
         width = row.span.stop - row.span.start
-        return self._accept(confidence, gaps, schedule(width, self._settings.steps)[row.step])
+        return self._accept(confidence, gaps, scheduled(width, self._settings.steps, row.step))
 
     def _check_finite(self, row: Row, numbers: Reals) -> None:
         if not np.isfinite(numbers).all():

@@ -42,7 +42,7 @@ class Row:
         self.credits: Credits = {}
         self._edit_passes = 0
         self.emitted = len(prompt)  # positions below this were yielded
-        self.eos_id = description.eos_id if settings.eos_id is None else settings.eos_id
+        self.eos_ids = description.eos_ids if settings.eos_ids is None else settings.eos_ids
         self.rng = np.random.default_rng(settings.seed + index)
         self.finish_reason: FinishReason | None = None
         self.statistics = Statistics(len(prompt), bytes_per_expert)
@@ -103,7 +103,7 @@ class Row:
         first = max(start, self.prompt_length)
         gaps = np.flatnonzero(self.masked[first:self.end])
         known = self.canvas[first:first + gaps[0]] if len(gaps) else self.canvas[first:self.end]
-        hits = np.flatnonzero(known == self.eos_id)
+        hits = np.flatnonzero(np.isin(known, self.eos_ids))
         if len(hits):
             self.finish_reason = "eos"
             self.end = int(first + hits[0])

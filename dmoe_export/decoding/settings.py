@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -30,9 +31,9 @@ class DecodeSettings:
     (None = never), `salient_capacity` the static graph to use (None = the one of dynamic counts), `exact_first_layer`
     lets all rows enter layer 0.
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off; row i of a batch draws with `seed` + i.
-    `eos_id` −1 = never stop at a token, None = the model's. `early_stop`: end inside a block as soon as an EOS has
-    nothing masked before it (with editing always at the block's end). `routing`: run-time routing settings (top_p,
-    min_experts, coreset_size) to change from the bundle's defaults.
+    `eos_id`: the token or tokens that end an answer, None = the model's, −1 = none does. `early_stop`: end inside a
+    block as soon as an EOS has nothing masked before it (with editing always at the block's end). `routing`: run-time
+    routing settings (top_p, min_experts, coreset_size) to change from the bundle's defaults.
     """
 
     max_new_tokens: int = 128
@@ -57,7 +58,7 @@ class DecodeSettings:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    eos_id: int | None = None
+    eos_id: int | Sequence[int] | None = None
     early_stop: bool = True
     routing: dict[str, float | int] = field(default_factory=dict)
 
@@ -65,7 +66,7 @@ class DecodeSettings:
         """Refuse values that mean nothing."""
         for one in fields(self):
             kind, _, optional = str(one.type).partition(" | ")
-            if kind in _KINDS and not (optional and getattr(self, one.name) is None):
+            if kind in _KINDS and one.name != "eos_id" and not (optional and getattr(self, one.name) is None):
                 check_kind(one.name, getattr(self, one.name), kind)
         finite = float("inf")
         rules = [
@@ -91,7 +92,8 @@ class DecodeSettings:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("seed", self.seed >= 0, "0 or more"),
-            ("eos_id", self.eos_id is None or self.eos_id >= -1, "a token id, or -1 for none"),
+            ("eos_id", self.eos_ids is None or self.eos_ids == (-1,) or min(self.eos_ids, default=-1) >= 0,
+             "a token id, several of them, or -1 alone for none"),
         ]
         for name, holds, rule in rules:
             if not holds:
@@ -99,6 +101,18 @@ class DecodeSettings:
         for name in ("full_steps", "refresh_interval", "salient_capacity", "exact_first_layer"):
             if getattr(self, name) and self.salient_threshold is None:
                 raise RequestError(f"{name} belongs to salient steps; give salient_threshold (such as 0.99), too.")
+
+    @property
+    def eos_ids(self) -> tuple[int, ...] | None:
+        """`eos_id` as a tuple: (−1,) for none, None for the model's."""
+        value: Any = self.eos_id
+        if value is None:
+            return None
+        listed = hasattr(value, "__iter__") and not isinstance(value, (str, bytes, dict))
+        values = list(value) if listed else [value]
+        for one in values:
+            check_kind("eos_id", one, "int")
+        return tuple(int(one) for one in values)
 
 
 def check_kind(name: str, value: object, kind: str) -> None:
