@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import OutputError
+from . import card
 from .manifest import EngineEntry, FileEntry, Manifest
 from .place import check_target, put_in_place
 from .reader import Bundle, hash_file, read_manifest
@@ -47,6 +48,7 @@ def add_engine(folder: Path, built: Path, entry: EngineEntry) -> Manifest:
     built.chmod(0o644)
     built.replace(folder / entry.file)
     write_manifest(folder, new)
+    card.update(folder, "files", card.files_table(new))  # a card without the place for it is its owner's
     return new
 
 
@@ -67,6 +69,8 @@ def copied_bundle(bundle: Bundle, target: Path, overwrite: bool) -> Iterator[Pat
         folder.chmod(0o755)
         for entry in bundle.manifest.files:
             _share(bundle.folder / entry.path, folder / entry.path)
+        if (bundle.folder / card.CARD_NAME).is_file():  # not shared: a check writes into it
+            shutil.copyfile(bundle.folder / card.CARD_NAME, folder / card.CARD_NAME)
         write_manifest(folder, bundle.manifest)
         yield folder
         put_in_place(folder, target, overwrite)

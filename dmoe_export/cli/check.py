@@ -35,8 +35,12 @@ if TYPE_CHECKING:
 @click.option("--report", type=click.Path(path_type=Path), help="Write a self-contained HTML file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def check(bundle: Path, report: Path | None, as_json: bool, no_weights: bool, **options: Any) -> None:
-    """Compare BUNDLE with the eager float32 model; exit code 1 names the first bad layer."""
+    """Compare BUNDLE with the eager float32 model; exit code 1 names the first bad layer.
+
+    The result goes into the bundle's README.md, too, where it has one.
+    """
     try:
+        from ..check.card import record
         from ..check.run import check_bundle
         from ..check.table import show, show_identity
         if report:
@@ -58,6 +62,8 @@ def check(bundle: Path, report: Path | None, as_json: bool, no_weights: bool, **
             show(result)
     if report:
         write_report(result, report)
+    if said := record(result, bundle):
+        click.echo(said, err=True)
     if not as_json:
         with reader_may_leave():
             if report:

@@ -92,12 +92,12 @@ def _built(plan: BuildPlan, path: Path, report: Report | None, stopped: Sequence
 
 
 def _sources(bundle: Bundle) -> dict[str, str]:
-    """Hashes of the graph and of the weights, parts of which are now in the engine."""
+    """Hashes of the graphs and of the weights, parts of which are now in the engine."""
     manifest = bundle.manifest
-    other = {engine.file for engine in manifest.engines}
-    if manifest.tokenizer:
-        other |= {name for name in (manifest.tokenizer.file, manifest.tokenizer.chat_template) if name}
-    return {entry.path: entry.sha256 for entry in manifest.files if entry.path not in other}
+    graphs = [manifest.denoiser, *(manifest.salient.graphs if manifest.salient else [])]
+    used = {graph.file for graph in graphs} | {f"{manifest.denoiser.file}.data"}
+    used |= {manifest.experts.file} if manifest.experts else set()
+    return {entry.path: entry.sha256 for entry in manifest.files if entry.path in used}
 
 
 def _wanted_plugins(plan: BuildPlan) -> int:

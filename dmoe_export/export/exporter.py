@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 
 from .. import __version__
+from ..bundle.card import CARD_NAME
 from ..bundle.manifest import CheckpointEntry, Manifest
 from ..bundle.reader import Bundle, open_bundle
 from ..bundle.writer import BundleWriter
@@ -24,6 +25,8 @@ from ..description import (
 from ..errors import InputError
 from .conversion import identity, padded_width
 from .graph_file import save_graph
+from .licence import copy_licence
+from .model_card import model_card, source_name
 from .quantisation import choose_precision
 from .routing import choose_routing
 from .salient import check_capacities, export_salient
@@ -90,12 +93,17 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *, p
         salient_entry = (export_salient(model, d, route, dtype, width, tuple(salient_capacity), writer, how)
                          if salient else None)
         tokenizer, said = copy_text(source, writer)
+        licence = copy_licence(source.folder, writer)
+        name = source_name(source.folder if isinstance(checkpoint, Checkpoint) else checkpoint)
         manifest = Manifest(
             created_by=f"dmoe-export {__version__}", model=d, routing=route, precision=kept,
             checkpoint=CheckpointEntry(identity=identity(source, stream.parts), parts=stream.parts,
-                                       layers_total=source.full_description.num_layers),
+                                       layers_total=source.full_description.num_layers, source=name),
             denoiser=graph, salient=salient_entry, experts=expert_entry, tokenizer=tokenizer,
-            files=writer.entries, warnings=[*source.warnings, *warnings, *said], decode_defaults=source.decode_defaults)
+            files=writer.entries, decode_defaults=source.decode_defaults,
+            # A bundle may be published: no path of this machine goes into it.
+            warnings=[w.replace(str(source.folder), name) for w in (*source.warnings, *warnings, *said)])
+        (writer.folder / CARD_NAME).write_text(model_card(manifest, licence), encoding="utf-8")
         writer.seal(manifest)
     source.reader.close()
     return open_bundle(out, verify="sizes")
