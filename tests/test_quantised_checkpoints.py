@@ -16,6 +16,7 @@ from dmoe_export.checkpoint import float8_weights, quantised_reader
 from dmoe_export.checkpoint.dequantise import awq_integers, gptq_weights, gptq_zeros
 from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.checkpoint.quantised_reader import open_tensors
+from dmoe_export.checkpoint.quantised_storage import read_storage
 from dmoe_export.description import ExpertQuantisation
 from dmoe_export.errors import CheckpointError
 from dmoe_export.export.conversion import Conversion, padded_width
@@ -166,11 +167,17 @@ REFUSED_CONFIGS = [
     ({"quant_method": "hqq"}, "by hqq"), ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "by modelopt"),
     ({"quant_algo": "NVFP4"}, "by ModelOpt's NVFP4"), ({}, "a method without a name"), ([], "expected an object"),
     ({**FP8, "weight_block_size": [0, 16]}, "weight_block_size 0"), ({**FP8, "weight_block_size": 16}, "list of two"),
+    ({**FP8, "weight_scale_semantics": "inverse"}, "the field weight_scale_semantics 'inverse', which is not known"),
+    ({**GPTQ, "checkpoint_format": "gptq_v2", "format": "gptq"}, "both checkpoint_format gptq_v2 and format gptq"),
+    ({**GPTQ, "method": "gptq_p"}, "both quant_method gptq and method gptq_p"),
+    ({**GPTQ, "format": "gptq_p"}, "checkpoint_format 'gptq_p'"), ({**GPTQ, "rotation": "hadamard"}, "rotation 'had"),
+    (compressed("tensor", actorder="group"), "the field actorder"),
+    ({**compressed("tensor"), "transform_config": {"a": 1}}, "the field transform_config"),
     ({**FP8, "fmt": "e5m2"}, "fmt 'e5m2'"), ({**GPTQ, "bits": 3}, "bits 3"), ({**GPTQ, "bits": True}, "bits True"),
     ({**GPTQ, "group_size": 0}, "group_size 0"), ({**GPTQ, "group_size": None}, "group_size None"),
     ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
     ({**GPTQ, "dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic"), ({**GPTQ, "dynamic": "x"}, "dynamic"),
-    ({**AWQ, "version": "gemv"}, "version 'gemv'"), ({**AWQ, "backend": "llm-awq"}, "backend 'llm-awq'"),
+    ({**AWQ, "version": "gemv"}, "checkpoint_format 'gemv'"), ({**AWQ, "backend": "llm-awq"}, "backend 'llm-awq'"),
     ({**AWQ, "bits": 8}, "bits 8"), (compressed("token"), "strategy 'token'"),
     (compressed("tensor", num_bits=4), "weights"), (compressed("tensor", symmetric=False), "symmetric False"),
     ({**compressed("tensor"), "format": "pack-quantized"}, "format 'pack-quantized'"),
@@ -189,6 +196,8 @@ def test_storages_that_are_not_read_are_named(how, sentence, tmp_path):
 def test_configs_beside_config_json(tmp_path):
     tensors, want = packed(np.random.default_rng(0), "a", (8, 16), GPTQ)
     plain = {k: v for k, v in GPTQ.items() if k != "quant_method"}
+    newer = {**plain, "method": "gptq", "format": "gptq_v2"}  # as GPTQModel names them, without the older names
+    assert read_storage(tmp_path, {"quantization_config": newer}).zero_offset == 0
     folder = write(tmp_path / "a", {}, {FILE: tensors}, quantize_config=plain)
     assert torch.equal(open_tensors(folder, {}).read("a.weight"), want)
     assert torch.equal(open_tensors(folder, {"quantization_config": GPTQ}).read("a.weight"), want)

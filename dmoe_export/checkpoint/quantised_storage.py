@@ -22,6 +22,13 @@ Block = tuple[int | None, int | None]
 
 _TENSOR, _CHANNEL = (None, None), (1, None)
 _FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+# Fields of float8 that do not say what a scale means, and those that are read.
+_FP8_FIELDS = """quant_method method fmt weight_block_size activation_scheme modules_to_not_convert ignored_layers
+    scale_fmt dequantize"""
+_COMPRESSED_FIELDS = """quant_method config_groups format quantization_status kv_cache_scheme sparsity_config ignore
+    global_compression_ratio version"""
+_WEIGHTS_FIELDS = """num_bits type symmetric strategy group_size block_structure dynamic observer observer_kwargs
+    scale_dtype zp_dtype"""
 _KNOWN = "fp8, compressed-tensors in float8, gptq, awq"
 
 
@@ -69,7 +76,7 @@ def _parse(fields: Any, where: str) -> Storage:
     if "quant_method" not in fields and "w_bit" in fields:  # AutoAWQ's own names
         fields = {"quant_method": "awq", "bits": fields["w_bit"], "group_size": fields.get("q_group_size"), **fields}
     default = "gptq" if "bits" in fields and "group_size" in fields else _foreign(fields)
-    method = str(fields.get("quant_method", default))
+    method = _agreed(fields, where, ("quant_method", "method"), default)
     parsers: dict[str, Callable[[dict[str, Any], str], Storage]] = {
         "fp8": _fp8, "compressed-tensors": _compressed, "gptq": _gptq, "awq": _awq}
     parse = parsers.get(method)
@@ -93,6 +100,23 @@ def _refuse(where: str, field: str, value: Any, known: str) -> CheckpointError:
                            "float, or one that is stored so.")
 
 
+def _refuse_unknown(fields: dict[str, Any], where: str, known: str) -> None:
+    """A field that is not known might say what a scale means (GPTQModel's fp8 divides by its scales, and says so)."""
+    for name, value in fields.items():
+        if value not in (None, False, {}, []) and name not in known.split():
+            raise CheckpointError(f"{where} has the field {name} {value!r}, which is not known, so scales could mean "
+                                  "something else; remove it if it does not matter.")
+
+
+def _agreed(fields: dict[str, Any], where: str, names: tuple[str, ...], default: str) -> str:
+    """A value that goes by several names: GPTQModel writes two of each, and newer readers ask for the other one."""
+    values = {name: str(fields[name]).lower() for name in names if fields.get(name) is not None}
+    if len(set(values.values())) > 1:
+        said = " and ".join(f"{name} {value}" for name, value in values.items())
+        raise CheckpointError(f"{where} has both {said}; keep the one that is right.")
+    return next(iter(values.values()), default)
+
+
 def _only(fields: dict[str, Any], where: str, name: str, known: tuple[Any, ...]) -> Any:
     """A field's value, which must be one of `known`, the first where it is absent."""
     value = fields.get(name, known[0])
@@ -109,6 +133,7 @@ def _size(value: Any, where: str, name: str) -> int:
 
 
 def _fp8(fields: dict[str, Any], where: str) -> Float8:
+    _refuse_unknown(fields, where, _FP8_FIELDS)
     _only(fields, where, "fmt", ("e4m3", "float8_e4m3fn"))
     size = fields.get("weight_block_size")
     blocks = (_TENSOR, _CHANNEL) if size is None else (_pair(size, where, "weight_block_size"),)
@@ -122,6 +147,7 @@ def _pair(size: Any, where: str, name: str) -> Block:
 
 
 def _compressed(fields: dict[str, Any], where: str) -> Float8:
+    _refuse_unknown(fields, where, _COMPRESSED_FIELDS)
     groups = fields.get("config_groups")
     _only(fields, where, "quantization_status", ("compressed", "frozen"))
     if fields.get("kv_cache_scheme") is not None:
@@ -129,8 +155,6 @@ def _compressed(fields: dict[str, Any], where: str) -> Float8:
     sparsity = fields.get("sparsity_config")
     if sparsity and (not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense"):
         raise _refuse(where, "sparsity_config", sparsity, "none")
-    if fields.get("transform_config"):
-        raise _refuse(where, "transform_config", fields["transform_config"], "none")
     if not isinstance(groups, dict) or not groups:
         raise _refuse(where, "config_groups", groups, "groups of float8 weights")
     blocks: list[Block] = []
@@ -141,6 +165,7 @@ def _compressed(fields: dict[str, Any], where: str) -> Float8:
         weights = group.get("weights")
         if not isinstance(weights, dict) or (weights.get("type"), weights.get("num_bits")) != ("float", 8):
             raise _refuse(where, "weights", weights, "float of 8 bits")
+        _refuse_unknown(weights, where, _WEIGHTS_FIELDS)
         _only(weights, where, "symmetric", (True,))
         blocks.append(_strategy(weights, where))
     return Float8("compressed-tensors", tuple(dict.fromkeys(blocks)), ("_scale",))
@@ -165,22 +190,31 @@ def _group_size(fields: dict[str, Any], where: str) -> int | None:
 
 def _gptq(fields: dict[str, Any], where: str) -> PackedIntegers:
     bits = _only(fields, where, "bits", (4, 8)) if "bits" in fields else _size(None, where, "bits")
-    layout = _only(fields, where, "checkpoint_format", ("gptq", "gptq_v2"))
+    layout = _layout(fields, where, "gptq", ("gptq", "gptq_v2"))
     _only(fields, where, "pack_dtype", ("int32", "torch.int32"))
     exceptions = fields.get("dynamic") or {}
     if not isinstance(exceptions, dict) or not all(name.startswith("-") for name in exceptions):
         raise _refuse(where, "dynamic", exceptions, "one width for all modules")  # left-out ones are stored as floats
+    for name in ("rotation", "is_marlin_format"):  # weights for rotated activations, or in another order
+        if fields.get(name):
+            raise _refuse(where, name, fields[name], "none")
     reordered = _only(fields, where, "desc_act", (False, True))
     # v1 stores zero points less one: GPTQ-for-LLaMa's choice, kept by AutoGPTQ.
     return PackedIntegers("gptq", bits, _group_size(fields, where), int(layout == "gptq"), reordered)
+
+
+def _layout(fields: dict[str, Any], where: str, default: str, known: tuple[str, ...]) -> str:
+    layout = _agreed(fields, where, ("checkpoint_format", "format", "version"), default)
+    if layout not in known:
+        raise _refuse(where, "checkpoint_format", layout, " or ".join(known))
+    return layout
 
 
 def _awq(fields: dict[str, Any], where: str) -> PackedIntegers:
     if "bits" not in fields:
         raise _refuse(where, "bits", None, "4")
     _only(fields, where, "bits", (4,))
-    _only(fields, where, "version", ("gemm",))
-    _only(fields, where, "format", ("gemm",))
+    _layout(fields, where, "gemm", ("gemm",))
     if fields.get("backend") == "llm-awq":  # words along the other axis
         raise _refuse(where, "backend", "llm-awq", "autoawq")
     return PackedIntegers("awq", 4, _group_size(fields, where), 0, False)
