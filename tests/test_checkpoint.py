@@ -17,7 +17,6 @@ from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.checkpoint.hub import resolve_checkpoint
 from dmoe_export.checkpoint.reader import CheckpointReader, all_finite
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
-from dmoe_export.checkpoint.text import chat_template
 from dmoe_export.description import RoutingDescription
 from dmoe_export.errors import CheckpointError
 from dmoe_export.model.load import load_denoiser
@@ -238,15 +237,3 @@ def test_where_a_checkpoint_argument_leads(tiny_checkpoint, tmp_path, monkeypatc
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"org/model-1.0 is no local folder .*no route"):
         resolve_checkpoint("org/model-1.0")
-
-
-def test_chat_template_places(tmp_path):
-    assert chat_template(tmp_path) is None
-    config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps({"chat_template": "one"}))
-    assert chat_template(tmp_path) == "one"
-    config.write_text(json.dumps({"chat_template": [{"name": "tool", "template": "x"},
-                                                    {"name": "default", "template": "two"}]}))
-    assert chat_template(tmp_path) == "two"
-    (tmp_path / "chat_template.jinja").write_text("three")
-    assert chat_template(tmp_path) == "three"

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
-
 from ..bundle.manifest import TokenizerEntry
 from ..bundle.writer import BundleWriter
 from ..checkpoint.family import Checkpoint
-from ..checkpoint.text import chat_template, tokenizer_json
+from ..checkpoint.text import read_text_side
+from ..runtime.templates import ChatTemplate
 
 TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
 
 
 def copy_text(source: Checkpoint, writer: BundleWriter) -> tuple[TokenizerEntry | None, list[str]]:
     """Put tokenizer and template into the bundle; None without a tokenizer. And sentences to warn with."""
-    tokenizer = tokenizer_json(source.folder)
-    if tokenizer is None:
-        return None, []
-    shutil.copyfile(tokenizer, writer.folder / TOKENIZER_FILE)
-    writer.add_file(TOKENIZER_FILE)
-    template = chat_template(source.folder)
-    if template is not None:
-        writer.add_file(TEMPLATE_FILE, template.encode())
-    return TokenizerEntry(file=TOKENIZER_FILE, chat_template=TEMPLATE_FILE if template is not None else None), []
+    side = read_text_side(source.folder, source.full_description)
+    if side.tokenizer is None:
+        return None, side.warnings
+    writer.add_file(TOKENIZER_FILE, side.tokenizer.encode())
+    warnings, template = side.warnings, None
+    if side.template is not None:
+        template = TEMPLATE_FILE
+        writer.add_file(template, side.template.encode())
+        broken = ChatTemplate(side.template, side.special_tokens).broken
+        if broken:
+            warnings.append(f"The chat template of {source.folder} is no valid template, so chat is refused and plain "
+                            f"text (--no-chat) works: {broken}.")
+    return TokenizerEntry(file=TOKENIZER_FILE, chat_template=template, special_tokens=side.special_tokens), warnings
