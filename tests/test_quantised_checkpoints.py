@@ -132,6 +132,8 @@ def test_families_are_read_as_if_stored_in_floats(geometry, how, synthetic, tmp_
     stored, twin = quantised(synthetic(geometry), how)
     as_floats = Checkpoint(write(tmp_path / "floats", config, {FILE: twin}))
     made = Checkpoint(write(tmp_path / "c", config | {"quantization_config": how}, {FILE: stored}))
+    count = sum(map(linear, tensors_of(synthetic(geometry))))
+    assert any(f"{count} tensors of the checkpoint are quantised" in warning for warning in made.warnings)
     layers = made.description.num_layers
     assert read_digests(made, layers).parts == read_digests(as_floats, layers).parts
 

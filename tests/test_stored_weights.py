@@ -12,6 +12,7 @@ from stored_helpers import config_of, tensors_of, write
 
 from dmoe_export.check.identity import read_digests
 from dmoe_export.checkpoint.family import Checkpoint
+from dmoe_export.checkpoint.quantised_reader import open_tensors
 from dmoe_export.checkpoint.reader import CheckpointReader
 from dmoe_export.errors import CheckpointError
 from dmoe_export.export.conversion import Conversion
@@ -91,6 +92,14 @@ def test_only_floats_are_numbers(dtype, tiny_checkpoint, tmp_path):
         folder = write(tmp_path / str(number), config_of(tiny_checkpoint), {A: stored})
         with pytest.raises(CheckpointError, match=rf"Tensor {name} in .*a\.safetensors is stored as \w+, and config"):
             Checkpoint(folder)
+
+
+@pytest.mark.parametrize(("dtype", "values", "size"), [("F4", 8, 4), ("F8_E8M0", 4, 4), ("F6_E2M3", 4, 3), ("U16", 4, 8)])
+def test_types_that_torch_may_not_know_are_refused_by_their_header(dtype, values, size, tmp_path):
+    header = json.dumps({"x": {"dtype": dtype, "shape": [values], "data_offsets": [0, size]}}).encode()
+    (tmp_path / A).write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(CheckpointError, match=f"Tensor x in .* is stored as {dtype}, and config"):
+        open_tensors(tmp_path, {})
 
 
 def test_float64_is_read_and_what_float32_cannot_hold_is_refused(tiny_checkpoint, tmp_path):

@@ -43,7 +43,8 @@ class DequantisingReader(TensorReader):
             raise CheckpointError(f"The config in {self.folder} says that weights are quantised ({storage.method}), "
                                   "and none is; remove what it says, or fetch the weights it belongs to.")
         self._stored, self._made = stored, found.made
-        self.warnings = stored.warnings + found.warnings
+        self.warnings = [*stored.warnings, f"{len(found.made)} tensors of the checkpoint are quantised "
+                         f"({storage.method}); they were read as the float32 values they stand for.", *found.warnings]
         for name, tensor in stored.stored.items():
             if name in found.used:
                 continue
