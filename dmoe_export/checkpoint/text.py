@@ -67,7 +67,12 @@ def _add(tokenizer: Tokenizer, files: TokenizerFiles, folder: Path) -> list[str]
     listed = files.config.get("added_tokens_decoder") is not None  # it goes before the flags in tokenizer.json
     for said, token in files.added:
         old = there.get(token.content)
-        if old is None or (listed and said is not None and _flags(old) != _flags(token)):
+        if said is None and old is not None:  # one with a name becomes special, where no list says what it is
+            if listed:
+                continue
+            token = AddedToken(old.content, single_word=old.single_word, lstrip=old.lstrip, rstrip=old.rstrip,
+                               normalized=old.normalized, special=True)
+        if old is None or ((listed or said is None) and _flags(old) != _flags(token)):
             tokenizer.add_tokens([token])
             there[token.content] = token
     wrong = [(token.content, said, got) for said, token in files.added

@@ -6,7 +6,7 @@ import re
 from typing import Any, Protocol
 
 # Decoders whose text of some tokens begins the text of these and more, but for what `Tail` says.
-_STEADY = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece", "BPEDecoder", "CTC", "Replace", "Strip"}
+_STEADY = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece", "CTC", "Replace", "Strip"}
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
