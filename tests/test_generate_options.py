@@ -46,6 +46,19 @@ def test_acceptance_and_editing_compose(full, tiny_bundle):
         assert result["stats"]["edits"] > 0
 
 
+def test_an_end_may_be_given_again_and_what_is_not_given_is_the_default(full):
+    free = answer(full)["token_ids"]  # with --eos-id -1
+    ends = [free[15], free[7]]
+    given = ("--prompt-ids", "1,2,3", "--max-new-tokens", 20, "--json", "--eos-id", ends[0], "--eos-id", ends[1])
+    result = json.loads(run("generate", full, *given).stdout)
+    assert result["finish_reason"] == "eos" and result["token_ids"] == free[:min(map(free.index, ends))]
+    model = Generator.open(full, threads=1).generate([[1, 2, 3]], max_new_tokens=20)[0]
+    said = json.loads(run("generate", full, *given[:5]).stdout)
+    assert said["token_ids"] == model.token_ids and said["finish_reason"] == model.finish_reason
+    for options in (("--early-stop", "--steps", 2**31), ("--steps", 8)):
+        assert answer(full, *options)["token_ids"] == free
+
+
 def test_streams_and_batches_of_a_full_canvas_model(full):
     generator = Generator.open(full, threads=1)
     prompts, options = [[1, 2, 3], [4] * 9], {"max_new_tokens": 20, "eos_id": -1, "threshold": 0.02, "temperature": 0.7}
@@ -62,6 +75,8 @@ BAD = [
     ("full", ("--cache", "block"), "Cache block is exact only where blocks see no later ones"),
     ("full", ("--block-length", "0"), "block_length is 0"),
     ("full", ("--coreset-size", "4"), "its model is dense"),
+    ("full", ("--eos-id", "3", "--eos-id", "96"), "eos_id 96 is outside the vocabulary"),
+    ("full", ("--eos-id", "3", "--eos-id", "-1"), "eos_id is (3, -1), it must be a token id, several of them, or -1"),
     ("block", ("--cache", "prefix"), "its block cache exact: use block or none"),
     ("block", ("--cache", "dual"), "its block cache exact: use block or none"),
     ("block", ("--cache", "big"), "big"),

@@ -10,7 +10,7 @@ import pytest
 from dmoe_export.decoding.loop import BlockDiffusion
 from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.description import ModelDescription, MoeDescription, RoutingDescription
-from dmoe_export.errors import NotFiniteError
+from dmoe_export.errors import NotFiniteError, RequestError
 from dmoe_export.runtime.backend import ForwardOutputs
 
 N, EOS, MASK = 4, 1, 2
@@ -121,6 +121,30 @@ def test_mask_id_in_the_prompt_is_text():
 def test_eos_minus_one_never_ends():
     tokens, last = run(Scripted(token=lambda p: EOS), [[7]], max_new_tokens=6, eos_id=-1)
     assert tokens == [[EOS] * 6] and last[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(("eos", "count"), [
+    (110, 4), ([110], 4), ((107, 110), 1), ([150, 109, 110], 3), (np.array([108, 110]), 2), ([-1], 8), (None, 6)])
+def test_several_tokens_may_end_an_answer(eos, count):
+    """The first of them, wherever in the list; None: all of the model's."""
+    backend = Scripted()
+    backend.description = MODEL.model_copy(update={"eos_ids": (EOS, 113, 112)})
+    tokens, last = run(backend, [[7] * 6], max_new_tokens=8, eos_id=eos)
+    assert tokens == [answer(6, count)] and last[0].finish_reason == ("length" if count == 8 else "eos")
+
+
+@pytest.mark.parametrize(("eos", "sentence"), [
+    ([], "eos_id is .*several of them, or -1 alone"), ([3, -1], "or -1 alone for none"), (-2, "eos_id is -2, it must"),
+    ("3", "eos_id is '3', it must be an integer"), ([3, 2.0], "eos_id is 2.0, it must be an integer"),
+    (True, "eos_id is True"), ([None], "eos_id is None, it must be an integer"), ({3: 4}, "it must be an integer")])
+def test_bad_ends(eos, sentence):
+    with pytest.raises(RequestError, match=sentence):
+        DecodeSettings(eos_id=eos)
+
+
+def test_many_steps_cost_nothing():
+    tokens, last = run(Scripted(confidence=lambda p: 0.1), [[7] * 4], max_new_tokens=4, steps=2**60)
+    assert tokens == [answer(4, 4)] and last[0].statistics.forwards_by_phase["denoise"] == 4
 
 
 def test_steps_run_out():

@@ -22,9 +22,10 @@ _STATED: dict[str, tuple[Any, Any]] = {
 # topk_group 4, routed_scaling_factor 2.5, partial_rotary_factor 0.5, tie_word_embeddings false. Its use_bias is true
 # and theirs false; where the field is absent, tensors decide, as biases would be strangers.
 
-# Read by export/routing.py; or of no meaning while sliding windows are off; or what editing (LLaDA2.2) writes.
-_ELSEWHERE = words("""core_threshold core_size expert_capacity block_size sliding_window max_window_layers
-    delete_token_id split_token_id""")
+# Read by export/routing.py; or by no code (core_size); or of no meaning while sliding windows are off; or written by
+# editing (LLaDA2.2).
+_ELSEWHERE = words("""core_threshold core_size expert_capacity block_size sliding_window max_window_layers delete_token_id
+    split_token_id""")
 
 
 class Llada2Moe:
