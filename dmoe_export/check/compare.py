@@ -25,6 +25,7 @@ class RowErrors:
     ratio: np.ndarray  # [R] |backend| / |reference|
     max_abs: float
     limits: Limits
+    not_finite: int = 0  # rows with NaN or infinity on either side
 
     def __bool__(self) -> bool:
         return not len(self.cosine) or bool(
@@ -133,15 +134,16 @@ def row_errors(expected: np.ndarray, got: np.ndarray, limits: Limits) -> RowErro
         return RowErrors(_NOTHING, _NOTHING, 0.0, limits)
     a = expected.reshape(len(expected), -1).astype(np.float64)
     b = got.reshape(len(got), -1).astype(np.float64)
-    finite = np.isfinite(b).all(axis=1)
-    b[~finite] = 0  # keeps the sums quiet; such rows are as wrong as can be, below
+    finite = np.isfinite(a).all(axis=1) & np.isfinite(b).all(axis=1)
+    a[~finite] = b[~finite] = 0  # keeps the sums quiet; such rows are as wrong as can be, below
     size_a, size_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     both_zero = (size_a == 0) & (size_b == 0)
     product = size_a * size_b
     cosine = np.divide((a * b).sum(axis=1), product, out=np.where(both_zero, 1.0, 0.0), where=product > 0)
     ratio = np.divide(size_b, size_a, out=np.where(both_zero, 1.0, _FAR), where=size_a > 0)
     cosine[~finite], ratio[~finite] = -1, _FAR
-    return RowErrors(np.clip(cosine, -1, 1), ratio, float(np.abs(a - b).max()) if finite.all() else _FAR, limits)
+    return RowErrors(np.clip(cosine, -1, 1), ratio, float(np.abs(a - b).max()) if finite.all() else _FAR, limits,
+                     int((~finite).sum()))
 
 
 def tensor_error(parts: Iterable[RowErrors]) -> TensorError:
@@ -155,7 +157,7 @@ def tensor_error(parts: Iterable[RowErrors]) -> TensorError:
     return TensorError(cosine_worst=float(cosine.min()), cosine_mean=float(cosine.mean()),
                        norm_ratio_low=float(ratio.min()), norm_ratio_high=float(ratio.max()),
                        norm_ratio_mean=float(ratio.mean()), max_abs=max(part.max_abs for part in parts),
-                       rows=len(cosine))
+                       rows=len(cosine), not_finite=sum(part.not_finite for part in parts))
 
 
 def router_agreement(parts: Iterable[Routed]) -> RouterAgreement:
@@ -189,6 +191,25 @@ def _gap(scores: np.ndarray, left: set[int], came: set[int]) -> float:
 
 def _confidence(reference: Mapping[str, np.ndarray], backend: Mapping[str, np.ndarray],
                 wanted: np.ndarray) -> list[ConfidencePoint]:
+    """Of the positions where both are numbers: a best token among NaN is none."""
     same = reference["token_ids"] == backend["token_ids"]
-    return [ConfidencePoint(reference=float(a), backend=float(np.nan_to_num(b)), same_token=bool(s)) for a, b, s in
+    wanted = wanted & np.isfinite(reference["confidence"]) & np.isfinite(backend["confidence"])
+    return [ConfidencePoint(reference=float(a), backend=float(b), same_token=bool(s)) for a, b, s in
             zip(reference["confidence"][wanted], backend["confidence"][wanted], same[wanted], strict=True)]
+
+
+def first_not_finite(forwards: Iterable[Mapping[str, np.ndarray]], layers: int) -> tuple[int | None, str] | None:
+    """The layer (None outside layers) and the part, in the order of computing, where a model's numbers end; or None."""
+    forwards = list(forwards)
+    parts: list[tuple[int | None, str, str]] = [(None, "embedding", "stream.0")]
+    for layer in range(layers):
+        parts += [(layer, part, f"{part}.{layer}") for part in
+                  ("key", "value", "attention", "router_logits", "feed_forward")]
+    for at, part, name in [*parts, (None, "head", "logits")]:
+        for forward in forwards:
+            rows = forward["logit_rows" if name == "logits" else "position_ids"] >= 0
+            if name in forward:
+                values = forward[name].swapaxes(1, 2) if part in ("key", "value") else forward[name]
+                if not np.isfinite(values[rows]).all():
+                    return at, part.replace("_", "-")
+    return None

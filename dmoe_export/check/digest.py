@@ -108,7 +108,8 @@ def key_numbers(backend: BackendCheck) -> Iterator[tuple[str, str, str]]:
             yield what, number(least), f"least: layer {layer}"
     logits = backend.logits
     yield "mean cosine of logits", number(logits.cosine_mean), f"worst: {number(logits.cosine_worst)}"
-    yield "same best token", percent(backend.same_best_token), f"of {count(logits.rows, 'position')}"
+    share = backend.same_best_token
+    yield "same best token", "not known" if share is None else percent(share), f"of {count(logits.rows, 'position')}"
     both = ((backend.layers_alone, "alone"), (backend.layers_in_sequence, "in sequence"))
     routed = [(c.router, c.layer, how) for layers, how in both for c in layers if c.router]
     if routed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from ..decoding.loop import BlockDiffusion
 from ..decoding.settings import DecodeSettings
 from ..decoding.telemetry import Statistics
+from ..errors import NotFiniteError
 from ..runtime.backend import Backend, ForwardInputs, ForwardOutputs
 from ..runtime.text import TextCodec
 from .inputs import Prompt
@@ -52,10 +54,16 @@ class ReferenceTokens:
         self._text, self._new_tokens = text, new_tokens
         self._answers = [(prompt, self._decode(reference, prompt)) for prompt in prompts]
 
-    def compare(self, backend: Backend, tie: float) -> list[GenerationCheck]:
-        """Greedy answers of a backend beside the reference's; confidences closer than `tie` are a near tie."""
-        return [self._compare(prompt, expected, self._decode(backend, prompt), tie)
-                for prompt, expected in self._answers]
+    def compare(self, backend: Backend, tie: float) -> tuple[list[GenerationCheck], int]:
+        """Greedy answers of a backend beside the reference's; confidences closer than `tie` are a near tie.
+
+        And how many prompts have no answer, because the backend's numbers end.
+        """
+        found = []
+        for prompt, expected in self._answers:
+            with contextlib.suppress(NotFiniteError):
+                found.append(self._compare(prompt, expected, self._decode(backend, prompt), tie))
+        return found, len(self._answers) - len(found)
 
     def _decode(self, backend: Backend, prompt: Prompt) -> _Decoded:
         watched = _Watched(backend)

@@ -12,6 +12,8 @@ from .compare import router_agreement, tensor_error
 from .gates import Limits, gate, norm_distance
 from .result import BackendCheck, ConfidencePoint, Gate, GenerationCheck, LayerCheck, RouterAgreement, TensorError
 
+NOT_FINITE_ROWS = "tokens with NaN or infinity"
+
 Forwards = list[Mapping[str, Any]]  # per forward: output name → what compare.CompareForward found
 
 
@@ -22,8 +24,11 @@ class Judge:
         self._d, self._limits = d, limits
 
     def backend(self, name: str, what_ran: str, sequence: Forwards, alone: Forwards | None,
-                generations: list[GenerationCheck], seconds: float) -> BackendCheck:
-        """The whole check of a backend; `alone` None where its layers cannot be fed one by one."""
+                generations: list[GenerationCheck], seconds: float, unanswered: int = 0) -> BackendCheck:
+        """The whole check of a backend; `alone` None where its layers cannot be fed one by one.
+
+        `unanswered`: prompts whose decoding ended in numbers that are not finite.
+        """
         limits, gates = self._limits, list[Gate]()
         layers_alone, embedding, head = list[LayerCheck](), None, None
         if alone is not None:
@@ -39,12 +44,15 @@ class Judge:
         if limits.equal_tokens and generations:
             parted = sum(g.first_difference is not None and not g.near_tie for g in generations)
             gates.append(gate("answers that differ, near ties apart", "tokens", parted, 0, "equal"))
+        if unanswered:
+            gates.append(gate("answers that end in NaN or infinity", "tokens", unanswered, 0, "equal"))
         points = _points(sequence)
+        known = not logits.not_finite and len(points) == logits.rows
         bad = next((check for check in (*layers_alone, *in_sequence) if not check.passed), None)
         failed = next((g for g in gates if not g.passed), None)
         return BackendCheck(
             name=name, what_ran=what_ran, layers_alone=layers_alone, layers_in_sequence=in_sequence, logits=logits,
-            same_best_token=float(np.mean([point.same_token for point in points])) if points else 1.0,
+            same_best_token=float(np.mean([point.same_token for point in points])) if known and points else None,
             confidence=points, generations=generations, gates=gates, passed=failed is None, seconds=seconds,
             first_bad_layer=bad.layer if bad else None, embedding_alone=embedding, logits_alone=head,
             first_bad_part=failed.where if failed else None)
@@ -86,15 +94,22 @@ class Judge:
 
     def _tight(self, error: TensorError, where: str) -> list[Gate]:
         """The worst token, cosine and norm."""
-        return [gate("worst cosine", where, error.cosine_worst, self._limits.cosine, "at least"),
+        return [*_finite(error, where),
+                gate("worst cosine", where, error.cosine_worst, self._limits.cosine, "at least"),
                 gate("worst norm ratio, distance from 1", where, norm_distance(error), self._limits.norm, "at most")]
 
     def _loose(self, error: TensorError, where: str) -> list[Gate]:
         """The mean over tokens, cosine and norm."""
         assert error.norm_ratio_mean is not None
-        return [gate("mean cosine", where, error.cosine_mean, self._limits.sequence_cosine, "at least"),
+        return [*_finite(error, where),
+                gate("mean cosine", where, error.cosine_mean, self._limits.sequence_cosine, "at least"),
                 gate("mean norm ratio, distance from 1", where, abs(error.norm_ratio_mean - 1),
                      self._limits.sequence_norm, "at most")]
+
+
+def _finite(error: TensorError, where: str) -> list[Gate]:
+    """A gate of its own where there is something to say, so that it is what is said."""
+    return [gate(NOT_FINITE_ROWS, where, error.not_finite, 0, "equal")] if error.not_finite else []
 
 
 def in_words(failed: Gate) -> str:

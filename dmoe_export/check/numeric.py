@@ -13,14 +13,14 @@ from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
 
 from ..bundle.reader import Bundle
-from ..errors import InputError
+from ..errors import InputError, NotFiniteError
 from ..runtime.backend import Backend
 from ..runtime.backend import Limits as BackendLimits
 from ..runtime.choose import BackendName, open_backend
 from ..runtime.onnxruntime import OnnxRuntimeBackend
 from ..runtime.ort import ort
 from ..runtime.text import TextCodec
-from .compare import CompareForward
+from .compare import CompareForward, first_not_finite
 from .gates import Limits
 from .generation import ReferenceTokens
 from .inputs import CheckInputs, make_inputs
@@ -44,6 +44,7 @@ class NumericResult:
     experts_exercised: dict[int, int]
     backends: list[BackendCheck]
     quantisation: QuantisationCheck | None
+    reference_not_finite: tuple[int | None, str] | None  # layer and part where the reference's own numbers end
 
 
 def check_numbers(bundle: Bundle, source: WeightSource, names: Sequence[BackendName], limits: Limits, *, cut: bool,
@@ -59,19 +60,25 @@ def check_numbers(bundle: Bundle, source: WeightSource, names: Sequence[BackendN
     text = TextCodec.of(bundle)
     inputs = make_inputs(d, manifest.routing, text, prompts, seed, _longest(backends))
     reference = Reference(source, manifest.routing, keep=not cut)
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+    # Polygraphy takes statistics of all it sees, and NaN is ours to tell of.
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(invalid="ignore", over="ignore"):
         tell("reference", 0, 1)
         feeds = [feed.arrays() for feed in inputs.feeds]
         expected = Comparator.run([ReferenceRunner(reference, feeds)], feeds)
         seen = [dict(forward.items()) for forward in expected["reference"]]
         rounding = _rounding(here, source, feeds, seen, limits)
-        answers = None if cut else ReferenceTokens(reference.backend, inputs.prompts, _new_tokens(here, inputs), text)
+        ended, answers = first_not_finite(seen, d.num_layers), None
+        if not cut and not ended:
+            try:
+                answers = ReferenceTokens(reference.backend, inputs.prompts, _new_tokens(here, inputs), text)
+            except NotFiniteError:
+                ended = None, "an answer of it"
         compared = _Compared(bundle, here, reference, expected, seen, limits)
         checks = []
         for number, backend in enumerate(backends or [None]):
             tell("backend", number, max(1, len(backends)))
             checks.append(compared.check(backend, feeds, answers))
-    return NumericResult(inputs.used, _exercised(seen, d.moe_layers), checks, rounding)
+    return NumericResult(inputs.used, _exercised(seen, d.moe_layers), checks, rounding, ended)
 
 
 def _rounding(bundle: Bundle, source: WeightSource, feeds: list[Arrays], seen: list[Arrays],
@@ -101,11 +108,12 @@ class _Compared:
         name, what_ran, alone = backend.name, _what_ran(self._here, backend), None
         has_layers = isinstance(backend, OnnxRuntimeBackend)
         sequence = self._against(SequenceRunner(backend, manifest.precision, feeds), feeds)
-        generations = answers.compare(backend, self._limits.tie) if answers else []
+        generations, unanswered = answers.compare(backend, self._limits.tie) if answers else ([], 0)
         del backend  # two sessions of a large graph would not fit side by side
         if has_layers:
             alone = self._layers_alone()
-        return self._judge.backend(name, what_ran, sequence, alone, generations, time.perf_counter() - start)
+        return self._judge.backend(name, what_ran, sequence, alone, generations, time.perf_counter() - start,
+                                   unanswered)
 
     def _layers_alone(self) -> list[Any]:
         manifest, routing = self._here.manifest, self._here.manifest.routing

@@ -65,10 +65,12 @@ def compare_quantised(manifest: Manifest, original: list[Arrays], quantised: lis
             name = f"expert_ids.{layer}"
             if name in theirs:
                 same_experts.append((np.sort(theirs[name]) == np.sort(ours[name])).all(axis=-1)[valid])
+    error = tensor_error(logits)
+    known = not error.not_finite
     return QuantisationCheck(
-        bits=how.bits, group_size=how.group_size, logits=tensor_error(logits),
-        divergence=float(np.concatenate(divergences).mean()),
-        same_best_token=float(np.concatenate(same_tokens).mean()),
+        bits=how.bits, group_size=how.group_size, logits=error,
+        divergence=float(np.concatenate(divergences).mean()) if known else None,
+        same_best_token=float(np.concatenate(same_tokens).mean()) if known else None,
         same_experts=float(np.concatenate(same_experts).mean()))
 
 

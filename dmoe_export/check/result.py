@@ -24,6 +24,8 @@ class TensorError(Frozen):
     max_abs: float = Field(description="largest absolute difference of an element")
     rows: int = Field(description="rows compared")
     norm_ratio_mean: float | None = None
+    not_finite: int = Field(0, description="rows with NaN or infinity on either side, among `rows`; their cosine "
+                            "counts as −1, their ratio and difference as 1e30")
 
 
 class RouterAgreement(Frozen):
@@ -109,8 +111,9 @@ class BackendCheck(Frozen):
                                            "add up; empty where the backend cannot")
     layers_in_sequence: list[LayerCheck] = Field(description="the graph as it is; errors add up from layer to layer")
     logits: TensorError
-    same_best_token: float = Field(description="share of positions with the reference's best token")
-    confidence: list[ConfidencePoint]
+    same_best_token: float | None = Field(description="share of positions with the reference's best token; null = not "
+                                          "known, as numbers are not finite")
+    confidence: list[ConfidencePoint] = Field(description="of the positions where both sides are finite")
     generations: list[GenerationCheck] = Field(description="empty in few-layer mode")
     gates: list[Gate]
     first_bad_layer: int | None
@@ -170,8 +173,9 @@ class QuantisationCheck(Frozen):
     bits: Literal[8, 4]
     group_size: int = Field(description="weights that share a scale")
     logits: TensorError
-    divergence: float = Field(description="Kullback-Leibler divergence of the next-token distributions, mean, in nats")
-    same_best_token: float = Field(description="share of positions with the same best token")
+    divergence: float | None = Field(description="Kullback-Leibler divergence of the next-token distributions, mean, "
+                                     "in nats; null = not known, as numbers are not finite")
+    same_best_token: float | None = Field(description="share of positions with the same best token; null likewise")
     same_experts: float = Field(description="share of tokens and MoE layers with the same experts")
 
 
@@ -212,5 +216,7 @@ class CheckReport(Frozen):
     machine: str
     versions: dict[str, str]
     seconds: float
+    reference_not_finite: str | None = Field(None, description="the part of the reference that first computes NaN or "
+                                             "infinity; null = none")
     quantisation: QuantisationCheck | None = Field(None, description="null where experts are not quantised or no "
                                                    "checkpoint was given")

@@ -10,8 +10,8 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from ..bundle.manifest import Manifest
 from ..bundle.hub import resolve_bundle
+from ..bundle.manifest import Manifest
 from ..bundle.reader import Bundle, Verify, open_bundle
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.hub import resolve_checkpoint
@@ -24,8 +24,9 @@ from .gates import limits_for
 from .identity import check_identity
 from .numeric import Tell, check_numbers
 from .quantisation import QuantisedWeights
-from .result import BackendCheck, CheckReport, EngineCheck, IdentityCheck, WeightsCheck
+from .result import CheckReport, IdentityCheck, WeightsCheck
 from .sources import BundleWeights, CheckpointWeights, WeightSource
+from .verdict import judged, where_it_ends
 from .weights import check_weights_and_digest
 
 _VERSIONS = ("dmoe-export", "polygraphy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt",
@@ -67,7 +68,7 @@ def check_bundle(folder: str | Path, reference: str | Path | None = None, *, bac
             checkpoint.reader.close()
     tell("engines", 0, 1)
     engines = check_engines(bundle)
-    bad, passed, verdict = _verdict(identity, weights_check, numeric.backends, engines)
+    bad, passed, verdict = judged(identity, weights_check, numeric, engines, manifest.precision)
     return CheckReport(
         bundle=str(folder), reference=str(reference) if checkpoint else "the bundle's own weights" + (
             f" (experts {manifest.quantisation.name} as stored)" if manifest.quantisation else ""),
@@ -78,7 +79,8 @@ def check_bundle(folder: str | Path, reference: str | Path | None = None, *, bac
         identity=identity, weights=weights_check, backends=numeric.backends, engines=engines, first_bad_layer=bad,
         passed=passed, verdict=verdict, created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs", versions=_versions(),
-        quantisation=numeric.quantisation, seconds=time.perf_counter() - start)
+        quantisation=numeric.quantisation, reference_not_finite=where_it_ends(numeric),
+        seconds=time.perf_counter() - start)
 
 
 def _check_options(manifest: Manifest, layers: int | None, atol: float | None, cosine: float | None) -> None:
@@ -152,33 +154,6 @@ def _check_memory(bundle: Bundle) -> None:
         raise MissingRequirementError(
             f"The float32 reference of {bundle.folder} takes {needed / 1e9:.0f} GB, this machine has {free / 1e9:.0f} "
             "GB of memory; check the first layers with: --layers 2.")
-
-
-def _verdict(identity: IdentityCheck, weights: WeightsCheck, backends: list[BackendCheck],
-             engines: list[EngineCheck]) -> tuple[int | None, bool, str]:
-    """First bad layer, passed, and one sentence; what computes wrongly comes before what is only stored wrongly."""
-    bad = next((b for b in backends if not b.passed), None)
-    engine = next((e for e in engines if not e.passed), None)
-    layer = bad.first_bad_layer if bad else None
-    if layer is None:
-        layer = weights.first_bad_layer
-    if identity.same is False:
-        also = f" On {bad.name} the first bad layer is {layer}." if bad and layer is not None else ""
-        return layer, False, identity.note + also
-    if bad and bad.first_bad_layer is not None and bad.first_bad_part != "embedding":
-        reason = next(c.reason for c in (*bad.layers_alone, *bad.layers_in_sequence) if not c.passed)
-        return layer, False, f"Layer {bad.first_bad_layer} is the first bad layer on {bad.name}: {reason}."
-    if bad:
-        first = next(g for g in bad.gates if not g.passed)
-        return layer, False, (f"{bad.name} differs from the reference in {first.where}: {first.name} "
-                              f"{first.value:.6g}, {first.comparison} {first.limit:.6g} is asked.")
-    if not weights.passed:
-        return layer, False, f"The bundle's weights are not the checkpoint's: {', '.join(weights.different[:3])}."
-    if engine:
-        found = next(f for f in engine.findings if f.passed is False)
-        return layer, False, f"Engine {engine.file}: {found.name}: {found.detail}"
-    names = " and ".join(b.name for b in backends)
-    return None, True, f"Every layer on {names} computes what the float32 reference does, within the limits."
 
 
 def _routing(manifest: Manifest) -> str:

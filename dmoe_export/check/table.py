@@ -30,6 +30,9 @@ def show_identity(identity: IdentityCheck, stderr: bool) -> None:
 
 def quantisation_in_words(found: QuantisationCheck) -> str:
     """One sentence: what rounding the experts alone did to the reference."""
+    if found.divergence is None or found.same_best_token is None:
+        return (f"what experts of {found.bits} bits in groups of {found.group_size} cost is not known: "
+                f"{found.logits.not_finite} of {found.logits.rows} positions have NaN or infinity.")
     mean, worst = 1 - found.logits.cosine_mean, 1 - found.logits.cosine_worst
     return (f"experts of {found.bits} bits in groups of {found.group_size} move the reference's own logits by "
             f"1 − cosine {mean:.1e} (worst row {worst:.1e}), {found.divergence:.1e} nats; best token equal at "
@@ -97,8 +100,10 @@ def _word(*checks: LayerCheck | None) -> str:
 
 
 def _summary(backend: BackendCheck) -> None:
-    click.echo(f"Best token equal at {backend.same_best_token:.1%} of {len(backend.confidence)} positions; "
-               f"{len(backend.gates)} gates; {backend.seconds:.1f} s")
+    share, logits = backend.same_best_token, backend.logits
+    tokens = f"Best token equal at {share:.1%} of {len(backend.confidence)} positions" if share is not None else (
+        f"Best tokens not compared: {logits.not_finite} of {logits.rows} positions have NaN or infinity")
+    click.echo(f"{tokens}; {len(backend.gates)} gates; {backend.seconds:.1f} s")
     for generation in backend.generations:
         click.echo(f"  {_answer(generation)}")
     failed = [g for g in backend.gates if not g.passed]
