@@ -83,6 +83,7 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *, p
 
     tell = report or (lambda phase, done, of: None)
     with BundleWriter(out, overwrite, bytes_needed=total) as writer:
+        tokenizer, said = copy_text(source, writer)  # first: what is wrong with it is known within a second
         tell("trace", 0, total)
         model = trace_denoiser(d, route, dtype, width, how)
         stream = WeightStream(source, writer, model, dtype, width, advance, how)
@@ -92,7 +93,6 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *, p
         graph = save_graph(model, writer, GRAPH_FILE)
         salient_entry = (export_salient(model, d, route, dtype, width, tuple(salient_capacity), writer, how)
                          if salient else None)
-        tokenizer, said = copy_text(source, writer)
         licence = copy_licence(source.folder, writer)
         name = source_name(source.folder if isinstance(checkpoint, Checkpoint) else checkpoint)
         manifest = Manifest(
