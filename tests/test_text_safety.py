@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from text_codecs import CONTROL, KINDS, TEMPLATE, byte_level, codec, metaspace, word_level
+from text_codecs import CONTROL, KINDS, TEMPLATE, byte_level, codec, metaspace, whole_words, word_level
 
 from dmoe_export.errors import RequestError
 
@@ -152,3 +152,19 @@ def test_plain_text_spells_nothing_and_begins_as_the_tokenizer_does(tmp_path, ma
     assert subject.encode_plain("hello") == subject._tokenizer.encode("hello").ids
     assert _control(subject, subject.encode_plain("a <|mask|> <s> b")) == begin
     assert _control(subject, subject.encode_literal("a <|mask|> <s> b")) == []
+
+
+@pytest.mark.parametrize("make", [whole_words, metaspace])
+def test_pieces_of_the_model_that_are_control_tokens_are_cut(tmp_path, make):
+    """However many there are in one message."""
+    subject = codec(make(), tmp_path)
+    harmless, spelled = (subject.encode_chat([{"role": "user", "content": text * 200}]) for text in ("x ", "<|mask|> "))
+    assert _control(subject, spelled) == _control(subject, harmless)
+
+
+def test_a_control_token_of_one_letter_that_the_model_has_is_refused(tmp_path):
+    tokenizer = word_level()
+    tokenizer.add_tokens(["x"])
+    subject = codec(tokenizer, tmp_path, "<role>{{ messages[0].content }}")
+    with pytest.raises(RequestError, match="however they are cut"):
+        subject.encode_chat([{"role": "user", "content": "a x"}])

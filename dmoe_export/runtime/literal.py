@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 from ..errors import RequestError
 
 FIRST, LAST = 0x100000, 0x10FFFD  # private-use plane 16
-_TRIES = 64  # splits of one text
+_TRIES = 16  # rounds of cuts in one text
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,20 @@ class LiteralEncoder:
             encoding = copy.tokenizer.encode(written, add_special_tokens=add_special_tokens)
             # Ids of the copy's names may be those of tokens here; what the post-processor added is of here.
             made = list(zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True))
-            wrong = next((span for id_, span, added in made if not added and id_ not in copy.id_of
-                          and id_ != copy.cut_id and self.control_ids([id_])), None)
-            if wrong is None:
+            wrong = [span for id_, span, added in made if not added and id_ not in copy.id_of
+                     and id_ != copy.cut_id and self.control_ids([id_])]
+            if not wrong:
                 return [id_ if added else copy.id_of.get(id_, id_) for id_, _, added in made
                         if added or id_ != copy.cut_id]
             # The model itself has a piece of that spelling: cut it behind its first letter.
-            start = wrong[0] + len(written[slice(*wrong)]) - len(written[slice(*wrong)].lstrip())
-            if start + 1 >= wrong[1]:
-                break
-            written = written[:start + 1] + copy.cut + written[start + 1:]
-        raise RequestError(f"The tokenizer makes control tokens of the plain characters of {text[:100]!r}; leave these "
-                           "characters out.")
+            for start, end in reversed(wrong):
+                start += len(written[start:end]) - len(written[start:end].lstrip())
+                if start + 1 >= end:
+                    raise RequestError("The tokenizer makes a control token of the plain characters "
+                                       f"{written[start:end]!r}, however they are cut; leave them out.")
+                written = written[:start + 1] + copy.cut + written[start + 1:]
+        raise RequestError("The tokenizer makes control tokens of plain characters of the text, however they are cut; "
+                           "leave out what spells them.")
 
     def _place(self, text: str, start: int, end: int, id_: int, token: AddedToken) -> Own | None:
         """The token's characters within its offsets, which may hold spaces around it; None for e.g. unknown words."""
