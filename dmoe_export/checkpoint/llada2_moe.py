@@ -24,8 +24,8 @@ _STATED: dict[str, tuple[Any, Any]] = {
 
 # Read by export/routing.py; or by no code (core_size); or of no meaning while sliding windows are off; or written by
 # editing (LLaDA2.2).
-_ELSEWHERE = words("""core_threshold core_size expert_capacity block_size sliding_window max_window_layers delete_token_id
-    split_token_id""")
+_ELSEWHERE = words("""core_threshold core_size expert_capacity block_size sliding_window max_window_layers
+    delete_token_id split_token_id""")
 
 
 class Llada2Moe:
