@@ -22,12 +22,15 @@ from dmoe_export.errors import BundleError, CheckpointError
 FILE = Path("generation_config.json")
 
 
+TINY = LLADA2_MOE.describe(GEOMETRIES["tiny"], Path("config.json"))  # of 256 positions
+
+
 def defaults(values, family="llada2_moe"):
-    return GenerationConfig(FILE, values).decode_defaults(family)
+    return GenerationConfig(FILE, values).decode_defaults(TINY.model_copy(update={"family": family}))
 
 
 @pytest.mark.parametrize(("values", "want"), [
-    ({}, {}), ({"max_new_tokens": 256}, {"max_new_tokens": 256}), ({"temperature": 0.6, "top_k": 20, "top_p": 0.9}, {}),
+    ({}, {}), ({"max_new_tokens": 255}, {"max_new_tokens": 255}), ({"temperature": 0.6, "top_k": 20, "top_p": 0.9}, {}),
     ({"do_sample": False, "temperature": 0.6}, {}), ({"do_sample": None, "temperature": None, "top_k": None}, {}),
     ({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95},
      {"temperature": 0.6, "top_k": 20, "top_p": 0.95}),
@@ -54,8 +57,10 @@ def test_what_is_left_out_is_said_and_what_is_bookkeeping_is_not():
     assert defaults(quiet) == ({}, [])
     _, said = defaults(quiet | {"repetition_penalty": 1.2, "max_length": 2048, "stop_strings": ["\n"], "new": "x"})
     assert said == ["generation_config.json sets max_length 2048, repetition_penalty 1.2, stop_strings ['\\n'], "
-                    "new 'x', which is not taken over as nothing here means the same, so answers can differ from those "
+                    "new 'x', which no request can have here and is not taken over, so answers can differ from those "
                     "of transformers' generate."]
+    found, said = defaults({"max_new_tokens": 256})  # as many as the model has positions
+    assert found == {} and "sets max_new_tokens 256, which no request can have" in said[0]
 
 
 @pytest.mark.parametrize(("values", "sentence"), [
@@ -76,6 +81,8 @@ def test_ends_are_those_of_both_files():
     assert with_ends({"mask_token_id": 95}).eos_ids == with_ends({}).eos_ids == (94,)
     only_there = GenerationConfig(FILE, {"eos_token_id": [7, 8]}).complete(GEOMETRIES["tiny"] | {"eos_token_id": None})
     assert only_there["eos_token_id"] == [7, 8]
+    with pytest.raises(CheckpointError, match=r"^generation_config.json: eos_token_id 96 is outside the vocabulary of"):
+        GenerationConfig(FILE, {"eos_token_id": [7, 96]}).complete({"vocab_size": 96})
     for values, sentence in (({"eos_token_id": 96}, "eos_token_id 96 is outside the vocabulary of 96"),
                              ({"eos_token_id": [94, 95]}, "eos_token_id 95 is config.json's mask"),
                              ({"eos_token_id": "x"}, "expected a token id or a list"),
@@ -86,14 +93,14 @@ def test_ends_are_those_of_both_files():
 
 def with_ends(values):
     """The description of the tiny model, and of such a file beside it."""
-    return GenerationConfig(FILE, values).add_eos(LLADA2_MOE.describe(GEOMETRIES["tiny"], Path("config.json")))
+    return GenerationConfig(FILE, values).add_eos(TINY)
 
 
 def test_the_file_is_optional_and_read_strictly(tmp_path, tiny_checkpoint):
     assert read_generation_config(tmp_path, {}).values == {}
     own = {"do_sample": True, "temperature": 0.5, "hidden_size": 4}  # transformers 4 keeps such fields in config.json
     found = read_generation_config(tmp_path, own)
-    assert found.source == tmp_path / "config.json" and found.decode_defaults("x")[0]["temperature"] == 0.5
+    assert found.source == tmp_path / "config.json" and found.decode_defaults(TINY)[0]["temperature"] == 0.5
     (tmp_path / "generation_config.json").write_text("{}")
     assert read_generation_config(tmp_path, own).values == {}
     no_object = "holds no JSON object"
@@ -121,7 +128,7 @@ def sampling_bundle(tiny_checkpoint, tmp_path_factory):
 
 def test_defaults_travel_and_give_way(sampling_bundle, tiny_bundle):
     out, said = sampling_bundle
-    assert "generation_config.json sets alg 'x', which is not taken over" in said
+    assert "generation_config.json sets alg 'x', which no request can have here" in said
     generator = Generator.open(out, threads=1)
     manifest = generator.bundle.manifest
     assert manifest.decode_defaults == {"max_new_tokens": 9, "temperature": 1.5, "top_k": 0, "top_p": 1.0}
@@ -133,7 +140,7 @@ def test_defaults_travel_and_give_way(sampling_bundle, tiny_bundle):
         [[1, 2, 3]], max_new_tokens=20, eos_id=-1)[0].token_ids
     shown = CliRunner().invoke(main, ["inspect", str(out)]).stdout
     assert "max_new_tokens 9, temperature 1.5, top_k 0, top_p 1.0" in " ".join(shown.split()).replace(" │ │ ", " ")
-    assert "94, 90" in shown
+    assert "94, 90" in shown and "Warning of the export:" in shown
     command = ["generate", str(out), "--prompt-ids", "1,2,3", "--json", "--eos-id", "-1"]
     for options, want in (([], 9), (["--max-new-tokens", "4"], 4)):
         result = CliRunner().invoke(main, [*command, *options])

@@ -99,6 +99,7 @@ def test_the_words_of_transformers_5_read_the_same(name):
 
 
 def test_dreams_generation_config_is_greedy_and_says_what_is_left_out():
-    defaults, said = GenerationConfig(Path("generation_config.json"), DREAM_7B_GENERATION).decode_defaults("dream")
+    config = GenerationConfig(Path("generation_config.json"), DREAM_7B_GENERATION)
+    defaults, said = config.decode_defaults(config.add_eos(describe(DREAM_7B)))
     assert defaults == {}
     assert len(said) == 1 and said[0].startswith("generation_config.json sets alg 'origin', eps 0.001, steps 512, whi")

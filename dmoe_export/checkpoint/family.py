@@ -80,7 +80,7 @@ class Checkpoint:
             field = ".".join(map(str, first["loc"]))
             raise CheckpointError(f"{folder / 'config.json'}: {field} is {first['input']!r}: {first['msg']}.") from None
         self.full_description = self.description = generation.add_eos(described)
-        self.decode_defaults, said = generation.decode_defaults(family.name)
+        self.decode_defaults, said = generation.decode_defaults(self.full_description)
         self.warnings += said
         if layers is not None:
             self.description = first_layers(self.full_description, layers)

@@ -39,14 +39,18 @@ class GenerationConfig:
     values: dict[str, Any] = field(default_factory=dict)
 
     def complete(self, config: dict[str, Any]) -> dict[str, Any]:
-        """config.json with the EOS of this file, where it has none of its own."""
-        if config.get("eos_token_id") is None and self._eos:
-            return config | {"eos_token_id": self._eos}
-        return config
+        """config.json with the EOS of this file, where it has none of its own; raises for ids that it cannot have."""
+        if config.get("eos_token_id") is not None or not self._eos:
+            return config
+        vocab = config.get("vocab_size")
+        for value in self._eos:
+            if value < 0 or (isinstance(vocab, int) and value >= vocab):
+                raise self._fields().refuse(f"eos_token_id {value} is outside the vocabulary of {vocab}")
+        return config | {"eos_token_id": self._eos}
 
     def add_eos(self, description: ModelDescription) -> ModelDescription:
         """The description with this file's EOS ids behind its own; raises for ids that the model cannot have."""
-        f = Fields(self.values, self.source)
+        f = self._fields()
         for value in self._eos:
             if not 0 <= value < description.vocab_size:
                 raise f.refuse(f"eos_token_id {value} is outside the vocabulary of {description.vocab_size}")
@@ -58,13 +62,17 @@ class GenerationConfig:
         ids = tuple(dict.fromkeys((*description.eos_ids, *self._eos)))
         return description.model_copy(update={"eos_ids": ids})
 
-    def decode_defaults(self, family: str) -> tuple[dict[str, int | float | bool | str], list[str]]:
+    def decode_defaults(self, d: ModelDescription) -> tuple[dict[str, int | float | bool | str], list[str]]:
         """Fields of DecodeSettings it sets, and sentences to warn with. Raises CheckpointError for bad values."""
-        f = Fields(self.values, self.source)
+        f = self._fields()
         found: dict[str, int | float | bool | str] = {}
         if f.has("max_new_tokens"):
-            found["max_new_tokens"] = f.positive("max_new_tokens")
-        dream, sampled = family == "dream", f.get("do_sample", bool, False)
+            longest = f.positive("max_new_tokens")
+            if longest < d.max_positions:
+                found["max_new_tokens"] = longest
+            else:  # no prompt would fit
+                f.asked.remove("max_new_tokens")
+        dream, sampled = d.family == "dream", f.get("do_sample", bool, False)
         temperature = f.get("temperature", float, 0.0 if dream else 1.0)
         top_k = f.get("top_k", int, 0 if dream or "top_k" in self.values else _TOP_K)  # null: off
         top_p = f.get("top_p", float, 1.0)
@@ -84,13 +92,15 @@ class GenerationConfig:
                 if value and name not in known and value != _NEUTRAL.get(name)]
         if not left:
             return []
-        return [f"{self.source} sets {', '.join(left)}, which is not taken over as nothing here means the same, so "
+        return [f"{self.source} sets {', '.join(left)}, which no request can have here and is not taken over, so "
                 "answers can differ from those of transformers' generate."]
 
     @property
     def _eos(self) -> list[int]:
-        return token_ids(Fields(self.values, self.source), "eos_token_id") if (
-            self.values.get("eos_token_id") is not None) else []
+        return token_ids(self._fields(), "eos_token_id") if self.values.get("eos_token_id") is not None else []
+
+    def _fields(self) -> Fields:
+        return Fields(self.values, self.source)
 
 
 def read_generation_config(folder: Path, config: dict[str, Any]) -> GenerationConfig:

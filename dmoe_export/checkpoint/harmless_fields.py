@@ -15,7 +15,8 @@ def words(text: str) -> frozenset[str]:
 
 _GROUPS = {
     "who wrote it": """architectures model_type auto_map transformers_version _name_or_path name_or_path _commit_hash
-        _from_model_config custom_pipelines torch_dtype dtype precision transformers_weights""",
+        _from_model_config custom_pipelines torch_dtype dtype precision transformers_weights
+        unsloth_fixed unsloth_version""",
     "how it is computed, not what": """_attn_implementation attn_implementation _attn_implementation_autoset
         _attn_implementation_internal _experts_implementation experts_implementation use_cache use_bfloat16 torchscript
         tf_legacy_loss gradient_checkpointing chunk_size_feed_forward flash_attention use_flash_attn

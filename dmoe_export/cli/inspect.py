@@ -53,6 +53,8 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool)
         "mode": routing.mode, "because": routing.reason or "not said: an older bundle",
         "block length": routing.block_length,
         **{name: getattr(routing, name) for name in RUNTIME_SETTINGS[routing.mode]}}))
+    for sentence in manifest.warnings:
+        out.print(f"Warning of the export: {sentence}", markup=False, highlight=False)
     out.print(_table("Sizes", {name.replace("_", " "): f"{value:,}" for name, value in summary.items()}))
     ops = Table("op", "domain", "version", "nodes", title="Custom ops")
     for op in manifest.denoiser.ops:
