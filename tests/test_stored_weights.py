@@ -94,7 +94,8 @@ def test_only_floats_are_numbers(dtype, tiny_checkpoint, tmp_path):
             Checkpoint(folder)
 
 
-@pytest.mark.parametrize(("dtype", "values", "size"), [("F4", 8, 4), ("F8_E8M0", 4, 4), ("F6_E2M3", 4, 3), ("U16", 4, 8)])
+@pytest.mark.parametrize(("dtype", "values", "size"), [("F4", 8, 4), ("F8_E8M0", 4, 4), ("F6_E2M3", 4, 3),
+                                                       ("U16", 4, 8)])
 def test_types_that_torch_may_not_know_are_refused_by_their_header(dtype, values, size, tmp_path):
     header = json.dumps({"x": {"dtype": dtype, "shape": [values], "data_offsets": [0, size]}}).encode()
     (tmp_path / A).write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
