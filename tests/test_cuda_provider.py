@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 from cuda_stubs.prepare import Unavailable, pinned_version, prepare
+from test_linked_bundles import hub
 
+from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.runtime.nvidia_libraries import nvidia_folders
 from dmoe_export.runtime.onnxruntime_cuda import SHAPE_OPS
 
@@ -99,6 +101,12 @@ def test_a_batch_with_a_growing_cache(sample):
 def test_nothing_that_cuda_forbids(sample):
     for run in (*sample["runs"].values(), sample["batch"]):
         assert run["violations"] == []
+
+
+def test_a_bundle_of_links_is_opened_too(driven, half_sample_bundle, tmp_path):
+    """As in a hub's cache; with our custom ops and without."""
+    run = driven(open_bundle(hub(half_sample_bundle.folder, tmp_path), "sizes"))["runs"]
+    assert all(run[way]["placement"].keys() == {CUDA, CPU} for way in ("custom ops", "bodies"))
 
 
 @pytest.mark.parametrize("family", ["llada_dense", "dream", "llada_moe"])

@@ -61,8 +61,8 @@ def files_table(manifest: Manifest) -> str:
     rows = "".join(f"| {cell(entry.path)} | {entry.size:,} | {cell(_meaning(manifest, entry.path))} |\n"
                    for entry in manifest.files)
     total = sum(entry.size for entry in manifest.files)
-    return (f"| file | bytes | content |\n|---|---:|---|\n{rows}\n{total:,} bytes in all. `manifest.json` has the sha256 "
-            "of each.")
+    return (f"| file | bytes | content |\n|---|---:|---|\n{rows}\n{total:,} bytes in all. `manifest.json` has the "
+            "sha256 of each.")
 
 
 def _meaning(manifest: Manifest, path: str) -> str:

@@ -51,6 +51,17 @@ def open_bundle(folder: str | Path, verify: Verify = "full", progress: Callable[
     return Bundle(folder, manifest)
 
 
+def check_unchanged(bundle: Bundle) -> None:
+    """Raise BundleError where other files have taken an open bundle's place: who opens one late must not mix two.
+
+    By the manifest; an engine that was added meanwhile changes nothing.
+    """
+    engines = {engine.file for engine in bundle.manifest.engines}
+    now = {entry.path: entry for entry in read_manifest(bundle.folder).files}
+    if any(now.get(entry.path) != entry for entry in bundle.manifest.files if entry.path not in engines):
+        raise BundleError(f"{bundle.folder} was changed or removed while it was in use; open the bundle again.")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest alone, schema checked, files not."""
     path = folder / MANIFEST_NAME

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.manifest import GraphEntry
-from ..bundle.reader import Bundle
+from ..bundle.reader import Bundle, check_unchanged
 from ..errors import RequestError
 from .cpu_ops import CpuOps
 from .onnxruntime_session import open_session, run_session
@@ -52,6 +52,7 @@ class OnnxRuntimeSalient:
 
     def _session(self, graph: GraphName) -> Any:
         if graph not in self._sessions:
+            check_unchanged(self._bundle)
             path = self._bundle.folder / self._files[graph].file
             self._sessions[graph] = open_session(str(path), self._bundle, self._threads, cpu_ops=self._cpu_ops)
         return self._sessions[graph]
