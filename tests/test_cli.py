@@ -36,7 +36,7 @@ def test_export_generate_inspect(tiny_checkpoint, tmp_path):
         "reason": "asked for; trained with top_p: core_threshold 0.6 in config.json"}
     said = [line.removeprefix("dmoe-export: warning: ") for line in result.stderr.splitlines()]
     assert said == exported["manifest"]["warnings"]
-    assert [words.split(" was ")[0] for words in said[:2]] == ["Routing top_c", "Block length 8"]
+    assert {"Routing top_c", "Block length 8"} <= {words.split(" was ")[0] for words in said}
     inspected = json.loads(run("inspect", out, "--json").stdout)
     assert inspected["manifest"] == exported["manifest"]
     assert inspected["sizes"]["bytes_per_expert"] == 3 * 32 * 32 * 4
