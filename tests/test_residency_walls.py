@@ -114,7 +114,7 @@ def _saved(graph, folder, outputs, declared=True):
     onnx.save(graph.model(outputs, declared), path)
     model = SimpleNamespace(moe_layers=graph.experts)
     return SimpleNamespace(denoiser_path=path, folder=folder,
-                           manifest=SimpleNamespace(precision="fp16", quantisation=None, model=model))
+                           manifest=SimpleNamespace(precision="fp16", quantisation=None, model=model, files=[]))
 
 
 def _both(graph, outputs, folder):
