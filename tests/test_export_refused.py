@@ -11,7 +11,6 @@ import sys
 
 import pytest
 import torch
-from conftest import SAMPLE
 
 from dmoe_export import export_checkpoint
 from dmoe_export.bundle.writer import DataFile
@@ -71,14 +70,17 @@ def test_no_write_permission_as_another_user(tiny_checkpoint, tmp_path):
     assert "Permission denied; nothing was left behind" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_an_unreadable_file_of_the_checkpoint_is_blamed_itself(tmp_path, monkeypatch):
+def test_an_unreadable_file_of_the_checkpoint_is_blamed_itself(tiny_checkpoint, tmp_path, monkeypatch):
     def refuse(source, target):
         raise PermissionError(errno.EACCES, "Permission denied", str(source))
 
-    monkeypatch.setattr("dmoe_export.export.exporter.shutil.copyfile", refuse)
-    with pytest.raises(PermissionError, match=r"tokenizer\.json"):
-        export_checkpoint(SAMPLE, tmp_path / "b", layers=2)
-    assert not list(tmp_path.iterdir())
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint, source)
+    (source / "LICENSE").write_text("x")
+    monkeypatch.setattr("dmoe_export.export.licence.shutil.copyfile", refuse)
+    with pytest.raises(PermissionError, match=r"LICENSE"):
+        export_checkpoint(source, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_target_below_a_file(tiny_checkpoint, tmp_path):

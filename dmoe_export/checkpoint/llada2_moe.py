@@ -99,17 +99,17 @@ class Llada2Moe:
             first_dense_layers=dense)
 
     def _groups(self, f: Fields) -> tuple[int, int]:
-        """Groups of experts and how many a token keeps; null is no group limit, absent the class's 8 and 4.
+        """Groups of experts and how many a token keeps; absent, the class's 8 and 4.
 
-        The hub's code fails on null; SGLang's (`srt/models/llada2.py`) takes two nulls for plain top-k, refuses one.
+        The hub's code fails on null, and so does SGLang's (`srt/models/llada2.py` asks whether it is above 0). With an
+        `expert_capacity` routing has no groups, so null is as good as any number.
         """
-        names = ("n_group", "topk_group")
-        null = [name for name in names if name in f.config and not f.has(name)]
+        null = [name for name in ("n_group", "topk_group") if name in f.config and not f.has(name)]
         if not null:
             return f.positive("n_group", 8), f.positive("topk_group", 4)
-        if len(null) == 1:
-            other = names[1 - names.index(null[0])]
-            raise f.refuse(f"{null[0]} is null and {other} is not; both null mean no limit by groups")
+        if not f.has("expert_capacity"):
+            raise f.refuse(f"{null[0]} is null, with which the reference does not run; give n_group and topk_group as "
+                           "trained (LLaDA2.0 has 8 and 4), or 1 and 1 for no limit by groups")
         return 1, 1
 
     def layout(self, description: ModelDescription) -> Layout:

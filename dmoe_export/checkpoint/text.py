@@ -121,5 +121,5 @@ def _nothing(folder: Path) -> str:
         return (f"{folder} has no tokenizer files, so the bundle has no tokenizer and takes token ids alone "
                 "(--prompt-ids).")
     return (f"The tokenizer files of {folder} ({', '.join(found)}) are of a kind that is not read, so the bundle "
-            "has no tokenizer and takes token ids alone (--prompt-ids); let transformers write a tokenizer.json beside them: "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER).")
+            "has no tokenizer and takes token ids alone (--prompt-ids); let transformers write a tokenizer.json beside "
+            "them: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER).")

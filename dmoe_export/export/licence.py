@@ -46,7 +46,8 @@ class Licence:
 
 def copy_licence(folder: Path, writer: BundleWriter) -> Licence:
     """Copy a checkpoint's licence texts into the bundle, and read what its README.md says."""
-    names = sorted(path.name for path in folder.iterdir() if _FILE.fullmatch(path.name) and path.is_file())
+    # A generated checkpoint has no folder.
+    names = sorted(path.name for path in folder.glob("*") if _FILE.fullmatch(path.name) and path.is_file())
     for name in names:
         shutil.copyfile(folder / name, writer.folder / name)
         writer.add_file(name)
@@ -68,7 +69,7 @@ def front_matter(path: Path) -> dict[str, Any] | None:
     found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     if not found:
         return {}
-    import yaml  # type: ignore[import-untyped]  # huggingface_hub, which exporting needs, brings it
+    import yaml  # type: ignore[import-untyped]
 
     try:
         said = yaml.safe_load(found[1])
