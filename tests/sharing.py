@@ -16,7 +16,7 @@ import onnx_ir as ir
 from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
-from dmoe_export.description import RoutingDescription
+from dmoe_export.description import ModelDescription, RoutingDescription
 
 
 @contextmanager
@@ -56,10 +56,9 @@ def shared_export(folder: Path, checkpoint: Path, **options: Any) -> Bundle:
 def shared_trace(folder: Path, trace: Callable[..., ir.Model], *arguments: Any) -> ir.Model:
     """`trace(*arguments)`, a graph whose weights carry no data; equal arguments are traced once.
 
-    Why a routing was chosen does not count: no graph depends on it.
+    What no graph depends on does not count: why a routing was chosen, the settings that are inputs, what ends answers.
     """
-    arguments = tuple(a.model_copy(update={"reason": ""}) if isinstance(a, RoutingDescription) else a
-                      for a in arguments)
+    arguments = tuple(a.model_copy(update=_OUTSIDE[type(a)]) if type(a) in _OUTSIDE else a for a in arguments)
 
     def make(target: Path) -> None:
         model = trace(*arguments)
@@ -72,6 +71,11 @@ def shared_trace(folder: Path, trace: Callable[..., ir.Model], *arguments: Any) 
     for value in _weights(model):
         value.const_value = None
     return model
+
+
+_OUTSIDE: dict[type, dict[str, Any]] = {
+    RoutingDescription: {"reason": "", "top_p": 0.5, "min_experts": 1, "coreset_size": 1},
+    ModelDescription: {"eos_ids": (0,), "pad_id": 0}}
 
 
 def _weights(model: ir.Model) -> list[ir.Value]:

@@ -157,8 +157,8 @@ def test_existing_target_is_kept_unless_forced(tiny_checkpoint, tiny_bundle, cop
     with pytest.raises(BundleError, match="is no bundle"):
         export_checkpoint(tiny_checkpoint, stranger, overwrite=True)
     assert (stranger / "notes.txt").read_text() == "mine"
-    again = export_checkpoint(tiny_checkpoint, copy, overwrite=True, block_length=16)
-    assert again.manifest.routing.block_length == 16
+    again = export_checkpoint(tiny_checkpoint, copy, overwrite=True, min_experts=5)
+    assert again.manifest.routing.min_experts == 5
     assert again.manifest.checkpoint.identity == tiny_bundle.manifest.checkpoint.identity
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "precious"]
 
@@ -179,8 +179,8 @@ def test_a_link_as_target_stays_a_link(tiny_checkpoint, copy, tmp_path):
 
 
 def test_identity_is_the_checkpoint_s_alone(tiny_checkpoint, tiny_bundle, tmp_path):
-    """Other precision, other padding, other routing: the same checkpoint."""
-    other = export_checkpoint(tiny_checkpoint, tmp_path / "b", precision="fp16", routing="token", block_length=4)
+    """Other precision, other padding, other routing settings: the same checkpoint."""
+    other = export_checkpoint(tiny_checkpoint, tmp_path / "b", precision="fp16", min_experts=9)
     assert other.manifest.experts.stored_width != tiny_bundle.manifest.experts.stored_width
     assert other.manifest.checkpoint == tiny_bundle.manifest.checkpoint
 

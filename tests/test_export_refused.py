@@ -47,6 +47,7 @@ def _run_export(checkpoint, out, before=""):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
+@pytest.mark.slow  # a trace of its own, in another process
 def test_file_size_limit_of_the_system(tiny_checkpoint, tmp_path):
     """A real refusal of the kernel in the middle of a file, not a simulated one."""
     result = _run_export(tiny_checkpoint, tmp_path / "b", "resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))")
