@@ -15,7 +15,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class HubError(Exception):
-    """Why files could not be fetched, in the hub library's own words."""
+    """Why files could not be fetched, in the hub library's own words, as a sentence."""
 
 
 def hub_id(source: str | Path) -> str | None:
@@ -39,4 +39,5 @@ def fetch(name: str, patterns: Sequence[str], revision: str | None = None) -> Pa
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # huggingface_hub raises many kinds; each means the same to the user
-        raise HubError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+        reason = str(error).splitlines()[0].rstrip(". ") if str(error) else type(error).__name__
+        raise HubError(f"{reason}.") from error

@@ -127,7 +127,8 @@ def test_wrong_group_is_refused():
         helpers.session(built(), "int8", 20)
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "int8"}, {"precision": "int4"}], ids=["fp32", "int8", "int4"])
+@pytest.mark.parametrize("options", [{}, pytest.param({"precision": "int8"}, marks=pytest.mark.slow),
+                                     {"precision": "int4"}], ids=["fp32", "int8", "int4"])
 def test_bundles_give_the_same_tokens_with_and_without(options, installed, golden, tmp_path):
     bundle = export_checkpoint(golden / "model", tmp_path / "b", min_experts=GOLDEN_GUARD, **options)
     prompts = [list(range(3, 40)), list(range(50, 57))]
@@ -138,8 +139,9 @@ def test_bundles_give_the_same_tokens_with_and_without(options, installed, golde
     assert tokens[0] == tokens[1]
 
 
-@pytest.mark.parametrize("options", [{"precision": "fp16"}, {"precision": "int8", "dense_precision": "fp16"}],
-                         ids=["fp16", "int8"])
+@pytest.mark.parametrize("options", [
+    {"precision": "fp16"}, pytest.param({"precision": "int8", "dense_precision": "fp16"}, marks=pytest.mark.slow)],
+    ids=["fp16", "int8"])
 def test_half_bundle_runs_on_the_kernels(options, installed, sample_bundle, tmp_path):
     """ONNX Runtime's own ops would turn all weights into float32 first."""
     from conftest import SAMPLE

@@ -117,7 +117,7 @@ def test_from_a_checkpoint(tiny_checkpoint, tmp_path):
     assert manifest.engines[0].profiles[0].tokens == (16, 256, 256)  # no more than the model's positions
 
 
-@pytest.mark.parametrize("mode", ["token", "top_c"])
+@pytest.mark.parametrize("mode", [pytest.param("token", marks=pytest.mark.slow), "top_c"])
 def test_bf16_and_other_routings(tiny_checkpoint, tmp_path, mode):
     (engine,) = built(tiny_checkpoint, "--out", tmp_path / "b", "--precision", "bf16", "--routing", mode,
                       "--max-batch", 4)["engines"]

@@ -133,6 +133,7 @@ def test_defaults_travel_and_give_way(sampling_bundle, tiny_bundle):
     manifest = generator.bundle.manifest
     assert manifest.decode_defaults == {"max_new_tokens": 9, "temperature": 1.5, "top_k": 0, "top_p": 1.0}
     assert manifest.model.eos_ids == (94, 90)
+    assert manifest.checkpoint.identity == tiny_bundle.manifest.checkpoint.identity  # what ends answers is no model
     answers = [generator.generate([[1, 2, 3]], seed=seed, eos_id=-1)[0].token_ids for seed in (1, 2, 1)]
     assert len(answers[0]) == 9 and answers[0] == answers[2] != answers[1]
     greedy = generator.generate([[1, 2, 3]], temperature=0, max_new_tokens=20, eos_id=-1, steps=None)[0].token_ids
@@ -144,7 +145,10 @@ def test_defaults_travel_and_give_way(sampling_bundle, tiny_bundle):
     command = ["generate", str(out), "--prompt-ids", "1,2,3", "--json", "--eos-id", "-1"]
     for options, want in (([], 9), (["--max-new-tokens", "4"], 4)):
         result = CliRunner().invoke(main, [*command, *options])
-        assert len(json.loads(result.stdout)["token_ids"]) == want
+        answer = json.loads(result.stdout)
+        assert len(answer["token_ids"]) == want and ("max_new_tokens" in answer["decode_defaults"]) == (not options)
+    plain = CliRunner().invoke(main, ["generate", str(out), "--prompt-ids", "1", "--temperature", "0"]).stderr
+    assert "; by the bundle's decode defaults: max_new_tokens 9, top_k 0, top_p 1.0]" in plain
 
 
 @pytest.mark.parametrize(("said", "reason"), [

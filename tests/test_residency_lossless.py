@@ -77,7 +77,8 @@ def test_every_bit_is_the_same(golden_bundle, budget, threads, kernel, monkeypat
     same_bits(golden_bundle, budget, threads)
 
 
-@pytest.mark.parametrize("precision, dense", [("int8", "fp32"), ("int4", "fp32"), ("int8", "fp16")])
+@pytest.mark.parametrize("precision, dense", [
+    pytest.param("int8", "fp32", marks=pytest.mark.slow), ("int4", "fp32"), ("int8", "fp16")])
 def test_every_bit_of_quantised_experts_is_the_same(precision, dense, tmp_path, monkeypatch):
     skip_without_kernel()
     config = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 2}

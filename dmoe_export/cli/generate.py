@@ -96,11 +96,11 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
                                    expert_refresh_interval=expert_refresh_interval)
     if not stream:
         result = generator.generate([given], **options)[0]
-        click.echo(_json(result, generator) if as_json else _shown(result))
+        click.echo(_json(result, generator, options) if as_json else _shown(result))
     else:
         result = _stream(generator, given, as_json, options)
     if not as_json:
-        click.echo(_summary(result, generator), err=True)
+        click.echo(_summary(result, generator, options), err=True)
 
 
 def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[str, Any]) -> Generation:
@@ -115,17 +115,25 @@ def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[st
     assert block.finish_reason
     result = Generation(ids, generator.text.decode(ids) if generator.text else None, block.finish_reason, block.stats)
     if as_json:
-        click.echo(_json(result, generator))
+        click.echo(_json(result, generator, options))
     return result
 
 
-def _json(result: Generation, generator: Generator) -> str:
+def _of_bundle(generator: Generator, options: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the bundle's decode defaults gave, as no option did."""
+    return {name: value for name, value in generator.bundle.manifest.decode_defaults.items()
+            if options.get(name) is None}
+
+
+def _json(result: Generation, generator: Generator, options: dict[str, Any]) -> str:
     backend = {"name": generator.backend.name, "why": generator.backend_choice}
-    return json.dumps({**result.as_dict(), "backend": backend})
+    return json.dumps({**result.as_dict(), "backend": backend, "decode_defaults": _of_bundle(generator, options)})
 
 
-def _summary(result: Generation, generator: Generator) -> str:
+def _summary(result: Generation, generator: Generator, options: dict[str, Any]) -> str:
     moe = generator.backend.description.moe
+    taken = ", ".join(f"{name} {value}" for name, value in _of_bundle(generator, options).items())
+    defaults = f"; by the bundle's decode defaults: {taken}" if taken else ""
     stats = result.stats
     phases = ", ".join(f"{count} {phase}" for phase, count in stats.forwards_by_phase.items() if count)
     seconds = sum(stats.seconds_by_phase.values())
@@ -139,7 +147,7 @@ def _summary(result: Generation, generator: Generator) -> str:
                     f"ahead, at most {r['peak_bytes'] / 1e6:.0f} MB in memory, ")
     return (f"[{result.finish_reason}: {stats.new_tokens} tokens, {stats.forwards} forward passes ({phases}), "
             f"{experts}{seconds:.2f} s "
-            f"on {generator.backend.name}: {generator.backend_choice}]")
+            f"on {generator.backend.name}: {generator.backend_choice}{defaults}]")
 
 
 def _shown(result: Generation) -> str:

@@ -67,7 +67,9 @@ class Digests:
 
 def identity(checkpoint: Checkpoint, parts: list[str]) -> str:
     """sha256 over the description of the whole checkpoint and the digests of the parts that were read."""
-    description = repr(sorted(checkpoint.full_description.model_dump().items()))
+    described = checkpoint.full_description
+    # One EOS, as in bundles from before `eos_ids`: what else ends an answer is no other model.
+    description = repr(sorted((described.model_dump(exclude={"eos_ids"}) | {"eos_id": described.eos_id}).items()))
     return hashlib.sha256("\n".join((description, *parts)).encode()).hexdigest()
 
 
