@@ -71,7 +71,7 @@ def test_a_bundle_is_fetched_by_its_manifest(hub, tiny_bundle):
 def test_what_is_no_bundle_on_the_hub(hub):
     with pytest.raises(BundleError, match=r"org/checkpoint on the hub has no manifest\.json.* export org/checkpoint "):
         resolve_bundle(Path("org/checkpoint"))
-    with pytest.raises(BundleError, match=r"org/none is no local bundle .*: 404: no such repository Run again"):
+    with pytest.raises(BundleError, match=r"org/none is no local bundle .*: 404: no such repository\. Run again"):
         resolve_bundle("org/none")
     (hub.repositories["org/bundle"] / "manifest.json").write_text("{}")
     with pytest.raises(BundleError, match="not readable as a manifest"):
