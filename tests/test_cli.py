@@ -48,7 +48,8 @@ def test_export_generate_inspect(tiny_checkpoint, tmp_path):
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert set(answer) == {"token_ids", "text", "finish_reason", "stats", "backend", "decode_defaults"}
-    assert not answer["decode_defaults"] and answer["backend"]["name"] == "onnxruntime" and "no engine" in answer["backend"]["why"]
+    assert not answer["decode_defaults"]
+    assert answer["backend"]["name"] == "onnxruntime" and "no engine" in answer["backend"]["why"]
     assert len(answer["token_ids"]) == 12 and answer["text"] is None and answer["finish_reason"] == "length"
     stats = answer["stats"]
     assert stats["forwards"] == sum(stats["forwards_by_phase"].values())
