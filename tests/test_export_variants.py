@@ -25,7 +25,8 @@ def _eager(folder, mode, **changes):
         return ids.numpy(), model(ids, torch.arange(30).expand(2, 30))
 
 
-@pytest.mark.parametrize(("mode", "settings"), [("token", {}), ("top_p", {"top_p": 0.3, "min_experts": 5}),
+@pytest.mark.parametrize(("mode", "settings"), [pytest.param("token", {}, marks=pytest.mark.slow),
+                                                ("top_p", {"top_p": 0.3, "min_experts": 5}),
                                                 ("top_c", {"coreset_size": 5})])
 def test_modes_with_settings_changed_at_run_time(tiny_checkpoint, exported, mode, settings):
     bundle = exported(tiny_checkpoint, routing=mode, block_length=8)
