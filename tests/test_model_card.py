@@ -23,7 +23,7 @@ from dmoe_export.check.card import in_markdown, record
 from dmoe_export.cli import main
 from dmoe_export.description import RoutingDescription
 from dmoe_export.export.licence import Licence, copy_licence, front_matter
-from dmoe_export.export.model_card import export_command, model_card, source_name
+from dmoe_export.export.model_card import export_command, model_card, source_name, without_path
 
 
 @pytest.fixture
@@ -113,6 +113,16 @@ def test_a_source_is_no_path_of_this_machine(tmp_path, monkeypatch):
     assert source_name(f"{tmp_path}/") == tmp_path.name
     monkeypatch.chdir(cached.parent)
     assert source_name(".") == "snapshots" and source_name("abc") == "org/Some-Model"
+
+
+@pytest.mark.parametrize(("folder", "sentence", "want"), [
+    ("/home/me/m", "The template of /home/me/m is broken: line 1.", "The template of NAME is broken: line 1."),
+    ("/home/me/m", "/home/me/m/config.json sets a, /home/me/m2 not.", "NAME/config.json sets a, /home/me/m2 not."),
+    (".", "config.json sets x 1.2. The file of . is broken.", "config.json sets x 1.2. The file of NAME is broken."),
+    ("/home/me/m", "There is none in /home/me/m. It ends in /home/me/m.", "There is none in NAME. It ends in NAME."),
+    ("m", "m/config.json sets more in me.", "NAME/config.json sets more in me.")])
+def test_warnings_name_no_place(folder, sentence, want):
+    assert without_path(sentence, Path(folder), "NAME") == want
 
 
 @given(st.text(), st.text(), st.text())

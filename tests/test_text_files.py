@@ -122,7 +122,7 @@ def test_a_converted_tokenizer_covers_the_model(tmp_path):
     ("vocab.json", '{"a": 0}', "255 of 256 bytes have no token"),
     ("vocab.json", '{"a": "b"}', "ids that are no numbers"),
     ("merges.txt", "h e x\n", "line 1 is 'h e x'"), ("merges.txt", "q x\n", "make no tokenizer"),
-    ("tokenizer_config.json", "[]", "it holds list"),
+    ("tokenizer_config.json", "[]", "holds no JSON object"),
     ("tokenizer_config.json", '{"eos_token": 5}', "eos_token is or holds 5"),
     ("tokenizer_config.json", '{"eos_token": {"content": 5}}', "is no token"),
     ("tokenizer_config.json", '{"tokenizer_class": 5}', "tokenizer_class is 5"),

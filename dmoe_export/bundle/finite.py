@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -10,11 +11,8 @@ def not_finite(value: Any, where: str = "") -> str | None:
     """The first number of a JSON value that is not finite, as "model.rope_theta is inf"; None where all are."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"{where or 'the value'} is {value}"
-    if isinstance(value, dict):
-        inner = value.items()
-    elif isinstance(value, (list, tuple)):
-        inner = enumerate(value)  # type: ignore[assignment]
-    else:
+    if not isinstance(value, (dict, list, tuple)):
         return None
+    inner: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
     found = (not_finite(part, f"{where}.{key}" if where else str(key)) for key, part in inner)
     return next(filter(None, found), None)

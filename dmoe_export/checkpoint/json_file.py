@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint folder."""
+"""JSON files of a checkpoint folder, with or without a byte-order mark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object of a file; raises CheckpointError when there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; give the folder of a Hugging Face checkpoint.") from None
     except RecursionError:

@@ -5,7 +5,6 @@ Sources: transformers' tokenization_utils_base.py (`_from_pretrained`) and token
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ..errors import CheckpointError
+from .json_file import read_json
 
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -46,15 +46,7 @@ def read_text(path: Path) -> str:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file, empty where there is none; raises CheckpointError."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as a JSON object: {error}.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} cannot be read as a JSON object: it holds {type(value).__name__}.")
-    return value
+    return read_json(path) if path.is_file() else {}
 
 
 def read_files(folder: Path) -> TokenizerFiles:

@@ -26,7 +26,7 @@ from ..errors import InputError
 from .conversion import identity, padded_width
 from .graph_file import save_graph
 from .licence import copy_licence
-from .model_card import model_card, source_name
+from .model_card import model_card, source_name, without_path
 from .quantisation import choose_precision
 from .routing import choose_routing
 from .salient import check_capacities, export_salient
@@ -101,8 +101,7 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *, p
                                        layers_total=source.full_description.num_layers, source=name),
             denoiser=graph, salient=salient_entry, experts=expert_entry, tokenizer=tokenizer,
             files=writer.entries, decode_defaults=source.decode_defaults,
-            # A bundle may be published: no path of this machine goes into it.
-            warnings=[w.replace(str(source.folder), name) for w in (*source.warnings, *warnings, *said)])
+            warnings=[without_path(w, source.folder, name) for w in (*source.warnings, *warnings, *said)])
         (writer.folder / CARD_NAME).write_text(model_card(manifest, licence), encoding="utf-8")
         writer.seal(manifest)
     source.reader.close()

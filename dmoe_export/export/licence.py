@@ -69,7 +69,7 @@ def front_matter(path: Path) -> dict[str, Any] | None:
     found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     if not found:
         return {}
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         said = yaml.safe_load(found[1])

@@ -28,6 +28,11 @@ def source_name(checkpoint: str | Path) -> str:
     return f"{cached[1]}/{cached[2]}" if cached else folder.resolve().name or "checkpoint"
 
 
+def without_path(sentence: str, folder: Path, name: str) -> str:
+    """A sentence with a checkpoint's public name for its path: a bundle may be published. Only whole paths count."""
+    return re.sub(rf"(?<![\w./-]){re.escape(str(folder))}(?=[/,;:\s)]|\.?$|\.\s)", lambda _: name, sentence)
+
+
 def model_card(manifest: Manifest, licence: Licence) -> str:
     """README.md of a bundle, in the form that hubs read."""
     d, source = manifest.model, manifest.checkpoint.source or "checkpoint"
