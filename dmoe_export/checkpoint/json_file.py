@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object of a file; raises CheckpointError when there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(path.read_text(encoding="utf-8").removeprefix("\ufeff"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; give the folder of a Hugging Face checkpoint.") from None
     except RecursionError:
