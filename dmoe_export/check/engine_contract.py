@@ -25,7 +25,7 @@ def graph_of(bundle: Bundle) -> onnx.ModelProto:
 
 
 def wrong_source(bundle: Bundle, entry: EngineEntry) -> str | None:
-    """Whether graph and weights are those the engine was built from (by hash; empty in older bundles)."""
+    """Whether graph and weights are those the engine was built from (by hash)."""
     now = {file.path: file.sha256 for file in bundle.manifest.files}
     changed = [name for name, digest in entry.made_from.items() if now.get(name) != digest]
     return f"it was built from another {' and another '.join(changed)} than the bundle holds" if changed else None
@@ -100,7 +100,7 @@ def wrong_counts(bundle: Bundle, entry: EngineEntry) -> str | None:
     """The manifest's own arithmetic, and what TensorRT counted before it built."""
     ops = plugin_ops(entry.experts_op)
     wanted = sum(op.count for op in bundle.manifest.denoiser.ops if op.name in ops)
-    counted = entry.network.layers.get("PLUGIN_V3", 0) if entry.network else entry.plugin_nodes
+    counted = entry.network.layers.get("PLUGIN_V3", 0)
     if counted != entry.plugin_nodes:
         return f"its network had {counted} plugins, the manifest says {entry.plugin_nodes}"
     if entry.plugin_nodes + entry.fallback_nodes != wanted:

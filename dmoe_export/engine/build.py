@@ -83,12 +83,18 @@ def _built(plan: BuildPlan, path: Path, report: Report | None, stopped: Sequence
     config.progress_monitor = make_monitor(trt, report, stopped)
     _build(plan, builder, network, config, path, logger.told)
     return EngineEntry(
-        file=plan.file_name, flavour=plan.flavour.name, version=plan.flavour.version, targets=list(plan.targets),
-        precision=plan.bundle.manifest.precision, experts=plan.settings.experts, experts_op=plan.settings.experts_op,
-        profiles=list(plan.profiles), plugin_build=plan.library.build if plan.library and plugins else None,
-        plugin_nodes=plugins, fallback_nodes=fallbacks, weight_inputs=plan.network.weight_inputs,
-        expert_pools=plan.network.expert_pools,
-        flags=list(plan.settings.flags), made_from=_sources(plan.bundle), network=network_entry(network, shapes))
+        **known_before(plan), plugin_build=plan.library.build if plan.library and plugins else None,
+        plugin_nodes=plugins, fallback_nodes=fallbacks, made_from=_sources(plan.bundle),
+        network=network_entry(network, shapes))
+
+
+def known_before(plan: BuildPlan) -> dict[str, Any]:
+    """What an engine's entry says that is known before it is built."""
+    settings, network = plan.settings, plan.network
+    return {"file": plan.file_name, "flavour": plan.flavour.name, "version": plan.flavour.version,
+            "targets": list(plan.targets), "precision": plan.bundle.manifest.precision, "experts": settings.experts,
+            "experts_op": settings.experts_op, "profiles": list(plan.profiles), "weight_inputs": network.weight_inputs,
+            "expert_pools": network.expert_pools, "flags": list(settings.flags)}
 
 
 def _sources(bundle: Bundle) -> dict[str, str]:
