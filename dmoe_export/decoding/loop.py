@@ -18,6 +18,7 @@ from ..runtime.backend import Backend, Cache, ForwardInputs, Ints, Limits
 from ..runtime.salient import SalientBackend, SalientGraphs, SalientSteps
 from .caching import Plan, longest, policy
 from .outcome import Outcome, asked_places
+from .routing import routing_inputs
 from .row import FinishReason, Row
 from .salient import policy as salient_policy
 from .settings import DecodeSettings
@@ -46,6 +47,11 @@ class BlockDiffusion:
         Raises RequestError for settings that make no sense with the backend's model.
         """
         self._backend, self._settings, self._bytes = backend, settings, bytes_per_expert
+        self._routing = routing_inputs(settings, backend.routing.mode, backend.description.moe)
+        vocabulary = backend.description.vocab_size
+        beyond = next((i for i in settings.eos_ids or () if i >= vocabulary), None)
+        if beyond is not None:
+            raise RequestError(f"eos_id {beyond} is outside the vocabulary 0 … {vocabulary - 1}.")
         bundled = backend.routing.block_length
         n = self._n = settings.block_length or bundled
         if n != bundled and backend.description.attention == "block_causal":
@@ -159,7 +165,7 @@ class BlockDiffusion:
                 positions[i, :plan.stop - plan.start] = np.arange(plan.start, plan.stop)
                 wanted[i, :len(asked[i])] = asked[i] + row.span.start - row.shift - plan.start
         return ForwardInputs(
-            ids, positions, wanted, self._settings.routing,
+            ids, positions, wanted, self._routing,
             want_logits=self._outcome.needs_logits and bool((wanted >= 0).any()),
             want_keys_values=any(plan is not None and plan.commit is not None for plan in plans))
 
