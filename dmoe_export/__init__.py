@@ -1,7 +1,7 @@
 """dmoe-export: mixture-of-experts diffusion language models, from a checkpoint to bundles that generate text.
 
-`Generator` (run time, no torch) and `export_checkpoint` (needs the `export` extra) are the two public faces; `Generation`
-and `Block` are what a generator answers, `GenerateOptions` is the type of its options.
+`Generator` (run time, no torch) and `export_checkpoint` (needs the `export` extra) are the two public faces;
+`Generation` and `Block` are what a generator answers, `GenerateOptions` is the type of its options.
 """
 
 from __future__ import annotations

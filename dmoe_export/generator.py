@@ -18,13 +18,12 @@ from .decoding.row import FinishReason
 from .decoding.settings import OPTIONS, DecodeSettings, GenerateOptions
 from .decoding.telemetry import Statistics
 from .errors import BundleError, RequestError
-from .prompts import Prompt, batch_of, check_fits, encode
 from .runtime.backend import Backend
-from .runtime.budget import plan_budget
-from .runtime.choose import BACKENDS, BackendName, open_backend
-from .runtime.resident import ResidentBackend, parse_interval
-from .runtime.resident_device import open_under_budget
-from .runtime.text import TextCodec, TextStream
+from .runtime.choose import BACKENDS, BackendName, open_backend, open_under_budget
+from .runtime.residency.backend import ResidentBackend, parse_interval
+from .runtime.residency.budget import plan_budget
+from .text.codec import TextCodec, TextStream
+from .text.prompts import Prompt, batch_of, encode
 
 _MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, whatever becomes of the machine
 
@@ -161,9 +160,7 @@ class Generator:
         """Finished blocks as they come, `index` telling the prompt; arguments and errors as in `generate`."""
         settings, folder, manifest = self._settings(options), self.bundle.folder, self.bundle.manifest
         encoded = [encode(prompt, chat, self.text, folder) for prompt in batch_of(prompts)]
-        loop = BlockDiffusion(self.backend, settings, manifest.bytes_per_expert, manifest.precision)
-        for number, ids in enumerate(encoded):
-            check_fits(number, ids, settings.max_new_tokens, self.backend, folder)
+        loop = BlockDiffusion(self.backend, settings, manifest.bytes_per_expert, manifest.precision, str(folder))
         loop.check(encoded)
         return self._blocks(encoded, loop)
 
