@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .runtime.choose import BACKENDS, BackendName, open_backend, open_under_budg
 from .runtime.residency.backend import ResidentBackend, parse_interval
 from .runtime.residency.budget import plan_budget
 from .text.codec import TextCodec, TextStream
-from .text.prompts import Prompt, batch_of, encode
+from .text.prompts import Prompts, batch_of, encode
 
 _MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, whatever becomes of the machine
 
@@ -102,7 +102,7 @@ class Generator:
             return cls(bundle, *open_backend(bundle, backend, threads))
         return cls(bundle, *open_under_budget(bundle, budget, interval, backend, threads))
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], *, chat: bool = True,
+    def generate(self, prompts: Prompts, *, chat: bool = True,
                  **options: Unpack[GenerateOptions]) -> list[Generation]:
         """Answer one prompt or a batch of prompts; always a list, in the order of the prompts.
 
@@ -155,7 +155,7 @@ class Generator:
                                                block.stats)
         return [ends[i] for i in range(len(batch))]
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], *, chat: bool = True,
+    def stream(self, prompts: Prompts, *, chat: bool = True,
                **options: Unpack[GenerateOptions]) -> Iterator[Block]:
         """Finished blocks as they come, `index` telling the prompt; arguments and errors as in `generate`."""
         settings, folder, manifest = self._settings(options), self.bundle.folder, self.bundle.manifest

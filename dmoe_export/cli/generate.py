@@ -11,7 +11,8 @@ import click
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import read_manifest
 from ..errors import RequestError
-from ..generator import Generation, Generator, Prompt
+from ..generator import Generation, Generator
+from ..text.prompts import Prompt
 from .options import BACKEND, THREADS, VERIFY, request_options
 from .progress import byte_bar
 

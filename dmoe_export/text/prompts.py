@@ -11,10 +11,12 @@ from ..errors import RequestError
 from .codec import Message, TextCodec
 
 Prompt = str | Sequence[int] | Sequence[Message]
+Prompts = str | Sequence[int | Message | Prompt]
+"""One prompt or a list of them; a list of ids, or of messages, is one. (Type checkers get lost in unions of lists.)"""
 _WRONG = "neither text, nor token ids, nor chat messages"
 
 
-def batch_of(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def batch_of(prompts: Prompts) -> list[Prompt]:
     """One prompt or many → many; raises RequestError for none, and for what is no list."""
     if not _is_list(prompts) and not isinstance(prompts, str):
         raise RequestError(f"Prompts {prompts!r} are {_WRONG}, nor a list of them.")
