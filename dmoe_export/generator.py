@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from .bundle.hub import resolve_bundle
 from .bundle.reader import Bundle, Verify, open_bundle
+from .decoding.limits import check_prompts
 from .decoding.loop import BlockDiffusion
 from .decoding.option import check_kind
 from .decoding.routing import routing_inputs
@@ -158,9 +159,10 @@ class Generator:
     def stream(self, prompts: Prompts, *, chat: bool = True,
                **options: Unpack[GenerateOptions]) -> Iterator[Block]:
         """Finished blocks as they come, `index` telling the prompt; arguments and errors as in `generate`."""
-        settings, folder, manifest = self._settings(options), self.bundle.folder, self.bundle.manifest
-        encoded = [encode(prompt, chat, self.text, folder) for prompt in batch_of(prompts)]
-        loop = BlockDiffusion(self.backend, settings, manifest.bytes_per_expert, manifest.precision, str(folder))
+        settings, manifest, folder = self._settings(options), self.bundle.manifest, str(self.bundle.folder)
+        encoded = [encode(prompt, chat, self.text, self.bundle.folder) for prompt in batch_of(prompts)]
+        loop = BlockDiffusion(self.backend, settings, manifest.bytes_per_expert, manifest.precision, folder)
+        check_prompts(encoded, settings.max_new_tokens, self.backend, folder)
         loop.check(encoded)
         return self._blocks(encoded, loop)
 

@@ -17,7 +17,7 @@ from ..errors import RequestError
 from ..runtime.backend import Backend, Cache, ForwardInputs, Ints, Limits
 from ..runtime.salient import SalientBackend, SalientGraphs, SalientSteps
 from .caching import Plan, policy
-from .limits import check_prompts
+from .limits import check_forwards
 from .outcome import Outcome, asked_places
 from .routing import routing_inputs
 from .row import FinishReason, Row
@@ -76,8 +76,8 @@ class BlockDiffusion:
         self._outcome = Outcome(settings, backend.description.mask_id, precision)
 
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Raise RequestError when the prompts, or the forwards their answers take, are more than the backend takes."""
-        check_prompts(prompts, self._settings, self._backend, self._n, self._bundle)
+        """Raise RequestError when so many prompts, or the forwards they take, are more than the backend takes."""
+        check_forwards(prompts, self._settings, self._backend, self._n, self._bundle)
 
     def decode(self, prompts: Sequence[Sequence[int]]) -> Iterator[BlockDecoded]:
         """Prompts of token ids (not empty) → finished blocks; a row's result does not depend on its neighbours.
