@@ -7,7 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "dmoe_export"
 FLOORS = {"cli": 7, "check": 6, "bench": 6, "generator": 5, "decoding": 4, "export": 3, "model/backend": 3, "model": 2,
-          "runtime": 2, "engine": 2, "checkpoint": 1, "ops": 1, "bundle": 1, "description": 0, "hub": 0, "errors": -1}
+          "runtime": 2, "engine": 2, "checkpoint": 1, "ops": 1, "bundle": 1, "description": 0, "hub": 0, "libraries": 0,
+          "errors": -1}
 TORCH_SIDE = {"export", "model", "checkpoint", "ops", "check"}
 DECLARATIONS = {"ops", "ops/schema", "ops/plugin_library"}  # what an op is, in words and names, and its built library
 
