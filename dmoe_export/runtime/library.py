@@ -1,13 +1,15 @@
 """One session of ONNX Runtime and one of our libraries of custom ops: what kernels it made, who holds the experts.
 
-The C side is plugins/onnxruntime/session.h.
+The C side is plugins/onnxruntime/session.h. ONNX Runtime takes an op's body, without a word, where a library has no
+kernel for it: so the kernels are counted.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +41,7 @@ class LibrarySession:
     """Must live as long as the session of ONNX Runtime that it was registered with."""
 
     def __init__(self, path: Path, source: ExpertSource | None = None) -> None:
-        """Raises MissingRequirementError where the library cannot be loaded, or knows no sessions."""
+        """Raises MissingRequirementError where library or ONNX Runtime does not take the other."""
         self._path, self._failures = path, list[BaseException]()
         try:
             _check_whole(path)
@@ -52,6 +54,7 @@ class LibrarySession:
         self._callbacks = _callbacks(source, self._failures) if source else (None, None)
         self._address = create(*(ctypes.cast(callback or 0, ctypes.c_void_p) for callback in self._callbacks), None)
         assert self._address, f"{path.name} asks no expert source"
+        self.register(ort.SessionOptions())
 
     def register(self, options: Any) -> None:
         """Have the session made with these options use the library; raises MissingRequirementError."""
@@ -70,11 +73,38 @@ class LibrarySession:
         if self._failures:
             raise self._failures.pop(0)
 
+    @property
+    def rebuild(self) -> str:
+        """What makes the library anew, as a clause."""
+        return f"build them again with `make {'cpu-ops' if self._path.name == 'libdmoe_cpu.so' else 'ort-ops'}`"
+
     def _unusable(self, error: Exception) -> MissingRequirementError:
-        target = "cpu-ops" if self._path.name == "libdmoe_cpu.so" else "ort-ops"
         reason = str(error).splitlines()[0].removeprefix(f"{self._path.resolve()}: ").rstrip(".")
         return MissingRequirementError(f"ONNX Runtime {ort.__version__} cannot use the kernels in {self._path} "
-                                       f"({reason}); build them again with `make {target}`.")
+                                       f"({reason}); {self.rebuild}.")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Whose kernels compute a session's nodes of our ops."""
+
+    missing: list[str]  # ops some of whose nodes run on their bodies, though a library of ours could serve them
+    sentence: str  # the end of one, such as "experts and linear layers on our CPU kernels"; may be empty
+
+
+def kernels_of(session: LibrarySession | None, ops: Mapping[str, int], words: Mapping[str, str], ours: str,
+               why_not: str) -> Kernels:
+    """Of a graph with so many nodes of each op; `words`: what the ops that the library serves are, by name.
+
+    `ours`: what the library's kernels are called. `why_not`: why there is no session of the library, a clause.
+    """
+    made = {op: session.kernels(op) if session else 0 for op in words if ops.get(op)}
+    missing = [op for op in made if made[op] < ops[op]]
+    if session:
+        why_not = f"{ours} serve " + " and ".join(f"{made[op]} of {ops[op]} {op} nodes" for op in missing)
+    sides = {ours: [words[op] for op in made if op not in missing],
+             f"ONNX Runtime's own ops ({why_not})": [words[op] for op in missing]}
+    return Kernels(missing, ", ".join(f"{' and '.join(what)} on {side}" for side, what in sides.items() if what))
 
 
 def _callbacks(source: ExpertSource, failures: list[BaseException]) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ...errors import RequestError
 from ..backend import Backend, ForwardInputs, ForwardOutputs, Ints
+from ..library import Kernels
 from .budget import ExpertBudget
 from .policy import Costs, Interval, Residency, Tier
 
@@ -75,6 +76,11 @@ class ResidentBackend:
         """The other backend's cache."""
         self._blocks = None
         return self._backend.new_cache(rows)
+
+    @property
+    def kernels(self) -> Kernels:
+        """Whose kernels run, where the other backend tells."""
+        return getattr(self._backend, "kernels", Kernels([], ""))
 
     def salient_graphs(self, capacity: int | None) -> Any:
         """Raises RequestError: a salient graph maps the experts itself, which the budget does not see."""
