@@ -12,7 +12,6 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -25,7 +24,6 @@ from tokenizers import Tokenizer
 
 from dmoe_export.ops.block_route.attributes import RouteAttributes
 from dmoe_export.ops.experts.eager import experts
-from dmoe_export.ops.schema import DOMAIN
 from dmoe_export.runtime.gpu.custom_ops import SERVED, check_session, prepare_session
 
 HALVES = [(FP16, TensorProto.FLOAT16, torch.float16), (BF16, TensorProto.BFLOAT16, torch.bfloat16)]

@@ -48,7 +48,7 @@ def test_a_library_that_cannot_be_loaded(tiny_bundle, tmp_path, monkeypatch, len
     assert "on ONNX Runtime's own ops (ONNX Runtime " in answers.backend_choice
     assert f"cannot use the kernels in {tmp_path / 'libdmoe_cpu.so'} (" in answers.backend_choice
     assert answers.generate([[5, 6, 7]], max_new_tokens=2)
-    with pytest.raises(MissingRequirementError, match="cannot use the kernels in .*; build them again with"):
+    with pytest.raises(MissingRequirementError, match=r"cannot use the kernels in .*; build them again with"):
         said(tiny_bundle, "on")
 
 
