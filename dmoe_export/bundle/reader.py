@@ -67,8 +67,8 @@ def read_manifest(folder: Path) -> Manifest:
     path, raw = folder / MANIFEST_NAME, _read_json(folder)
     version = raw["schema_version"]
     if _is_older(version):
-        raise BundleError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; export the bundle "
-                          "again with: dmoe-export export CHECKPOINT --out BUNDLE.")
+        raise BundleError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; export the "
+                          "bundle again with: dmoe-export export CHECKPOINT --out BUNDLE.")
     if version != SCHEMA_VERSION:
         raise BundleError(f"{path} has schema version {version!r}, this program reads {SCHEMA_VERSION}; "
                           "use the version of dmoe-export that made it, or export again.")

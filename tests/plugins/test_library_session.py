@@ -15,7 +15,7 @@ from ort_ops_helpers import CPU, library, route_model
 
 from dmoe_export.errors import MissingRequirementError
 from dmoe_export.ops.block_route.attributes import RouteAttributes
-from dmoe_export.runtime.library_session import LibrarySession
+from dmoe_export.runtime.library import LibrarySession
 
 ROUTE = RouteAttributes("top_p", 8, 4, 4, 2, 2.5).node_attributes()
 
