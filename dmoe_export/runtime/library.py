@@ -1,12 +1,15 @@
 """One session of ONNX Runtime and one of our libraries of custom ops: what kernels it made, who holds the experts.
 
-The C side is plugins/onnxruntime/session.h.
+The C side is plugins/onnxruntime/session.h. ONNX Runtime takes an op's body, without a word, where a library has no
+kernel for it: so the kernels are counted.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +32,7 @@ class LibrarySession:
     """Must live as long as the session of ONNX Runtime that it was registered with."""
 
     def __init__(self, path: Path, source: ExpertSource | None = None) -> None:
-        """Raises MissingRequirementError where the library cannot be loaded, or knows no sessions."""
+        """Raises MissingRequirementError where library or ONNX Runtime does not take the other."""
         self._path = path
         try:
             _check_whole(path)
@@ -41,6 +44,7 @@ class LibrarySession:
         kernels.restype, kernels.argtypes = ctypes.c_int64, [ctypes.c_void_p, ctypes.c_char_p]
         self._address = create(*(source or (None, None, None)))
         assert self._address, f"{path.name} asks no expert source"
+        self.register(ort.SessionOptions())
 
     def register(self, options: Any) -> None:
         """Have the session made with these options use the library; raises MissingRequirementError."""
@@ -54,11 +58,38 @@ class LibrarySession:
         """Kernels the library has made for nodes of this op ("DmoeExperts", "DmoeLinear", "DmoeBlockRoute")."""
         return int(self._library.dmoe_session_kernels(self._address, op.encode()))
 
+    @property
+    def rebuild(self) -> str:
+        """What makes the library anew, as a clause."""
+        return f"build them again with `make {'cpu-ops' if self._path.name == 'libdmoe_cpu.so' else 'ort-ops'}`"
+
     def _unusable(self, error: Exception) -> MissingRequirementError:
-        target = "cpu-ops" if self._path.name == "libdmoe_cpu.so" else "ort-ops"
         reason = str(error).splitlines()[0].removeprefix(f"{self._path.resolve()}: ").rstrip(".")
         return MissingRequirementError(f"ONNX Runtime {ort.__version__} cannot use the kernels in {self._path} "
-                                       f"({reason}); build them again with `make {target}`.")
+                                       f"({reason}); {self.rebuild}.")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Whose kernels compute a session's nodes of our ops."""
+
+    missing: list[str]  # ops some of whose nodes run on their bodies, though a library of ours could serve them
+    sentence: str  # the end of one, such as "experts and linear layers on our CPU kernels"; may be empty
+
+
+def kernels_of(session: LibrarySession | None, ops: Mapping[str, int], words: Mapping[str, str], ours: str,
+               why_not: str) -> Kernels:
+    """Of a graph with so many nodes of each op; `words`: what the ops that the library serves are, by name.
+
+    `ours`: what the library's kernels are called. `why_not`: why there is no session of the library, a clause.
+    """
+    made = {op: session.kernels(op) if session else 0 for op in words if ops.get(op)}
+    missing = [op for op in made if made[op] < ops[op]]
+    if session:
+        why_not = f"{ours} serve " + " and ".join(f"{made[op]} of {ops[op]} {op} nodes" for op in missing)
+    sides = {ours: [words[op] for op in made if op not in missing],
+             f"ONNX Runtime's own ops ({why_not})": [words[op] for op in missing]}
+    return Kernels(missing, ", ".join(f"{' and '.join(what)} on {side}" for side, what in sides.items() if what))
 
 
 def _check_whole(library: Path) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...errors import RequestError
 from ..backend import Backend, ForwardInputs, ForwardOutputs, Ints
+from ..library import Kernels
 from ..salient import Arrays, GraphName, SalientBackend, SalientGraphs
 from .budget import ExpertBudget
 from .policy import Costs, Interval, Residency, Tier
@@ -80,6 +81,11 @@ class ResidentBackend:
         """The other backend's cache."""
         self._blocks = None
         return self._backend.new_cache(rows)
+
+    @property
+    def kernels(self) -> Kernels:
+        """Whose kernels run, where the other backend tells."""
+        return getattr(self._backend, "kernels", Kernels([], ""))
 
     def salient_graphs(self, capacity: int | None) -> ResidentSalient:
         """The other backend's, under the same budget. Raises RequestError where it has none."""
