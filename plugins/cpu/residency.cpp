@@ -215,8 +215,8 @@ private:
         if (begin != end) {
             std::vector<int32_t> next(begin, begin + std::min<int64_t>(end - begin, room()));
             mReader.give([this, layer, next = std::move(next)] {
-                for (int32_t const e : next) {
-                    read(layer, e);
+                for (size_t i = 0; i < next.size() && !mClosing; ++i) {
+                    read(layer, next[i]);
                 }
             });
         }
@@ -296,7 +296,7 @@ private:
     int64_t mClock = 0;
     DmoeResidencyTotals mTotals{};
     std::atomic<bool> mClosing{false};
-    dmoe::cpu::Worker mBringer, mReader; // end first
+    dmoe::cpu::Worker mBringer{"bring-experts"}, mReader{"read-experts"}; // end first
 };
 
 DmoeResidency* dmoe_residency_create(void const* const* tensors, int64_t const* slabs, int32_t layers, int32_t parts,

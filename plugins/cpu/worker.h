@@ -5,12 +5,17 @@
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <pthread.h>
 #include <thread>
 
 namespace dmoe::cpu {
 
 class Worker {
 public:
+    explicit Worker(char const* name) // of the thread, at most 15 letters
+        : mName(name)
+    {
+    }
     ~Worker() { close(); }
 
     void give(std::function<void()> work)
@@ -51,6 +56,7 @@ public:
 private:
     void run()
     {
+        pthread_setname_np(pthread_self(), mName);
         std::unique_lock<std::mutex> guard(mMutex);
         for (;;) {
             mChanged.wait(guard, [this] { return mClosed || !mWaiting.empty(); });
@@ -68,6 +74,7 @@ private:
         }
     }
 
+    char const* const mName;
     std::mutex mMutex, mJoining;
     std::condition_variable mChanged;
     std::deque<std::function<void()>> mWaiting;

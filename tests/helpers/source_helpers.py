@@ -9,8 +9,8 @@ import numpy as np
 
 from dmoe_export.runtime.library import ExpertSource
 
-_ACQUIRE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
-_RELEASE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+ACQUIRE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+RELEASE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
 _alive = []  # callbacks live as long as sessions may
 
 
@@ -27,7 +27,7 @@ def as_source(source) -> ExpertSource:
             source.failures.append(error)
             return -1
 
-    callbacks = (_ACQUIRE(lambda _, *call: guarded(source.acquire, *call)),
-                 _RELEASE(lambda _, *call: guarded(source.release, *call) and None))
+    callbacks = (ACQUIRE(lambda _, *call: guarded(source.acquire, *call)),
+                 RELEASE(lambda _, *call: guarded(source.release, *call) and None))
     _alive.append(callbacks)
     return ExpertSource(*(ctypes.cast(callback, ctypes.c_void_p).value for callback in callbacks), 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import itertools
 import os
@@ -14,6 +13,7 @@ import pytest
 from cpu_ops_helpers import built
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from source_helpers import ACQUIRE, RELEASE
 
 from dmoe_export.errors import BundleError, MissingRequirementError
 from dmoe_export.runtime.cpu import expert_file
@@ -49,8 +49,8 @@ def _in_memory(tier):
 
 def _groups(tier, layer, experts):
     """As the experts op asks: what is held together, until all were."""
-    acquire = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 3, ctypes.c_int32)(tier.source.acquire)
-    release = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, ctypes.c_int32)(tier.source.release)
+    acquire = ACQUIRE(tier.source.acquire)
+    release = RELEASE(tier.source.release)
     layer_is = tier.source.context, tier.weights[f"{layer}.0"].ctypes.data
     left = np.array(experts, np.int32)
     while len(left):
@@ -129,7 +129,7 @@ def test_a_group_is_as_large_as_the_room(file):
 
 def test_nobody_asks_for_an_unknown_layer_or_nothing(file):
     tier, expert = _tier(file, 2), np.zeros(1, np.int32)
-    acquire = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 3, ctypes.c_int32)(tier.source.acquire)
+    acquire = ACQUIRE(tier.source.acquire)
     assert acquire(tier.source.context, tier.weights["0.1"].ctypes.data, expert.ctypes.data, 1) == -1
     assert acquire(tier.source.context, tier.weights["0.0"].ctypes.data, expert.ctypes.data, 0) == -1
     tier.close()
