@@ -50,6 +50,7 @@ def name_by_part(model: Any) -> None:
             copy.CopyFrom(function)
             copy.overload = mark
             _name_body(copy, f"{mark}|")
+        model.functions.remove(function)
 
 
 def _name_body(function: Any, mark: str) -> None:

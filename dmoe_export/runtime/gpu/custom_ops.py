@@ -86,6 +86,6 @@ def _check_precision(bundle: Bundle) -> None:
     if bundle.manifest.precision == "fp32":
         option = "--dense-precision" if bundle.manifest.quantisation else "--precision"
         raise MissingRequirementError(
-            f"{bundle.folder} has precision fp32, for which the custom op {experts.SCHEMA.name} has no kernels; export with "
-            f"{option} fp16 or bf16, or leave the custom ops off.")
+            f"{bundle.folder} has precision fp32, for which the custom op {experts.SCHEMA.name} has no kernels; export "
+            f"with {option} fp16 or bf16, or leave the custom ops off.")
 
