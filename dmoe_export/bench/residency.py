@@ -1,8 +1,8 @@
 """Expert residency compared in one process: budget × refresh interval × routing over the same prompt.
 
-One session in pieces serves all budgets, which take turns round by round. Every setting of a round starts cold: no
-expert in memory, and their file out of the page cache as far as the kernel lets go of it. Budget `off` is the plain
-backend, opened anew: the kernel pages as it likes. Peaks are what the kernel says of this process, not the tier.
+Settings take turns round by round, each opened anew and cold: no expert in memory, and their file out of the page cache
+as far as the kernel lets go of it. Budget `off` is the plain backend: the kernel pages as it likes. Peaks are what the
+kernel says of this process, not the tier. What keeping books costs by itself is in `residency_price.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from ..errors import RequestError
 from ..generator import Generator, Prompt
 from ..runtime.cpu.backend import OnnxRuntimeBackend
 from ..runtime.cpu.mapped_memory import FileIdentity, file_backed_bytes
-from ..runtime.cpu.onnxruntime_pieces import PieceSession
-from ..runtime.cpu.resident import expert_file, under_budget
+from ..runtime.cpu.resident import expert_file, open_resident
 from ..runtime.residency.backend import ResidentBackend, parse_interval
 from ..runtime.residency.budget import plan_budget
 
@@ -115,25 +114,18 @@ def run(bundle: Bundle, prompt: Prompt, chosen: Sequence[Setting], rounds: int, 
         plan_budget(manifest, None if setting.budget == "off" else setting.budget)
     measured: dict[Setting, list[tuple[float, dict[str, Any]]]] = {setting: [] for setting in chosen}
     first: dict[str, list[int]] = {}
-    length, session = 0, None
+    length = 0
     for _ in range(rounds):
         for setting in chosen:
             _forget(bundle)
             budget = plan_budget(manifest, None if setting.budget == "off" else setting.budget)
+            backend: Any = (open_resident(bundle, budget, parse_interval(setting.interval), threads) if budget
+                            else OnnxRuntimeBackend(bundle, threads))
+            seconds, row, tokens, length = _measure(bundle, backend, prompt, setting,
+                                                    {"max_new_tokens": max_new_tokens, "steps": steps})
             if budget:
-                session = session or PieceSession(bundle, threads)
-                backend: Any = under_budget(bundle, session, budget, parse_interval(setting.interval))
-            else:
-                backend = OnnxRuntimeBackend(bundle, threads)
-            try:
-                seconds, row, tokens, length = _measure(bundle, backend, prompt, setting,
-                                                        {"max_new_tokens": max_new_tokens, "steps": steps})
-            finally:
-                if isinstance(backend, ResidentBackend):
-                    backend.close()
-                if session:
-                    session.source = None
-                del backend  # and with it the last mapping of the experts, or their pages would stay cached
+                backend.close()
+            del backend  # and with it the last mapping of the experts, or their pages would stay cached
             first.setdefault(setting.routing, tokens)
             measured[setting].append((seconds, row | {"same_tokens": tokens == first[setting.routing]}))
             advance(f"{setting.routing} {setting.budget} {setting.interval}")

@@ -8,33 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, NamedTuple
 
 from ..errors import MissingRequirementError
 from .ort import ort
 
-Experts = NDArray[np.int32]
 
-_ACQUIRE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
-_RELEASE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+class ExpertSource(NamedTuple):
+    """Has weights of experts in memory while they are read: addresses of a DmoeAcquire, a DmoeRelease, their context.
 
+    In C, not in Python: between a thread that computes in Python and another that waits for it lie 5 ms, twice a layer.
+    """
 
-class ExpertSource(Protocol):
-    """Has weights of experts in memory while they are read; the address of its gate_up tensor names a layer."""
-
-    def acquire(self, gate_up: int, experts: Experts) -> int:
-        """Hold some of these expert ids, at least one: reorder `experts` so that they come first; how many they are."""
-        ...
-
-    def release(self, gate_up: int, experts: Experts) -> None:
-        """What was acquired is no longer read."""
-        ...
+    acquire: int
+    release: int
+    context: int
 
 
 class LibrarySession:
@@ -42,7 +33,7 @@ class LibrarySession:
 
     def __init__(self, path: Path, source: ExpertSource | None = None) -> None:
         """Raises MissingRequirementError where library or ONNX Runtime does not take the other."""
-        self._path, self._failures = path, list[BaseException]()
+        self._path = path
         try:
             _check_whole(path)
             self._library = ctypes.CDLL(str(path.resolve()))
@@ -51,8 +42,7 @@ class LibrarySession:
             raise self._unusable(error) from error
         create.restype, create.argtypes = ctypes.c_void_p, [ctypes.c_void_p] * 3
         kernels.restype, kernels.argtypes = ctypes.c_int64, [ctypes.c_void_p, ctypes.c_char_p]
-        self._callbacks = _callbacks(source, self._failures) if source else (None, None)
-        self._address = create(*(ctypes.cast(callback or 0, ctypes.c_void_p) for callback in self._callbacks), None)
+        self._address = create(*(source or (None, None, None)))
         assert self._address, f"{path.name} asks no expert source"
         self.register(ort.SessionOptions())
 
@@ -67,11 +57,6 @@ class LibrarySession:
     def kernels(self, op: str) -> int:
         """Kernels the library has made for nodes of this op ("DmoeExperts", "DmoeLinear", "DmoeBlockRoute")."""
         return int(self._library.dmoe_session_kernels(self._address, op.encode()))
-
-    def raise_failure(self) -> None:
-        """Raise what the source raised in a run, if it did."""
-        if self._failures:
-            raise self._failures.pop(0)
 
     @property
     def rebuild(self) -> str:
@@ -105,26 +90,6 @@ def kernels_of(session: LibrarySession | None, ops: Mapping[str, int], words: Ma
     sides = {ours: [words[op] for op in made if op not in missing],
              f"ONNX Runtime's own ops ({why_not})": [words[op] for op in missing]}
     return Kernels(missing, ", ".join(f"{' and '.join(what)} on {side}" for side, what in sides.items() if what))
-
-
-def _callbacks(source: ExpertSource, failures: list[BaseException]) -> tuple[Any, Any]:
-    """C functions that call the source; what it raises is kept, because C has no exceptions."""
-    def guarded(work: Callable[[int, Experts], int | None], gate_up: int, experts: int, count: int) -> int:
-        memory: Any = (ctypes.c_int32 * count).from_address(experts)
-        ids = np.frombuffer(memory, np.int32)
-        try:
-            return work(gate_up, ids) or 0
-        except BaseException as error:
-            failures.append(error)
-            return -1
-
-    def acquire(_: int | None, gate_up: int, experts: int, count: int) -> int:
-        return guarded(source.acquire, gate_up, experts, count)
-
-    def release(_: int | None, gate_up: int, experts: int, count: int) -> None:
-        guarded(source.release, gate_up, experts, count)
-
-    return _ACQUIRE(acquire), _RELEASE(release)
 
 
 def _check_whole(library: Path) -> None:

@@ -26,7 +26,7 @@ INSTALLED = HERE.parents[1] / "dmoe_export" / "lib" / "libdmoe_cpu.so"
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 SOURCES: dict[str, tuple[str, ...]] = {  # sums over places are also made outside (residency): no fused rounding
     "experts.cpp": ("-ffp-contract=off",), "linear.cpp": (), "lost_pages.cpp": (), "op_experts.cpp": (),
-    "op_linear.cpp": (), "../onnxruntime/register.cpp": (), "../onnxruntime/session.cpp": (),
+    "op_linear.cpp": (), "residency.cpp": (), "../onnxruntime/register.cpp": (), "../onnxruntime/session.cpp": (),
     "isa_generic.cpp": ()}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")

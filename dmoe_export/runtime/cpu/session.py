@@ -17,6 +17,7 @@ from .library import SERVED, CpuOps, open_library
 _QUANTISED_FROM = 1, 25
 
 _LOST, _EXPERTS_LOST = "was cut short while it was read", "the file of the experts"  # as plugins/cpu/op_*.cpp say it
+_GAVE_UP = "the expert source gave up"  # plugins/onnxruntime/session.cpp
 
 
 class CpuSession:
@@ -29,23 +30,19 @@ class CpuSession:
     def run(self, wanted: list[str], feeds: Mapping[str, Any]) -> list[Any]:
         """The wanted outputs, in this order.
 
-        Raises what the expert source raised, and BundleError where our kernels found a weight file cut short while
-        they read.
+        Raises BundleError where our kernels, or the expert source they ask, found a weight file cut short.
         """
         try:
             results: list[Any] = self.raw.run(wanted, feeds)
+            return results
         except Exception as error:  # onnxruntime raises its own kinds
-            if self._library:
-                self._library.raise_failure()
-            if _LOST not in str(error):
+            if _LOST not in str(error) and _GAVE_UP not in str(error):
                 raise
-            experts = self._bundle.manifest.experts if _EXPERTS_LOST in str(error) else None
+            of_experts = _EXPERTS_LOST in str(error) or _GAVE_UP in str(error)
+            experts = self._bundle.manifest.experts if of_experts else None
             file = experts.file if experts else f"{self._bundle.manifest.denoiser.file}.data"
             raise BundleError(f"{self._bundle.folder / file} was changed or removed while it was in use; "
                               "open the bundle again.") from None
-        if self._library:
-            self._library.raise_failure()
-        return results
 
 
 def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int | None = None,
