@@ -19,11 +19,6 @@ SERVED = {experts.SCHEMA.name: "experts", linear.SCHEMA.name: "linear layers"}
 CpuOps = Literal["auto", "on", "off"]
 
 
-def uses_cpu_ops(wanted: CpuOps = "auto") -> bool:
-    """Whether the library would be used."""
-    return wanted == "on" or (wanted == "auto" and INSTALLED.is_file())
-
-
 def open_library(wanted: CpuOps, options: ort.SessionOptions,
                  source: ExpertSource | None = None) -> tuple[LibrarySession | None, str]:
     """The library, registered with `options`; else None, and why not, as a clause.

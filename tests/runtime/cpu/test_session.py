@@ -62,17 +62,3 @@ def test_a_library_that_does_not_serve_every_node(half_sample_bundle, monkeypatc
     with pytest.raises(MissingRequirementError) as raised:
         said(half_sample_bundle, "on")
     assert f"do not fit {half_sample_bundle.denoiser_path}, which would run with {sentence}; build" in str(raised.value)
-
-
-def test_what_a_source_raises_ends_the_run(tiny_bundle):
-    class Source:
-        def acquire(self, gate_up, experts):
-            raise KeyboardInterrupt
-
-        def release(self, gate_up, experts):
-            raise AssertionError("nothing was acquired")
-
-    generator = Generator(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, 1, source=Source()))
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            generator.generate([[5, 6, 7]], max_new_tokens=2)
