@@ -4,7 +4,7 @@
 
 The model has LLaDA2.0-mini's structure (256 experts, 8 groups, a shared expert, one dense layer first) at small widths:
 how many launches, copies and library calls there are does not depend on the widths. Needs what
-tests/test_cuda_provider.py needs (the package index once, a C++ and a CUDA compiler). Writes
+tests/runtime/gpu/test_cuda_provider.py needs (the package index once, a C++ and a CUDA compiler). Writes
 cuda_operations_stubs_<date>.json.
 """
 

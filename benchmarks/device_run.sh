@@ -100,7 +100,7 @@ custom_ops() {  # both libraries are there, and ONNX Runtime takes ours; without
     "$PYTHON" -c "
 import onnxruntime as ort
 from dmoe_export.ops.plugin_library import find_library as plugins
-from dmoe_export.runtime.ort_custom_ops import find_library
+from dmoe_export.runtime.gpu.custom_ops import find_library
 ort.SessionOptions().register_custom_ops_library(str(find_library()))
 print(f'ONNX Runtime {ort.__version__} takes {find_library()}; plugins build {plugins().build}')"
 }
@@ -131,7 +131,7 @@ run() {  # the steps of these names
         bench-kernels) SHOWN=24 PROOF='TB/s' step "$name" 180 "$PYTHON" benchmarks/gpu_kernels.py --out "$OUT" ;;
         bench-residency) PROOF='a miss:' step "$name" 70 "$PYTHON" benchmarks/gpu_residency.py --out "$OUT" ;;
         test-kernels) PROOF='[0-9]+ passed' step "$name" 180 bash -c "OMP_NUM_THREADS=2 tests -n 6 -v --durations=10 \
-            --dist worksteal $gpu/test_gpu_kernels.py tests/test_device_gpu.py" ;;
+            --dist worksteal $gpu/test_gpu_kernels.py tests/runtime/gpu/test_device_gpu.py" ;;
         test-residency) PROOF='[0-9]+ passed' step "$name" 60 bash -c "tests -vv $gpu/test_gpu_residency.py" ;;
         memcheck | racecheck | initcheck | synccheck)
             PROOF='[0-9]+ passed' step "$name" 90 bash -c "tests -vv $gpu/test_gpu_sanitizer.py -k $name" ;;
@@ -139,7 +139,7 @@ run() {  # the steps of these names
         unpack-ort) PROOF=CUDAExecutionProvider step "$name" 90 bash -c "unpack ort 'import onnxruntime as module'" &&
             use ort ;;
         test-custom-ops) PROOF='[0-9]+ passed' step "$name" 100 bash -c "OMP_NUM_THREADS=2 tests -n 4 -v \
-            $gpu/test_gpu_ort_custom_ops.py tests/test_device_gpu.py" ;;
+            $gpu/test_gpu_ort_custom_ops.py tests/runtime/gpu/test_device_gpu.py" ;;
         test-generation) PROOF='[0-9]+ passed' step "$name" 180 bash -c "OMP_NUM_THREADS=2 tests -n 4 -v \
             --dist worksteal $gpu/test_gpu_generation.py -k onnxruntime" ;;
         generate-fp16) generate fp16 --profile 3 ;;

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dmoe_export.runtime.device import Device
+from dmoe_export.runtime.gpu.device import Device
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "dmoe_export" / "lib" / "libdmoe_plugins.so"

@@ -56,8 +56,8 @@ def coreset_settings(bundle: Any, coreset: str) -> dict[str, Any]:
 def backends(bundle: Any, device: Any, context: int) -> Iterator[tuple[str, Opener | str]]:
     """Name and opener of each backend, what matters most first; or the sentence why there is none."""
     from dmoe_export.errors import DmoeError
-    from dmoe_export.runtime.onnxruntime_cuda import open_onnxruntime_cuda
-    from dmoe_export.runtime.tensorrt import open_tensorrt
+    from dmoe_export.runtime.gpu.onnxruntime import open_onnxruntime_cuda
+    from dmoe_export.runtime.gpu.tensorrt import open_tensorrt
 
     yield OPS[0], lambda: open_onnxruntime_cuda(bundle, device, custom_ops="on")
     yield OPS[1], lambda: open_onnxruntime_cuda(bundle, device, cuda_graphs=False, custom_ops="on")
@@ -147,7 +147,7 @@ def run(work: Path, options: argparse.Namespace, device: Any, keep: Callable[[di
     context = options.prompt + (options.blocks + 1) * bundle.manifest.routing.block_length
     every: Any = backends(bundle, device, context)
     if options.cpu:
-        from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
+        from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 
         every = [("onnxruntime", lambda: OnnxRuntimeBackend(bundle))]
     about = {"geometry": options.geometry, "layers": options.layers, "precision": options.precision,
@@ -236,7 +236,7 @@ def main() -> None:
         about = {"name": f"CPU {platform.machine()}"}
     else:
         require_gpu()
-        from dmoe_export.runtime.device import CudaDevice
+        from dmoe_export.runtime.gpu.device import CudaDevice
 
         device = CudaDevice.open()
         about = describe_device(device)

@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--no-torch", action="store_true", help="without the PyTorch baseline")
     options = parser.parse_args()
     require_gpu()
-    from dmoe_export.runtime.device import CudaDevice
+    from dmoe_export.runtime.gpu.device import CudaDevice
 
     baseline = None
     if not options.no_torch:

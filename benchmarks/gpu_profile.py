@@ -88,7 +88,7 @@ def main() -> None:
 
     require_gpu()
     from dmoe_export.bundle.reader import open_bundle
-    from dmoe_export.runtime.onnxruntime_cuda import open_onnxruntime_cuda
+    from dmoe_export.runtime.gpu.onnxruntime import open_onnxruntime_cuda
 
     bundle = open_bundle(options.bundle, "sizes")
     with tempfile.TemporaryDirectory() as scratch:

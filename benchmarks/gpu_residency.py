@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON [benchmarks/results]")
     options = parser.parse_args()
     require_gpu()
-    from dmoe_export.runtime.device import CudaDevice
+    from dmoe_export.runtime.gpu.device import CudaDevice
 
     result = run(CudaDevice.open(), KernelLibrary(LIBRARY), keep=partial(append_finding, options.out))
     print(f"{write_result(result, options.out)}\n{table(result)}")

@@ -207,7 +207,7 @@ def main() -> None:
     options = parser.parse_args()
     start = time.perf_counter()
     require_gpu()
-    from dmoe_export.runtime.device import CudaDevice
+    from dmoe_export.runtime.gpu.device import CudaDevice
 
     tell = partial(_tell, options.out, start)
     if not run(CudaDevice.open(), KernelLibrary(LIBRARY), tell, GEOMETRIES["mini"]):

@@ -31,7 +31,7 @@ from dmoe_export.ops.experts.eager import experts as eager
 from dmoe_export.ops.experts.onnx_body import experts_body
 from dmoe_export.ops.experts.quantised import quantise
 from dmoe_export.ops.schema import DOMAIN, OPSET
-from dmoe_export.runtime.cpu_ops import INSTALLED, use_cpu_ops
+from dmoe_export.runtime.cpu.library import INSTALLED, use_cpu_ops
 
 E, K, H, I, TOKENS = 128, 8, 2048, 512, 32  # noqa: E741
 WIDTHS = {"fp32": None} | {f"{name} G {size}": ExpertQuantisation(bits=bits, group_size=size)  # type: ignore[arg-type]

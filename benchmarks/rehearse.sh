@@ -124,8 +124,8 @@ if (($# == 0)); then
         python3 tests/gpu/rtx_finding.py '$STASH/sample.bundle' sm80 --build-only"
     # The GPU programs' own code and its tests, with the machine's versions of everything.
     check python-side 600 "PYTHONPATH='$STASH/site:.' python3 -m pytest -p no:cacheprovider \
-        tests/test_gpu_benchmarks.py tests/test_gpu_checks_on_cpu.py tests/test_gpu_residency_on_cpu.py \
-        tests/test_gpu_generate_on_cpu.py tests/test_device_run.py"
+        tests/bench/test_gpu_benchmarks.py tests/bench/test_gpu_checks_on_cpu.py tests/bench/test_gpu_residency_on_cpu.py \
+        tests/bench/test_gpu_generate_on_cpu.py tests/bench/test_device_run.py"
     rm -rf "${WORK:?}/home" "${WORK:?}/tree" && mkdir "$WORK/home"
     call bare 300 ".carry/base" "export OUT; bash benchmarks/device_run.sh engines unpack-ort"
 fi

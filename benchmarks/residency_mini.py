@@ -23,8 +23,8 @@ from typing import Any
 import click
 from measuring import machine, now, write_result
 
-from dmoe_export.runtime.budget import parse_bytes
-from dmoe_export.runtime.mapped_memory import FileIdentity
+from dmoe_export.runtime.cpu.mapped_memory import FileIdentity
+from dmoe_export.runtime.residency.budget import parse_bytes
 
 _GENERATE = """
 import json, sys

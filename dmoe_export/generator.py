@@ -17,11 +17,10 @@ from .decoding.telemetry import Statistics
 from .description import RUNTIME_SETTINGS
 from .errors import BundleError, RequestError
 from .runtime.backend import Backend, Limits
-from .runtime.budget import plan_budget
-from .runtime.choose import BACKENDS, BackendName, open_backend
-from .runtime.resident import ResidentBackend, parse_interval
-from .runtime.resident_device import open_under_budget
-from .runtime.text import Message, TextCodec, TextStream
+from .runtime.choose import BACKENDS, BackendName, open_backend, open_under_budget
+from .runtime.residency.backend import ResidentBackend, parse_interval
+from .runtime.residency.budget import plan_budget
+from .text.codec import Message, TextCodec, TextStream
 
 Prompt = str | Sequence[int] | Sequence[Message]
 _MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, whatever becomes of the machine

@@ -42,6 +42,6 @@ def main(device: Any, library: KernelLibrary, geometry: tuple[int, int, int, int
 
 if __name__ == "__main__":
     require_gpu()
-    from dmoe_export.runtime.device import CudaDevice
+    from dmoe_export.runtime.gpu.device import CudaDevice
 
     print(f"{main(CudaDevice.open(), KernelLibrary(LIBRARY), GEOMETRIES['mini'], DMOE)} experts in each call")

@@ -17,8 +17,8 @@ from ..decoding.settings import DecodeSettings
 from ..description import Frozen
 from ..errors import RequestError
 from ..generator import Generation, Generator
-from ..runtime.cpu_ops import CpuOps, uses_cpu_ops
-from ..runtime.onnxruntime import OnnxRuntimeBackend
+from ..runtime.cpu.backend import OnnxRuntimeBackend
+from ..runtime.cpu.library import CpuOps, uses_cpu_ops
 from .limits import Limits, measure_limits
 from .record import Spread
 from .watch import Watch, watched

@@ -14,9 +14,9 @@ from pydantic import Field
 from ..description import Frozen
 from ..errors import MissingRequirementError
 from ..ops.schema import DOMAIN
-from ..runtime import cpu_ops
-from ..runtime.cpu_ops import uses_cpu_ops
-from ..runtime.linear_layers import LINEAR
+from ..runtime.cpu import library as cpu_ops
+from ..runtime.cpu.library import uses_cpu_ops
+from ..runtime.cpu.linear_layers import LINEAR
 from ..runtime.ort import ort
 
 _FLOATS = 1 << 26  # 256 MiB: more than any cache

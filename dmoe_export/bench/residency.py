@@ -23,11 +23,12 @@ from ..bundle.reader import Bundle
 from ..description import Frozen
 from ..errors import RequestError
 from ..generator import Generator, Prompt
-from ..runtime.budget import plan_budget
-from ..runtime.mapped_memory import FileIdentity, file_backed_bytes
-from ..runtime.onnxruntime import OnnxRuntimeBackend
-from ..runtime.onnxruntime_pieces import PieceSession
-from ..runtime.resident import ResidentBackend, expert_file, parse_interval, under_budget
+from ..runtime.cpu.backend import OnnxRuntimeBackend
+from ..runtime.cpu.mapped_memory import FileIdentity, file_backed_bytes
+from ..runtime.cpu.onnxruntime_pieces import PieceSession
+from ..runtime.cpu.resident import expert_file, under_budget
+from ..runtime.residency.backend import ResidentBackend, parse_interval
+from ..runtime.residency.budget import plan_budget
 
 _SAMPLE_EVERY = 0.02  # seconds
 

@@ -23,8 +23,8 @@ from ..decoding.telemetry import unique_experts
 from ..description import Frozen
 from ..errors import CheckError, MissingRequirementError, RequestError
 from ..runtime.backend import ForwardInputs, ForwardOutputs
-from ..runtime.cpu_ops import CpuOps, uses_cpu_ops
-from ..runtime.onnxruntime import OnnxRuntimeBackend
+from ..runtime.cpu.backend import OnnxRuntimeBackend
+from ..runtime.cpu.library import CpuOps, uses_cpu_ops
 from .limits import Limits, measure_limits
 from .parts import PARTS, Profile, name_by_part
 from .products import Bench, Product, products_of

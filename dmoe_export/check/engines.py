@@ -13,8 +13,8 @@ from ..bundle.reader import Bundle
 from ..engine.facts import of_engine, of_network
 from ..engine.plan import DamagedPlanError, Plan, UnknownLayoutError, read_plan
 from ..errors import BundleError, MissingRequirementError
-from ..runtime.device import CudaDevice, Device
-from ..runtime.tensorrt_engine import deserialise, find_engine
+from ..runtime.gpu.device import CudaDevice, Device
+from ..runtime.gpu.tensorrt_engine import deserialise, find_engine
 from . import engine_contract as contract
 from .result import EngineCheck, EngineFinding
 

@@ -13,7 +13,7 @@ from ..decoding.settings import DecodeSettings
 from ..decoding.telemetry import Statistics
 from ..errors import NotFiniteError
 from ..runtime.backend import Backend, ForwardInputs, ForwardOutputs
-from ..runtime.text import TextCodec
+from ..text.codec import TextCodec
 from .inputs import Prompt
 from .result import GenerationCheck
 

@@ -9,7 +9,7 @@ import numpy as np
 from ..description import ModelDescription, RoutingDescription
 from ..errors import RequestError
 from ..runtime.backend import Bools, ForwardInputs, Ints
-from ..runtime.text import TextCodec
+from ..text.codec import TextCodec
 from .result import InputsUsed
 
 PROMPTS = (

@@ -17,9 +17,9 @@ from ..errors import InputError, NotFiniteError
 from ..runtime.backend import Backend
 from ..runtime.backend import Limits as BackendLimits
 from ..runtime.choose import BackendName, open_backend
-from ..runtime.onnxruntime import OnnxRuntimeBackend
+from ..runtime.cpu.backend import OnnxRuntimeBackend
 from ..runtime.ort import ort
-from ..runtime.text import TextCodec
+from ..text.codec import TextCodec
 from .compare import CompareForward, first_not_finite
 from .gates import Limits
 from .generation import ReferenceTokens

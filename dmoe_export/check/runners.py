@@ -16,7 +16,7 @@ from ..description import ModelDescription, Precision
 from ..errors import BundleError
 from ..runtime.backend import Backend, ForwardOutputs, Limits
 from ..runtime.cache import HostCache
-from ..runtime.linked_files import model_for_session
+from ..runtime.cpu.linked_files import model_for_session
 from ..runtime.ort import ort, why_not_loaded
 from .inputs import forward_inputs
 from .instrument import OpenedGraph

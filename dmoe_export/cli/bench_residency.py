@@ -16,7 +16,7 @@ from ..bench.residency import ResidencyBench, run, settings
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import open_bundle
 from ..errors import RequestError
-from ..runtime.resident import check_experts
+from ..runtime.cpu.resident import check_experts
 from .bench_common import outcome
 from .output import console
 from .progress import step_bar

@@ -13,7 +13,7 @@ from ..bundle.hub import resolve_bundle
 from ..bundle.manifest import Manifest
 from ..bundle.reader import open_bundle
 from ..description import RUNTIME_SETTINGS
-from ..runtime.budget import plan_budget
+from ..runtime.residency.budget import plan_budget
 from .output import console
 
 

@@ -6,7 +6,7 @@ from ..bundle.manifest import TokenizerEntry
 from ..bundle.writer import BundleWriter
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.text import read_text_side
-from ..runtime.templates import ChatTemplate
+from ..text.templates import ChatTemplate
 
 TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
 

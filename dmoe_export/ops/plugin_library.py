@@ -1,6 +1,6 @@
 """The plugin library, which computes the ops in TensorRT: where it is, which build it is, and registering it.
 
-Only `build` and `runtime/tensorrt_engine.py` load it; what an engine file carries itself needs nothing of this.
+Only `build` and `runtime/gpu/tensorrt_engine.py` load it; what an engine file carries itself needs nothing of this.
 """
 
 from __future__ import annotations

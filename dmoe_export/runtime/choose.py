@@ -7,10 +7,15 @@ from typing import Literal
 from ..bundle.reader import Bundle
 from ..errors import MissingRequirementError
 from .backend import Backend
-from .cpu_ops import kernels_clause
-from .onnxruntime import OnnxRuntimeBackend
-from .onnxruntime_cuda import has_provider, open_onnxruntime_cuda
-from .tensorrt import open_tensorrt
+from .cpu.backend import OnnxRuntimeBackend
+from .cpu.library import kernels_clause
+from .cpu.resident import open_resident
+from .gpu.onnxruntime import has_provider, open_onnxruntime_cuda
+from .gpu.resident import open_tensorrt_under_budget
+from .gpu.tensorrt import open_tensorrt
+from .residency.backend import ResidentBackend
+from .residency.budget import ExpertBudget
+from .residency.policy import Interval
 
 BackendName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt"]
 BACKENDS: tuple[BackendName, ...] = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt")
@@ -50,6 +55,28 @@ def open_backend(bundle: Bundle, name: BackendName = "auto", threads: int | None
             reasons.append(_clause(error))
     why = "; ".join(dict.fromkeys(reasons)) + kernels_clause(bundle.manifest)
     return OnnxRuntimeBackend(bundle, threads), why
+
+
+def open_under_budget(bundle: Bundle, budget: ExpertBudget, interval: Interval, name: BackendName = "auto",
+                      threads: int | None = None) -> tuple[ResidentBackend, str]:
+    """The backend that keeps a budget here, and why it is this one.
+
+    "auto" takes TensorRT when the bundle has an engine with expert pools that runs here, else ONNX Runtime on the CPU.
+    Raises as `open_tensorrt_under_budget` and `open_resident`.
+    """
+    if name == "tensorrt":
+        return open_tensorrt_under_budget(bundle, budget, interval), "as asked for"
+    why = "the bundle has no engine with expert pools" if name == "auto" else "as asked for"
+    if name == "auto" and any(entry.expert_pools for entry in bundle.manifest.engines):
+        try:
+            return (open_tensorrt_under_budget(bundle, budget, interval),
+                    "the bundle has an engine with expert pools for this GPU")
+        except MissingRequirementError as error:
+            why = str(error).split("; ")[0].rstrip(".")
+    if name not in ("auto", "onnxruntime"):
+        raise MissingRequirementError(f"An expert budget works with backend onnxruntime, not yet with {name}; choose "
+                                      "--backend onnxruntime.")
+    return open_resident(bundle, budget, interval, threads), why + kernels_clause(bundle.manifest)
 
 
 def _clause(error: MissingRequirementError) -> str:

@@ -1,5 +1,5 @@
 // dmoe::DmoeLinear for ONNX Runtime's CPU provider: Gemm(x, w, b) with transB = 1 and nothing else, in float32 or float16.
-// Graphs do not have it: the runtime puts it in the place of such Gemms (dmoe_export/runtime/linear_layers.py).
+// Graphs do not have it: the runtime puts it in the place of such Gemms (dmoe_export/runtime/cpu/linear_layers.py).
 #include "op.h"
 
 #include "linear.h"

@@ -23,9 +23,9 @@ from stub_cuda import StubDevice
 
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.generator import Generator
-from dmoe_export.runtime import ort_custom_ops
-from dmoe_export.runtime.device import DeviceError
-from dmoe_export.runtime.onnxruntime_cuda import open_onnxruntime_cuda
+from dmoe_export.runtime.gpu import custom_ops as ort_custom_ops
+from dmoe_export.runtime.gpu.device import DeviceError
+from dmoe_export.runtime.gpu.onnxruntime import open_onnxruntime_cuda
 
 OPTIONS: dict[str, Any] = {"acceptance": "fixed", "steps": 8, "eos_id": -1, "early_stop": False}
 KINDS = {"launches": "kernel", "copies": "copy", "sets": "set", "library_calls": "library", "host_functions": "host"}

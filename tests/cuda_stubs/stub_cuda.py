@@ -13,7 +13,7 @@ from typing import Any
 
 from cuda.bindings import runtime as real
 
-from dmoe_export.runtime.device import CudaDevice
+from dmoe_export.runtime.gpu.device import CudaDevice
 
 _P, _SIZE, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 

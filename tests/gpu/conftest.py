@@ -48,7 +48,7 @@ def found() -> Callable[[str, Any], None]:
 
 @pytest.fixture(scope="session")
 def device():
-    from dmoe_export.runtime.device import CudaDevice
+    from dmoe_export.runtime.gpu.device import CudaDevice
 
     device = CudaDevice.open()
     keep("device", describe_device(device))

@@ -22,8 +22,8 @@ import gpu_profile  # noqa: E402
 from stub_cuda import StubDevice  # type: ignore[import-not-found]  # noqa: E402
 
 from dmoe_export.bundle.reader import open_bundle  # noqa: E402
-from dmoe_export.runtime import ort_custom_ops  # noqa: E402
-from dmoe_export.runtime.onnxruntime_cuda import open_onnxruntime_cuda  # noqa: E402
+from dmoe_export.runtime.gpu import custom_ops as ort_custom_ops  # noqa: E402
+from dmoe_export.runtime.gpu.onnxruntime import open_onnxruntime_cuda  # noqa: E402
 
 
 def main() -> None:

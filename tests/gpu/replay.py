@@ -17,7 +17,7 @@ from dmoe_export.bundle.reader import Bundle
 from dmoe_export.decoding.loop import BlockDiffusion
 from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.runtime.backend import ForwardInputs, ForwardOutputs
-from dmoe_export.runtime.text import TextCodec
+from dmoe_export.text.codec import TextCodec
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 64, "threshold": 0.9, "steps": 16}
 

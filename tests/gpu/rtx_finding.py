@@ -18,7 +18,7 @@ from typing import Any
 
 if __name__ == "__main__":
     _ROOT = Path(__file__).resolve().parents[2]
-    sys.path[:0] = [str(_ROOT), str(_ROOT / "tests"), str(_ROOT / "benchmarks")]
+    sys.path[:0] = [str(_ROOT), str(_ROOT / "tests"), str(_ROOT / "tests" / "helpers"), str(_ROOT / "benchmarks")]
 
 from dmoe_export.bundle.engines import add_engine, engine_file
 from dmoe_export.bundle.reader import Bundle, open_bundle
@@ -58,11 +58,11 @@ def build(bundle: Bundle, variant: str, flavour: Flavour) -> Bundle:
 
 def run(bundle: Bundle, flavour: Flavour, sample: Path) -> None:
     """Deserialise, whatever the entry's targets say, and compare generations with the CPU backend."""
-    from dmoe_export.runtime.device import CudaDevice
-    from dmoe_export.runtime.device_backend import DeviceBackend
-    from dmoe_export.runtime.device_memory import Pool
-    from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
-    from dmoe_export.runtime.tensorrt import TensorRTExecutor
+    from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
+    from dmoe_export.runtime.gpu.backend import DeviceBackend
+    from dmoe_export.runtime.gpu.device import CudaDevice
+    from dmoe_export.runtime.gpu.memory import Pool
+    from dmoe_export.runtime.gpu.tensorrt import TensorRTExecutor
     from gpu.replay import check, compare, record, sample_prompts
 
     device = CudaDevice.open()

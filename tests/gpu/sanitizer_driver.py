@@ -146,6 +146,6 @@ if __name__ == "__main__":
     parser.add_argument("--library", type=Path, default=LIBRARY)
     chosen = parser.parse_args()
     require_gpu()
-    from dmoe_export.runtime.device import CudaDevice
+    from dmoe_export.runtime.gpu.device import CudaDevice
 
     print(f"{main(CudaDevice.open(), KernelLibrary(chosen.library), lambda stream, work: work())} calls were fine")

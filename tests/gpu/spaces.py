@@ -1,4 +1,4 @@
-"""Where kernel checks run: the CUDA library on a GPU, or the emulated one on the stand-in of tests/fake_cudart.py.
+"""Where kernel checks run: the CUDA library on a GPU, or the emulated one on the stand-in in fake_cudart.py.
 
 Both sides have streams, graphs, poisoned memory and fences; a check does not know which one it is on.
 """

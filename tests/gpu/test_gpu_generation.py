@@ -16,9 +16,9 @@ from dmoe_export.engine.build import build_engine, plan_build
 from dmoe_export.engine.flavour import find_flavour
 from dmoe_export.engine.settings import BuildSettings
 from dmoe_export.errors import InputError, MissingRequirementError
-from dmoe_export.runtime.onnxruntime import OnnxRuntimeBackend
-from dmoe_export.runtime.onnxruntime_cuda import open_onnxruntime_cuda
-from dmoe_export.runtime.tensorrt import open_tensorrt
+from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
+from dmoe_export.runtime.gpu.onnxruntime import open_onnxruntime_cuda
+from dmoe_export.runtime.gpu.tensorrt import open_tensorrt
 
 from . import replay
 from .conftest import missing_custom_ops

@@ -17,8 +17,8 @@ from route_helpers import eager_route
 from dmoe_export.errors import MissingRequirementError
 from dmoe_export.ops.block_route.attributes import RouteAttributes
 from dmoe_export.ops.experts.eager import experts
-from dmoe_export.runtime.nvidia_libraries import load_nvidia_libraries
-from dmoe_export.runtime.ort_custom_ops import check_session, find_library, prepare_session
+from dmoe_export.runtime.gpu.custom_ops import check_session, find_library, prepare_session
+from dmoe_export.runtime.gpu.nvidia_libraries import load_nvidia_libraries
 
 from .conftest import missing_custom_ops
 

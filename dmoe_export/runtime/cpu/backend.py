@@ -1,0 +1,87 @@
+"""The ONNX Runtime backend: the bundle's graph as it is, with no library of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...bundle.reader import Bundle
+from ...errors import MissingRequirementError
+from ..backend import ForwardInputs, ForwardOutputs, Limits
+from ..cache import HostCache
+from .library import CpuOps
+from .salient import OnnxRuntimeSalient
+from .session import Session, open_session, run_session
+
+_CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
+
+
+def check_precision(bundle: Bundle) -> None:
+    """Raise MissingRequirementError where ONNX Runtime has no kernels for a bundle."""
+    precision = bundle.manifest.precision
+    if precision not in _CACHE_DTYPES:
+        raise MissingRequirementError(
+            f"{bundle.folder} has precision {precision}, for which ONNX Runtime's CPU provider has no kernels; export "
+            "with --precision fp32 or fp16.")
+
+
+class OnnxRuntimeBackend:
+    """Runs on ONNX Runtime's CPU provider; expert weights stay memory-mapped (float32 bundles)."""
+
+    name = "onnxruntime"
+    limits: Limits | None = None
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, graph: bytes | None = None,
+                 session: Session | None = None, cpu_ops: CpuOps = "auto") -> None:
+        """Load the graph; `threads` limits the threads of one operator (default: ONNX Runtime's choice).
+
+        `graph`: an edited one in place of the bundle's, over the same data files (checks). `session`: what computes it
+        instead (experts under a budget). `cpu_ops`: whether our kernels are used ("auto": where installed).
+        """
+        check_precision(bundle)
+        manifest = bundle.manifest
+        self.description, self.routing = manifest.model, manifest.routing
+        self._bundle, self._threads, self._cpu_ops = bundle, threads, cpu_ops
+        self._salient: dict[int | None, OnnxRuntimeSalient] = {}
+        self._dtype = np.dtype(_CACHE_DTYPES[manifest.precision])
+        self._session = session or open_session(graph or str(bundle.denoiser_path), bundle, threads,
+                                                cpu_ops=cpu_ops)
+        given = {entry.name for entry in manifest.denoiser.inputs}
+        defaults: dict[str, Any] = {
+            "top_p": np.array([self.routing.top_p], np.float32),
+            "min_experts": np.array([self.routing.min_experts], np.int64),
+            "coreset_size": np.array([self.routing.coreset_size], np.int64)}
+        self._defaults = {name: value for name, value in defaults.items() if name in given}
+        layers = range(self.description.num_layers)
+        self._kv_names = [f"{part}.{layer}" for part in ("key", "value") for layer in layers]
+
+    def salient_graphs(self, capacity: int | None) -> OnnxRuntimeSalient:
+        """The bundle's salient graphs (`SalientBackend`); raises RequestError where it has none."""
+        if capacity not in self._salient:
+            self._salient[capacity] = OnnxRuntimeSalient(self._bundle, self._threads, capacity, self._cpu_ops)
+        return self._salient[capacity]
+
+    def new_cache(self, rows: int) -> HostCache:
+        """An empty cache in host memory."""
+        d = self.description
+        return HostCache(rows, d.num_layers, d.num_kv_heads, d.head_dim, self._dtype)
+
+    def forward(self, inputs: ForwardInputs, cache: HostCache) -> ForwardOutputs:
+        """Run the graph; only what is wanted is fetched."""
+        feeds: dict[str, Any] = {"input_ids": inputs.input_ids, "position_ids": inputs.position_ids,
+                                 "past_positions": cache.positions, "logit_rows": inputs.logit_rows}
+        for name, default in self._defaults.items():
+            feeds[name] = np.asarray([inputs.settings.get(name, default[0])], default.dtype)
+        feeds.update(zip((f"past_{name}" for name in self._kv_names), (*cache.keys, *cache.values), strict=True))
+        wanted = ["token_ids", "confidence", *(["expert_ids"] if self.description.moe else [])]
+        if inputs.want_logits:
+            wanted.append("logits")
+        if inputs.want_keys_values:
+            wanted += self._kv_names
+        results = dict(zip(wanted, run_session(self._session, self._bundle, wanted, feeds), strict=True))
+        layers = self.description.num_layers
+        new = [results[name] for name in self._kv_names] if inputs.want_keys_values else []
+        return ForwardOutputs(results["token_ids"], results["confidence"],
+                              results.get("expert_ids", np.zeros((0, *inputs.input_ids.shape, 0), np.int32)),
+                              results.get("logits"), (new[:layers], new[layers:]) if new else None)

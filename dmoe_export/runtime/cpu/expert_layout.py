@@ -1,0 +1,36 @@
+"""What an expert consists of in the expert file: the tensors of the experts op, in its order (docs/bundle.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...bundle.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """A tensor [E, …] of one layer in the expert file; `slab`: bytes of an expert."""
+
+    offset: int
+    slab: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+def expert_tensors(manifest: Manifest) -> list[list[ExpertTensor]]:
+    """Per layer gate_up and down, and their scales where experts are quantised."""
+    entry, model = manifest.experts, manifest.model
+    assert entry is not None, "a dense model has no experts"
+    experts, hidden, width = model.experts.num_experts, model.hidden_size, entry.stored_width
+    dense, how = np.dtype(np.float16 if manifest.precision == "fp16" else np.float32), entry.quantisation
+    parts: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+        "gate_up": (dense, (experts, 2 * width, hidden)), "down": (dense, (experts, hidden, width))}
+    if how:
+        for part, (_, (_, rows, columns)) in list(parts.items()):
+            parts[part] = np.dtype(np.uint8), (experts, rows, columns * how.bits // 8)
+            parts[f"{part}_scales"] = dense, (experts, rows, columns // how.group_size)
+    return [[ExpertTensor(getattr(layer, f"{part}_offset"), getattr(entry, f"{part}_slab_bytes"), dtype, shape)
+             for part, (dtype, shape) in parts.items()] for layer in entry.layers]

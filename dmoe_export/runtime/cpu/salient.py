@@ -1,0 +1,58 @@
+"""The salient graphs of a bundle on ONNX Runtime's CPU provider."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...bundle.manifest import GraphEntry
+from ...bundle.reader import Bundle, check_unchanged
+from ...errors import RequestError
+from ..salient import Arrays, GraphName
+from .library import CpuOps
+from .session import open_session, run_session
+
+
+class OnnxRuntimeSalient:
+    """Sessions over the salient graphs, each opened when it first runs."""
+
+    def __init__(self, bundle: Bundle, threads: int | None, capacity: int | None,
+                 cpu_ops: CpuOps = "auto") -> None:
+        """Raises RequestError where the bundle has no graph for this."""
+        manifest = bundle.manifest
+        self.description, self.capacity = manifest.model, capacity
+        entry = manifest.salient
+        if entry is None:
+            raise RequestError(f"{bundle.folder} has no salient graph; export it with --salient, or leave "
+                               "salient_threshold out.")
+        self._files: dict[GraphName, GraphEntry] = {"any": entry.graph}
+        if capacity is not None:
+            fixed = {e.capacity: e.graph for e in entry.fixed}
+            if capacity not in fixed or entry.fill is None:
+                known = f"has graphs for {', '.join(map(str, fixed))}" if fixed else "has none of fixed capacity"
+                raise RequestError(f"{bundle.folder} has no salient graph for capacity {capacity}, it {known}; export "
+                                   f"it with --salient-capacity {capacity}.")
+            self._files = {"fixed": fixed[capacity], "fill": entry.fill}
+        self._bundle, self._threads, self._cpu_ops = bundle, threads, cpu_ops
+        self._sessions: dict[GraphName, Any] = {}
+        routing = manifest.routing
+        self._defaults: dict[str, Any] = {
+            "top_p": np.array([routing.top_p], np.float32), "min_experts": np.array([routing.min_experts], np.int64),
+            "coreset_size": np.array([routing.coreset_size], np.int64)}
+
+    def run(self, graph: GraphName, feeds: Arrays, settings: dict[str, float | int], want_logits: bool) -> Arrays:
+        """See `SalientGraphs`."""
+        entry = self._files[graph]
+        given = {tensor.name for tensor in entry.inputs}
+        chosen = {name: np.asarray([settings.get(name, default[0])], default.dtype)
+                  for name, default in self._defaults.items() if name in given}
+        wanted = [tensor.name for tensor in entry.outputs if want_logits or tensor.name != "logits"]
+        return dict(zip(wanted, run_session(self._session(graph), self._bundle, wanted, feeds | chosen), strict=True))
+
+    def _session(self, graph: GraphName) -> Any:
+        if graph not in self._sessions:
+            check_unchanged(self._bundle)
+            path = self._bundle.folder / self._files[graph].file
+            self._sessions[graph] = open_session(str(path), self._bundle, self._threads, cpu_ops=self._cpu_ops)
+        return self._sessions[graph]

@@ -1,0 +1,147 @@
+"""A backend under an expert budget: the residency policy around every forward."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from ...errors import RequestError
+from ..backend import Backend, ForwardInputs, ForwardOutputs, Ints
+from .budget import ExpertBudget
+from .policy import Costs, Interval, Residency, Tier
+
+
+@dataclass(frozen=True)
+class ResidencyStatistics:
+    """What residency did; an expert is used once per layer and forward, however many tokens it serves."""
+
+    budget_bytes: int
+    residents_per_layer: int
+    interval: str  # as asked for
+    last_interval: int  # in force at the end; 0 = never
+    change_per_step: float | None  # d as measured
+    hits: int
+    misses: int
+    refreshes: int
+    promotions: int
+    evictions: int
+    bring_cost: float | None  # C_io, seconds per expert as measured for the solver
+    miss_cost: float | None  # C_slow
+    refresh_cost: float | None  # C_refresh, per resident
+    policy_seconds: float  # counting, choosing, and measuring costs once
+    brought_bytes: int = 0  # promoted in the background
+    missed_bytes: int = 0  # brought because a forward could not go on without
+    dropped_bytes: int = 0  # given back because the budget was full
+    bring_seconds: float = 0.0
+    miss_seconds: float = 0.0
+    drop_seconds: float = 0.0
+    peak_bytes: int = 0  # of the experts in memory, since the bundle was opened
+
+    def since(self, start: ResidencyStatistics) -> ResidencyStatistics:
+        """The same over a stretch of time: running totals become differences."""
+        totals = ("hits", "misses", "refreshes", "promotions", "evictions", "policy_seconds", "brought_bytes",
+                  "missed_bytes", "dropped_bytes", "bring_seconds", "miss_seconds", "drop_seconds")
+        return replace(self, **{name: getattr(self, name) - getattr(start, name) for name in totals})
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits / uses; 1 when nothing was used."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "hit_rate": self.hit_rate}
+
+
+class ResidentBackend:
+    """Another backend, with a residency policy watching its forwards and a tier acting on it. Tokens are the same."""
+
+    def __init__(self, backend: Backend, residency: Residency, tier: Tier, budget: ExpertBudget) -> None:
+        self.name, self.description, self.routing = backend.name, backend.description, backend.routing
+        self.limits = backend.limits
+        self._backend, self._residency, self._tier, self._budget = backend, residency, tier, budget
+        self._blocks: Ints | None = None  # active block per row, of the last denoise step
+        self._seconds = self._refresh_seconds = 0.0
+        self._costs: Costs | None = None
+        self._finalizer = weakref.finalize(self, tier.close)
+        self._finalizer.atexit = False  # the process takes everything with it, drivers first
+
+    def new_cache(self, rows: int) -> Any:
+        """The other backend's cache."""
+        self._blocks = None
+        return self._backend.new_cache(rows)
+
+    def salient_graphs(self, capacity: int | None) -> Any:
+        """Raises RequestError: a salient graph maps the experts itself, which the budget does not see."""
+        raise RequestError("Salient steps and an expert budget do not go together: the salient graph maps the experts "
+                           "a second time; leave salient_threshold or the budget out.")
+
+    def forward(self, inputs: ForwardInputs, cache: Any) -> ForwardOutputs:
+        """Run the denoiser, count what it used, refresh when it is time.
+
+        Raises BundleError when the expert file was changed before or while it was read: the result is not returned.
+        """
+        self._tier.check()
+        self._tier.forward_begins()
+        try:
+            outputs = self._backend.forward(inputs, cache)
+        finally:
+            self._tier.forward_ends()
+        self._tier.check()
+        start = time.perf_counter()
+        self._residency.observe(outputs.expert_ids, *self._step(inputs))
+        if self._residency.wants_costs:
+            r, costs = self._residency, self._tier.costs()
+            each = self._refresh_seconds / max(1, r.refreshes) / (len(r.resident) * r.slots)
+            self._costs = replace(costs, refresh=each)
+        middle = time.perf_counter()
+        moves = self._residency.refresh(self._costs)
+        if moves:
+            self._refresh_seconds += time.perf_counter() - middle
+        self._seconds += time.perf_counter() - start
+        self._tier.move(moves)
+        return outputs
+
+    def _step(self, inputs: ForwardInputs) -> tuple[bool, bool]:
+        """Whether a forward is a denoise step, and whether a row began another block with it.
+
+        A denoise step asks for logits; its block is the one of the first place it asks for.
+        """
+        wanted = inputs.logit_rows.max(axis=1) >= 0
+        if not wanted.any():
+            return False, False
+        first = np.where(inputs.logit_rows >= 0, inputs.logit_rows, np.iinfo(np.int64).max).min(axis=1)
+        positions = np.take_along_axis(inputs.position_ids, np.where(wanted, first, 0)[:, None], axis=1)[:, 0]
+        blocks = np.where(wanted, positions // self.routing.block_length, -1)
+        before, self._blocks = self._blocks, blocks
+        same = before is not None and before.shape == blocks.shape and bool((before == blocks)[wanted].all())
+        return True, not same
+
+    def statistics(self) -> ResidencyStatistics:
+        """Totals since the bundle was opened."""
+        r, known = self._residency, {field.name for field in fields(ResidencyStatistics)}
+        figures = {name: value for name, value in self._tier.figures().items() if name in known}
+        return ResidencyStatistics(
+            self._budget.bytes, r.slots, str(r.interval), r.tau, r.change, r.used_fast, r.used_slow, r.refreshes,
+            r.promotions, r.evictions, self._costs.bring if self._costs else None,
+            self._costs.miss if self._costs else None, self._costs.refresh if self._costs else None, self._seconds,
+            **figures)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Stop the tier; the backend stays usable."""
+        self._finalizer()
+
+
+def parse_interval(value: str | int) -> Interval:
+    """`auto`, `never` or a number of denoise steps; raises RequestError."""
+    if value in ("auto", "never"):
+        return value  # type: ignore[return-value]
+    steps = int(value) if isinstance(value, Integral) or str(value).isdecimal() else 0
+    if steps < 1:
+        raise RequestError(f"Expert refresh interval {value!r} is not known; give auto, never or a number of steps.")
+    return steps

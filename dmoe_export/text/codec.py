@@ -1,0 +1,119 @@
+"""Text in and out: tokenizer and chat template of a bundle."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ..bundle.reader import Bundle
+from ..errors import BundleError
+from .literal import LiteralEncoder
+from .messages import Message, check_text, plain_messages
+from .own_tokens import OwnTokens
+from .stream import Tail, TextStream
+from .templates import ChatTemplate
+
+__all__ = ["Message", "TextCodec", "TextStream"]
+
+# LLaDA2's own chat text, for checkpoints that carry its control tokens but no template.
+_LLADA2_TEMPLATE = (
+    "{% for m in messages %}<role>{{ {'system': 'SYSTEM', 'user': 'HUMAN', 'assistant': 'ASSISTANT'}[m['role']] }}"
+    "</role>{{ m['content'] }}<|role_end|>{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}")
+_LLADA2_TOKENS = {"<role>", "</role>", "<|role_end|>"}
+
+
+class TextCodec:
+    """Tokenizer and chat template of a bundle; docs/text.md says what they do with prompts."""
+
+    def __init__(self, tokenizer_file: Path, template: str | None, eos_id: int | None = None,
+                 special_tokens: dict[str, str] | None = None) -> None:
+        """`template`: chat template source; None picks LLaDA2's when its tokens are known, else plain prompts.
+
+        `special_tokens`: what a template knows by name (bos_token, …). Without any, as in older bundles, `eos_id` names
+        the token that it knows as `eos_token`. Raises BundleError for a file that is no tokenizer.
+        """
+        try:
+            text = tokenizer_file.read_text(encoding="utf-8")
+            self._tokenizer = Tokenizer.from_str(text)
+            content = json.loads(text)
+            self.tail = Tail(content.get("decoder"))
+            model = {key: content["model"].get(key) for key in ("unk_token", "unk_id", "byte_fallback")}
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BundleError(f"{tokenizer_file} cannot be read as a tokenizer: {error}.") from None
+        self._tokenizer.no_truncation()  # settings of training, not of prompts
+        self._tokenizer.no_padding()
+        self._literal = LiteralEncoder(self._tokenizer, {k: v for k, v in model.items() if v is not None})
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {i for i, token in added.items() if token.special}
+        if template is None and {token.content for token in added.values()} >= _LLADA2_TOKENS:
+            template = _LLADA2_TEMPLATE
+        if not special_tokens:
+            eos = None if eos_id is None else self._tokenizer.id_to_token(eos_id)
+            special_tokens = {"bos_token": "", "eos_token": eos or ""}
+        self._template = ChatTemplate(template, special_tokens) if template is not None else None
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> TextCodec | None:
+        """The codec of a bundle, or None when it has no tokenizer."""
+        entry = bundle.manifest.tokenizer
+        if entry is None:
+            return None
+        template = None
+        if entry.chat_template:
+            file = bundle.folder / entry.chat_template
+            try:
+                template = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise BundleError(f"{file} cannot be read as a chat template: {error}.") from None
+        return cls(bundle.folder / entry.file, template, bundle.manifest.model.eos_id, entry.special_tokens)
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """Token ids of a conversation, ready for the answer; what messages spell is text and never a control token.
+
+        Where nothing in them spells one, these are the ids of transformers' `apply_chat_template`. Raises RequestError
+        for messages that are no plain texts and for whatever a template raises.
+        """
+        messages = plain_messages(messages)
+        if self._template is None:
+            return self.encode_plain("\n".join(m["content"] for m in messages))
+        now = datetime.now()
+        text = self._template.render(messages, now)
+        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        if not any(i in self._literal.control for i in ids):
+            return ids
+        own = self._own_tokens.find(messages, text, now)
+        wanted = self._literal.control_ids([place.id for place in own])
+        if own == self._literal.own_tokens(text) and wanted == self._literal.control_ids(ids):
+            return ids
+        return self._literal.encode(text, own)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text as the tokenizer begins and ends one (a BOS, if it has one); control tokens are text."""
+        check_text(text)
+        return self._literal.encode(text, add_special_tokens=True)
+
+    def encode_literal(self, text: str) -> list[int]:
+        """Token ids of text in which control tokens are plain characters, and nothing is added."""
+        check_text(text)
+        return self._literal.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def token(self, id_: int) -> str | None:
+        """A token's name; None for a special or unknown one, which decoding leaves out."""
+        return None if id_ in self._special else self._tokenizer.id_to_token(id_)
+
+    @cached_property
+    def _own_tokens(self) -> OwnTokens:
+        assert self._template is not None
+        return OwnTokens(self._template, self._literal)
+
+    def _render(self, messages: list[Message]) -> str:
+        assert self._template is not None
+        return self._template.render(plain_messages(messages))

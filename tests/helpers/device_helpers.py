@@ -1,0 +1,59 @@
+"""Device backends without a device: the fake CUDA runtime below, ONNX Runtime's CPU provider inside."""
+
+from __future__ import annotations
+
+from fake_cudart import HostDevice
+
+from dmoe_export.decoding.loop import BlockDiffusion
+from dmoe_export.decoding.settings import DecodeSettings
+from dmoe_export.runtime.gpu.backend import DeviceBackend
+from dmoe_export.runtime.gpu.memory import Pool
+from dmoe_export.runtime.gpu.onnxruntime import OnnxRuntimeExecutor
+
+
+class HostExecutor(OnnxRuntimeExecutor):
+    """The session runs when its turn on the stream comes, as the CUDA provider's would."""
+
+    def __init__(self, bundle, device, recordable):
+        super().__init__(bundle, device, "CPUExecutionProvider")
+        self._fake, self._recordable = device.fake, recordable
+        self.sizes = []  # of every call
+
+    def execute(self, call, stream):
+        self.sizes.append(call.sizes)
+        self._fake.enqueue(stream, lambda: OnnxRuntimeExecutor.execute(self, call, stream))
+
+    def isolate(self, call, stream):
+        return _Launcher(self, call) if self._recordable else None
+
+
+class _Launcher:
+    host_reads = False
+
+    def __init__(self, executor, call):
+        self._executor, self._call = executor, call
+
+    def __call__(self, stream):
+        self._executor.execute(self._call, stream)
+
+    def capturable(self, stream):
+        return True
+
+
+def host_backend(bundle, cuda_graphs=False, recordable=True, **device_options):
+    """A DeviceBackend on host memory; its parts are attributes for the tests."""
+    device = HostDevice(**device_options)
+    pool, stream = Pool(device), device.stream()
+    executor = HostExecutor(bundle, device, recordable)
+    backend = DeviceBackend("host", bundle, device, pool, stream, executor, cuda_graphs)
+    backend.fake, backend.executor = device.fake, executor
+    return backend
+
+
+def decode(backend, prompts, **options):
+    """Tokens of every prompt, and its last block."""
+    tokens, last = {i: [] for i in range(len(prompts))}, {}
+    for block in BlockDiffusion(backend, DecodeSettings(**options)).decode(prompts):
+        tokens[block.index] += block.token_ids
+        last[block.index] = block
+    return [tokens[i] for i in range(len(prompts))], [last[i] for i in range(len(prompts))]

@@ -1,0 +1,73 @@
+"""Half-precision bundles under an expert budget: tokens and bits are those without one."""
+
+from __future__ import annotations
+
+import pytest
+from bundles import GOLDEN_GUARD
+from cpu_ops_helpers import built
+from residency_helpers import ANSWER, BUDGETS, INTERVALS, QUESTIONS, open_generator, same_bits, without_kernel
+
+from dmoe_export import export_checkpoint
+from dmoe_export.bundle.reader import Bundle
+from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
+from dmoe_export.errors import MissingRequirementError
+from dmoe_export.runtime.cpu import library as cpu_ops
+from dmoe_export.runtime.cpu.resident import open_resident
+from dmoe_export.runtime.residency.budget import ExpertBudget
+
+_CONFIGS = {  # groups of experts, shared ones, two dense layers first · neither
+    "llada2": GEOMETRIES["tiny"] | {"num_hidden_layers": 4, "first_k_dense_replace": 2, "num_shared_experts": 3,
+                                    "num_experts_per_tok": 4, "moe_intermediate_size": 40},
+    "llada-moe": GEOMETRIES["llada-moe-tiny"] | {"num_experts_per_tok": 4}}
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    monkeypatch.setattr(cpu_ops, "INSTALLED", built())
+
+
+@pytest.fixture(scope="module")
+def answers(half_sample_bundle):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_ops, "INSTALLED", built())
+        return [g.token_ids for g in open_generator(half_sample_bundle).generate(QUESTIONS, **ANSWER)]
+
+
+@pytest.mark.parametrize("interval", INTERVALS)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_sample_answers_are_the_same(half_sample_bundle, answers, budget, interval):
+    generator = open_generator(half_sample_bundle, expert_budget=budget, expert_refresh_interval=interval)
+    got = generator.generate(QUESTIONS, **ANSWER)
+    assert [g.token_ids for g in got] == answers
+    residency = got[-1].stats.residency
+    assert residency["hits"] > 0 and (residency["evictions"] == 0) == (budget == "100%")
+    assert residency["peak_bytes"] <= residency["budget_bytes"]
+    generator.backend.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("model", ["sample", "golden"])
+def test_every_bit_is_the_same(model, budget, threads, half_sample_bundle, golden, exported):
+    same_bits(half_sample_bundle if model == "sample" else exported(golden / "model", precision="fp16",
+                                                                    min_experts=GOLDEN_GUARD), budget, threads)
+
+
+@pytest.mark.parametrize("config, routing", [("llada2", "top_c"), ("llada-moe", "token")])
+def test_every_bit_of_other_models_is_the_same(config, routing, tmp_path):
+    write_synthetic(tmp_path / "checkpoint", _CONFIGS[config])
+    bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision="fp16", routing=routing)
+    for budget in BUDGETS[:3]:
+        same_bits(bundle, budget, 2)
+
+
+def test_without_our_kernels_it_is_refused(half_sample_bundle, monkeypatch):
+    without_kernel(monkeypatch)
+    with pytest.raises(MissingRequirementError, match="needs our CPU kernels where experts are fp16"):
+        open_generator(half_sample_bundle, expert_budget="50%")
+
+
+def test_what_no_kernel_computes_is_refused(half_sample_bundle):
+    other = half_sample_bundle.manifest.model_copy(update={"precision": "bf16"})
+    with pytest.raises(MissingRequirementError, match="has precision bf16, for which ONNX Runtime's CPU"):
+        open_resident(Bundle(half_sample_bundle.folder, other), ExpertBudget(10**6, 1), "auto")

@@ -1,0 +1,226 @@
+"""Expert residency never changes a token: every budget and interval against the same backend without one."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import sys
+import threading
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from residency_helpers import (
+    ANSWER,
+    BUDGETS,
+    INTERVALS,
+    QUESTIONS,
+    open_generator,
+    same_bits,
+    skip_without_kernel,
+    without_kernel,
+)
+
+from dmoe_export import export_checkpoint
+from dmoe_export.bundle.reader import Bundle
+from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
+from dmoe_export.cli import main
+from dmoe_export.errors import BundleError, MissingRequirementError, RequestError
+from dmoe_export.runtime.cpu.mapped_memory import FileIdentity
+
+
+@pytest.fixture(scope="module")
+def sample_answers(sample_bundle):
+    return [g.token_ids for g in open_generator(sample_bundle).generate(QUESTIONS, **ANSWER)]
+
+
+@pytest.mark.parametrize("interval", [*INTERVALS, "auto", "never"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_sample_answers_are_the_same(sample_bundle, sample_answers, budget, interval):
+    generator = open_generator(sample_bundle, expert_budget=budget, expert_refresh_interval=interval)
+    answers = generator.generate(QUESTIONS, **ANSWER)
+    assert [g.token_ids for g in answers] == sample_answers
+    residency = answers[-1].stats.residency
+    assert residency["hits"] > 0 and answers[0].stats.forwards > 30
+    if budget == "100%":
+        assert residency["evictions"] == 0 and residency["residents_per_layer"] == 32
+    else:
+        assert residency["misses"] > 0
+    generator.backend.close()
+
+
+@pytest.mark.parametrize("interval", INTERVALS)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_recorded_runs_are_the_same(golden, golden_bundle, budget, interval):
+    """All of the reference's recordings, token for token."""
+    meta, data = json.loads((golden / "generate.json").read_text()), np.load(golden / "generate.npz")
+    generator = open_generator(golden_bundle, expert_budget=budget, expert_refresh_interval=interval)
+    assert len(meta) == 8
+    for run, m in enumerate(meta):
+        eos = m.get("eos_id", None if m["eos"] else -1)
+        (answer,) = generator.generate([data[f"{run}.prompt"][0].tolist()], max_new_tokens=m["gen"], steps=m["steps"],
+                                       threshold=m["thr"], early_stop=m["eos"], eos_id=eos)
+        want = data[f"{run}.tokens"][0].tolist()[m["P"] if m["contains_prompt"] else 0:]
+        assert [*answer.token_ids, *([eos] if "eos_id" in m else [])] == want
+        assert answer.stats.forwards == m["forwards"]
+    assert generator.backend.statistics().refreshes > 0
+    generator.backend.close()
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_bit_is_the_same(golden_bundle, budget, threads, kernel, monkeypatch):
+    skip_without_kernel() if kernel else without_kernel(monkeypatch)
+    same_bits(golden_bundle, budget, threads)
+
+
+@pytest.mark.parametrize("precision, dense", [
+    pytest.param("int8", "fp32", marks=pytest.mark.slow), ("int4", "fp32"), ("int8", "fp16")])
+def test_every_bit_of_quantised_experts_is_the_same(precision, dense, tmp_path, monkeypatch):
+    skip_without_kernel()
+    config = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 2}
+    write_synthetic(tmp_path / "checkpoint", GEOMETRIES["tiny"] | config)
+    bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision=precision,
+                               dense_precision=dense)
+    for budget in BUDGETS[:3]:
+        same_bits(bundle, budget, 2)
+    without_kernel(monkeypatch)
+    with pytest.raises(MissingRequirementError, match=rf"needs our CPU kernels where experts are {precision}"):
+        open_generator(bundle, expert_budget="50%")
+
+
+def test_statistics_are_of_the_request(sample_bundle):
+    generator = open_generator(sample_bundle, expert_budget="50%", expert_refresh_interval=1)
+    first, second = (generator.generate(QUESTIONS[0], max_new_tokens=32)[0].stats for _ in range(2))
+    assert first.residency["promotions"] > second.residency["promotions"] == 0  # all it needs is there
+    layers = len(sample_bundle.manifest.model.moe_layers)
+    assert second.residency["hits"] + second.residency["misses"] == sum(
+        round(u * layers) for values in second.unique_by_phase.values() for u in values)
+    assert second.as_dict()["residency"]["hit_rate"] > first.residency["hit_rate"]
+    assert "residency" not in open_generator(sample_bundle).generate(QUESTIONS[0], max_new_tokens=32)[0].stats.as_dict()
+    generator.backend.close()
+
+
+@pytest.fixture
+def own_bundle(sample_bundle, tmp_path):
+    return Bundle(shutil.copytree(sample_bundle.folder, tmp_path / "own"), sample_bundle.manifest)
+
+
+def _touch(path):
+    os.utime(path)
+
+
+def _replace(path):
+    other = path.with_suffix(".new")
+    shutil.copyfile(path, other)
+    other.replace(path)
+
+
+def _shorten(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("harm", [_touch, _replace, _shorten, lambda path: path.unlink()])
+def test_expert_file_changed_while_running(own_bundle, harm):
+    generator = open_generator(own_bundle, expert_budget="25%")
+    generator.generate(QUESTIONS[0], max_new_tokens=32)
+    harm(own_bundle.folder / "experts.bin")
+    with pytest.raises(BundleError, match=r"experts\.bin was changed or removed while it was in use"):
+        generator.generate(QUESTIONS[0], max_new_tokens=32)
+    generator.backend.close()
+
+
+def test_changed_during_a_forward_gives_no_token(own_bundle):
+    generator = open_generator(own_bundle, expert_budget="25%")
+    inner = generator.backend._backend
+    run = inner.forward
+
+    def forward(inputs, cache):
+        outputs = run(inputs, cache)
+        _touch(own_bundle.folder / "experts.bin")
+        return outputs
+
+    inner.forward = forward
+    with pytest.raises(BundleError, match="changed or removed"):
+        generator.generate(QUESTIONS[0], max_new_tokens=32)
+    generator.backend.close()
+
+
+def test_the_onnx_package_is_asked_for(sample_bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(MissingRequirementError, match=r"needs onnx, .* pip install onnx"):
+        open_generator(sample_bundle, expert_budget="25%")
+
+
+def test_bad_options(sample_bundle):
+    for options in ({"expert_budget": "-4G"}, {"expert_budget": "1k"}, {"expert_budget": "9000T"},
+                    {"experts_per_layer": 0}, {"expert_budget": "1G", "expert_refresh_interval": 0}):
+        with pytest.raises(RequestError):
+            open_generator(sample_bundle, **options)
+
+
+def test_a_dropped_generator_lets_go(sample_bundle):
+    file, before = FileIdentity.of(sample_bundle.folder / "experts.bin"), set(threading.enumerate())
+    gc.collect()
+    others = file.resident_bytes()
+    generator = open_generator(sample_bundle, expert_budget="25%", expert_refresh_interval=1)
+    generator.generate(QUESTIONS[0], max_new_tokens=32)
+    threads = set(threading.enumerate()) - before
+    assert file.resident_bytes() > others and any(thread.name.startswith("bring-experts") for thread in threads)
+    del generator
+    gc.collect()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert file.resident_bytes() == others
+
+
+def test_a_closed_one_goes_on_under_its_budget(sample_bundle, sample_answers):
+    generator = open_generator(sample_bundle, expert_budget="25%")
+    generator.backend.close()
+    assert [g.token_ids for g in generator.generate(QUESTIONS, **ANSWER)] == sample_answers
+    done = generator.backend.statistics()
+    assert done.misses > 0 and 0 < done.peak_bytes <= done.budget_bytes
+
+
+def test_salient_steps_are_refused(sample_bundle):
+    generator = open_generator(sample_bundle, expert_budget="50%")
+    with pytest.raises(RequestError, match="do not go together"):
+        generator.generate(QUESTIONS[0], max_new_tokens=32, salient_threshold=0.99)
+    generator.backend.close()
+
+
+def test_other_systems_are_refused(sample_bundle, monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(MissingRequirementError, match="needs Linux"):
+        open_generator(sample_bundle, expert_budget="50%")
+
+
+def test_command(sample_bundle):
+    arguments = ["generate", str(sample_bundle.folder), "--prompt", QUESTIONS[0], "--max-new-tokens", "32", "--verify",
+                 "sizes", "--json"]
+    plain = json.loads(CliRunner().invoke(main, arguments).stdout)
+    for extra in (["--expert-budget", "25%"], ["--experts-per-layer", "4", "--expert-refresh-interval", "2"]):
+        done = CliRunner().invoke(main, arguments + extra)
+        assert done.exit_code == 0, done.output
+        answer = json.loads(done.stdout)
+        assert answer["token_ids"] == plain["token_ids"]
+        assert answer["stats"]["residency"]["refreshes"] > 0 and answer["backend"]["name"] == "onnxruntime"
+        assert answer["backend"]["why"].startswith("the bundle has no engine with expert pools")
+    summary = CliRunner().invoke(main, [*arguments[:-1], "--expert-budget", "25%"]).output
+    assert "of uses resident" in summary
+
+
+@pytest.mark.parametrize("extra, code, sentence", [
+    (["--expert-budget", "-4G"], 2, "not positive"), (["--expert-budget", "1k"], 2, "less than one coreset"),
+    (["--experts-per-layer", "99"], 2, "between 2 and"), (["--expert-budget", "1G", "--experts-per-layer", "3"], 2,
+                                                          "not both"),
+    (["--expert-budget", "50%", "--backend", "tensorrt"], 3, ""),
+    (["--expert-budget", "50%", "--expert-refresh-interval", "often"], 2, "interval")])
+def test_command_bad_input(sample_bundle, extra, code, sentence):
+    done = CliRunner().invoke(main, ["generate", str(sample_bundle.folder), "--prompt", "hello", "--verify", "sizes",
+                                     *extra])
+    assert done.exit_code == code and sentence in done.output, done.output

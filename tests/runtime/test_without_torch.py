@@ -1,0 +1,43 @@
+"""The runtime imports and runs where torch and onnx do not exist."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from engine_helpers import plugin_library
+from processes import python_without
+
+
+def test_generate_without_torch(tiny_bundle):
+    code = """
+import json
+from dmoe_export import Generator
+result = Generator.open(sys.argv[1]).generate([[1, 2, 3], [4]], max_new_tokens=5, eos_id=-1)
+assert not {"torch", "onnx"} & set(sys.modules)
+print(json.dumps([r.token_ids for r in result]))
+"""
+    result = python_without(code, tiny_bundle.folder)
+    assert result.returncode == 0, result.stderr
+    assert [len(ids) for ids in json.loads(result.stdout)] == [5, 5]
+
+
+def test_whole_command_line_imports_without_torch(tiny_bundle):
+    result = python_without("from dmoe_export.cli import main\nmain(['inspect', sys.argv[1]])", tiny_bundle.folder)
+    assert result.returncode == 0, result.stderr
+    code = "from dmoe_export.cli import main\nmain(['export', '/nowhere', '--out', '/nowhere/else'])"
+    result = python_without(code)
+    assert result.returncode == 3
+    assert "pip install 'dmoe-export[export]'" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_engines_are_built_without_torch(tiny_checkpoint, exported, tmp_path):
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed (pip install '.[rtx]')")
+    plugin_library()
+    folder = shutil.copytree(exported(tiny_checkpoint, precision="fp16").folder, tmp_path / "b")
+    code = "from dmoe_export.cli import main\nmain(['build', sys.argv[1], '--targets', 'sm89'])"
+    result = python_without(code, folder, blocked=("torch", "onnx_ir", "onnxscript"))
+    assert result.returncode == 0, result.stderr
+    result = python_without(code, folder)  # onnx is blocked as well
+    assert result.returncode == 3 and "Building engines needs onnx; install with" in result.stderr
