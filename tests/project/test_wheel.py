@@ -86,7 +86,7 @@ def test_a_wheel_alone_exports_and_answers(tmp_path, settings, platform, says):
         return finished
 
     run(python, "-m", "pip", "install", "--no-index", "--ignore-installed", "--no-deps", wheel)
-    run(python, "-m", "pip", "install", "--no-index", f"{wheel}[cpu,export]")  # the extras are here, in versions that do
+    run(python, "-m", "pip", "install", f"{wheel}[cpu,export]")  # the extras are here, in versions that do
     assert site.as_posix() in run(python, "-c", "import dmoe_export; print(dmoe_export.__file__)").stdout
     run(command, "export", SAMPLE, "--out", "b")
     assert "DmoeExperts" in run(command, "inspect", "b").stdout
