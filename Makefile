@@ -4,6 +4,7 @@
 # make bench  speed and memory at LLaDA2.0-mini's size, against a peer and the machine's limits; out/bench
 # make cpu-ops  libdmoe_cpu.so, experts and linear layers on the CPU; half a minute
 # make plugins  libdmoe_plugins.so for every GPU generation; needs no GPU and no TensorRT
+# make wheel   dist/: one wheel with the libraries for CPU and GPU, to be installed on a device
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ READY := $(VENV)/.ready
 CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo cpu-ops check bench bench-decode test lint types plugins ort-ops engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse clean
+.PHONY: demo cpu-ops check bench bench-decode test lint types plugins ort-ops wheel engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
@@ -59,6 +60,9 @@ $(CPU_OPS): $(READY) $(SOURCES)
 
 ort-ops: $(READY)
 	$(call compiled,cuda,onnxruntime-cuda)
+
+wheel: $(PLUGINS)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist -C cmake.define.DMOE_CUDA=ON -C build-dir=build/cuda .
 
 engines: out/sample.bundle/manifest.json $(PLUGINS)
 	$(BIN)/dmoe-export build samples/tiny-dmoe --out out/sample-fp16.bundle --force
