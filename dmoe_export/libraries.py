@@ -1,4 +1,4 @@
-"""Where the compiled libraries are: in the folder lib/ of this package (`make plugins`, or the wheel, puts them there)."""
+"""Where the compiled libraries are: in the folder lib/ of this package, put there by the wheel or by `make`."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def library(name: str) -> Path:
 
     An editable installation has two folders: the sources', which goes first, and the one pip compiled into.
     """
-    places = [Path(folder) / "lib" / name for folder in (Path(__file__).parent, *_installed)]
+    places = [Path(folder) / "lib" / name for folder in (str(Path(__file__).parent), *_installed)]
     return next((place for place in places if place.is_file()), places[0])
