@@ -18,6 +18,7 @@ from ..bundle.reader import open_bundle
 from ..errors import RequestError
 from ..runtime.cpu.resident import check_experts
 from .bench_common import outcome
+from .options import THREADS, VERIFY
 from .output import console
 from .progress import step_bar
 
@@ -34,8 +35,8 @@ from .progress import step_bar
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=32, show_default=True, help="Most of a block.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Timed repetitions.")
-@click.option("--threads", type=int, help="Threads per operator on the CPU [ONNX Runtime's choice].")
-@click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True)
+@THREADS
+@VERIFY
 @click.option("--device", help="Name of the machine for the result.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
