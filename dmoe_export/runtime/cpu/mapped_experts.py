@@ -49,8 +49,8 @@ class MappedExperts:
         self._books = ctypes.c_void_p(c.dmoe_residency_create(_pointer(addresses), _pointer(slabs), len(layers),
                                                               len(layers[0]), self._shape[1], self.capacity))
         weakref.finalize(self, c.dmoe_residency_destroy, self._books).atexit = False  # the process takes all with it
-        self.source = ExpertSource(*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in (
-            c.dmoe_residency_acquire, c.dmoe_residency_release)), self._books.value or 0)
+        self.source = ExpertSource(_address(c.dmoe_residency_acquire), _address(c.dmoe_residency_release),
+                                   self._books.value or 0)
 
     def check(self) -> None:
         """Raise BundleError when the expert file is not the one that was opened."""
@@ -105,3 +105,7 @@ class MappedExperts:
 
 def _pointer(array: NDArray[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
