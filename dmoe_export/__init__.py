@@ -1,6 +1,7 @@
 """dmoe-export: mixture-of-experts diffusion language models, from a checkpoint to bundles that generate text.
 
-`Generator` (run time, no torch) and `export_checkpoint` (needs the `export` extra) are the two public faces.
+`Generator` (run time, no torch) and `export_checkpoint` (needs the `export` extra) are the two public faces;
+`Generation` and `Block` are what a generator answers, `GenerateOptions` is the type of its options.
 """
 
 from __future__ import annotations
@@ -8,19 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Generator", "export_checkpoint"]
+__all__ = ["Block", "GenerateOptions", "Generation", "Generator", "export_checkpoint"]
 
 if TYPE_CHECKING:
     from .export.exporter import export_checkpoint
-    from .generator import Generator
+    from .generator import Block, GenerateOptions, Generation, Generator
 
 
 def __getattr__(name: str) -> Any:
     """Import the public names on first use, so that the runtime never pulls in torch."""
-    if name == "Generator":
-        from .generator import Generator
+    if name in ("Block", "GenerateOptions", "Generation", "Generator"):
+        from . import generator
 
-        return Generator
+        return getattr(generator, name)
     if name == "export_checkpoint":
         try:
             from .export.exporter import export_checkpoint

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from numbers import Integral
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Unpack
+
 from .bundle.hub import resolve_bundle
 from .bundle.reader import Bundle, Verify, open_bundle
+from .decoding.limits import check_prompts
 from .decoding.loop import BlockDiffusion
+from .decoding.option import check_kind
+from .decoding.routing import routing_inputs
 from .decoding.row import FinishReason
-from .decoding.settings import DecodeSettings, check_kind
+from .decoding.settings import OPTIONS, DecodeSettings, GenerateOptions
 from .decoding.telemetry import Statistics
-from .description import RUNTIME_SETTINGS
 from .errors import BundleError, RequestError
-from .runtime.backend import Backend, Limits
+from .runtime.backend import Backend
 from .runtime.choose import BACKENDS, BackendName, open_backend, open_under_budget
 from .runtime.residency.backend import ResidentBackend, parse_interval
 from .runtime.residency.budget import plan_budget
-from .text.codec import Message, TextCodec, TextStream
+from .text.codec import TextCodec, TextStream
+from .text.prompts import Prompts, batch_of, encode
 
-Prompt = str | Sequence[int] | Sequence[Message]
 _MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, whatever becomes of the machine
-_PROMPT = "neither text, nor token ids, nor chat messages"
 
 
 @dataclass(frozen=True)
@@ -67,23 +69,31 @@ class Generator:
 
     @classmethod
     def open(cls, path: str | Path, *, backend: BackendName = "auto", threads: int | None = None,
-             verify: Verify = "full", progress: Callable[[int], None] | None = None,
              expert_budget: str | int | None = None, experts_per_layer: int | None = None,
-             expert_refresh_interval: str | int = "auto") -> Generator:
+             expert_refresh_interval: str | int = "auto", verify: Verify = "full",
+             progress: Callable[[int], None] | None = None) -> Generator:
         """Open and verify a bundle: a folder, or the hub id (`org/name`) of one, which is fetched first.
 
-        `backend` "auto" takes an engine of the bundle that fits this machine ("tensorrt"), else ONNX Runtime on the
-        GPU ("onnxruntime-cuda"), else on the CPU ("onnxruntime"), and says why in `backend_choice`; any other name
-        means that backend or an error. `threads` is for the CPU. `verify`, `progress` as in `open_bundle`.
-        `expert_budget` ("4G", "25%", bytes) or `experts_per_layer` bounds the memory of experts (docs/residency.md:
-        on the device with "tensorrt" and an engine built with --experts resident, else on the CPU),
-        `expert_refresh_interval` is "auto", "never" or a number of denoise steps. Raises BundleError for a bad bundle,
-        RequestError for a bad budget, MissingRequirementError when this machine cannot run it.
+        In brackets what None or a keyword that is left out means:
+
+        backend: What runs the bundle; auto: an engine of the bundle that fits this machine (tensorrt), else
+            ONNX Runtime on the GPU (onnxruntime-cuda), else on the CPU (onnxruntime) [auto].
+        threads: Threads per operator on the CPU [ONNX Runtime's choice].
+        expert_budget: Memory for experts, such as 4G, 25% or bytes; the others wait on disk (CPU) or in host memory
+            (TensorRT engine built with --experts resident) [all].
+        experts_per_layer: The same, as experts kept per layer [all].
+        expert_refresh_interval: Denoise steps between changes of the experts kept: auto, never or a number [auto].
+        verify: What is compared with the manifest before use: full (sizes and hashes) or sizes [full].
+        progress: As in `open_bundle`.
+
+        `backend_choice` then says why it is this backend; a name other than auto means that backend or an error.
+        Raises BundleError for a bad bundle, RequestError for a bad keyword, MissingRequirementError when this machine
+        cannot run it.
         """
         if backend not in BACKENDS:
             raise RequestError(f"Backend {backend!r} is not known; known: {', '.join(BACKENDS)}.")
         if threads is not None:
-            check_kind("threads", threads, "int")
+            check_kind("threads", threads, int)
             if not 1 <= threads <= _MOST_THREADS:
                 raise RequestError(f"threads is {threads}, it must be between 1 and {_MOST_THREADS}.")
         interval = parse_interval(expert_refresh_interval)
@@ -93,16 +103,49 @@ class Generator:
             return cls(bundle, *open_backend(bundle, backend, threads))
         return cls(bundle, *open_under_budget(bundle, budget, interval, backend, threads))
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], *, chat: bool = True, **options: Any) -> list[Generation]:
+    def generate(self, prompts: Prompts, *, chat: bool = True,
+                 **options: Unpack[GenerateOptions]) -> list[Generation]:
         """Answer one prompt or a batch of prompts; always a list, in the order of the prompts.
 
         A prompt is text, a list of chat messages (`{"role", "content"}`), or a list of token ids. Text is wrapped in
-        the chat template unless `chat` is false. `options`: the fields of `DecodeSettings` (max_new_tokens, cache,
-        acceptance, threshold, steps, temperature, seed, …) and the run-time routing settings `coreset_top_p`,
-        `min_experts`, `coreset_size`. What is left out or None is as the bundle's `decode_defaults` say, else as in
-        `DecodeSettings`.
+        the chat template unless `chat` is false. Raises RequestError for a bad prompt or option, NotFiniteError where
+        the model computes NaN. In brackets the default of an option that is left out or None, where the bundle's
+        `decode_defaults` have no other:
+
+        max_new_tokens: Most tokens of the answer [the bundle's, or 128].
+        block_length: Tokens of a block that is decoded together; of full-canvas models, all others have their bundle's
+            [the bundle's].
+        steps: Most forwards of a block that fill masks [32].
+        cache: What is kept between forwards: block (exact; block-causal models), none, or for full-canvas models
+            prefix or dual (Fast-dLLM); auto is block or prefix [auto].
+        acceptance: Which decoded positions a step keeps: above threshold, a fixed number (LLaDA2), by factor
+            (Fast-dLLM), hierarchy (dInfer) or credit (CreditDecoding) [threshold].
+        threshold: Least probability of acceptance threshold, hierarchy and credit [0.95].
+        factor: Factor of acceptance factor; a smaller one keeps less [1.0].
+        low_threshold: Least probability of the best in a run of masks, of acceptance hierarchy [0.4].
+        credit_alpha: Strength of acceptance credit; 0 is off [0.7].
+        credit_beta: Decay of acceptance credit per step [0.8].
+        credit_gamma: Exponent of acceptance credit [0.2].
+        edit_threshold: Replace a decoded token of the block when another has a higher probability than this (LLaDA2.1)
+            [off].
+        edit_passes: Most edit forwards after a block's last mask [16].
+        salient_threshold: Salient-token steps (DyLLM) at this cosine, such as 0.99; of bundles exported with --salient
+            [off].
+        full_steps: Dense steps before salient ones [4; block-causal: 1 in every block].
+        refresh_interval: A dense step every so many salient steps [never].
+        salient_capacity: Use the salient graph of static shapes with so many rows [the dynamic one].
+        exact_first_layer: All rows enter layer 0 of a salient step [off].
+        temperature: Temperature of sampling; 0 is greedy [the bundle's, or 0.0].
+        top_k: Sample from the k best tokens; 0 is off [the bundle's, or 0].
+        top_p: Sample from the nucleus of this probability; 1 is off [the bundle's, or 1.0].
+        seed: Seed of sampling; row i of a batch draws with seed + i [0].
+        eos_id: Token id that ends the answer, one or several; -1 for none [the model's].
+        early_stop: End inside a block once an EOS has no mask before it; with editing always at the block's end [on].
+        coreset_top_p: p of top_p routing (dMoE) [the bundle's].
+        min_experts: Least coreset size of top_p routing, in experts [the bundle's].
+        coreset_size: C of top_c routing (LLaDA2.2): experts of a block [the bundle's].
         """
-        batch = self._batch(prompts)
+        batch = batch_of(prompts)
         tokens: list[list[int]] = [[] for _ in batch]
         ends: dict[int, Generation] = {}
         for block in self.stream(batch, chat=chat, **options):
@@ -113,14 +156,13 @@ class Generator:
                                                block.stats)
         return [ends[i] for i in range(len(batch))]
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], *, chat: bool = True, **options: Any) -> Iterator[Block]:
+    def stream(self, prompts: Prompts, *, chat: bool = True,
+               **options: Unpack[GenerateOptions]) -> Iterator[Block]:
         """Finished blocks as they come, `index` telling the prompt; arguments and errors as in `generate`."""
-        settings = self._settings(options)
-        encoded = [self._encode(prompt, chat) for prompt in self._batch(prompts)]
-        manifest = self.bundle.manifest
-        loop = BlockDiffusion(self.backend, settings, manifest.bytes_per_expert, manifest.precision)
-        for number, ids in enumerate(encoded):
-            self._check(number, ids, settings)
+        settings, manifest, folder = self._settings(options), self.bundle.manifest, str(self.bundle.folder)
+        encoded = [encode(prompt, chat, self.text, self.bundle.folder) for prompt in batch_of(prompts)]
+        loop = BlockDiffusion(self.backend, settings, manifest.bytes_per_expert, manifest.precision, folder)
+        check_prompts(encoded, settings.max_new_tokens, self.backend, folder)
         loop.check(encoded)
         return self._blocks(encoded, loop)
 
@@ -134,94 +176,25 @@ class Generator:
             text = texts[block.index].push(block.token_ids, block.finish_reason is not None) if texts else None
             yield Block(block.index, block.token_ids, text, block.finish_reason, block.statistics)
 
-    def _batch(self, prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-        """One prompt or many → many."""
-        if not _is_list(prompts) and not isinstance(prompts, str):
-            raise RequestError(f"Prompts {prompts!r} are {_PROMPT}, nor a list of them.")
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (Integral, dict))):
-            return [prompts]  # type: ignore[list-item]
-        if not len(prompts):
-            raise RequestError("No prompt was given; give at least one.")
-        return list(prompts)  # type: ignore[arg-type]
-
-    def _settings(self, options: dict[str, Any]) -> DecodeSettings:
-        options = dict(options)
-        routing = self.backend.routing
-        chosen: dict[str, float | int] = {}
-        moe = self.backend.description.moe
-        experts, fewest = (moe.num_experts, moe.experts_per_token) if moe else (0, 0)
-        for option, name, kind, low, high in (("coreset_top_p", "top_p", "float", 0, 1),
-                                              ("min_experts", "min_experts", "int", 1, experts),
-                                              ("coreset_size", "coreset_size", "int", fewest, experts)):
-            value = options.pop(option, None)
-            if value is None:
-                continue
-            if name not in RUNTIME_SETTINGS[routing.mode]:
-                raise RequestError(f"{option} has no meaning in this bundle: " + (
-                    f"its routing mode is {routing.mode}." if moe else "its model is dense."))
-            check_kind(option, value, kind)
-            if not low <= value <= high:
-                raise RequestError(f"{option} is {value}, it must be between {low} and {high}.")
-            chosen[name] = value
-        unknown = options.keys() - {one.name for one in fields(DecodeSettings)} | options.keys() & {"routing"}
+    def _settings(self, options: GenerateOptions) -> DecodeSettings:
+        unknown = options.keys() - OPTIONS.keys()
         if unknown:
             raise RequestError(f"Unknown generation option: {', '.join(sorted(unknown))}.")
         said = {name: value for name, value in options.items() if value is not None}
-        return DecodeSettings(routing=chosen, **self._defaults | said)
-
-    def _encode(self, prompt: Prompt, chat: bool) -> list[int]:
-        if not _is_list(prompt) and not isinstance(prompt, str):
-            raise RequestError(f"Prompt {prompt!r} is {_PROMPT}.")
-        if not isinstance(prompt, str) and len(prompt) and not isinstance(prompt[0], dict):
-            wrong = next((i for i in prompt if not isinstance(i, Integral)), None)
-            if wrong is not None:
-                raise RequestError(f"Prompt with {wrong!r} is {_PROMPT}.")
-            return [int(i) for i in prompt]  # type: ignore[arg-type]
-        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-            return []
-        if self.text is None:
-            raise RequestError(f"{self.bundle.folder} has no tokenizer; give token ids (--prompt-ids).")
-        if isinstance(prompt, str):
-            return self.text.encode_chat([{"role": "user", "content": prompt}]) if chat else (
-                self.text.encode_plain(prompt))
-        return self.text.encode_chat(list(prompt))  # type: ignore[arg-type]
-
-    def _check(self, number: int, ids: list[int], settings: DecodeSettings) -> None:
-        d = self.backend.description
-        if not ids:
-            raise RequestError(f"Prompt {number} is empty; give at least one token.")
-        bad = next((i for i in ids if not 0 <= i < d.vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"Prompt {number} holds token id {bad}, outside the vocabulary 0 … {d.vocab_size - 1}.")
-        total = len(ids) + settings.max_new_tokens
-        if total > d.max_positions:
-            raise RequestError(f"Prompt {number} of {len(ids)} tokens and {settings.max_new_tokens} new ones need "
-                               f"{total} positions, the model has {d.max_positions}; shorten one of them.")
-        most = (self.backend.limits or Limits()).max_context
-        if most is not None and total > most:
-            raise RequestError(f"Prompt {number} of {len(ids)} tokens and {settings.max_new_tokens} new ones need a "
-                               f"context of {total} tokens, the engine was built for {most}; build one with: "
-                               f"dmoe-export build {self.bundle.folder} --max-context {total}.")
-        beyond = next((i for i in settings.eos_ids or () if i >= d.vocab_size), None)
-        if beyond is not None:
-            raise RequestError(f"eos_id {beyond} is outside the vocabulary 0 … {d.vocab_size - 1}.")
+        return DecodeSettings(**self._defaults | said)
 
 
 def _decode_defaults(bundle: Bundle) -> dict[str, Any]:
     """The bundle's decode defaults; raises BundleError for what no request could ask for."""
-    defaults: dict[str, Any] = dict(bundle.manifest.decode_defaults)
-    unknown = defaults.keys() - {one.name for one in fields(DecodeSettings)} | defaults.keys() & {"routing"}
+    manifest = bundle.manifest
+    defaults: dict[str, Any] = dict(manifest.decode_defaults)
+    unknown = defaults.keys() - OPTIONS.keys()
     wrong = f"{', '.join(sorted(unknown))} is no setting of a request." if unknown else ""
     try:
         if not unknown:
-            DecodeSettings(**defaults)
+            routing_inputs(DecodeSettings(**defaults), manifest.routing.mode, manifest.model.moe)
     except RequestError as error:
         wrong = str(error)
     if wrong:
         raise BundleError(f"The decode_defaults of {bundle.folder} cannot be used; export again: {wrong}")
     return defaults
-
-
-def _is_list(value: object) -> bool:
-    """Whether it has a length and an order: lists, tuples, arrays, ranges; no bytes, whose items only look like ids."""
-    return hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, (dict, bytes, str))

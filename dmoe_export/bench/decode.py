@@ -18,7 +18,8 @@ from pydantic import Field
 
 from ..description import Frozen
 from ..errors import RequestError
-from ..generator import Generation, Generator, Prompt
+from ..generator import Generation, Generator
+from ..text.prompts import Prompt
 
 Key = tuple[str, str, str]
 

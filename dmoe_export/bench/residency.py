@@ -22,12 +22,13 @@ from pydantic import Field
 from ..bundle.reader import Bundle
 from ..description import Frozen
 from ..errors import RequestError
-from ..generator import Generator, Prompt
+from ..generator import Generator
 from ..runtime.cpu.backend import OnnxRuntimeBackend
 from ..runtime.cpu.mapped_memory import FileIdentity, file_backed_bytes
 from ..runtime.cpu.resident import expert_file, open_resident
 from ..runtime.residency.backend import ResidentBackend, parse_interval
 from ..runtime.residency.budget import plan_budget
+from ..text.prompts import Prompt
 from .residency_price import Price, price
 
 _SAMPLE_EVERY = 0.02  # seconds

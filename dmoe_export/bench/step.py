@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from ..bundle.edited import EditedGraph
 from ..bundle.reader import Bundle
 from ..decoding.telemetry import unique_experts
 from ..description import Frozen
@@ -26,6 +25,7 @@ from ..errors import CheckError, MissingRequirementError, RequestError
 from ..runtime.backend import ForwardInputs, ForwardOutputs
 from ..runtime.cpu.backend import OnnxRuntimeBackend
 from ..runtime.cpu.library import CpuOps
+from ..runtime.edited import EditedGraph
 from .limits import Limits, measure_limits
 from .parts import PARTS, Profile, name_by_part
 from .products import Bench, Product, products_of

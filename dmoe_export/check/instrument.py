@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from ..bundle.edited import EditedGraph
 from ..bundle.reader import Bundle
 from ..description import ModelDescription
 from ..errors import BundleError
+from ..runtime.edited import EditedGraph
 
 _ROUTE = "DmoeBlockRoute"
 _ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}

@@ -11,12 +11,12 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
-from ..bundle.edited import EditedGraph
 from ..bundle.reader import Bundle
 from ..description import ModelDescription, Precision
 from ..errors import BundleError
 from ..runtime.backend import Backend, ForwardOutputs, Limits
 from ..runtime.cache import HostCache
+from ..runtime.edited import EditedGraph
 from ..runtime.ort import EXTERNAL_FOLDER, ort, why_not_loaded
 from .inputs import forward_inputs
 from .instrument import OpenedGraph

@@ -16,12 +16,12 @@ from .. import __version__
 from ..bench.decode import DecodeBench, Question, SettingResult, run, settings
 from ..errors import RequestError
 from ..generator import Generator
-from ..runtime.choose import BACKENDS
 from .bench_common import outcome
 from .bench_generate import generate
 from .bench_memory import build, export
 from .bench_residency import residency
 from .bench_step import step
+from .options import BACKEND, THREADS, VERIFY, request_option
 from .output import console
 from .progress import step_bar
 
@@ -51,16 +51,15 @@ for _command in (build, export, generate, residency, step):
 @click.option("--random-prompt", type=click.IntRange(min=1), help="One prompt of so many random tokens.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use so many prompts, spread over the file.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), help="Most denoise steps per block [generate's default].")
-@click.option("--full-steps", type=click.IntRange(min=1), help="Dense steps before salient ones [generate's default].")
-@click.option("--refresh-interval", type=click.IntRange(min=1), help="Dense step every so many salient ones [never].")
-@click.option("--eos-id", type=int, multiple=True, callback=lambda context, option, ids: ids or None,
-              help="Token that ends an answer, may be given again [the model's]; -1 for none.")
+@request_option("steps")
+@request_option("full_steps")
+@request_option("refresh_interval")
+@request_option("eos_id")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Timed repetitions.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompt.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
-@click.option("--threads", type=int, help="Threads per operator on the CPU [ONNX Runtime's choice].")
-@click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True)
+@BACKEND
+@THREADS
+@VERIFY
 @click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON.")

@@ -18,6 +18,7 @@ from ..bundle.reader import open_bundle
 from ..errors import RequestError
 from ..runtime.cpu.resident import check_experts
 from .bench_common import outcome
+from .options import THREADS, VERIFY
 from .output import console
 from .progress import step_bar
 
@@ -36,15 +37,15 @@ from .progress import step_bar
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Timed repetitions.")
 @click.option("--turns", type=click.IntRange(min=0), default=15, show_default=True,
               help="Steps timed with a budget of everything and without one, in turns.")
-@click.option("--threads", type=int, help="Threads per operator on the CPU [ONNX Runtime's choice].")
-@click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True)
+@THREADS
+@VERIFY
 @click.option("--device", help="Name of the machine for the result.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
 def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_ids: str, max_new_tokens: int,
-              steps: int, rounds: int, turns: int, threads: int | None, verify: Any, device: str | None, out: Path | None,
-              plot: Path | None, as_json: bool) -> None:
+              steps: int, rounds: int, turns: int, threads: int | None, verify: Any, device: str | None,
+              out: Path | None, plot: Path | None, as_json: bool) -> None:
     """Compare expert budgets of BUNDLE on the CPU: budget × interval × routing, and what a budget costs by itself."""
     opened = open_bundle(resolve_bundle(bundle), verify)
     moe = opened.manifest.model.moe

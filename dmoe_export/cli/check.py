@@ -10,6 +10,7 @@ import click
 
 from ..errors import MissingRequirementError
 from ..runtime.choose import BACKENDS
+from .options import VERIFY
 from .output import reader_may_leave
 from .progress import step_bar
 
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 @click.option("--prompt", "prompts", multiple=True, help="Also feed and decode this text; may be given more than once.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of masks and random tokens.")
 @click.option("--no-weights", is_flag=True, help="Do not compare the bundle's bytes with the checkpoint's.")
-@click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True,
-              help="What is compared with the manifest first.")
+@VERIFY
 @click.option("--report", type=click.Path(path_type=Path), help="Write a self-contained HTML file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def check(bundle: Path, report: Path | None, as_json: bool, no_weights: bool, **options: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,11 @@ import click
 
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import read_manifest
-from ..decoding.settings import ACCEPTANCES, CACHES, DecodeSettings
 from ..errors import RequestError
-from ..generator import Generation, Generator, Prompt
-from ..runtime.choose import BACKENDS
+from ..generator import Generation, Generator
+from ..text.prompts import Prompt
+from .options import BACKEND, THREADS, VERIFY, request_options
 from .progress import byte_bar
-
-
-def _setting(name: str, kind: Any, words: str, default: str | None = None, of_bundle: bool = False,
-             **more: Any) -> Callable[[Any], Any]:
-    """The option of a field of DecodeSettings, None where it is not given; its help ends with the default.
-
-    `of_bundle`: a bundle may have a default of its own (`Manifest.decode_defaults`).
-    """
-    own = getattr(DecodeSettings, name) if default is None else default
-    shown = "off" if own is None or own is False else f"the bundle's, or {own}" if of_bundle else own
-    return click.option(f"--{name.replace('_', '-')}", type=kind, default=None, help=f"{words} [{shown}].", **more)
 
 
 @click.command()
@@ -34,46 +22,17 @@ def _setting(name: str, kind: Any, words: str, default: str | None = None, of_bu
 @click.option("--prompt", help="Text; wrapped in the chat template.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="File with the prompt's text.")
 @click.option("--prompt-ids", help="Token ids, separated by commas; needs no tokenizer.")
-@_setting("max_new_tokens", int, "Most tokens of the answer", of_bundle=True)
-@_setting("cache", click.Choice(CACHES), "What is kept between forwards; auto: block for block-causal models, prefix "
-          "for full-canvas ones")
-@_setting("acceptance", click.Choice(ACCEPTANCES), "Which decoded positions are kept after a step")
-@_setting("threshold", float, "Confidence of acceptance threshold, hierarchy and credit")
-@_setting("factor", float, "Factor of acceptance factor")
-@_setting("low_threshold", float, "Of acceptance hierarchy")
-@_setting("credit_alpha", float, "Strength of acceptance credit")
-@_setting("credit_beta", float, "Decay of acceptance credit")
-@_setting("credit_gamma", float, "Exponent of acceptance credit")
-@_setting("edit_threshold", float, "Replace decoded tokens when another is surer than this")
-@_setting("edit_passes", int, "Most edit forwards after the last mask")
-@_setting("steps", int, "Most denoise steps per block")
-@_setting("salient_threshold", float, "Salient-token steps at this cosine, such as 0.99")
-@_setting("full_steps", int, "Dense steps before salient ones", "4; block-causal: 1 per block")
-@_setting("refresh_interval", int, "A dense step every so many salient ones", "never")
-@_setting("salient_capacity", int, "Static shapes of M salient rows", "dynamic", metavar="M")
-@_setting("exact_first_layer", bool, "All rows enter layer 0 of a salient step", is_flag=True)
-@_setting("temperature", float, "0 is greedy", of_bundle=True)
-@_setting("top_k", int, "Sample from the k best tokens; 0 is off", of_bundle=True)
-@_setting("top_p", float, "Sample from the nucleus of this mass", of_bundle=True)
-@_setting("seed", int, "Of sampling")
-@click.option("--coreset-top-p", type=float, help="p of top_p routing [the bundle's].")
-@click.option("--min-experts", type=int, help="Least coreset size of top_p routing [the bundle's].")
-@click.option("--coreset-size", type=int, help="C of top_c routing [the bundle's].")
-@_setting("block_length", int, "Decoding block of a full-canvas model", "the bundle's")
-@click.option("--eos-id", type=int, multiple=True, callback=lambda context, option, ids: ids or None,
-              help="Token that ends the answer, may be given again [the model's]; -1 for none.")
-@click.option("--early-stop/--no-early-stop", default=None, help="End inside a block at an EOS [--early-stop].")
+@request_options
 @click.option("--chat/--no-chat", default=True, show_default=True, help="Wrap text in the chat template.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
-              help="What runs the bundle; auto: the best that fits this machine.")
-@click.option("--threads", type=int, help="Threads per operator on the CPU [ONNX Runtime's choice].")
-@click.option("--expert-budget", help="Memory for experts, such as 4G or 25%; the others wait on disk (CPU, not "
-              "half precision) or in host memory (TensorRT engine built with --experts resident).")
-@click.option("--experts-per-layer", type=int, help="The same, as experts kept per layer.")
-@click.option("--expert-refresh-interval", default="auto", show_default=True,
-              help="Denoise steps between changes of the experts kept: auto, never or a number.")
-@click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True,
-              help="What is compared with the manifest before use.")
+@BACKEND
+@THREADS
+@click.option("--expert-budget",
+              help="Memory for experts, such as 4G, 25% or bytes; the others wait on disk (CPU) or in host memory "
+              "(TensorRT engine built with --experts resident) [all].")
+@click.option("--experts-per-layer", type=int, help="The same, as experts kept per layer [all].")
+@click.option("--expert-refresh-interval", default="auto",
+              help="Denoise steps between changes of the experts kept: auto, never or a number [auto].")
+@VERIFY
 @click.option("--stream", is_flag=True, help="Print blocks as they are finished.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (with --stream: one per block first).")
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,

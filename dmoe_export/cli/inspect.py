@@ -14,12 +14,13 @@ from ..bundle.manifest import Manifest
 from ..bundle.reader import open_bundle
 from ..description import RUNTIME_SETTINGS
 from ..runtime.residency.budget import plan_budget
+from .options import VERIFY
 from .output import console
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True)
+@VERIFY
 @click.option("--expert-budget", help="Predict the memory of generating under this budget (4G, 25%).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool) -> None:

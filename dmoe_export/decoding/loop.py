@@ -16,8 +16,10 @@ from ..description import Precision
 from ..errors import RequestError
 from ..runtime.backend import Backend, Cache, ForwardInputs, Ints, Limits
 from ..runtime.salient import SalientBackend, SalientGraphs, SalientSteps
-from .caching import Plan, longest, policy
+from .caching import Plan, policy
+from .limits import check_forwards
 from .outcome import Outcome, asked_places
+from .routing import routing_inputs
 from .row import FinishReason, Row
 from .salient import policy as salient_policy
 from .settings import DecodeSettings
@@ -40,12 +42,18 @@ class BlockDiffusion:
     """Decodes a batch of prompts; iterate to get finished blocks as they come."""
 
     def __init__(self, backend: Backend, settings: DecodeSettings, bytes_per_expert: int = 0,
-                 precision: Precision | None = None) -> None:
-        """`bytes_per_expert` is for statistics, `precision` for an error's advice.
+                 precision: Precision | None = None, bundle: str = "BUNDLE") -> None:
+        """`bytes_per_expert` is for statistics, `precision` and `bundle` (its place) for the advice of errors.
 
         Raises RequestError for settings that make no sense with the backend's model.
         """
         self._backend, self._settings, self._bytes = backend, settings, bytes_per_expert
+        self._bundle = bundle
+        self._routing = routing_inputs(settings, backend.routing.mode, backend.description.moe)
+        vocabulary = backend.description.vocab_size
+        beyond = next((i for i in settings.eos_ids or () if i >= vocabulary), None)
+        if beyond is not None:
+            raise RequestError(f"eos_id {beyond} is outside the vocabulary 0 … {vocabulary - 1}.")
         bundled = backend.routing.block_length
         n = self._n = settings.block_length or bundled
         if n != bundled and backend.description.attention == "block_causal":
@@ -54,7 +62,7 @@ class BlockDiffusion:
         limit = (backend.limits or Limits()).max_tokens
         if limit is not None and limit < n:
             raise RequestError(f"The engine takes at most {limit} tokens in one forward, a block has {n}; build "
-                               f"one with: dmoe-export build BUNDLE --max-prefill {n}.")
+                               f"one with: dmoe-export build {bundle} --max-prefill {n}.")
         chunk = max(1, min(PREFILL_TOKENS, limit or PREFILL_TOKENS) // n) * n
         self._graphs: SalientGraphs | None = None
         if settings.salient_threshold is None:
@@ -68,21 +76,8 @@ class BlockDiffusion:
         self._outcome = Outcome(settings, backend.description.mask_id, precision)
 
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Raise RequestError when the prompts, or the forwards their answers take, are more than the backend takes."""
-        limits = self._backend.limits or Limits()
-        if limits.max_batch is not None and len(prompts) > limits.max_batch:
-            raise RequestError(f"{len(prompts)} prompts at once are more than the engine was built for "
-                               f"({limits.max_batch}); give fewer, or build one with: dmoe-export build BUNDLE "
-                               f"--max-batch {len(prompts)}.")
-        for i, prompt in enumerate(prompts):
-            total = len(prompt) + self._settings.max_new_tokens
-            tokens = longest(self._backend.description, self._settings.cache, total, self._n)
-            if limits.max_tokens is not None and tokens > limits.max_tokens:
-                grid = self._backend.routing.block_length
-                raise RequestError(f"Prompt {i} of {len(prompt)} tokens and {self._settings.max_new_tokens} new ones "
-                                   f"need forwards of {tokens} tokens, the engine takes at most {limits.max_tokens}; "
-                                   "build one with: dmoe-export build BUNDLE --max-prefill "
-                                   f"{-(-tokens // grid) * grid}.")
+        """Raise RequestError when so many prompts, or the forwards they take, are more than the backend takes."""
+        check_forwards(prompts, self._settings, self._backend, self._n, self._bundle)
 
     def decode(self, prompts: Sequence[Sequence[int]]) -> Iterator[BlockDecoded]:
         """Prompts of token ids (not empty) → finished blocks; a row's result does not depend on its neighbours.
@@ -159,7 +154,7 @@ class BlockDiffusion:
                 positions[i, :plan.stop - plan.start] = np.arange(plan.start, plan.stop)
                 wanted[i, :len(asked[i])] = asked[i] + row.span.start - row.shift - plan.start
         return ForwardInputs(
-            ids, positions, wanted, self._settings.routing,
+            ids, positions, wanted, self._routing,
             want_logits=self._outcome.needs_logits and bool((wanted >= 0).any()),
             want_keys_values=any(plan is not None and plan.commit is not None for plan in plans))
 

@@ -1,103 +1,89 @@
-"""What a request may choose."""
+"""What a request may choose: each option is told once (see option.py), its type a second time for type checkers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 from ..errors import RequestError
+from .option import AT_LEAST_0, AT_LEAST_1, FINITE, SHARE, Rule, Told, check_kind, one_of, options_of
 
 AcceptanceName = Literal["threshold", "fixed", "factor", "hierarchy", "credit"]
 CacheName = Literal["auto", "block", "none", "prefix", "dual"]
 ACCEPTANCES: tuple[AcceptanceName, ...] = get_args(AcceptanceName)
 CACHES: tuple[CacheName, ...] = get_args(CacheName)
-_KINDS: dict[str, tuple[Any, str]] = {
-    "int": (Integral, "an integer"), "float": (Real, "a number"), "bool": (bool, "true or false")}
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    """One token id or several as a tuple; raises RequestError for anything else."""
+    listed = hasattr(value, "__iter__") and not isinstance(value, (str, bytes, dict))
+    values = list(value) if listed else [value]
+    for one in values:
+        check_kind("eos_id", one, int)
+    return tuple(int(one) for one in values)
+
+
+_COSINE = Rule(lambda value: 0 < value <= 2,
+               "a cosine such as 0.99; above 1 everything is recomputed but what enters the first layer")
+_MASS = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
+_ENDS = Rule(lambda value: _ids(value) == (-1,) or min(_ids(value), default=-1) >= 0,
+             "a token id, several of them, or -1 alone for none")
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """Settings of one request; defaults are those of LLaDA2 (spec decoding.md).
+    """Settings of one request; defaults are those of LLaDA2 (spec decoding.md). Raises RequestError for bad values."""
 
-    `block_length` None is the bundle's; only full-canvas models decode in blocks of another length. `steps`: most
-    denoise forwards per block that fill masks. `cache`: see decoding/caching.py. `threshold`: of acceptance threshold,
-    hierarchy and credit; `factor`, `low_threshold` (hierarchy) and `credit_*` of the acceptance they name.
-    `edit_threshold`: decoded tokens of the active block are replaced when another has a higher probability than this
-    (LLaDA2.1; None = never), for at most `edit_passes` forwards after the block's last mask.
-    `salient_threshold` τ: salient-token steps (DyLLM; None = off), of a bundle that has their graph; `full_steps` dense
-    ones first (None = 4, or 1 in every block of a block-causal model), a dense one again every `refresh_interval` steps
-    (None = never), `salient_capacity` the static graph to use (None = the one of dynamic counts), `exact_first_layer`
-    lets all rows enter layer 0.
-    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off; row i of a batch draws with `seed` + i.
-    `eos_id`: the token or tokens that end an answer, None = the model's, −1 = none does. `early_stop`: end inside a
-    block as soon as an EOS has nothing masked before it (with editing always at the block's end). `routing`: run-time
-    routing settings (top_p, min_experts, coreset_size) to change from the bundle's defaults.
-    """
-
-    max_new_tokens: int = 128
-    block_length: int | None = None
-    steps: int = 32
-    cache: CacheName = "auto"
-    acceptance: AcceptanceName = "threshold"
-    threshold: float = 0.95
-    factor: float = 1.0
-    low_threshold: float = 0.4
-    credit_alpha: float = 0.7
-    credit_beta: float = 0.8
-    credit_gamma: float = 0.2
-    edit_threshold: float | None = None
-    edit_passes: int = 16
-    salient_threshold: float | None = None
-    full_steps: int | None = None
-    refresh_interval: int | None = None
-    salient_capacity: int | None = None
-    exact_first_layer: bool = False
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    eos_id: int | Sequence[int] | None = None
-    early_stop: bool = True
-    routing: dict[str, float | int] = field(default_factory=dict)
+    max_new_tokens: Annotated[int, Told("Most tokens of the answer", AT_LEAST_1, of_bundle=True)] = 128
+    block_length: Annotated[int | None, Told(
+        "Tokens of a block that is decoded together; of full-canvas models, all others have their bundle's",
+        AT_LEAST_1, shown="the bundle's")] = None
+    steps: Annotated[int, Told("Most forwards of a block that fill masks", AT_LEAST_1)] = 32
+    cache: Annotated[CacheName, Told(
+        "What is kept between forwards: block (exact; block-causal models), none, or for full-canvas models prefix or "
+        "dual (Fast-dLLM); auto is block or prefix", one_of(CACHES))] = "auto"
+    acceptance: Annotated[AcceptanceName, Told(
+        "Which decoded positions a step keeps: above threshold, a fixed number (LLaDA2), by factor (Fast-dLLM), "
+        "hierarchy (dInfer) or credit (CreditDecoding)", one_of(ACCEPTANCES))] = "threshold"
+    threshold: Annotated[float, Told("Least probability of acceptance threshold, hierarchy and credit", SHARE)] = 0.95
+    factor: Annotated[float, Told("Factor of acceptance factor; a smaller one keeps less", AT_LEAST_0)] = 1.0
+    low_threshold: Annotated[float, Told(
+        "Least probability of the best in a run of masks, of acceptance hierarchy", SHARE)] = 0.4
+    credit_alpha: Annotated[float, Told("Strength of acceptance credit; 0 is off", FINITE)] = 0.7
+    credit_beta: Annotated[float, Told("Decay of acceptance credit per step", SHARE)] = 0.8
+    credit_gamma: Annotated[float, Told("Exponent of acceptance credit", FINITE)] = 0.2
+    edit_threshold: Annotated[float | None, Told(
+        "Replace a decoded token of the block when another has a higher probability than this (LLaDA2.1)",
+        SHARE)] = None
+    edit_passes: Annotated[int, Told("Most edit forwards after a block's last mask", AT_LEAST_0)] = 16
+    salient_threshold: Annotated[float | None, Told(
+        "Salient-token steps (DyLLM) at this cosine, such as 0.99; of bundles exported with --salient", _COSINE)] = None
+    full_steps: Annotated[int | None, Told(
+        "Dense steps before salient ones", AT_LEAST_1, shown="4; block-causal: 1 in every block")] = None
+    refresh_interval: Annotated[int | None, Told(
+        "A dense step every so many salient steps", AT_LEAST_1, shown="never")] = None
+    salient_capacity: Annotated[int | None, Told(
+        "Use the salient graph of static shapes with so many rows", AT_LEAST_1, shown="the dynamic one")] = None
+    exact_first_layer: Annotated[bool, Told("All rows enter layer 0 of a salient step")] = False
+    temperature: Annotated[float, Told("Temperature of sampling; 0 is greedy", FINITE, of_bundle=True)] = 0.0
+    top_k: Annotated[int, Told("Sample from the k best tokens; 0 is off", AT_LEAST_0, of_bundle=True)] = 0
+    top_p: Annotated[float, Told("Sample from the nucleus of this probability; 1 is off", _MASS, of_bundle=True)] = 1.0
+    seed: Annotated[int, Told("Seed of sampling; row i of a batch draws with seed + i", AT_LEAST_0)] = 0
+    eos_id: Annotated[int | Sequence[int] | None, Told(
+        "Token id that ends the answer, one or several; -1 for none", _ENDS, shown="the model's")] = None
+    early_stop: Annotated[bool, Told(
+        "End inside a block once an EOS has no mask before it; with editing always at the block's end")] = True
+    coreset_top_p: Annotated[float | None, Told("p of top_p routing (dMoE)", SHARE, shown="the bundle's")] = None
+    min_experts: Annotated[int | None, Told(
+        "Least coreset size of top_p routing, in experts", AT_LEAST_1, shown="the bundle's")] = None
+    coreset_size: Annotated[int | None, Told(
+        "C of top_c routing (LLaDA2.2): experts of a block", AT_LEAST_1, shown="the bundle's")] = None
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
-        for one in fields(self):
-            kind, _, optional = str(one.type).partition(" | ")
-            if kind in _KINDS and one.name != "eos_id" and not (optional and getattr(self, one.name) is None):
-                check_kind(one.name, getattr(self, one.name), kind)
-        finite = float("inf")
-        rules = [
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("block_length", self.block_length is None or self.block_length >= 1, "at least 1"),
-            ("steps", self.steps >= 1, "at least 1"),
-            ("cache", self.cache in CACHES, _one_of(CACHES)),
-            ("acceptance", self.acceptance in ACCEPTANCES, _one_of(ACCEPTANCES)),
-            ("threshold", 0 <= self.threshold <= 1, "between 0 and 1"),
-            ("factor", self.factor >= 0, "at least 0"),
-            ("low_threshold", 0 <= self.low_threshold <= 1, "between 0 and 1"),
-            ("credit_alpha", 0 <= self.credit_alpha < finite, "0 (off) or more"),
-            ("credit_beta", 0 <= self.credit_beta <= 1, "between 0 and 1"),
-            ("credit_gamma", 0 <= self.credit_gamma < finite, "0 or more"),
-            ("edit_threshold", self.edit_threshold is None or 0 <= self.edit_threshold <= 1, "between 0 and 1"),
-            ("edit_passes", self.edit_passes >= 0, "0 or more"),
-            ("salient_threshold", self.salient_threshold is None or 0 < self.salient_threshold <= 2,
-             "a cosine such as 0.99; above 1 everything is recomputed but what enters the first layer"),
-            ("full_steps", self.full_steps is None or self.full_steps >= 1, "at least 1"),
-            ("refresh_interval", self.refresh_interval is None or self.refresh_interval >= 1, "at least 1"),
-            ("salient_capacity", self.salient_capacity is None or self.salient_capacity >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < finite, "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("seed", self.seed >= 0, "0 or more"),
-            ("eos_id", self.eos_ids is None or self.eos_ids == (-1,) or min(self.eos_ids, default=-1) >= 0,
-             "a token id, several of them, or -1 alone for none"),
-        ]
-        for name, holds, rule in rules:
-            if not holds:
-                raise RequestError(f"{name} is {getattr(self, name)}, it must be {rule}.")
+        for name, one in OPTIONS.items():
+            one.check(getattr(self, name))
         for name in ("full_steps", "refresh_interval", "salient_capacity", "exact_first_layer"):
             if getattr(self, name) and self.salient_threshold is None:
                 raise RequestError(f"{name} belongs to salient steps; give salient_threshold (such as 0.99), too.")
@@ -105,22 +91,42 @@ class DecodeSettings:
     @property
     def eos_ids(self) -> tuple[int, ...] | None:
         """`eos_id` as a tuple: (−1,) for none, None for the model's."""
-        value: Any = self.eos_id
-        if value is None:
-            return None
-        listed = hasattr(value, "__iter__") and not isinstance(value, (str, bytes, dict))
-        values = list(value) if listed else [value]
-        for one in values:
-            check_kind("eos_id", one, "int")
-        return tuple(int(one) for one in values)
+        return None if self.eos_id is None else _ids(self.eos_id)
 
 
-def check_kind(name: str, value: object, kind: str) -> None:
-    """Raise RequestError unless `value` is an "int", a "float" (integers are, too) or a "bool"; numpy's are as good."""
-    wanted, words = _KINDS[kind]
-    if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool"):
-        raise RequestError(f"{name} is {value!r}, it must be {words}.")
+OPTIONS = options_of(DecodeSettings)
 
 
-def _one_of(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+class GenerateOptions(TypedDict, total=False):
+    """Keywords of `Generator.generate` and `.stream`: the fields of `DecodeSettings`, each of which may be None, too.
+
+    Left out or None: as the bundle's `decode_defaults` say, else the default of `DecodeSettings`.
+    """
+
+    max_new_tokens: int | None
+    block_length: int | None
+    steps: int | None
+    cache: CacheName | None
+    acceptance: AcceptanceName | None
+    threshold: float | None
+    factor: float | None
+    low_threshold: float | None
+    credit_alpha: float | None
+    credit_beta: float | None
+    credit_gamma: float | None
+    edit_threshold: float | None
+    edit_passes: int | None
+    salient_threshold: float | None
+    full_steps: int | None
+    refresh_interval: int | None
+    salient_capacity: int | None
+    exact_first_layer: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    eos_id: int | Sequence[int] | None
+    early_stop: bool | None
+    coreset_top_p: float | None
+    min_experts: int | None
+    coreset_size: int | None

@@ -19,7 +19,7 @@ _TOO_NEW = re.compile(r"not a registered function|No Op registered|No opset impo
                       r"Could not find an implementation|IR version|IR_VERSION|Unrecognized attribute")
 
 # What it says of weights behind a link, and the versions that follow no link at all.
-_ELSEWHERE = re.compile(r'External data path: "([^"]*)".*escapes|escapes model directory')
+_ELSEWHERE, _FILE = re.compile(r"escapes (both )?model directory"), re.compile(r'External data path: "([^"]*)"')
 _NO_LINKS = re.compile(r"1\.24\.[0-3]$")
 
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"  # where data of a graph that is no file lies
@@ -28,8 +28,9 @@ EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"  # wher
 def why_not_loaded(error: Exception, package: str) -> str:
     """ONNX Runtime's reason for refusing a graph, and what may help, as the end of a sentence."""
     reason = (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")
-    if elsewhere := _ELSEWHERE.search(str(error)):
-        file = elsewhere[1] or "a data file"
+    if _ELSEWHERE.search(str(error)):
+        named = _FILE.search(str(error))
+        file = named[1] if named else "a data file"
         advice = ("upgrade with: pip install -U " + package if _NO_LINKS.match(ort.__version__) else
                   "copy the bundle with the files in place of links, with: cp -rL BUNDLE COPY")
         return f"{file} is a link to another folder than the graph's own; {advice}"

@@ -139,10 +139,9 @@ void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session)
 {
     constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                    kByte = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
-    // Half-precision weights with float32 hidden states are for residency, which sums what groups of experts give: halves
-    // would be rounded twice. Scales are of the dense parts' precision.
-    for (Kinds const kinds : {Kinds{kFloat, kFloat, kFloat}, {kHalf, kHalf, kFloat}, {kFloat, kHalf, kFloat},
-             {kFloat, kByte, kFloat}, {kHalf, kByte, kHalf}, {kFloat, kByte, kHalf}}) {
+    // Scales are of the dense parts' precision.
+    for (Kinds const kinds : {Kinds{kFloat, kFloat, kFloat}, {kHalf, kHalf, kFloat}, {kFloat, kByte, kFloat},
+             {kHalf, kByte, kHalf}}) {
         domain.Add(new Op(session, kinds));
     }
 }

@@ -26,8 +26,8 @@ def test_command(sample_bundle, tmp_path):
     out, plot = tmp_path / "new" / "r.json", tmp_path / "r.png"
     done = CliRunner().invoke(main, [
         "bench", "residency", str(sample_bundle.folder), "--verify", "sizes", "--budget", "off,25%", "--interval",
-        "auto,never", "--max-new-tokens", "32", "--rounds", "1", "--turns", "2", "--threads", "1", "--out", str(out), "--plot",
-        str(plot), "--json"])
+        "auto,never", "--max-new-tokens", "32", "--rounds", "1", "--turns", "2", "--threads", "1", "--out",
+        str(out), "--plot", str(plot), "--json"])
     assert done.exit_code == 0, done.output
     document = json.loads(out.read_text())
     assert document == json.loads(done.stdout)
@@ -48,7 +48,8 @@ def test_command(sample_bundle, tmp_path):
 def test_a_result_is_shown_though_it_cannot_be_written(sample_bundle):
     done = CliRunner().invoke(main, [
         "bench", "residency", str(sample_bundle.folder), "--verify", "sizes", "--budget", "off", "--interval", "1",
-        "--max-new-tokens", "4", "--rounds", "1", "--turns", "0", "--routing", "top_p", "--out", "/proc/nowhere/r.json"])
+        "--max-new-tokens", "4", "--rounds", "1", "--turns", "0", "--routing", "top_p", "--out",
+        "/proc/nowhere/r.json"])
     assert done.exit_code == 2 and "r.json cannot be written" in done.stderr
     assert "same tokens" in done.stdout and "top_p" in done.stdout and "beside Python" not in done.stdout
 

@@ -16,7 +16,7 @@ from dmoe_export.checkpoint.generation_config import GenerationConfig, read_gene
 from dmoe_export.checkpoint.llada2_moe import LLADA2_MOE
 from dmoe_export.checkpoint.synthetic import GEOMETRIES
 from dmoe_export.cli import main
-from dmoe_export.decoding.settings import DecodeSettings
+from dmoe_export.decoding.settings import OPTIONS, DecodeSettings
 from dmoe_export.errors import BundleError, CheckpointError
 
 FILE = Path("generation_config.json")
@@ -132,6 +132,7 @@ def test_defaults_travel_and_give_way(sampling_bundle, tiny_bundle):
     generator = Generator.open(out, threads=1)
     manifest = generator.bundle.manifest
     assert manifest.decode_defaults == {"max_new_tokens": 9, "temperature": 1.5, "top_k": 0, "top_p": 1.0}
+    assert manifest.decode_defaults.keys() == {one.name for one in OPTIONS.values() if one.told.of_bundle}
     assert manifest.model.eos_ids == (94, 90)
     assert manifest.checkpoint.identity == tiny_bundle.manifest.checkpoint.identity  # what ends answers is no model
     answers = [generator.generate([[1, 2, 3]], seed=seed, eos_id=-1)[0].token_ids for seed in (1, 2, 1)]
@@ -153,6 +154,7 @@ def test_defaults_travel_and_give_way(sampling_bundle, tiny_bundle):
 
 @pytest.mark.parametrize(("said", "reason"), [
     ({"speed": 2}, "speed is no setting of a request"), ({"routing": 1}, "routing is no setting"),
+    ({"coreset_size": 3}, "coreset_size has no meaning in this bundle"),
     ({"temperature": -1.0}, "temperature is -1.0, it must be"), ({"steps": 1.5}, "steps is 1.5, it must be")])
 def test_bad_defaults_of_a_bundle(tiny_bundle, said, reason):
     changed = Bundle(tiny_bundle.folder, tiny_bundle.manifest.model_copy(update={"decode_defaults": said}))

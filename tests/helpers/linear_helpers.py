@@ -13,8 +13,8 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from dmoe_export.ops.schema import DOMAIN, OPSET
 from dmoe_export.ops.linear import SCHEMA
+from dmoe_export.ops.schema import DOMAIN, OPSET
 
 KINDS: dict[str, tuple[TensorProto.DataType, type, float]] = {  # with the rounding of a result
     "float": (TensorProto.FLOAT, np.float32, 0), "half": (TensorProto.FLOAT16, np.float16, 2**-11)}

@@ -139,7 +139,7 @@ def test_choice(sample_bundle, monkeypatch, tmp_path):
     (tmp_path / "lib.so").touch()
     taken, why = choose_custom_ops(half)
     assert taken is None and "cannot use the kernels in" in why and "file too short" in why
-    with pytest.raises(MissingRequirementError, match="file too short.*`make ort-ops`"):
+    with pytest.raises(MissingRequirementError, match=r"file too short.*`make ort-ops`"):
         choose_custom_ops(half, "on")
     monkeypatch.setattr(ort_custom_ops, "INSTALLED", library())
     assert choose_custom_ops(half) == choose_custom_ops(half, "on") == (library().resolve(), "")

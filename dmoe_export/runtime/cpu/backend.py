@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle.edited import EditedGraph
 from ...bundle.reader import Bundle
 from ...errors import MissingRequirementError
 from ..backend import ForwardInputs, ForwardOutputs, Limits
 from ..cache import HostCache
+from ..edited import EditedGraph
 from ..library import ExpertSource
 from .library import CpuOps
 from .salient import OnnxRuntimeSalient

@@ -19,11 +19,6 @@ SERVED = {experts.SCHEMA.name: "experts", linear.SCHEMA.name: "linear layers"}
 CpuOps = Literal["auto", "on", "off"]
 
 
-def uses_cpu_ops(wanted: CpuOps = "auto") -> bool:
-    """Whether the library would be used."""
-    return wanted == "on" or (wanted == "auto" and INSTALLED.is_file())
-
-
 def open_library(wanted: CpuOps, options: ort.SessionOptions,
                  source: ExpertSource | None = None) -> tuple[LibrarySession | None, str]:
     """The library, registered with `options`; else None, and why not, as a clause.
@@ -36,7 +31,7 @@ def open_library(wanted: CpuOps, options: ort.SessionOptions,
         if wanted == "on":
             raise MissingRequirementError(f"The CPU kernels {INSTALLED} do not exist; build them with `make cpu-ops`, "
                                           "or leave them off.")
-        return None, "our CPU kernels are not installed: `make cpu-ops` builds them"
+        return None, "our CPU kernels are not installed: pip install . with a C++ compiler brings them"
     try:
         session = LibrarySession(INSTALLED, source)
     except MissingRequirementError as error:

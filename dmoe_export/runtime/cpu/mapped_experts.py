@@ -1,7 +1,7 @@
 """The memory ↔ disk tier: experts stay in a mapping of experts.bin of which at most a budget is in memory.
 
-The books are kept in C++ (plugins/cpu/residency.h), where the experts op asks for experts: a forward waits for no thread
-of Python.
+The books are kept in C++ (plugins/cpu/residency.h), where the experts op asks for experts: a forward waits for no
+thread of Python.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class MappedExperts:
         self._file = ExpertFile(path, layers)
         self.weights: dict[str, NDArray[Any]] = self._file.weights
         self._shape = len(layers), layers[0][0].shape[0]
-        addresses = np.array([[self.weights[tensor.name].ctypes.data for tensor in layer] for layer in layers], np.uintp)
+        addresses = np.array([[self.weights[t.name].ctypes.data for t in layer] for layer in layers], np.uintp)
         slabs = np.array([tensor.slab for tensor in layers[0]], np.int64)
         c = self._c = ctypes.CDLL(str(library.resolve()))
         c.dmoe_residency_create.restype = ctypes.c_void_p

@@ -37,7 +37,7 @@ def check_experts(bundle: Bundle) -> None:
     if sys.platform != "linux":
         raise MissingRequirementError(f"An expert budget needs Linux, this is {sys.platform}; leave it out.")
     check_precision(bundle)
-    if not library.uses_cpu_ops():
+    if not library.INSTALLED.is_file():
         raise MissingRequirementError("An expert budget needs our CPU kernels, which are not installed; install them "
                                       "with: pip install . with a C++ compiler, or leave the budget out.")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...bundle.edited import EditedGraph
 from ...bundle.manifest import GraphEntry
 from ...bundle.reader import Bundle
 from ...errors import BundleError, MissingRequirementError
 from ...ops import experts
+from ..edited import EditedGraph
 from ..library import ExpertSource, Kernels, LibrarySession, kernels_of
 from ..ort import EXTERNAL_FOLDER, ort, why_not_loaded
 from .library import SERVED, CpuOps, open_library

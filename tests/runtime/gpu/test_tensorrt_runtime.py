@@ -98,9 +98,9 @@ def test_inputs_that_the_host_reads(monkeypatch, engines, cpu, prompts):
     setup = Setup(monkeypatch, engines)
     setup.trt.host_inputs = ("min_experts", "top_p")
     backend = setup.open()
-    for routing in ({}, {"top_p": 0.1, "min_experts": 2}):
-        _same(decode(backend, prompts[:2], **OPTIONS, routing=routing),
-              decode(cpu, prompts[:2], **OPTIONS, routing=routing))
+    for routing in ({}, {"coreset_top_p": 0.1, "min_experts": 2}):
+        _same(decode(backend, prompts[:2], **OPTIONS, **routing),
+              decode(cpu, prompts[:2], **OPTIONS, **routing))
     assert backend.graphs.recorded == 0 and backend.graphs.off
 
 

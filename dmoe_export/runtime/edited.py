@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..bundle.reader import Bundle
 from ..errors import BundleError
 from ..ops.schema import DOMAIN
-from .reader import Bundle
 
 
 @dataclass(frozen=True)

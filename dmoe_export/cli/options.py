@@ -1,0 +1,46 @@
+"""Options of the command line that several verbs have: those of a request, and of opening a bundle to generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, get_args
+
+import click
+
+from ..bundle.reader import Verify
+from ..decoding.settings import OPTIONS
+from ..runtime.choose import BACKENDS
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# As told in the docstring of Generator.open (a test compares).
+BACKEND = click.option(
+    "--backend", type=click.Choice(BACKENDS), default="auto",
+    help="What runs the bundle; auto: an engine of the bundle that fits this machine (tensorrt), else ONNX Runtime on "
+    "the GPU (onnxruntime-cuda), else on the CPU (onnxruntime) [auto].")
+THREADS = click.option("--threads", type=int, help="Threads per operator on the CPU [ONNX Runtime's choice].")
+VERIFY = click.option(
+    "--verify", type=click.Choice(get_args(Verify)), default="full",
+    help="What is compared with the manifest before use: full (sizes and hashes) or sizes [full].")
+
+
+def request_option(name: str) -> Callable[[F], F]:
+    """An option of a request; None where it is not given, which means the bundle's default."""
+    one = OPTIONS[name]
+    flag, words, more = "--" + name.replace("_", "-"), one.help, dict[str, Any]()
+    if bool in one.types:
+        flag += flag.replace("--", "/--no-", 1)
+    elif Sequence[int] in one.types:
+        words += " May be given again."
+        more = {"type": int, "multiple": True, "callback": lambda context, option, values: values or None}
+    else:
+        kind = next((kind for kind in (int, float) if kind in one.types), None)
+        more = {"type": kind or click.Choice(one.types)}
+    return click.option(flag, default=None, help=words, **more)
+
+
+def request_options(command: F) -> F:
+    """All options of a request."""
+    for name in reversed(OPTIONS):
+        command = request_option(name)(command)
+    return command

@@ -1,0 +1,95 @@
+"""How an option of a request is told, once, at its field of `DecodeSettings`: checks and help texts come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, get_args, get_type_hints
+
+from ..errors import RequestError
+
+_KINDS: dict[type, tuple[Any, str]] = {
+    bool: (bool, "true or false"), int: (Integral, "an integer"), float: (Real, "a number")}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which values of the right type mean something, and the words for them ("at least 1")."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+AT_LEAST_0 = Rule(lambda value: value >= 0, "0 or more")
+AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
+FINITE = Rule(lambda value: 0 <= value < float("inf"), "0 or more")
+SHARE = Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
+
+
+def one_of(names: Sequence[str]) -> Rule:
+    """Exactly these values."""
+    return Rule(lambda value: value in names, f"{', '.join(names[:-1])} or {names[-1]}")
+
+
+@dataclass(frozen=True)
+class Told:
+    """Stands in the annotation of an option: `field: Annotated[int, Told("Most tokens", AT_LEAST_1)] = 128`.
+
+    `meaning` names unit and source, without a full stop. `shown`: the default in words. `of_bundle`: exported bundles
+    may have a default of their own (`Manifest.decode_defaults`).
+    """
+
+    meaning: str
+    rule: Rule | None = None
+    shown: str | None = None
+    of_bundle: bool = False
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option; `types` are the members of its union, or its choices where it is a Literal."""
+
+    name: str
+    types: tuple[Any, ...]
+    default: Any
+    told: Told
+
+    @property
+    def shown(self) -> str:
+        """The default in words."""
+        words = {"None": "off", "False": "off", "True": "on"}.get(str(self.default), str(self.default))
+        words = words if self.told.shown is None else self.told.shown
+        return f"the bundle's, or {words}" if self.told.of_bundle else words
+
+    @property
+    def help(self) -> str:
+        """Meaning and default, as on the command line and in the docstring of `Generator.generate`."""
+        return f"{self.told.meaning} [{self.shown}]."
+
+    def check(self, value: object) -> None:
+        """Raise RequestError for a value of another type, or one that means nothing."""
+        if value is None and type(None) in self.types:
+            return
+        kind = next((kind for kind in _KINDS if kind in self.types), None)
+        if kind and Sequence[int] not in self.types:  # the rule of several values looks at each
+            check_kind(self.name, value, kind)
+        if self.told.rule and not self.told.rule.holds(value):
+            raise RequestError(f"{self.name} is {value}, it must be {self.told.rule.words}.")
+
+
+def options_of(settings: type) -> dict[str, Option]:
+    """The options of a dataclass whose annotations hold `Told`, by name and in order."""
+    found = {}
+    hints = get_type_hints(settings, include_extras=True)
+    for one in fields(settings):
+        hint, told = get_args(hints[one.name])
+        found[one.name] = Option(one.name, get_args(hint) or (hint,), one.default, told)
+    return found
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raise RequestError unless `value` is an int, a float (integers are, too) or a bool; numpy's are as good."""
+    wanted, words = _KINDS[kind]
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        raise RequestError(f"{name} is {value!r}, it must be {words}.")

@@ -1,0 +1,55 @@
+"""What a prompt may be, and its token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+from .codec import Message, TextCodec
+
+Prompt = str | Sequence[int] | Sequence[Message]
+Prompts = str | Sequence[int | Message | Prompt]
+"""One prompt or a list of them; a list of ids, or of messages, is one. (Type checkers get lost in unions of lists.)"""
+_WRONG = "neither text, nor token ids, nor chat messages"
+
+
+def batch_of(prompts: Prompts) -> list[Prompt]:
+    """One prompt or many → many; raises RequestError for none, and for what is no list."""
+    if not _is_list(prompts) and not isinstance(prompts, str):
+        raise RequestError(f"Prompts {prompts!r} are {_WRONG}, nor a list of them.")
+    several: Any = prompts
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (Integral, dict))):
+        return [several]
+    if not len(prompts):
+        raise RequestError("No prompt was given; give at least one.")
+    return list(several)
+
+
+def encode(prompt: Prompt, chat: bool, text: TextCodec | None, folder: Path) -> list[int]:
+    """Token ids of a prompt of the bundle in `folder`; those of an empty one are none.
+
+    Raises RequestError for what is no prompt, and for text where the bundle has no tokenizer.
+    """
+    if not _is_list(prompt) and not isinstance(prompt, str):
+        raise RequestError(f"Prompt {prompt!r} is {_WRONG}.")
+    content: Any = prompt
+    if not isinstance(prompt, str) and len(prompt) and not isinstance(prompt[0], dict):
+        wrong = next((i for i in prompt if not isinstance(i, Integral)), None)
+        if wrong is not None:
+            raise RequestError(f"Prompt with {wrong!r} is {_WRONG}.")
+        return [int(i) for i in content]
+    if not len(prompt) or (isinstance(prompt, str) and not prompt.strip()):
+        return []
+    if text is None:
+        raise RequestError(f"{folder} has no tokenizer; give token ids (--prompt-ids).")
+    if isinstance(prompt, str):
+        return text.encode_chat([{"role": "user", "content": prompt}]) if chat else text.encode_plain(prompt)
+    return text.encode_chat(list(content))
+
+
+def _is_list(value: object) -> bool:
+    """Whether it has a length and an order: lists, tuples, arrays, ranges; no bytes, whose items only look like ids."""
+    return hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, (dict, bytes, str))
