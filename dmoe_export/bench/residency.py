@@ -29,6 +29,7 @@ from ..runtime.cpu.resident import expert_file, open_resident
 from ..runtime.residency.backend import ResidentBackend, parse_interval
 from ..runtime.residency.budget import plan_budget
 from ..text.prompts import Prompt
+from .residency_price import Price, price
 
 _SAMPLE_EVERY = 0.02  # seconds
 
@@ -79,6 +80,7 @@ class ResidencyBench(Frozen):
     rounds: int
     expert_bytes: int
     results: list[ResidencyResult]
+    price: list[Price] | None = Field(description="null: not timed, or all experts are too much for this machine")
 
 
 def settings(budgets: Sequence[str], intervals: Sequence[str], routings: Sequence[str],
@@ -108,8 +110,12 @@ def _routing(text: str, num_experts: int) -> dict[str, Any]:
 
 
 def run(bundle: Bundle, prompt: Prompt, chosen: Sequence[Setting], rounds: int, *, max_new_tokens: int, steps: int,
-        threads: int | None = None, advance: Callable[[str], None] = lambda what: None) -> ResidencyBench:
-    """Measure all settings; `advance` hears of every finished one. Raises as `Generator.open` and `generate` do."""
+        turns: int, threads: int | None = None,
+        advance: Callable[[str], None] = lambda what: None) -> ResidencyBench:
+    """Measure all settings; `advance` hears of every finished one. Raises as `Generator.open` and `generate` do.
+
+    `turns`: steps of which the price of a budget is taken; 0 = not at all.
+    """
     manifest = bundle.manifest
     for setting in chosen:  # refuse before anything takes long
         plan_budget(manifest, None if setting.budget == "off" else setting.budget)
@@ -133,7 +139,8 @@ def run(bundle: Bundle, prompt: Prompt, chosen: Sequence[Setting], rounds: int, 
     return ResidencyBench(
         prompt_tokens=length, max_new_tokens=max_new_tokens, steps=steps, rounds=rounds,
         expert_bytes=manifest.bytes_per_expert * manifest.model.experts.num_experts * len(manifest.model.moe_layers),
-        results=[_result(setting, measured[setting]) for setting in chosen])
+        results=[_result(setting, measured[setting]) for setting in chosen],
+        price=price(bundle, {s.routing: s.options for s in chosen}, turns, threads) if turns else None)
 
 
 def _result(setting: Setting, rounds: list[tuple[float, dict[str, Any]]]) -> ResidencyResult:

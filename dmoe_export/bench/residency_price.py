@@ -1,7 +1,7 @@
 """What an expert budget costs where it changes nothing: steps under a budget that holds all experts, and without one.
 
-Both backends are open at once and take turns on the same forwards, so that a machine that slows down slows both; a third
-time beside a thread that computes in Python all the while, as a server's may.
+Both backends are open at once and take turns on the same forwards, so that a machine that slows down slows both; then
+once more beside a thread that computes in Python all the while, as a server's may.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class Price(Frozen):
     ratio: float = Field(description="median over rounds of under a budget of everything / without one")
 
 
-def price(bundle: Bundle, routings: dict[str, dict[str, Any]], rounds: int, threads: int | None) -> list[Price] | None:
-    """None where the experts are more than this machine's memory. `routings`: settings of each by name."""
+def price(bundle: Bundle, routings: dict[str, dict[str, Any]], rounds: int,
+          threads: int | None = None) -> list[Price] | None:
+    """None where the experts are more than three quarters of the memory. `routings`: options of each by name."""
     d, moe = bundle.manifest.model, bundle.manifest.model.experts
-    if bundle.manifest.bytes_per_expert * moe.num_experts * len(d.moe_layers) > machine_memory() // 2:
+    if bundle.manifest.bytes_per_expert * moe.num_experts * len(d.moe_layers) > machine_memory() * 3 // 4:
         return None
     budget = plan_budget(bundle.manifest, "100%")
     assert budget is not None
@@ -53,7 +54,8 @@ def price(bundle: Bundle, routings: dict[str, dict[str, Any]], rounds: int, thre
     for backend, cache in zip(backends, caches, strict=True):
         cache.commit(before, backend.forward(before, cache), np.ones((1, CACHED), bool))
     prices = []
-    for routing, settings in routings.items():
+    for routing, options in routings.items():
+        settings = {name.removeprefix("coreset_"): value for name, value in options.items()}  # as forwards have them
         inputs = ForwardInputs(new, CACHED + np.arange(TOKENS)[None], np.zeros((1, 1), np.int64), settings)
         for beside in (False, True):
             seconds: list[list[float]] = [[], []]
@@ -65,7 +67,8 @@ def price(bundle: Bundle, routings: dict[str, dict[str, Any]], rounds: int, thre
                         times.append(time.perf_counter() - start)
             without, under = (times[2:] for times in seconds)  # the first two of each warm up
             prices.append(Price(
-                routing=routing, beside_python=beside, without_seconds=Spread.of(without), under_seconds=Spread.of(under),
+                routing=routing, beside_python=beside, without_seconds=Spread.of(without),
+                under_seconds=Spread.of(under),
                 unique_experts=float(np.mean([len(np.unique(ids[ids >= 0])) for ids in outputs.expert_ids])),
                 ratio=median(u / w for u, w in zip(under, without, strict=True))))
     backends[1].close()

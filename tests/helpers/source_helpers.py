@@ -15,8 +15,10 @@ _alive = []  # callbacks live as long as sessions may
 
 
 def as_source(source) -> ExpertSource:
-    """Of an object with acquire(gate_up, experts) -> count and release(gate_up, experts); what it raises is put into its
-    list `failures`, because C has no exceptions."""
+    """Of an object with acquire(gate_up, experts) -> count and release(gate_up, experts).
+
+    What it raises is put into its list `failures`, because C has no exceptions.
+    """
     source.failures = []
 
     def guarded(work: Callable, gate_up: int, experts: int, count: int) -> int:

@@ -1,7 +1,7 @@
 """The memory ↔ disk tier: experts stay in a mapping of experts.bin of which at most a budget is in memory.
 
-The books are kept in C++ (plugins/cpu/residency.h), where the experts op asks for experts: a forward waits for no thread
-of Python.
+The books are kept in C++ (plugins/cpu/residency.h), where the experts op asks for experts: a forward waits for no
+thread of Python.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class MappedExperts:
         self._file = ExpertFile(path, layers)
         self.weights: dict[str, NDArray[Any]] = self._file.weights
         self._shape = len(layers), layers[0][0].shape[0]
-        addresses = np.array([[self.weights[tensor.name].ctypes.data for tensor in layer] for layer in layers], np.uintp)
+        addresses = np.array([[self.weights[t.name].ctypes.data for t in layer] for layer in layers], np.uintp)
         slabs = np.array([tensor.slab for tensor in layers[0]], np.int64)
         c = self._c = ctypes.CDLL(str(library.resolve()))
         c.dmoe_residency_create.restype = ctypes.c_void_p
         self._books = ctypes.c_void_p(c.dmoe_residency_create(_pointer(addresses), _pointer(slabs), len(layers),
                                                               len(layers[0]), self._shape[1], self.capacity))
         weakref.finalize(self, c.dmoe_residency_destroy, self._books).atexit = False  # the process takes all with it
-        self.source = ExpertSource(*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in (
-            c.dmoe_residency_acquire, c.dmoe_residency_release)), self._books.value or 0)
+        self.source = ExpertSource(_address(c.dmoe_residency_acquire), _address(c.dmoe_residency_release),
+                                   self._books.value or 0)
 
     def check(self) -> None:
         """Raise BundleError when the expert file is not the one that was opened."""
@@ -105,3 +105,7 @@ class MappedExperts:
 
 def _pointer(array: NDArray[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

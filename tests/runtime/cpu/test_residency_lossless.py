@@ -144,7 +144,7 @@ def test_changed_during_a_forward_gives_no_token(own_bundle):
 
 def test_without_our_kernels_it_is_refused(sample_bundle, monkeypatch):
     without_kernel(monkeypatch)
-    with pytest.raises(MissingRequirementError, match=r"needs our CPU kernels, .* pip install \. with a C\+\+ compiler"):
+    with pytest.raises(MissingRequirementError, match=r"needs our CPU kernels, .* pip install \. "):
         open_generator(sample_bundle, expert_budget="50%")
 
 

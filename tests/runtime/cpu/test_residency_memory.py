@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from source_helpers import ACQUIRE, RELEASE, as_source
+
 from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
