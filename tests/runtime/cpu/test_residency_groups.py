@@ -22,7 +22,8 @@ from dmoe_export.runtime.cpu.mapped_experts import MappedExperts
 from dmoe_export.runtime.cpu.mapped_memory import FileIdentity
 from dmoe_export.runtime.residency.policy import Move
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the tier is Linux's")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="the tier is Linux's"),
+              pytest.mark.usefixtures("our_kernels")]
 LAYERS, EXPERTS, HIDDEN, WIDTH = 3, 8, 64, 16  # slabs of 8192 and 4096 bytes
 EACH = 3 * HIDDEN * WIDTH * 4
 SLABS = 2 * EACH // 3 * EXPERTS, EACH // 3 * EXPERTS
