@@ -2,8 +2,9 @@
 # make test   lint, types and the fast tests (builds the plugin library first)
 # make check  prove the numerics of the demo's bundle; out/check.html is the report
 # make bench  speed and memory at LLaDA2.0-mini's size, against a peer and the machine's limits; out/bench
-# make cpu-ops  libdmoe_cpu.so, experts on the CPU; a few seconds
+# make cpu-ops  libdmoe_cpu.so, experts and linear layers on the CPU; half a minute
 # make plugins  libdmoe_plugins.so for every GPU generation; needs no GPU and no TensorRT
+# make wheel   dist/: one wheel with the libraries for CPU and GPU, to be installed on a device
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,12 +12,14 @@ READY := $(VENV)/.ready
 CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo cpu-ops check bench bench-decode test lint types plugins ort-ops engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse clean
+.PHONY: demo cpu-ops check bench bench-decode test lint types plugins ort-ops wheel engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,export,rtx,check,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -C wheel.cmake=false -C editable.mode=inplace \
+		-e '.[cpu,export,rtx,check,dev]'
+	sed -i '/^import /d' $(VENV)/lib/python*/site-packages/*editable*dmoe_export.pth  # a path: PYTHONPATH comes before it
 	touch $(READY)
 
 out/sample.bundle/manifest.json: $(READY) $(CPU_OPS) samples/tiny-dmoe/model.safetensors
@@ -35,21 +38,31 @@ bench-decode: out/sample.bundle/manifest.json
 		--max-new-tokens 32 --cache none,block --out out/decode.json --plot out/decode.png
 
 PLUGINS := dmoe_export/lib/libdmoe_plugins.so
-SOURCES := $(shell find plugins -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' -o -name CMakeLists.txt)
+SOURCES := $(shell find plugins -type f ! -name '*.md')
+
+# $(call compiled,CONFIGURE,BUILD): presets of plugins/CMakePresets.json, installed into the package; CMake and Ninja come
+# with the dev extra.
+compiled = cd plugins && export PATH="$(abspath $(BIN)):$$PATH" && cmake --preset $(1) > /dev/null \
+	&& cmake --build --preset $(2) && cmake --install ../build/$(1) --component $(2)
 
 plugins: $(PLUGINS)
 
-$(PLUGINS): $(READY) plugins/build.py $(SOURCES)
-	$(BIN)/python plugins/build.py
+$(PLUGINS): $(READY) $(SOURCES)
+	$(call compiled,cuda,cuda)
+	touch $@
 
-# Kernels of ONNX Runtime's CPU provider; without a C++ compiler its own op takes their place.
+# Kernels of ONNX Runtime's CPU provider; without a C++ compiler its own ops take their place.
 cpu-ops: $(CPU_OPS)
 
-$(CPU_OPS): $(READY) $(wildcard plugins/cpu/*) plugins/onnxruntime/common.h plugins/onnxruntime/register.cpp
-	$(BIN)/python plugins/cpu/build.py --optional
+$(CPU_OPS): $(READY) $(SOURCES)
+	if command -v "$${CXX:-c++}" > /dev/null; then $(call compiled,cpu,cpu) && touch ../$@; \
+	else echo "There is no C++ compiler (apt-get install g++): going on with ONNX Runtime's own ops."; fi
 
 ort-ops: $(READY)
-	$(BIN)/python plugins/onnxruntime/build.py
+	$(call compiled,cuda,onnxruntime-cuda)
+
+wheel: $(PLUGINS)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist -C cmake.define.DMOE_CUDA=ON -C build-dir=build/cuda .
 
 engines: out/sample.bundle/manifest.json $(PLUGINS)
 	$(BIN)/dmoe-export build samples/tiny-dmoe --out out/sample-fp16.bundle --force

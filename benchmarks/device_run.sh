@@ -92,8 +92,7 @@ libraries() {  # those that are there, else those that were carried, else built 
         [ "$folder" = dmoe_export/lib ] || { mkdir -p dmoe_export/lib && cp "$folder"/* dmoe_export/lib/; } || return 1
         return 0
     done
-    TENSORRT_INCLUDE="$STASH/base/tensorrt" ONNXRUNTIME_INCLUDE="$STASH/base/onnxruntime" \
-        "$PYTHON" benchmarks/device/libraries.py build dmoe_export/lib --code "$code"
+    TENSORRT_INCLUDE="$STASH/base/tensorrt" "$PYTHON" benchmarks/device/libraries.py build dmoe_export/lib --code "$code"
 }
 
 custom_ops() {  # both libraries are there, and ONNX Runtime takes ours; without them the product has no kernels here

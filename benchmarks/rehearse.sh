@@ -97,8 +97,9 @@ if ! environment venv "${PACKAGES[@]}" || ! environment light "${LIGHT[@]}"; the
     echo "No environment of Python 3.12 (PYTHON312 names it) with the GPU machine's packages can be made here."
     exit 3
 fi
-CUDA_BIN=$(dirname "$("$HOST_PYTHON" -c "
-import runpy; print(runpy.run_path('plugins/build.py')['cuda_compiler']())" | tail -n 1)")
+PATH=$(dirname "$HOST_PYTHON"):$PATH cmake -S plugins --preset cuda > /dev/null ||
+    { echo "There is no compiler of CUDA here."; exit 3; }
+CUDA_BIN=$(dirname "$(sed -n 's/^CMAKE_CUDA_COMPILER:[A-Z]*=//p' build/cuda/CMakeCache.txt)")
 CUT=(unshare --net --map-root-user) CLOSED=(PIP_NO_INDEX=1)
 "${CUT[@]}" true 2> /dev/null ||  # not allowed here: whoever asks for the network finds a closed port
     CUT=() CLOSED=(PIP_NO_INDEX=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9)
@@ -115,7 +116,7 @@ done < <(grep -v '^#' $DEVICE/calls.txt)
 if (($# == 0)); then
     check machine-code 60 "python3 benchmarks/slim_onnxruntime.py '$STASH/ort' --list | grep -E ' 90 in [0-9]{3}'"
     check links 60 "python3 $DEVICE/links.py '$STASH/ort/onnxruntime/capi/libonnxruntime_providers_cuda.so'"
-    check stubs 600 "PYTHONPATH='$STASH/site' ONNXRUNTIME_INCLUDE='$STASH/base/onnxruntime' \
+    check stubs 600 "PYTHONPATH='$STASH/site' TENSORRT_INCLUDE='$STASH/base/tensorrt' \
         python3 tests/cuda_stubs/prepare.py --out '$WORK/stubs' --site '$STASH/ort' > '$WORK/stubs.json'"
     check on-stubs 300 "'$WORK/light/bin/python' $DEVICE/on_stubs.py '$WORK/stubs.json' '$STASH/sample.bundle' \
         '$WORK/out/on-stubs'"

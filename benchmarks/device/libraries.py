@@ -2,11 +2,11 @@
 
     python benchmarks/device/libraries.py build FOLDER [--code 90]    build them (needs nvcc, cmake and ninja)
     python benchmarks/device/libraries.py check FOLDER [--code 90]    exit code 1 and one sentence if they do not fit
-    python benchmarks/device/libraries.py headers FOLDER              copies of the headers that building needs
+    python benchmarks/device/libraries.py headers FOLDER              a copy of TensorRT's headers, which building needs
 
 Standard library only. `build` leaves libdmoe_plugins.so, libdmoe_onnxruntime.so, libtensorrt_rtx.so and made_from.json:
 hashes of all sources, and the compute capability. The custom-op library shows nothing but its entry point, so that file
-is how to know what it was built from. Headers are those that plugins/build.py and plugins/onnxruntime/headers.py find.
+is how to know what it was built from.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ import ctypes
 import hashlib
 import json
 import os
-import runpy
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
@@ -73,25 +71,14 @@ def check(folder: Path, code: int) -> str:
 
 def build(out: Path, code: int) -> str:
     """Configure, build, copy; the build id. Raises LibrariesError."""
-    plugins, (tensorrt, onnxruntime) = _script(PLUGINS / "build.py"), _headers()
-    cmake, folder = plugins.tool("cmake"), ROOT / "build" / f"plugins-{code}"
-    before = sources()
-    for command in (
-            [cmake, "-S", PLUGINS, "-B", folder, "-G", "Ninja", "-DDMOE_CUDA=ON", f"-DDMOE_CUDA_CODE={code}",
-             "-DDMOE_CUDA_PTX=", f"-DCMAKE_CUDA_COMPILER={plugins.cuda_compiler()}",
-             f"-DCMAKE_MAKE_PROGRAM={plugins.tool('ninja')}",
-             f"-DDMOE_TENSORRT_INCLUDE={tensorrt}", f"-DDMOE_ONNXRUNTIME_INCLUDE={onnxruntime}"],
-            [cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)]):
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(done.stdout[-4000:], done.stderr[-4000:], sep="\n")
-            raise LibrariesError(f"{command[0]} failed with exit code {done.returncode}; its output is above.")
+    folder, before = configure(code), sources()
+    _cmake("--build", folder)
     if before != sources():
         raise LibrariesError("A source changed while the libraries were built; build them again.")
     out.mkdir(parents=True, exist_ok=True)
     for name in (*ENTRY_POINTS, RTX):
         partial = out / f".{name}.partial"  # a program that has the old one mapped keeps it
-        shutil.copy2(next(folder.rglob(name)), partial)
+        shutil.copy2(folder / name, partial)
         partial.replace(out / name)
     header = (folder / "generated" / "dmoe_build_id.h").read_text()
     made_from = {"code": code, "build": header.split('"')[1], "sources": before}
@@ -99,27 +86,32 @@ def build(out: Path, code: int) -> str:
     return check(out, code)
 
 
-def copy_headers(out: Path) -> None:
-    """Into out/tensorrt and out/onnxruntime. Raises LibrariesError."""
-    for name, folder in zip(("tensorrt", "onnxruntime"), _headers(), strict=True):
-        shutil.rmtree(out / name, ignore_errors=True)
-        (out / name).mkdir(parents=True)
-        for header in folder.glob("*.h"):
-            shutil.copy2(header, out / name)
+def configure(code: int) -> Path:
+    """The folder of a build for one compute capability; fetches what is missing. Raises LibrariesError."""
+    folder = ROOT / "build" / f"cuda-{code}"
+    _cmake("-S", PLUGINS, "--preset", "cuda", "-B", folder, f"-DDMOE_CUDA_CODE={code}", "-DDMOE_CUDA_PTX=")
+    return folder
 
 
-def _headers() -> tuple[Path, Path]:
-    """Folders of TensorRT's and ONNX Runtime's headers; fetched if need be."""
-    plugins, headers = _script(PLUGINS / "build.py"), _script(PLUGINS / "onnxruntime" / "headers.py")
+def copy_headers(out: Path, code: int) -> None:
+    """TensorRT's, into out/tensorrt. Raises LibrariesError."""
+    cache = (configure(code) / "CMakeCache.txt").read_text()
+    shutil.rmtree(out / "tensorrt", ignore_errors=True)
+    (out / "tensorrt").mkdir(parents=True)
+    for header in Path(re.findall(r"^DMOE_TENSORRT_INCLUDE:\w+=(.*)", cache, re.MULTILINE)[0]).glob("*.h"):
+        shutil.copy2(header, out / "tensorrt")
+
+
+def _cmake(*arguments: str | Path) -> None:
+    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     try:
-        return plugins.tensorrt_headers(), headers.onnxruntime_headers()
-    except headers.HeadersError as error:
-        raise LibrariesError(str(error)) from None
-
-
-def _script(path: Path) -> Any:
-    """What a script defines; plugins/ is no package."""
-    return SimpleNamespace(**runpy.run_path(str(path)))
+        done = subprocess.run(["cmake", *map(str, arguments)], env={**os.environ, "PATH": paths}, capture_output=True,
+                              text=True, check=False)
+    except FileNotFoundError:
+        raise LibrariesError("CMake is not installed.") from None
+    if done.returncode:
+        print(done.stdout[-4000:], done.stderr[-4000:], sep="\n")
+        raise LibrariesError(f"cmake failed with exit code {done.returncode}; its output is above.")
 
 
 def main() -> None:
@@ -131,7 +123,7 @@ def main() -> None:
     chosen = parser.parse_args()
     try:
         if chosen.verb == "headers":
-            copy_headers(chosen.folder)
+            copy_headers(chosen.folder, chosen.code)
             return
         done = (build if chosen.verb == "build" else check)(chosen.folder, chosen.code)
     except LibrariesError as problem:

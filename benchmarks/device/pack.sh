@@ -2,8 +2,8 @@
 # The part of device_run.sh that runs beforehand, on a machine with a network: fills .carry/.
 #
 #   base/wheels       pydantic and what it needs, in the versions it needs
-#   base/tensorrt     TensorRT's Apache-2.0 headers; with
-#   base/onnxruntime  ONNX Runtime's, so that both our libraries can be built where they are missing or do not fit
+#   base/tensorrt     TensorRT's Apache-2.0 headers, so that both our libraries can be built where they are missing or do
+#                     not fit
 #   lib               both our libraries, for one compute capability (PACK_CODE)
 #   ort.N, rtx.N      onnxruntime-gpu (slimmed by slim_onnxruntime.py, or `ort-whole`) and TensorRT-RTX, as one archive
 #                     each, cut into parts

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingRequirementError
+from ..libraries import library as installed
 from . import block_route, experts
 from .schema import PLUGIN_NAMESPACE
 
 LIBRARY = "libdmoe_plugins.so"
-INSTALLED = Path(__file__).parents[1] / "lib"  # `make plugins` puts the libraries here
+INSTALLED = installed(LIBRARY).parent
 NAMES = (block_route.SCHEMA.name, experts.SCHEMA.name)
 
 

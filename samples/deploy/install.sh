@@ -54,10 +54,9 @@ PYTHON
 
 step "is the machine fit?" check_machine
 step "virtual environment" python3 -m venv ${venv_options[@]+"${venv_options[@]}"} "$venv"
-step "plugin library; fetches nvcc and TensorRT's headers where the machine has none" \
-    "$python" plugins/build.py ${code:+--code "$code"}
-step "kernels for the CPU; where they cannot be built, ONNX Runtime's own op takes their place" \
-    "$python" plugins/cpu/build.py --optional
-step "the package" "$python" -m pip install --no-cache-dir --constraint constraints.txt ".[$extras]"
+step "a pip that takes settings" "$python" -m pip install --quiet --upgrade pip
+step "the package, with kernels for CPU and GPU; fetches nvcc and TensorRT's headers where the machine has none" \
+    "$python" -m pip install --no-cache-dir --constraint constraints.txt -C cmake.define.DMOE_CUDA=ON \
+    -C cmake.define.DMOE_FETCH=ON ${code:+-C "cmake.define.DMOE_CUDA_CODE=${code//,/;}"} ".[$extras]"
 step "does it work?" verify "$(realpath -m "$python" --no-symlinks)"
 $dry || echo "[install] done: $venv/bin/dmoe-export"

@@ -1,6 +1,6 @@
 """Build stubs of cudart, cuBLAS, cuBLASLt, cuDNN and their like, on which ONNX Runtime's real CUDA provider opens.
 
-    python tests/cuda_stubs/build.py --provider libonnxruntime_providers_cuda.so --out FOLDER
+    python tests/cuda_stubs/build.py --provider libonnxruntime_providers_cuda.so --cuda-include FOLDER --out FOLDER
 
 FOLDER looks like an installation: nvidia/cu13/lib and nvidia/cudnn/lib as NVIDIA's Python packages lay it out, and
 driver/ with libcuda. What the provider asks of each library is read off its undefined symbols, so that a provider of
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -116,24 +115,13 @@ def _run(*command: str | Path) -> str:
     return done.stdout
 
 
-def cuda_headers() -> Path:
-    """The folder of cuda_runtime_api.h, of the compiler that plugins/build.py takes."""
-    compiler = runpy.run_path(str(HERE.parents[1] / "plugins" / "build.py"))["cuda_compiler"]()
-    command = [compiler, "--dryrun", "-x", "cu", "/dev/null"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-    top = re.search(r"TOP=(\S+)", said)  # nvcc on the path may be a script that starts it elsewhere
-    if top is None:
-        raise StubsError("nvcc does not say where its toolkit is.")
-    return Path(top[1]) / "include"
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--provider", type=Path, required=True, help="libonnxruntime_providers_cuda.so")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cuda-include", type=Path, help="folder of cuda_runtime_api.h [that of nvcc]")
+    parser.add_argument("--cuda-include", type=Path, required=True, help="folder of cuda_runtime_api.h")
     chosen = parser.parse_args()
     try:
-        print(build(chosen.provider, chosen.out, chosen.cuda_include or cuda_headers()))
+        print(build(chosen.provider, chosen.out, chosen.cuda_include))
     except StubsError as problem:
         sys.exit(f"[cuda-stubs] {problem}")

@@ -24,6 +24,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.append(str(HERE.parent / "helpers"))  # where this runs as a program
+import builds  # noqa: E402
+
 _PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
 
 
@@ -47,11 +50,11 @@ def prepare(out: Path, site: Path | None = None) -> dict[str, str]:
         if not provider.is_file():
             raise Unavailable(f"{site} has no {_PROVIDER}.")
         stubs = out / "stubs"
-        cudart = _stubs(provider, stubs)
-        custom_ops = _custom_ops(out, cudart)
+        cudart = _stubs(out, provider, stubs)
+        folder = _compiled(out, "dmoe_onnxruntime_shared", f"-DDMOE_CUDART={cudart}")
     paths = [site, stubs, HERE, ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(map(str, paths)), "LD_LIBRARY_PATH": str(stubs / "driver"),
-            "DMOE_CUDA_STUBS": str(cudart), "DMOE_CUDA_STUBS_OPS": str(custom_ops)}
+            "DMOE_CUDA_STUBS": str(cudart), "DMOE_CUDA_STUBS_OPS": str(folder / "libdmoe_onnxruntime_shared.so")}
 
 
 def _install(site: Path, version: str) -> Path:
@@ -69,7 +72,7 @@ def _install(site: Path, version: str) -> Path:
     return site
 
 
-def _stubs(provider: Path, stubs: Path) -> Path:
+def _stubs(out: Path, provider: Path, stubs: Path) -> Path:
     """Built anew when their sources or the provider changed."""
     build = _script(HERE / "build.py")
     made_from = (provider, *build.SOURCES)
@@ -78,36 +81,24 @@ def _stubs(provider: Path, stubs: Path) -> Path:
     if not stamp.is_file() or stamp.read_text() != state:
         shutil.rmtree(stubs, ignore_errors=True)
         try:
-            build.build(provider, stubs, build.cuda_headers())
+            folders = builds.cached(_compiled(out, "dmoe_build_id"), "DMOE_CUDA_INCLUDE").split(";")
+            build.build(provider, stubs, Path(folders[0]))
         except build.StubsError as error:
             raise Unavailable(str(error)) from None
         stamp.write_text(state)
     return next(stubs.glob("nvidia/*/lib/libcudart.so.*"))
 
 
-def _custom_ops(out: Path, cudart: Path) -> Path:
-    """Our custom ops on that libcudart; kernels that `make plugins` has compiled are linked again, not compiled."""
-    plugins, headers = _script(ROOT / "plugins" / "build.py"), _script(ROOT / "plugins" / "onnxruntime" / "headers.py")
-    try:
-        include = headers.onnxruntime_headers()
-    except headers.HeadersError as error:
-        raise Unavailable(str(error)) from None
-    folder, code = plugins.WORK / "plugins", []
-    if not (folder / "build.ninja").is_file():
-        folder, code = out / "plugins", ["-DDMOE_CUDA_CODE=90"]
-    for command in (
-            [plugins.tool("cmake"), "-S", ROOT / "plugins", "-B", folder, "-G", "Ninja", "-DDMOE_CUDA=ON", *code,
-             f"-DCMAKE_CUDA_COMPILER={plugins.cuda_compiler()}", f"-DCMAKE_MAKE_PROGRAM={plugins.tool('ninja')}",
-             f"-DDMOE_ONNXRUNTIME_INCLUDE={include}", f"-DDMOE_CUDART={cudart}"],
-            [plugins.tool("cmake"), "--build", folder, "--target", "dmoe_onnxruntime_shared"]):
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{command[0]} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return folder / "onnxruntime" / "libdmoe_onnxruntime_shared.so"
+def _compiled(out: Path, target: str, *options: str) -> Path:
+    """Build one target; kernels that `make plugins` has compiled are linked again, not compiled. Returns the folder."""
+    made = ROOT / "build" / "cuda"
+    if (made / "build.ninja").is_file():
+        return builds.build("cuda", *options, target=target)
+    return builds.build("cuda", "-DDMOE_CUDA_CODE=90", *options, folder=out / "plugins", target=target)
 
 
 def _script(path: Path) -> Any:
-    """What a script defines; plugins/ is no package."""
+    """What a script defines."""
     return SimpleNamespace(**runpy.run_path(str(path)))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -201,23 +199,3 @@ def test_another_flavour_does_not_inherit_the_targets(tmp_path):
     """Targets are those of the recipe's flavour; TensorRT builds for the GPU it finds, and says so without one."""
     result = dmoe("build", "--recipe", "sample", "--flavour", "tensorrt", "--out", tmp_path / "b")
     assert result.exit_code == 3 and "tensorrt" in result.stderr and "leave --targets out" not in result.stderr
-
-
-def test_the_wheel_carries_the_recipes(tmp_path):
-    """Built with the interpreter's setuptools, from a copy of what git has, without a network."""
-    pytest.importorskip("setuptools", minversion="77")
-    import shutil
-    import subprocess
-
-    source = tmp_path / "source"
-    skip = shutil.ignore_patterns("__pycache__", "*.so", "*.bundle")
-    shutil.copytree(REPOSITORY / "dmoe_export", source / "dmoe_export", symlinks=True, ignore=skip)
-    shutil.copytree(REPOSITORY / "engines", source / "engines", ignore=skip)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, source)
-    subprocess.run([sys.executable, "-c", "from setuptools import build_meta; build_meta.build_wheel('.')"],
-                   cwd=source, check=True, capture_output=True)
-    (wheel,) = source.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {f"dmoe_export/recipes/{name}.toml" for name in KNOWN} <= set(names)
-    assert not [n for n in names if n.startswith("dmoe_export/recipes/") and not n.endswith(".toml")]

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
-import shutil
-import subprocess
 from functools import cache
-from pathlib import Path
 
 import numpy as np
+from builds import build
 
 from dmoe_export.ops.block_route.attributes import RouteAttributes
 
-_ROOT = Path(__file__).parents[2]
 _MODES = {"token": 0, "top_p": 1, "top_c": 2}
 FP16, BF16 = 0, 1
 CANARY = 64  # bytes behind every output that must stay as they were
@@ -46,31 +42,12 @@ class KernelError(Exception):
         self.code = code
 
 
-def build(folder: Path, *options: str) -> Path:
-    """Configure and build plugins/ into `folder`; quick when nothing changed. Returns the folder.
-
-    The test workers share a folder: one builds, the others wait for it.
-    """
-    if not (shutil.which("cmake") and shutil.which("g++")):
-        raise RuntimeError("The kernel tests need cmake and g++ on the PATH: apt-get install cmake g++")
-    jobs = str(min(2, os.cpu_count() or 1))
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (["cmake", "-S", str(_ROOT / "plugins"), "-B", str(folder), *options],
-                        ["cmake", "--build", str(folder), "--parallel", jobs]):
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
-            if run.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{run.stdout}\n{run.stderr}")
-    return folder
-
-
 @cache
 def library() -> ctypes.CDLL:
     """The kernels on an emulated thread block. DMOE_KERNELS_CPU names another build (one with sanitizers)."""
     path = os.environ.get("DMOE_KERNELS_CPU")
     if not path:
-        path = str(build(_ROOT / "build" / "plugins-cpu", "-DDMOE_CUDA=OFF") / "libdmoe_kernels_cpu.so")
+        path = str(build("emulation") / "libdmoe_kernels_cpu.so")
     lib = ctypes.CDLL(path)
     for name in ("dmoe_error_string", "dmoe_build_id", "dmoe_emulation_message"):
         getattr(lib, name).restype = ctypes.c_char_p

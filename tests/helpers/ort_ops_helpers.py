@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-import pytest
-from kernel_helpers import _ROOT, build
+from builds import build
 from onnx import TensorProto, helper
 
 from dmoe_export.ops import block_route, experts
@@ -22,16 +19,9 @@ CPU = "CPUExecutionProvider"
 
 @cache
 def library() -> Path:
-    """Builds it; DMOE_ORT_OPS_CPU names another build. Skips where the headers cannot be had, but never in CI."""
-    if named := os.environ.get("DMOE_ORT_OPS_CPU"):
-        return Path(named)
-    found = subprocess.run([sys.executable, str(_ROOT / "plugins" / "onnxruntime" / "headers.py")], capture_output=True,
-                           text=True, check=False)
-    if found.returncode:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(found.stderr)
-    folder = build(_ROOT / "build" / "plugins-cpu", "-DDMOE_CUDA=OFF",
-                   f"-DDMOE_ONNXRUNTIME_INCLUDE={found.stdout.strip()}")
-    return folder / "onnxruntime" / "libdmoe_onnxruntime_cpu.so"
+    """Builds it; DMOE_ORT_OPS_CPU names another build."""
+    named = os.environ.get("DMOE_ORT_OPS_CPU")
+    return Path(named) if named else build("emulation") / "libdmoe_onnxruntime_cpu.so"
 
 
 def session(model: bytes, custom_ops: Path | None = None, provider: str = CPU) -> ort.InferenceSession:

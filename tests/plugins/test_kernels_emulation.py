@@ -10,7 +10,8 @@ import subprocess
 
 import numpy as np
 import pytest
-from kernel_helpers import _ROOT, BF16, FP16, build, check, from_half, library, pointer, to_half
+from builds import ROOT, build
+from kernel_helpers import BF16, FP16, check, from_half, library, pointer, to_half
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,7 @@ def test_rounding_to_half(kind):
 def test_build_id_follows_the_sources(tmp_path):
     """Same sources, same id, wherever they lie; one more blank line in any of them, another id."""
     plugins = tmp_path / "elsewhere"
-    shutil.copytree(_ROOT / "plugins", plugins)
+    shutil.copytree(ROOT / "plugins", plugins)
 
     def build_id():
         header = tmp_path / "id.h"
@@ -125,12 +126,12 @@ def test_error_texts():
 
 def test_a_build_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match=r"has no NvInfer\.h"):
-        build(tmp_path, f"-DDMOE_TENSORRT_INCLUDE={tmp_path}")
+        build("cuda", f"-DDMOE_TENSORRT_INCLUDE={tmp_path}", folder=tmp_path)
 
 
 def test_kernels_use_whole_warps_and_no_float_atomics():
     """Results may not depend on the order threads happen to run in."""
-    sources = list(itertools.chain.from_iterable((_ROOT / "plugins" / "kernels").glob(p) for p in ("*.cu", "*.cuh")))
+    sources = list(itertools.chain.from_iterable((ROOT / "plugins" / "kernels").glob(p) for p in ("*.cu", "*.cuh")))
     text = "\n".join(path.read_text() for path in sources)
     assert set(re.findall(r"\batomic[A-Z]\w*", text)) == {"atomicOr"}
     assert "cudaMalloc" not in text and "Synchronize" not in text

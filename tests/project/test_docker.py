@@ -56,14 +56,15 @@ def _install(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_dry_run_shows_the_steps_and_does_nothing(tmp_path):
     done = _install("--venv", str(tmp_path / "v"), "--extras", "tensorrt,export,cpu", "--system-packages", "--code",
-                    "90", "--dry-run")
+                    "80,90", "--dry-run")
     assert done.returncode == 0, done.stderr
     commands = [line.strip() for line in done.stdout.splitlines() if line.startswith("    ")]
-    assert commands[1:5] == [
+    assert commands[1:4] == [
         f"python3 -m venv --system-site-packages {tmp_path}/v",
-        f"{tmp_path}/v/bin/python plugins/build.py --code 90",
-        f"{tmp_path}/v/bin/python plugins/cpu/build.py --optional",
-        f"{tmp_path}/v/bin/python -m pip install --no-cache-dir --constraint constraints.txt .[tensorrt,export,cpu]"]
+        f"{tmp_path}/v/bin/python -m pip install --quiet --upgrade pip",
+        f"{tmp_path}/v/bin/python -m pip install --no-cache-dir --constraint constraints.txt "
+        "-C cmake.define.DMOE_CUDA=ON -C cmake.define.DMOE_FETCH=ON -C cmake.define.DMOE_CUDA_CODE=80;90 "
+        ".[tensorrt,export,cpu]"]
     assert not list(tmp_path.iterdir())
 
 

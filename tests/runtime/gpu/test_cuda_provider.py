@@ -22,7 +22,7 @@ from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.runtime.gpu.nvidia_libraries import nvidia_folders
 from dmoe_export.runtime.gpu.onnxruntime import SHAPE_OPS
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[2]
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 # What the sample's graph has the CPU compute: sizes for Reshape and Concat, whatever the number of layers.
 SHAPE_ARITHMETIC = {"Squeeze": 3, "Mul": 2, "Concat": 10, "Reshape": 2, "Add": 1}
