@@ -13,6 +13,8 @@ from dmoe_export.errors import MissingRequirementError
 from dmoe_export.runtime.cpu.resident import open_resident
 from dmoe_export.runtime.residency.budget import ExpertBudget
 
+pytestmark = pytest.mark.usefixtures("our_kernels")
+
 _CONFIGS = {  # groups of experts, shared ones, two dense layers first · neither
     "llada2": GEOMETRIES["tiny"] | {"num_hidden_layers": 4, "first_k_dense_replace": 2, "num_shared_experts": 3,
                                     "num_experts_per_tok": 4, "moe_intermediate_size": 40},

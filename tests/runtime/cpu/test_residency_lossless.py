@@ -29,6 +29,8 @@ from dmoe_export.cli import main
 from dmoe_export.errors import BundleError, MissingRequirementError, RequestError
 from dmoe_export.runtime.cpu.mapped_memory import FileIdentity
 
+pytestmark = pytest.mark.usefixtures("our_kernels")
+
 
 @pytest.fixture(scope="module")
 def sample_answers(sample_bundle):

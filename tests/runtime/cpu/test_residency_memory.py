@@ -26,7 +26,8 @@ from dmoe_export.runtime.cpu import library
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 from dmoe_export.runtime.cpu.mapped_memory import DONTNEED, PAGE, POPULATE_READ, FileIdentity, advise
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the tier is Linux's")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="the tier is Linux's"),
+              pytest.mark.usefixtures("our_kernels")]
 EXPERT, EVERYTHING = 6 << 20, 2 * 32 * (6 << 20)  # of `wide_bundle`
 
 # Once without being watched, so that what is no expert is in memory: code, dense weights, buffers.
