@@ -20,7 +20,7 @@ from .ort import ort
 class ExpertSource(NamedTuple):
     """Has weights of experts in memory while they are read: addresses of a DmoeAcquire, a DmoeRelease, their context.
 
-    In C, not in Python: between a thread that computes in Python and another that waits for it lie 5 ms, twice a layer.
+    In C: a function in Python would wait for the interpreter, beside a busy thread up to sys.getswitchinterval().
     """
 
     acquire: int

@@ -1,25 +1,14 @@
 #include "residency.h"
 
-#include "lost_pages.h"
+#include "expert_pages.h"
 #include "worker.h"
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <chrono>
-#include <sys/mman.h>
-#include <unistd.h>
 #include <vector>
 
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22 // Linux 5.14
-#endif
-
 namespace {
-
-using dmoe::cpu::LostPages;
-
-constexpr int64_t kReadAhead = 128 << 10; // the kernel reads no more than the device's read-ahead for one call, usually this
 
 class Clock {
 public:
@@ -41,17 +30,14 @@ struct DmoeResidency {
 public:
     DmoeResidency(void const* const* tensors, int64_t const* slabs, int32_t layers, int32_t parts, int32_t experts,
         int32_t capacity)
-        : mSlabs(slabs, slabs + parts), mExperts(experts), mCapacity(capacity),
+        : mPages(tensors, slabs, layers, parts), mExperts(experts), mCapacity(capacity),
           mStates(static_cast<size_t>(layers) * experts)
     {
-        for (int32_t i = 0; i < layers * parts; ++i) {
-            mTensors.push_back(static_cast<char*>(const_cast<void*>(tensors[i])));
-        }
     }
 
     int32_t acquire(void const* gateUp, int32_t* experts, int32_t count)
     {
-        int32_t const layer = layerOf(gateUp);
+        int32_t const layer = mPages.layerOf(gateUp);
         if (layer < 0 || count < 1) {
             return -1;
         }
@@ -75,7 +61,7 @@ public:
     void release(void const* gateUp, int32_t const* experts, int32_t count)
     {
         std::lock_guard<std::mutex> const guard(mMutex);
-        letGo(layerOf(gateUp), experts, experts + count);
+        letGo(mPages.layerOf(gateUp), experts, experts + count);
     }
 
     void move(int32_t const* bring, int32_t bringing, int32_t const* evict, int32_t evicting)
@@ -112,16 +98,6 @@ public:
     }
 
 private:
-    int32_t layerOf(void const* gateUp) const
-    {
-        for (size_t i = 0; i < mTensors.size(); i += mSlabs.size()) {
-            if (mTensors[i] == gateUp) {
-                return static_cast<int32_t>(i / mSlabs.size());
-            }
-        }
-        return -1;
-    }
-
     State& at(int32_t layer, int32_t expert) { return mStates[static_cast<size_t>(layer) * mExperts + expert]; }
 
     template <class Test>
@@ -162,7 +138,7 @@ private:
         Clock const clock;
         enter(layer, experts, experts + group);
         guard.unlock();
-        bool const there = std::all_of(experts, experts + group, [&](int32_t e) { return populate(layer, e); });
+        bool const there = std::all_of(experts, experts + group, [&](int32_t e) { return mPages.populate(layer, e); });
         guard.lock();
         if (!there) {
             letGo(layer, experts, experts + group);
@@ -202,7 +178,7 @@ private:
         });
         free.resize(std::min(free.size(), static_cast<size_t>(count)));
         for (int32_t const e : free) {
-            each(e / mExperts, e % mExperts, [](char* slab, int64_t bytes) { return madvise(slab, bytes, MADV_DONTNEED) == 0; });
+            mPages.drop(e / mExperts, e % mExperts);
             mStates[e].mapped = false;
         }
         mTotals.dropped += static_cast<int64_t>(free.size());
@@ -216,7 +192,7 @@ private:
             std::vector<int32_t> next(begin, begin + std::min<int64_t>(end - begin, room()));
             mReader.give([this, layer, next = std::move(next)] {
                 for (size_t i = 0; i < next.size() && !mClosing; ++i) {
-                    read(layer, next[i]);
+                    mPages.read(layer, next[i]);
                 }
             });
         }
@@ -235,7 +211,7 @@ private:
             enter(layer, &expert, &expert + 1);
         }
         Clock const clock;
-        bool const there = populate(layer, expert);
+        bool const there = mPages.populate(layer, expert);
         std::lock_guard<std::mutex> const guard(mMutex);
         letGo(layer, &expert, &expert + 1);
         mTotals.brought += there ? 1 : 0;
@@ -243,52 +219,7 @@ private:
         return there; // the next forward's check of the file says so
     }
 
-    // Start reading into the page cache; faults would read page by page.
-    void read(int32_t layer, int32_t expert)
-    {
-        each(layer, expert, [](char* slab, int64_t bytes) {
-            for (int64_t part = 0; part < bytes; part += kReadAhead) {
-                madvise(slab + part, std::min(kReadAhead, bytes - part), MADV_WILLNEED);
-            }
-            return true;
-        });
-    }
-
-    // Whether the file still has it.
-    bool populate(int32_t layer, int32_t expert)
-    {
-        read(layer, expert);
-        return each(layer, expert, [](char* slab, int64_t bytes) {
-            return madvise(slab, bytes, MADV_POPULATE_READ) == 0 || (errno == EINVAL && touch(slab, bytes));
-        });
-    }
-
-    // Before Linux 5.14: reads a byte of every page, as a use would.
-    static bool touch(char const* slab, int64_t bytes)
-    {
-        std::atomic<bool> lost{false};
-        dmoe::cpu::catchLostPages();
-        LostPages const watch(lost);
-        for (int64_t i = 0; i < bytes && !lost; i += sysconf(_SC_PAGESIZE)) {
-            static_cast<void>(*static_cast<char const volatile*>(slab + i));
-        }
-        return !lost;
-    }
-
-    // Every slab of an expert; false as soon as one is.
-    template <class Work>
-    bool each(int32_t layer, int32_t expert, Work work)
-    {
-        for (size_t part = 0; part < mSlabs.size(); ++part) {
-            if (!work(mTensors[layer * mSlabs.size() + part] + expert * mSlabs[part], mSlabs[part])) {
-                return false;
-            }
-        }
-        return true;
-    }
-
-    std::vector<char*> mTensors; // [layers, parts]
-    std::vector<int64_t> const mSlabs; // [parts]
+    dmoe::cpu::ExpertPages const mPages;
     int32_t const mExperts, mCapacity;
     std::mutex mMutex; // guards what follows
     std::condition_variable mChanged; // somebody let go

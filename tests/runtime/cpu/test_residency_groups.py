@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import subprocess
 import sys
 import threading
 
@@ -242,3 +243,44 @@ def test_what_a_system_may_refuse(file, monkeypatch):
     monkeypatch.setattr(expert_file, "PAGE", 65536)
     with pytest.raises(MissingRequirementError, match="no whole memory pages of 65536"):
         _tier(file, 3)
+
+
+_OLD_KERNEL = """
+import ctypes, platform, sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+libc = ctypes.CDLL(None)
+madvise, step = dict(x86_64=28, aarch64=233)[platform.machine()], ctypes.c_uint64
+def instruction(code, yes, no, k):
+    return step(code | yes << 16 | no << 24 | k << 32)
+program = (step * 6)(instruction(0x20, 0, 0, 0), instruction(0x15, 0, 3, madvise),  # the call's number
+                     instruction(0x20, 0, 0, 32), instruction(0x15, 0, 1, 22),  # its third argument: POPULATE_READ
+                     instruction(0x06, 0, 0, 0x50016), instruction(0x06, 0, 0, 0x7FFF0000))  # EINVAL, else as ever
+class Filter(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("program", ctypes.c_void_p)]
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(Filter(6, ctypes.addressof(program))), 0, 0):
+    sys.exit(77)
+import test_residency_groups as t
+from dmoe_export.runtime.cpu.mapped_memory import POPULATE_READ, advise
+path = Path({file!r})
+tier = t._tier(path, 3)
+assert not advise(tier.weights["0.0"].ctypes.data, 4096, POPULATE_READ)
+for group in t._groups(tier, 1, [1, 4, 6]):
+    assert t.FileIdentity.of(path).resident_bytes() == 3 * t.EACH
+t.os.truncate(path, t.EACH)
+try:
+    list(t._groups(tier, 2, [7]))
+except t.LostError:
+    print("told")
+"""
+
+
+def test_without_populate_pages_are_touched(file, tmp_path):
+    """Linux before 5.14, as a filter of system calls plays it; a page that is lost meanwhile ends no process."""
+    path = tmp_path / "experts.bin"
+    path.write_bytes(file.read_bytes())
+    done = subprocess.run([sys.executable, "-c", _OLD_KERNEL.format(path=sys.path, file=str(path))], text=True,
+                          capture_output=True, timeout=100, check=False)
+    if done.returncode == 77:
+        pytest.skip("this system takes no filter of system calls")
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr
