@@ -20,7 +20,8 @@ import onnx_ir as ir
 import torch
 
 from dmoe_export import __version__
-from dmoe_export.bundle.manifest import CheckpointEntry, ExpertLayer, ExpertsEntry, FileEntry, Manifest
+from dmoe_export.bundle.layout import ExpertLayer, ExpertsEntry
+from dmoe_export.bundle.manifest import CheckpointEntry, FileEntry, Manifest
 from dmoe_export.bundle.writer import PAGE, BundleWriter
 from dmoe_export.checkpoint.family import family_of
 from dmoe_export.checkpoint.synthetic import GEOMETRIES
@@ -74,8 +75,10 @@ def main(geometry: str, layers: int | None, distinct: int, out: Path) -> None:
         graph = save_graph(model, writer, GRAPH_FILE)
         writer.seal(Manifest(
             created_by=f"dmoe-export {__version__} benchmark", model=d, routing=routing, precision="fp32",
-            checkpoint=CheckpointEntry(identity="synthetic", layers_total=d.num_layers), denoiser=graph, experts=entry,
-            tokenizer=None, files=writer.entries))
+            checkpoint=CheckpointEntry(identity="synthetic", layers_total=d.num_layers, source="synthetic",
+                                       parts=["synthetic"]),
+            denoiser=graph, salient=None, experts=entry, tokenizer=None, files=writer.entries, engines=[],
+            decode_defaults={}, warnings=[]))
 
 
 def _experts(model: ir.Model, writer: BundleWriter, layers: range, experts: int, slab: int, hidden: int, width: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -86,14 +86,6 @@ class ModelDescription(Frozen):
     logit_shift: bool = Field(False, description="position i is predicted by the row of position i − 1 (Dream)")
     qkv_bias: bool = False
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_eos(cls, value: Any) -> Any:
-        """`eos_id`, as code and bundles from before `eos_ids` say it."""
-        if isinstance(value, dict) and "eos_id" in value and "eos_ids" not in value:
-            return {name: v for name, v in value.items() if name != "eos_id"} | {"eos_ids": [value["eos_id"]]}
-        return value
-
     @model_validator(mode="after")
     def _ends_are_tokens(self) -> ModelDescription:
         wrong = next((i for i in self.eos_ids if i >= self.vocab_size or i == self.mask_id), None)
@@ -127,8 +119,7 @@ class RoutingDescription(Frozen):
     top_p: float = Field(ge=0, le=1)
     min_experts: int = Field(ge=1, description="guard of top_p: least coreset size")
     coreset_size: int = Field(ge=1, description="C of top_c, k … E")
-    reason: str = Field("", description="why it is this mode: fields of config.json, or that it was asked for; empty "
-                        "in older bundles")
+    reason: str = Field("", description="why it is this mode: fields of config.json, or that it was asked for")
 
     @classmethod
     def default(cls, moe: MoeDescription | None, mode: RoutingMode = "top_p", block_length: int = 32,

@@ -37,10 +37,25 @@ def name_by_part(model: Any) -> None:
     for i, node in enumerate(nodes):
         part, layer = found.get(i, ("other", ""))
         node.name = f"{part}|{layer}|{node.name or f'{node.op_type}_{i}'}"
-    for function in model.functions:
-        part = _FUNCTIONS.get(function.name, "other")
-        for i, node in enumerate(function.node):
-            node.name = f"{part}||{function.name}_{node.op_type}_{i}"
+    for function in list(model.functions):
+        if function.name in _FUNCTIONS:
+            _name_body(function, f"{_FUNCTIONS[function.name]}||")
+            continue
+        # One of many parts, such as DmoeLinear: an overload for each, as inlined nodes know nothing of the node's name.
+        users = [node for node in nodes if (node.domain, node.op_type) == (function.domain, function.name)]
+        for node in users:
+            node.overload = "|".join(node.name.split("|")[:2])
+        for mark in sorted({node.overload for node in users}):
+            copy = model.functions.add()
+            copy.CopyFrom(function)
+            copy.overload = mark
+            _name_body(copy, f"{mark}|")
+        model.functions.remove(function)
+
+
+def _name_body(function: Any, mark: str) -> None:
+    for i, node in enumerate(function.node):
+        node.name = f"{mark}{function.name}_{node.op_type}_{i}"
 
 
 def _parts(graph: Any) -> dict[int, tuple[str, str]]:

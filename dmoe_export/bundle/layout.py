@@ -1,13 +1,49 @@
-"""Whether a manifest's numbers about the expert file fit the model and each other (docs/bundle.md, "Expert file")."""
+"""Where experts lie in the expert file, and whether those numbers fit the model (docs/bundle.md, "Expert file")."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pydantic import Field, model_validator
 
-from ..description import ModelDescription
+from ..description import ExpertQuantisation, Frozen, ModelDescription
 
-if TYPE_CHECKING:
-    from .manifest import ExpertsEntry
+
+class ExpertLayer(Frozen):
+    """Byte offsets of one layer's tensors in the expert file."""
+
+    layer: int
+    gate_up_offset: int
+    down_offset: int
+    gate_up_scales_offset: int | None = Field(None, description="where experts are quantised")
+    down_scales_offset: int | None = None
+
+
+class ExpertsEntry(Frozen):
+    """Layout of the expert file; expert e of a tensor starts at offset + e × slab bytes."""
+
+    file: str
+    stored_width: int = Field(description="I as stored: zero rows pad a slab to whole pages")
+    gate_up_slab_bytes: int
+    down_slab_bytes: int
+    layers: list[ExpertLayer]
+    quantisation: ExpertQuantisation | None = Field(None, description="null: weights are in the bundle's precision")
+    gate_up_scales_slab_bytes: int = 0
+    down_scales_slab_bytes: int = 0
+
+    @model_validator(mode="after")
+    def _scales_where_quantised(self) -> ExpertsEntry:
+        places = [offset for layer in self.layers for offset in (layer.gate_up_scales_offset, layer.down_scales_offset)]
+        sizes = [self.gate_up_scales_slab_bytes, self.down_scales_slab_bytes]
+        if self.quantisation and (None in places or 0 in sizes):
+            raise ValueError("quantised experts need scales")
+        if not self.quantisation and (any(place is not None for place in places) or any(sizes)):
+            raise ValueError("scales need quantisation")
+        return self
+
+    @property
+    def bytes_per_expert(self) -> int:
+        """Bytes that using one expert touches, scales included."""
+        return (self.gate_up_slab_bytes + self.down_slab_bytes + self.gate_up_scales_slab_bytes
+                + self.down_scales_slab_bytes)
 
 
 def check_expert_layout(entry: ExpertsEntry, model: ModelDescription, itemsize: int, file_size: int | None) -> None:

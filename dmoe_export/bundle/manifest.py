@@ -1,4 +1,4 @@
-"""The manifest of a bundle, schema version 1 (docs/bundle.md is its normative description)."""
+"""The manifest of a bundle, schema version 2 (docs/bundle.md is its normative description)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..description import (
     Precision,
     RoutingDescription,
 )
-from .layout import check_expert_layout
+from .layout import ExpertsEntry, check_expert_layout
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 
@@ -90,53 +90,14 @@ class SalientEntry(Frozen):
         return [self.graph, *([self.fill] if self.fill else []), *(entry.graph for entry in self.fixed)]
 
 
-class ExpertLayer(Frozen):
-    """Byte offsets of one layer's tensors in the expert file."""
-
-    layer: int
-    gate_up_offset: int
-    down_offset: int
-    gate_up_scales_offset: int | None = Field(None, description="where experts are quantised")
-    down_scales_offset: int | None = None
-
-
-class ExpertsEntry(Frozen):
-    """Layout of the expert file; expert e of a tensor starts at offset + e × slab bytes."""
-
-    file: str
-    stored_width: int = Field(description="I as stored: zero rows pad a slab to whole pages")
-    gate_up_slab_bytes: int
-    down_slab_bytes: int
-    layers: list[ExpertLayer]
-    quantisation: ExpertQuantisation | None = Field(None, description="null: weights are in the bundle's precision")
-    gate_up_scales_slab_bytes: int = 0
-    down_scales_slab_bytes: int = 0
-
-    @model_validator(mode="after")
-    def _scales_where_quantised(self) -> ExpertsEntry:
-        places = [offset for layer in self.layers for offset in (layer.gate_up_scales_offset, layer.down_scales_offset)]
-        sizes = [self.gate_up_scales_slab_bytes, self.down_scales_slab_bytes]
-        if self.quantisation and (None in places or 0 in sizes):
-            raise ValueError("quantised experts need scales")
-        if not self.quantisation and (any(place is not None for place in places) or any(sizes)):
-            raise ValueError("scales need quantisation")
-        return self
-
-    @property
-    def bytes_per_expert(self) -> int:
-        """Bytes that using one expert touches, scales included."""
-        return (self.gate_up_slab_bytes + self.down_slab_bytes + self.gate_up_scales_slab_bytes
-                + self.down_scales_slab_bytes)
-
-
 class CheckpointEntry(Frozen):
     """Which checkpoint the bundle was made from."""
 
     identity: str = Field(description="sha256 over the description and `parts`")
     layers_total: int
-    source: str | None = Field(None, description="the hub id it was fetched by, or the folder's name")
-    parts: list[str] = Field(default_factory=list, description="sha256 of what was read outside layers, then of each "
-                             "exported layer; empty in bundles from before this field")
+    source: str = Field(description="the hub id it was fetched by, or the folder's name")
+    parts: list[str] = Field(min_length=1, description="sha256 of what was read outside layers, then of each exported "
+                             "layer")
 
 
 class TokenizerEntry(Frozen):
@@ -144,8 +105,7 @@ class TokenizerEntry(Frozen):
 
     file: str
     chat_template: str | None
-    special_tokens: dict[str, str] = Field(default_factory=dict, description="what a template knows by name: "
-                                           "bos_token, eos_token, …; empty in older bundles")
+    special_tokens: dict[str, str] = Field(description="what a template knows by name: bos_token, eos_token, …")
 
 
 class ProfileEntry(Frozen):
@@ -225,12 +185,10 @@ class EngineEntry(Frozen):
     plugin_nodes: int = Field(ge=0, description="custom nodes that are plugins")
     fallback_nodes: int = Field(ge=0, description="custom nodes that became their ONNX bodies (--allow-fallback)")
     weight_inputs: list[WeightInput]
-    expert_pools: list[ExpertPool] = Field(default_factory=list, description="one per MoE layer where experts are "
-                                           "resident")
-    flags: list[str] = Field(default_factory=list, description="hardware-compatible, version-compatible, refit")
-    made_from: dict[str, str] = Field(default_factory=dict, description="sha256 of the graph and data files it was "
-                                      "built from; empty in older bundles")
-    network: NetworkEntry | None = Field(None, description="null in older bundles")
+    expert_pools: list[ExpertPool] = Field(description="one per MoE layer where experts are resident")
+    flags: list[str] = Field(description="hardware-compatible, version-compatible, refit")
+    made_from: dict[str, str] = Field(min_length=1, description="sha256 of the graph and data files it was built from")
+    network: NetworkEntry
 
     @property
     def pool_inputs(self) -> list[TensorEntry]:
@@ -247,21 +205,21 @@ class EngineEntry(Frozen):
 class Manifest(Frozen):
     """Everything a reader needs to know before it opens a file."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     created_by: str
     model: ModelDescription
     routing: RoutingDescription
     precision: Precision
     checkpoint: CheckpointEntry
     denoiser: GraphEntry
-    salient: SalientEntry | None = Field(None, description="null without --salient and in older bundles")
+    salient: SalientEntry | None = Field(description="null without --salient")
     experts: ExpertsEntry | None = Field(description="null for a dense model")
     tokenizer: TokenizerEntry | None
     files: list[FileEntry]
-    engines: list[EngineEntry] = Field(default_factory=list)
+    engines: list[EngineEntry]
     decode_defaults: dict[str, int | float | bool | str] = Field(
-        default_factory=dict, description="fields of DecodeSettings that the checkpoint's generation_config.json sets")
-    warnings: list[str] = Field(default_factory=list, description="sentences that the export printed")
+        description="fields of DecodeSettings that the checkpoint's generation_config.json sets")
+    warnings: list[str] = Field(description="sentences that the export printed")
 
     @model_validator(mode="after")
     def _numbers_agree(self) -> Manifest:

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import OutputError
-from .reader import read_manifest
+from .reader import check_is_bundle
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -21,7 +21,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{target} exists already; choose another --out or add --force.")
     if not target.is_dir() or any(target.iterdir()):
-        read_manifest(target)  # never replace what is not a bundle
+        check_is_bundle(target)  # never replace what is not a bundle
 
 
 def put_in_place(folder: Path, target: Path, overwrite: bool = True) -> None:

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
@@ -64,20 +64,14 @@ def check_unchanged(bundle: Bundle) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest alone, schema checked, files not."""
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise BundleError(f"{folder} is no bundle: it {_lacking(folder)}; make one with: "
-                          "dmoe-export export CHECKPOINT --out BUNDLE.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if wrong := not_finite(raw):
-            raise ValueError(wrong)
-        version = raw["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BundleError(f"{path} is not readable as a manifest ({error!r}); export the bundle again.") from None
+    path, raw = folder / MANIFEST_NAME, _read_json(folder)
+    version = raw["schema_version"]
+    if _is_older(version):
+        raise BundleError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; export the "
+                          "bundle again with: dmoe-export export CHECKPOINT --out BUNDLE.")
     if version != SCHEMA_VERSION:
         raise BundleError(f"{path} has schema version {version!r}, this program reads {SCHEMA_VERSION}; "
-                          "export again, or use the version of dmoe-export that made it.")
+                          "use the version of dmoe-export that made it, or export again.")
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
@@ -97,6 +91,33 @@ def read_manifest(folder: Path) -> Manifest:
         if name not in listed:
             raise BundleError(f"{path} uses {name} but does not list it under files.")
     return manifest
+
+
+def check_is_bundle(folder: Path) -> None:
+    """Raise BundleError unless a bundle is there, of this schema version or an older one, which may be replaced."""
+    raw = _read_json(folder)
+    if not (_is_older(raw["schema_version"]) and str(raw.get("created_by")).startswith("dmoe-export ")):
+        read_manifest(folder)
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    """The manifest's fields, `schema_version` among them; no other field is checked."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise BundleError(f"{folder} is no bundle: it {_lacking(folder)}; make one with: "
+                          "dmoe-export export CHECKPOINT --out BUNDLE.")
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if wrong := not_finite(raw):
+            raise ValueError(wrong)
+        raw["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BundleError(f"{path} is not readable as a manifest ({error!r}); export the bundle again.") from None
+    return raw
+
+
+def _is_older(version: Any) -> bool:
+    return isinstance(version, int) and 0 < version < SCHEMA_VERSION
 
 
 def _lacking(folder: Path) -> str:

@@ -10,6 +10,7 @@ from onnx import NodeProto, helper
 from ..bundle.manifest import EngineEntry, ProfileEntry
 from ..bundle.reader import Bundle
 from ..engine.plan import PlanPlugin, PlanTensor, Range
+from ..engine.plugins import plugin_ops
 from ..engine.resident import SLOTS, slot_range
 from ..ops import experts
 from ..ops.schema import DOMAIN
@@ -24,7 +25,7 @@ def graph_of(bundle: Bundle) -> onnx.ModelProto:
 
 
 def wrong_source(bundle: Bundle, entry: EngineEntry) -> str | None:
-    """Whether graph and weights are those the engine was built from (by hash; empty in older bundles)."""
+    """Whether graph and weights are those the engine was built from (by hash)."""
     now = {file.path: file.sha256 for file in bundle.manifest.files}
     changed = [name for name, digest in entry.made_from.items() if now.get(name) != digest]
     return f"it was built from another {' and another '.join(changed)} than the bundle holds" if changed else None
@@ -74,8 +75,8 @@ def wrong_profiles(bundle: Bundle, entry: EngineEntry, profiles: list[dict[str, 
 
 def wrong_plugins(graph: onnx.ModelProto, entry: EngineEntry, profiles: list[list[PlanPlugin]]) -> str | None:
     """Every custom node a plugin, with the node's attributes, of the build that the manifest says."""
-    wanted = {node.name: node for node in graph.graph.node if node.domain == DOMAIN
-              and (entry.experts_op == "plugin" or node.op_type != experts.SCHEMA.name)}
+    ops = plugin_ops(entry.experts_op)
+    wanted = {node.name: node for node in graph.graph.node if node.domain == DOMAIN and node.op_type in ops}
     for index, layers in enumerate(profiles):
         where = f" in profile {entry.profiles[index].name}" if index < len(entry.profiles) else ""
         found = {layer.node: layer for layer in layers}
@@ -97,15 +98,14 @@ def wrong_plugins(graph: onnx.ModelProto, entry: EngineEntry, profiles: list[lis
 
 def wrong_counts(bundle: Bundle, entry: EngineEntry) -> str | None:
     """The manifest's own arithmetic, and what TensorRT counted before it built."""
-    ops = {op.name: op.count for op in bundle.manifest.denoiser.ops}
-    if entry.experts_op == "onnx":
-        ops.pop(experts.SCHEMA.name, None)
-    counted = entry.network.layers.get("PLUGIN_V3", 0) if entry.network else entry.plugin_nodes
+    ops = plugin_ops(entry.experts_op)
+    wanted = sum(op.count for op in bundle.manifest.denoiser.ops if op.name in ops)
+    counted = entry.network.layers.get("PLUGIN_V3", 0)
     if counted != entry.plugin_nodes:
         return f"its network had {counted} plugins, the manifest says {entry.plugin_nodes}"
-    if entry.plugin_nodes + entry.fallback_nodes != sum(ops.values()):
+    if entry.plugin_nodes + entry.fallback_nodes != wanted:
         return (f"{entry.plugin_nodes} plugins and {entry.fallback_nodes} ONNX bodies are not the graph's "
-                f"{sum(ops.values())} custom nodes")
+                f"{wanted} custom nodes")
     return None
 
 

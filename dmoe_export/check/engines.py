@@ -36,7 +36,9 @@ def check_engines(bundle: Bundle, device: Device | None = None) -> list[EngineCh
 def _check(bundle: Bundle, entry: EngineEntry, graph: onnx.ModelProto, device: Device | None) -> EngineCheck:
     findings, plan = _file(bundle, entry)
     if findings[0].passed is not False:  # of a damaged file nothing more can be said
-        findings += [_source(bundle, entry), _version(entry, plan), _targets(entry, plan), _library(entry, plan),
+        findings += [_judged(entry, "made from", contract.wrong_source(bundle, entry),
+                             "graph and weights are the bundle's"),
+                     _version(entry, plan), _targets(entry, plan), _library(entry, plan),
                      _plugins(bundle, entry, graph, plan), *_shapes(bundle, entry, plan),
                      _judged(entry, "weights", contract.wrong_weights(bundle, graph, entry),
                              f"{len(entry.weight_inputs)} weights are bound at run time from where the graph has them"
@@ -65,13 +67,6 @@ def _file(bundle: Bundle, entry: EngineEntry) -> tuple[list[EngineFinding], Plan
                 ], None
     return [EngineFinding(name="file", passed=True, detail=f"{size / 1e6:.1f} MB, complete by its table of contents.")
             ], plan
-
-
-def _source(bundle: Bundle, entry: EngineEntry) -> EngineFinding:
-    if not entry.made_from:
-        return _unknown("made from", f"The manifest does not say from which graph {entry.file} was built; build it "
-                        "again to have it recorded.")
-    return _judged(entry, "made from", contract.wrong_source(bundle, entry), "graph and weights are the bundle's")
 
 
 def _version(entry: EngineEntry, plan: Plan | None) -> EngineFinding:
@@ -113,20 +108,14 @@ def _plugins(bundle: Bundle, entry: EngineEntry, graph: onnx.ModelProto, plan: P
     bodies = {"onnx": ", the experts in standard ops as asked"}.get(entry.experts_op, "")
     if entry.fallback_nodes:
         bodies += f", {entry.fallback_nodes} ONNX bodies as --allow-fallback permits"
-    if wrong or known or entry.network:
-        source = "" if known else ", as TensorRT counted before building"
-        return _judged(entry, "plugins", wrong, f"{entry.plugin_nodes} custom nodes are plugins{bodies}{source}")
-    return _unknown("plugins", f"The manifest says {entry.plugin_nodes} plugins{bodies}; the file was not read.")
+    source = "" if known else ", as TensorRT counted before building"
+    return _judged(entry, "plugins", wrong, f"{entry.plugin_nodes} custom nodes are plugins{bodies}{source}")
 
 
 def _shapes(bundle: Bundle, entry: EngineEntry, plan: Plan | None) -> list[EngineFinding]:
     """Inputs, outputs and profiles: from the file, else from the network as it was before building."""
     source = "" if plan else ", as TensorRT said before building"
-    if plan is None and entry.network:
-        plan = of_network(entry.network)
-    if plan is None:
-        return [_unknown(name, f"The file was not read, and the manifest does not record the {name} of its network.")
-                for name in ("inputs and outputs", "profiles")]
+    plan = plan or of_network(entry.network)
     count = len(plan.tensors[0]) if plan.tensors else 0
     names = ", ".join(f"{p.name}: T {p.tokens[0]} … {p.tokens[2]}, S ≤ {p.past[2]}, B ≤ {p.batch[2]}"
                       for p in entry.profiles)

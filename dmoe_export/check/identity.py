@@ -24,9 +24,6 @@ def check_identity(bundle: Bundle, checkpoint: Checkpoint, layers: int | None,
     field = first_difference(bundle, checkpoint)
     if field:
         return _result(bundle, False, None, describe_difference(checkpoint, field))
-    if not entry.parts:
-        return _result(bundle, None, None, "Not compared: the bundle is from before checkpoints were identified part "
-                       "by part; export it again.")
     parts = (digests or read_digests(checkpoint, count)).parts
     whole = count == bundle.manifest.model.num_layers
     found = identity(checkpoint, parts) if whole else None
@@ -95,5 +92,5 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more layers" if len(names) > 3 else "")
 
 
-def _result(bundle: Bundle, same: bool | None, found: str | None, note: str) -> IdentityCheck:
+def _result(bundle: Bundle, same: bool, found: str | None, note: str) -> IdentityCheck:
     return IdentityCheck(same=same, bundle=bundle.manifest.checkpoint.identity, reference=found, note=note)

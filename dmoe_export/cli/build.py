@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from pydantic_core import to_jsonable_python
 
 from ..bundle.engines import add_engine, copied_bundle, engine_file
 from ..bundle.hub import fetched_bundle
-from ..bundle.manifest import MANIFEST_NAME, EngineEntry
+from ..bundle.manifest import MANIFEST_NAME
 from ..bundle.place import check_target
 from ..bundle.reader import Bundle, open_bundle
 from ..engine.recipe import load_recipe
@@ -181,7 +182,7 @@ def _engines(bundle: Bundle, folder: Path, settings: BuildSettings, flavour: Any
     """Plan all engines, then build and add one after the other."""
     from dataclasses import replace
 
-    from ..engine.build import build_engine, plan_build
+    from ..engine.build import build_engine, known_before, plan_build
 
     targets = flavour.targets(settings.targets)
     groups = [(t,) for t in targets] if split else [targets]
@@ -190,7 +191,9 @@ def _engines(bundle: Bundle, folder: Path, settings: BuildSettings, flavour: Any
     for plan in plans:
         start = time.perf_counter()
         if dry_run:
-            results.append(_planned(plan))
+            build = plan.library.build if plan.library else None
+            results.append(to_jsonable_python(
+                known_before(plan) | {"plugin_build": build, "plugin_nodes": plan.network.plugin_nodes}))
             continue
         with engine_file(folder, plan.file_name) as path, step_bar(plan.file_name, shown=not as_json) as report:
             entry = build_engine(plan, path, report)
@@ -198,17 +201,6 @@ def _engines(bundle: Bundle, folder: Path, settings: BuildSettings, flavour: Any
             add_engine(folder, path, entry)
         results.append(entry.model_dump(mode="json") | {"bytes": size, "seconds": time.perf_counter() - start})
     return results
-
-
-def _planned(plan: Any) -> dict[str, Any]:
-    """What would be built, as far as it is known before building."""
-    entry = EngineEntry(
-        file=plan.file_name, flavour=plan.flavour.name, version=plan.flavour.version, targets=list(plan.targets),
-        precision=plan.bundle.manifest.precision, experts=plan.settings.experts, experts_op=plan.settings.experts_op,
-        profiles=list(plan.profiles), plugin_build=plan.library.build if plan.library else None,
-        plugin_nodes=plan.network.plugin_nodes, fallback_nodes=0, weight_inputs=plan.network.weight_inputs,
-        expert_pools=plan.network.expert_pools, flags=list(plan.settings.flags))
-    return entry.model_dump(mode="json", exclude={"fallback_nodes"})
 
 
 def _show(folder: Path, results: list[dict[str, Any]], dry_run: bool, as_json: bool, seconds: float) -> None:

@@ -48,7 +48,7 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool)
         "mask id": manifest.model.mask_id, "eos ids": ", ".join(map(str, manifest.model.eos_ids)),
         "decode defaults": ", ".join(f"{name} {value}" for name, value in manifest.decode_defaults.items()) or "none",
         "tokenizer": "yes" if manifest.tokenizer else "none: use --prompt-ids",
-        "checkpoint": f"{manifest.checkpoint.source or 'name not known'}, {manifest.checkpoint.identity[:16]}…",
+        "checkpoint": f"{manifest.checkpoint.source}, {manifest.checkpoint.identity[:16]}…",
         "made by": manifest.created_by}))
     routing = manifest.routing
     out.print(_table("Blocks", {"block length": routing.block_length}) if moe is None else _table("Routing", {

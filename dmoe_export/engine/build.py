@@ -14,7 +14,7 @@ from .callbacks import Report, logger_of, make_monitor, make_writer, signals_kep
 from .facts import network_entry
 from .flavour import Flavour
 from .network import PreparedNetwork, model_path, prepare
-from .plugins import PluginLibrary, check_count, count_plugins, find_library, is_embedded, register
+from .plugins import PluginLibrary, check_count, count_plugins, find_library, is_embedded, plugin_ops, register
 from .resident import slot_range
 from .settings import BuildSettings, profiles, resolved
 
@@ -54,7 +54,7 @@ def plan_build(bundle: Bundle, settings: BuildSettings, flavour: Flavour,
     settings = resolved(settings, bundle.manifest)
     flavour.check_flags(settings.flags)
     targets = flavour.targets(settings.targets)
-    library = find_plugins(settings, plugin_library) if bundle.manifest.denoiser.ops else None
+    library = find_plugins(settings, plugin_library) if _wanted_plugins(bundle, settings) else None
     return BuildPlan(bundle, settings, flavour, targets, library, prepare(bundle, settings, library),
                      profiles(settings, bundle.manifest))
 
@@ -77,18 +77,24 @@ def _built(plan: BuildPlan, path: Path, report: Report | None, stopped: Sequence
     builder = trt.Builder(logger)
     network = _parse(plan, builder, logger)
     plugins = count_plugins(trt, network)
-    fallbacks = check_count(plugins, _wanted_plugins(plan), plan.settings.allow_fallback)
+    fallbacks = check_count(plugins, _wanted_plugins(plan.bundle, plan.settings), plan.settings.allow_fallback)
     shapes = [_profile(builder, network, entry, _slots(plan)) for entry in plan.profiles]
     config = _config(plan, builder, shapes)
     config.progress_monitor = make_monitor(trt, report, stopped)
     _build(plan, builder, network, config, path, logger.told)
     return EngineEntry(
-        file=plan.file_name, flavour=plan.flavour.name, version=plan.flavour.version, targets=list(plan.targets),
-        precision=plan.bundle.manifest.precision, experts=plan.settings.experts, experts_op=plan.settings.experts_op,
-        profiles=list(plan.profiles), plugin_build=plan.library.build if plan.library and plugins else None,
-        plugin_nodes=plugins, fallback_nodes=fallbacks, weight_inputs=plan.network.weight_inputs,
-        expert_pools=plan.network.expert_pools,
-        flags=list(plan.settings.flags), made_from=_sources(plan.bundle), network=network_entry(network, shapes))
+        **known_before(plan), plugin_build=plan.library.build if plan.library and plugins else None,
+        plugin_nodes=plugins, fallback_nodes=fallbacks, made_from=_sources(plan.bundle),
+        network=network_entry(network, shapes))
+
+
+def known_before(plan: BuildPlan) -> dict[str, Any]:
+    """What an engine's entry says that is known before it is built."""
+    settings, network = plan.settings, plan.network
+    return {"file": plan.file_name, "flavour": plan.flavour.name, "version": plan.flavour.version,
+            "targets": list(plan.targets), "precision": plan.bundle.manifest.precision, "experts": settings.experts,
+            "experts_op": settings.experts_op, "profiles": list(plan.profiles), "weight_inputs": network.weight_inputs,
+            "expert_pools": network.expert_pools, "flags": list(settings.flags)}
 
 
 def _sources(bundle: Bundle) -> dict[str, str]:
@@ -100,12 +106,10 @@ def _sources(bundle: Bundle) -> dict[str, str]:
     return {entry.path: entry.sha256 for entry in manifest.files if entry.path in used}
 
 
-def _wanted_plugins(plan: BuildPlan) -> int:
+def _wanted_plugins(bundle: Bundle, settings: BuildSettings) -> int:
     """Custom nodes that should be plugins, whether or not a library was found."""
-    ops = {op.name: op.count for op in plan.bundle.manifest.denoiser.ops}
-    if plan.settings.experts_op == "onnx":
-        ops.pop("DmoeExperts", None)
-    return sum(ops.values())
+    wanted = plugin_ops(settings.experts_op)
+    return sum(op.count for op in bundle.manifest.denoiser.ops if op.name in wanted)
 
 
 def _parse(plan: BuildPlan, builder: Any, logger: Any) -> Any:

@@ -10,10 +10,11 @@ from onnx import ModelProto, TensorProto, helper
 
 from ..bundle.manifest import ExpertPool, WeightInput
 from ..bundle.reader import Bundle
-from ..ops import block_route, experts
+from ..ops import experts, linear
 from ..ops.experts.onnx_capacity import DEFAULT_CAPACITY, experts_capacity_body
+from ..ops.linear.onnx_body import inline
 from ..ops.schema import DOMAIN
-from .plugins import PluginLibrary
+from .plugins import PluginLibrary, plugin_ops
 from .resident import add_pools
 from .settings import BuildSettings
 
@@ -37,15 +38,15 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
     `library` None leaves the route node's body in (with `allow_fallback`).
     """
     model = onnx.load(str(bundle.denoiser_path), load_external_data=False)
-    as_plugins = {block_route.SCHEMA.name} if library else set()
-    if library and settings.experts_op == "plugin":
-        as_plugins.add(experts.SCHEMA.name)
+    as_plugins = plugin_ops(settings.experts_op) if library else set()
     _set_bodies(model, bundle, settings, as_plugins)
     nodes = 0
     for node in model.graph.node:
         if node.domain != DOMAIN:
             continue
-        if node.op_type in as_plugins:
+        if node.op_type == linear.SCHEMA.name:  # as a function the parser refuses it, for the bias that is left out
+            inline(node)
+        elif node.op_type in as_plugins:
             nodes += 1
             assert library
             node.attribute.append(helper.make_attribute("dmoe_build", library.build))
@@ -62,7 +63,8 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
 def _set_bodies(model: ModelProto, bundle: Bundle, settings: BuildSettings, as_plugins: set[str]) -> None:
     """Keep a function body only where one is wanted, in the form TensorRT can build."""
     manifest = bundle.manifest
-    kept = [f for f in model.functions if f.name not in as_plugins or settings.allow_fallback]
+    gone = {linear.SCHEMA.name} | (set() if settings.allow_fallback else as_plugins)
+    kept = [f for f in model.functions if f.name not in gone]
     del model.functions[:]
     for function in kept:
         if function.name == experts.SCHEMA.name:  # ONNX Runtime's MoE op is unknown to TensorRT

@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import CheckError
+from ..ops import experts
 from ..ops.plugin_library import INSTALLED, LIBRARY, NAMES, PluginLibrary, find_library, is_embedded, register
+from .settings import ExpertsOp
 
 __all__ = ["INSTALLED", "LIBRARY", "NAMES", "PluginLibrary", "check_count", "count_plugins", "find_library",
-           "is_embedded", "register"]
+           "is_embedded", "plugin_ops", "register"]
+
+
+def plugin_ops(experts_op: ExpertsOp) -> set[str]:
+    """The ops whose nodes become plugins in an engine; other custom nodes become their bodies."""
+    return set(NAMES) - ({experts.SCHEMA.name} if experts_op == "onnx" else set())
 
 
 def count_plugins(trt: Any, network: Any) -> int:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from ..bundle.manifest import GraphEntry, OpEntry, TensorEntry
 from ..bundle.writer import BundleWriter
-from ..ops import block_route, experts
+from ..ops import block_route, experts, linear
 from ..ops.schema import DOMAIN, OPSET
 from .trace import custom_node_counts
 
@@ -20,7 +20,7 @@ def save_graph(model: ir.Model, writer: BundleWriter, name: str) -> GraphEntry:
     writer.add_file(name)
     counts = custom_node_counts(model)
     ops = [OpEntry(name=op.SCHEMA.name, domain=DOMAIN, version=op.SCHEMA.version, count=counts[op.SCHEMA.name])
-           for op in (block_route, experts) if counts[op.SCHEMA.name]]
+           for op in (block_route, experts, linear) if counts[op.SCHEMA.name]]
     return GraphEntry(file=name, opset=OPSET, inputs=[_entry(v) for v in model.graph.inputs],
                       outputs=[_entry(v) for v in model.graph.outputs], ops=ops)
 

@@ -35,7 +35,7 @@ def without_path(sentence: str, folder: Path, name: str) -> str:
 
 def model_card(manifest: Manifest, licence: Licence) -> str:
     """README.md of a bundle, in the form that hubs read."""
-    d, source = manifest.model, manifest.checkpoint.source or "checkpoint"
+    d, source = manifest.model, manifest.checkpoint.source
     public = source if "/" in source else None  # no folder's name
     head: dict[str, str | list[str]] = {
         **licence.fields, "library_name": LIBRARY, "pipeline_tag": "text-generation",
@@ -70,7 +70,7 @@ def model_card(manifest: Manifest, licence: Licence) -> str:
 def export_command(manifest: Manifest) -> str:
     """The command that makes this bundle, defaults spelled out."""
     routing, how, moe = manifest.routing, manifest.quantisation, manifest.model.moe
-    words = ["dmoe-export", "export", manifest.checkpoint.source or "CHECKPOINT", "--out", "BUNDLE",
+    words = ["dmoe-export", "export", manifest.checkpoint.source, "--out", "BUNDLE",
              "--precision", manifest.export_precision]
     if how:
         words += ["--dense-precision", manifest.precision, "--group-size", str(how.group_size)]

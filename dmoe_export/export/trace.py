@@ -20,11 +20,14 @@ from ..model.denoiser import Denoiser
 from ..model.salient import SalientDenoiser
 from ..ops import block_route as route_op
 from ..ops import experts as experts_op
+from ..ops import linear as linear_op
 from ..ops.block_route.attributes import RouteAttributes
 from ..ops.block_route.onnx_body import block_route_body
 from ..ops.experts.onnx_body import experts_body
+from ..ops.linear.onnx_body import linear_body
 from ..ops.schema import DOMAIN, OPSET
 from .graph import DenoiserGraph, example_inputs, input_names, output_names
+from .linear_nodes import name_linear_layers
 from .salient_graph import SalientGraph
 
 _PARAMETER_PREFIX = "denoiser."
@@ -68,8 +71,11 @@ def trace_graph(graph: DenoiserGraph | SalientGraph, inputs: tuple[Any, ...], ax
             value.name = name
     _name_dimensions(model)
     _strip_metadata(model)
+    if denoiser.dtype != torch.bfloat16:  # no kernels of ours take it
+        name_linear_layers(model)
+        _add_body(model, linear_body())
     if description.moe is not None:
-        _add_bodies(model, description.moe, denoiser)
+        _add_routed_bodies(model, description.moe, denoiser)
     return model
 
 
@@ -119,15 +125,18 @@ def _strip_metadata(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _add_bodies(model: ir.Model, moe: MoeDescription, denoiser: Denoiser | SalientDenoiser) -> None:
+def _add_routed_bodies(model: ir.Model, moe: MoeDescription, denoiser: Denoiser | SalientDenoiser) -> None:
     elem = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16,
             torch.bfloat16: onnx.TensorProto.BFLOAT16}[denoiser.dtype]
     hidden, routing = denoiser.description.hidden_size, denoiser.routing
     attributes = RouteAttributes.of(moe, routing.mode, routing.block_length)
-    for body in (block_route_body(attributes, moe.num_experts),
-                 experts_body(moe.num_experts, moe.experts_per_token, hidden, elem, denoiser.quantisation,
-                              denoiser.stored_width)):
-        function = ir.serde.deserialize_function(body)
-        model.functions[function.identifier()] = function
-        model.opset_imports.update(function.opset_imports)
-    model.opset_imports[DOMAIN] = max(op.SCHEMA.version for op in (route_op, experts_op))
+    _add_body(model, block_route_body(attributes, moe.num_experts))
+    _add_body(model, experts_body(moe.num_experts, moe.experts_per_token, hidden, elem, denoiser.quantisation,
+                                  denoiser.stored_width))
+
+
+def _add_body(model: ir.Model, body: onnx.FunctionProto) -> None:
+    function = ir.serde.deserialize_function(body)
+    model.functions[function.identifier()] = function
+    model.opset_imports.update(function.opset_imports)
+    model.opset_imports[DOMAIN] = max(op.SCHEMA.version for op in (route_op, experts_op, linear_op))

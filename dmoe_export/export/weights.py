@@ -8,7 +8,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 import torch
 
-from ..bundle.manifest import ExpertLayer, ExpertsEntry
+from ..bundle.layout import ExpertLayer, ExpertsEntry
 from ..bundle.writer import PAGE, BundleWriter, DataFile
 from ..checkpoint.family import Checkpoint
 from ..description import ExpertQuantisation

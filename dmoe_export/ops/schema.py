@@ -11,7 +11,7 @@ OPSET = 23  # of the standard ops that bodies and graphs are written in
 
 @dataclass(frozen=True)
 class OpSchema:
-    """Name and signature of a custom op; inputs are all mandatory (an empty one breaks TensorRT plugins)."""
+    """Name and signature of a custom op; a plugin's inputs are all mandatory (an empty one breaks TensorRT plugins)."""
 
     name: str
     version: int

@@ -165,7 +165,15 @@ def test_every_node_near_a_weight_gets_its_part(tiny_bundle):
     assert used["lm_head.weight"][0] == "head" and used["embed.weight"][0] == "other"
     softmax = [node.name.split("|")[:2] for node in model.graph.node if node.op_type == "Softmax"]
     assert softmax == [["attention", "0"], ["attention", "1"]]
-    assert {node.name.split("|")[0] for function in model.functions for node in function.node} == {"router", "experts"}
+    assert {node.name.split("|")[0] for function in model.functions for node in function.node} == {
+        "router", "experts", "attention", "ffn", "head"}
+
+
+def test_bodies_of_linear_layers_count_to_their_parts(tiny_bundle, monkeypatch):
+    """Without kernels ONNX Runtime takes the bodies, whose nodes know nothing of the node they stand for."""
+    found = bench_json("step", tiny_bundle.folder, "--cached", 0, "--cpu-ops", "off", *QUICK)
+    products = {(op["part"], op["nodes"]) for op in found["results"][0]["profile_ops"] if op["op"] == "Gemm"}
+    assert products == {("attention", 4), ("ffn", 6), ("router", 1), ("head", 1)}
 
 
 def test_watched_sessions_tell_the_time_of_their_calls(tiny_bundle):

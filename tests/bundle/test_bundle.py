@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 
 from dmoe_export import export_checkpoint
+from dmoe_export.bundle.place import check_target
 from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.bundle.writer import BundleWriter
 from dmoe_export.checkpoint.family import Checkpoint
+from dmoe_export.cli import main
 from dmoe_export.errors import BundleError, OutputError, RequestError
 from dmoe_export.export.conversion import padded_width
 
@@ -36,14 +39,16 @@ def test_manifest_tells_the_truth(tiny_bundle):
     manifest = tiny_bundle.manifest
     assert {f.path for f in manifest.files} == {"denoiser.onnx", "denoiser.onnx.data", "experts.bin"}
     assert manifest.routing.min_experts == 2 + 4 - 2
-    assert [(op.name, op.count) for op in manifest.denoiser.ops] == [("DmoeBlockRoute", 1), ("DmoeExperts", 1)]
+    assert [(op.name, op.count) for op in manifest.denoiser.ops] == [
+        ("DmoeBlockRoute", 1), ("DmoeExperts", 1), ("DmoeLinear", 12)]
     model = onnx.load(tiny_bundle.denoiser_path, load_external_data=False)
     assert [i.name for i in model.graph.input] == [i.name for i in manifest.denoiser.inputs]
     assert [o.name for o in model.graph.output] == [o.name for o in manifest.denoiser.outputs]
-    for node in (n for n in model.graph.node if n.domain == "dmoe"):
+    plugins = [node for node in model.graph.node if node.op_type in ("DmoeBlockRoute", "DmoeExperts")]
+    for node in plugins:
         attributes = {a.name: a.s for a in node.attribute}
         assert attributes["plugin_namespace"] == b"dmoe" and attributes["plugin_version"] == b"1"
-    assert {f.name for f in model.functions} == {"DmoeBlockRoute", "DmoeExperts"}
+    assert len(plugins) == 2 and {f.name for f in model.functions} == {op.name for op in manifest.denoiser.ops}
     onnx.checker.check_model(str(tiny_bundle.denoiser_path), full_check=True)
 
 
@@ -103,10 +108,11 @@ def test_missing_and_short_files(copy):
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
-    (lambda m: m.update(schema_version=2), "schema version 2, this program reads 1"),
+    (lambda m: m.update(schema_version=1), "schema version 1, this program reads 2; export the bundle again with"),
+    (lambda m: m.update(schema_version=3), "schema version 3, this program reads 2; use the version of dmoe-export"),
     (lambda m: m.update(schema_version="1"), "schema version '1'"),
     (lambda m: m.pop("schema_version"), "not readable as a manifest"),
-    (lambda m: m.update(extra=1), "contradicts schema version 1 at extra"),
+    (lambda m: m.update(extra=1), "contradicts schema version 2 at extra"),
     (lambda m: m["model"].update(num_layers=-1), r"at model\.num_layers"),
     (lambda m: m["files"][0].update(path="../../etc/passwd"), "leaves the bundle"),
     (lambda m: m["files"][0].update(path="/etc/passwd"), "leaves the bundle"),
@@ -126,6 +132,29 @@ def test_bad_manifests(copy, change, sentence):
     _rewrite(copy, change)
     with pytest.raises(BundleError, match=sentence):
         open_bundle(copy)
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("generate", "--prompt-ids", "1,2"), ("check",), ("build",),
+                                     ("bench", "step"), ("bench", "generate"), ("bench", "residency")])
+def test_every_command_refuses_an_older_bundle_in_one_sentence(copy, command):
+    """Before any word about fields that were others then."""
+    _rewrite(copy, lambda m: m.update(schema_version=1, engines=None, future=1))
+    found = CliRunner().invoke(main, [*command, str(copy)])
+    assert found.exit_code == 2 and found.stderr.count("\n") == 1
+    assert found.stderr.endswith(f"{copy / 'manifest.json'} has schema version 1, this program reads 2; export the "
+                                 "bundle again with: dmoe-export export CHECKPOINT --out BUNDLE.\n")
+
+
+def test_an_older_bundle_may_be_replaced_and_nothing_else(copy):
+    _rewrite(copy, lambda m: m.update(schema_version=1, engines=None))
+    check_target(copy, overwrite=True)
+    with pytest.raises(OutputError, match="exists already"):
+        check_target(copy, overwrite=False)
+    for changes, sentence in (({"created_by": "something else"}, "schema version 1"),
+                              ({"schema_version": 3}, "schema version 3")):
+        _rewrite(copy, lambda m, changes=changes: m.update(changes))
+        with pytest.raises(BundleError, match=sentence):
+            check_target(copy, overwrite=True)
 
 
 def test_unknown_verify_is_no_permission_to_skip(copy):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import numpy as np
@@ -189,18 +188,6 @@ def test_dense_parts_in_half_precision(sample):
     assert sample.manifest.precision == "fp16" and sample.manifest.export_precision == "int4"
     assert entry.quantisation.group_size == 64 and entry.down_scales_slab_bytes == 128 * entry.stored_width // 64 * 2
     assert check_bundle(sample.folder, SAMPLE, backends=["onnxruntime"], layers=2).passed
-
-
-def test_older_manifests_still_open(tiny_bundle, tmp_path):
-    shutil.copytree(tiny_bundle.folder, tmp_path / "b")
-    path = tmp_path / "b" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for name in ("quantisation", "gate_up_scales_slab_bytes", "down_scales_slab_bytes"):
-        del manifest["experts"][name]
-    for layer in manifest["experts"]["layers"]:
-        del layer["gate_up_scales_offset"], layer["down_scales_offset"]
-    path.write_text(json.dumps(manifest))
-    assert open_bundle(tmp_path / "b").manifest == tiny_bundle.manifest
 
 
 def test_older_versions_of_onnxruntime_are_refused(bundles, monkeypatch):

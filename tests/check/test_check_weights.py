@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dmoe_export.bundle.reader import Bundle, open_bundle
+from dmoe_export.bundle.reader import Bundle
 from dmoe_export.check.identity import check_identity, read_digests
 from dmoe_export.check.weights import MOST_NAMED, check_weights, check_weights_and_digest
 from dmoe_export.checkpoint.family import Checkpoint
@@ -195,14 +195,3 @@ def test_another_model_is_named_by_its_first_field(half, tmp_path, change, sente
 def test_another_size(half, tiny_checkpoint):
     found = check_identity(half, Checkpoint(tiny_checkpoint), None)
     assert found.same is False and "its num_layers is" in found.note and "the bundle's checkpoint had 4" in found.note
-
-
-def test_bundles_from_before_parts_still_open(half, tmp_path):
-    shutil.copytree(half.folder, tmp_path / "b")
-    path = tmp_path / "b" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["checkpoint"]["parts"]
-    path.write_text(json.dumps(manifest))
-    found = check_identity(open_bundle(tmp_path / "b"), Checkpoint(SAMPLE), None)
-    assert found.same is None and found.note.startswith("Not compared: the bundle is from before")
-    assert check_weights(open_bundle(tmp_path / "b"), Checkpoint(SAMPLE)).passed

@@ -187,7 +187,8 @@ def half_bundle_with_an_engine(bundle, tmp_path):
         "file": "denoiser.tensorrt-rtx.sm80-sm89.engine", "flavour": "tensorrt-rtx", "version": "1.7.1.116",
         "targets": ["sm80", "sm89"], "precision": "fp16", "experts": "external", "experts_op": "plugin",
         "profiles": [{"name": "prefill", **sizes}, {"name": "denoise", **sizes}], "plugin_build": None,
-        "plugin_nodes": 2, "fallback_nodes": 0, "weight_inputs": [weight]})
+        "plugin_nodes": 2, "fallback_nodes": 0, "weight_inputs": [weight], "expert_pools": [], "flags": [],
+        "made_from": {"denoiser.onnx": "0"}, "network": {"inputs": [], "outputs": [], "profiles": [], "layers": {}}})
     (folder / "engine").write_bytes(b"x")
     add_engine(folder, folder / "engine", entry)
     return folder

@@ -18,7 +18,8 @@ MOE = MoeDescription(num_experts=4, experts_per_token=1, expert_width=4, shared_
                      routed_scaling=1, first_dense_layers=0)
 MODEL = ModelDescription(family="f", architecture="a", vocab_size=200, hidden_size=4, num_layers=1, num_heads=1,
                          num_kv_heads=1, head_dim=4, dense_width=4, moe=MOE, qk_norm=True, rope_theta=1e4, rotary_dim=4,
-                         rms_eps=1e-6, max_positions=1000, tie_embeddings=False, mask_id=MASK, eos_id=EOS, pad_id=EOS)
+                         rms_eps=1e-6, max_positions=1000, tie_embeddings=False, mask_id=MASK, eos_ids=(EOS,),
+                         pad_id=EOS)
 
 
 class ScriptedCache:

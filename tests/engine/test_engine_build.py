@@ -12,7 +12,9 @@ from engine_helpers import RTX_TARGETS, built, dmoe, plugin_library
 
 from dmoe_export import Generator
 from dmoe_export.bundle.reader import open_bundle
-from dmoe_export.engine.plugins import find_library
+from dmoe_export.engine.network import prepare
+from dmoe_export.engine.plugins import NAMES, find_library
+from dmoe_export.engine.settings import BuildSettings, resolved
 from dmoe_export.ops.experts.onnx_capacity import DEFAULT_CAPACITY
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed (pip install '.[rtx]')")
@@ -48,6 +50,17 @@ def test_sample_for_four_targets_in_place(copy):
     # The library travels inside the engine, and only one copy of the weights is in it: the bundle's own.
     assert plugin_library().stat().st_size < len(after[entry.file]) < plugin_library().stat().st_size + 16e6
     assert Generator.open(copy, backend="onnxruntime").generate("what is 2 plus 3 ?", max_new_tokens=32)[0].text
+
+
+def test_linear_layers_reach_the_parser_as_gemm(bundle):
+    """Under their names: TensorRT's parser takes no function whose last input is left out."""
+    before = onnx.load(bundle.denoiser_path, load_external_data=False).graph.node
+    names = {node.name for node in before if node.op_type == "DmoeLinear"}
+    model = prepare(bundle, resolved(BuildSettings(), bundle.manifest), find_library()).model
+    gemms = [node for node in model.graph.node if node.op_type == "Gemm"]
+    assert {node.name for node in gemms} == names and len(names) == 24
+    assert {(a.name, a.i) for node in gemms for a in node.attribute} == {("transB", 1)}
+    assert not model.functions and {node.op_type for node in model.graph.node if node.domain} == set(NAMES)
 
 
 def test_building_again_replaces_the_engine(copy):

@@ -48,7 +48,7 @@ def test_an_export_writes_a_card(sample_bundle):
 
 
 def test_of_a_hub_s_checkpoint(sample_bundle):
-    entry = CheckpointEntry(identity="i", layers_total=20, source="inclusionAI/LLaDA2.0-mini")
+    entry = CheckpointEntry(identity="i", layers_total=20, source="inclusionAI/LLaDA2.0-mini", parts=["p"])
     manifest = sample_bundle.manifest.model_copy(update={"checkpoint": entry, "warnings": ["a <b> | c_d"]})
     text = model_card(manifest, Licence("apache-2.0"))
     assert head(text) | {"tags": []} == {

@@ -6,11 +6,12 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from dmoe_export.bundle.manifest import EngineEntry
+from dmoe_export.bundle.manifest import EngineEntry, NetworkEntry
 
 ENGINE = EngineEntry(file="denoiser.test.engine", flavour="tensorrt", version="1", targets=[], precision="fp32",
                      experts="inline", experts_op="onnx", profiles=[], plugin_build=None, plugin_nodes=0,
-                     fallback_nodes=0, weight_inputs=[])
+                     fallback_nodes=0, weight_inputs=[], expert_pools=[], flags=[], made_from={"denoiser.onnx": "0"},
+                     network=NetworkEntry(inputs=[], outputs=[], profiles=[], layers={}))
 
 
 def hub(source: Path, target: Path) -> Path:

@@ -27,7 +27,7 @@ def describe(kind: str) -> ModelDescription:
         family="test", architecture="Test", vocab_size=VOCABULARY, hidden_size=32, num_layers=3, num_heads=4,
         num_kv_heads=2, head_dim=8, dense_width=40, moe=moe, qk_norm=kind != "dense", rope_theta=1e4,
         rotary_dim=8 if kind == "dense" else 4, rms_eps=1e-6, max_positions=512, tie_embeddings=False, mask_id=MASK,
-        eos_id=59, pad_id=59, attention="block_causal" if kind == "block" else "full", qkv_bias=kind == "dense")
+        eos_ids=(59,), pad_id=59, attention="block_causal" if kind == "block" else "full", qkv_bias=kind == "dense")
 
 
 def make_model(kind: str, seed: int = 0) -> Denoiser:

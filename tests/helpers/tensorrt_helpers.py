@@ -12,7 +12,7 @@ import onnx
 from fake_cudart import HostDevice
 from fake_tensorrt import FakeTensorRT, weights_as_inputs
 
-from dmoe_export.bundle.manifest import EngineEntry, ProfileEntry, WeightInput
+from dmoe_export.bundle.manifest import EngineEntry, NetworkEntry, ProfileEntry, WeightInput
 from dmoe_export.bundle.reader import Bundle
 from dmoe_export.engine.resident import add_pools
 from dmoe_export.runtime.gpu.resident import open_tensorrt_under_budget
@@ -36,7 +36,9 @@ def bundle_with_engine(golden_bundle, folder):
                for name, offset, size, dtype, shape in found]
     entry = EngineEntry(file="a.engine", flavour="tensorrt", version="11.4.0.0", targets=["sm86", "sm89"],
                         precision="fp32", experts="external", experts_op="plugin", profiles=PROFILES,
-                        plugin_build="b1", plugin_nodes=4, fallback_nodes=0, weight_inputs=weights)
+                        plugin_build="b1", plugin_nodes=4, fallback_nodes=0, weight_inputs=weights, expert_pools=[],
+                        flags=[], made_from={"denoiser.onnx": "0"},
+                        network=NetworkEntry(inputs=[], outputs=[], profiles=[], layers={"PLUGIN_V3": 4}))
     return Bundle(folder, golden_bundle.manifest.model_copy(update={"engines": [entry]}))
 
 

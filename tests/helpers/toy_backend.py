@@ -48,7 +48,7 @@ class Toy:
         self.description = ModelDescription(
             family="toy", architecture="t", vocab_size=VOCAB, hidden_size=4, num_layers=1, num_heads=1, num_kv_heads=1,
             head_dim=4, dense_width=4, moe=None, qk_norm=True, rope_theta=1e4, rotary_dim=4, rms_eps=1e-6,
-            max_positions=1000, tie_embeddings=False, mask_id=MASK, eos_id=EOS, pad_id=EOS, attention=attention,
+            max_positions=1000, tie_embeddings=False, mask_id=MASK, eos_ids=(EOS,), pad_id=EOS, attention=attention,
             logit_shift=shift)
         self.routing = RoutingDescription.default(None, block_length=N)
         self.limits = Limits(max_tokens=max_tokens)
