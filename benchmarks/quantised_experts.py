@@ -31,7 +31,7 @@ from dmoe_export.ops.experts.eager import experts as eager
 from dmoe_export.ops.experts.onnx_body import experts_body
 from dmoe_export.ops.experts.quantised import quantise
 from dmoe_export.ops.schema import DOMAIN, OPSET
-from dmoe_export.runtime.cpu.library import INSTALLED, use_cpu_ops
+from dmoe_export.runtime.cpu.library import INSTALLED, open_library
 
 E, K, H, I, TOKENS = 128, 8, 2048, 512, 32  # noqa: E741
 WIDTHS = {"fp32": None} | {f"{name} G {size}": ExpertQuantisation(bits=bits, group_size=size)  # type: ignore[arg-type]
@@ -91,11 +91,9 @@ def measure(path: Path, how: ExpertQuantisation | None, kernels: bool, threads: 
     """Load, run with few and many active experts, compare with the eager op."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    model = use_cpu_ops(str(path), options, "on" if kernels else "off")
-    if isinstance(model, bytes):
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    open_library("on" if kernels else "off", options)
     before, start = resident("RssAnon"), time.perf_counter()
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     found: dict[str, Any] = {"load_seconds": time.perf_counter() - start, "load_bytes": resident("RssAnon") - before}
     rng = np.random.default_rng(1)
     stored = {name: torch.from_numpy(slab) for name, slab in one_expert(how).items()}

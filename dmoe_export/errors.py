@@ -45,3 +45,8 @@ class MissingRequirementError(DmoeError):
     """The environment lacks a library, device or plugin (exit code 3)."""
 
     exit_code = 3
+
+
+def as_clause(error: DmoeError) -> str:
+    """An error's sentence as part of another: without its advice and its dot."""
+    return str(error).split("; ")[0].rstrip(".")

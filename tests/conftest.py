@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from bundles import GOLDEN_GUARD
+from cpu_ops_helpers import built
 from hypothesis import HealthCheck, settings
 from sharing import once, shared_checkpoint, shared_export, shared_trace
 
@@ -17,6 +18,7 @@ from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.bundle.writer import BundleWriter
 from dmoe_export.export import exporter, trace
 from dmoe_export.export.salient import export_salient
+from dmoe_export.runtime.cpu import library as cpu_library
 
 # Landing must not hang on a lucky draw, or on a quiet machine; by hand, every run looks somewhere else.
 _UNHURRIED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -126,3 +128,11 @@ def _add_salient(tiny_bundle: Bundle, target: Path) -> None:
         salient = export_salient(ir.load(tiny_bundle.denoiser_path), manifest.model, manifest.routing, torch.float32,
                                  manifest.experts.stored_width, (), writer)
         writer.seal(manifest.model_copy(update={"salient": salient, "files": writer.entries}))
+
+
+@pytest.fixture(scope="module")
+def our_kernels() -> Iterator[None]:
+    """The runtime finds the CPU kernels as these sources make them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_library, "INSTALLED", built())
+        yield

@@ -18,7 +18,8 @@ from ..description import Frozen
 from ..errors import RequestError
 from ..generator import Generation, Generator
 from ..runtime.cpu.backend import OnnxRuntimeBackend
-from ..runtime.cpu.library import CpuOps, uses_cpu_ops
+from ..runtime.cpu.library import CpuOps
+from ..runtime.library import Kernels
 from .limits import Limits, measure_limits
 from .record import Spread
 from .watch import Watch, watched
@@ -128,7 +129,8 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
                          "temperature": 0.0,  # whatever the bundle's own default is
                          **routing_options(bundle, setting.coreset)} for setting in chosen}
     limits = measure_limits(threads)
-    sides = {"ours": _ours(bundle, threads, cpu_ops)} | {name: _peer(name, bundle, threads) for name in peers}
+    ours, kernels = _ours(bundle, threads, cpu_ops)
+    sides = {"ours": ours} | {name: _peer(name, bundle, threads) for name in peers}
     turns: dict[tuple[str, Setting], list[_Turn]] = {(side, setting): [] for side in sides for setting in chosen}
     total, done = len(turns) * (rounds + 1), 0
     for turn in range(-1, rounds):
@@ -142,7 +144,7 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
             advance(f"{side}, {setting.prompt_tokens} prompt tokens, coreset {setting.coreset}", done, total)
     return GenerateBench(
         model=manifest.model.architecture, layers=manifest.model.num_layers, precision=manifest.precision_in_words,
-        routing=manifest.routing.mode, cpu_ops=uses_cpu_ops(cpu_ops),
+        routing=manifest.routing.mode, cpu_ops=not kernels.missing,
         block_length=manifest.routing.block_length, max_new_tokens=max_new_tokens,
         steps=steps, rounds=rounds, limits=limits,
         results=[_result(setting, turns["ours", setting], {name: turns[name, setting] for name in peers})
@@ -157,10 +159,11 @@ def random_prompt(bundle: Bundle, tokens: int, seed: int) -> list[int]:
     return ids.tolist()
 
 
-def _ours(bundle: Bundle, threads: int, cpu_ops: CpuOps) -> Answer:
+def _ours(bundle: Bundle, threads: int, cpu_ops: CpuOps) -> tuple[Answer, Kernels]:
     with watched() as watch:
-        generator = Generator(bundle, OnnxRuntimeBackend(bundle, threads, cpu_ops=cpu_ops))
-    return lambda prompt, options: _generated(generator, watch, prompt, options)
+        backend = OnnxRuntimeBackend(bundle, threads, cpu_ops=cpu_ops)
+    generator = Generator(bundle, backend)
+    return lambda prompt, options: _generated(generator, watch, prompt, options), backend.kernels
 
 
 def _peer(name: str, bundle: Bundle, threads: int) -> Answer:
@@ -170,7 +173,7 @@ def _peer(name: str, bundle: Bundle, threads: int) -> Answer:
         generator = Generator(bundle, Peer(bundle, threads))
         return lambda prompt, options: _generated(generator, None, prompt, options)
     if name == "onnxruntime":  # ours without our kernels
-        return _ours(bundle, threads, "off")
+        return _ours(bundle, threads, "off")[0]
     if name != "diffusers":
         raise RequestError(f"Peer {name!r} is not known; known: eager, diffusers, onnxruntime, none.")
     from .peer_diffusers import DiffusersPeer

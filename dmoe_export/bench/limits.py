@@ -13,10 +13,9 @@ from pydantic import Field
 
 from ..description import Frozen
 from ..errors import MissingRequirementError
+from ..ops import linear
 from ..ops.schema import DOMAIN
-from ..runtime.cpu import library as cpu_ops
-from ..runtime.cpu.library import uses_cpu_ops
-from ..runtime.cpu.linear_layers import LINEAR
+from ..runtime.cpu.library import open_library
 from ..runtime.ort import ort
 
 _FLOATS = 1 << 26  # 256 MiB: more than any cache
@@ -55,8 +54,9 @@ def measure_limits(threads: int) -> Limits:
         read = everywhere(lambda part: np.bitwise_or.reduce(words[part]))
         copy = everywhere(lambda part: np.copyto(target[part], source[part]))
     # The faster of both: a limit that is passed is none.
+    kernels, _ = open_library("auto", ort.SessionOptions())
     square = source[:_SIDE * _SIDE].reshape(_SIDE, _SIDE)
-    ways = [("MatMul", ""), *([(LINEAR, DOMAIN)] if uses_cpu_ops() else [])]
+    ways = [("MatMul", ""), *([(linear.SCHEMA.name, DOMAIN)] if kernels else [])]
     sessions = [one_node(op, {}, [[_SIDE, _SIDE], [_SIDE, _SIDE]], threads, domain) for op, domain in ways]
     product = min(best(partial(session.run, None, {"a": square, "b": square})) for session in sessions)
     return Limits(threads=threads, read_gb_per_s=4 * _FLOATS / read / 1e9, copy_gb_per_s=8 * _FLOATS / copy / 1e9,
@@ -91,6 +91,6 @@ def one_node(op: str, attributes: dict[str, Any], shapes: list[list[int | str]],
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if domain == DOMAIN:
-        options.register_custom_ops_library(str(cpu_ops.INSTALLED))
+        open_library("on", options)
     options.intra_op_num_threads = threads
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

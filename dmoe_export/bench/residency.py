@@ -1,8 +1,8 @@
 """Expert residency compared in one process: budget × refresh interval × routing over the same prompt.
 
-One session in pieces serves all budgets, which take turns round by round. Every setting of a round starts cold: no
-expert in memory, and their file out of the page cache as far as the kernel lets go of it. Budget `off` is the plain
-backend, opened anew: the kernel pages as it likes. Peaks are what the kernel says of this process, not the tier.
+Settings take turns round by round, each opened anew and cold: no expert in memory, and their file out of the page cache
+as far as the kernel lets go of it. Budget `off` is the plain backend: the kernel pages as it likes. Peaks are what the
+kernel says of this process, not the tier. What keeping books costs by itself is in `residency_price.py`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ..errors import RequestError
 from ..generator import Generator
 from ..runtime.cpu.backend import OnnxRuntimeBackend
 from ..runtime.cpu.mapped_memory import FileIdentity, file_backed_bytes
-from ..runtime.cpu.onnxruntime_pieces import PieceSession
-from ..runtime.cpu.resident import expert_file, under_budget
+from ..runtime.cpu.resident import expert_file, open_resident
 from ..runtime.residency.backend import ResidentBackend, parse_interval
 from ..runtime.residency.budget import plan_budget
 from ..text.prompts import Prompt
+from .residency_price import Price, price
 
 _SAMPLE_EVERY = 0.02  # seconds
 
@@ -80,6 +80,7 @@ class ResidencyBench(Frozen):
     rounds: int
     expert_bytes: int
     results: list[ResidencyResult]
+    price: list[Price] | None = Field(description="null: not timed, or all experts are too much for this machine")
 
 
 def settings(budgets: Sequence[str], intervals: Sequence[str], routings: Sequence[str],
@@ -109,39 +110,37 @@ def _routing(text: str, num_experts: int) -> dict[str, Any]:
 
 
 def run(bundle: Bundle, prompt: Prompt, chosen: Sequence[Setting], rounds: int, *, max_new_tokens: int, steps: int,
-        threads: int | None = None, advance: Callable[[str], None] = lambda what: None) -> ResidencyBench:
-    """Measure all settings; `advance` hears of every finished one. Raises as `Generator.open` and `generate` do."""
+        turns: int, threads: int | None = None,
+        advance: Callable[[str], None] = lambda what: None) -> ResidencyBench:
+    """Measure all settings; `advance` hears of every finished one. Raises as `Generator.open` and `generate` do.
+
+    `turns`: steps of which the price of a budget is taken; 0 = not at all.
+    """
     manifest = bundle.manifest
     for setting in chosen:  # refuse before anything takes long
         plan_budget(manifest, None if setting.budget == "off" else setting.budget)
     measured: dict[Setting, list[tuple[float, dict[str, Any]]]] = {setting: [] for setting in chosen}
     first: dict[str, list[int]] = {}
-    length, session = 0, None
+    length = 0
     for _ in range(rounds):
         for setting in chosen:
             _forget(bundle)
             budget = plan_budget(manifest, None if setting.budget == "off" else setting.budget)
+            backend: Any = (open_resident(bundle, budget, parse_interval(setting.interval), threads) if budget
+                            else OnnxRuntimeBackend(bundle, threads))
+            seconds, row, tokens, length = _measure(bundle, backend, prompt, setting,
+                                                    {"max_new_tokens": max_new_tokens, "steps": steps})
             if budget:
-                session = session or PieceSession(bundle, threads)
-                backend: Any = under_budget(bundle, session, budget, parse_interval(setting.interval))
-            else:
-                backend = OnnxRuntimeBackend(bundle, threads)
-            try:
-                seconds, row, tokens, length = _measure(bundle, backend, prompt, setting,
-                                                        {"max_new_tokens": max_new_tokens, "steps": steps})
-            finally:
-                if isinstance(backend, ResidentBackend):
-                    backend.close()
-                if session:
-                    session.source = None
-                del backend  # and with it the last mapping of the experts, or their pages would stay cached
+                backend.close()
+            del backend  # and with it the last mapping of the experts, or their pages would stay cached
             first.setdefault(setting.routing, tokens)
             measured[setting].append((seconds, row | {"same_tokens": tokens == first[setting.routing]}))
             advance(f"{setting.routing} {setting.budget} {setting.interval}")
     return ResidencyBench(
         prompt_tokens=length, max_new_tokens=max_new_tokens, steps=steps, rounds=rounds,
         expert_bytes=manifest.bytes_per_expert * manifest.model.experts.num_experts * len(manifest.model.moe_layers),
-        results=[_result(setting, measured[setting]) for setting in chosen])
+        results=[_result(setting, measured[setting]) for setting in chosen],
+        price=price(bundle, {s.routing: s.options for s in chosen}, turns, threads) if turns else None)
 
 
 def _result(setting: Setting, rounds: list[tuple[float, dict[str, Any]]]) -> ResidencyResult:

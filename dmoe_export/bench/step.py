@@ -24,7 +24,8 @@ from ..description import Frozen
 from ..errors import CheckError, MissingRequirementError, RequestError
 from ..runtime.backend import ForwardInputs, ForwardOutputs
 from ..runtime.cpu.backend import OnnxRuntimeBackend
-from ..runtime.cpu.library import CpuOps, uses_cpu_ops
+from ..runtime.cpu.library import CpuOps
+from ..runtime.edited import EditedGraph
 from .limits import Limits, measure_limits
 from .parts import PARTS, Profile, name_by_part
 from .products import Bench, Product, products_of
@@ -103,6 +104,7 @@ class _Case:
     def __init__(self, bundle: Bundle, backend: OnnxRuntimeBackend, watch: Watch, active: int | None, cached: int,
                  options: StepOptions) -> None:
         self.active, self.cached, self._backend, self._watch = active, cached, backend, watch
+        self.kernels = backend.kernels
         d, rng, tokens = bundle.manifest.model, np.random.default_rng(options.seed), options.tokens
         ids = rng.integers(0, d.vocab_size, (1, tokens))
         ids[np.isin(ids, [d.mask_id, *d.eos_ids, d.pad_id])] = 0
@@ -196,7 +198,7 @@ def run(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], opt
                     for (case, products), profile in zip(mine, profiles, strict=True)]
         tell("profile")
     return StepBench(model=d.architecture, layers=d.num_layers, precision=manifest.precision_in_words,
-                     routing=manifest.routing.mode, cpu_ops=uses_cpu_ops(options.cpu_ops),
+                     routing=manifest.routing.mode, cpu_ops=not cases[0].kernels.missing,
                      tokens=options.tokens, rows=rows, phase=options.phase, limits=limits, results=results)
 
 
@@ -213,7 +215,7 @@ def _check(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], 
         raise RequestError(f"--rows {options.rows} is not between 1 and --tokens {options.tokens}.")
 
 
-def _graph(bundle: Bundle, active: int | None, tokens: int, named: bool = False) -> bytes | None:
+def _graph(bundle: Bundle, active: int | None, tokens: int, named: bool = False) -> EditedGraph | None:
     """The bundle's graph, steered to so many experts, its nodes named by part; None: as it is."""
     if active is None and not named:
         return None
@@ -228,7 +230,7 @@ def _graph(bundle: Bundle, active: int | None, tokens: int, named: bool = False)
         steer(model, assign(tokens, active, d), d.experts.num_experts)
     if named:
         name_by_part(model)
-    return model.SerializeToString()
+    return EditedGraph.of(model, bundle)
 
 
 def _profiles(bundle: Bundle, cases: list[_Case], options: StepOptions) -> list[Profile]:

@@ -10,6 +10,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 from ..bundle.reader import Bundle
 from ..description import ModelDescription
 from ..errors import BundleError
+from ..runtime.edited import EditedGraph
 
 _ROUTE = "DmoeBlockRoute"
 _ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -19,11 +20,11 @@ _ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": Ten
 class OpenedGraph:
     """A graph whose layers are fed one by one; `outputs`: what is compared → the graph's name for it."""
 
-    model: bytes
+    graph: EditedGraph
     outputs: dict[str, str]
 
 
-def first_layers(bundle: Bundle, layers: int) -> bytes:
+def first_layers(bundle: Bundle, layers: int) -> EditedGraph:
     """The graph with the final norm behind layer `layers` − 1; same interface, fewer caches and expert ids."""
     view = _View(bundle, layers)
     view.replace(view.final, view.streams[layers])
@@ -58,7 +59,7 @@ class _View:
     """The places of a denoiser graph by what they mean, found from the names of its weights."""
 
     def __init__(self, bundle: Bundle, layers: int) -> None:
-        self.path, d = bundle.denoiser_path, bundle.manifest.model
+        self._bundle, self.path, d = bundle, bundle.denoiser_path, bundle.manifest.model
         self._model: ModelProto = onnx.load(str(self.path), load_external_data=False)
         self.graph: GraphProto = self._model.graph
         self._layers, self._total = layers, d.num_layers
@@ -92,7 +93,7 @@ class _View:
                 if name == old:
                     node.input[i] = new
 
-    def pruned(self, outputs: list[str]) -> bytes:
+    def pruned(self, outputs: list[str]) -> EditedGraph:
         """The model with these outputs and nothing they do not need."""
         self._forget_later_layers()
         makers = {name: node for node in self.graph.node for name in node.output}
@@ -113,7 +114,7 @@ class _View:
         model = ModelProto()
         model.CopyFrom(self._model)
         model.graph.CopyFrom(graph)
-        return bytes(model.SerializeToString())
+        return EditedGraph.of(model, self._bundle)
 
     def _forget_later_layers(self) -> None:
         """Sizes read off a later layer's cache come from layer 0; expert ids are joined of the kept layers."""

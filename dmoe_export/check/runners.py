@@ -16,8 +16,8 @@ from ..description import ModelDescription, Precision
 from ..errors import BundleError
 from ..runtime.backend import Backend, ForwardOutputs, Limits
 from ..runtime.cache import HostCache
-from ..runtime.cpu.linked_files import model_for_session
-from ..runtime.ort import ort, why_not_loaded
+from ..runtime.edited import EditedGraph
+from ..runtime.ort import EXTERNAL_FOLDER, ort, why_not_loaded
 from .inputs import forward_inputs
 from .instrument import OpenedGraph
 from .reference import Reference, named_outputs
@@ -108,7 +108,7 @@ class LayersRunner(_Runner):
 
     def activate_impl(self) -> None:
         """Load the opened graph."""
-        self._session = session_in(self._graph.model, self._bundle)
+        self._session = session_in(self._graph.graph, self._bundle)
 
     def deactivate_impl(self) -> None:
         """Unload it."""
@@ -130,13 +130,13 @@ class LayersRunner(_Runner):
         return array.astype(self._dtype) if array.dtype == np.float32 and name != "top_p" else array
 
 
-def session_in(model: bytes, bundle: Bundle) -> ort.InferenceSession:
+def session_in(graph: EditedGraph, bundle: Bundle) -> ort.InferenceSession:
     """A CPU session of an edited graph over a bundle's data files; raises BundleError."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    given = model_for_session(model, bundle, options)
+    options.add_session_config_entry(EXTERNAL_FOLDER, str(graph.folder))
     try:
-        return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own kinds
         raise BundleError(f"ONNX Runtime {ort.__version__} cannot load the edited graph of {bundle.folder}: "
                           f"{why_not_loaded(error, 'onnxruntime')}.") from error

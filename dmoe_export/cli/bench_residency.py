@@ -35,6 +35,8 @@ from .progress import step_bar
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=32, show_default=True, help="Most of a block.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Timed repetitions.")
+@click.option("--turns", type=click.IntRange(min=0), default=15, show_default=True,
+              help="Steps timed with a budget of everything and without one, in turns.")
 @THREADS
 @VERIFY
 @click.option("--device", help="Name of the machine for the result.")
@@ -42,9 +44,9 @@ from .progress import step_bar
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
 def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_ids: str, max_new_tokens: int,
-              steps: int, rounds: int, threads: int | None, verify: Any, device: str | None, out: Path | None,
-              plot: Path | None, as_json: bool) -> None:
-    """Compare expert budgets of BUNDLE (not of half precision) on the CPU: budget × interval × routing."""
+              steps: int, rounds: int, turns: int, threads: int | None, verify: Any, device: str | None,
+              out: Path | None, plot: Path | None, as_json: bool) -> None:
+    """Compare expert budgets of BUNDLE on the CPU: budget × interval × routing, and what a budget costs by itself."""
     opened = open_bundle(resolve_bundle(bundle), verify)
     moe = opened.manifest.model.moe
     if moe is None:
@@ -64,8 +66,8 @@ def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_
             done += 1
             report(what, done, len(chosen) * rounds)
 
-        result = run(opened, ids, chosen, rounds, max_new_tokens=max_new_tokens, steps=steps, threads=threads,
-                     advance=advance)
+        result = run(opened, ids, chosen, rounds, max_new_tokens=max_new_tokens, steps=steps, turns=turns,
+                     threads=threads, advance=advance)
     document = {"what": "bench residency", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "version": __version__, "bundle": bundle.name, "device": device or platform.machine(),
                 "cores": os.cpu_count(), "load_average": os.getloadavg(), **result.model_dump()}
@@ -90,6 +92,13 @@ def _show(result: ResidencyBench) -> None:
     for column in table.columns:
         column.overflow = "fold"
     console(140).print(table)
+    if result.price:
+        prices = Table("routing", "experts a layer", "beside Python", "without ms", "budget of all ms", "ratio",
+                       title="The same step without a budget and under one that holds everything, in turns")
+        for p in result.price:
+            prices.add_row(p.routing, f"{p.unique_experts:.1f}", "yes" if p.beside_python else "no",
+                           p.without_seconds.shown(1e3), p.under_seconds.shown(1e3), f"{p.ratio:.3f}")
+        console(140).print(prices)
 
 
 def _or_dash(value: float | None, scale: float = 1.0) -> str:

@@ -52,7 +52,7 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool)
         "made by": manifest.created_by}))
     routing = manifest.routing
     out.print(_table("Blocks", {"block length": routing.block_length}) if moe is None else _table("Routing", {
-        "mode": routing.mode, "because": routing.reason or "not said: an older bundle",
+        "mode": routing.mode, "because": routing.reason or "not said",
         "block length": routing.block_length,
         **{name: getattr(routing, name) for name in RUNTIME_SETTINGS[routing.mode]}}))
     for sentence in manifest.warnings:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 from ..bundle.reader import Bundle
-from ..errors import MissingRequirementError
+from ..errors import MissingRequirementError, as_clause
 from .backend import Backend
 from .cpu.backend import OnnxRuntimeBackend
-from .cpu.library import kernels_clause
 from .cpu.resident import open_resident
+from .gpu.backend import DeviceBackend
 from .gpu.onnxruntime import has_provider, open_onnxruntime_cuda
 from .gpu.resident import open_tensorrt_under_budget
 from .gpu.tensorrt import open_tensorrt
 from .residency.backend import ResidentBackend
 from .residency.budget import ExpertBudget
 from .residency.policy import Interval
+
+_Told = TypeVar("_Told", OnnxRuntimeBackend, DeviceBackend, ResidentBackend)
 
 BackendName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt"]
 BACKENDS: tuple[BackendName, ...] = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt")
@@ -31,9 +33,9 @@ def open_backend(bundle: Bundle, name: BackendName = "auto", threads: int | None
     if name == "tensorrt":
         return open_tensorrt(bundle), "as asked for"
     if name == "onnxruntime-cuda":
-        return open_onnxruntime_cuda(bundle), "as asked for"
+        return _with_kernels(open_onnxruntime_cuda(bundle), "as asked for")
     if name == "onnxruntime":
-        return OnnxRuntimeBackend(bundle, threads), f"as asked for{kernels_clause(bundle.manifest)}"
+        return _with_kernels(OnnxRuntimeBackend(bundle, threads), "as asked for")
     reasons = []
     if not bundle.manifest.engines:
         reasons.append("the bundle holds no engine")
@@ -41,7 +43,7 @@ def open_backend(bundle: Bundle, name: BackendName = "auto", threads: int | None
         try:
             return open_tensorrt(bundle), "the bundle has an engine for this GPU"
         except MissingRequirementError as error:
-            reasons.append(_clause(error))
+            reasons.append(as_clause(error))
     try:
         provider = has_provider()
     except MissingRequirementError as error:  # without ONNX Runtime there is nothing left, and the reasons matter
@@ -50,11 +52,10 @@ def open_backend(bundle: Bundle, name: BackendName = "auto", threads: int | None
         reasons.append("ONNX Runtime has no CUDA provider here")
     else:
         try:
-            return open_onnxruntime_cuda(bundle), f"{reasons[0]}; the CUDA provider runs here"
+            return _with_kernels(open_onnxruntime_cuda(bundle), f"{reasons[0]}; the CUDA provider runs here")
         except MissingRequirementError as error:
-            reasons.append(_clause(error))
-    why = "; ".join(dict.fromkeys(reasons)) + kernels_clause(bundle.manifest)
-    return OnnxRuntimeBackend(bundle, threads), why
+            reasons.append(as_clause(error))
+    return _with_kernels(OnnxRuntimeBackend(bundle, threads), "; ".join(dict.fromkeys(reasons)))
 
 
 def open_under_budget(bundle: Bundle, budget: ExpertBudget, interval: Interval, name: BackendName = "auto",
@@ -72,13 +73,13 @@ def open_under_budget(bundle: Bundle, budget: ExpertBudget, interval: Interval, 
             return (open_tensorrt_under_budget(bundle, budget, interval),
                     "the bundle has an engine with expert pools for this GPU")
         except MissingRequirementError as error:
-            why = str(error).split("; ")[0].rstrip(".")
+            why = as_clause(error)
     if name not in ("auto", "onnxruntime"):
         raise MissingRequirementError(f"An expert budget works with backend onnxruntime, not yet with {name}; choose "
                                       "--backend onnxruntime.")
-    return open_resident(bundle, budget, interval, threads), why + kernels_clause(bundle.manifest)
+    return _with_kernels(open_resident(bundle, budget, interval, threads), why)
 
 
-def _clause(error: MissingRequirementError) -> str:
-    """An error's sentence as part of another: without its advice and its dot."""
-    return str(error).split("; ")[0].rstrip(".")
+def _with_kernels(backend: _Told, why: str) -> tuple[_Told, str]:
+    """With whose kernels run, as the end of the sentence."""
+    return backend, "; ".join(filter(None, (why, backend.kernels.sentence)))

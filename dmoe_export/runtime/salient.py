@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..description import ModelDescription
 from .backend import Bools, ForwardInputs, ForwardOutputs, Ints
@@ -39,6 +40,15 @@ class SalientBackend(Protocol):
 
     def salient_graphs(self, capacity: int | None) -> SalientGraphs:
         """Raises RequestError where the bundle has no such graph."""
+        ...
+
+
+@runtime_checkable
+class WatchesSteps(Protocol):
+    """Salient graphs whose owner wants to know what a step of all sequences used."""
+
+    def step_ends(self, inputs: ForwardInputs, expert_ids: NDArray[np.int32]) -> None:
+        """`expert_ids` [L, B, T, k], −1 = none: also what took no part."""
         ...
 
 
@@ -102,6 +112,8 @@ class SalientSteps:
                 out.expert_ids[:, i, :t] = got["expert_ids"][:, 0]
             if out.logits is not None:
                 out.logits[i, :m] = got["logits"][0]
+        if isinstance(self._graphs, WatchesSteps):
+            self._graphs.step_ends(inputs, out.expert_ids)
         return out, results
 
     def _row(self, inputs: ForwardInputs, cache: Any, i: int, key: int, step: SalientStep

@@ -1,5 +1,6 @@
 // The experts op over the instruction set's products: which expert has which tokens, and in what pieces it is done.
 #include "experts.h"
+#include "../onnxruntime/session.h"
 #include "lost_pages.h"
 #include "scratch.h"
 
@@ -51,6 +52,7 @@ constexpr int64_t kFew = -1; // where a group's panels would be
 struct Group {
     int32_t expert, begin, end; // range of `pairs`
     int64_t panels; // in tokens from the first group's; kFew: no more tokens than a vector has lanes
+    bool taken; // held, now or before
 };
 
 struct Scratch {
@@ -59,8 +61,9 @@ struct Scratch {
 
 class Call {
 public:
-    Call(Experts const& e, Parallel parallel, void* pool, Scratch& scratch, std::atomic<bool>& lost)
-        : e(e), set(instructionSet()), parallel(parallel), pool(pool), scratch(scratch), lost(lost)
+    Call(Experts const& e, DmoeSession const* session, Parallel parallel, void* pool, Scratch& scratch,
+        std::atomic<bool>& lost)
+        : e(e), session(session), set(instructionSet()), parallel(parallel), pool(pool), scratch(scratch), lost(lost)
     {
     }
 
@@ -72,21 +75,47 @@ public:
         activated = room(scratch.activated, pairs * e.width);
         products = room(scratch.products, pairs * e.hidden);
         panels = room(scratch.panels, static_cast<size_t>(packed) * std::max(e.hidden, e.width));
-        pack(e.hidden);
-        pieces(groups.size(), e.width, kWidthChunk, [this](Group const& g, int32_t first, int32_t last) {
-            gateUp(g, first, last);
-        });
-        for (size_t pair = 0; pair < pairs; ++pair) {
-            x[pair] = activated + pair * e.width;
+        std::vector<int32_t> wanted(groups.size());
+        std::transform(groups.begin(), groups.end(), wanted.begin(), [](Group const& g) { return g.expert; });
+        int32_t* const end = wanted.data() + wanted.size();
+        for (int32_t* next = wanted.data(); next != end && !lost;) {
+            HeldExperts const holding(session, e.gateUp, next, end);
+            held.clear();
+            for (int32_t const expert : holding) {
+                held.push_back(take(expert));
+            }
+            bothProducts();
+            next = holding.end();
         }
-        pack(e.width);
-        pieces(groups.size(), e.hidden, kHiddenChunk, [this](Group const& g, int32_t first, int32_t last) {
-            down(g, first, last);
-        });
         each(e.tokens, [this](size_t token) { mix(static_cast<int32_t>(token)); });
     }
 
 private:
+    // Of the groups that are held, with all their tokens.
+    void bothProducts()
+    {
+        pack(e.hidden);
+        pieces(e.width, kWidthChunk, [this](Group const& g, int32_t first, int32_t last) { gateUp(g, first, last); });
+        for (Group const* g : held) {
+            for (int32_t pair = g->begin; pair < g->end; ++pair) {
+                x[pair] = activated + static_cast<size_t>(pair) * e.width;
+            }
+        }
+        pack(e.width);
+        pieces(e.hidden, kHiddenChunk, [this](Group const& g, int32_t first, int32_t last) { down(g, first, last); });
+    }
+
+    Group const* take(int32_t expert)
+    {
+        auto const found = std::lower_bound(groups.begin(), groups.end(), expert,
+            [](Group const& g, int32_t id) { return g.expert < id; });
+        if (found == groups.end() || found->expert != expert || std::exchange(found->taken, true)) {
+            throw std::runtime_error("the expert source holds expert " + std::to_string(expert)
+                + ", which it was not asked for.");
+        }
+        return &*found;
+    }
+
     void group()
     {
         int32_t const pairs = e.tokens * e.places;
@@ -103,7 +132,7 @@ private:
         for (int32_t i = 0; i < e.experts; ++i) {
             if (count[i] < count[i + 1]) {
                 int32_t const tokens = count[i + 1] - count[i];
-                groups.push_back({i, count[i], count[i + 1], tokens > set.lanes ? packed : kFew});
+                groups.push_back({i, count[i], count[i + 1], tokens > set.lanes ? packed : kFew, false});
                 packed += tokens > set.lanes ? panelRoom(set, tokens) : 0;
             }
         }
@@ -136,13 +165,13 @@ private:
         });
     }
 
-    // The groups of many tokens into panels.
+    // The held groups of many tokens into panels.
     void pack(int32_t columns)
     {
         std::vector<std::pair<Group const*, int32_t>> todo;
-        for (Group const& g : groups) {
-            for (int32_t i = 0; g.panels != kFew && i < panelCount(set, g.end - g.begin); ++i) {
-                todo.emplace_back(&g, i);
+        for (Group const* g : held) {
+            for (int32_t i = 0; g->panels != kFew && i < panelCount(set, g->end - g->begin); ++i) {
+                todo.emplace_back(g, i);
             }
         }
         each(todo.size(), [&](size_t i) {
@@ -233,22 +262,23 @@ private:
         parallel(pool, count, [](void* context, size_t i) { (*static_cast<Work*>(context))(i); }, &work);
     }
 
-    // Every group in pieces of `chunk` out of `size` rows; none once weights are lost.
+    // Every held group in pieces of `chunk` out of `size` rows; none once weights are lost.
     template <class Work>
-    void pieces(size_t count, int32_t size, int32_t chunk, Work work)
+    void pieces(int32_t size, int32_t chunk, Work work)
     {
         int32_t const perGroup = (size + chunk - 1) / chunk;
-        each(count * perGroup, [&](size_t i) {
+        each(held.size() * perGroup, [&](size_t i) {
             int32_t const first = static_cast<int32_t>(i % perGroup) * chunk;
             if (lost.load(std::memory_order_relaxed)) {
                 return;
             }
             LostPages const watch(lost);
-            work(groups[i / perGroup], first, std::min(first + chunk, size));
+            work(*held[i / perGroup], first, std::min(first + chunk, size));
         });
     }
 
     Experts const& e;
+    DmoeSession const* session;
     InstructionSet const& set;
     Parallel parallel;
     void* pool;
@@ -258,18 +288,19 @@ private:
     float* products = nullptr; // [pairs, H]
     float* panels = nullptr; // [packed, H], then [packed, I]
     int64_t packed = 0; // tokens that the panels of all groups have room for
-    std::vector<Group> groups;
+    std::vector<Group> groups; // in the order of their experts
+    std::vector<Group const*> held;
     std::vector<int32_t> order, place; // token of each pair sorted by expert; where each pair went, −1 = nowhere
     std::vector<float const*> x; // of each pair: its hidden state, then its activated values
 };
 
 } // namespace
 
-void runExperts(Experts const& call, Parallel parallel, void* pool, std::atomic<bool>& lost)
+void runExperts(Experts const& call, DmoeSession const* session, Parallel parallel, void* pool, std::atomic<bool>& lost)
 {
     thread_local Scratch scratch;
     catchLostPages();
-    Call(call, parallel, pool, scratch, lost).run();
+    Call(call, session, parallel, pool, scratch, lost).run();
 }
 
 } // namespace dmoe::cpu

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+struct DmoeSession;
+
 namespace dmoe::cpu {
 
 enum class Format : int32_t { kFloat, kHalf, kInt8, kInt4 };
@@ -81,8 +83,9 @@ inline int32_t panelRoom(InstructionSet const& set, int32_t tokens) { return pan
 // Runs work(context, 0 … count − 1), on as many threads as the caller likes.
 using Parallel = void (*)(void* pool, size_t count, void (*work)(void*, size_t), void* context);
 
-// Throws std::runtime_error for an id that is no expert. `lost` says that a weight could not be read, then and before:
-// what was computed is worth nothing (lost_pages.h).
-void runExperts(Experts const& call, Parallel parallel, void* pool, std::atomic<bool>& lost);
+// Weights are read as the session's source holds their experts (../onnxruntime/session.h); null: whenever they are wanted.
+// Results do not depend on which are held together. Throws std::runtime_error for an id that is no expert, and when the source
+// fails. `lost` says that a weight could not be read, then and before: what was computed is worth nothing (lost_pages.h).
+void runExperts(Experts const& call, DmoeSession const* session, Parallel parallel, void* pool, std::atomic<bool>& lost);
 
 } // namespace dmoe::cpu

@@ -11,6 +11,4 @@ inline void onThreads(void* context, size_t count, void (*work)(void*, size_t), 
     Ort::KernelContext(static_cast<OrtKernelContext*>(context)).ParallelFor(work, count, 0, argument);
 }
 
-void addLinear(Ort::CustomOpDomain& domain);
-
 } // namespace dmoe

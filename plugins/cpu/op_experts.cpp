@@ -15,7 +15,8 @@ struct Kinds {
 
 class Kernel {
 public:
-    Kernel(OrtKernelInfo const* info, Kinds kinds) : mKinds(kinds)
+    Kernel(OrtKernelInfo const* info, Kinds kinds, DmoeSession const* session)
+        : mKinds(kinds), mSession(session)
     {
         if (kinds.weights == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8) {
             Ort::ConstKernelInfo const facts(info);
@@ -85,7 +86,7 @@ private:
         }
         call.x = half ? in.data() : hidden.data<float>();
         call.mixed = half ? out.data() : static_cast<float*>(mixed);
-        cpu::runExperts(call, onThreads, context, mLost);
+        cpu::runExperts(call, mSession, onThreads, context, mLost);
         if (mLost) {
             throw std::runtime_error("the file of the experts was cut short while it was read.");
         }
@@ -95,15 +96,15 @@ private:
     }
 
     Kinds mKinds;
+    DmoeSession const* mSession; // may be null
     std::atomic<bool> mLost{false}; // for good: pages that were lost read as zeros now
     int64_t mBits = 0, mGroup = 0; // 0: the weights are not quantised
 };
 
-struct Op : Ort::CustomOpBase<Op, Kernel, true> {
-    explicit Op(Kinds kinds) : kinds(kinds) {}
+struct Op : SessionOp<Op, Kernel> {
+    Op(DmoeSession* session, Kinds kinds) : SessionOp(session), kinds(kinds) {}
 
     char const* GetName() const { return kName; }
-    char const* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
     size_t GetInputTypeCount() const { return kScales + 2; }
     size_t GetOutputTypeCount() const { return 1; }
 
@@ -127,30 +128,31 @@ struct Op : Ort::CustomOpBase<Op, Kernel, true> {
 
     ONNXTensorElementDataType GetOutputType(size_t) const { return kinds.hidden; }
 
-    OrtStatus* CreateKernelV2(OrtApi const&, OrtKernelInfo const* info, void** kernel) const noexcept
-    {
-        return guarded(kName, [&] { *kernel = new Kernel(info, kinds); });
-    }
+    Kernel* makeKernel(OrtKernelInfo const* info) const { return new Kernel(info, kinds, session()); }
 
     Kinds kinds;
 };
 
 } // namespace
 
-void addExperts(Ort::CustomOpDomain& domain)
+void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session)
 {
     constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                    kByte = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
-    // Half-precision weights with float32 hidden states are for residency, which sums what groups of experts give: halves
-    // would be rounded twice. Scales are of the dense parts' precision.
-    static Op const ops[] = {Op({kFloat, kFloat, kFloat}), Op({kHalf, kHalf, kFloat}), Op({kFloat, kHalf, kFloat}),
-        Op({kFloat, kByte, kFloat}), Op({kHalf, kByte, kHalf}), Op({kFloat, kByte, kHalf})};
-    for (Op const& op : ops) {
-        domain.Add(&op);
+    // Scales are of the dense parts' precision.
+    for (Kinds const kinds : {Kinds{kFloat, kFloat, kFloat}, {kHalf, kHalf, kFloat}, {kFloat, kByte, kFloat},
+             {kHalf, kByte, kHalf}}) {
+        domain.Add(new Op(session, kinds));
     }
 }
 
-// Routing has its ONNX body here; its place is taken by what the other library does not have.
-void addBlockRoute(Ort::CustomOpDomain& domain) { addLinear(domain); }
+bool const kAsksSource = true;
+
+// Routing has its ONNX body here.
+void addOps(Ort::CustomOpDomain& domain, DmoeSession* session)
+{
+    addExperts(domain, session);
+    addLinear(domain, session);
+}
 
 } // namespace dmoe

@@ -1,5 +1,4 @@
-// dmoe::DmoeLinear for ONNX Runtime's CPU provider: Gemm(x, w, b) with transB = 1 and nothing else, in float32 or float16.
-// Graphs do not have it: the runtime puts it in the place of such Gemms (dmoe_export/runtime/cpu/linear_layers.py).
+// dmoe::DmoeLinear for ONNX Runtime's CPU provider: Gemm(x, w, b) with transB = 1, in float32 or float16.
 #include "op.h"
 
 #include "linear.h"
@@ -51,11 +50,10 @@ private:
     std::atomic<bool> mLost{false}; // for good: pages that were lost read as zeros now
 };
 
-struct Op : Ort::CustomOpBase<Op, Kernel, true> {
-    explicit Op(bool half) : half(half) {}
+struct Op : SessionOp<Op, Kernel> {
+    Op(DmoeSession* session, bool half) : SessionOp(session), half(half) {}
 
     char const* GetName() const { return kName; }
-    char const* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
     size_t GetInputTypeCount() const { return kBias + 1; }
     size_t GetOutputTypeCount() const { return 1; }
     ONNXTensorElementDataType GetInputType(size_t) const { return type(); }
@@ -66,10 +64,7 @@ struct Op : Ort::CustomOpBase<Op, Kernel, true> {
         return index < kBias ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
     }
 
-    OrtStatus* CreateKernelV2(OrtApi const&, OrtKernelInfo const*, void** kernel) const noexcept
-    {
-        return guarded(kName, [&] { *kernel = new Kernel(half ? cpu::Format::kHalf : cpu::Format::kFloat); });
-    }
+    Kernel* makeKernel(OrtKernelInfo const*) const { return new Kernel(half ? cpu::Format::kHalf : cpu::Format::kFloat); }
 
     ONNXTensorElementDataType type() const
     {
@@ -81,11 +76,10 @@ struct Op : Ort::CustomOpBase<Op, Kernel, true> {
 
 } // namespace
 
-void addLinear(Ort::CustomOpDomain& domain)
+void addLinear(Ort::CustomOpDomain& domain, DmoeSession* session)
 {
-    static Op const floats(false), halves(true);
-    domain.Add(&floats);
-    domain.Add(&halves);
+    domain.Add(new Op(session, false));
+    domain.Add(new Op(session, true));
 }
 
 } // namespace dmoe

@@ -72,9 +72,10 @@ struct Kernel {
     }
 };
 
-struct Op : Ort::CustomOpBase<Op, Kernel, true> {
+struct Op : SessionOp<Op, Kernel> {
+    using SessionOp::SessionOp;
+
     char const* GetName() const { return kName; }
-    char const* GetExecutionProviderType() const { return kProvider; }
     size_t GetInputTypeCount() const { return 6; }
     size_t GetOutputTypeCount() const { return 3; }
 
@@ -97,18 +98,14 @@ struct Op : Ort::CustomOpBase<Op, Kernel, true> {
         return index == 2 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
     }
 
-    OrtStatus* CreateKernelV2(OrtApi const&, OrtKernelInfo const* info, void** kernel) const noexcept
-    {
-        return guarded(kName, [&] { *kernel = new Kernel{attributesOf(Ort::ConstKernelInfo(info))}; });
-    }
+    Kernel* makeKernel(OrtKernelInfo const* info) const { return new Kernel{attributesOf(Ort::ConstKernelInfo(info))}; }
 };
 
 } // namespace
 
-void addBlockRoute(Ort::CustomOpDomain& domain)
+void addBlockRoute(Ort::CustomOpDomain& domain, DmoeSession* session)
 {
-    static Op const op;
-    domain.Add(&op);
+    domain.Add(new Op(session));
 }
 
 } // namespace dmoe

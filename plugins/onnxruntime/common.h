@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "dmoe_kernels.h"
+#include "session.h"
 
 // GetScratchBuffer and KernelInfoGetAllocator came with 18.
 static_assert(ORT_API_VERSION >= 18, "needs the headers of ONNX Runtime 1.18 or later");
@@ -118,8 +119,34 @@ inline void* stream(OrtKernelContext* context)
 #endif
 }
 
-// Adds the ops to the domain; they live as long as the library.
-void addBlockRoute(Ort::CustomOpDomain& domain);
-void addExperts(Ort::CustomOpDomain& domain);
+// An op of one session, or of all that name none (`session` null); lives as long as the process, as the sessions do.
+template <class Op, class Kernel>
+class SessionOp : public Ort::CustomOpBase<Op, Kernel, true> {
+public:
+    explicit SessionOp(DmoeSession* session) : mSession(session) {}
+
+    char const* GetExecutionProviderType() const { return kProvider; }
+
+    OrtStatus* CreateKernelV2(OrtApi const&, OrtKernelInfo const* info, void** kernel) const noexcept
+    {
+        auto const* const op = static_cast<Op const*>(this);
+        return guarded(op->GetName(), [&] {
+            *kernel = op->makeKernel(info);
+            countKernel(mSession, op->GetName());
+        });
+    }
+
+protected:
+    DmoeSession* session() const { return mSession; }
+
+private:
+    DmoeSession* mSession;
+};
+
+void addBlockRoute(Ort::CustomOpDomain& domain, DmoeSession* session);
+void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session);
+void addLinear(Ort::CustomOpDomain& domain, DmoeSession* session);
+
+void addOps(Ort::CustomOpDomain& domain, DmoeSession* session); // all of this library
 
 } // namespace dmoe

@@ -108,11 +108,10 @@ private:
     OrtAllocator* mAllocator = nullptr;
 };
 
-struct Op : Ort::CustomOpBase<Op, Kernel, true> {
-    Op(int32_t type, bool quantised) : type(type), quantised(quantised) {}
+struct Op : SessionOp<Op, Kernel> {
+    Op(DmoeSession* session, int32_t type, bool quantised) : SessionOp(session), type(type), quantised(quantised) {}
 
     char const* GetName() const { return kName; }
-    char const* GetExecutionProviderType() const { return kProvider; }
     size_t GetInputTypeCount() const { return 7; }
     size_t GetOutputTypeCount() const { return 1; }
 
@@ -140,10 +139,7 @@ struct Op : Ort::CustomOpBase<Op, Kernel, true> {
         return index >= 5 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
     }
 
-    OrtStatus* CreateKernelV2(OrtApi const&, OrtKernelInfo const* info, void** kernel) const noexcept
-    {
-        return guarded(kName, [&] { *kernel = new Kernel(info, type, quantised); });
-    }
+    Kernel* makeKernel(OrtKernelInfo const* info) const { return new Kernel(info, type, quantised); }
 
     int32_t type; // DMOE_TYPE_*
     bool quantised;
@@ -151,13 +147,20 @@ struct Op : Ort::CustomOpBase<Op, Kernel, true> {
 
 } // namespace
 
-void addExperts(Ort::CustomOpDomain& domain)
+void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session)
 {
-    static Op const ops[] = {{DMOE_TYPE_FP16, false}, {DMOE_TYPE_BF16, false}, {DMOE_TYPE_FP16, true},
-        {DMOE_TYPE_BF16, true}};
-    for (Op const& op : ops) {
-        domain.Add(&op);
+    for (int32_t const type : {DMOE_TYPE_FP16, DMOE_TYPE_BF16}) {
+        domain.Add(new Op(session, type, false));
+        domain.Add(new Op(session, type, true));
     }
+}
+
+bool const kAsksSource = false; // the kernels run after the op has returned
+
+void addOps(Ort::CustomOpDomain& domain, DmoeSession* session)
+{
+    addBlockRoute(domain, session);
+    addExperts(domain, session);
 }
 
 } // namespace dmoe

@@ -1,6 +1,20 @@
 // The one symbol ONNX Runtime looks for.
 #include "common.h"
 
+namespace {
+
+constexpr char kSession[] = "dmoe.session";
+
+// Never released: at the end of the process ONNX Runtime may be gone before us.
+OrtCustomOpDomain* makeDomain(DmoeSession* session)
+{
+    Ort::CustomOpDomain made("dmoe");
+    dmoe::addOps(made, session);
+    return made.release();
+}
+
+} // namespace
+
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
     OrtApiBase const* base)
 {
@@ -14,13 +28,9 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     }
     Ort::InitApi(api);
     return dmoe::guarded("RegisterCustomOps", [&] {
-        // Never released: sessions share it, and at the end of the process ONNX Runtime may be gone before us.
-        static OrtCustomOpDomain* const domain = [] {
-            Ort::CustomOpDomain made("dmoe");
-            dmoe::addBlockRoute(made);
-            dmoe::addExperts(made);
-            return made.release();
-        }();
-        Ort::UnownedSessionOptions(options).Add(domain);
+        Ort::UnownedSessionOptions to(options);
+        // Sessions that name none of ours share a domain.
+        static OrtCustomOpDomain* const shared = makeDomain(nullptr);
+        to.Add(to.HasConfigEntry(kSession) ? makeDomain(dmoe::sessionAt(to.GetConfigEntry(kSession).c_str())) : shared);
     });
 }

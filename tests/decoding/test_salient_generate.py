@@ -6,6 +6,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from cpu_ops_helpers import built
 
 from dmoe_export import Generator
 from dmoe_export.checkpoint.family import Checkpoint
@@ -15,6 +16,7 @@ from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.errors import RequestError
 from dmoe_export.model.backend import EagerBackend
 from dmoe_export.model.load import load_denoiser
+from dmoe_export.runtime.cpu import library
 
 PROMPTS = [[5, 6, 7, 1, 9, 2, 4, 4, 3, 8], [9, 9, 4]]
 COMMON = {"max_new_tokens": 24, "eos_id": -1, "steps": 6}
@@ -67,6 +69,23 @@ def test_more_rows_than_the_capacity_become_a_dense_step(llada):
     answers = llada.generate(PROMPTS, **COMMON, salient_threshold=1.5, salient_capacity=8)
     assert [answer.token_ids for answer in answers] == tokens(llada, salient_threshold=1.5, exact_first_layer=True)
     assert all(answer.stats.salient_overflows > 0 for answer in answers)
+
+
+@pytest.mark.parametrize("budget", ["100%", "50%", "25%"])
+def test_under_an_expert_budget(block, salient_block, budget, monkeypatch):
+    """The same tokens; the policy counts a step of several rows once, and the budget is kept."""
+    monkeypatch.setattr(library, "INSTALLED", built())
+    under = Generator.open(salient_block.folder, backend="onnxruntime", threads=1, expert_budget=budget,
+                           expert_refresh_interval=2)
+    options = COMMON | {"salient_threshold": 0.9}
+    plain, answers = block.generate(PROMPTS, **options), under.generate(PROMPTS, **options)
+    assert [a.token_ids for a in answers] == [a.token_ids for a in plain]
+    assert [a.stats.salient_by_step for a in answers] == [a.stats.salient_by_step for a in plain]
+    residency = answers[-1].stats.residency
+    assert residency["hits"] > 0 and residency["peak_bytes"] <= residency["budget_bytes"]
+    assert residency["misses"] > 0 and (residency["dropped_bytes"] > 0) == (budget != "100%")
+    assert under.backend._residency.steps < sum(a.stats.forwards_by_phase["denoise"] for a in answers)
+    under.backend.close()
 
 
 def test_fewer_experts_are_used(block):

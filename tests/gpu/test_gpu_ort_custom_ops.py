@@ -80,7 +80,9 @@ def test_experts_of_several_threads(custom_ops, half, dtype, atol):
 def test_bundle(custom_ops, half_sample_bundle, found):
     bundle = half_sample_bundle
     options = ort.SessionOptions()
-    gpu = ort.InferenceSession(prepare_session(bundle, options, custom_ops), options, providers=[CUDA])
+    kernels = prepare_session(bundle, options, custom_ops)
+    gpu = ort.InferenceSession(bundle.denoiser_path, options, providers=[CUDA])
+    assert kernels.kernels("DmoeExperts") == len(bundle.manifest.experts.layers)
     check_session(gpu, CUDA)
     rng = np.random.default_rng(0)
     ids, positions = rng.integers(0, bundle.manifest.model.vocab_size - 1, (2, 40)), np.tile(np.arange(40), (2, 1))

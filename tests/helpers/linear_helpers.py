@@ -13,8 +13,8 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from dmoe_export.ops.linear import SCHEMA
 from dmoe_export.ops.schema import DOMAIN, OPSET
-from dmoe_export.runtime.cpu.linear_layers import LINEAR
 
 KINDS: dict[str, tuple[TensorProto.DataType, type, float]] = {  # with the rounding of a result
     "float": (TensorProto.FLOAT, np.float32, 0), "half": (TensorProto.FLOAT16, np.float16, 2**-11)}
@@ -24,7 +24,7 @@ TOLERANCE = 1e-6  # of Σ |x · w|, beyond that rounding: sums of some thousand 
 def linear_model(bias: bool, kind: str = "float") -> bytes:
     """One node whose weights are inputs."""
     names, elem = ["x", "w", *(["b"] if bias else [])], KINDS[kind][0]
-    graph = helper.make_graph([helper.make_node(LINEAR, names, ["y"], domain=DOMAIN)], "one",
+    graph = helper.make_graph([helper.make_node(SCHEMA.name, names, ["y"], domain=DOMAIN)], "one",
                               [helper.make_tensor_value_info(name, elem, None) for name in names],
                               [helper.make_tensor_value_info("y", elem, None)])
     return helper.make_model(graph, ir_version=10, opset_imports=[

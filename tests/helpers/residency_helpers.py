@@ -26,11 +26,6 @@ def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_ops, "INSTALLED", cpu_ops.INSTALLED.with_name("none"))
 
 
-def skip_without_kernel() -> None:
-    if not cpu_ops.INSTALLED.is_file():
-        pytest.skip("our CPU kernels are not built (make cpu-ops)")
-
-
 def same_bits(bundle: Bundle, budget: str, threads: int) -> None:
     """Logits, confidences, keys and values; rows of different lengths, one of nothing but padding; cached rows."""
     plain = OnnxRuntimeBackend(bundle, threads)

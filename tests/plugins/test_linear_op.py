@@ -1,11 +1,10 @@
-"""Linear layers on the CPU kernels: against float64 at any size, and where the runtime puts the op."""
+"""Linear layers on the CPU kernels: against float64 at any size, and in whole models."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections import Counter
 
 import linear_helpers as helpers
 import numpy as np
@@ -16,18 +15,16 @@ from cpu_ops_helpers import built
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_helpers import KINDS, TOLERANCE, case, error, run
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from dmoe_export import export_checkpoint
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
-from dmoe_export.errors import BundleError, MissingRequirementError
-from dmoe_export.ops.schema import DOMAIN, OPSET
+from dmoe_export.errors import BundleError
 from dmoe_export.runtime.backend import ForwardInputs
 from dmoe_export.runtime.cpu import library as cpu_ops
-from dmoe_export.runtime.cpu import linear_layers
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
-from dmoe_export.runtime.cpu.linear_layers import LINEAR, with_linear
-from dmoe_export.runtime.cpu.session import run_session
+from dmoe_export.runtime.cpu.session import CpuSession
+from dmoe_export.runtime.library import Kernels
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
@@ -96,84 +93,24 @@ def test_weight_file_cut_short_while_it_is_read(tokens, tiny_bundle, tmp_path):
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.register_custom_ops_library(str(built()))
-    session = ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    raw = ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    session = CpuSession(raw, tiny_bundle, None, Kernels([], ""))
     feeds = {"x": np.ones((tokens, 64), np.float32)}
-    assert (run_session(session, tiny_bundle, ["y"], feeds)[0] == 64).all()
+    assert (session.run(["y"], feeds)[0] == 64).all()
     os.truncate(tmp_path / "w.bin", 8192)
     for _ in range(2):
         with pytest.raises(BundleError, match=r"denoiser\.onnx\.data was changed or removed while it was in use"):
-            run_session(session, tiny_bundle, ["y"], feeds)
-
-
-def _gemms(node: dict, weight=(6, 4), dtype=np.float32, bias=(6,), given=False, imports=True) -> bytes:
-    """x [T, 4] and one Gemm; `given`: its weight is an input."""
-    inputs = [helper.make_tensor_value_info("x", helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), ["T", 4])]
-    stored = [("w", np.ones(weight, dtype)), ("b", np.ones(bias, dtype))][:len(node.pop("inputs", "xw")) - 1]
-    if given:
-        inputs.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, weight))
-        stored = stored[1:]
-    names = ["x", "w", "b"][:len(stored) + 1 + given]
-    graph = helper.make_graph([helper.make_node("Gemm", names, ["y"], **node)], "g", inputs,
-                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-                              [numpy_helper.from_array(array, name) for name, array in stored])
-    opsets = [helper.make_opsetid("", OPSET), *([helper.make_opsetid(DOMAIN, 1)] if imports else [])]
-    return helper.make_model(graph, ir_version=10, opset_imports=opsets).SerializeToString()
-
-
-@pytest.mark.parametrize("model", [
-    _gemms({"transB": 1}),
-    _gemms({"transB": 1}, imports=False),
-    _gemms({"transB": 1}, dtype=np.float16),
-    _gemms({"transB": 1, "inputs": "xwb", "alpha": 1.0, "beta": 1.0, "transA": 0}),
-])
-def test_a_linear_layer_becomes_the_op(model):
-    rest, before = onnx.load_from_string(with_linear(model)), onnx.load_from_string(model)
-    (node,), (gemm,) = rest.graph.node, before.graph.node
-    assert (node.op_type, node.domain, len(node.attribute)) == (LINEAR, DOMAIN, 0)
-    assert (node.input, node.output, node.name) == (gemm.input, gemm.output, gemm.name)
-    assert sorted((o.domain, o.version) for o in rest.opset_import) == [("", OPSET), (DOMAIN, 1)]
-    rest.graph.node[0].CopyFrom(gemm)
-    assert rest.graph == before.graph
-
-
-@pytest.mark.parametrize("model", [
-    _gemms({}, weight=(4, 6)),
-    _gemms({"transB": 1, "transA": 1}),
-    _gemms({"transB": 1, "alpha": 0.5}),
-    _gemms({"transB": 1, "beta": 2.0, "inputs": "xwb"}),
-    _gemms({"transB": 1}, given=True),
-    _gemms({"transB": 1}, dtype=np.float64),
-    _gemms({"transB": 1, "inputs": "xwb"}, bias=(1, 6)),
-    _gemms({"transB": 1, "domain": "elsewhere"}),
-], ids=["not transposed", "transA", "alpha", "beta", "an input", "double", "bias of two axes", "elsewhere"])
-def test_another_gemm_stays(model):
-    assert with_linear(model) is model
-
-
-def test_no_model():
-    with pytest.raises(ValueError, match="wire type"):
-        with_linear(b"\x0f")
+            session.run(["y"], feeds)
 
 
 @pytest.mark.parametrize("geometry", ["tiny", "llada-tiny", "dream-tiny"])
 def test_whole_models(geometry, tmp_path, monkeypatch):
-    """Every linear layer is the op's, and logits are as without it."""
+    """Logits are as without the kernels."""
     monkeypatch.setattr(cpu_ops, "INSTALLED", built())
     write_synthetic(tmp_path / "checkpoint", GEOMETRIES[geometry])
     bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle")
-    model = bundle.denoiser_path.read_bytes()
-    before, after = (Counter(node.op_type for node in onnx.load_from_string(m).graph.node)
-                     for m in (model, with_linear(model)))
-    assert after["Gemm"] == 0 < before["Gemm"] == after[LINEAR]
     logits = [_logits(OnnxRuntimeBackend(bundle, 1, cpu_ops=wanted)) for wanted in ("on", "off")]
     np.testing.assert_allclose(*logits, rtol=0, atol=2e-4 * np.abs(logits[1]).max())
-
-
-def test_a_library_of_older_sources(tiny_bundle, monkeypatch):
-    monkeypatch.setattr(cpu_ops, "INSTALLED", built())
-    monkeypatch.setattr(linear_layers, "LINEAR", "DmoeNewer")
-    with pytest.raises(MissingRequirementError, match="do not fit this program; build them again with `make cpu-ops`"):
-        OnnxRuntimeBackend(tiny_bundle)
 
 
 def _logits(backend) -> np.ndarray:

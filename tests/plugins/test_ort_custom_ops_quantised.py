@@ -78,7 +78,9 @@ def test_bundle_equals_its_bodies(tiny_checkpoint, exported):
     """A model with fp16 dense parts: one forward of two rows, one of them padded."""
     bundle = exported(tiny_checkpoint, precision="int4", dense_precision="fp16", group_size=32)
     options = ort.SessionOptions()
-    loaded = ort.InferenceSession(prepare_session(bundle, options, library()), options, providers=[CPU])
+    kernels = prepare_session(bundle, options, library())
+    loaded = ort.InferenceSession(bundle.denoiser_path, options, providers=[CPU])
+    assert kernels.kernels("DmoeExperts") == len(bundle.manifest.experts.layers)
     check_session(loaded, CPU)
     prompt = np.random.default_rng(1).integers(0, bundle.manifest.model.mask_id, (2, 40))
     positions = np.tile(np.arange(40), (2, 1))

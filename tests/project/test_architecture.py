@@ -87,16 +87,3 @@ def test_the_run_time_side_imports_nothing_that_needs_torch():
 def test_files_stay_small():
     long = {str(p): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
     assert not long
-
-
-def test_files_of_the_bundle_import_one_another_in_one_direction():
-    """Not even for types alone."""
-    folder, above = PACKAGE / "bundle", {}
-    for path in folder.glob("*.py"):
-        above[path.stem] = {node.module for node in ast.walk(ast.parse(path.read_text()))
-                            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module}
-    assert above["manifest"] == {"layout"}
-    while ready := [name for name, needs in above.items() if not needs & above.keys()]:
-        for name in ready:
-            del above[name]
-    assert not above, "these import one another in a circle"

@@ -21,7 +21,6 @@ from dmoe_export.errors import BundleError, MissingRequirementError, RequestErro
 from dmoe_export.runtime import choose
 from dmoe_export.runtime.backend import Limits
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
-from dmoe_export.runtime.cpu.library import kernels_clause
 from dmoe_export.runtime.gpu import onnxruntime as onnxruntime_cuda
 from dmoe_export.runtime.gpu.device import CudaDevice
 
@@ -93,14 +92,15 @@ def test_the_cuda_provider_generates_the_same(cuda, golden, golden_bundle):
     prompts = [data[f"{run}.prompt"][0].tolist() for run in range(4)]
     generator = Generator.open(golden_bundle.folder)
     assert generator.backend.name == "onnxruntime-cuda" and generator.backend.placement.keys() == {PROVIDER}
-    assert generator.backend_choice == "the bundle holds no engine; the CUDA provider runs here"
+    assert generator.backend_choice == ("the bundle holds no engine; the CUDA provider runs here; routing and experts "
+                                        "on ONNX Runtime's own ops (the custom ops have no fp32 kernels)")
     options = {"max_new_tokens": 48, "threshold": 0.5, "steps": 8, "eos_id": 317}
     for batch in (prompts, prompts[:1]):
         assert decode(generator.backend, batch, **options)[0] == decode(
             OnnxRuntimeBackend(golden_bundle), batch, **options)[0]
     assert generator.backend.graphs.replayed and not generator.backend.graphs.off
     again = Generator.open(golden_bundle.folder, backend="onnxruntime-cuda")
-    assert again.backend_choice == "as asked for"
+    assert again.backend_choice.startswith("as asked for; routing and experts on ")
 
 
 @pytest.mark.parametrize(("what", "value", "sentence"), [
@@ -135,13 +135,18 @@ def test_the_real_onnxruntime_takes_our_session_options(golden_bundle):
                                              {"user_compute_stream": "7"})
 
 
+def kernels(bundle: Bundle) -> str:
+    """Whose kernels run a bundle on the CPU here, as the end of a sentence."""
+    return f"; {OnnxRuntimeBackend(bundle).kernels.sentence}"
+
+
 def test_without_the_provider(golden_bundle, monkeypatch):
     monkeypatch.setattr(onnxruntime_cuda, "has_provider", lambda: False)
     with pytest.raises(MissingRequirementError, match=r"uninstall -y onnxruntime onnxruntime-gpu && pip"):
         Generator.open(golden_bundle.folder, backend="onnxruntime-cuda")
     monkeypatch.setattr(choose, "has_provider", lambda: False)
     assert Generator.open(golden_bundle.folder).backend_choice == (
-        "the bundle holds no engine; ONNX Runtime has no CUDA provider here" + kernels_clause(golden_bundle.manifest))
+        "the bundle holds no engine; ONNX Runtime has no CUDA provider here" + kernels(golden_bundle))
 
 
 def test_auto_without_a_driver(golden_bundle, no_driver, monkeypatch):
@@ -151,7 +156,7 @@ def test_auto_without_a_driver(golden_bundle, no_driver, monkeypatch):
     backend, why = choose.open_backend(with_engine)
     assert backend.name == "onnxruntime"
     assert why == ("No NVIDIA driver is loaded here (nvidia-smi would show it, a container needs --gpus all)"
-                   + kernels_clause(golden_bundle.manifest))
+                   + kernels(golden_bundle))
 
 
 def test_auto_without_onnx_runtime_says_why_the_engine_is_not_taken(golden_bundle, monkeypatch):
@@ -184,7 +189,7 @@ def test_command_line(golden_bundle, no_driver, monkeypatch):
     result = run("--backend", "onnxruntime-cuda")
     assert result.exit_code == 3 and "No NVIDIA driver" in result.stderr
     result = run("--backend", "onnxruntime", "--json")
-    why = "as asked for" + kernels_clause(golden_bundle.manifest)
+    why = "as asked for" + kernels(golden_bundle)
     assert json.loads(result.stdout)["backend"] == {"name": "onnxruntime", "why": why}
     assert f"on onnxruntime: {why}]" in run("--backend", "onnxruntime").stderr
     assert run("--backend", "cuda").exit_code == 2

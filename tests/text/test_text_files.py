@@ -182,3 +182,10 @@ def test_what_is_no_chat_template(tmp_path, value):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
     with pytest.raises(CheckpointError, match=r"tokenizer_config.json: chat_template is neither a text nor"):
         chat_template(tmp_path)
+
+
+def test_the_codec_is_found_under_its_old_name():
+    from dmoe_export.runtime.text import TextCodec as old
+    from dmoe_export.text.codec import TextCodec as new
+
+    assert old is new

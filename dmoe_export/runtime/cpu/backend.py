@@ -1,7 +1,9 @@
-"""The ONNX Runtime backend: the bundle's graph as it is, with no library of ours."""
+"""The ONNX Runtime backend: the bundle's graph as it is, on our kernels where they are installed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,11 @@ from ...bundle.reader import Bundle
 from ...errors import MissingRequirementError
 from ..backend import ForwardInputs, ForwardOutputs, Limits
 from ..cache import HostCache
+from ..edited import EditedGraph
+from ..library import ExpertSource
 from .library import CpuOps
 from .salient import OnnxRuntimeSalient
-from .session import Session, open_session, run_session
+from .session import open_session
 
 _CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
@@ -27,26 +31,29 @@ def check_precision(bundle: Bundle) -> None:
 
 
 class OnnxRuntimeBackend:
-    """Runs on ONNX Runtime's CPU provider; expert weights stay memory-mapped (float32 bundles)."""
+    """Runs on ONNX Runtime's CPU provider; weights stay memory-mapped, without our kernels those in float32."""
 
     name = "onnxruntime"
     limits: Limits | None = None
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, graph: bytes | None = None,
-                 session: Session | None = None, cpu_ops: CpuOps = "auto") -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, graph: EditedGraph | None = None,
+                 cpu_ops: CpuOps = "auto", source: ExpertSource | None = None,
+                 weights: Mapping[str, Any] | None = None) -> None:
         """Load the graph; `threads` limits the threads of one operator (default: ONNX Runtime's choice).
 
-        `graph`: an edited one in place of the bundle's, over the same data files (checks). `session`: what computes it
-        instead (experts under a budget). `cpu_ops`: whether our kernels are used ("auto": where installed).
+        `graph`: one in place of the bundle's (checks). `cpu_ops`, `source`, `weights`: see `open_session`; `kernels`
+        says what it came to.
         """
         check_precision(bundle)
         manifest = bundle.manifest
         self.description, self.routing = manifest.model, manifest.routing
-        self._bundle, self._threads, self._cpu_ops = bundle, threads, cpu_ops
+        self._bundle = bundle
+        self._open = partial(open_session, bundle=bundle, threads=threads, cpu_ops=cpu_ops, source=source,
+                             weights=weights)
         self._salient: dict[int | None, OnnxRuntimeSalient] = {}
         self._dtype = np.dtype(_CACHE_DTYPES[manifest.precision])
-        self._session = session or open_session(graph or str(bundle.denoiser_path), bundle, threads,
-                                                cpu_ops=cpu_ops)
+        self._session = self._open(graph or manifest.denoiser)
+        self.kernels = self._session.kernels
         given = {entry.name for entry in manifest.denoiser.inputs}
         defaults: dict[str, Any] = {
             "top_p": np.array([self.routing.top_p], np.float32),
@@ -59,7 +66,7 @@ class OnnxRuntimeBackend:
     def salient_graphs(self, capacity: int | None) -> OnnxRuntimeSalient:
         """The bundle's salient graphs (`SalientBackend`); raises RequestError where it has none."""
         if capacity not in self._salient:
-            self._salient[capacity] = OnnxRuntimeSalient(self._bundle, self._threads, capacity, self._cpu_ops)
+            self._salient[capacity] = OnnxRuntimeSalient(self._bundle, capacity, self._open)
         return self._salient[capacity]
 
     def new_cache(self, rows: int) -> HostCache:
@@ -79,7 +86,7 @@ class OnnxRuntimeBackend:
             wanted.append("logits")
         if inputs.want_keys_values:
             wanted += self._kv_names
-        results = dict(zip(wanted, run_session(self._session, self._bundle, wanted, feeds), strict=True))
+        results = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
         layers = self.description.num_layers
         new = [results[name] for name in self._kv_names] if inputs.want_keys_values else []
         return ForwardOutputs(results["token_ids"], results["confidence"],

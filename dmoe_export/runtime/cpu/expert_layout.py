@@ -12,8 +12,9 @@ from ...bundle.manifest import Manifest
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """A tensor [E, …] of one layer in the expert file; `slab`: bytes of an expert."""
+    """A tensor [E, …] of one layer in the expert file; `slab`: bytes of an expert, `name`: in the graphs."""
 
+    name: str
     offset: int
     slab: int
     dtype: np.dtype[Any]
@@ -32,5 +33,6 @@ def expert_tensors(manifest: Manifest) -> list[list[ExpertTensor]]:
         for part, (_, (_, rows, columns)) in list(parts.items()):
             parts[part] = np.dtype(np.uint8), (experts, rows, columns * how.bits // 8)
             parts[f"{part}_scales"] = dense, (experts, rows, columns // how.group_size)
-    return [[ExpertTensor(getattr(layer, f"{part}_offset"), getattr(entry, f"{part}_slab_bytes"), dtype, shape)
+    return [[ExpertTensor(f"layers.{layer.layer}.ffn.{part}", getattr(layer, f"{part}_offset"),
+                          getattr(entry, f"{part}_slab_bytes"), dtype, shape)
              for part, (dtype, shape) in parts.items()] for layer in entry.layers]

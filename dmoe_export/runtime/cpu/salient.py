@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,13 @@ from ...bundle.manifest import GraphEntry
 from ...bundle.reader import Bundle, check_unchanged
 from ...errors import RequestError
 from ..salient import Arrays, GraphName
-from .library import CpuOps
-from .session import open_session, run_session
+from .session import CpuSession
 
 
 class OnnxRuntimeSalient:
     """Sessions over the salient graphs, each opened when it first runs."""
 
-    def __init__(self, bundle: Bundle, threads: int | None, capacity: int | None,
-                 cpu_ops: CpuOps = "auto") -> None:
+    def __init__(self, bundle: Bundle, capacity: int | None, open_graph: Callable[[GraphEntry], CpuSession]) -> None:
         """Raises RequestError where the bundle has no graph for this."""
         manifest = bundle.manifest
         self.description, self.capacity = manifest.model, capacity
@@ -34,8 +33,8 @@ class OnnxRuntimeSalient:
                 raise RequestError(f"{bundle.folder} has no salient graph for capacity {capacity}, it {known}; export "
                                    f"it with --salient-capacity {capacity}.")
             self._files = {"fixed": fixed[capacity], "fill": entry.fill}
-        self._bundle, self._threads, self._cpu_ops = bundle, threads, cpu_ops
-        self._sessions: dict[GraphName, Any] = {}
+        self._bundle, self._open = bundle, open_graph
+        self._sessions: dict[GraphName, CpuSession] = {}
         routing = manifest.routing
         self._defaults: dict[str, Any] = {
             "top_p": np.array([routing.top_p], np.float32), "min_experts": np.array([routing.min_experts], np.int64),
@@ -48,11 +47,10 @@ class OnnxRuntimeSalient:
         chosen = {name: np.asarray([settings.get(name, default[0])], default.dtype)
                   for name, default in self._defaults.items() if name in given}
         wanted = [tensor.name for tensor in entry.outputs if want_logits or tensor.name != "logits"]
-        return dict(zip(wanted, run_session(self._session(graph), self._bundle, wanted, feeds | chosen), strict=True))
+        return dict(zip(wanted, self._session(graph).run(wanted, feeds | chosen), strict=True))
 
-    def _session(self, graph: GraphName) -> Any:
+    def _session(self, graph: GraphName) -> CpuSession:
         if graph not in self._sessions:
             check_unchanged(self._bundle)
-            path = self._bundle.folder / self._files[graph].file
-            self._sessions[graph] = open_session(str(path), self._bundle, self._threads, cpu_ops=self._cpu_ops)
+            self._sessions[graph] = self._open(self._files[graph])
         return self._sessions[graph]

@@ -2,60 +2,87 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
+from ...bundle.manifest import GraphEntry
 from ...bundle.reader import Bundle
 from ...errors import BundleError, MissingRequirementError
-from ...ops.schema import DOMAIN
-from ..ort import ort, why_not_loaded
-from .library import INSTALLED, CpuOps, use_cpu_ops
-from .linked_files import model_for_session
-from .walls import wall_at_experts
+from ...ops import experts
+from ..edited import EditedGraph
+from ..library import ExpertSource, Kernels, LibrarySession, kernels_of
+from ..ort import EXTERNAL_FOLDER, ort, why_not_loaded
+from .library import SERVED, CpuOps, open_library
 
 _QUANTISED_FROM = 1, 25
 
 _LOST, _EXPERTS_LOST = "was cut short while it was read", "the file of the experts"  # as plugins/cpu/op_*.cpp say it
+_GAVE_UP = "the expert source gave up"  # plugins/onnxruntime/session.cpp
 
 
-class Session(Protocol):
-    """What computes the graph."""
+class CpuSession:
+    """A session, with the library whose kernels it runs on."""
 
-    def run(self, wanted: list[str], feeds: dict[str, Any]) -> list[Any]:
-        """The wanted outputs, in this order."""
-        ...
+    def __init__(self, raw: Any, bundle: Bundle, library: LibrarySession | None, kernels: Kernels) -> None:
+        self.raw, self.kernels = raw, kernels
+        self._bundle, self._library = bundle, library  # which must live as long as the session
+
+    def run(self, wanted: list[str], feeds: Mapping[str, Any]) -> list[Any]:
+        """The wanted outputs, in this order.
+
+        Raises BundleError where our kernels, or the expert source they ask, found a weight file cut short.
+        """
+        try:
+            results: list[Any] = self.raw.run(wanted, feeds)
+            return results
+        except Exception as error:  # onnxruntime raises its own kinds
+            if _LOST not in str(error) and _GAVE_UP not in str(error):
+                raise
+            of_experts = _EXPERTS_LOST in str(error) or _GAVE_UP in str(error)
+            experts = self._bundle.manifest.experts if of_experts else None
+            file = experts.file if experts else f"{self._bundle.manifest.denoiser.file}.data"
+            raise BundleError(f"{self._bundle.folder / file} was changed or removed while it was in use; "
+                              "open the bundle again.") from None
 
 
-def open_session(model: str | bytes, bundle: Bundle, threads: int | None, alone: bool = True,
-                 cpu_ops: CpuOps = "auto") -> Any:
-    """A session over a file or, as bytes, an edited graph over the bundle's data files.
+def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int | None = None,
+                 cpu_ops: CpuOps = "auto", source: ExpertSource | None = None,
+                 weights: Mapping[str, Any] | None = None) -> CpuSession:
+    """A session over a graph of the bundle, from its file as it is, or over an edited one.
 
-    `alone`: not one of many that run in turn; these should neither take the processor from each other, by threads that
-    wait for work awake, nor keep memory of their own. `cpu_ops`: whether our kernels compute experts and linear layers
-    ("auto": where installed). Raises MissingRequirementError where this ONNX Runtime cannot load it.
+    `threads`: of one operator. `cpu_ops`: whether our kernels compute experts and linear layers ("auto": where they
+    can, "on": that or an error). `source`: who holds experts while our kernels read them. `weights`: initializers by
+    name, as OrtValues, in place of what lies in the data files. Raises MissingRequirementError where this ONNX Runtime
+    cannot load the graph.
     """
-    path = bundle.denoiser_path if isinstance(model, bytes) else model
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = threads
-    if not alone:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.enable_cpu_mem_arena = False
-    with_kernels = use_cpu_ops(model, options, cpu_ops)
-    if with_kernels is model:
+    model: str | bytes
+    if isinstance(graph, EditedGraph):
+        model, name, ops = graph.model, f"an edited graph of {bundle.folder}", graph.ops
+        options.add_session_config_entry(EXTERNAL_FOLDER, str(graph.folder))
+    else:
+        model = name = str(bundle.folder / graph.file)
+        ops = {op.name: op.count for op in graph.ops}
+    library, why_not = open_library(cpu_ops, options, source)
+    if library is None:
         _check_version(bundle)
-    elif isinstance(with_kernels, bytes) and bundle.manifest.precision == "fp16":
-        with_kernels = wall_at_experts(with_kernels)  # as under an expert budget, so that answers are the same
-    model = model_for_session(with_kernels, bundle, options)
+    for weight, value in (weights or {}).items():
+        options.add_initializer(weight, value)
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises its own kinds, all of them about this file
-        if f"{DOMAIN}:Dmoe" in str(error) and "is not a registered function/op" in str(error):
-            raise MissingRequirementError(
-                f"The CPU kernels {INSTALLED} do not fit this program; build them again with `make cpu-ops`."
-            ) from error
-        raise MissingRequirementError(f"ONNX Runtime {ort.__version__} cannot load {path}: "
+        raw = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own kinds, all of them about this graph
+        raise MissingRequirementError(f"ONNX Runtime {ort.__version__} cannot load {name}: "
                                       f"{why_not_loaded(error, 'onnxruntime')}.") from error
+    kernels = kernels_of(library, ops, SERVED, "our CPU kernels", why_not)
+    if library and kernels.missing and cpu_ops == "on":
+        raise MissingRequirementError(f"Our CPU kernels do not fit {name}, which would run with {kernels.sentence}; "
+                                      f"{library.rebuild}.")
+    if experts.SCHEMA.name in kernels.missing:
+        _check_version(bundle)
+    return CpuSession(raw, bundle, library, kernels)
 
 
 def _check_version(bundle: Bundle) -> None:
@@ -65,16 +92,3 @@ def _check_version(bundle: Bundle) -> None:
         raise MissingRequirementError(
             f"{bundle.folder} has {how.name} experts, which ONNX Runtime {version} computes wrongly; upgrade with: "
             "pip install -U onnxruntime, or build our CPU kernels with `make cpu-ops`.")
-
-
-def run_session(session: Session, bundle: Bundle, wanted: list[str], feeds: dict[str, Any]) -> list[Any]:
-    """The wanted outputs. Raises BundleError where our CPU kernels found a weight file cut short while they read."""
-    try:
-        return session.run(wanted, feeds)
-    except Exception as error:  # onnxruntime raises its own kinds
-        if _LOST not in str(error):
-            raise
-        experts = bundle.manifest.experts if _EXPERTS_LOST in str(error) else None
-        file = experts.file if experts else f"{bundle.manifest.denoiser.file}.data"
-        raise BundleError(f"{bundle.folder / file} was changed or removed while it was in use; "
-                          "open the bundle again.") from None

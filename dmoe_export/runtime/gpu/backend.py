@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ...bundle.reader import Bundle
 from ...description import RUNTIME_SETTINGS
 from ..backend import ForwardInputs, ForwardOutputs
+from ..library import Kernels
 from .cache import DeviceCache, Geometry, Slab
 from .call import ITEMSIZES, Call, Executor, Layout, Sizes, Tensor, round_up
 from .device import Device, Strided
@@ -36,6 +37,7 @@ class DeviceBackend:
         """
         manifest = bundle.manifest
         self.name, self.limits = name, executor.limits
+        self.kernels = Kernels([], "")
         self.description, self.routing = manifest.model, manifest.routing
         self._device, self._pool, self._stream, self._executor = device, pool, stream, executor
         self.graphs = GraphCache(device, executor) if cuda_graphs else None

@@ -15,11 +15,11 @@ from ...bundle.reader import Bundle
 from ...description import Precision
 from ...errors import MissingRequirementError
 from ..backend import Limits
-from ..cpu.linked_files import model_for_session
+from ..library import kernels_of
 from ..ort import ort, why_not_loaded
 from .backend import DeviceBackend
 from .call import Call, Sizes, Tensor, round_up
-from .custom_ops import CustomOps, check_session, choose_custom_ops, prepare_session
+from .custom_ops import SERVED, CustomOps, check_session, choose_custom_ops, prepare_session
 from .device import CPU_INSTEAD, CudaDevice, Device, DeviceError
 from .memory import Pool
 from .nvidia_libraries import load_nvidia_libraries
@@ -40,8 +40,9 @@ class OnnxRuntimeExecutor:
 
     def __init__(self, bundle: Bundle, device: Device, provider: str = PROVIDER,
                  options: dict[str, str] | None = None, custom_ops: Path | None = None,
-                 profile: Path | None = None) -> None:
-        """`options` of the provider; `custom_ops`: a library of our kernels, None for the graph's own bodies.
+                 why_not: str = "custom ops are off", profile: Path | None = None) -> None:
+        """`options` of the provider; `custom_ops`: a library of our kernels, None for the graph's own bodies (and
+        `why_not`, as a clause). `kernels` says what it came to.
 
         `profile`: ONNX Runtime writes what it did to a file that begins so. Raises MissingRequirementError when the
         session does not run on the provider with them.
@@ -56,21 +57,19 @@ class OnnxRuntimeExecutor:
         if profile:
             settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
         path, options = bundle.denoiser_path, options or {}
-        model: str | bytes = str(path)
-        if custom_ops:
-            model = prepare_session(bundle, settings, custom_ops)
-        else:
-            settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-            model = model_for_session(model, bundle, settings)
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        library = prepare_session(bundle, settings, custom_ops) if custom_ops else None
         try:
-            self._session = ort.InferenceSession(model, settings, providers=[(provider, options)])
+            self._session = ort.InferenceSession(str(path), settings, providers=[(provider, options)])
         except Exception as error:  # onnxruntime raises its own kinds
             raise MissingRequirementError(f"ONNX Runtime {ort.__version__} cannot load {path} on {provider}: "
                                           f"{why_not_loaded(error, 'onnxruntime-gpu')}.") from error
         self._session.disable_fallback()
         self.placement = _check_provider(self._session, provider, options)
-        if custom_ops:
+        if library:
             check_session(self._session, provider)
+        ops = {op.name: op.count for op in bundle.manifest.denoiser.ops}
+        self.kernels = kernels_of(library, ops, SERVED, "our CUDA kernels", why_not)
         self._inputs = {entry.name for entry in self._session.get_inputs()}
         # Our stream is waited for once a step, when the results are on the host; the end of a run is no reason to.
         self._run_options = ort.RunOptions()
@@ -190,5 +189,10 @@ def open_onnxruntime_cuda(bundle: Bundle, device: Device | None = None, cuda_gra
     # On our stream the provider's work and our copies run in order. TF32 would round the router's float32 products to
     # ten bits, and so choose other experts than the model.
     options = {"device_id": "0", "user_compute_stream": str(stream), "use_tf32": "0"}
-    executor = OnnxRuntimeExecutor(bundle, device, options=options, custom_ops=library, profile=profile)
-    return DeviceBackend("onnxruntime-cuda", bundle, device, pool, stream, executor, cuda_graphs)
+    executor = OnnxRuntimeExecutor(bundle, device, options=options, custom_ops=library, why_not=reason, profile=profile)
+    if executor.kernels.missing and (custom_ops == "on" or bundle.manifest.quantisation):
+        raise MissingRequirementError(f"Our CUDA kernels do not fit {bundle.denoiser_path}, which would run with "
+                                      f"{executor.kernels.sentence}; build them again with `make ort-ops`.")
+    backend = DeviceBackend("onnxruntime-cuda", bundle, device, pool, stream, executor, cuda_graphs)
+    backend.kernels = executor.kernels
+    return backend

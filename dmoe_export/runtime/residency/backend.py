@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...errors import RequestError
 from ..backend import Backend, ForwardInputs, ForwardOutputs, Ints
+from ..library import Kernels
+from ..salient import Arrays, GraphName, SalientBackend, SalientGraphs
 from .budget import ExpertBudget
 from .policy import Costs, Interval, Residency, Tier
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -76,25 +82,42 @@ class ResidentBackend:
         self._blocks = None
         return self._backend.new_cache(rows)
 
-    def salient_graphs(self, capacity: int | None) -> Any:
-        """Raises RequestError: a salient graph maps the experts itself, which the budget does not see."""
-        raise RequestError("Salient steps and an expert budget do not go together: the salient graph maps the experts "
-                           "a second time; leave salient_threshold or the budget out.")
+    @property
+    def kernels(self) -> Kernels:
+        """Whose kernels run, where the other backend tells."""
+        return getattr(self._backend, "kernels", Kernels([], ""))
+
+    def salient_graphs(self, capacity: int | None) -> ResidentSalient:
+        """The other backend's, under the same budget. Raises RequestError where it has none."""
+        if not isinstance(self._backend, SalientBackend):
+            raise RequestError(f"Backend {self.name} runs no salient steps; use backend onnxruntime, or leave "
+                               "salient_threshold out.")
+        return ResidentSalient(self, self._backend.salient_graphs(capacity))
 
     def forward(self, inputs: ForwardInputs, cache: Any) -> ForwardOutputs:
-        """Run the denoiser, count what it used, refresh when it is time.
+        """Run the denoiser, count what it used, refresh when it is time. Raises as `watched`."""
+        outputs = self.watched(lambda: self._backend.forward(inputs, cache))
+        self.observe(inputs, outputs.expert_ids)
+        return outputs
+
+    def watched(self, run: Callable[[], Result]) -> Result:
+        """Run what reads experts.
 
         Raises BundleError when the expert file was changed before or while it was read: the result is not returned.
         """
         self._tier.check()
         self._tier.forward_begins()
         try:
-            outputs = self._backend.forward(inputs, cache)
+            result = run()
         finally:
             self._tier.forward_ends()
         self._tier.check()
+        return result
+
+    def observe(self, inputs: ForwardInputs, expert_ids: NDArray[np.int32]) -> None:
+        """Count what a forward, or a step of several, used: ids [L, …, k]; refresh when it is time."""
         start = time.perf_counter()
-        self._residency.observe(outputs.expert_ids, *self._step(inputs))
+        self._residency.observe(expert_ids, *self._step(inputs))
         if self._residency.wants_costs:
             r, costs = self._residency, self._tier.costs()
             each = self._refresh_seconds / max(1, r.refreshes) / (len(r.resident) * r.slots)
@@ -105,7 +128,6 @@ class ResidentBackend:
             self._refresh_seconds += time.perf_counter() - middle
         self._seconds += time.perf_counter() - start
         self._tier.move(moves)
-        return outputs
 
     def _step(self, inputs: ForwardInputs) -> tuple[bool, bool]:
         """Whether a forward is a denoise step, and whether a row began another block with it.
@@ -135,6 +157,22 @@ class ResidentBackend:
     def close(self) -> None:
         """Stop the tier; the backend stays usable."""
         self._finalizer()
+
+
+class ResidentSalient:
+    """Salient graphs of another backend (`SalientGraphs`), under a `ResidentBackend`'s budget."""
+
+    def __init__(self, under: ResidentBackend, graphs: SalientGraphs) -> None:
+        self.description, self.capacity = graphs.description, graphs.capacity
+        self._under, self._graphs = under, graphs
+
+    def run(self, graph: GraphName, feeds: Arrays, settings: dict[str, float | int], want_logits: bool) -> Arrays:
+        """As the other's; raises as `ResidentBackend.watched`."""
+        return self._under.watched(lambda: self._graphs.run(graph, feeds, settings, want_logits))
+
+    def step_ends(self, inputs: ForwardInputs, expert_ids: NDArray[np.int32]) -> None:
+        """See `WatchesSteps`."""
+        self._under.observe(inputs, expert_ids)
 
 
 def parse_interval(value: str | int) -> Interval:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 from bundles import GOLDEN_GUARD
-from cpu_ops_helpers import built
-from residency_helpers import ANSWER, BUDGETS, INTERVALS, QUESTIONS, open_generator, same_bits, without_kernel
+from residency_helpers import ANSWER, BUDGETS, INTERVALS, QUESTIONS, open_generator, same_bits
 
 from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
 from dmoe_export.errors import MissingRequirementError
-from dmoe_export.runtime.cpu import library as cpu_ops
 from dmoe_export.runtime.cpu.resident import open_resident
 from dmoe_export.runtime.residency.budget import ExpertBudget
+
+pytestmark = pytest.mark.usefixtures("our_kernels")
 
 _CONFIGS = {  # groups of experts, shared ones, two dense layers first · neither
     "llada2": GEOMETRIES["tiny"] | {"num_hidden_layers": 4, "first_k_dense_replace": 2, "num_shared_experts": 3,
@@ -21,16 +21,9 @@ _CONFIGS = {  # groups of experts, shared ones, two dense layers first · neithe
     "llada-moe": GEOMETRIES["llada-moe-tiny"] | {"num_experts_per_tok": 4}}
 
 
-@pytest.fixture(autouse=True)
-def _kernels(monkeypatch):
-    monkeypatch.setattr(cpu_ops, "INSTALLED", built())
-
-
 @pytest.fixture(scope="module")
 def answers(half_sample_bundle):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_ops, "INSTALLED", built())
-        return [g.token_ids for g in open_generator(half_sample_bundle).generate(QUESTIONS, **ANSWER)]
+    return [g.token_ids for g in open_generator(half_sample_bundle).generate(QUESTIONS, **ANSWER)]
 
 
 @pytest.mark.parametrize("interval", INTERVALS)
@@ -59,12 +52,6 @@ def test_every_bit_of_other_models_is_the_same(config, routing, tmp_path):
     bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision="fp16", routing=routing)
     for budget in BUDGETS[:3]:
         same_bits(bundle, budget, 2)
-
-
-def test_without_our_kernels_it_is_refused(half_sample_bundle, monkeypatch):
-    without_kernel(monkeypatch)
-    with pytest.raises(MissingRequirementError, match="needs our CPU kernels where experts are fp16"):
-        open_generator(half_sample_bundle, expert_budget="50%")
 
 
 def test_what_no_kernel_computes_is_refused(half_sample_bundle):

@@ -13,16 +13,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnxruntime as ort
 import pytest
-from residency_helpers import skip_without_kernel
+from source_helpers import ACQUIRE, RELEASE, as_source
 
 from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
 from dmoe_export.generator import Generator
+from dmoe_export.runtime.cpu import library
+from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 from dmoe_export.runtime.cpu.mapped_memory import DONTNEED, PAGE, POPULATE_READ, FileIdentity, advise
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the tier is Linux's")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="the tier is Linux's"),
+              pytest.mark.usefixtures("our_kernels")]
 EXPERT, EVERYTHING = 6 << 20, 2 * 32 * (6 << 20)  # of `wide_bundle`
 
 # Once without being watched, so that what is no expert is in memory: code, dense weights, buffers.
@@ -30,8 +35,9 @@ _GENERATE = """
 import json, sys
 from pathlib import Path
 from dmoe_export.generator import Generator
+from dmoe_export.runtime.cpu import library
 from dmoe_export.runtime.cpu.mapped_memory import FileIdentity, file_backed_bytes
-folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+folder, options, library.INSTALLED = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
 generator = Generator.open(folder, backend="onnxruntime", threads=1, verify="sizes", **options)
 def generate():
     return generator.generate([[5, 6, 7]], max_new_tokens=125, steps=4, eos_id=-1, min_experts=32)[0]
@@ -64,7 +70,8 @@ def _run(bundle: Bundle, enter: Callable[[], object] | None = None, **options):
     one after the other, and an expert that goes while another comes is counted twice.
     """
     seen = [0]
-    with subprocess.Popen([sys.executable, "-c", _GENERATE, str(bundle.folder), json.dumps(options)], text=True,
+    with subprocess.Popen([sys.executable, "-c", _GENERATE, str(bundle.folder), json.dumps(options),
+                           str(library.INSTALLED)], text=True,
                           stdout=subprocess.PIPE, preexec_fn=enter, env=os.environ | {"OMP_NUM_THREADS": "1"}) as child:
         assert child.stdout
         other = int(child.stdout.readline() or -1)
@@ -102,7 +109,6 @@ def test_resident_memory_obeys_the_budget(wide_bundle, plain, budget, interval):
 
 @pytest.mark.alone
 def test_resident_memory_of_half_precision_obeys_the_budget(wide_bundle):
-    skip_without_kernel()
     folder, budget = wide_bundle.folder.parent, 55 << 20
     bundle = export_checkpoint(folder / "checkpoint", folder / "half", precision="fp16")
     assert bundle.manifest.bytes_per_expert == EXPERT // 2
@@ -169,7 +175,10 @@ def test_experts_take_no_private_memory(wide_bundle, plain):
 @pytest.mark.parametrize("budget", ["13%", "26%", "50%", "100%"])
 @pytest.mark.parametrize("bundle", ["golden_bundle", "sample_bundle", "half_sample_bundle"])
 def test_page_tables_and_books_agree_in_every_group(bundle, budget, request):
-    """Slabs of a few pages lie in one large folio: a fault that brought neighbours along would show here."""
+    """Slabs of a few pages lie in one large folio: a fault that brought neighbours along would show here.
+
+    Nor does ONNX Runtime map or read the experts a second time.
+    """
     bundle = request.getfixturevalue(bundle)
     file = FileIdentity.of(bundle.folder / "experts.bin")
     gc.collect()
@@ -177,20 +186,43 @@ def test_page_tables_and_books_agree_in_every_group(bundle, budget, request):
     generator = Generator.open(bundle.folder, backend="onnxruntime", threads=1, verify="sizes", expert_budget=budget,
                                expert_refresh_interval=1)
     tier, seen = generator.backend._tier, []
-    groups = tier.groups
 
-    def watched(layer, experts):
-        for group in groups(layer, experts):
+    class Watched:
+        def acquire(self, gate_up: int, experts: np.ndarray) -> int:
+            return ACQUIRE(tier.source.acquire)(tier.source.context, gate_up, experts.ctypes.data, len(experts))
+
+        def release(self, gate_up: int, experts: np.ndarray) -> None:
             tier.wait()
-            seen.append((file.resident_bytes() - others, int(tier._mapped.sum()) * tier._each))
-            yield group
+            seen.append((file.resident_bytes() - others, int((tier.states() & 1).sum()) * tier._each))
+            RELEASE(tier.source.release)(tier.source.context, gate_up, experts.ctypes.data, len(experts))
 
-    tier.groups = watched
+    generator.backend._backend = OnnxRuntimeBackend(
+        bundle, 1, cpu_ops="on", source=as_source(Watched()),
+        weights={name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in tier.weights.items()})
     generator.generate([[5, 6, 7]], max_new_tokens=61, steps=3, eos_id=-1)
     assert len(seen) > 8 and all(kernel == books for kernel, books in seen)
-    most = bundle.manifest.bytes_per_expert * tier._capacity
-    assert max(books for _, books in seen) <= tier.totals.peak_bytes <= most
+    most = bundle.manifest.bytes_per_expert * tier.capacity
+    assert max(books for _, books in seen) <= tier.figures()["peak_bytes"] <= most
     generator.backend.close()
+
+
+def test_the_experts_are_mapped_once(sample_bundle):
+    """By us: every mapping of the file is one of the slabs, shared and read-only."""
+    file, gate_up = sample_bundle.folder / "experts.bin", sample_bundle.manifest.experts.gate_up_slab_bytes
+    gc.collect()
+    before = _mappings(file)
+    generator = Generator.open(sample_bundle.folder, backend="onnxruntime", threads=1, verify="sizes",
+                               expert_budget="50%")
+    generator.generate([[5, 6, 7]], max_new_tokens=32)
+    mappings = [line for line in _mappings(file) if line not in before]
+    sizes = [int(end, 16) - int(start, 16) for start, _, end in (line.split()[0].partition("-") for line in mappings)]
+    assert sum(sizes) == file.stat().st_size and max(sizes) == gate_up
+    assert all(line.split()[1] == "r--s" for line in mappings)
+    generator.backend.close()
+
+
+def _mappings(file: Path) -> list[str]:
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(f" {file.resolve()}")]
 
 
 def test_advice_is_seen_in_the_page_tables(tmp_path):
