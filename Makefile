@@ -62,7 +62,8 @@ ort-ops: $(READY)
 	$(call compiled,cuda,onnxruntime-cuda)
 
 wheel: $(PLUGINS)
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist -C cmake.define.DMOE_CUDA=ON -C build-dir=build/cuda .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist \
+		-C cmake.define.DMOE_CUDA=ON -C build-dir=build/cuda .
 
 engines: out/sample.bundle/manifest.json $(PLUGINS)
 	$(BIN)/dmoe-export build samples/tiny-dmoe --out out/sample-fp16.bundle --force
