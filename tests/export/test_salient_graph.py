@@ -26,7 +26,7 @@ from dmoe_export.export.salient_graph import state_shapes
 from dmoe_export.model.denoiser import Denoiser, Past
 from dmoe_export.model.load import load_denoiser
 from dmoe_export.model.salient import RangeState, SalientDenoiser
-from dmoe_export.runtime.cpu.salient import OnnxRuntimeSalient
+from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 from dmoe_export.runtime.salient import PARTS
 
 TOKENS, CAPACITY = 12, 8
@@ -44,9 +44,9 @@ class Both:
             ir.save(with_capacity(ir.load(bundle.folder / entry.graph.file), CAPACITY), bundle.folder / name)
             fixed = CapacityEntry(capacity=CAPACITY, graph=entry.graph.model_copy(update={"file": name}))
             entry = entry.model_copy(update={"fixed": [fixed], "fill": entry.graph})
-        manifest = bundle.manifest.model_copy(update={"salient": entry})
-        self.dynamic, self.fixed = (OnnxRuntimeSalient(replace(bundle, manifest=manifest), 1, capacity)
-                                    for capacity in (None, CAPACITY))
+        told = replace(bundle, manifest=bundle.manifest.model_copy(update={"salient": entry}))
+        backend = OnnxRuntimeBackend(told, threads=1)
+        self.dynamic, self.fixed = (backend.salient_graphs(capacity) for capacity in (None, CAPACITY))
 
     def feeds(self, ids, at, past: Past, old: RangeState | None = None, unmasked=None, tau: float = 0.0) -> dict:
         rows, tokens = ids.shape
