@@ -34,12 +34,8 @@ class LibrarySession:
     def __init__(self, path: Path, source: ExpertSource | None = None) -> None:
         """Raises MissingRequirementError where library or ONNX Runtime does not take the other."""
         self._path = path
-        try:
-            _check_whole(path)
-            self._library = ctypes.CDLL(str(path.resolve()))
-            create, kernels = self._library.dmoe_session_create, self._library.dmoe_session_kernels
-        except (OSError, ValueError, AttributeError) as error:
-            raise self._unusable(error) from error
+        self._library = load(path, "dmoe_session_create", "dmoe_session_kernels")
+        create, kernels = self._library.dmoe_session_create, self._library.dmoe_session_kernels
         create.restype, create.argtypes = ctypes.c_void_p, [ctypes.c_void_p] * 3
         kernels.restype, kernels.argtypes = ctypes.c_int64, [ctypes.c_void_p, ctypes.c_char_p]
         self._address = create(*(source or (None, None, None)))
@@ -52,7 +48,7 @@ class LibrarySession:
         try:
             options.register_custom_ops_library(str(self._path.resolve()))
         except Exception as error:  # onnxruntime raises its own kinds
-            raise self._unusable(error) from error
+            raise _unusable(self._path, error) from error
 
     def kernels(self, op: str) -> int:
         """Kernels the library has made for nodes of this op ("DmoeExperts", "DmoeLinear", "DmoeBlockRoute")."""
@@ -61,12 +57,19 @@ class LibrarySession:
     @property
     def rebuild(self) -> str:
         """What makes the library anew, as a clause."""
-        return f"build them again with `make {'cpu-ops' if self._path.name == 'libdmoe_cpu.so' else 'ort-ops'}`"
+        return _rebuild(self._path)
 
-    def _unusable(self, error: Exception) -> MissingRequirementError:
-        reason = str(error).splitlines()[0].removeprefix(f"{self._path.resolve()}: ").rstrip(".")
-        return MissingRequirementError(f"ONNX Runtime {ort.__version__} cannot use the kernels in {self._path} "
-                                       f"({reason}); {self.rebuild}.")
+
+def load(path: Path, *functions: str) -> ctypes.CDLL:
+    """The C side of a library; raises MissingRequirementError where it cannot be loaded, or lacks a function."""
+    try:
+        _check_whole(path)
+        library = ctypes.CDLL(str(path.resolve()))
+        for name in functions:
+            getattr(library, name)
+    except (OSError, ValueError, AttributeError) as error:
+        raise _unusable(path, error) from error
+    return library
 
 
 @dataclass(frozen=True)
@@ -101,3 +104,13 @@ def _check_whole(library: Path) -> None:
         size, count = struct.unpack_from("<HH", header, 0x3A)
         if library.stat().st_size < at + size * count:
             raise ValueError("it was cut short")
+
+
+def _unusable(path: Path, error: Exception) -> MissingRequirementError:
+    reason = str(error).splitlines()[0].removeprefix(f"{path.resolve()}: ").rstrip(".")
+    return MissingRequirementError(f"ONNX Runtime {ort.__version__} cannot use the kernels in {path} "
+                                   f"({reason}); {_rebuild(path)}.")
+
+
+def _rebuild(path: Path) -> str:
+    return f"build them again with `make {'cpu-ops' if path.name == 'libdmoe_cpu.so' else 'ort-ops'}`"

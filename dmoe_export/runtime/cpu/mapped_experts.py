@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..library import ExpertSource
+from ..library import ExpertSource, load
 from ..residency.policy import Costs, Move
 from .expert_file import ExpertFile
 from .expert_layout import ExpertTensor
@@ -35,7 +35,8 @@ class MappedExperts:
     """
 
     def __init__(self, library: Path, path: Path, layers: list[list[ExpertTensor]], budget: int) -> None:
-        """`library`: our CPU kernels. `budget` in bytes, at least an expert's. Raises as `ExpertFile`."""
+        """`library`: our CPU kernels. `budget` in bytes, at least an expert's. Raises as `ExpertFile` and
+        `load`."""
         self._each = sum(tensor.slab for tensor in layers[0])
         self.capacity = budget // self._each  # experts that may be in memory
         assert self.capacity >= 1, "plan_budget refuses less than a token's experts"
@@ -44,7 +45,7 @@ class MappedExperts:
         self._shape = len(layers), layers[0][0].shape[0]
         addresses = np.array([[self.weights[t.name].ctypes.data for t in layer] for layer in layers], np.uintp)
         slabs = np.array([tensor.slab for tensor in layers[0]], np.int64)
-        c = self._c = ctypes.CDLL(str(library.resolve()))
+        c = self._c = load(library, "dmoe_residency_create")
         c.dmoe_residency_create.restype = ctypes.c_void_p
         self._books = ctypes.c_void_p(c.dmoe_residency_create(_pointer(addresses), _pointer(slabs), len(layers),
                                                               len(layers[0]), self._shape[1], self.capacity))

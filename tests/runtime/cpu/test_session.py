@@ -49,6 +49,8 @@ def test_a_library_that_cannot_be_loaded(tiny_bundle, tmp_path, monkeypatch, len
     assert f"cannot use the kernels in {tmp_path / 'libdmoe_cpu.so'} (" in answers.backend_choice
     assert answers.generate([[5, 6, 7]], max_new_tokens=2)
     with pytest.raises(MissingRequirementError, match=r"cannot use the kernels in .*; build them again with"):
+        Generator.open(tiny_bundle.folder, backend="onnxruntime", verify="sizes", expert_budget="50%")
+    with pytest.raises(MissingRequirementError, match=r"cannot use the kernels in .*; build them again with"):
         said(tiny_bundle, "on")
 
 
