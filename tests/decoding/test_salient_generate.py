@@ -8,8 +8,9 @@ import pytest
 from click.testing import CliRunner
 from cpu_ops_helpers import built
 
-from dmoe_export import Generator
+from dmoe_export import Generator, export_checkpoint
 from dmoe_export.checkpoint.family import Checkpoint
+from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
 from dmoe_export.cli import main
 from dmoe_export.decoding.loop import BlockDiffusion
 from dmoe_export.decoding.settings import DecodeSettings
@@ -120,3 +121,19 @@ def test_refused(llada, tiny_bundle):
     plain = Generator.open(tiny_bundle.folder, backend="onnxruntime")
     with pytest.raises(RequestError, match="has no salient graph; export it with --salient"):
         tokens(plain, salient_threshold=0.9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision, dense", [("fp16", None), ("int8", "fp16"), ("int4", "fp32")])
+def test_under_an_expert_budget_in_every_format(precision, dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "INSTALLED", built())
+    config = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 2}
+    write_synthetic(tmp_path / "checkpoint", GEOMETRIES["tiny"] | config)
+    bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision=precision,
+                               dense_precision=dense, salient=True)
+    options = {"salient_threshold": 0.99, "full_steps": 1}
+    whole, half = (Generator.open(bundle.folder, backend="onnxruntime", threads=1, verify="sizes", expert_budget=budget)
+                   for budget in (None, "50%"))
+    assert tokens(half, **options) == tokens(whole, **options)
+    residency = half.generate(PROMPTS, **(COMMON | options))[0].stats.residency
+    assert residency["misses"] > 0 and residency["peak_bytes"] <= residency["budget_bytes"]
