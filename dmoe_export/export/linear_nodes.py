@@ -11,15 +11,18 @@ _LINEAR = {"transA": 0, "transB": 1, "alpha": 1.0, "beta": 1.0}  # what a Gemm t
 _DEFAULTS = {**_LINEAR, "transB": 0}
 
 
-def name_linear_layers(model: ir.Model) -> None:
+def name_linear_layers(model: ir.Model) -> bool:
     """Turn every Gemm that is a linear layer, its weights among the initializers, into a `DmoeLinear` node.
 
-    Names, outputs and their recorded shapes stay; the model still needs the op's body.
+    Names, outputs and their recorded shapes stay; the model still needs the op's body. Returns whether one has a bias.
     """
+    bias = False
     for node in model.graph:
         if node.domain == "" and node.op_type == "Gemm" and _is_linear(node):
             node.domain, node.op_type = DOMAIN, linear.SCHEMA.name
             node.attributes.clear()
+            bias |= len(node.inputs) == len(linear.SCHEMA.inputs)
+    return bias
 
 
 def _is_linear(node: ir.Node) -> bool:

@@ -72,8 +72,7 @@ def trace_graph(graph: DenoiserGraph | SalientGraph, inputs: tuple[Any, ...], ax
     _name_dimensions(model)
     _strip_metadata(model)
     if denoiser.dtype != torch.bfloat16:  # no kernels of ours take it
-        name_linear_layers(model)
-        _add_body(model, linear_body())
+        _add_body(model, linear_body(bias=name_linear_layers(model)))
     if description.moe is not None:
         _add_routed_bodies(model, description.moe, denoiser)
     return model

@@ -161,3 +161,26 @@ def test_the_datacenter_flavour(monkeypatch):
     flavour.configure(config, ("sm90",), ("refit", "version-compatible", "hardware-compatible"))
     assert config.flags == ["version", "refit"] and config.hardware_compatibility_level == "ampere"
     assert not hasattr(config, "num_compute_capabilities")
+
+
+def test_the_parser_takes_the_exported_graph_as_it_lies(bundle):
+    """Without our builder, as trtexec would: nodes are plugins, linear layers their Gemm."""
+    code = """
+import sys
+from collections import Counter
+from dmoe_export.engine.flavour import find_flavour
+from dmoe_export.engine.plugins import find_library
+flavour = find_flavour("tensorrt-rtx")
+trt = flavour.trt
+logger = trt.Logger(trt.Logger.ERROR)
+flavour.prepare_plugins()
+trt.get_plugin_registry().load_library(str(find_library().path))
+network = trt.Builder(logger).create_network(flavour.network_flags())
+parser = trt.OnnxParser(network, logger)
+assert parser.parse_from_file(sys.argv[1]), parser.get_error(0).desc()
+print(Counter(str(network.get_layer(i).type).split(".")[-1] for i in range(network.num_layers))["PLUGIN_V3"])
+"""
+    done = in_new_process(code, bundle.denoiser_path)
+    nodes = {op.name: op.count for op in bundle.manifest.denoiser.ops}
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == nodes["DmoeBlockRoute"] + nodes["DmoeExperts"] > 0

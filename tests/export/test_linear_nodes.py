@@ -51,7 +51,7 @@ def test_every_product_with_a_matrix_is_a_node_of_ours(bundle, tmp_path):
         assert sum(len(node.input) == 3 for node in nodes) == (d.num_layers if d.qkv_bias else 0)
         assert all(node.domain == "dmoe" and not node.attribute and node.name for node in nodes)
         (body,) = (function for function in model.functions if function.name == SCHEMA.name)
-        assert [node.op_type for node in body.node] == ["Gemm"]
+        assert [node.op_type for node in body.node] == ["Gemm"] and len(body.input) == 2 + d.qkv_bias
         assert {opset.domain: opset.version for opset in model.opset_import}["dmoe"] == SCHEMA.version
         if not entry.file.startswith("denoiser.salient.8."):  # there no shape but the outputs' is recorded
             known = {value.name: value.type.tensor_type for value in model.graph.value_info}

@@ -18,8 +18,8 @@ from dmoe_export.ops.schema import DOMAIN, OPSET
 TYPES = {"float": (TensorProto.FLOAT, np.float32, 1e-6), "half": (TensorProto.FLOAT16, np.float16, 2**-10)}
 
 
-def _model(kind: str, bias: bool, inlined: bool = False) -> onnx.ModelProto:
-    """One node whose weights are inputs; `inlined`: as TensorRT gets it."""
+def _model(kind: str, bias: bool, inlined: bool = False, alone: bool = False) -> onnx.ModelProto:
+    """One node whose weights are inputs; `inlined`: as TensorRT gets it; `alone`: in a graph without another kind."""
     names, elem = list(SCHEMA.inputs[:2 + bias]), TYPES[kind][0]
     axes = {"x": ["N", "K"], "w": ["M", "K"], "b": ["M"], "y": ["N", "M"]}
     node = helper.make_node(SCHEMA.name, names, list(SCHEMA.outputs), name="one", domain=DOMAIN)
@@ -27,7 +27,8 @@ def _model(kind: str, bias: bool, inlined: bool = False) -> onnx.ModelProto:
         inline(node)
     values = {name: helper.make_tensor_value_info(name, elem, axes[name]) for name in (*names, "y")}
     graph = helper.make_graph([node], "g", [values[name] for name in names], [values["y"]])
-    return helper.make_model(graph, ir_version=10, functions=[] if inlined else [linear_body()], opset_imports=[
+    body = [] if inlined else [linear_body(bias or not alone)]
+    return helper.make_model(graph, ir_version=10, functions=body, opset_imports=[
         helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, SCHEMA.version)])
 
 
@@ -41,7 +42,8 @@ def _session(model: onnx.ModelProto, level: ort.GraphOptimizationLevel) -> ort.I
 def sessions():
     levels = (ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
     return {(kind, bias): [_session(_model(kind, bias), level) for level in levels]
-            + [_session(_model(kind, bias, inlined=True), levels[0])] for kind in TYPES for bias in (False, True)}
+            + [_session(_model(kind, bias, inlined=True), levels[0]),
+               _session(_model(kind, bias, alone=True), levels[1])] for kind in TYPES for bias in (False, True)}
 
 
 @given(kind=st.sampled_from(sorted(TYPES)), bias=st.booleans(), n=st.integers(0, 9), k=st.integers(1, 40),

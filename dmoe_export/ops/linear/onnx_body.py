@@ -1,4 +1,7 @@
-"""ONNX body of `DmoeLinear`, with and without a bias: `Gemm` may leave its third input out, too."""
+"""ONNX body of `DmoeLinear`: `Gemm`, which may leave its third input out, too.
+
+TensorRT's parser takes no function with an input left out: so where no layer of a graph has a bias, the body has none.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from ..schema import DOMAIN, OPSET
 from . import SCHEMA
 
 
-def linear_body() -> onnx.FunctionProto:
-    """The function body, of any sizes and types."""
-    x, w, b = SCHEMA.inputs
+def linear_body(bias: bool = True) -> onnx.FunctionProto:
+    """The function body, of any sizes and types; with `bias`, nodes may have one or not."""
+    inputs = ", ".join(SCHEMA.inputs if bias else SCHEMA.inputs[:2])
     return onnx.parser.parse_function(f"""
     <opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
-    {SCHEMA.name} ({x}, {w}, {b}) => (y)
+    {SCHEMA.name} ({inputs}) => (y)
     {{
-      y = Gemm <transB = 1> ({x}, {w}, {b})
+      y = Gemm <transB = 1> ({inputs})
     }}
     """)
 
