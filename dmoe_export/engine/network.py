@@ -44,7 +44,7 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
     for node in model.graph.node:
         if node.domain != DOMAIN:
             continue
-        if node.op_type == linear.SCHEMA.name:  # as a function the parser refuses it, for the bias that is left out
+        if node.op_type == linear.SCHEMA.name:  # as a function the parser refuses it where some layers have no bias
             inline(node)
         elif node.op_type in as_plugins:
             nodes += 1
