@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..hub import blobs_of
+
 
 def leaves(path: Path, folder: Path) -> bool:
-    """Whether a file lies outside of its checkpoint: not in the folder, nor where a hub's cache keeps its files.
-
-    There it is `snapshots/<commit>/NAME`, a link into `blobs/` beside `snapshots/`.
-    """
-    real, home = path.resolve(), folder.resolve()
-    cache = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
-    return not any(real.is_relative_to(place) for place in (home, *cache))
+    """Whether a file lies outside of its checkpoint: not in the folder, nor where a hub's cache keeps its files."""
+    real, blobs = path.resolve(), blobs_of(folder)
+    return not (real.is_relative_to(folder.resolve()) or (blobs and real.is_relative_to(blobs)))
