@@ -96,7 +96,8 @@ def _manifest(folder: Path, content: bytes) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its numbers"
-        raise BundleError(f"{path} contradicts schema version {version} at {where}: {first['msg']}.") from None
+        raise BundleError(f"{path} contradicts schema version {version} at {where}: "
+                          f"{first['msg'].removeprefix('Value error, ')}.") from None
     listed = {entry.path for entry in manifest.files}
     needed = [manifest.denoiser.file, f"{manifest.denoiser.file}.data"]
     needed += [manifest.experts.file] if manifest.experts else []
