@@ -37,13 +37,14 @@ class Told:
     """Stands in the annotation of an option: `field: Annotated[int, Told("Most tokens", AT_LEAST_1)] = 128`.
 
     `meaning` names unit and source, without a full stop. `shown`: the default in words. `of_bundle`: exported bundles
-    may have a default of their own (`Manifest.decode_defaults`).
+    may have a default of their own (`Manifest.decode_defaults`). `group`: the heading of the command line's help.
     """
 
     meaning: str
     rule: Rule | None = None
     shown: str | None = None
     of_bundle: bool = False
+    group: str = "decoding"
 
 
 @dataclass(frozen=True)

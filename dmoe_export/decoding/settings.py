@@ -30,6 +30,8 @@ _MASS = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _ENDS = Rule(lambda value: _ids(value) == (-1,) or min(_ids(value), default=-1) >= 0,
              "a token id, several of them, or -1 alone for none")
 
+_SAVING, _SAMPLING, _ROUTING = "caches and salient steps", "sampling", "routing"  # groups of options
+
 
 @dataclass(frozen=True)
 class DecodeSettings:
@@ -42,7 +44,7 @@ class DecodeSettings:
     steps: Annotated[int, Told("Most forwards of a block that fill masks", AT_LEAST_1)] = 32
     cache: Annotated[CacheName, Told(
         "What is kept between forwards: block (exact; block-causal models), none, or for full-canvas models prefix or "
-        "dual (Fast-dLLM); auto is block or prefix", one_of(CACHES))] = "auto"
+        "dual (Fast-dLLM); auto is block or prefix", one_of(CACHES), group=_SAVING)] = "auto"
     acceptance: Annotated[AcceptanceName, Told(
         "Which decoded positions a step keeps: above threshold, a fixed number (LLaDA2), by factor (Fast-dLLM), "
         "hierarchy (dInfer) or credit (CreditDecoding)", one_of(ACCEPTANCES))] = "threshold"
@@ -58,27 +60,30 @@ class DecodeSettings:
         SHARE)] = None
     edit_passes: Annotated[int, Told("Most edit forwards after a block's last mask", AT_LEAST_0)] = 16
     salient_threshold: Annotated[float | None, Told(
-        "Salient-token steps (DyLLM) at this cosine, such as 0.99; of bundles exported with --salient", _COSINE)] = None
+        "Salient-token steps (DyLLM) at this cosine, such as 0.99; of bundles exported with --salient", _COSINE,
+        group=_SAVING)] = None
     full_steps: Annotated[int | None, Told(
-        "Dense steps before salient ones", AT_LEAST_1, shown="4; block-causal: 1 in every block")] = None
+        "Dense steps before salient ones", AT_LEAST_1, shown="4; block-causal: 1 in every block", group=_SAVING)] = None
     refresh_interval: Annotated[int | None, Told(
-        "A dense step every so many salient steps", AT_LEAST_1, shown="never")] = None
+        "A dense step every so many salient steps", AT_LEAST_1, shown="never", group=_SAVING)] = None
     salient_capacity: Annotated[int | None, Told(
-        "Use the salient graph of static shapes with so many rows", AT_LEAST_1, shown="the dynamic one")] = None
-    exact_first_layer: Annotated[bool, Told("All rows enter layer 0 of a salient step")] = False
-    temperature: Annotated[float, Told("Temperature of sampling; 0 is greedy", FINITE, of_bundle=True)] = 0.0
-    top_k: Annotated[int, Told("Sample from the k best tokens; 0 is off", AT_LEAST_0, of_bundle=True)] = 0
-    top_p: Annotated[float, Told("Sample from the nucleus of this probability; 1 is off", _MASS, of_bundle=True)] = 1.0
-    seed: Annotated[int, Told("Seed of sampling; row i of a batch draws with seed + i", AT_LEAST_0)] = 0
+        "Use the salient graph of static shapes with so many rows", AT_LEAST_1, shown="the dynamic one", group=_SAVING)] = None
+    exact_first_layer: Annotated[bool, Told("All rows enter layer 0 of a salient step", group=_SAVING)] = False
+    temperature: Annotated[float, Told("Temperature of sampling; 0 is greedy", FINITE, of_bundle=True, group=_SAMPLING)] = 0.0
+    top_k: Annotated[int, Told("Sample from the k best tokens; 0 is off", AT_LEAST_0, of_bundle=True, group=_SAMPLING)] = 0
+    top_p: Annotated[float, Told(
+        "Sample from the nucleus of this probability; 1 is off", _MASS, of_bundle=True, group=_SAMPLING)] = 1.0
+    seed: Annotated[int, Told("Seed of sampling; row i of a batch draws with seed + i", AT_LEAST_0, group=_SAMPLING)] = 0
     eos_id: Annotated[int | Sequence[int] | None, Told(
         "Token id that ends the answer, one or several; -1 for none", _ENDS, shown="the model's")] = None
     early_stop: Annotated[bool, Told(
         "End inside a block once an EOS has no mask before it; with editing always at the block's end")] = True
-    coreset_top_p: Annotated[float | None, Told("p of top_p routing (dMoE)", SHARE, shown="the bundle's")] = None
+    coreset_top_p: Annotated[float | None, Told(
+        "p of top_p routing (dMoE)", SHARE, shown="the bundle's", group=_ROUTING)] = None
     min_experts: Annotated[int | None, Told(
-        "Least coreset size of top_p routing, in experts", AT_LEAST_1, shown="the bundle's")] = None
+        "Least coreset size of top_p routing, in experts", AT_LEAST_1, shown="the bundle's", group=_ROUTING)] = None
     coreset_size: Annotated[int | None, Told(
-        "C of top_c routing (LLaDA2.2): experts of a block", AT_LEAST_1, shown="the bundle's")] = None
+        "C of top_c routing (LLaDA2.2): experts of a block", AT_LEAST_1, shown="the bundle's", group=_ROUTING)] = None
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
