@@ -65,8 +65,10 @@ class Option:
 
     @property
     def help(self) -> str:
-        """Meaning and default, as on the command line and in the docstring of `Generator.generate`."""
-        return f"{self.told.meaning} [{self.shown}]."
+        """Meaning, values and default, as on the command line and in the docstring of `Generator.generate`."""
+        choices = all(isinstance(one, str) for one in self.types)  # the meaning names them
+        values = f"{self.told.rule.words}; " if self.told.rule and not choices else ""
+        return f"{self.told.meaning} [{values}default: {self.shown}]."
 
     def check(self, value: object) -> None:
         """Raise RequestError for a value of another type, or one that means nothing."""
