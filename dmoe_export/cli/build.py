@@ -19,6 +19,7 @@ from ..bundle.reader import Bundle, open_bundle
 from ..engine.recipe import load_recipe
 from ..engine.settings import BuildSettings, parse_size, parse_targets
 from ..errors import DmoeError, InputError, MissingRequirementError
+from ..extras import pip_install
 from ..hub import hub_id
 from .export import DENSE_PRECISIONS, PRECISIONS, ROUTINGS, as_number, warn
 from .help import SETTINGS, Verb, folders, option
@@ -165,7 +166,7 @@ def _engine_parts() -> tuple[Any, Any]:
         from ..engine.flavour import find_flavour
     except ModuleNotFoundError as error:
         raise MissingRequirementError(f"Building engines needs {error.name}; install with: "
-                                      "pip install 'dmoe-export[rtx]' or 'dmoe-export[tensorrt]'.") from None
+                                      f"{pip_install('rtx')}, or {pip_install('tensorrt')}.") from None
     return find_plugins, find_flavour
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import MissingRequirementError
+from ..extras import pip_install
 from ..runtime.choose import BACKENDS
 from .help import SETTINGS, Verb, folders, option
 from .options import VERIFY
@@ -61,7 +62,7 @@ def check(bundle: Path, report: Path | None, as_json: bool, no_weights: bool, **
             from ..check.report import write_report
     except ModuleNotFoundError as error:
         raise MissingRequirementError(
-            f"Checking needs {error.name}; run: pip install 'dmoe-export[check]'.") from error
+            f"Checking needs {error.name}; run: {pip_install('check')}.") from error
 
     def announce(identity: IdentityCheck) -> None:
         with reader_may_leave():

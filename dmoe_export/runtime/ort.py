@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import MissingRequirementError
+from ..extras import pip_install
 
-_INSTALL = "pip install 'dmoe-export[cpu]', or 'dmoe-export[gpu]' for an NVIDIA GPU"
 # What ONNX Runtime says of a graph that is newer than it is; nothing else is mended by a newer version.
 _TOO_NEW = re.compile(r"not a registered function|No Op registered|No opset import|under development|NOT_IMPLEMENTED|"
                       r"Could not find an implementation|IR version|IR_VERSION|Unrecognized attribute")
@@ -41,6 +41,10 @@ def why_not_loaded(error: Exception, package: str) -> str:
     return f"{reason}; look with dmoe-export inspect, and export the bundle again if its files are whole"
 
 
+def _install() -> str:
+    return f"{pip_install('cpu')}, or for an NVIDIA GPU {pip_install('gpu')}"
+
+
 class _OnnxRuntime:
     """Stands for the module: its attributes are the module's."""
 
@@ -57,10 +61,11 @@ def _module() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise
-        raise MissingRequirementError(f"ONNX Runtime is not installed; run: {_INSTALL}.") from None
+        raise MissingRequirementError(f"ONNX Runtime is not installed; run: {_install()}.") from None
     if not hasattr(module, "InferenceSession"):  # a folder that an uninstalled package left
         raise MissingRequirementError("ONNX Runtime is installed in part (two packages share its folder, and one was "
-                                      f"removed); run: pip uninstall -y onnxruntime onnxruntime-gpu && {_INSTALL}.")
+                                      f"removed); run: pip uninstall -y onnxruntime onnxruntime-gpu && "
+                                      f"{_install()}.")
     return module
 
 
