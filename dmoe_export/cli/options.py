@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar, get_args
 
 import click
@@ -30,9 +30,9 @@ def request_option(name: str) -> Callable[[F], F]:
     flag, words, more = "--" + name.replace("_", "-"), one.help, dict[str, Any]()
     if bool in one.types:
         flag += flag.replace("--", "/--no-", 1)
-    elif Sequence[int] in one.types:
+    elif one.several:
         words += " May be given again."
-        more = {"type": int, "multiple": True, "callback": lambda context, option, values: values or None}
+        more = {"type": one.several, "multiple": True, "callback": lambda context, option, values: values or None}
     else:
         kind = next((kind for kind in (int, float) if kind in one.types), None)
         more = {"type": kind or click.Choice(one.types)}

@@ -24,11 +24,21 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(int(one) for one in values)
 
 
+def _texts(value: Any) -> tuple[str, ...]:
+    """One text or several as a tuple; empty for anything else."""
+    values = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
+    return values if all(isinstance(one, str) for one in values) else ()
+
+
 _COSINE = Rule(lambda value: 0 < value <= 2,
                "a cosine such as 0.99; above 1 everything is recomputed but what enters the first layer")
 _MASS = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _ENDS = Rule(lambda value: _ids(value) == (-1,) or min(_ids(value), default=-1) >= 0,
              "a token id, several of them, or -1 alone for none")
+
+_STOPS = Rule(lambda value: 1 <= len(_texts(value)) <= 16 and all(1 <= len(one) <= 1000 for one in _texts(value)),
+              "a text of 1 to 1000 characters, or 1 to 16 of them")
+_SECONDS = Rule(lambda value: 0 < value < float("inf"), "above 0")
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,12 @@ class DecodeSettings:
         "Token id that ends the answer, one or several; -1 for none", _ENDS, shown="the model's")] = None
     early_stop: Annotated[bool, Told(
         "End inside a block once an EOS has no mask before it; with editing always at the block's end")] = True
+    stop: Annotated[str | Sequence[str] | None, Told(
+        "Text that ends the answer, one or several: the answer's text ends before the first that is complete, and its "
+        "block is the last", _STOPS, shown="none")] = None
+    time_limit: Annotated[float | None, Told(
+        "Most seconds of decoding, looked at between forwards; an answer then has the blocks that are finished",
+        _SECONDS, shown="none")] = None
     coreset_top_p: Annotated[float | None, Told("p of top_p routing (dMoE)", SHARE, shown="the bundle's")] = None
     min_experts: Annotated[int | None, Told(
         "Least coreset size of top_p routing, in experts", AT_LEAST_1, shown="the bundle's")] = None
@@ -92,6 +108,11 @@ class DecodeSettings:
     def eos_ids(self) -> tuple[int, ...] | None:
         """`eos_id` as a tuple: (−1,) for none, None for the model's."""
         return None if self.eos_id is None else _ids(self.eos_id)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """`stop` as a tuple; empty for none."""
+        return _texts(self.stop)
 
 
 OPTIONS = options_of(DecodeSettings)
@@ -127,6 +148,8 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | None
     eos_id: int | Sequence[int] | None
     early_stop: bool | None
+    stop: str | Sequence[str] | None
+    time_limit: float | None
     coreset_top_p: float | None
     min_experts: int | None
     coreset_size: int | None

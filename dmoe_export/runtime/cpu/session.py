@@ -23,9 +23,11 @@ _GAVE_UP = "the expert source gave up"  # plugins/onnxruntime/session.cpp
 class CpuSession:
     """A session, with the library whose kernels it runs on."""
 
-    def __init__(self, raw: Any, bundle: Bundle, library: LibrarySession | None, kernels: Kernels) -> None:
+    def __init__(self, raw: Any, bundle: Bundle, library: LibrarySession | None, kernels: Kernels,
+                 weights: Mapping[str, Any] | None = None) -> None:
         self.raw, self.kernels = raw, kernels
-        self._bundle, self._library = bundle, library  # which must live as long as the session
+        self._bundle = bundle
+        self._keep = library, weights  # which must live as long as the session
 
     def run(self, wanted: list[str], feeds: Mapping[str, Any]) -> list[Any]:
         """The wanted outputs, in this order.
@@ -82,7 +84,7 @@ def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int |
                                       f"{library.rebuild}.")
     if experts.SCHEMA.name in kernels.missing:
         _check_version(bundle)
-    return CpuSession(raw, bundle, library, kernels)
+    return CpuSession(raw, bundle, library, kernels, weights)
 
 
 def _check_version(bundle: Bundle) -> None:
