@@ -1,4 +1,4 @@
-"""An extension of griffe: our docstrings tell keywords as `name: words`, lines that follow indented; pages show a list."""
+"""An extension of griffe: keywords, told in docstrings as `name: words`, become a list, and examples become code."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 import griffe
 
 _KEYWORD = re.compile(r"^([a-z_]+): (.*(?:\n    .*)*)", flags=re.MULTILINE)
+_EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", flags=re.MULTILINE)
 
 
-class Keywords(griffe.Extension):
-    """Turn each run of keyword lines into a list of Markdown."""
+class Docstrings(griffe.Extension):
+    """Markdown of our docstrings."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrite the docstring of one class, function or attribute."""
         if obj.docstring:
-            obj.docstring.value = _KEYWORD.sub(r"* `\1`: \2", obj.docstring.value)
+            listed = _KEYWORD.sub(r"* `\1`: \2", obj.docstring.value)
+            obj.docstring.value = _EXAMPLE.sub(r"```pycon\n\g<0>\n```", listed)

@@ -1,8 +1,8 @@
 """A hook of mkdocs: pages outside docs/ are pages of the site, too, and every link leads to where its target is there.
 
-The repository's links are relative to the file that holds them, so that they work in an editor and on a hosting site. The
-site has the files of docs/ at its root and everything else under its path in the repository. What is linked and is no
-page (results, sources) is copied beside the pages. A link to what does not exist stays as it is: `--strict` refuses it.
+Links are relative to the file that holds them, so that they work in an editor and on a hosting site, too. The site has the
+files of docs/ at its root and everything else under its path in the repository. What is linked and is no page (results,
+sources) is copied beside the pages. A link to what does not exist stays as it is: `--strict` refuses it.
 """
 
 from __future__ import annotations
