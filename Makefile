@@ -124,7 +124,7 @@ bench-build: $(READY) $(PLUGINS)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
-	@echo build/site/index.html
+	@echo "build/site; with search: $(PYTHON) -m http.server --directory build/site"
 
 clean:
 	rm -rf out build dist dmoe_export/lib *.egg-info

@@ -1,8 +1,8 @@
 """A hook of mkdocs: pages outside docs/ are pages of the site, too, and every link leads to where its target is there.
 
-Links are relative to the file that holds them, so that they work in an editor and on a hosting site, too. The site has the
-files of docs/ at its root and everything else under its path in the repository. What is linked and is no page (results,
-sources) is copied beside the pages. A link to what does not exist stays as it is: `--strict` refuses it.
+Links are relative to the file that holds them, so that they work in an editor and on a hosting site, too. The site has
+the files of docs/ at its root and everything else under its path in the repository. What is linked and is no page
+(results, sources) is copied beside the pages. A link to what does not exist stays as it is: `--strict` refuses it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Turn the repository's links of a page into the site's."""
+    """Turn the repository's links of a page into the site's; a search shows sentences of errors first."""
+    if page.file.src_uri.startswith("troubleshooting/"):
+        page.meta["search"] = {"boost": 4}
     source = Path(page.file.abs_src_path)
 
     def moved(match: re.Match[str]) -> str:
