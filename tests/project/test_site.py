@@ -81,6 +81,17 @@ def test_links_lead_to_files_and_places_that_exist(site, pages):
     assert not broken and inside > 1000
 
 
+def test_lists_and_tables_are_no_paragraphs(site):
+    """The site's Markdown wants an empty line before a list or a table; a hosting site's does not."""
+    wrong = [f"{path.relative_to(site)}: {found[0][:60]}" for path in site.rglob("*.html")
+             for found in re.finditer(r"^([*|] .*|\|--.*)$", _without_code(path.read_text(encoding="utf-8")), re.MULTILINE)]
+    assert not wrong
+
+
+def _without_code(html: str) -> str:
+    return re.sub(r"<pre.*?</pre>|<script.*?</script>", "", html, flags=re.DOTALL)
+
+
 def test_search_finds_whole_sentences_of_errors_and_docstrings(site):
     texts = "\n".join(re.sub(r"<[^>]+>", "", doc["text"]) for doc in
                       json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))["docs"])
