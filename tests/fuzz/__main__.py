@@ -30,14 +30,16 @@ from rich.console import Console
 from rich.table import Table
 
 import dmoe_export
-import dmoe_export.cli
 
 from .case import ROOT, Base, pristine
 from .child import Outcome, Runner
 from .targets import TARGETS
+from .targets.command_line import SHARES, parameters
 from .verdict import DEFECTS, FINE, Verdict, judge, kind_of
 
-IMPORTED = (dmoe_export.cli, onnx_ir, onnxruntime, onnxscript, tokenizers, torch.onnx)  # once, for all cases
+IMPORTED = (onnx_ir, onnxruntime, onnxscript, tokenizers, torch.onnx)  # once, for all cases
+for _verb in SHARES:
+    parameters(_verb)
 dmoe_export.export_checkpoint  # noqa: B018  and what it imports when it is asked for
 
 
@@ -91,7 +93,7 @@ def _run(work: Path, base: Base, seed: int, real: int, cases: list[tuple[str, in
     crew = [context.Process(target=_work, args=(work / f"worker-{i}", base, seed, real, todo, done)) for i in range(workers)]
     for one in crew:
         one.start()
-    results: list[tuple[Outcome, Verdict]] = []
+    results: list[tuple[Outcome, Verdict]] = []  # in the order in which they came
     start = time.monotonic()
     while len(results) < len(cases) and not (seconds and time.monotonic() - start > seconds):
         try:
@@ -132,13 +134,14 @@ def table_of(results: list[tuple[Outcome, Verdict]]) -> Table:
 @click.option("--workers", default=2, show_default=True)
 @click.option("--real-traces", default=50, show_default=True, help="Trace one of so many accepted checkpoints; 0: none.")
 @click.option("--json", "report", type=click.Path(path_type=Path), help="Write all outcomes here.")
+@click.option("--base", "given", type=click.Path(path_type=Path), help="A folder with pristine files [made from these sources].")
 @click.option("--out", default=ROOT / "out" / "fuzz", type=click.Path(path_type=Path), help="Folder for files of cases.")
 def fuzz(cases: int, seed: int, seconds: float | None, only: tuple[str, ...], one: tuple[str, int] | None, workers: int,
-         real_traces: int, report: Path | None, out: Path) -> None:
+         real_traces: int, report: Path | None, given: Path | None, out: Path) -> None:
     """Try hostile inputs; exit code 1 where one is neither answered rightly nor refused in one sentence."""
     out.mkdir(parents=True, exist_ok=True)
-    base, start = pristine(out.absolute()), time.monotonic()
-    work = base.folder.parent
+    work = out.absolute()
+    base, start = Base(given.absolute()) if given else pristine(work), time.monotonic()
     if one:
         outcome = Runner(work / "one", base, seed, real_traces).run(*one)
         click.echo(json.dumps(asdict(outcome) | asdict(judge(outcome)), indent=1))

@@ -54,7 +54,18 @@ class Base:
         return list(json.loads((self.folder / "tokens.json").read_text()))
 
 
-Make = Callable[[random.Random, Base, Path], Case]
+class Draw(random.Random):
+    """The random choices of case `number` of a target: the same in every run with a seed."""
+
+    def __new__(cls, seed: int, target: str, number: int) -> Draw:
+        return super().__new__(cls)
+
+    def __init__(self, seed: int, target: str, number: int) -> None:
+        super().__init__(f"{seed} {target} {number}")
+        self.number = number
+
+
+Make = Callable[[Draw, Base, Path], Case]
 """A target: writes a case's files into a folder."""
 
 # Each with the names of its special tokens' fields, set to those of the sample's tokenizer.

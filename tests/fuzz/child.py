@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import json
 import os
-import random
 import resource
 import select
 import shutil
@@ -16,14 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .case import Base, Case
+from .case import Base, Case, Draw
 from .shortcut import Described, traces_shared
 from .targets import TARGETS
 
 SECONDS = 20
+TRACE = 60  # more, where a graph is traced anew
 BYTES = 2 << 30  # of memory that a case may use
 ADDRESSES = 6 << 30  # beyond what the parent has mapped: reserved memory is not used memory, threads reserve a lot
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 TRACEBACK, MUTATOR, DESCRIBED = 70, 71, 72  # exit statuses of a child, beside those of the command
+
+
+def peak_of_this_process() -> int:
+    """Bytes; a child starts with what its parent has."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @dataclass
@@ -62,11 +70,12 @@ class Runner:
             shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / name).mkdir()
         (self.folder / "case" / "out").mkdir()
+        anew = bool(self._real) and Draw(self._seed, f"trace {target}", number).randrange(self._real) == 0
         before, start = self._watched(), time.perf_counter()
         process = os.fork()
         if process == 0:
-            self._child(target, number)
-        status, usage = _wait(process)
+            self._child(target, number, anew)
+        status, usage = _wait(process, SECONDS + (TRACE if anew else 0))
         seconds = time.perf_counter() - start
         told = json.loads(self._text("told.json") or "{}")
         after = self._watched()
@@ -92,22 +101,24 @@ class Runner:
                 found[str(path)] = (stat.st_size, stat.st_mtime_ns)
         return found
 
-    def _child(self, target: str, number: int) -> None:
+    def _child(self, target: str, number: int, anew: bool) -> None:
         status = MUTATOR
         try:
             os.setsid()
+            faulthandler.disable()  # pytest's writes to a terminal
+            ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
             (self.folder / "told.json").unlink(missing_ok=True)
             for name, stream in (("stdout", 1), ("stderr", 2)):
                 os.dup2(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: PTH123, SIM115  whatever had taken its place
+            sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: PTH123, SIM115
             os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
             os.environ.update(HOME=str(self.folder / "home"), TMPDIR=str(self.folder / "temporary"), HF_HUB_OFFLINE="1",
-                              TORCHINDUCTOR_CACHE_DIR=str(self.folder / "torch"))
+                              TORCHINDUCTOR_CACHE_DIR=str(self.folder / "torch"), MPLCONFIGDIR=str(self.folder / "plots"))
             os.chdir(self.folder / "case")
-            rng = random.Random(f"{self._seed} {target} {number}")
-            case = TARGETS[target][0](rng, self._base, self.folder / "case")
+            case = TARGETS[target][0](Draw(self._seed, target, number), self._base, self.folder / "case")
             (self.folder / "told.json").write_text(json.dumps(
                 {"done": case.done, "commands": case.commands, "must_refuse": case.must_refuse, "tokens": case.tokens}))
-            anew = bool(self._real) and rng.randrange(self._real) == 0
             with traces_shared(self._base.folder.parent / "traces", traced_anew=anew):
                 _limit()
                 status = _run(case)
@@ -126,7 +137,7 @@ def _limit() -> None:
     with Path("/proc/self/statm").open() as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESSES,) * 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS,) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (4 * SECONDS,) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -158,11 +169,11 @@ def _run(case: Case) -> int:
     return 0
 
 
-def _wait(process: int) -> tuple[int | None, Any]:
+def _wait(process: int, seconds: float) -> tuple[int | None, Any]:
     """Exit status and use of a child, which is killed where it takes too long."""
     handle = os.pidfd_open(process)
     try:
-        ready, _, _ = select.select([handle], [], [], SECONDS)
+        ready, _, _ = select.select([handle], [], [], seconds)
     finally:
         os.close(handle)
     try:

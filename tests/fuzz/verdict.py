@@ -11,8 +11,9 @@ from .child import BYTES, DESCRIBED, MUTATOR, SECONDS, TRACEBACK, Outcome
 
 FINE = ("right", "answered", "accepted", "refused", "environment", "not finite")
 DEFECTS = ("traceback", "unforeseen", "hang", "killed", "memory", "noise", "sentences", "left behind", "elsewhere",
-           "silently wrong", "fuzzer")
-# The first line of a message after a warning, a hint and a summary, which an accepted case may print.
+           "silently wrong", "wrong code", "fuzzer")
+MACHINE = ("command line", "Python face")  # what may ask for what this machine lacks; files must not be blamed on it
+# A refusal's line, and all that a command may print on stderr: sentences, warnings, the summary of an answer.
 _SAID = re.compile(r"^dmoe-export: (?!warning:)")
 _EXPECTED = re.compile(r"^(dmoe-export: |\[.*\]$|Usage: |Try 'dmoe-export |Error: |The bundle .* was exported and is complete|$)")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -53,7 +54,7 @@ def judge(outcome: Outcome) -> Verdict:
     odd = [line for line in lines if not _EXPECTED.match(line)]
     if odd:
         return Verdict("noise", odd[0][:300])
-    if _CONTROL.search(said.replace("\n", "")):
+    if outcome.commands and _CONTROL.search(said.replace("\n", "")):  # a sentence of an exception is no terminal's
         return Verdict("noise", f"control characters: {said.strip()[:300]!r}")
     return _ended(outcome, status, lines)
 
@@ -84,6 +85,8 @@ def _ended(outcome: Outcome, status: int, lines: list[str]) -> Verdict:
         return Verdict("left behind", ", ".join(outcome.left)[:300])
     if status == 1 and not re.search(r"NaN|infinit|not finite|no number", sentences[0]):
         return Verdict("unforeseen", f"exit 1: {sentences[0][:250]}")
+    if status == 3 and outcome.target not in MACHINE:
+        return Verdict("wrong code", f"exit 3: {sentences[0][:250]}")
     return Verdict({1: "not finite", 2: "refused", 3: "environment"}[status])
 
 

@@ -1,9 +1,10 @@
 """What is fuzzed: the name of each target, and its share of the cases."""
 
 from ..case import Make
-from . import bundle, checkpoint, command_line, python_face, text
+from . import bundle, checkpoint, command_line, found, python_face, text
 
 TARGETS: dict[str, tuple[Make, int]] = {
+    "found": (found.again, 1),
     "config.json": (checkpoint.config, 8),
     "generation_config.json": (checkpoint.generation_config, 3),
     "safetensors header": (checkpoint.header, 6),

@@ -56,7 +56,7 @@ def options(rng: random.Random, base: Base, folder: Path) -> Case:
         given = [_value(rng, one, base, folder) for _ in range(rng.choice([1, 1, 3]) if one.multiple else 1)]
         added += [f"{flag}={text}" for text in given]
     if rng.random() < 0.03:
-        added.append(rng.choice(["--nope", "--", "extra", "-h", "--debug", "--json=1", "--max-new-tokens"]))
+        added.append(rng.choice(["--nope", "--", "extra", "-h", "--json=1", "--max-new-tokens"]))
     shown = " ".join(added)
     return Case(f"{verb} {shown[:150]}", [[*command, *(text.replace("\0", "") for text in added)]])
 
