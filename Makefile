@@ -79,7 +79,7 @@ test: $(READY) $(PLUGINS) $(CPU_OPS) lint types
 # CASES, SEED: how many, and which (the same ones for the same seed). fuzz-quick is for landing, in two minutes.
 CASES ?= 5500
 SEED ?= 0
-FUZZ = PYTHONPATH="$(CURDIR):$(CURDIR)/tests" $(BIN)/python -m fuzz
+FUZZ = OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR):$(CURDIR)/tests" $(BIN)/python -m fuzz
 
 fuzz: $(READY) $(CPU_OPS)
 	$(FUZZ) --cases $(CASES) --seed $(SEED) --json out/fuzz.json

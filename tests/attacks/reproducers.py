@@ -1,4 +1,7 @@
-"""What the fuzzer of `tests/fuzz` found, as the smallest input that shows it. Each is refused in one sentence, or answered."""
+"""What the fuzzer of `tests/fuzz` found, as the smallest input that shows it.
+
+Each must be refused in one sentence, or answered.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,9 @@ def _call(prompts: Any, **options: Any) -> Reproducer:
     def case(base: Base, folder: Path) -> Case:
         from dmoe_export.generator import Generator
 
-        return Case("", [], lambda: Generator.open(base.bundle, threads=1).generate(prompts, max_new_tokens=4, **options))
+        return Case(
+            "", [], lambda: Generator.open(base.bundle, threads=1).generate(prompts, max_new_tokens=4, **options)
+        )
 
     return case
 
@@ -98,24 +103,36 @@ def _loop(base: Base, folder: Path) -> Case:
 
 
 _PLAN = ("build", "--dry-run", "--experts-op", "onnx", "--targets", "sm80")
-_CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                     "generation_config.json", "model.safetensors.index.json", "LICENSE")
+_CHECKPOINT_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "LICENSE",
+)
 
 REPRODUCERS: dict[str, Reproducer] = {
     **{f"{name} of a checkpoint is a pipe": _export(_pipe(name)) for name in _CHECKPOINT_FILES},
     **{f"{name} of a checkpoint leads to /dev/zero": _export(_endless(name)) for name in _CHECKPOINT_FILES},
     "an architecture with a NUL": _export(_json("config.json", lambda c: c.update(architectures=["x\0\x1b[31m"]))),
     "an architecture of two lines": _export(_json("config.json", lambda c: c.update(architectures=["x\ny"]))),
-    "a template that ends in half a character": _export(lambda f: replace(f / "chat_template.jinja", "{{ '\\ud800' }}")),
+    "a template that ends in half a character": _export(
+        lambda f: replace(f / "chat_template.jinja", "{{ '\\ud800' }}")
+    ),
     "a graph that ends early, to be built": _bundle(_sealed("denoiser.onnx", lambda b: b[:-100]), *_PLAN),
     "a graph that ends early": _bundle(_sealed("denoiser.onnx", lambda b: b[:-100])),
     "a graph with a byte too many": _bundle(_sealed("denoiser.onnx", lambda b: b + b"\xff")),
     "an empty graph": _bundle(_sealed("denoiser.onnx", lambda b: b"")),
     "a tensor of 2^62 rows": _bundle(_sealed("denoiser.onnx", _dims)),
-    "weights cut in half": _bundle(_sealed("denoiser.onnx.data", lambda b: b[:len(b) // 2])),
+    "weights cut in half": _bundle(_sealed("denoiser.onnx.data", lambda b: b[: len(b) // 2])),
     "no weights": _bundle(_sealed("denoiser.onnx.data", lambda b: b"")),
-    **{f"a file of a bundle called {name!r}": _bundle(_called("chat_template.jinja", name))
-       for name in ("\ud800", "a\nb", "a\0b", "\x1b[2J", "x" * 5000)},
+    **{
+        f"a file of a bundle called {name!r}": _bundle(_called("chat_template.jinja", name))
+        for name in ("\ud800", "a\nb", "a\0b", "\x1b[2J", "x" * 5000)
+    },
     "experts called with a NUL, to be built": _bundle(_called("experts.bin", "experts.bin\0"), *_PLAN),
     "a template that makes two megabytes": _bundle(_sealed("chat_template.jinja", lambda b: b"{{ 'a,' * 1000000 }}")),
     "output to a link to itself": _loop,

@@ -24,9 +24,30 @@ def verdicts(sample_bundle, tmp_path_factory):
     linked(sample_bundle.folder, base / "bundle")
     linked(SAMPLE, base / "tiny")
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-m", "fuzz", "--only", "found", "--cases", str(len(REPRODUCERS)), "--out", str(out),
-                           "--base", str(base), "--real-traces", "0", "--json", str(out / "found.json")],
-                          env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "fuzz",
+            "--only",
+            "found",
+            "--cases",
+            str(len(REPRODUCERS)),
+            "--out",
+            str(out),
+            "--base",
+            str(base),
+            "--real-traces",
+            "0",
+            "--json",
+            str(out / "found.json"),
+        ],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert (out / "found.json").exists(), done.stderr
     return {one["done"]: one for one in json.loads((out / "found.json").read_text())}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import queue
 import shlex
 import shutil
@@ -14,11 +13,6 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")  # before anything is imported: threads do not survive a fork
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import click
 import onnx_ir
@@ -77,20 +71,30 @@ def _keep(folder: Path, outcome: Outcome, verdict: Verdict, seed: int) -> None:
     place = folder.parent / "defects" / f"{outcome.target.replace(' ', '-').replace(',', '')}-{outcome.number}"
     shutil.rmtree(place, ignore_errors=True)
     shutil.move(folder / "case", place)
-    lines = [f"# {verdict.name}: {verdict.why}", f"# {outcome.done}", f"# again: python -m fuzz --seed {seed} "
-             f"--case '{outcome.target}' {outcome.number}"]
-    lines += [shlex.join(["dmoe-export", *command]).replace(str(folder / "case"), str(place)) for command in outcome.commands]
-    (place / "command.sh").write_text("\n".join(line.replace("\n", "\n# ") if line.startswith("#") else line for line in lines)
-                                      + "\n", errors="replace")
+    lines = [
+        f"# {verdict.name}: {verdict.why}",
+        f"# {outcome.done}",
+        f"# again: python -m fuzz --seed {seed} --case '{outcome.target}' {outcome.number}",
+    ]
+    lines += [
+        shlex.join(["dmoe-export", *command]).replace(str(folder / "case"), str(place)) for command in outcome.commands
+    ]
+    (place / "command.sh").write_text(
+        "\n".join(line.replace("\n", "\n# ") if line.startswith("#") else line for line in lines) + "\n",
+        errors="replace",
+    )
 
 
-def _run(work: Path, base: Base, seed: int, real: int, cases: list[tuple[str, int]], workers: int,
-         seconds: float | None) -> list[tuple[Outcome, Verdict]]:
+def _run(
+    work: Path, base: Base, seed: int, real: int, cases: list[tuple[str, int]], workers: int, seconds: float | None
+) -> list[tuple[Outcome, Verdict]]:
     context = multiprocessing.get_context("fork")
     todo, done = context.Queue(), context.Queue()
     for case in cases:
         todo.put(case)
-    crew = [context.Process(target=_work, args=(work / f"worker-{i}", base, seed, real, todo, done)) for i in range(workers)]
+    crew = [
+        context.Process(target=_work, args=(work / f"worker-{i}", base, seed, real, todo, done)) for i in range(workers)
+    ]
     for one in crew:
         one.start()
     results: list[tuple[Outcome, Verdict]] = []  # in the order in which they came
@@ -115,7 +119,9 @@ def table_of(results: list[tuple[Outcome, Verdict]]) -> Table:
     counts: dict[str, Counter[str]] = {}
     for outcome, verdict in results:
         counts.setdefault(outcome.target, Counter())[verdict.name] += 1
-    names = [name for name in (*FINE, *DEFECTS) if any(c[name] for c in counts.values()) or name in FINE[:4] + DEFECTS[:4]]
+    names = [
+        name for name in (*FINE, *DEFECTS) if any(c[name] for c in counts.values()) or name in FINE[:4] + DEFECTS[:4]
+    ]
     table = Table("target", "cases", *names, title="Outcomes")
     for target in [name for name in TARGETS if name in counts]:
         table.add_row(target, *map(str, [sum(counts[target].values()), *(counts[target][name] for name in names)]))
@@ -132,12 +138,28 @@ def table_of(results: list[tuple[Outcome, Verdict]]) -> Table:
 @click.option("--only", multiple=True, type=click.Choice(list(TARGETS)), help="This target; may be given again.")
 @click.option("--case", "one", type=(click.Choice(list(TARGETS)), int), help="One case, and all that it printed.")
 @click.option("--workers", default=2, show_default=True)
-@click.option("--real-traces", default=50, show_default=True, help="Trace one of so many accepted checkpoints; 0: none.")
+@click.option(
+    "--real-traces", default=50, show_default=True, help="Trace one of so many accepted checkpoints; 0: none."
+)
 @click.option("--json", "report", type=click.Path(path_type=Path), help="Write all outcomes here.")
-@click.option("--base", "given", type=click.Path(path_type=Path), help="A folder with pristine files [made from these sources].")
-@click.option("--out", default=ROOT / "out" / "fuzz", type=click.Path(path_type=Path), help="Folder for files of cases.")
-def fuzz(cases: int, seed: int, seconds: float | None, only: tuple[str, ...], one: tuple[str, int] | None, workers: int,
-         real_traces: int, report: Path | None, given: Path | None, out: Path) -> None:
+@click.option(
+    "--base", "given", type=click.Path(path_type=Path), help="A folder with pristine files [made from these sources]."
+)
+@click.option(
+    "--out", default=ROOT / "out" / "fuzz", type=click.Path(path_type=Path), help="Folder for files of cases."
+)
+def fuzz(
+    cases: int,
+    seed: int,
+    seconds: float | None,
+    only: tuple[str, ...],
+    one: tuple[str, int] | None,
+    workers: int,
+    real_traces: int,
+    report: Path | None,
+    given: Path | None,
+    out: Path,
+) -> None:
     """Try hostile inputs; exit code 1 where one is neither answered rightly nor refused in one sentence."""
     out.mkdir(parents=True, exist_ok=True)
     work = out.absolute()
@@ -153,8 +175,10 @@ def fuzz(cases: int, seed: int, seconds: float | None, only: tuple[str, ...], on
     kinds = Counter(kind_of(verdict) for _, verdict in wrong)
     for kind, count in kinds.most_common():
         click.echo(f"{count:5} × {kind!a}")
-    click.echo(f"{len(results)} cases in {time.monotonic() - start:.0f} s, {len(wrong)} defects of {len(kinds)} kinds"
-               + (f"; see {work / 'defects'}" if wrong else ""))
+    click.echo(
+        f"{len(results)} cases in {time.monotonic() - start:.0f} s, {len(wrong)} defects of {len(kinds)} kinds"
+        + (f"; see {work / 'defects'}" if wrong else "")
+    )
     if report:
         report.write_text(json.dumps([asdict(outcome) | asdict(verdict) for outcome, verdict in results], indent=1))
     sys.exit(bool(wrong))

@@ -69,8 +69,12 @@ Make = Callable[[Draw, Base, Path], Case]
 """A target: writes a case's files into a folder."""
 
 # Each with the names of its special tokens' fields, set to those of the sample's tokenizer.
-FAMILIES = {"tiny": ("pad_token_id", "eos_token_id"), "llada-tiny": ("eos_token_id",), "dream-tiny": ("eos_token_id",),
-            "llada-moe-tiny": ("eos_token_id",)}
+FAMILIES = {
+    "tiny": ("pad_token_id", "eos_token_id"),
+    "llada-tiny": ("eos_token_id",),
+    "dream-tiny": ("eos_token_id",),
+    "llada-moe-tiny": ("eos_token_id",),
+}
 
 
 def answer(bundle: Path | str, *options: str, ids: str | None = IDS) -> list[str]:
@@ -139,11 +143,13 @@ def _make(folder: Path) -> None:
         write_synthetic(folder / name, config)
         for file in TEXT_FILES:
             shutil.copy(SAMPLE / file, folder / name / file)
-        (folder / name / "generation_config.json").write_text(json.dumps(
-            {"eos_token_id": [1], "max_new_tokens": 16, "do_sample": False, "temperature": 0.0}))
+        (folder / name / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": [1], "max_new_tokens": 16, "do_sample": False, "temperature": 0.0})
+        )
     with traces_shared(folder.parent / "traces", keep=True):
         export_checkpoint(folder / "tiny", folder / "bundle", salient=True)
     from dmoe_export.generator import Generator
+
     ids = [int(one) for one in IDS.split(",")]
     answered = Generator.open(folder / "bundle", threads=1).generate([ids], max_new_tokens=4)[0].token_ids
     (folder / "tokens.json").write_text(json.dumps(answered))

@@ -1,4 +1,4 @@
-"""One case in a process of its own: forked from one that has imported everything, within limits, watched from outside."""
+"""One case in a process of its own: forked from one that has imported everything, bounded, watched from outside."""
 
 from __future__ import annotations
 
@@ -80,11 +80,26 @@ class Runner:
         told = json.loads(self._text("told.json") or "{}")
         after = self._watched()
         changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        left = [str(path.relative_to(self.folder)) for place in ("case/out", "temporary")
-                for path in (self.folder / place).iterdir()]
-        return Outcome(target, number, told.get("done", ""), told.get("commands", []), told.get("must_refuse", False),
-                       told.get("tokens"), status, seconds, usage.ru_maxrss * 1024, self._text("stdout"),
-                       self._text("stderr"), left, changed)
+        left = [
+            str(path.relative_to(self.folder))
+            for place in ("case/out", "temporary")
+            for path in (self.folder / place).iterdir()
+        ]
+        return Outcome(
+            target,
+            number,
+            told.get("done", ""),
+            told.get("commands", []),
+            told.get("must_refuse", False),
+            told.get("tokens"),
+            status,
+            seconds,
+            usage.ru_maxrss * 1024,
+            self._text("stdout"),
+            self._text("stderr"),
+            left,
+            changed,
+        )
 
     def _text(self, name: str) -> str:
         path = self.folder / name
@@ -110,15 +125,28 @@ class Runner:
             (self.folder / "told.json").unlink(missing_ok=True)
             for name, stream in (("stdout", 1), ("stderr", 2)):
                 os.dup2(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: PTH123, SIM115  whatever had taken its place
-            sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: PTH123, SIM115
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  whatever had taken its place
+            sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
             os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
-            os.environ.update(HOME=str(self.folder / "home"), TMPDIR=str(self.folder / "temporary"), HF_HUB_OFFLINE="1",
-                              TORCHINDUCTOR_CACHE_DIR=str(self.folder / "torch"), MPLCONFIGDIR=str(self.folder / "plots"))
+            os.environ.update(
+                HOME=str(self.folder / "home"),
+                TMPDIR=str(self.folder / "temporary"),
+                HF_HUB_OFFLINE="1",
+                TORCHINDUCTOR_CACHE_DIR=str(self.folder / "torch"),
+                MPLCONFIGDIR=str(self.folder / "plots"),
+            )
             os.chdir(self.folder / "case")
             case = TARGETS[target][0](Draw(self._seed, target, number), self._base, self.folder / "case")
-            (self.folder / "told.json").write_text(json.dumps(
-                {"done": case.done, "commands": case.commands, "must_refuse": case.must_refuse, "tokens": case.tokens}))
+            (self.folder / "told.json").write_text(
+                json.dumps(
+                    {
+                        "done": case.done,
+                        "commands": case.commands,
+                        "must_refuse": case.must_refuse,
+                        "tokens": case.tokens,
+                    }
+                )
+            )
             with traces_shared(self._base.folder.parent / "traces", traced_anew=anew):
                 _limit()
                 status = _run(case)

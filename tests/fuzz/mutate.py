@@ -8,15 +8,104 @@ import random
 import struct
 from typing import Any
 
-NUMBERS = [0, -1, 1, 2, 3, 7, 255, 65535, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64,
-           10**30, 10**400, -(10**400), 0.5, -0.0, 1e-45, 5e-324, 1e38, 1e39, 1.7976931348623157e308, float("inf"),
-           float("-inf"), float("nan")]
-WORDS = ["", " ", "0", "1", "-1", "2147483648", "१२", "１２", "1e999", "nan", "inf", "None", "true", "auto", "a" * 5000, "é", "\x00",
-         "\n", "a\nb", "\x1b[31mred\x1b[0m", "\u202eright", "\ud800", "😀" * 50, "..", "../../etc/passwd", "/etc/passwd",
-         "/dev/zero", "/dev/null", "/proc/self/mem", "%s%n", "{0.__class__}", "{{ 7*7 }}", "x" * 255, "CON", "~", "-", "--",
-         "manifest.json", "denoiser.onnx", "1,2", "[1]", "{}", "1_000", "0x10", "+1", "1.0", "١٢٣", "²"]
-OTHERS: list[Any] = [None, True, False, [], {}, [[]], [None], [1] * 5000, {"a": 1}, [True], [1.5], ["1"], [-1],
-                     {"": {"": {}}}]
+NUMBERS = [
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    255,
+    65535,
+    2**31 - 1,
+    2**31,
+    -(2**31),
+    2**32,
+    2**53 + 1,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64,
+    10**30,
+    10**400,
+    -(10**400),
+    0.5,
+    -0.0,
+    1e-45,
+    5e-324,
+    1e38,
+    1e39,
+    1.7976931348623157e308,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+]
+WORDS = [
+    "",
+    " ",
+    "0",
+    "1",
+    "-1",
+    "2147483648",
+    "१२",
+    "１２",
+    "1e999",
+    "nan",
+    "inf",
+    "None",
+    "true",
+    "auto",
+    "a" * 5000,
+    "é",
+    "\x00",
+    "\n",
+    "a\nb",
+    "\x1b[31mred\x1b[0m",
+    "\u202eright",
+    "\ud800",
+    "😀" * 50,
+    "..",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "/dev/zero",
+    "/dev/null",
+    "/proc/self/mem",
+    "%s%n",
+    "{0.__class__}",
+    "{{ 7*7 }}",
+    "x" * 255,
+    "CON",
+    "~",
+    "-",
+    "--",
+    "manifest.json",
+    "denoiser.onnx",
+    "1,2",
+    "[1]",
+    "{}",
+    "1_000",
+    "0x10",
+    "+1",
+    "1.0",
+    "١٢٣",
+    "²",
+]
+OTHERS: list[Any] = [
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    [None],
+    [1] * 5000,
+    {"a": 1},
+    [True],
+    [1.5],
+    ["1"],
+    [-1],
+    {"": {"": {}}},
+]
 
 
 def value(rng: random.Random, old: Any = None) -> Any:
@@ -90,11 +179,23 @@ def same(rng: random.Random, whole: Any) -> str:
 
 def text(rng: random.Random, old: bytes) -> tuple[bytes, str]:
     """A file of text (JSON, mostly) that is damaged as a text, and words for it."""
-    ways = {"50 000 deep": b'{"a":' * 50000 + b"1" + b"}" * 50000, "a deep list": b"[" * 100000 + b"]" * 100000, "empty": b"",
-            "a number of 5000 digits": old.replace(b"1", b"1" * 5000, 1), "UTF-16": old.decode(errors="replace").encode("utf-16"),
-            "BOM": b"\xef\xbb\xbf" + old, "twice": old + old, "NULs": b"\0" * 4096, "Latin-1": b'{"\xe9": 1}' + old,
-            "null": b"null", "a string": b'"x"', "a list": b"[1]", "one name twice": b'{"vocab_size": 3,' + old.lstrip()[1:],
-            "ends early": old[:rng.randrange(len(old) + 1)], "open string": b'{"a": "' + b"x" * 100000}
+    ways = {
+        "50 000 deep": b'{"a":' * 50000 + b"1" + b"}" * 50000,
+        "a deep list": b"[" * 100000 + b"]" * 100000,
+        "empty": b"",
+        "a number of 5000 digits": old.replace(b"1", b"1" * 5000, 1),
+        "UTF-16": old.decode(errors="replace").encode("utf-16"),
+        "BOM": b"\xef\xbb\xbf" + old,
+        "twice": old + old,
+        "NULs": b"\0" * 4096,
+        "Latin-1": b'{"\xe9": 1}' + old,
+        "null": b"null",
+        "a string": b'"x"',
+        "a list": b"[1]",
+        "one name twice": b'{"vocab_size": 3,' + old.lstrip()[1:],
+        "ends early": old[: rng.randrange(len(old) + 1)],
+        "open string": b'{"a": "' + b"x" * 100000,
+    }
     if rng.random() < 0.4:
         return raw(rng, old)
     name = rng.choice(list(ways))
@@ -113,15 +214,15 @@ def raw(rng: random.Random, old: bytes) -> tuple[bytes, str]:
         elif way == 1 and at < len(data):
             data[at] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, ord("9"), ord('"'), ord("{")])
         elif way == 2:
-            del data[at:at + rng.choice([1, 2, 8, 64])]
+            del data[at : at + rng.choice([1, 2, 8, 64])]
         elif way == 3:
             data[at:at] = rng.randbytes(rng.choice([1, 4, 16]))
         elif way == 4:
             number = rng.choice([0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1, len(old), len(old) + 1, 2**40])
-            packed = struct.pack("<Q", number)[:rng.choice([1, 2, 4, 8])]
-            data[at:at + len(packed)] = packed
+            packed = struct.pack("<Q", number)[: rng.choice([1, 2, 4, 8])]
+            data[at : at + len(packed)] = packed
         elif way == 5:
-            piece = data[at:at + rng.choice([1, 8, 64, 512])]
+            piece = data[at : at + rng.choice([1, 8, 64, 512])]
             data[at:at] = piece
         else:
             del data[at:]

@@ -59,7 +59,9 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr("fuzz.verdict.BYTES", child.peak_of_this_process() + (200 << 20))
 
     def verdict(call, **more):
-        monkeypatch.setitem(TARGETS, "Python face", (lambda rng, base, folder: Case("", [], lambda: call(folder), **more), 1))
+        monkeypatch.setitem(
+            TARGETS, "Python face", (lambda rng, base, folder: Case("", [], lambda: call(folder), **more), 1)
+        )
         runner = child.Runner(tmp_path / "work", Base(tmp_path / "base"), seed=0)
         return judge(runner.run("Python face", 0)).name
 

@@ -10,12 +10,26 @@ from dataclasses import dataclass
 from .child import BYTES, DESCRIBED, MUTATOR, SECONDS, TRACEBACK, Outcome
 
 FINE = ("right", "answered", "accepted", "refused", "environment", "not finite")
-DEFECTS = ("traceback", "unforeseen", "hang", "killed", "memory", "noise", "sentences", "left behind", "elsewhere",
-           "silently wrong", "wrong code", "fuzzer")
+DEFECTS = (
+    "traceback",
+    "unforeseen",
+    "hang",
+    "killed",
+    "memory",
+    "noise",
+    "sentences",
+    "left behind",
+    "elsewhere",
+    "silently wrong",
+    "wrong code",
+    "fuzzer",
+)
 MACHINE = ("command line", "Python face")  # what may ask for what this machine lacks; files must not be blamed on it
 # A refusal's line, and all that a command may print on stderr: sentences, warnings, the summary of an answer.
 _SAID = re.compile(r"^dmoe-export: (?!warning:)")
-_EXPECTED = re.compile(r"^(dmoe-export: |\[.*\]$|Usage: |Try 'dmoe-export |Error: |The bundle .* was exported and is complete|$)")
+_EXPECTED = re.compile(
+    r"^(dmoe-export: |\[.*\]$|Usage: |Try 'dmoe-export |Error: |The bundle .* was exported and is complete|$)"
+)
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 

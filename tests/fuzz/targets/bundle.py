@@ -19,8 +19,18 @@ def _command(rng: random.Random, bundle: Path) -> list[str]:
     plan = ["build", str(bundle), "--dry-run", "--experts-op", "onnx", "--targets", "sm80"]
     budget = answer(bundle, "--expert-budget", "50%")
     salient = answer(bundle, "--salient-threshold", "0.9")
-    return rng.choice([answer(bundle), answer(bundle), answer(bundle, ids=None), ["inspect", str(bundle)], budget, salient, plan,
-                       answer(bundle, "--verify", "sizes")])
+    return rng.choice(
+        [
+            answer(bundle),
+            answer(bundle),
+            answer(bundle, ids=None),
+            ["inspect", str(bundle)],
+            budget,
+            salient,
+            plan,
+            answer(bundle, "--verify", "sizes"),
+        ]
+    )
 
 
 def manifest(rng: random.Random, base: Base, folder: Path) -> Case:
@@ -55,8 +65,17 @@ def sealed(rng: random.Random, base: Base, folder: Path) -> Case:
         replace(path, data)
     elif what < 0.6:
         size = len(path.read_bytes())
-        data = rng.choice([b"", b"\0" * size, b"\xff" * size, path.read_bytes()[:size // 2], path.read_bytes() * 2,
-                           b"\x00\x00\xc0\x7f" * (size // 4), b"\xff\xff\x7f\x7f" * (size // 4)])
+        data = rng.choice(
+            [
+                b"",
+                b"\0" * size,
+                b"\xff" * size,
+                path.read_bytes()[: size // 2],
+                path.read_bytes() * 2,
+                b"\x00\x00\xc0\x7f" * (size // 4),
+                b"\xff\xff\x7f\x7f" * (size // 4),
+            ]
+        )
         replace(path, data)
         done = f"{len(data)} bytes {data[:8]!r}…"
     elif what < 0.8:
@@ -67,12 +86,26 @@ def sealed(rng: random.Random, base: Base, folder: Path) -> Case:
         elif kind == "folder":
             path.mkdir()
         elif kind != "absent":
-            path.symlink_to({"link to /dev/zero": "/dev/zero", "link to itself": path}.get(kind, base.folder / "tokens.json"))
+            path.symlink_to(
+                {"link to /dev/zero": "/dev/zero", "link to itself": path}.get(kind, base.folder / "tokens.json")
+            )
         return Case(f"{name} is a {kind}", [_command(rng, bundle)], must_refuse=True)
     else:
         whole = json.loads((bundle / "manifest.json").read_text())
-        other = rng.choice(["../bundle/" + name, "/etc/passwd", "a/../" + name, "./" + name, name + "\x00", "", "manifest.json", "x\ny",
-                            "x" * 5000, "\ud800"])
+        other = rng.choice(
+            [
+                "../bundle/" + name,
+                "/etc/passwd",
+                "a/../" + name,
+                "./" + name,
+                name + "\x00",
+                "",
+                "manifest.json",
+                "x\ny",
+                "x" * 5000,
+                "\ud800",
+            ]
+        )
         text = json.dumps(whole).replace(json.dumps(name), json.dumps(other))
         replace(bundle / "manifest.json", text)
         return Case(f"{name} is called {other[:30]!r}", [_command(rng, bundle)])
@@ -109,10 +142,16 @@ def graph(rng: random.Random, base: Base, folder: Path) -> Case:
 def _edit(rng: random.Random, model: onnx.ModelProto) -> str:
     graph, number = model.graph, rng.choice([0, -1, 1, 2, 7, 2**31, 2**62, -(2**63)])
     node, tensor = rng.choice(graph.node), rng.choice(graph.initializer)
-    way = rng.choice(["attribute", "external", "dims", "op", "input", "output", "value", "opset", "drop", "function", "type"])
+    way = rng.choice(
+        ["attribute", "external", "dims", "op", "input", "output", "value", "opset", "drop", "function", "type"]
+    )
     if way == "attribute":
         owners = [n for f in model.functions for n in f.node if n.attribute] + [n for n in graph.node if n.attribute]
-        owner = rng.choice([n for n in owners if n.op_type.startswith("Dmoe")] or owners) if rng.random() < 0.5 else rng.choice(owners)
+        owner = (
+            rng.choice([n for n in owners if n.op_type.startswith("Dmoe")] or owners)
+            if rng.random() < 0.5
+            else rng.choice(owners)
+        )
         attribute = rng.choice(owner.attribute)
         if attribute.ints:
             attribute.ints[rng.randrange(len(attribute.ints))] = number
@@ -121,17 +160,23 @@ def _edit(rng: random.Random, model: onnx.ModelProto) -> str:
         return f"{owner.op_type}.{attribute.name} = {number}"
     if way == "external" and tensor.external_data:
         entry = rng.choice(tensor.external_data)
-        entry.value = rng.choice([str(number), "../tiny/config.json", "/etc/passwd", "/dev/zero", "manifest.json", "x", "", "१"])
+        entry.value = rng.choice(
+            [str(number), "../tiny/config.json", "/etc/passwd", "/dev/zero", "manifest.json", "x", "", "१"]
+        )
         return f"{tensor.name}: {entry.key} = {entry.value}"
     if way == "dims" and tensor.dims:
         tensor.dims[rng.randrange(len(tensor.dims))] = number
         return f"{tensor.name}: dims {list(tensor.dims)}"
     if way == "op":
-        old, node.op_type = node.op_type, rng.choice(["DmoeExperts", "DmoeLinear", "Identity", "If", "Loop", "Reshape", "Nope", ""])
+        old, node.op_type = (
+            node.op_type,
+            rng.choice(["DmoeExperts", "DmoeLinear", "Identity", "If", "Loop", "Reshape", "Nope", ""]),
+        )
         return f"{old} became {node.op_type!r}"
     if way == "input" and node.input:
         node.input[rng.randrange(len(node.input))] = rng.choice(
-            [rng.choice(graph.node).output[0], tensor.name, graph.input[0].name, "nowhere", ""])
+            [rng.choice(graph.node).output[0], tensor.name, graph.input[0].name, "nowhere", ""]
+        )
         return f"another input of {node.name}"
     if way == "output":
         node.output[0] = rng.choice([rng.choice(graph.node).output[0], graph.output[0].name, "logits", ""])

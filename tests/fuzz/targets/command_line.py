@@ -20,10 +20,32 @@ COMMANDS: dict[str, Callable[[Base, Path], list[str]]] = {
     "export": lambda base, folder: ["export", str(base.checkpoint()), "--out", str(folder / "out" / "bundle")],
     "build": lambda base, folder: ["build", str(base.bundle), "--dry-run", "--experts-op", "onnx", "--targets", "sm80"],
     "inspect": lambda base, folder: ["inspect", str(base.bundle)],
-    "bench decode": lambda base, folder: ["bench", "decode", str(base.bundle), "--prompt", PROMPT, "--max-new-tokens", "4",
-                                          "--rounds", "1", "--cache", "none,block", "--threads", "1"],
-    "bench residency": lambda base, folder: ["bench", "residency", str(base.bundle), "--rounds", "1", "--max-new-tokens", "4",
-                                             "--threads", "1"],
+    "bench decode": lambda base, folder: [
+        "bench",
+        "decode",
+        str(base.bundle),
+        "--prompt",
+        PROMPT,
+        "--max-new-tokens",
+        "4",
+        "--rounds",
+        "1",
+        "--cache",
+        "none,block",
+        "--threads",
+        "1",
+    ],
+    "bench residency": lambda base, folder: [
+        "bench",
+        "residency",
+        str(base.bundle),
+        "--rounds",
+        "1",
+        "--max-new-tokens",
+        "4",
+        "--threads",
+        "1",
+    ],
 }
 SHARES = {"generate": 10, "export": 4, "build": 4, "inspect": 2, "bench decode": 2, "bench residency": 1}
 NOT_DRAWN = {"help", "list_recipes", "version"}  # they end a command before it has begun
@@ -68,26 +90,79 @@ def _value(rng: random.Random, one: click.Parameter, base: Base, folder: Path) -
     if isinstance(kind, click.Choice) and what < 0.8:
         return str(rng.choice(list(kind.choices)))
     if isinstance(kind, (click.types.IntParamType, click.types.IntRange)) and what < 0.8:
-        return str(rng.choice([n for n in mutate.NUMBERS if isinstance(n, int)] + [4, 8, 16, 31, 32, 64, 100, 1000, 4096]))
+        return str(
+            rng.choice([n for n in mutate.NUMBERS if isinstance(n, int)] + [4, 8, 16, 31, 32, 64, 100, 1000, 4096])
+        )
     if isinstance(kind, (click.types.FloatParamType, click.types.FloatRange)) and what < 0.8:
-        return str(rng.choice([float(n) if isinstance(n, float) else n for n in mutate.NUMBERS] + [0.1, 0.9, 0.999, 1.0, 1.1]))
+        return str(
+            rng.choice([float(n) if isinstance(n, float) else n for n in mutate.NUMBERS] + [0.1, 0.9, 0.999, 1.0, 1.1])
+        )
     if what < 0.4:
-        return rng.choice(["4G", "25%", "0%", "100%", "-1%", "1e9G", "9" * 400, "0", "1K", "nan%", "inf", "1,2,3", "-1", "1,,2", "164",
-                           "99999999999", "auto", "never", "threshold:0.9", "factor:nan", "hierarchy", "none", "1" * 5000, "1," * 500])
+        return rng.choice(
+            [
+                "4G",
+                "25%",
+                "0%",
+                "100%",
+                "-1%",
+                "1e9G",
+                "9" * 400,
+                "0",
+                "1K",
+                "nan%",
+                "inf",
+                "1,2,3",
+                "-1",
+                "1,,2",
+                "164",
+                "99999999999",
+                "auto",
+                "never",
+                "threshold:0.9",
+                "factor:nan",
+                "hierarchy",
+                "none",
+                "1" * 5000,
+                "1," * 500,
+            ]
+        )
     return str(rng.choice(mutate.WORDS)).encode(errors="replace").decode()
 
 
 def _path(rng: random.Random, base: Base, folder: Path) -> str:
-    kind = rng.choice(["zero", "fifo", "folder", "nowhere", "empty", "long", "word", "bundle", "checkpoint", "file", "binary", "under", "loop"])
+    kind = rng.choice(
+        [
+            "zero",
+            "fifo",
+            "folder",
+            "nowhere",
+            "empty",
+            "long",
+            "word",
+            "bundle",
+            "checkpoint",
+            "file",
+            "binary",
+            "under",
+            "loop",
+        ]
+    )
     place = folder / f"odd-{rng.randrange(10**6)}"
     if kind == "fifo":
         os.mkfifo(place)
     elif kind == "loop":
         place.symlink_to(place)
     elif kind in ("folder", "file", "binary", "empty"):
-        place.mkdir() if kind == "folder" else place.write_bytes({"file": b"hello there", "binary": b"\xff\xfe\x00\xd8" * 9}.get(kind, b""))
-    given = {"zero": rng.choice(["/dev/zero", "/dev/null", "/dev/full", "/proc/self/mem", "/dev/stdin"]), "long": "x" * rng.choice([300, 5000]),
-             "bundle": str(base.bundle), "checkpoint": str(base.checkpoint()), "under": str(base.bundle / "manifest.json" / "x")}
+        place.mkdir() if kind == "folder" else place.write_bytes(
+            {"file": b"hello there", "binary": b"\xff\xfe\x00\xd8" * 9}.get(kind, b"")
+        )
+    given = {
+        "zero": rng.choice(["/dev/zero", "/dev/null", "/dev/full", "/proc/self/mem", "/dev/stdin"]),
+        "long": "x" * rng.choice([300, 5000]),
+        "bundle": str(base.bundle),
+        "checkpoint": str(base.checkpoint()),
+        "under": str(base.bundle / "manifest.json" / "x"),
+    }
     if kind == "word":
         return str(rng.choice(mutate.WORDS)).encode(errors="replace").decode().replace("\0", "")
     return given.get(kind, str(place))

@@ -1,4 +1,4 @@
-"""What was found before (`tests/attacks/reproducers.py`), one after the other: a defect that comes back is seen at once."""
+"""What was found before (`tests/attacks/reproducers.py`), one after the other."""
 
 from __future__ import annotations
 

@@ -16,15 +16,65 @@ from ..case import PROMPT, Base, Case
 
 
 def _odd(rng: random.Random) -> Any:
-    return rng.choice([None, True, 3, -1, 2.5, float("nan"), "", "x", b"x", [], {}, (), [None], [True], [[True]], [1.0], ["1"], [-1],
-                       [164], [2**63], [2**64], [10**30], object(), int, lambda: 1, range(3), range(10**12), np.array([1, 2]), np.array([[1, 2]]),
-                       np.array(["a"]), np.float32(1), np.int64(3), set(), {1, 2}, iter([1]), (i for i in [1, 2]), Path("x"), complex(1), [[]],
-                       "a" * 100000, "\ud800", "\x00", [1] * 300, [[1] * 300] * 3, {"role": "user", "content": "x"}, Exception("x")])
+    return rng.choice(
+        [
+            None,
+            True,
+            3,
+            -1,
+            2.5,
+            float("nan"),
+            "",
+            "x",
+            b"x",
+            [],
+            {},
+            (),
+            [None],
+            [True],
+            [[True]],
+            [1.0],
+            ["1"],
+            [-1],
+            [164],
+            [2**63],
+            [2**64],
+            [10**30],
+            object(),
+            int,
+            lambda: 1,
+            range(3),
+            range(10**12),
+            np.array([1, 2]),
+            np.array([[1, 2]]),
+            np.array(["a"]),
+            np.float32(1),
+            np.int64(3),
+            set(),
+            {1, 2},
+            iter([1]),
+            (i for i in [1, 2]),
+            Path("x"),
+            complex(1),
+            [[]],
+            "a" * 100000,
+            "\ud800",
+            "\x00",
+            [1] * 300,
+            [[1] * 300] * 3,
+            {"role": "user", "content": "x"},
+            Exception("x"),
+        ]
+    )
 
 
 def _message(rng: random.Random) -> Any:
-    one: dict[Any, Any] = {"role": rng.choice(["user", "assistant", "system", "tool", "nope", "", None, 3, _odd(rng)]),
-                           "content": rng.choice([PROMPT, PROMPT, "", "<|endoftext|>", None, 3, _odd(rng), [{"type": "text", "text": "x"}]])}
+    one: dict[Any, Any] = {
+        "role": rng.choice(["user", "assistant", "system", "tool", "nope", "", None, 3, _odd(rng)]),
+        "content": rng.choice(
+            [PROMPT, PROMPT, "", "<|endoftext|>", None, 3, _odd(rng), [{"type": "text", "text": "x"}]]
+        ),
+    }
     if rng.random() < 0.2:
         one[rng.choice(["name", "more", 3, None, "tool_calls"])] = _odd(rng)
     if rng.random() < 0.1:
@@ -33,9 +83,16 @@ def _message(rng: random.Random) -> Any:
 
 
 def _prompts(rng: random.Random) -> Any:
-    made = rng.choice([lambda: [PROMPT], lambda: _odd(rng), lambda: [_odd(rng) for _ in range(rng.randrange(3))],
-                       lambda: [[_message(rng) for _ in range(rng.randrange(4))]], lambda: [_message(rng)],
-                       lambda: [[rng.choice([1, 5, 40, 163, 164, -1, True, 2.0, "3", None, np.int64(5)]) for _ in range(3)]]])
+    made = rng.choice(
+        [
+            lambda: [PROMPT],
+            lambda: _odd(rng),
+            lambda: [_odd(rng) for _ in range(rng.randrange(3))],
+            lambda: [[_message(rng) for _ in range(rng.randrange(4))]],
+            lambda: [_message(rng)],
+            lambda: [[rng.choice([1, 5, 40, 163, 164, -1, True, 2.0, "3", None, np.int64(5)]) for _ in range(3)]],
+        ]
+    )
     return made()
 
 
