@@ -13,7 +13,7 @@ from .harmless_fields import HARMLESS
 T = TypeVar("T", int, float, bool, str)
 MOST_LAYERS = 10_000  # names of tensors are listed layer by layer before any is looked for
 _MOST = 2**31 - 1  # no size, id or count of a model is larger; beyond, shapes and lists overflow
-_SHOWN = 60  # characters of a value in a sentence
+MOST_SHOWN = 60  # characters of a value in a sentence
 
 
 class Fields:
@@ -152,7 +152,7 @@ def token_ids(f: Fields, name: str) -> list[int]:
 def shown(value: Any) -> str:
     """A value as a sentence can show it."""
     text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} …"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} …"
 
 
 def _among(value: Any, allowed: tuple[Any, ...]) -> bool:
