@@ -71,6 +71,7 @@ class Generator:
     def open(cls, path: str | Path, *, backend: BackendName = "auto", threads: int | None = None,
              expert_budget: str | int | None = None, experts_per_layer: int | None = None,
              expert_refresh_interval: str | int = "auto", verify: Verify = "full",
+             expect_sha256: str | None = None, trusted_key: str | Path | None = None,
              progress: Callable[[int], None] | None = None) -> Generator:
         """Open and verify a bundle: a folder, or the hub id (`org/name`) of one, which is fetched first.
 
@@ -84,6 +85,8 @@ class Generator:
         experts_per_layer: The same, as experts kept per layer [all].
         expert_refresh_interval: Denoise steps between changes of the experts kept: auto, never or a number [auto].
         verify: What is compared with the manifest before use: full (sizes and hashes) or sizes [full].
+        expect_sha256: Use the bundle only if its manifest has this sha256, as export and inspect print it [any].
+        trusted_key: Use the bundle only if manifest.json.sig is a signature by this Ed25519 public key in PEM [any].
         progress: As in `open_bundle`.
 
         `backend_choice` then says why it is this backend; a name other than auto means that backend or an error.
@@ -97,7 +100,8 @@ class Generator:
             if not 1 <= threads <= _MOST_THREADS:
                 raise RequestError(f"threads is {threads}, it must be between 1 and {_MOST_THREADS}.")
         interval = parse_interval(expert_refresh_interval)
-        bundle = open_bundle(resolve_bundle(path), verify, progress)
+        bundle = open_bundle(resolve_bundle(path), verify, progress, expect_sha256=expect_sha256,
+                             trusted_key=trusted_key)
         budget = plan_budget(bundle.manifest, expert_budget, experts_per_layer)
         if budget is None:
             return cls(bundle, *open_backend(bundle, backend, threads))

@@ -21,7 +21,7 @@ from .bench_generate import generate
 from .bench_memory import build, export
 from .bench_residency import residency
 from .bench_step import step
-from .options import BACKEND, THREADS, VERIFY, request_option
+from .options import BACKEND, THREADS, VERIFY, request_option, seal_options
 from .output import console
 from .progress import step_bar
 
@@ -60,18 +60,20 @@ for _command in (build, export, generate, residency, step):
 @BACKEND
 @THREADS
 @VERIFY
+@seal_options
 @click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
 def decode(bundle: Path, caches: str, acceptances: str, salients: str, prompts: tuple[str, ...],
            prompts_file: Path | None, random_prompt: int | None, limit: int | None, rounds: int, seed: int,
-           backend: Any, threads: int | None, verify: Any, out: Path | None, plot: Path | None, as_json: bool,
-           **options: Any) -> None:
+           backend: Any, threads: int | None, verify: Any, expect_sha256: str | None,
+           trusted_key: Path | None, out: Path | None, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Compare decoding settings of BUNDLE on the same prompts: cache × acceptance × salient steps.
 
     Speed-up, agreement and equal answers are against cache `none` with the same acceptance.
     """
-    generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify)
+    generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify, expect_sha256=expect_sha256,
+                               trusted_key=trusted_key)
     questions = _questions(generator, prompts, prompts_file, random_prompt, limit, seed)
     common = {name: value for name, value in options.items() if value is not None}
     salient_only: dict[str, Any] = {name: common.pop(name) for name in ("full_steps", "refresh_interval")

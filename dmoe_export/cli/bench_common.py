@@ -15,13 +15,15 @@ from ..bench.workload import generated_bundle
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import Bundle, open_bundle
 from ..errors import OutputError, RequestError
+from .options import seal_options
 from .output import reader_may_leave
 from .progress import byte_bar
 
 _QUIET = 0.05  # of the processor's time
 F = TypeVar("F", bound=Callable[..., Any])
 _OF_GEOMETRY = ("layers", "precision", "routing", "block_length", "work")
-_NAMES = ("bundle", "geometry", "verify", *_OF_GEOMETRY)
+_SEAL = ("expect_sha256", "trusted_key")
+_NAMES = ("bundle", "geometry", "verify", *_OF_GEOMETRY, *_SEAL)
 
 
 def words(text: str) -> list[str]:
@@ -56,6 +58,7 @@ def bundle_options(command: F) -> F:
                          help="Folder that keeps the geometry's bundle for later runs [a temporary one]."),
             click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True,
                          help="Of BUNDLE."),
+            seal_options,
             click.option("--seed", type=int, default=0, show_default=True, help="Of weights and inputs."))):
         command = option(command)
     return command
@@ -71,8 +74,10 @@ def opened(options: dict[str, Any], quiet: bool) -> Iterator[Bundle]:
         for name in _OF_GEOMETRY:
             if chosen[name] is not None:
                 raise RequestError(f"--{name.replace('_', '-')} belongs to --geometry; leave it out with a bundle.")
-        yield open_bundle(resolve_bundle(chosen["bundle"]), chosen["verify"])
+        yield open_bundle(resolve_bundle(chosen["bundle"]), chosen["verify"], **{name: chosen[name] for name in _SEAL})
         return
+    if any(chosen[name] is not None for name in _SEAL):
+        raise RequestError("--expect-sha256 and --trusted-key belong to a BUNDLE; leave them out with --geometry.")
     with tempfile.TemporaryDirectory() as temporary, byte_bar("bundle", 0, shown=not quiet) as report:
         yield generated_bundle(chosen["work"] or Path(temporary), chosen["geometry"], layers=chosen["layers"],
                                precision=chosen["precision"] or "fp32", routing=chosen["routing"],

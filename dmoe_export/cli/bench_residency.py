@@ -18,7 +18,7 @@ from ..bundle.reader import open_bundle
 from ..errors import RequestError
 from ..runtime.cpu.resident import check_experts
 from .bench_common import outcome
-from .options import THREADS, VERIFY
+from .options import THREADS, VERIFY, seal_options
 from .output import console
 from .progress import step_bar
 
@@ -39,15 +39,17 @@ from .progress import step_bar
               help="Steps timed with a budget of everything and without one, in turns.")
 @THREADS
 @VERIFY
+@seal_options
 @click.option("--device", help="Name of the machine for the result.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
 def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_ids: str, max_new_tokens: int,
               steps: int, rounds: int, turns: int, threads: int | None, verify: Any, device: str | None,
-              out: Path | None, plot: Path | None, as_json: bool) -> None:
+              out: Path | None, plot: Path | None, as_json: bool,
+              **seal: Any) -> None:
     """Compare expert budgets of BUNDLE on the CPU: budget × interval × routing, and what a budget costs by itself."""
-    opened = open_bundle(resolve_bundle(bundle), verify)
+    opened = open_bundle(resolve_bundle(bundle), verify, **seal)
     moe = opened.manifest.model.moe
     if moe is None:
         raise RequestError(f"{bundle} is a dense model: it has no experts to keep.")

@@ -21,6 +21,7 @@ from ..engine.settings import BuildSettings, parse_size, parse_targets
 from ..errors import DmoeError, InputError, MissingRequirementError
 from ..hub import hub_id
 from .export import as_number, warn
+from .options import seal_options
 from .progress import byte_bar, step_bar
 from .recipes import BUILT, check_bundle, list_recipes, with_recipe
 
@@ -79,13 +80,14 @@ EXPORT_OPTIONS = {"routing": "routing", "block_length": "block_length", "layers"
 @click.option("--coreset-size", type=int, help="Of the export of a checkpoint: default C of top_c routing.")
 @click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True,
               help="What of a bundle is compared with its manifest first.")
+@seal_options
 @click.option("--force", is_flag=True, help="Replace an existing bundle at --out.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def build(context: click.Context, source: str | None, recipe_name: str | None, listing: bool, out: Path | None,
           force: bool, dry_run: bool, as_json: bool, split_targets: bool, plugin_library: Path | None, verify: Any,
-          **options: Any) -> None:
+          expect_sha256: str | None, trusted_key: Path | None, **options: Any) -> None:
     """Build engine files from a CHECKPOINT (exported first) or BUNDLE, a folder or hub id, or from a recipe."""
     if listing:
         return list_recipes(as_json)
@@ -107,6 +109,9 @@ def build(context: click.Context, source: str | None, recipe_name: str | None, l
     flavour.check_flags(settings.flags)  # before an export of many minutes
     flavour.targets(settings.targets)
     if not (Path(source) / MANIFEST_NAME).is_file():
+        if expect_sha256 is not None or trusted_key is not None:
+            raise InputError(f"{source} is no bundle; --expect-sha256 and --trusted-key belong to one, so leave them "
+                             "out.")
         find_plugins(settings, plugin_library)
         out = out or (BUILT / f"{recipe.name}.bundle" if recipe else None)
         if out is None:
@@ -121,7 +126,7 @@ def build(context: click.Context, source: str | None, recipe_name: str | None, l
         given = [f"--{key.replace('_', '-')}" for key in EXPORT_OPTIONS if context.params[key] is not None]
         if given:
             raise InputError(f"{' and '.join(given)} belong to the export of a checkpoint; {source} is a bundle.")
-        bundle = open_bundle(source, verify)
+        bundle = open_bundle(source, verify, expect_sha256=expect_sha256, trusted_key=trusted_key)
         if recipe:
             check_bundle(recipe, Path(source), bundle.manifest)
         if precision not in (None, bundle.manifest.export_precision):

@@ -10,7 +10,7 @@ import click
 
 from ..errors import MissingRequirementError
 from ..runtime.choose import BACKENDS
-from .options import VERIFY
+from .options import VERIFY, seal_options
 from .output import reader_may_leave
 from .progress import step_bar
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of masks and random tokens.")
 @click.option("--no-weights", is_flag=True, help="Do not compare the bundle's bytes with the checkpoint's.")
 @VERIFY
+@seal_options
 @click.option("--report", type=click.Path(path_type=Path), help="Write a self-contained HTML file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def check(bundle: Path, report: Path | None, as_json: bool, no_weights: bool, **options: Any) -> None:

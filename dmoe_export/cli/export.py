@@ -58,10 +58,11 @@ def export(checkpoint: str, out: Path, coreset_top_p: float | None, force: bool,
     warn(bundle)
     size = sum(entry.size for entry in manifest.files)
     if as_json:
-        click.echo(json.dumps({"bundle": str(bundle.folder), "bytes": size, "seconds": time.perf_counter() - start,
-                               "manifest": manifest.model_dump(mode="json")}))
+        click.echo(json.dumps({"bundle": str(bundle.folder), "sha256": bundle.sha256, "bytes": size,
+                               "seconds": time.perf_counter() - start, "manifest": manifest.model_dump(mode="json")}))
         return
     routing = f"routing {manifest.routing.mode} ({manifest.routing.reason})" if manifest.model.moe else "no experts"
     click.echo(f"Exported {manifest.model.num_layers} layers of {manifest.model.architecture} in "
                f"{manifest.precision_in_words}, {routing}, block {manifest.routing.block_length}: {bundle.folder} "
-               f"({size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s)")
+               f"({size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s)\n"
+               f"sha256 of its manifest.json: {bundle.sha256}")

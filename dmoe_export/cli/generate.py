@@ -10,10 +10,10 @@ import click
 
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import read_manifest
-from ..errors import RequestError
+from ..errors import BundleError, RequestError
 from ..generator import Generation, Generator
 from ..text.prompts import Prompt
-from .options import BACKEND, THREADS, VERIFY, request_options
+from .options import BACKEND, THREADS, VERIFY, request_options, seal_options
 from .progress import byte_bar
 
 
@@ -33,15 +33,17 @@ from .progress import byte_bar
 @click.option("--expert-refresh-interval", default="auto",
               help="Denoise steps between changes of the experts kept: auto, never or a number [auto].")
 @VERIFY
+@seal_options
 @click.option("--stream", is_flag=True, help="Print blocks as they are finished.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (with --stream: one per block first).")
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
              as_json: bool, backend: Any, threads: int | None, verify: Any, expert_budget: str | None,
-             experts_per_layer: int | None, expert_refresh_interval: str, **options: Any) -> None:
+             experts_per_layer: int | None, expert_refresh_interval: str, expect_sha256: str | None,
+             trusted_key: Path | None, **options: Any) -> None:
     """Generate with BUNDLE (a folder or a hub id) from exactly one of --prompt, --prompt-file, --prompt-ids."""
     given = _prompt(prompt, prompt_file, prompt_ids)
     bundle = resolve_bundle(bundle)
-    total = sum(entry.size for entry in read_manifest(bundle).files)
+    total = _bytes_to_verify(bundle)
     done = 0
     with byte_bar("verify", total, shown=total > 200e6 and not as_json) as report:
 
@@ -52,7 +54,8 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
 
         generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify, progress=progress,
                                    expert_budget=expert_budget, experts_per_layer=experts_per_layer,
-                                   expert_refresh_interval=expert_refresh_interval)
+                                   expert_refresh_interval=expert_refresh_interval,
+                                   expect_sha256=expect_sha256, trusted_key=trusted_key)
     if not stream:
         result = generator.generate([given], **options)[0]
         click.echo(_json(result, generator, options) if as_json else _shown(result))
@@ -60,6 +63,14 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
         result = _stream(generator, given, as_json, options)
     if not as_json:
         click.echo(_summary(result, generator, options), err=True)
+
+
+def _bytes_to_verify(bundle: Path) -> int:
+    """For a bar of progress; of what is no bundle, opening it says why, and whether its seal holds."""
+    try:
+        return sum(entry.size for entry in read_manifest(bundle).files)
+    except BundleError:
+        return 0
 
 
 def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[str, Any]) -> Generation:

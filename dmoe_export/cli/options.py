@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
@@ -22,6 +23,20 @@ THREADS = click.option("--threads", type=int, help="Threads per operator on the 
 VERIFY = click.option(
     "--verify", type=click.Choice(get_args(Verify)), default="full",
     help="What is compared with the manifest before use: full (sizes and hashes) or sizes [full].")
+
+_SEAL = (
+    click.option("--expect-sha256", metavar="HEX",
+                 help="Use the bundle only if its manifest has this sha256, as export and inspect print it [any]."),
+    click.option("--trusted-key", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Use the bundle only if manifest.json.sig is a signature by this Ed25519 public key in PEM "
+                 "[any]."))
+
+
+def seal_options(command: F) -> F:
+    """`--expect-sha256` and `--trusted-key`, to be handed to `open_bundle` by these names."""
+    for option in reversed(_SEAL):
+        command = option(command)
+    return command
 
 
 def request_option(name: str) -> Callable[[F], F]:
