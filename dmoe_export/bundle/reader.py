@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from ..errors import BundleError, RequestError
 from ..hub import blobs_of
-from ..regular import read_regular
+from ..regular_file import read_regular
 from .finite import not_finite
 from .manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest
 from .seal import MOST_BYTES, check_seal, sha256_of

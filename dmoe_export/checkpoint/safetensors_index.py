@@ -40,8 +40,6 @@ def open_shard(shard: Path) -> Any:
         check_regular(shard)
         shard.open("rb").close()  # safe_open calls an unreadable file missing
         return safe_open(shard, framework="pt")
-    except ValueError as error:
-        raise CheckpointError(f"Shard {shard} cannot be read: {error}.") from None
     except OSError as error:
         raise CheckpointError(f"Shard {shard} cannot be read: {error.strerror}.") from None
     except SafetensorError as error:

@@ -49,7 +49,7 @@ def request_option(name: str) -> Callable[[F], F]:
         flag += flag.replace("--", "/--no-", 1)
     elif one.several:
         words += " May be given again."
-        more = {"type": one.several, "metavar": {int: "ID"}.get(one.several, "TEXT"), "multiple": True,
+        more = {"type": one.several, "metavar": "ID" if one.several is int else "TEXT", "multiple": True,
                 "callback": lambda context, option, values: values or None}
     else:
         kind = next((kind for kind in (int, float) if kind in one.types), None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..bundle.writer import BundleWriter
 from ..checkpoint.links import leaves
-from ..regular_file import MOST_CONFIG, read_bounded
+from ..regular_file import MOST_CONFIG, read_regular
 
 _FILE = re.compile(r"(LICEN[SC]E|NOTICE|COPYING)([.-].*)?", re.IGNORECASE)
 
@@ -74,7 +74,7 @@ def front_matter(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return {}
     try:
-        text = read_bounded(path, MOST_CONFIG).decode("utf-8-sig")
+        text = read_regular(path, MOST_CONFIG).decode("utf-8-sig")
     except (OSError, ValueError):
         return None
     found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
