@@ -10,6 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import check_reports as given_by
 import pytest
@@ -204,6 +205,39 @@ def test_many_generations_are_capped_and_the_different_come_first():
     assert text.count("forwards: reference") == MOST_GENERATIONS
     assert "28 more prompts not shown: 28 the same, 0 different" in text
     assert text.index("prompt 39") < text.index("prompt 0")
+
+
+def test_no_line_goes_through_two_points_of_a_report():
+    for layers, wanted in ((2, False), (3, True)):
+        said = given_by.backend(layers, generations=[], router=False)
+        lines = re.findall(r'<path d="M[^"]*L[^"]*"[^>]*style="fill: none; stroke: #0b5cad; stroke-width: 1.5; '
+                           r'stroke-linecap: square"', plots.layer_error("p", said))
+        assert bool(lines) == wanted
+
+
+def test_red_crosses_are_told():
+    assert ">failed</text>" in plots.layer_error("p", given_by.backend(bad=3))
+    assert ">failed</text>" not in plots.layer_error("p", given_by.backend())
+
+
+def test_files_of_the_bundle_are_links_and_numbers_stay_whole(tmp_path):
+    """Relative ones, from where the report lies, also for names that a browser would take for something else."""
+    folder = tmp_path / "bundles" / "javascript:alert(1) & more"
+    folder.mkdir(parents=True)
+    for name in ("denoiser.onnx", "denoiser-rtx.engine"):
+        (folder / name).touch()
+    target = tmp_path / "reports" / "r.html"
+    write_report(given_by.failing().model_copy(update={"bundle": str(folder)}), target)
+    page = Page(target.read_text("utf-8"))
+    links = {value for tag, name, value in page.attributes if (tag, name) == ("a", "href") and value[0] != "#"}
+    assert {(target.parent / unquote(link)).resolve() for link in links} == {
+        folder, folder / "denoiser.onnx", folder / "denoiser-rtx.engine"}
+    assert all(":" not in link and not link.startswith("/") for link in links)
+    assert '<span class="whole">2026-11-21 15:20:00 UTC</span>' in target.read_text("utf-8")
+    shutil.rmtree(folder)
+    write_report(given_by.failing().model_copy(update={"bundle": str(folder)}), target)  # and nothing dangles
+    assert all(value[0] == "#" for tag, name, value in Page(target.read_text("utf-8")).attributes if (
+        tag, name) == ("a", "href"))
 
 
 HOSTILE = "</span></main><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} &amp; \x00\x1b[31m\u202e"
