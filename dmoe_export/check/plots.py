@@ -256,7 +256,8 @@ def _layer_axis(axes: Axes, backend: BackendCheck) -> None:
 
 
 def _legend(figure: Figure) -> None:
-    figure.legend(loc="outside upper left", ncols=4)
+    told = sum(len(axes.get_legend_handles_labels()[1]) for axes in figure.axes)
+    figure.legend(loc="outside upper left", ncols=3 if told <= 3 else 2)  # four abreast are wider than the plot
 
 
 def _power(value: float) -> str:
