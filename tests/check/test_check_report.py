@@ -358,17 +358,46 @@ def test_without_matplotlib_the_fix_is_named_before_anything_is_checked(monkeypa
     assert caught.value.exit_code == 3
 
 
+CHROMIUM = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+            "--allow-file-access-from-files", "--virtual-time-budget=3000"]
+WIDE = """<iframe id=page src="r.html" style="border:0;width:{width}px;height:2000px"></iframe><pre id=said></pre><script>
+onload = () => {{
+  const page = document.getElementById("page").contentDocument, wide = [];
+  for (const one of page.querySelectorAll("main *")) {{
+    let inside = false;
+    for (let above = one.parentElement; above; above = above.parentElement)
+      inside ||= ["auto", "scroll"].includes(page.defaultView.getComputedStyle(above).overflowX);
+    if (!inside && one.getBoundingClientRect().right > {width} + .5) wide.push(one.tagName);
+  }}
+  document.getElementById("said").textContent = page.documentElement.scrollWidth + " " + wide.join(" ");
+}}</script>"""
+
+
+def _browse(tmp_path, *arguments):
+    return subprocess.run([*CHROMIUM, f"--user-data-dir={tmp_path / 'profile'}", *arguments], check=True, text=True,
+                          capture_output=True, timeout=120).stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-@pytest.mark.parametrize("width", [420, 1200])
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("make", [given_by.report, given_by.failing, REPORTS["64 layers, two backends"]])
+def test_nothing_is_wider_than_the_window(tmp_path, width, make):
+    """A telephone's and a screen's; tables scroll inside their cards."""
+    write_report(make(), tmp_path / "r.html")
+    (tmp_path / "frame.html").write_text(WIDE.format(width=width))
+    said = _browse(tmp_path, "--dump-dom", (tmp_path / "frame.html").as_uri())
+    assert re.search(r'<pre id="said">(.*?)</pre>', said)[1].strip() == str(width)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@pytest.mark.parametrize("width", [500, 1280])
 @pytest.mark.parametrize("make,colour", [(given_by.report, (11, 107, 58)), (given_by.failing, (176, 0, 32))])
 def test_a_browser_shows_the_verdict(tmp_path: Path, width, make, colour):
     image = pytest.importorskip("PIL.Image")
     write_report(make(), tmp_path / "r.html")
-    subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu",
-                    f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'r.png'}",
-                    f"--window-size={width},900", (tmp_path / "r.html").as_uri()],
-                   check=True, capture_output=True, timeout=120)
+    _browse(tmp_path, f"--screenshot={tmp_path / 'r.png'}", f"--window-size={width},900", (tmp_path / "r.html").as_uri())
     with image.open(tmp_path / "r.png") as shot:
         pixels = shot.convert("RGB").tobytes()
     assert pixels.count(bytes(colour)) > width * 40  # the banner
