@@ -360,7 +360,8 @@ def test_without_matplotlib_the_fix_is_named_before_anything_is_checked(monkeypa
 
 CHROMIUM = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
             "--allow-file-access-from-files", "--virtual-time-budget=3000"]
-WIDE = """<iframe id=page src="r.html" style="border:0;width:{width}px;height:2000px"></iframe><pre id=said></pre><script>
+WIDE = """<iframe id=page src="r.html" style="border:0;width:{width}px;height:2000px"></iframe>
+<pre id=said></pre><script>
 onload = () => {{
   const page = document.getElementById("page").contentDocument, wide = [];
   for (const one of page.querySelectorAll("main *")) {{
@@ -397,7 +398,8 @@ def test_nothing_is_wider_than_the_window(tmp_path, width, make):
 def test_a_browser_shows_the_verdict(tmp_path: Path, width, make, colour):
     image = pytest.importorskip("PIL.Image")
     write_report(make(), tmp_path / "r.html")
-    _browse(tmp_path, f"--screenshot={tmp_path / 'r.png'}", f"--window-size={width},900", (tmp_path / "r.html").as_uri())
-    with image.open(tmp_path / "r.png") as shot:
+    picture, page = tmp_path / "r.png", (tmp_path / "r.html").as_uri()
+    _browse(tmp_path, f"--screenshot={picture}", f"--window-size={width},900", page)
+    with image.open(picture) as shot:
         pixels = shot.convert("RGB").tobytes()
     assert pixels.count(bytes(colour)) > width * 40  # the banner
