@@ -4,6 +4,9 @@
 # make bench  speed and memory at LLaDA2.0-mini's size, against a peer and the machine's limits; out/bench
 # make cpu-ops  libdmoe_cpu.so, experts and linear layers on the CPU; half a minute
 # make plugins  libdmoe_plugins.so for every GPU generation; needs no GPU and no TensorRT
+# make fuzz    5 500 hostile files, command lines and calls: the table of what became of them; under 30 minutes
+# make sanitize   the CPU kernels' tests under address and undefined-behaviour sanitizers
+# make docs   the documentation as a site, build/site; a broken link is an error
 # make wheel   dist/: one wheel with the libraries for CPU and GPU, to be installed on a device
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,13 +15,13 @@ READY := $(VENV)/.ready
 CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo cpu-ops check bench bench-decode test lint types plugins ort-ops wheel engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse clean
+.PHONY: demo cpu-ops check bench bench-decode test lint types plugins ort-ops wheel engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -C wheel.cmake=false -C editable.mode=inplace \
-		-e '.[cpu,export,rtx,check,dev]'
+		-e '.[cpu,export,rtx,check,docs,dev]'
 	sed -i '/^import /d' $(VENV)/lib/python*/site-packages/*editable*dmoe_export.pth  # a path: PYTHONPATH comes before it
 	touch $(READY)
 
@@ -74,10 +77,24 @@ test: $(READY) $(PLUGINS) $(CPU_OPS) lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu and not alone'
 	$(BIN)/python -m pytest -m alone
 
+# CASES, SEED: how many, and which (the same ones for the same seed). fuzz-quick is for landing, in two minutes.
+CASES ?= 5500
+SEED ?= 0
+FUZZ = OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR):$(CURDIR)/tests" $(BIN)/python -m fuzz
+
+fuzz: $(READY) $(CPU_OPS)
+	$(FUZZ) --cases $(CASES) --seed $(SEED) --json out/fuzz.json
+
+fuzz-quick: $(READY) $(CPU_OPS)
+	$(FUZZ) --cases 500 --seconds 120 --real-traces 0
+
+sanitize: $(READY)
+	plugins/sanitize.sh $(BIN)/python
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/shellcheck --external-sources samples/deploy/*.sh benchmarks/*.sh benchmarks/device/*.sh \
+	$(BIN)/shellcheck --external-sources samples/deploy/*.sh benchmarks/*.sh benchmarks/device/*.sh plugins/*.sh \
 		benchmarks/device/stand_in/nvidia-smi
 
 types: $(READY)
@@ -120,6 +137,10 @@ rehearse: $(READY)
 
 bench-build: $(READY) $(PLUGINS)
 	$(BIN)/dmoe-export bench build --work out/bench --out out/bench/build-4.json
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site; with search: $(PYTHON) -m http.server --directory build/site"
 
 clean:
 	rm -rf out build dist dmoe_export/lib *.egg-info

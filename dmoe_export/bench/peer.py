@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..bundle.graph_file import load_graph
 from ..bundle.reader import Bundle
 from ..errors import CheckError, MissingRequirementError
+from ..extras import pip_install
 from ..runtime.backend import Bools, ForwardInputs, ForwardOutputs, Limits
 
 try:
@@ -25,7 +27,7 @@ try:
     from torch import Tensor
 except ImportError as _error:
     raise MissingRequirementError(f"The PyTorch baseline needs torch and onnx_ir ({_error}); install them with: "
-                                  "pip install 'dmoe-export[export]', or use --peer none.") from None
+                                  f"{pip_install('export')}, or use --peer none.") from None
 
 from ..ops.block_route.attributes import RouteAttributes
 from ..ops.block_route.eager import block_route
@@ -39,7 +41,7 @@ def weights_of(bundle: Bundle) -> dict[str, Tensor]:
                                       f"precision {precision}; export with --precision fp32 or use "
                                       "--peer none.")
     found: dict[str, Tensor] = {}
-    for name, value in ir.load(bundle.denoiser_path).graph.initializers.items():
+    for name, value in ir.serde.deserialize_model(load_graph(bundle)).graph.initializers.items():
         stored = value.const_value
         if isinstance(stored, ir.ExternalTensor) and stored.dtype == ir.DataType.FLOAT:
             shape = tuple(int(n) for n in stored.shape)

@@ -6,6 +6,8 @@ TensorRT said of the network before it built (in the manifest). What neither tel
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx
 
 from ..bundle.manifest import EngineEntry
@@ -25,7 +27,7 @@ def check_engines(bundle: Bundle, device: Device | None = None) -> list[EngineCh
     """Check every engine of a bundle; never raises for what is wrong with one.
 
     `device` None takes the machine's GPU. Where GPU and library fit, the engine is deserialised, which loads the plugin
-    library inside it: check bundles you trust.
+    library inside it; one of a hub's bundle only where the caller vouched for it.
     """
     if not bundle.manifest.engines:
         return []
@@ -126,7 +128,7 @@ def _shapes(bundle: Bundle, entry: EngineEntry, plan: Plan | None) -> list[Engin
 
 def _alive(bundle: Bundle, entry: EngineEntry, device: Device | None) -> EngineFinding:
     """The engine itself, where a GPU and the right library are."""
-    alone = Bundle(bundle.folder, bundle.manifest.model_copy(update={"engines": [entry]}))
+    alone = replace(bundle, manifest=bundle.manifest.model_copy(update={"engines": [entry]}))
     try:
         _, trt = find_engine(alone, device or CudaDevice.open())
         engine = of_engine(deserialise(bundle, entry, trt))

@@ -16,7 +16,7 @@ def chat_template(folder: Path) -> tuple[str | None, list[str]]:
     write, comes last. Of named templates it is the one named "default"; without it, a template that says so when it is
     used. Raises CheckpointError, naming the file, for what is no template.
     """
-    named = {"default": read_text(file)} if (file := folder / "chat_template.jinja").is_file() else {}
+    named = {"default": read_text(file)} if (file := folder / "chat_template.jinja").exists() else {}
     named |= {path.stem: read_text(path) for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))
               if path.stem not in named}
     for name in (CONFIG, "chat_template.json"):

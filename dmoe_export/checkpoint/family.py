@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from ..description import ModelDescription
 from ..errors import CheckpointError
+from .config_fields import MOST_SHOWN, shown
 from .generation_config import read_generation_config
 from .json_file import read_json
 from .layout import Layout, StoredWeights
@@ -55,12 +56,16 @@ def family_of(config: dict[str, Any], source: Path) -> Family:
     found = [f for f in families if any(name in (*f.architectures, f.model_type) for name in named)]
     known = ", ".join(a for f in families for a in f.architectures)
     if not found:
-        raise CheckpointError(f"{source} names architecture {', '.join(map(str, named))}, which is not supported; "
+        raise CheckpointError(f"{source} names architecture {_listed(named)}, which is not supported; "
                               f"known: {known}.")
     if len(found) > 1:
-        raise CheckpointError(f"{source} names {', '.join(map(str, named))}, which could be any of "
+        raise CheckpointError(f"{source} names {_listed(named)}, which could be any of "
                               f"{', '.join(a for f in found for a in f.architectures)}; name the architecture.")
     return found[0]
+
+
+def _listed(names: list[Any]) -> str:
+    return ", ".join(str(name) for name in names) if len(repr(names)) <= MOST_SHOWN else shown(names)
 
 
 class Checkpoint:
@@ -78,7 +83,7 @@ class Checkpoint:
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
-            raise CheckpointError(f"{folder / 'config.json'}: {field} is {first['input']!r}: {first['msg']}.") from None
+            raise CheckpointError(f"{folder / 'config.json'}: {field} is {shown(first['input'])}: {first['msg']}.") from None
         self.full_description = self.description = generation.add_eos(described)
         self.decode_defaults, said = generation.decode_defaults(self.full_description)
         self.warnings += said

@@ -149,7 +149,7 @@ class StoredWeights:
     def _refuse_strangers(self, used: set[str], stored_layers: int) -> None:
         """A tensor that nobody reads would mean a model we do not rebuild, unless it is of a layer that was cut off."""
         cut_off = range(self._d.num_layers, stored_layers)
-        pattern = re.compile(re.escape(self._layout.layer_prefix).replace(r"\{\}", r"(\d+)"))
+        pattern = re.compile(re.escape(self._layout.layer_prefix).replace(r"\{\}", r"([0-9]{1,9})(?![0-9])"))
         head = self._layout.outer[_HEAD]  # a tied checkpoint may store it all the same
         for name in self._reader.names:
             match = pattern.match(name)

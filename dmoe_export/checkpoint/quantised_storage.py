@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .config_fields import MOST_SHOWN, shown
 from .json_file import read_json
 
 Block = tuple[int | None, int | None]
@@ -72,7 +73,7 @@ def read_storage(folder: Path, config: dict[str, Any]) -> Storage | None:
 
 def _parse(fields: Any, where: str) -> Storage:
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{where} is {fields!r}, expected an object; fetch the file again.")
+        raise CheckpointError(f"{where} is {shown(fields)}, expected an object; fetch the file again.")
     if "quant_method" not in fields and "w_bit" in fields:  # AutoAWQ's own names
         fields = {"quant_method": "awq", "bits": fields["w_bit"], "group_size": fields.get("q_group_size"), **fields}
     default = "gptq" if "bits" in fields and "group_size" in fields else _foreign(fields)
@@ -81,7 +82,7 @@ def _parse(fields: Any, where: str) -> Storage:
         "fp8": _fp8, "compressed-tensors": _compressed, "gptq": _gptq, "awq": _awq}
     parse = parsers.get(method)
     if parse is None:
-        raise CheckpointError(f"{where} says that weights are quantised by {method}, which is not read (read are "
+        raise CheckpointError(f"{where} says that weights are quantised by {method[:MOST_SHOWN]}, which is not read (read are "
                               f"{_KNOWN}); take a checkpoint in float, or in one of these.")
     return parse(fields, where)
 
@@ -96,7 +97,7 @@ def _foreign(fields: dict[str, Any]) -> str:
 
 
 def _refuse(where: str, field: str, value: Any, known: str) -> CheckpointError:
-    return CheckpointError(f"{where} has {field} {value!r}, which is not read (read is {known}); take a checkpoint in "
+    return CheckpointError(f"{where} has {field} {shown(value)}, which is not read (read is {known}); take a checkpoint in "
                            "float, or one that is stored so.")
 
 
@@ -104,7 +105,7 @@ def _refuse_unknown(fields: dict[str, Any], where: str, known: str) -> None:
     """A field that is not known might say what a scale means (GPTQModel's fp8 divides by its scales, and says so)."""
     for name, value in fields.items():
         if value not in (None, False, {}, []) and name not in known.split():
-            raise CheckpointError(f"{where} has the field {name} {value!r}, which is not known, so scales could mean "
+            raise CheckpointError(f"{where} has the field {name} {shown(value)}, which is not known, so scales could mean "
                                   "something else; remove it if it does not matter.")
 
 

@@ -10,6 +10,7 @@ shards the one it happens to read last):
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from ..regular_file import MOST_TABLE, check_regular
 from .json_file import read_json
 
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.npz", "*.msgpack", "*.h5")
@@ -35,6 +37,7 @@ class StoredTensor:
 def open_shard(shard: Path) -> Any:
     """A safetensors file, mapped; what cannot be read is a CheckpointError."""
     try:
+        check_regular(shard)
         shard.open("rb").close()  # safe_open calls an unreadable file missing
         return safe_open(shard, framework="pt")
     except OSError as error:
@@ -82,7 +85,7 @@ def _by_index(folder: Path, index: Path, files: list[Path]) -> tuple[dict[str, S
     tensors: dict[str, StoredTensor] = {}
     copies: list[tuple[str, str]] = []
     for file in sorted(listed):
-        if not file.is_file():
+        if not os.path.isfile(file):  # noqa: PTH113 - no error for a name that no file can have
             raise CheckpointError(f"Shard {file} is missing, though {index.name} lists it; fetch the checkpoint again.")
         for name, tensor in _header(file):
             if name not in weight_map:
@@ -105,7 +108,7 @@ def _by_index(folder: Path, index: Path, files: list[Path]) -> tuple[dict[str, S
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, MOST_TABLE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of tensor names to files; fetch it again.")
     for name, shard in weight_map.items():

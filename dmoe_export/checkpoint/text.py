@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from ..description import ModelDescription
 from ..errors import CheckpointError
+from ..regular_file import MOST_TABLE
+from ..tokenizer_guard import GuardedTokenizer, no_panics
 from .chat_template import chat_template
 from .tokenizer_conversion import add_ends, convert
 from .tokenizer_files import ADDED, CONFIG, TokenizerFiles, read_files, read_text
@@ -33,35 +37,39 @@ def read_text_side(folder: Path, description: ModelDescription) -> TextSide:
     """All of it, as transformers would use it; raises CheckpointError for files that cannot be read so."""
     files = read_files(folder)
     path = folder / TOKENIZER
-    before = read_text(path) if path.is_file() else None
-    tokenizer = _open(path, before) if before is not None else convert(folder, files)
-    if tokenizer is None:
+    before = read_text(path, MOST_TABLE) if path.exists() else None
+    guarded = _open(path, before) if before is not None else convert(folder, files)
+    if guarded is None:
         return TextSide(None, None, {}, [_nothing(folder)])
-    warnings = _add(tokenizer, files, folder)
-    if before is None:
-        add_ends(tokenizer, files)
-        _check_covers(tokenizer, description, folder)
-    warnings += _beyond(tokenizer, description)
-    settings = tokenizer.truncation is not None or tokenizer.padding is not None
-    tokenizer.no_truncation()  # settings of training, not of prompts
-    tokenizer.no_padding()
+    tokenizer = guarded.raw
+    with no_panics(_refusal(path)):
+        warnings = _add(guarded, files, folder)
+        if before is None:
+            add_ends(tokenizer, files)
+            _check_covers(tokenizer, description, folder)
+        warnings += _beyond(tokenizer, description)
     template, said = chat_template(folder)
     if files.config.get("clean_up_tokenization_spaces") is True and not _is_bpe(tokenizer):
         said.append(f"{folder / CONFIG} asks for spaces to be cleaned up in decoded text, which is not done here.")
-    if before is None or settings or _tokens(tokenizer) != _tokens(_open(path, before)):
-        before = tokenizer.to_str(pretty=True)
+    settings = any(guarded.content.get(name) is not None for name in ("truncation", "padding"))
+    if before is None or settings or _tokens(tokenizer) != _tokens(_open(path, before).raw):
+        with no_panics(_refusal(path)):
+            before = tokenizer.to_str(pretty=True)
     return TextSide(before, template, files.special_tokens, warnings + said)
 
 
-def _open(path: Path, text: str) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}.") from None
+def _open(path: Path, text: str) -> GuardedTokenizer:
+    with no_panics(_refusal(path)):
+        return GuardedTokenizer(json.loads(text))
 
 
-def _add(tokenizer: Tokenizer, files: TokenizerFiles, folder: Path) -> list[str]:
+def _refusal(path: Path) -> Callable[[str], CheckpointError]:
+    return lambda why: CheckpointError(f"{path} cannot be read as a tokenizer: {why}.")
+
+
+def _add(guarded: GuardedTokenizer, files: TokenizerFiles, folder: Path) -> list[str]:
     """Add the tokens that stand beside tokenizer.json; sentences where one gets another id than it is said to have."""
+    tokenizer = guarded.raw
     before = tokenizer.get_added_tokens_decoder()
     there = {token.content: token for token in before.values()}
     listed = files.config.get("added_tokens_decoder") is not None  # it goes before the flags in tokenizer.json
@@ -73,7 +81,7 @@ def _add(tokenizer: Tokenizer, files: TokenizerFiles, folder: Path) -> list[str]
             token = AddedToken(old.content, single_word=old.single_word, lstrip=old.lstrip, rstrip=old.rstrip,
                                normalized=old.normalized, special=True)
         if old is None or ((listed or said is None) and _flags(old) != _flags(token)):
-            tokenizer.add_tokens([token])
+            guarded.add([token])
             there[token.content] = token
     wrong = [(token.content, said, got) for said, token in files.added
              if said is not None and (got := tokenizer.token_to_id(token.content)) != said]

@@ -6,12 +6,17 @@ Splitting and normalising are those of transformers' classes (tokenization_qwen2
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ..errors import CheckpointError
+from ..regular_file import MOST_TABLE
+from ..tokenizer_guard import GuardedTokenizer, no_panics
+from ..tokenizer_limits import check_tokenizer
+from .config_fields import shown
 from .tokenizer_files import TokenizerFiles, read_object, read_text
 
 VOCAB, MERGES = "vocab.json", "merges.txt"
@@ -20,7 +25,7 @@ _QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p
           r"\s+(?!\S)|\s+")
 
 
-def convert(folder: Path, files: TokenizerFiles) -> Tokenizer | None:
+def convert(folder: Path, files: TokenizerFiles) -> GuardedTokenizer | None:
     """The tokenizer of vocab.json and merges.txt, added tokens not added yet; None where the class is another one.
 
     Raises CheckpointError for files that are no byte-level BPE.
@@ -28,10 +33,9 @@ def convert(folder: Path, files: TokenizerFiles) -> Tokenizer | None:
     if files.class_name not in CLASSES or not all((folder / name).is_file() for name in (VOCAB, MERGES)):
         return None
     vocab, merges = _vocab(folder / VOCAB), _merges(folder / MERGES)
-    try:
+    with no_panics(lambda why: CheckpointError(f"{folder / VOCAB} and {MERGES} make no tokenizer: {why}.")):
+        check_tokenizer({"model": {"vocab": vocab}})
         tokenizer = Tokenizer(models.BPE(vocab, merges, fuse_unk=False, byte_fallback=False))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise CheckpointError(f"{folder / VOCAB} and {MERGES} make no tokenizer: {error}.") from None
     space = bool(files.config.get("add_prefix_space"))
     if files.class_name == "GPT2Tokenizer":
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
@@ -41,7 +45,7 @@ def convert(folder: Path, files: TokenizerFiles) -> Tokenizer | None:
             pre_tokenizers.Split(Regex(_QWEN2), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=space and files.class_name == "Qwen2Tokenizer", use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return GuardedTokenizer(json.loads(tokenizer.to_str()))
 
 
 def add_ends(tokenizer: Tokenizer, files: TokenizerFiles) -> None:
@@ -58,7 +62,7 @@ def add_ends(tokenizer: Tokenizer, files: TokenizerFiles) -> None:
 
 def _vocab(path: Path) -> dict[str, int]:
     vocab: dict[str, Any] = read_object(path)
-    if not all(isinstance(id_, int) and id_ >= 0 for id_ in vocab.values()):
+    if not all(isinstance(id_, int) and not isinstance(id_, bool) and id_ >= 0 for id_ in vocab.values()):
         raise CheckpointError(f"{path} is no vocabulary; it holds ids that are no numbers.")
     missing = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter not in vocab]
     if missing:
@@ -69,11 +73,11 @@ def _vocab(path: Path) -> dict[str, int]:
 
 def _merges(path: Path) -> list[tuple[str, str]]:
     merges = []
-    for number, line in enumerate(read_text(path).split("\n")):
+    for number, line in enumerate(read_text(path, MOST_TABLE).split("\n")):
         if not line.strip() or (number == 0 and line.startswith("#version")):
             continue
         parts = line.split()
         if len(parts) != 2:
-            raise CheckpointError(f"{path}: line {number + 1} is {line!r}, which is no pair of pieces.")
+            raise CheckpointError(f"{path}: line {number + 1} is {shown(line)}, which is no pair of pieces.")
         merges.append((parts[0], parts[1]))
     return merges

@@ -5,6 +5,7 @@ Sources: transformers' tokenization_utils_base.py (`_from_pretrained`) and token
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ..errors import CheckpointError
+from ..regular_file import MOST_CONFIG, MOST_TABLE, read_regular
+from ..tokenizer_limits import MOST_PIECE
+from .config_fields import shown
 from .json_file import read_json
 
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -36,17 +40,17 @@ class TokenizerFiles:
     added: list[tuple[int | None, AddedToken]]  # tokens to add, with the id they are said to have
 
 
-def read_text(path: Path) -> str:
-    """A text file, without its byte-order mark; raises CheckpointError."""
+def read_text(path: Path, most: int = MOST_CONFIG) -> str:
+    """A text file of at most so many bytes, without its byte-order mark; raises CheckpointError."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_regular(path, most).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as text: {error}.") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file, empty where there is none; raises CheckpointError."""
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, MOST_TABLE) if path.exists() else {}
 
 
 def read_files(folder: Path) -> TokenizerFiles:
@@ -55,7 +59,7 @@ def read_files(folder: Path) -> TokenizerFiles:
     config = read_object(path)
     class_name = config.get("tokenizer_class")
     if class_name is not None and not isinstance(class_name, str):
-        raise CheckpointError(f"{path}: tokenizer_class is {class_name!r}, which is no name.")
+        raise CheckpointError(f"{path}: tokenizer_class is {shown(class_name)}, which is no name.")
     class_name = class_name.removesuffix("Fast") if class_name else None
     said: dict[str, tuple[Any, Path]] = {key: (value, path) for key, value in config.items()}
     listed = config.get("added_tokens_decoder")
@@ -76,7 +80,7 @@ def read_files(folder: Path) -> TokenizerFiles:
         elif isinstance(value, list):
             extra += [_token(one, source, field, special=True) for one in value]
         elif value is not None:
-            raise CheckpointError(f"{source}: {field} is {value!r}, which is no list of tokens.")
+            raise CheckpointError(f"{source}: {field} is {shown(value)}, which is no list of tokens.")
     special = [*names.values(), *extra]
     added: list[tuple[int | None, AddedToken]] = []
     if listed is not None:
@@ -93,18 +97,24 @@ def read_files(folder: Path) -> TokenizerFiles:
 
 def _token(value: Any, source: Path, field: str, special: bool = False) -> AddedToken:
     """A token given as text or as an object."""
-    if isinstance(value, str) and value:
+    if isinstance(value, str) and _is_text(value):
         return AddedToken(value, special=special, normalized=not special)
-    if isinstance(value, dict) and isinstance(value.get("content"), str) and value["content"]:
+    if isinstance(value, dict) and isinstance(value.get("content"), str) and _is_text(value["content"]):
         flags = {name: value[name] for name in _FLAGS if name in value}
         if all(isinstance(flag, bool) for flag in flags.values()):
             return AddedToken(value["content"], **flags | ({"special": True} if special else {}))
-    raise CheckpointError(f"{source}: {field} is or holds {value!r}, which is no token; give its text, or an object "
+    raise CheckpointError(f"{source}: {field} is or holds {shown(value)}, which is no token; give its text, or an object "
                           "with its content.")
 
 
+def _is_text(content: str) -> bool:
+    """Whether a token can have it: some letters, none of them half a character (a surrogate)."""
+    return 0 < len(content) <= MOST_PIECE and not any("\ud800" <= letter <= "\udfff" for letter in content)
+
+
 def _id(value: Any, source: Path) -> int:
-    try:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value):  # int() takes the digits of all scripts
         return int(value)
-    except (TypeError, ValueError):
-        raise CheckpointError(f"{source} gives a token the id {value!r}, which is no number.") from None
+    raise CheckpointError(f"{source} gives a token the id {shown(value)}, which is no number.")

@@ -15,13 +15,16 @@ from ..bench.workload import generated_bundle
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import Bundle, open_bundle
 from ..errors import OutputError, RequestError
+from .help import option
+from .options import VERIFY, seal_options
 from .output import reader_may_leave
 from .progress import byte_bar
 
 _QUIET = 0.05  # of the processor's time
 F = TypeVar("F", bound=Callable[..., Any])
 _OF_GEOMETRY = ("layers", "precision", "routing", "block_length", "work")
-_NAMES = ("bundle", "geometry", "verify", *_OF_GEOMETRY)
+_SEAL = ("expect_sha256", "trusted_key")
+_NAMES = ("bundle", "geometry", "verify", *_OF_GEOMETRY, *_SEAL)
 
 
 def words(text: str) -> list[str]:
@@ -43,21 +46,24 @@ def computed_by(cpu_ops: bool) -> str:
 
 def bundle_options(command: F) -> F:
     """BUNDLE or --geometry and what goes with them, and --seed; to be handed to `opened`."""
-    for option in reversed((
+    for one in reversed((
             click.argument("bundle", type=click.Path(path_type=Path), required=False),
-            click.option("--geometry", help="A published size with generated weights, such as llada2.0-mini."),
-            click.option("--layers", type=click.IntRange(min=1), help="Of the geometry, the first so many [all]."),
-            click.option("--precision", type=click.Choice(["fp32", "fp16", "int8", "int4"]),
-                         help="Of the geometry's bundle [fp32]."),
-            click.option("--routing", type=click.Choice(["auto", "token", "top_p", "top_c"]),
-                         help="Of the geometry's bundle [top_p for block diffusion with experts, else auto]."),
-            click.option("--block-length", type=click.IntRange(min=1), help="Of the geometry's bundle [32]."),
-            click.option("--work", type=click.Path(path_type=Path),
-                         help="Folder that keeps the geometry's bundle for later runs [a temporary one]."),
-            click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True,
-                         help="Of BUNDLE."),
-            click.option("--seed", type=int, default=0, show_default=True, help="Of weights and inputs."))):
-        command = option(command)
+            option("--geometry", metavar="NAME", group="bundle",
+                   help="Instead of BUNDLE: a published size with generated weights, such as llada2.0-mini"),
+            option("--layers", type=click.IntRange(min=1), group="bundle", shown="all",
+                   help="The first so many of the geometry"),
+            option("--precision", type=click.Choice(["fp32", "fp16", "int8", "int4"]), group="bundle", shown="fp32",
+                   help="Of the geometry's bundle"),
+            option("--routing", type=click.Choice(["auto", "token", "top_p", "top_c"]), group="bundle",
+                   shown="top_p for block diffusion with experts, else auto", help="Of the geometry's bundle"),
+            option("--block-length", type=click.IntRange(min=1), group="bundle", shown="32",
+                   help="Tokens per block of the geometry's bundle"),
+            option("--work", type=click.Path(path_type=Path), metavar="FOLDER", group="bundle",
+                   shown="a temporary one", help="Folder that keeps the geometry's bundle for later runs"),
+            VERIFY,
+            seal_options,
+            option("--seed", type=int, default=0, group="bundle", help="Of weights and inputs"))):
+        command = one(command)
     return command
 
 
@@ -71,8 +77,10 @@ def opened(options: dict[str, Any], quiet: bool) -> Iterator[Bundle]:
         for name in _OF_GEOMETRY:
             if chosen[name] is not None:
                 raise RequestError(f"--{name.replace('_', '-')} belongs to --geometry; leave it out with a bundle.")
-        yield open_bundle(resolve_bundle(chosen["bundle"]), chosen["verify"])
+        yield open_bundle(resolve_bundle(chosen["bundle"]), chosen["verify"], **{name: chosen[name] for name in _SEAL})
         return
+    if any(chosen[name] is not None for name in _SEAL):
+        raise RequestError("--expect-sha256 and --trusted-key belong to a BUNDLE; leave them out with --geometry.")
     with tempfile.TemporaryDirectory() as temporary, byte_bar("bundle", 0, shown=not quiet) as report:
         yield generated_bundle(chosen["work"] or Path(temporary), chosen["geometry"], layers=chosen["layers"],
                                precision=chosen["precision"] or "fp32", routing=chosen["routing"],

@@ -10,38 +10,50 @@ import click
 
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import read_manifest
-from ..errors import RequestError
+from ..errors import BundleError, RequestError
 from ..generator import Generation, Generator, generation_of
 from ..text.prompts import Prompt
-from .options import BACKEND, THREADS, VERIFY, request_options
+from .help import SETTINGS, Verb, option
+from .options import BACKEND, THREADS, VERIFY, request_options, seal_options
 from .progress import byte_bar
 
 
-@click.command()
+@click.command(cls=Verb, context_settings=SETTINGS, examples=(
+    'dmoe-export generate sample.bundle --prompt "what is 2 plus 3?" --stream',
+    "dmoe-export generate sample.bundle --prompt-ids 5,6,7 --max-new-tokens 8 --json"))
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompt", help="Text; wrapped in the chat template.")
-@click.option("--prompt-file", type=click.Path(path_type=Path), help="File with the prompt's text.")
-@click.option("--prompt-ids", help="Token ids, separated by commas; needs no tokenizer.")
+@option("--prompt", metavar="TEXT", group="prompt", help="Text; wrapped in the chat template")
+@option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", group="prompt",
+        help="File with the prompt's text")
+@option("--prompt-ids", metavar="IDS", group="prompt", help="Token ids, separated by commas; needs no tokenizer")
+@option("--chat/--no-chat", default=True, group="prompt", help="Wrap text in the chat template")
 @request_options
-@click.option("--chat/--no-chat", default=True, show_default=True, help="Wrap text in the chat template.")
+@option("--expert-budget", metavar="SIZE", group="residency", shown="all",
+        help="Memory for experts, such as 4G, 25% or bytes; the others wait on disk (CPU) or in host memory (TensorRT "
+        "engine built with --experts resident)")
+@option("--experts-per-layer", type=int, group="residency", values="at least 1", shown="all",
+        help="The same, as experts kept per layer")
+@option("--expert-refresh-interval", default="auto", metavar="N", group="residency",
+        help="Denoise steps between changes of the experts kept: auto, never or a number")
 @BACKEND
 @THREADS
-@click.option("--expert-budget",
-              help="Memory for experts, such as 4G, 25% or bytes; the others wait on disk (CPU) or in host memory "
-              "(TensorRT engine built with --experts resident) [all].")
-@click.option("--experts-per-layer", type=int, help="The same, as experts kept per layer [all].")
-@click.option("--expert-refresh-interval", default="auto",
-              help="Denoise steps between changes of the experts kept: auto, never or a number [auto].")
 @VERIFY
-@click.option("--stream", is_flag=True, help="Print blocks as they are finished.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object (with --stream: one per block first).")
+@seal_options
+@option("--stream", is_flag=True, group="output", help="Print blocks as they are finished")
+@option("--json", "as_json", is_flag=True, group="output",
+        help="Print one JSON object (with --stream: one per block first)")
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
              as_json: bool, backend: Any, threads: int | None, verify: Any, expert_budget: str | None,
-             experts_per_layer: int | None, expert_refresh_interval: str, **options: Any) -> None:
-    """Generate with BUNDLE (a folder or a hub id) from exactly one of --prompt, --prompt-file, --prompt-ids."""
+             experts_per_layer: int | None, expert_refresh_interval: str, expect_sha256: str | None,
+             trusted_key: Path | None, **options: Any) -> None:
+    """Answer one prompt with BUNDLE, a folder or a hub id.
+
+    The prompt is exactly one of --prompt, --prompt-file and --prompt-ids. The answer goes to standard output, what it
+    took to standard error.
+    """
     given = _prompt(prompt, prompt_file, prompt_ids)
     bundle = resolve_bundle(bundle)
-    total = sum(entry.size for entry in read_manifest(bundle).files)
+    total = _bytes_to_verify(bundle)
     done = 0
     with byte_bar("verify", total, shown=total > 200e6 and not as_json) as report:
 
@@ -52,7 +64,8 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
 
         generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify, progress=progress,
                                    expert_budget=expert_budget, experts_per_layer=experts_per_layer,
-                                   expert_refresh_interval=expert_refresh_interval)
+                                   expert_refresh_interval=expert_refresh_interval,
+                                   expect_sha256=expect_sha256, trusted_key=trusted_key)
     if not stream:
         result = generator.generate([given], **options)[0]
         click.echo(_json(result, generator, options) if as_json else _shown(result))
@@ -60,6 +73,14 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
         result = _stream(generator, given, as_json, options)
     if not as_json:
         click.echo(_summary(result, generator, options), err=True)
+
+
+def _bytes_to_verify(bundle: Path) -> int:
+    """For a bar of progress; of what is no bundle, opening it says why, and whether its seal holds."""
+    try:
+        return sum(entry.size for entry in read_manifest(bundle).files)
+    except BundleError:
+        return 0
 
 
 def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[str, Any]) -> Generation:

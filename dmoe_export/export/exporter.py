@@ -101,7 +101,8 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *, p
                                        layers_total=source.full_description.num_layers, source=name),
             denoiser=graph, salient=salient_entry, experts=expert_entry, tokenizer=tokenizer,
             files=writer.entries, engines=[], decode_defaults=source.decode_defaults,
-            warnings=[without_path(w, source.folder, name) for w in (*source.warnings, *warnings, *said)])
+            warnings=[without_path(w, source.folder, name)
+                      for w in (*source.warnings, *warnings, *said, *licence.warnings)])
         (writer.folder / CARD_NAME).write_text(model_card(manifest, licence), encoding="utf-8")
         writer.seal(manifest)
     source.reader.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..checkpoint.config_fields import Fields
+from ..checkpoint.config_fields import Fields, shown
 from ..checkpoint.family import Checkpoint
 from ..description import RUNTIME_SETTINGS, RoutingChoice, RoutingDescription, RoutingMode
 from ..errors import CheckpointError, InputError
@@ -75,7 +75,7 @@ def trained_routing(source: Checkpoint) -> TrainedRouting:
     fields = Fields(source.config, path)
     threshold, capacity = (source.config.get(name) for name in ("core_threshold", "expert_capacity"))
     if threshold is not None and capacity is not None:
-        raise fields.refuse(f"core_threshold {threshold!r} and expert_capacity {capacity!r} are two block routings, "
+        raise fields.refuse(f"core_threshold {shown(threshold)} and expert_capacity {shown(capacity)} are two block routings, "
                             "and a model is trained with one; remove the other")
     if threshold is not None:
         fields.only("mode", ("aggregate",))
@@ -102,7 +102,7 @@ def trained_routing(source: Checkpoint) -> TrainedRouting:
 def _block_of(fields: Fields, capacity: object) -> int:
     """The routing block of a checkpoint with an `expert_capacity`."""
     if fields.config.get("block_size") is None:
-        raise fields.refuse(f"expert_capacity {capacity!r} is block routing, and block_size is missing; add the block "
+        raise fields.refuse(f"expert_capacity {shown(capacity)} is block routing, and block_size is missing; add the block "
                             "length it was trained with")
     block = fields.positive("block_size")
     if block & (block - 1):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from ..bundle.reader import Bundle
-from ..errors import BundleError
+from ..errors import BundleError, RequestError
+from ..regular_file import MOST_CONFIG, MOST_TABLE, read_regular
+from ..tokenizer_guard import GuardedTokenizer, no_panics
 from .literal import LiteralEncoder
 from .messages import Message, check_text, plain_messages
 from .own_tokens import OwnTokens
@@ -23,6 +24,8 @@ __all__ = ["Message", "TextCodec", "TextStream"]
 _LLADA2_TEMPLATE = (
     "{% for m in messages %}<role>{{ {'system': 'SYSTEM', 'user': 'HUMAN', 'assistant': 'ASSISTANT'}[m['role']] }}"
     "</role>{{ m['content'] }}<|role_end|>{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}")
+_MOST_ROLES = 8  # looked at in one request
+_log = logging.getLogger(__name__)
 _LLADA2_TOKENS = {"<role>", "</role>", "<|role_end|>"}
 
 
@@ -36,17 +39,14 @@ class TextCodec:
         `special_tokens`: what a template knows by name (bos_token, …). Without any, as in older bundles, `eos_id` names
         the token that it knows as `eos_token`. Raises BundleError for a file that is no tokenizer.
         """
-        try:
-            text = tokenizer_file.read_text(encoding="utf-8")
-            self._tokenizer = Tokenizer.from_str(text)
-            content = json.loads(text)
+        with no_panics(lambda why: BundleError(f"{tokenizer_file} cannot be read as a tokenizer: {why}.")):
+            content = json.loads(read_regular(tokenizer_file, MOST_TABLE).decode("utf-8"))
+            self._guarded = GuardedTokenizer(content)
+            self._tokenizer = self._guarded.raw
             self.tail = Tail(content.get("decoder"))
             model = {key: content["model"].get(key) for key in ("unk_token", "unk_id", "byte_fallback")}
-        except Exception as error:  # tokenizers raises bare Exception
-            raise BundleError(f"{tokenizer_file} cannot be read as a tokenizer: {error}.") from None
-        self._tokenizer.no_truncation()  # settings of training, not of prompts
-        self._tokenizer.no_padding()
-        self._literal = LiteralEncoder(self._tokenizer, {k: v for k, v in model.items() if v is not None})
+            self._literal = LiteralEncoder(self._guarded, {k: v for k, v in model.items() if v is not None})
+        self._seen_roles: set[str] = set()
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {i for i, token in added.items() if token.special}
         if template is None and {token.content for token in added.values()} >= _LLADA2_TOKENS:
@@ -66,8 +66,8 @@ class TextCodec:
         if entry.chat_template:
             file = bundle.folder / entry.chat_template
             try:
-                template = file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
+                template = read_regular(file, MOST_CONFIG).decode("utf-8")
+            except (OSError, ValueError) as error:
                 raise BundleError(f"{file} cannot be read as a chat template: {error}.") from None
         return cls(bundle.folder / entry.file, template, bundle.manifest.model.eos_id, entry.special_tokens)
 
@@ -82,7 +82,8 @@ class TextCodec:
             return self.encode_plain("\n".join(m["content"] for m in messages))
         now = datetime.now()
         text = self._template.render(messages, now)
-        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        self._tell_of_dropped(self._template, messages, text, now)
+        ids = list(self._guarded.encode(text).ids)
         if not any(i in self._literal.control for i in ids):
             return ids
         own = self._own_tokens.find(messages, text, now)
@@ -103,11 +104,24 @@ class TextCodec:
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens left out."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return self._guarded.decode(ids)
 
     def token(self, id_: int) -> str | None:
         """A token's name; None for a special or unknown one, which decoding leaves out."""
         return None if id_ in self._special else self._tokenizer.id_to_token(id_)
+
+    def _tell_of_dropped(self, template: ChatTemplate, messages: list[Message], text: str, now: datetime) -> None:
+        """Log a warning, once, for a role whose messages the template leaves out: nothing changes with them."""
+        roles = list(dict.fromkeys(m["role"] for m in messages if m["content"].strip()))
+        for role in [role for role in roles if role not in self._seen_roles][:_MOST_ROLES]:
+            changed = [m | {"content": f"x {m['content']} x"} if m["role"] == role else m for m in messages]
+            try:
+                left_out = template.render(changed, now) == text
+            except RequestError:  # it looks at them
+                left_out = False
+            if left_out:
+                _log.warning("The chat template leaves out what messages of role %r say.", role)
+            self._seen_roles.add(role)
 
     @cached_property
     def _own_tokens(self) -> OwnTokens:

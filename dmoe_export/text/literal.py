@@ -7,17 +7,18 @@ is encoded once: normalising, splitting and merging across places happen as in t
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 
 from ..errors import RequestError
+from ..tokenizer_guard import GuardedTokenizer
 
 FIRST, LAST = 0x100000, 0x10FFFD  # private-use plane 16
 _TRIES = 16  # rounds of cuts in one text
+_MOST_CORE = 16  # characters that one of a token is normalised from
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,16 @@ class Own:
 class LiteralEncoder:
     """A tokenizer whose added tokens cannot be spelled."""
 
-    def __init__(self, tokenizer: Tokenizer, model: dict[str, Any]) -> None:
-        """`tokenizer`: as it encodes by itself, without truncation and padding; `model`: that part of its file."""
-        self._tokenizer = tokenizer
-        added: dict[int, AddedToken] = tokenizer.get_added_tokens_decoder()
+    def __init__(self, guarded: GuardedTokenizer, model: dict[str, Any]) -> None:
+        """`guarded`: as it encodes by itself, without truncation and padding; `model`: that part of its file."""
+        self._guarded, self._tokenizer = guarded, guarded.raw
+        added: dict[int, AddedToken] = self._tokenizer.get_added_tokens_decoder()
         # Runs of spaces or line ends are text to everybody, whatever the tokenizer keeps them as.
         self.control = {i: token for i, token in added.items() if token.content.strip() or token.special}
         self._spaces = {i: token for i, token in added.items() if i not in self.control}
         unknown = model.get("unk_token", model.get("unk_id"))
         if isinstance(unknown, str):
-            unknown = tokenizer.token_to_id(unknown)
+            unknown = self._tokenizer.token_to_id(unknown)
         # Ids that any text may have: of unknown words, and of single bytes.
         self._of_text = {unknown} | ({i for i, t in self.control.items() if _is_byte(t.content)}
                                      if model.get("byte_fallback") else set())
@@ -49,7 +50,7 @@ class LiteralEncoder:
 
     def own_tokens(self, text: str) -> list[Own]:
         """Where a tokenizer takes parts of a text as control tokens."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._guarded.encode(text)
         return [found for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
                 if (token := self.control.get(id_)) is not None
                 and (found := self._place(text, start, end, id_, token)) is not None]
@@ -75,7 +76,7 @@ class LiteralEncoder:
             at = place.end
         written = "".join([*parts, text[at:]])
         for _ in range(_TRIES):
-            encoding = copy.tokenizer.encode(written, add_special_tokens=add_special_tokens)
+            encoding = copy.guarded.encode(written, add_special_tokens=add_special_tokens)
             # Ids of the copy's names may be those of tokens here; what the post-processor added is of here.
             made = list(zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True))
             wrong = [span for id_, span, added in made if not added and id_ not in copy.id_of
@@ -99,6 +100,8 @@ class LiteralEncoder:
         if found >= 0:
             return Own(found, found + len(token.content), id_)
         core = text[start:end].strip()
+        if len(core) > _MOST_CORE * len(token.content):  # normalising holds up all threads
+            return None
         normalizer = self._tokenizer.normalizer
         if not token.normalized or normalizer is None or (
                 normalizer.normalize_str(core) != normalizer.normalize_str(token.content)):
@@ -114,18 +117,17 @@ class LiteralEncoder:
             if first + needed > LAST:
                 raise RequestError("The text holds private characters of all kinds (U+100000 and up); leave them out.")
         if first not in self._copies:
-            self._copies[first] = _Copy(self._tokenizer, self.control, self._spaces, first)
+            self._copies[first] = _Copy(self._guarded, self.control, self._spaces, first)
         return self._copies[first]
 
 
 class _Copy:
     """A tokenizer that knows its control tokens by private characters from `first` on."""
 
-    def __init__(self, tokenizer: Tokenizer, control: dict[int, AddedToken], spaces: dict[int, AddedToken],
+    def __init__(self, guarded: GuardedTokenizer, control: dict[int, AddedToken], spaces: dict[int, AddedToken],
                  first: int) -> None:
-        content = json.loads(tokenizer.to_str())
-        content["added_tokens"] = []
-        self.tokenizer = Tokenizer.from_str(json.dumps(content))
+        self.guarded = GuardedTokenizer(guarded.content | {"added_tokens": []})
+        self.tokenizer = self.guarded.raw
         self.name_of = {id_: chr(first + n) for n, id_ in enumerate(control)}
         self.cut = chr(first + len(control))
         self.tokenizer.add_tokens(

@@ -13,13 +13,14 @@ import numpy as np
 from ...bundle.manifest import EngineEntry
 from ...bundle.reader import Bundle
 from ...errors import BundleError, DmoeError, MissingRequirementError
+from ...extras import pip_install
 from ...ops import plugin_library
 from .device import Device
 
 # In the PyPI wheel of TensorRT-RTX only the bindings module is sure to be there, under its own name.
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-_INSTALL = {"tensorrt": "pip install 'dmoe-export[tensorrt]'", "tensorrt-rtx": "pip install 'dmoe-export[rtx]'"}
+_EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 
 
 def library(flavour: str) -> Any:
@@ -33,14 +34,19 @@ def library(flavour: str) -> Any:
             continue
         return getattr(module, "tensorrt_rtx_bindings", module)
     raise MissingRequirementError(f"{_TITLES[flavour]} cannot be imported ({reason}); install it with: "
-                                  f"{_INSTALL[flavour]}.")
+                                  f"{pip_install(_EXTRAS[flavour])}.")
 
 
 def find_engine(bundle: Bundle, device: Device, resident: bool = False) -> tuple[EngineEntry, Any]:
     """The first of a bundle's engines for this GPU and library, and its module; raises MissingRequirementError.
 
-    `resident`: only among those with a pool of resident experts.
+    `resident`: only among those with a pool of resident experts. Engines of a bundle in a hub's cache need a seal.
     """
+    if not bundle.vouched:
+        raise MissingRequirementError(
+            f"Engines of {bundle.folder} are native code from a hub, so they run only for a bundle that you vouch for; "
+            "give --expect-sha256 or --trusted-key, or build your own with: dmoe-export build "
+            f"{bundle.folder} --out BUNDLE.")
     engines = [entry for entry in bundle.manifest.engines if entry.expert_pools or not resident]
     if not engines:
         raise MissingRequirementError(f"{bundle.folder} holds no engine that takes an expert budget; build one with: "
@@ -104,7 +110,8 @@ def last_error(trt: Any) -> str:
 def deserialise(bundle: Bundle, entry: EngineEntry, trt: Any) -> Any:
     """The engine of a file, mapped rather than read.
 
-    The plugin library inside the file is loaded and run, as the graph's custom nodes need it: open bundles you trust.
+    The plugin library inside the file is loaded and run, as the graph's custom nodes need it; `find_engine` refuses
+    those of bundles that nobody vouched for.
     An engine that carries none gets the installed one.
     """
     path = bundle.folder / entry.file
