@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .digest import count
 from .gates import norm_distance
 from .result import (
     BackendCheck,
@@ -116,7 +117,8 @@ def _summary(backend: BackendCheck) -> None:
 def _answer(g: GenerationCheck) -> str:
     name = g.prompt if g.prompt is not None else f"{g.prompt_tokens} random tokens"
     if g.first_difference is None:
-        return f"{name} → {len(g.reference_ids)} equal tokens, {g.reference_forwards} forwards"
+        equal, forwards = count(len(g.reference_ids), "equal token"), count(g.reference_forwards, "forward")
+        return f"{name} → {equal}, {forwards}"
     tie = "a near tie" if g.near_tie else "no near tie"
     return (f"{name} → tokens differ from number {g.first_difference} ({tie}), {g.reference_forwards} and "
             f"{g.backend_forwards} forwards")

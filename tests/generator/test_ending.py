@@ -72,9 +72,9 @@ def test_text_ends_before_a_stop_string(generator):
 def test_a_stop_string_ends_its_row_alone_and_early(generator):
     """Long answers: the row with the string is not decoded on, its neighbours are as they were."""
     prompts = [QUESTION, "what is 4 plus 4?"]
-    options = LONG | {"temperature": 3.0}  # or there would be little text
+    options = LONG | {"temperature": 8.0}  # or there would be little text
     free = generator.generate(prompts, **options)
-    stop = free[0].text[40:46]
+    stop = free[0].text[10:16]
     cut = free[0].text.index(stop)
     first, second = generator.generate(prompts, stop=[stop], **options)
     assert first.text == free[0].text[:cut] and first.finish_reason == "stop"
@@ -101,7 +101,8 @@ def test_bad_stop_strings(generator, stop):
     ("time_limit", 0), ("time_limit", float("inf")), ("time_limit", float("nan")), ("time_limit", True),
     ("time_limit", "1"), ("max_new_tokens", True), ("max_new_tokens", 10**5000), ("steps", -10**5000),
     ("temperature", 10**400), ("time_limit", 10**400), ("salient_capacity", 10**5000), ("coreset_size", 10**5000),
-    ("eos_id", [10**5000]), ("top_p", 10**5000), ("seed", -1)], ids=lambda value: value if isinstance(value, str) else "")
+    ("eos_id", [10**5000]), ("top_p", 10**5000), ("seed", -1)],
+    ids=lambda value: value if isinstance(value, str) else "")
 def test_numbers_that_are_none_to_decode_with(generator, name, value):
     with pytest.raises(RequestError, match=f"^{name} is "):
         generator.generate(QUESTION, **{name: value})
@@ -109,8 +110,8 @@ def test_numbers_that_are_none_to_decode_with(generator, name, value):
 
 def test_the_command_line_has_them(sample_bundle):
     def run(*options):
-        fixed = ("generate", str(sample_bundle.folder), "--prompt", QUESTION, "--max-new-tokens", "32", "--threads", "1")
-        result = CliRunner().invoke(main, [*fixed, *options])
+        fixed = ("--prompt", QUESTION, "--max-new-tokens", "32", "--threads", "1")
+        result = CliRunner().invoke(main, ["generate", str(sample_bundle.folder), *fixed, *options])
         assert result.exit_code == 0, result.output
         return result
 
@@ -201,7 +202,7 @@ def test_a_stream_can_be_cancelled_and_closed(generator):
     closed.close()
     closed.close()
     assert list(closed) == []
-    with pytest.raises(RequestError, match="cancel is 5, it must be a threading.Event"):
+    with pytest.raises(RequestError, match=r"^cancel is 5, it must be a threading\.Event\.$"):
         generator.stream(QUESTION, cancel=5)
 
 
@@ -209,7 +210,8 @@ def test_what_was_cancelled_before_it_began_is_empty(generator):
     cancel = threading.Event()
     cancel.set()
     answers = generator.generate([QUESTION, QUESTION], cancel=cancel)
-    assert [(answer.text, answer.finish_reason, answer.stats.forwards) for answer in answers] == [("", "cancelled", 0)] * 2
+    found = [(answer.text, answer.finish_reason, answer.stats.forwards) for answer in answers]
+    assert found == [("", "cancelled", 0)] * 2
 
 
 def test_asyncio_gets_the_same_blocks_and_keeps_its_loop(generator):
@@ -365,11 +367,11 @@ def test_threads_share_a_budget(tiny_bundle, our_kernels):
 
 @pytest.mark.parametrize("make", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_a_generator_cannot_be_copied(generator, make):
-    with pytest.raises(TypeError, match=r"cannot be pickled or copied; in each process, open the bundle with Generator"):
+    with pytest.raises(TypeError, match="cannot be pickled or copied; in each process, open the bundle with"):
         make(generator)
 
 
 def test_a_pool_of_processes_says_so(generator):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        with pytest.raises(TypeError, match="cannot be pickled or copied"):
-            pool.apply(Generator.generate, (generator, QUESTION))
+    pool = multiprocessing.get_context("spawn").Pool(1)
+    with pool, pytest.raises(TypeError, match="cannot be pickled or copied"):
+        pool.apply(Generator.generate, (generator, QUESTION))

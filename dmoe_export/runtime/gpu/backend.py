@@ -75,7 +75,7 @@ class DeviceBackend:
             return self._forward(inputs, cache)
 
     def close(self) -> None:
-        """See `Backend`; memory of caches that are still held goes with these."""
+        """See `Backend`; memory of caches that somebody still holds goes with the backend itself."""
         with self._lock:
             if self._closed:
                 return

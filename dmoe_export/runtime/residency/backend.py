@@ -172,12 +172,12 @@ class ResidentBackend:
             **figures)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """See `Backend`: ends the tier, then the other backend, and lets go of what holds the experts."""
+        """See `Backend`. The tier goes first, so that the other backend gives back all that nobody holds any more."""
         with self._lock:
             if self._tier:
                 self._finalizer()
-                self._backend.close()
                 self._figures, self._tier = self._tier.figures(), None
+                self._backend.close()
 
 
 class ResidentSalient:
