@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from ..errors import MissingRequirementError, OutputError
 from ..extras import pip_install
+from ..words import count, size
 from . import answers, digest
 from .result import BackendCheck, CheckReport
 from .table import quantisation_in_words
@@ -62,8 +63,8 @@ def render_report(report: CheckReport) -> str:
 def _template() -> Template:
     environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True, finalize=_visible)
-    environment.filters |= {"number": digest.number, "percent": digest.percent, "count": digest.count,
-                            "size": digest.size, "short": digest.short, "date": digest.date,
+    environment.filters |= {"number": digest.number, "percent": digest.percent, "count": count,
+                            "size": size, "short": digest.short, "date": digest.date,
                             "quantised": quantisation_in_words}
     environment.globals |= {"answers": answers, "digest": digest}
     return environment.get_template("report.html.jinja")

@@ -16,6 +16,7 @@ from .. import __version__
 from ..bench.decode import DecodeBench, Question, SettingResult, run, settings
 from ..errors import RequestError
 from ..generator import Generator
+from ..words import count
 from .bench_common import outcome
 from .help import SETTINGS, Verb, option
 from .options import BACKEND, JSON, OUT, PLOT, THREADS, VERIFY, request_option
@@ -127,7 +128,8 @@ def _questions(generator: Generator, prompts: tuple[str, ...], file: Path | None
 def _show(result: DecodeBench) -> None:
     table = Table("cache", "acceptance", "salient", "tokens/s", "speed-up", "forwards", "tokens/fwd", "agreement",
                   "experts", "accuracy",
-                  title=f"{result.prompts} prompts, {result.max_new_tokens} new tokens, {result.rounds} rounds")
+                  title=f"{count(result.prompts, 'prompt')}, {count(result.max_new_tokens, 'new token')}, "
+                        f"{count(result.rounds, 'round')}")
     refused: dict[str, list[SettingResult]] = {}
     for r in result.results:
         if r.refused:
