@@ -1,4 +1,4 @@
-"""Signs of life on standard error while work takes more than a moment: a bar in a terminal, else a line now and then."""
+"""Signs of life on standard error while work takes its time: a bar in a terminal, else a line now and then."""
 
 from __future__ import annotations
 
