@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..bundle.graph_file import load_graph
 from ..bundle.reader import Bundle
 from ..errors import CheckError, MissingRequirementError
 from ..extras import pip_install
@@ -40,7 +41,7 @@ def weights_of(bundle: Bundle) -> dict[str, Tensor]:
                                       f"precision {precision}; export with --precision fp32 or use "
                                       "--peer none.")
     found: dict[str, Tensor] = {}
-    for name, value in ir.load(bundle.denoiser_path).graph.initializers.items():
+    for name, value in ir.serde.deserialize_model(load_graph(bundle)).graph.initializers.items():
         stored = value.const_value
         if isinstance(stored, ir.ExternalTensor) and stored.dtype == ir.DataType.FLOAT:
             shape = tuple(int(n) for n in stored.shape)

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from ..bundle.graph_file import load_graph
 from ..bundle.reader import Bundle
 from ..decoding.telemetry import unique_experts
 from ..description import Frozen
@@ -220,11 +221,10 @@ def _graph(bundle: Bundle, active: int | None, tokens: int, named: bool = False)
     if active is None and not named:
         return None
     try:
-        import onnx
+        model = load_graph(bundle)
     except ImportError as error:
         raise MissingRequirementError(f"bench step edits the graph and needs onnx ({error}); install it with: "
                                       "pip install onnx.") from None
-    model = onnx.load(str(bundle.denoiser_path), load_external_data=False)
     if active is not None:
         d = bundle.manifest.model
         steer(model, assign(tokens, active, d), d.experts.num_experts)

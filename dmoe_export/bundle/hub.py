@@ -9,6 +9,7 @@ from ..errors import BundleError
 from ..hub import HubError, fetch, hub_id
 from .manifest import MANIFEST_NAME
 from .reader import read_manifest
+from .seal import SIGNATURE_NAME
 
 
 def resolve_bundle(source: str | Path) -> Path:
@@ -35,7 +36,7 @@ def fetched_bundle(name: str) -> Path | None:
             return None
         listed = [glob.escape(entry.path) for entry in read_manifest(folder).files]
         # The same commit for all: the snapshot's folder is named by it.
-        return fetch(name, [MANIFEST_NAME, *listed], revision=folder.name)
+        return fetch(name, [MANIFEST_NAME, SIGNATURE_NAME, *listed], revision=folder.name)
     except HubError as error:
         raise BundleError(f"{name} is no local bundle and could not be fetched from the hub: {error} "
                           "Run again to resume.") from error

@@ -15,6 +15,7 @@ from ..description import (
     Precision,
     RoutingDescription,
 )
+from .consistent import check_dense_size, check_engine, check_graphs, check_numbers, check_once
 from .layout import ExpertsEntry, check_expert_layout
 
 SCHEMA_VERSION = 2
@@ -32,8 +33,8 @@ class FileEntry(Frozen):
     @classmethod
     def _inside(cls, value: str) -> str:
         path = PurePosixPath(value)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in value:
-            raise ValueError(f"path {value!r} leaves the bundle")
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in value or not value.isprintable():
+            raise ValueError(f"path {value[:100]!r} leaves the bundle, or has characters that cannot be shown")
         return value
 
 
@@ -224,14 +225,20 @@ class Manifest(Frozen):
     @model_validator(mode="after")
     def _numbers_agree(self) -> Manifest:
         """The manifest has no hash of its own, and who maps the expert file trusts these."""
-        model, entry = self.model, self.experts
-        if model.mask_id >= model.vocab_size:
-            raise ValueError(f"mask id {model.mask_id} is outside the vocabulary of {model.vocab_size}")
+        model, entry, itemsize = self.model, self.experts, 4 if self.precision == "fp32" else 2
+        sizes = {file.path: file.size for file in self.files}
+        check_numbers(model, self.routing)
+        check_graphs(self)
         if [layer.layer for layer in entry.layers] != list(model.moe_layers) if entry else len(model.moe_layers):
             raise ValueError("experts are not those of the model's layers")
         if entry:
-            sizes = {file.path: file.size for file in self.files}
-            check_expert_layout(entry, model, 4 if self.precision == "fp32" else 2, sizes.get(entry.file))
+            check_expert_layout(entry, model, itemsize, sizes.get(entry.file))
+        data = f"{self.denoiser.file}.data"
+        check_dense_size(model, itemsize, data, sizes.get(data))
+        check_once((str(PurePosixPath(file.path)) for file in self.files), "file")
+        check_once((engine.file for engine in self.engines), "engine")
+        for engine in self.engines:
+            check_engine(engine)
         return self
 
     @property

@@ -15,8 +15,10 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 
 from ..errors import BundleError, RequestError
+from ..regular import read_regular
 from .finite import not_finite
 from .manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest
+from .seal import MOST_BYTES, check_seal, sha256_of
 
 Verify = Literal["full", "sizes"]
 _BLOCK = 4 << 20
@@ -28,6 +30,7 @@ class Bundle:
 
     folder: Path
     manifest: Manifest
+    sha256: str | None = None  # of manifest.json as it was read: the bundle's seal; None of a manifest made in memory
 
     @property
     def denoiser_path(self) -> Path:
@@ -35,20 +38,28 @@ class Bundle:
         return self.folder / self.manifest.denoiser.file
 
 
-def open_bundle(folder: str | Path, verify: Verify = "full", progress: Callable[[int], None] | None = None) -> Bundle:
+def open_bundle(folder: str | Path, verify: Verify = "full", progress: Callable[[int], None] | None = None, *,
+                expect_sha256: str | None = None, trusted_key: str | Path | None = None) -> Bundle:
     """Read and verify a bundle.
 
     `verify`: "full" compares size and sha256 of every file, "sizes" only the sizes (for bundles of many gigabytes
-    that were verified before). `progress` is told the bytes hashed. Raises BundleError, one sentence per failure,
-    and RequestError for another `verify`.
+    that were verified before). `progress` is told the bytes hashed. `expect_sha256`, `trusted_key`: the manifest must
+    have this sha256, and be signed by this key (a PEM file; `bundle/seal.py`); both need verify full. Raises
+    BundleError, one sentence per failure, RequestError for another `verify` or what is no sha256 or key,
+    MissingRequirementError where no signature can be verified.
     """
     if verify not in get_args(Verify):
         raise RequestError(f"verify is {verify!r}, it must be {' or '.join(get_args(Verify))}.")
+    if verify != "full" and (expect_sha256 is not None or trusted_key is not None):
+        raise RequestError("An expected sha256 or a trusted key says nothing of a bundle's files with verify "
+                           f"{verify}; use verify full.")
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    content = _manifest_bytes(folder)  # read once: what is sealed is what is parsed
+    check_seal(folder, content, expect_sha256, trusted_key)
+    manifest = _manifest(folder, content)
     for entry in manifest.files:
         _verify_file(folder, entry, verify, progress)
-    return Bundle(folder, manifest)
+    return Bundle(folder, manifest, sha256_of(content))
 
 
 def check_unchanged(bundle: Bundle) -> None:
@@ -64,7 +75,12 @@ def check_unchanged(bundle: Bundle) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest alone, schema checked, files not."""
-    path, raw = folder / MANIFEST_NAME, _read_json(folder)
+    return _manifest(folder, _manifest_bytes(folder))
+
+
+def _manifest(folder: Path, content: bytes) -> Manifest:
+    path = folder / MANIFEST_NAME
+    raw = _parsed(path, content)
     version = raw["schema_version"]
     if _is_older(version):
         raise BundleError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; export the "
@@ -77,7 +93,8 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its numbers"
-        raise BundleError(f"{path} contradicts schema version {version} at {where}: {first['msg']}.") from None
+        raise BundleError(f"{path} contradicts schema version {version} at {where}: "
+                          f"{first['msg'].removeprefix('Value error, ')}.") from None
     listed = {entry.path for entry in manifest.files}
     needed = [manifest.denoiser.file, f"{manifest.denoiser.file}.data"]
     needed += [manifest.experts.file] if manifest.experts else []
@@ -95,25 +112,37 @@ def read_manifest(folder: Path) -> Manifest:
 
 def check_is_bundle(folder: Path) -> None:
     """Raise BundleError unless a bundle is there, of this schema version or an older one, which may be replaced."""
-    raw = _read_json(folder)
+    raw = _parsed(folder / MANIFEST_NAME, _manifest_bytes(folder))
     if not (_is_older(raw["schema_version"]) and str(raw.get("created_by")).startswith("dmoe-export ")):
         read_manifest(folder)
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
-    """The manifest's fields, `schema_version` among them; no other field is checked."""
+def _manifest_bytes(folder: Path) -> bytes:
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    if not path.exists() or not folder.is_dir():
         raise BundleError(f"{folder} is no bundle: it {_lacking(folder)}; make one with: "
                           "dmoe-export export CHECKPOINT --out BUNDLE.")
     try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if wrong := not_finite(raw):
-            raise ValueError(wrong)
-        raw["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BundleError(f"{path} is not readable as a manifest ({error!r}); export the bundle again.") from None
-    return raw
+        return read_regular(path, MOST_BYTES)
+    except OSError as error:
+        raise BundleError(f"{path} is not readable as a manifest ({error.strerror}); export the bundle "
+                          "again.") from None
+
+
+def _parsed(path: Path, content: bytes) -> dict[str, Any]:
+    """The manifest's fields, `schema_version` among them; no other field is checked."""
+    try:
+        raw: Any = json.loads(content.decode("utf-8"))
+        wrong = not_finite(raw)
+        if not isinstance(raw, dict) or "schema_version" not in raw:
+            wrong = f"it has no schema_version, so it is none of {MANIFEST_NAME}"
+    except ValueError as error:
+        wrong = str(error).split(";")[0]  # the rest is advice for programmers
+    except RecursionError:
+        wrong = "it is nested too deep"
+    if wrong:
+        raise BundleError(f"{path} is not readable as a manifest ({wrong}); export the bundle again.")
+    return dict(raw)
 
 
 def _is_older(version: Any) -> bool:

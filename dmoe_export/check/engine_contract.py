@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 from onnx import NodeProto, helper
 
+from ..bundle.graph_file import load_graph
 from ..bundle.manifest import EngineEntry, ProfileEntry
 from ..bundle.reader import Bundle
 from ..engine.plan import PlanPlugin, PlanTensor, Range
@@ -22,7 +23,7 @@ _ITEM = {"float": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8"
 
 def graph_of(bundle: Bundle) -> onnx.ModelProto:
     """The bundle's graph, without weights."""
-    return onnx.load(str(bundle.denoiser_path), load_external_data=False)
+    return load_graph(bundle)
 
 
 def wrong_source(bundle: Bundle, entry: EngineEntry) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
+from ..bundle.graph_file import load_graph
 from ..bundle.reader import Bundle
 from ..description import ModelDescription
 from ..errors import BundleError
@@ -60,7 +61,7 @@ class _View:
 
     def __init__(self, bundle: Bundle, layers: int) -> None:
         self._bundle, self.path, d = bundle, bundle.denoiser_path, bundle.manifest.model
-        self._model: ModelProto = onnx.load(str(self.path), load_external_data=False)
+        self._model: ModelProto = load_graph(bundle)
         self.graph: GraphProto = self._model.graph
         self._layers, self._total = layers, d.num_layers
         self.moe_layers = _moe_layers(d, layers)

@@ -36,19 +36,19 @@ _VERSIONS = ("dmoe-export", "polygraphy", "torch", "onnx", "onnxruntime", "onnxr
 def check_bundle(folder: str | Path, reference: str | Path | None = None, *, backends: Sequence[BackendName] = (),
                  layers: int | None = None, atol: float | None = None, cosine: float | None = None,
                  recipe: str | Path | None = None, prompts: Sequence[str] = (), seed: int = 0, weights: bool = True,
-                 verify: Verify = "full", announce: Callable[[IdentityCheck], None] | None = None,
-                 tell: Tell | None = None) -> CheckReport:
+                 verify: Verify = "full", expect_sha256: str | None = None, trusted_key: str | Path | None = None,
+                 announce: Callable[[IdentityCheck], None] | None = None, tell: Tell | None = None) -> CheckReport:
     """Check a bundle against the eager float32 model of a checkpoint (each a folder or hub id), or of its own weights.
 
     `backends`: none = ONNX Runtime on the CPU and the best of this machine. `layers`: compare the first N layers only,
     in little memory; nothing is decoded. `atol`, `cosine` replace limits of `gates.LIMITS`, and a `recipe` those of
-    layers alone. `weights`: also compare all bytes with the checkpoint. `announce` is told the identity before anything
-    is computed.
+    layers alone. `verify`, `expect_sha256`, `trusted_key`: as in `open_bundle`. `weights`: also compare
+    all bytes with the checkpoint. `announce` is told the identity before anything is computed.
     Raises InputError for what cannot be read, MissingRequirementError for a machine that cannot run it, CheckError when
     the checkpoint's sizes are not the bundle's.
     """
     start, tell = time.perf_counter(), tell or (lambda phase, done, of: None)
-    bundle = open_bundle(resolve_bundle(folder), verify)
+    bundle = open_bundle(resolve_bundle(folder), verify, expect_sha256=expect_sha256, trusted_key=trusted_key)
     manifest = bundle.manifest
     _check_options(manifest, layers, atol, cosine)
     tolerances = None if recipe is None else _tolerances(recipe, bundle)

@@ -13,11 +13,11 @@ from polygraphy.common import TensorMetadata
 
 from ..bundle.reader import Bundle
 from ..description import ModelDescription, Precision
-from ..errors import BundleError
 from ..runtime.backend import Backend, ForwardOutputs, Limits
 from ..runtime.cache import HostCache
 from ..runtime.edited import EditedGraph
-from ..runtime.ort import EXTERNAL_FOLDER, ort, why_not_loaded
+from ..runtime.graph_errors import not_loaded
+from ..runtime.ort import EXTERNAL_FOLDER, ort
 from .inputs import forward_inputs
 from .instrument import OpenedGraph
 from .reference import Reference, named_outputs
@@ -138,8 +138,8 @@ def session_in(graph: EditedGraph, bundle: Bundle) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own kinds
-        raise BundleError(f"ONNX Runtime {ort.__version__} cannot load the edited graph of {bundle.folder}: "
-                          f"{why_not_loaded(error, 'onnxruntime')}.") from error
+        name = f"{bundle.folder} (an edited graph)"
+        raise not_loaded(error, name, None, bundle.manifest.denoiser.opset) from error
 
 
 def _is_stream(name: str) -> bool:

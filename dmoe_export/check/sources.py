@@ -10,6 +10,7 @@ import onnx
 import torch
 from torch import Tensor
 
+from ..bundle.graph_file import load_graph
 from ..bundle.reader import Bundle
 from ..checkpoint.family import Checkpoint
 from ..description import ModelDescription
@@ -74,7 +75,7 @@ class BundleWeights:
         """Raises BundleError for weights that do not lie beside the graph as external data."""
         self.description = description
         self._folder, self._quantisation = bundle.folder, bundle.manifest.quantisation
-        graph = onnx.load(str(bundle.denoiser_path), load_external_data=False).graph
+        graph = load_graph(bundle).graph
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
 
     def dense(self, name: str, rows: slice | None = None) -> Tensor:

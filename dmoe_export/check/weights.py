@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import onnx
 
 from .. import words
+from ..bundle.graph_file import load_graph
 from ..bundle.reader import Bundle
 from ..checkpoint.family import Checkpoint
 from ..export.conversion import Conversion, Digests, StoredTensor
@@ -122,7 +122,7 @@ def _equal(file: BinaryIO, chunk: memoryview) -> bool:
 
 def _places(bundle: Bundle) -> dict[str, _Place]:
     """Initializers of the graph that lie in a data file."""
-    model = onnx.load(str(bundle.denoiser_path), load_external_data=False)
+    model = load_graph(bundle)
     places = {}
     for tensor in model.graph.initializer:
         entry = {e.key: e.value for e in tensor.external_data}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +17,15 @@ from ..bundle.hub import resolve_bundle
 from ..bundle.reader import Bundle, open_bundle
 from ..errors import OutputError, RequestError
 from .help import option
-from .options import VERIFY
+from .options import VERIFY, seal_options
 from .output import reader_may_leave
 from .progress import byte_bar
 
 _QUIET = 0.05  # of the processor's time
 F = TypeVar("F", bound=Callable[..., Any])
 _OF_GEOMETRY = ("layers", "precision", "routing", "block_length", "work")
-_NAMES = ("bundle", "geometry", "verify", *_OF_GEOMETRY)
+_SEAL = ("expect_sha256", "trusted_key")
+_NAMES = ("bundle", "geometry", "verify", *_OF_GEOMETRY, *_SEAL)
 
 
 def words(text: str) -> list[str]:
@@ -33,7 +35,7 @@ def words(text: str) -> list[str]:
 
 def integers(option: str, text: str) -> list[int]:
     """The same as integers, none below 0; RequestError for anything else."""
-    if not words(text) or not all(word.isdigit() for word in words(text)):
+    if not words(text) or not all(re.fullmatch("[0-9]{1,18}", word) for word in words(text)):
         raise RequestError(f"{option} is {text!r}; give integers separated by commas, such as 0,256.")
     return [int(word) for word in words(text)]
 
@@ -60,6 +62,7 @@ def bundle_options(command: F) -> F:
             option("--work", type=click.Path(path_type=Path), metavar="FOLDER", group="bundle",
                    shown="a temporary one", help="Folder that keeps the geometry's bundle for later runs"),
             VERIFY,
+            seal_options,
             option("--seed", type=int, default=0, group="bundle", help="Of weights and inputs"))):
         command = one(command)
     return command
@@ -75,8 +78,10 @@ def opened(options: dict[str, Any], quiet: bool) -> Iterator[Bundle]:
         for name in _OF_GEOMETRY:
             if chosen[name] is not None:
                 raise RequestError(f"--{name.replace('_', '-')} belongs to --geometry; leave it out with a bundle.")
-        yield open_bundle(resolve_bundle(chosen["bundle"]), chosen["verify"])
+        yield open_bundle(resolve_bundle(chosen["bundle"]), chosen["verify"], **{name: chosen[name] for name in _SEAL})
         return
+    if any(chosen[name] is not None for name in _SEAL):
+        raise RequestError("--expect-sha256 and --trusted-key belong to a BUNDLE; leave them out with --geometry.")
     with tempfile.TemporaryDirectory() as temporary, byte_bar("bundle", 0, shown=not quiet) as report:
         yield generated_bundle(chosen["work"] or Path(temporary), chosen["geometry"], layers=chosen["layers"],
                                precision=chosen["precision"] or "fp32", routing=chosen["routing"],

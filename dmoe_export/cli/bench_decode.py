@@ -16,13 +16,15 @@ from .. import __version__
 from ..bench.decode import DecodeBench, Question, SettingResult, run, settings
 from ..errors import RequestError
 from ..generator import Generator
+from ..regular import read_regular
 from ..words import count
 from .bench_common import outcome
 from .help import SETTINGS, Verb, option
-from .options import BACKEND, JSON, OUT, PLOT, THREADS, VERIFY, request_option
+from .options import BACKEND, JSON, OUT, PLOT, THREADS, VERIFY, request_option, seal_options
 from .output import console
 from .progress import step_bar
 
+_MOST_FILE = 256 << 20  # bytes
 _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
 
 
@@ -50,23 +52,25 @@ _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
 @request_option("eos_id")
 @request_option("full_steps")
 @request_option("refresh_interval")
-@option("--rounds", type=click.IntRange(min=1), default=3, group="measuring",
+@option("--rounds", type=click.IntRange(1, 1000), default=3, group="measuring",
         help="Timed repetitions; more is slower and steadier")
 @BACKEND
 @THREADS
 @VERIFY
+@seal_options
 @OUT
 @PLOT
 @JSON
 def decode(bundle: Path, caches: str, acceptances: str, salients: str, prompts: tuple[str, ...],
            prompts_file: Path | None, random_prompt: int | None, limit: int | None, rounds: int, seed: int,
-           backend: Any, threads: int | None, verify: Any, out: Path | None, plot: Path | None, as_json: bool,
-           **options: Any) -> None:
+           backend: Any, threads: int | None, verify: Any, expect_sha256: str | None,
+           trusted_key: Path | None, out: Path | None, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Compare decoding settings of BUNDLE on the same prompts: cache × acceptance × salient steps.
 
     Speed-up, agreement and equal answers are against cache `none` with the same acceptance.
     """
-    generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify)
+    generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify, expect_sha256=expect_sha256,
+                               trusted_key=trusted_key)
     questions = _questions(generator, prompts, prompts_file, random_prompt, limit, seed)
     common = {name: value for name, value in options.items() if value is not None}
     salient_only: dict[str, Any] = {name: common.pop(name) for name in ("full_steps", "refresh_interval")
@@ -110,13 +114,16 @@ def _questions(generator: Generator, prompts: tuple[str, ...], file: Path | None
         import numpy as np
 
         d = generator.backend.description
+        if random_prompt > d.max_positions:
+            raise RequestError(f"--random-prompt {random_prompt} is more than the model's {d.max_positions} positions.")
         ids = np.random.default_rng(seed).integers(0, d.vocab_size, random_prompt)
         special = {d.mask_id, *d.eos_ids, d.pad_id}
         return [Question([int(i) if int(i) not in special else 0 for i in ids])]
     if file is None:
         return [Question(text) for text in prompts or _DEFAULT_PROMPTS]
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = read_regular(file, _MOST_FILE).decode("utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
         found = [Question(row["question"], row.get("answer")) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f'Prompts file {file} cannot be read as JSON lines with "question": {error!r}.') from None

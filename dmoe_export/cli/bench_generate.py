@@ -11,6 +11,7 @@ from rich.table import Table
 from ..bench.generate import GenerateBench, Side, run, settings
 from ..bench.record import Started
 from ..errors import CheckError
+from ..runtime.cpu.session import MOST_THREADS
 from ..words import count
 from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
 from .help import SETTINGS, Verb, option
@@ -35,11 +36,12 @@ from .progress import step_bar
 @option("--max-new-tokens", type=click.IntRange(min=1), default=64, group="decoding", help="Tokens of an answer")
 @option("--steps", type=click.IntRange(min=1), default=16, group="decoding",
         help="Forward passes that fill one block; random weights always take all of them")
-@option("--rounds", type=click.IntRange(min=1), default=3, group="measuring",
+@option("--rounds", type=click.IntRange(1, 1000), default=3, group="measuring",
         help="Timed repetitions; more is slower and steadier")
 @option("--cpu-ops", type=click.Choice(["auto", "on", "off"]), default="auto", group="bundle and machine",
         help="Whether our kernels compute experts and linear layers; auto: where they are installed")
-@option("--threads", type=click.IntRange(min=1), default=2, group="bundle and machine", help="Threads per operator")
+@option("--threads", type=click.IntRange(1, MOST_THREADS), default=2, group="bundle and machine",
+        values="between 1 and 8 per CPU", help="Threads per operator")
 @OUT
 @PLOT
 @JSON

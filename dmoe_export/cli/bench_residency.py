@@ -16,11 +16,12 @@ from ..bench.residency import ResidencyBench, run, settings
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import open_bundle
 from ..errors import RequestError
+from ..numerals import integer
 from ..runtime.cpu.resident import check_experts
 from ..words import count, size
 from .bench_common import outcome
 from .help import SETTINGS, Verb, option
-from .options import JSON, OUT, PLOT, THREADS, VERIFY
+from .options import JSON, OUT, PLOT, THREADS, VERIFY, seal_options
 from .output import console
 from .progress import step_bar
 
@@ -39,27 +40,28 @@ from .progress import step_bar
 @option("--max-new-tokens", type=click.IntRange(min=1), default=64, group="decoding", help="Tokens of an answer")
 @option("--steps", type=click.IntRange(min=1), default=32, group="decoding",
         help="Most forward passes that fill one block")
-@option("--rounds", type=click.IntRange(min=1), default=3, group="measuring",
+@option("--rounds", type=click.IntRange(1, 1000), default=3, group="measuring",
         help="Timed repetitions; more is slower and steadier")
-@option("--turns", type=click.IntRange(min=0), default=15, group="measuring",
+@option("--turns", type=click.IntRange(0, 1000), default=15, group="measuring",
         help="Steps timed with a budget of everything and without one, in turns")
 @THREADS
 @VERIFY
+@seal_options
 @option("--device", metavar="NAME", group="output", help="Name of the machine for the result")
 @OUT
 @PLOT
 @JSON
 def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_ids: str, max_new_tokens: int,
               steps: int, rounds: int, turns: int, threads: int | None, verify: Any, device: str | None,
-              out: Path | None, plot: Path | None, as_json: bool) -> None:
+              out: Path | None, plot: Path | None, as_json: bool, **seal: Any) -> None:
     """Compare expert budgets of BUNDLE on the CPU: budget × interval × routing, and what a budget costs by itself."""
-    opened = open_bundle(resolve_bundle(bundle), verify)
+    opened = open_bundle(resolve_bundle(bundle), verify, **seal)
     moe = opened.manifest.model.moe
     if moe is None:
         raise RequestError(f"{bundle} is a dense model: it has no experts to keep.")
     check_experts(opened)
     try:
-        ids = [int(part) for part in prompt_ids.split(",")]
+        ids = [integer(part) for part in prompt_ids.split(",")]
     except ValueError:
         raise RequestError(f"--prompt-ids {prompt_ids!r} is no list of integers such as 1,2,3.") from None
     lists = [[part.strip() for part in text.split(",")] for text in (budgets, intervals, routings)]

@@ -24,7 +24,7 @@ from ..hub import hub_id
 from ..words import count, size
 from .export import DENSE_PRECISIONS, PRECISIONS, ROUTINGS, as_number, warn
 from .help import SETTINGS, Verb, folders, option
-from .options import JSON, VERIFY
+from .options import JSON, VERIFY, seal_options
 from .progress import byte_bar, step_bar
 from .recipes import BUILT, check_bundle, complete_recipe, list_recipes, with_recipe
 
@@ -95,6 +95,7 @@ EXPORT = "export of a checkpoint"
 @option("--coreset-size", type=int, group=EXPORT, values="at least 1", shown="as of export",
         help="Experts of a block (routing top_c)")
 @VERIFY
+@seal_options
 @option("--out", type=click.Path(path_type=Path), metavar="BUNDLE", group="output",
         shown="with a recipe: engines/NAME.bundle",
         help="Bundle to write; needed for a checkpoint. A bundle without --out gets the engine in place")
@@ -104,7 +105,7 @@ EXPORT = "export of a checkpoint"
 @click.pass_context
 def build(context: click.Context, source: str | None, recipe_name: str | None, listing: bool, out: Path | None,
           force: bool, dry_run: bool, as_json: bool, split_targets: bool, plugin_library: Path | None, verify: Any,
-          **options: Any) -> None:
+          expect_sha256: str | None, trusted_key: Path | None, **options: Any) -> None:
     """Build TensorRT engine files into a bundle.
 
     They are made of a BUNDLE, of a CHECKPOINT, which is exported first, or of what a recipe says; both may be folders
@@ -114,7 +115,7 @@ def build(context: click.Context, source: str | None, recipe_name: str | None, l
         return list_recipes(as_json)
     if source is None and recipe_name is None:
         raise InputError("Name a CHECKPOINT, a BUNDLE or a --recipe; --list-recipes shows the known ones.")
-    recipe = load_recipe(recipe_name) if recipe_name else None
+    recipe = load_recipe(recipe_name) if recipe_name is not None else None
     source = _fetched(source, out, dry_run) if source else None
     if recipe:
         options = with_recipe(context, recipe, options)
@@ -130,6 +131,9 @@ def build(context: click.Context, source: str | None, recipe_name: str | None, l
     flavour.check_flags(settings.flags)  # before an export of many minutes
     flavour.targets(settings.targets)
     if not (Path(source) / MANIFEST_NAME).is_file():
+        if expect_sha256 is not None or trusted_key is not None:
+            raise InputError(f"{source} is no bundle; --expect-sha256 and --trusted-key belong to one, so leave them "
+                             "out.")
         find_plugins(settings, plugin_library)
         out = out or (BUILT / f"{recipe.name}.bundle" if recipe else None)
         if out is None:
@@ -144,7 +148,7 @@ def build(context: click.Context, source: str | None, recipe_name: str | None, l
         given = [f"--{key.replace('_', '-')}" for key in EXPORT_OPTIONS if context.params[key] is not None]
         if given:
             raise InputError(f"{' and '.join(given)} belong to the export of a checkpoint; {source} is a bundle.")
-        bundle = open_bundle(source, verify)
+        bundle = open_bundle(source, verify, expect_sha256=expect_sha256, trusted_key=trusted_key)
         if recipe:
             check_bundle(recipe, Path(source), bundle.manifest)
         if precision not in (None, bundle.manifest.export_precision):

@@ -12,7 +12,7 @@ from ..errors import MissingRequirementError
 from ..extras import pip_install
 from ..runtime.choose import BACKENDS
 from .help import SETTINGS, Verb, folders, option
-from .options import VERIFY
+from .options import VERIFY, seal_options
 from .output import reader_may_leave
 from .progress import step_bar
 from .recipes import complete_recipe
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 @option("--recipe", metavar="NAME|FILE", group="limits", shell_complete=complete_recipe,
         help="Take the limits, and nothing else, from a recipe")
 @VERIFY
+@seal_options
 @option("--report", type=click.Path(path_type=Path), metavar="FILE", group="output",
         help="Write a self-contained HTML file")
 @option("--json", "as_json", is_flag=True, group="output", help="Print the report as one JSON object")

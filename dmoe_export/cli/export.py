@@ -75,10 +75,11 @@ def export(checkpoint: str, out: Path, coreset_top_p: float | None, force: bool,
     warn(bundle)
     total = sum(entry.size for entry in manifest.files)
     if as_json:
-        click.echo(json.dumps({"bundle": str(bundle.folder), "bytes": total, "seconds": time.perf_counter() - start,
-                               "manifest": manifest.model_dump(mode="json")}))
+        click.echo(json.dumps({"bundle": str(bundle.folder), "sha256": bundle.sha256, "bytes": total,
+                               "seconds": time.perf_counter() - start, "manifest": manifest.model_dump(mode="json")}))
         return
     routing = f"routing {manifest.routing.mode} ({manifest.routing.reason})" if manifest.model.moe else "no experts"
     click.echo(f"Exported {count(manifest.model.num_layers, 'layer')} of {manifest.model.architecture} in "
                f"{manifest.precision_in_words}, {routing}, block {manifest.routing.block_length}: {bundle.folder} "
-               f"({size(total)}, {time.perf_counter() - start:.1f} s)")
+               f"({size(total)}, {time.perf_counter() - start:.1f} s)\n"
+               f"sha256 of its manifest.json: {bundle.sha256}")

@@ -10,13 +10,17 @@ import click
 
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import read_manifest
-from ..errors import RequestError
+from ..errors import BundleError, RequestError
 from ..generator import Generation, Generator
+from ..numerals import integer
+from ..regular import read_regular
 from ..text.prompts import Prompt
 from ..words import count, size
 from .help import SETTINGS, Verb, option
-from .options import BACKEND, THREADS, VERIFY, request_options
+from .options import BACKEND, THREADS, VERIFY, request_options, seal_options
 from .progress import byte_bar
+
+_MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
@@ -39,12 +43,14 @@ from .progress import byte_bar
 @BACKEND
 @THREADS
 @VERIFY
+@seal_options
 @option("--stream", is_flag=True, group="output", help="Print blocks as they are finished")
 @option("--json", "as_json", is_flag=True, group="output",
         help="Print one JSON object (with --stream: one per block first)")
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
              as_json: bool, backend: Any, threads: int | None, verify: Any, expert_budget: str | None,
-             experts_per_layer: int | None, expert_refresh_interval: str, **options: Any) -> None:
+             experts_per_layer: int | None, expert_refresh_interval: str, expect_sha256: str | None,
+             trusted_key: Path | None, **options: Any) -> None:
     """Answer one prompt with BUNDLE, a folder or a hub id.
 
     The prompt is exactly one of --prompt, --prompt-file and --prompt-ids. The answer goes to standard output, what it
@@ -52,7 +58,7 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
     """
     given = _prompt(prompt, prompt_file, prompt_ids)
     bundle = resolve_bundle(bundle)
-    total = sum(entry.size for entry in read_manifest(bundle).files)
+    total = _bytes_to_verify(bundle)
     done = 0
     with byte_bar("verify", total, shown=total > 200e6 and not as_json) as report:
 
@@ -63,7 +69,8 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
 
         generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify, progress=progress,
                                    expert_budget=expert_budget, experts_per_layer=experts_per_layer,
-                                   expert_refresh_interval=expert_refresh_interval)
+                                   expert_refresh_interval=expert_refresh_interval,
+                                   expect_sha256=expect_sha256, trusted_key=trusted_key)
     if not stream:
         result = generator.generate([given], **options)[0]
         click.echo(_json(result, generator, options) if as_json else _shown(result))
@@ -71,6 +78,14 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
         result = _stream(generator, given, as_json, options)
     if not as_json:
         click.echo(_summary(result, generator, options), err=True)
+
+
+def _bytes_to_verify(bundle: Path) -> int:
+    """For a bar of progress; of what is no bundle, opening it says why, and whether its seal holds."""
+    try:
+        return sum(entry.size for entry in read_manifest(bundle).files)
+    except BundleError:
+        return 0
 
 
 def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[str, Any]) -> Generation:
@@ -129,12 +144,13 @@ def _prompt(text: str | None, file: Path | None, ids: str | None) -> Prompt:
         raise RequestError("Give exactly one of --prompt, --prompt-file, --prompt-ids.")
     if file is not None:
         try:
-            return file.read_text(encoding="utf-8")
+            return read_regular(file, _MOST_PROMPT).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"Prompt file {file} cannot be read as text: {error}.") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise RequestError(f"Prompt file {file} cannot be read as text: {reason}.") from None
     if ids is None:
         return text or ""
     try:
-        return [int(part) for part in ids.split(",") if part.strip()]
+        return [integer(part) for part in ids.split(",") if part.strip()]
     except ValueError:
         raise RequestError(f"--prompt-ids {ids!r} is no list of integers such as 1,2,3.") from None

@@ -15,7 +15,7 @@ from ..bundle.reader import open_bundle
 from ..description import RUNTIME_SETTINGS
 from ..runtime.residency.budget import plan_budget
 from .help import SETTINGS, Verb, option
-from .options import JSON, VERIFY
+from .options import JSON, VERIFY, seal_options
 from .output import console
 
 
@@ -25,13 +25,15 @@ from .output import console
 @option("--expert-budget", metavar="SIZE", group="residency",
         help="Predict the memory of generating under this budget, such as 4G or 25%")
 @VERIFY
+@seal_options
 @JSON
-def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool) -> None:
+def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool, **seal: Any) -> None:
     """Verify BUNDLE and show its model, routing, sizes, ops and files."""
-    manifest = open_bundle(resolve_bundle(bundle), verify).manifest
+    opened = open_bundle(resolve_bundle(bundle), verify, **seal)
+    manifest = opened.manifest
     summary, moe = sizes(manifest) | prediction(manifest, expert_budget), manifest.model.moe
     if as_json:
-        click.echo(json.dumps({"bundle": str(bundle), "verified": verify, "sizes": summary,
+        click.echo(json.dumps({"bundle": str(bundle), "verified": verify, "sha256": opened.sha256, "sizes": summary,
                                "manifest": manifest.model_dump(mode="json")}))
         return
     out = console()
@@ -52,7 +54,7 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool)
         "decode defaults": ", ".join(f"{name} {value}" for name, value in manifest.decode_defaults.items()) or "none",
         "tokenizer": "yes" if manifest.tokenizer else "none: use --prompt-ids",
         "checkpoint": f"{manifest.checkpoint.source}, {manifest.checkpoint.identity[:16]}…",
-        "made by": manifest.created_by}))
+        "made by": manifest.created_by, "sha256 of manifest.json": opened.sha256}))
     routing = manifest.routing
     out.print(_table("Blocks", {"block length": routing.block_length}) if moe is None else _table("Routing", {
         "mode": routing.mode, "because": routing.reason or "not said",

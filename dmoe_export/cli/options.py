@@ -11,6 +11,7 @@ import click
 from ..bundle.reader import Verify
 from ..decoding.settings import OPTIONS
 from ..runtime.choose import BACKENDS
+from ..runtime.cpu.session import MOST_THREADS
 from .help import GroupedOption, metavar, option
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -20,14 +21,28 @@ BACKEND = option(
     "--backend", type=click.Choice(BACKENDS), default="auto", group="bundle and machine",
     help="What runs the bundle; auto: an engine of the bundle that fits this machine (tensorrt), else ONNX Runtime on "
     "the GPU (onnxruntime-cuda), else on the CPU (onnxruntime)")
-THREADS = option("--threads", type=int, group="bundle and machine", help="Threads per operator on the CPU",
-                 values="between 1 and 1024", shown="ONNX Runtime's choice")
+THREADS = option("--threads", type=click.IntRange(1, MOST_THREADS), group="bundle and machine",
+                 help="Threads per operator on the CPU", values="between 1 and 8 per CPU",
+                 shown="ONNX Runtime's choice")
 VERIFY = option(
     "--verify", type=click.Choice(get_args(Verify)), default="full", group="bundle and machine",
     help="What is compared with the manifest before use: full (sizes and hashes) or sizes")
 OUT = option("--out", type=click.Path(path_type=Path), metavar="FILE", group="output", help="Write the JSON here")
 PLOT = option("--plot", type=click.Path(path_type=Path), metavar="FILE", group="output", help="Write a PNG plot here")
 JSON = option("--json", "as_json", is_flag=True, group="output", help="Print one JSON object")
+
+_SEAL = (
+    option("--expect-sha256", metavar="HEX", group="bundle and machine", shown="any",
+           help="Use the bundle only if its manifest has this sha256, as export and inspect print it"),
+    option("--trusted-key", type=click.Path(path_type=Path), metavar="FILE", group="bundle and machine", shown="any",
+           help="Use the bundle only if manifest.json.sig is a signature by this Ed25519 public key in PEM"))
+
+
+def seal_options(command: F) -> F:
+    """`--expect-sha256` and `--trusted-key`, to be handed to `open_bundle` by these names."""
+    for one in reversed(_SEAL):
+        command = one(command)
+    return command
 
 
 def request_option(name: str) -> Callable[[F], F]:

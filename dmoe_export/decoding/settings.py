@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
 from ..errors import RequestError
-from .option import AT_LEAST_0, AT_LEAST_1, FINITE, SHARE, Rule, Told, check_kind, one_of, options_of
+from .option import AT_LEAST_0, AT_LEAST_1, FINITE, SHARE, UP_TO_1000, Rule, Told, check_kind, one_of, options_of
 
 AcceptanceName = Literal["threshold", "fixed", "factor", "hierarchy", "credit"]
 CacheName = Literal["auto", "block", "none", "prefix", "dual"]
@@ -70,7 +70,7 @@ class DecodeSettings:
         "Replace a token of the block by another whose probability is above this; lower replaces more (LLaDA2.1)",
         SHARE)] = None
     edit_passes: Annotated[int, Told(
-        "Most forward passes that only replace tokens, after a block is filled; more is slower", AT_LEAST_0)] = 16
+        "Most forward passes that only replace tokens, after a block is filled; more is slower", UP_TO_1000)] = 16
     salient_threshold: Annotated[float | None, Told(
         "Recompute only tokens whose surroundings changed: those with a cosine to the step before below this, such as "
         "0.99; higher is slower and closer to exact; needs a bundle exported with --salient (DyLLM)", _COSINE,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 from onnx import ModelProto, TensorProto, helper
 
+from ..bundle.graph_file import load_graph
 from ..bundle.manifest import ExpertPool, WeightInput
 from ..bundle.reader import Bundle
 from ..ops import experts, linear
@@ -37,7 +37,7 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
 
     `library` None leaves the route node's body in (with `allow_fallback`).
     """
-    model = onnx.load(str(bundle.denoiser_path), load_external_data=False)
+    model = load_graph(bundle)
     as_plugins = plugin_ops(settings.experts_op) if library else set()
     _set_bodies(model, bundle, settings, as_plugins)
     nodes = 0

@@ -7,6 +7,7 @@ namespace dmoe {
 namespace {
 
 constexpr char kName[] = "DmoeExperts";
+constexpr int64_t kLargestGroup = 1 << 20;
 constexpr size_t kScales = 5; // gate_up_scales, down_scales: of quantised experts only
 
 struct Kinds {
@@ -22,9 +23,11 @@ public:
             Ort::ConstKernelInfo const facts(info);
             mBits = facts.GetAttribute<int64_t>("bits");
             mGroup = facts.GetAttribute<int64_t>("group_size");
-            if ((mBits != 8 && mBits != 4) || mGroup < 32 || (mGroup & (mGroup - 1)) != 0) {
+            if ((mBits != 8 && mBits != 4) || mGroup < 32 || mGroup > kLargestGroup
+                || (mGroup & (mGroup - 1)) != 0) {
                 throw std::runtime_error("bits " + std::to_string(mBits) + " and group_size " + std::to_string(mGroup)
-                    + " are not offered; bits are 8 or 4, group_size is a power of two from 32 on.");
+                    + " are not offered; bits are 8 or 4, group_size is a power of two from 32 to "
+                    + std::to_string(kLargestGroup) + ".");
             }
         }
     }

@@ -20,10 +20,12 @@ from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.check.instrument import open_layers
 from dmoe_export.check.runners import session_in
 from dmoe_export.errors import BundleError, MissingRequirementError
+from dmoe_export.ops.schema import OPSET
 from dmoe_export.runtime.cpu import library as cpu_ops
 from dmoe_export.runtime.edited import EditedGraph
 from dmoe_export.runtime.gpu.custom_ops import prepare_session
-from dmoe_export.runtime.ort import ort, why_not_loaded
+from dmoe_export.runtime.graph_errors import not_loaded
+from dmoe_export.runtime.ort import ort
 
 PROMPT = [5, 6, 7, 1, 9, 2, 4, 4, 3, 8]
 
@@ -203,9 +205,23 @@ def test_a_forced_export_leaves_what_links_point_to(tiny_bundle, tiny_checkpoint
     ('External data path: "w.bin" escapes model directory: "/b"', "w.bin is a link to another folder than the graph's"),
     ("Load model failed: dmoe:X(-1) is not a registered function/op", "pip install -U onnxruntime"),
     ("Unsupported model IR version: 99, max supported IR version: 11", "pip install -U onnxruntime"),
-    ("std::bad_alloc", "free memory"), ("", "dmoe-export inspect")])
+    ("std::bad_alloc", "free memory"), ("", "copy or export the bundle again")])
 def test_an_upgrade_is_advised_where_it_can_help(words, advice):
-    assert advice in why_not_loaded(RuntimeError(words), "onnxruntime")
+    newer = not_loaded(RuntimeError(words), "g.onnx", None, OPSET + 1)
+    assert advice in str(newer) and isinstance(newer, MissingRequirementError) == bool(words)
+
+
+@pytest.mark.parametrize(("version", "package", "words", "kind"), [
+    ("1.23.0", "onnxruntime", "No Op registered for X", MissingRequirementError),
+    ("1.31.1", "onnxruntime", "No Op registered for X", BundleError),
+    ("1.31.1", "onnxruntime", "Could not find an implementation for X(23)", BundleError),
+    ("1.31.1", "onnxruntime-gpu", "Could not find an implementation for X(23)", MissingRequirementError),
+    ("1.31.1", "onnxruntime-gpu", "No Op registered for X", BundleError)])
+def test_a_graph_that_this_version_knows_is_not_newer(monkeypatch, version, package, words, kind):
+    """Whatever its bytes say: a damaged name of an op is unknown to every version."""
+    monkeypatch.setattr("onnxruntime.__version__", version)
+    error = not_loaded(RuntimeError(words), "g.onnx", None, OPSET, package)
+    assert type(error) is kind and ("upgrade" in str(error)) == (kind is MissingRequirementError)
 
 
 @pytest.mark.parametrize(("version", "advice"), [
@@ -215,8 +231,8 @@ def test_versions_that_follow_no_link(monkeypatch, version, advice):
     words = {"1.24.1": 'External data path: "experts.bin" escapes model directory: "/b"',
              "1.24.4": 'External data path: "experts.bin" (resolved path: "/e") escapes both model directory: "/b" and',
              "1.31.1": 'External data path escapes model directory. External data path: "experts.bin" resolved path'}
-    why = why_not_loaded(RuntimeError(words[version]), "onnxruntime")
-    assert why.startswith("experts.bin is a link to another folder than the graph's own; ") and advice in why
+    why = str(not_loaded(RuntimeError(words[version]), "g.onnx", None, OPSET))
+    assert "g.onnx: experts.bin is a link to another folder than the graph's own; " in why and advice in why
 
 
 def test_a_graph_that_is_none_is_said_to_be_none(tiny_bundle, tmp_path):
@@ -224,5 +240,5 @@ def test_a_graph_that_is_none_is_said_to_be_none(tiny_bundle, tmp_path):
     data = np.random.default_rng(0).bytes((path / "denoiser.onnx").stat().st_size)
     (path / "denoiser.onnx").unlink()
     (path / "denoiser.onnx").write_bytes(data)
-    with pytest.raises(MissingRequirementError, match=r"cannot load .*; look with dmoe-export inspect"):
+    with pytest.raises(BundleError, match=r"denoiser\.onnx is no ONNX model that fits its manifest \(.*; copy"):
         Generator.open(path, backend="onnxruntime", verify="sizes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,13 @@ from ...bundle.reader import Bundle
 from ...errors import BundleError, MissingRequirementError
 from ...ops import experts
 from ..edited import EditedGraph
+from ..graph_errors import not_loaded, not_run
+from ..graph_fits import Results, check_declared
 from ..library import ExpertSource, Kernels, LibrarySession, kernels_of
-from ..ort import EXTERNAL_FOLDER, ort, why_not_loaded
+from ..ort import EXTERNAL_FOLDER, FATAL, ort
 from .library import SERVED, CpuOps, open_library
 
+MOST_THREADS = 8 * (os.cpu_count() or 1)  # ONNX Runtime starts as many as it is told, whatever becomes of the machine
 _QUANTISED_FROM = 1, 25
 
 _LOST, _EXPERTS_LOST = "was cut short while it was read", "the file of the experts"  # as plugins/cpu/op_*.cpp say it
@@ -23,26 +27,32 @@ _GAVE_UP = "the expert source gave up"  # plugins/onnxruntime/session.cpp
 class CpuSession:
     """A session, with the library whose kernels it runs on."""
 
-    def __init__(self, raw: Any, bundle: Bundle, library: LibrarySession | None, kernels: Kernels) -> None:
+    def __init__(self, raw: Any, name: str, bundle: Bundle, library: LibrarySession | None, kernels: Kernels,
+                 due: Results | None) -> None:
+        """`name` of the graph in errors; `due`: what it must give, None of an edited one."""
         self.raw, self.kernels = raw, kernels
         self._bundle, self._library = bundle, library  # which must live as long as the session
+        self._name, self._due = name, due
 
     def run(self, wanted: list[str], feeds: Mapping[str, Any]) -> list[Any]:
         """The wanted outputs, in this order.
 
-        Raises BundleError where our kernels, or the expert source they ask, found a weight file cut short.
+        Raises BundleError where our kernels, or the expert source they ask, found a weight file cut short, where the
+        graph fails, and where it gives what is not due; MissingRequirementError where memory ends.
         """
         try:
             results: list[Any] = self.raw.run(wanted, feeds)
-            return results
         except Exception as error:  # onnxruntime raises its own kinds
             if _LOST not in str(error) and _GAVE_UP not in str(error):
-                raise
+                raise not_run(error, self._name) from error
             of_experts = _EXPERTS_LOST in str(error) or _GAVE_UP in str(error)
             experts = self._bundle.manifest.experts if of_experts else None
             file = experts.file if experts else f"{self._bundle.manifest.denoiser.file}.data"
             raise BundleError(f"{self._bundle.folder / file} was changed or removed while it was in use; "
                               "open the bundle again.") from None
+        if self._due:
+            self._due.check(feeds, wanted, results)
+        return results
 
 
 def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int | None = None,
@@ -52,16 +62,17 @@ def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int |
 
     `threads`: of one operator. `cpu_ops`: whether our kernels compute experts and linear layers ("auto": where they
     can, "on": that or an error). `source`: who holds experts while our kernels read them. `weights`: initializers by
-    name, as OrtValues, in place of what lies in the data files. Raises MissingRequirementError where this ONNX Runtime
-    cannot load the graph.
+    name, as OrtValues, in place of what lies in the data files. Raises BundleError for a graph that is none, or not the
+    manifest's, MissingRequirementError where this ONNX Runtime, or the machine's memory, cannot load it.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = FATAL
     if threads:
         options.intra_op_num_threads = threads
+    ort.set_default_logger_severity(FATAL)
     model: str | bytes
     if isinstance(graph, EditedGraph):
-        model, name, ops = graph.model, f"an edited graph of {bundle.folder}", graph.ops
+        model, name, ops = graph.model, f"{bundle.folder} (an edited graph)", graph.ops
         options.add_session_config_entry(EXTERNAL_FOLDER, str(graph.folder))
     else:
         model = name = str(bundle.folder / graph.file)
@@ -74,15 +85,19 @@ def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int |
     try:
         raw = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own kinds, all of them about this graph
-        raise MissingRequirementError(f"ONNX Runtime {ort.__version__} cannot load {name}: "
-                                      f"{why_not_loaded(error, 'onnxruntime')}.") from error
+        folder = None if isinstance(graph, EditedGraph) else bundle.folder
+        raise not_loaded(error, name, folder, bundle.manifest.denoiser.opset) from error
     kernels = kernels_of(library, ops, SERVED, "our CPU kernels", why_not)
     if library and kernels.missing and cpu_ops == "on":
         raise MissingRequirementError(f"Our CPU kernels do not fit {name}, which would run with {kernels.sentence}; "
                                       f"{library.rebuild}.")
     if experts.SCHEMA.name in kernels.missing:
         _check_version(bundle)
-    return CpuSession(raw, bundle, library, kernels)
+    due = None
+    if isinstance(graph, GraphEntry):
+        check_declared(raw, graph, name)
+        due = Results(graph, bundle.manifest.model, name)
+    return CpuSession(raw, name, bundle, library, kernels, due)
 
 
 def _check_version(bundle: Bundle) -> None:

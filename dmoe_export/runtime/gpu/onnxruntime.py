@@ -16,8 +16,9 @@ from ...description import Precision
 from ...errors import MissingRequirementError
 from ...extras import pip_install
 from ..backend import Limits
+from ..graph_errors import not_loaded
 from ..library import kernels_of
-from ..ort import ort, why_not_loaded
+from ..ort import FATAL, ort
 from .backend import DeviceBackend
 from .call import Call, Sizes, Tensor, round_up
 from .custom_ops import SERVED, CustomOps, check_session, choose_custom_ops, prepare_session
@@ -54,7 +55,7 @@ class OnnxRuntimeExecutor:
         self._largest = 0
         self._device_type, self._provider = device.kind, provider
         settings = ort.SessionOptions()
-        settings.log_severity_level = 3
+        settings.log_severity_level = FATAL
         if profile:
             settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
         path, options = bundle.denoiser_path, options or {}
@@ -63,8 +64,8 @@ class OnnxRuntimeExecutor:
         try:
             self._session = ort.InferenceSession(str(path), settings, providers=[(provider, options)])
         except Exception as error:  # onnxruntime raises its own kinds
-            raise MissingRequirementError(f"ONNX Runtime {ort.__version__} cannot load {path} on {provider}: "
-                                          f"{why_not_loaded(error, 'onnxruntime-gpu')}.") from error
+            raise not_loaded(error, str(path), bundle.folder, bundle.manifest.denoiser.opset, "onnxruntime-gpu",
+                             f" on {provider}") from error
         self._session.disable_fallback()
         self.placement = _check_provider(self._session, provider, options)
         if library:
@@ -186,7 +187,7 @@ def open_onnxruntime_cuda(bundle: Bundle, device: Device | None = None, cuda_gra
             f"ops alone, and {reason}; export with --dense-precision fp16 and run `make ort-ops`, {CPU_INSTEAD}.")
     device = device or CudaDevice.open()
     load_nvidia_libraries()
-    ort.set_default_logger_severity(3)  # else it warns at every start that the provider is no plugin of it
+    ort.set_default_logger_severity(FATAL)
     pool, stream = Pool(device), device.stream()
     # On our stream the provider's work and our copies run in order. TF32 would round the router's float32 products to
     # ten bits, and so choose other experts than the model.

@@ -1,0 +1,116 @@
+"""Whether a manifest agrees with itself: before any work or memory that goes by its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ..description import ModelDescription, RoutingDescription
+from .contract import GraphKind, Tensor, how_many, inputs_of, outputs_of
+
+if TYPE_CHECKING:
+    from .manifest import EngineEntry, GraphEntry, Manifest, TensorEntry
+
+_LARGEST = 2**31 - 1  # of a size: what an int32 counts, as kernels do
+
+
+def check_numbers(model: ModelDescription, routing: RoutingDescription) -> None:
+    """Raise ValueError for sizes that no model of this kind has."""
+    moe, numbers = model.moe, model.model_dump(exclude={"moe"}) | (model.moe.model_dump() if model.moe else {})
+    for name, value in (numbers | routing.model_dump()).items():
+        if isinstance(value, int) and not isinstance(value, bool) and value > _LARGEST:
+            raise ValueError(f"{name} {_short(value)} is more than {_LARGEST}")
+    pairs = [("the mask id", model.mask_id, "of the vocabulary", model.vocab_size - 1),
+             ("the pad id", model.pad_id, "of the vocabulary", model.vocab_size - 1),
+             ("rotary_dim", model.rotary_dim, "of a head", model.head_dim),
+             ("num_kv_heads", model.num_kv_heads, "of the heads", model.num_heads),
+             ("block_length", routing.block_length, "of the positions", model.max_positions)]
+    if moe:
+        pairs += [("experts_per_token", moe.experts_per_token, "of the experts", moe.num_experts),
+                  ("num_groups", moe.num_groups, "of the experts", moe.num_experts),
+                  ("groups_kept", moe.groups_kept, "of the groups", moe.num_groups),
+                  ("first_dense_layers", moe.first_dense_layers, "of the layers", model.num_layers),
+                  ("min_experts", routing.min_experts, "of the experts", moe.num_experts),
+                  ("coreset_size", routing.coreset_size, "of the experts", moe.num_experts)]
+    for name, value, whole, most in pairs:
+        if value > most:
+            raise ValueError(f"{name} {value} is more than {most}, the largest {whole}")
+    if model.num_heads % model.num_kv_heads or (moe and moe.num_experts % moe.num_groups):
+        raise ValueError("heads and groups do not divide evenly")
+
+
+def check_dense_size(model: ModelDescription, itemsize: int, file: str, size: int | None) -> None:
+    """Raise ValueError where a file of dense weights is too small for the model; `size` None: it is not listed."""
+    d, moe = model, model.moe
+    heads = (2 * d.num_heads + 2 * d.num_kv_heads) * d.head_dim  # fused QKV, and back
+    dense = d.num_layers - len(d.moe_layers)
+    values = d.hidden_size * (d.vocab_size * (1 if d.tie_embeddings else 2) + d.num_layers * heads
+                              + 3 * dense * d.dense_width + 3 * len(d.moe_layers) * (moe.shared_width if moe else 0))
+    if size is not None and values * itemsize > size:
+        raise ValueError(f"a model of these sizes has {_short(values * itemsize)} bytes of dense weights or more, "
+                         f"{file} has {size}")
+
+
+def check_graphs(manifest: Manifest) -> None:
+    """Raise ValueError unless every graph takes and gives what one of this model does."""
+    graphs: list[tuple[GraphKind, GraphEntry]] = [("denoiser", manifest.denoiser)]
+    if salient := manifest.salient:
+        graphs += [("salient", salient.graph), *(("salient", entry.graph) for entry in salient.fixed)]
+        graphs += [("fill", salient.fill)] if salient.fill else []
+    model, mode, precision = manifest.model, manifest.routing.mode, manifest.precision
+    for kind, graph in graphs:
+        if len(graph.inputs) != (wanted := how_many(model, mode, kind)):
+            raise ValueError(f"{graph.file} has {len(graph.inputs)} inputs, that of a model of {model.num_layers} "
+                             f"layers has {wanted}")
+        _compare(graph.file, "input", graph.inputs, inputs_of(model, mode, precision, kind))
+        _compare(graph.file, "output", graph.outputs, outputs_of(model, precision, kind))
+
+
+def check_engine(engine: EngineEntry) -> None:
+    """Raise ValueError where an engine's entry names what it does not have, or profiles are none."""
+    if [profile.name for profile in engine.profiles] != ["prefill", "denoise"]:
+        raise ValueError(f"engine {engine.file} has not the profiles prefill and denoise")
+    for profile in engine.profiles:
+        for least, usual, most in (profile.batch, profile.tokens, profile.past, profile.rows):
+            if not 1 <= least <= usual <= most <= _LARGEST:
+                raise ValueError(f"engine {engine.file} has a profile of {least} … {usual} … {most}")
+    weights = {weight.name: weight for weight in engine.weight_inputs}
+    for weight in weights.values():
+        if not weight.shape or min(weight.shape) < 1 or math.prod(weight.shape) > weight.bytes:
+            raise ValueError(f"engine {engine.file} has a weight {weight.name!r} of shape {weight.shape[:8]} in "
+                             f"{weight.bytes} bytes")
+    for pool in engine.expert_pools:
+        for of, _ in pool.pairs:
+            if of not in weights:
+                raise ValueError(f"engine {engine.file} has a pool of {of!r}, which is no weight of it")
+
+
+def check_once(names: Iterable[str], what: str) -> None:
+    """Raise ValueError for a name that is there twice."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{what} {name[:100]!r} is there twice")
+        seen.add(name)
+
+
+def _compare(file: str, what: str, entries: Sequence[TensorEntry], wanted: list[Tensor]) -> None:
+    found: list[Tensor] = [(entry.name, entry.dtype, entry.shape) for entry in entries]
+    for one, other in zip(found, wanted, strict=False):  # lengths come last
+        if one != other:
+            raise ValueError(f"{file} has the {what} {_shown(one)} where that of this model is {_shown(other)}")
+    if len(found) != len(wanted):
+        raise ValueError(f"{file} has {len(found)} {what}s, that of this model has {len(wanted)}")
+
+
+def _shown(tensor: Tensor) -> str:
+    name, dtype, shape = tensor
+    return f"{name[:100]!r} {dtype[:20]} [{', '.join(_short(size) for size in shape[:8])}]"
+
+
+def _short(value: int | str) -> str:
+    """A number, or a name, of a reasonable length."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "of more than 60 digits"
+    return str(value)[:60]
