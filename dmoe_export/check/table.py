@@ -118,7 +118,8 @@ def _summary(backend: BackendCheck) -> None:
 def _answer(g: GenerationCheck) -> str:
     name = g.prompt if g.prompt is not None else count(g.prompt_tokens, "random token")
     if g.first_difference is None:
-        return f"{name} → {count(len(g.reference_ids), 'equal token')}, {count(g.reference_forwards, 'forward')}"
+        equal, forwards = count(len(g.reference_ids), "equal token"), count(g.reference_forwards, "forward")
+        return f"{name} → {equal}, {forwards}"
     tie = "a near tie" if g.near_tie else "no near tie"
     return (f"{name} → tokens differ from number {g.first_difference} ({tie}), {g.reference_forwards} and "
             f"{count(g.backend_forwards, 'forward')}")

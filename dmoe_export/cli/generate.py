@@ -11,7 +11,7 @@ import click
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import read_manifest
 from ..errors import BundleError, RequestError
-from ..generator import Generation, Generator
+from ..generator import Generation, Generator, generation_of
 from ..numerals import integer
 from ..regular import read_regular
 from ..text.prompts import Prompt
@@ -89,16 +89,15 @@ def _bytes_to_verify(bundle: Path) -> int:
 
 
 def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[str, Any]) -> Generation:
-    ids: list[int] = []
+    blocks = []
     for block in generator.stream([given], **options):
-        ids += block.token_ids
+        blocks.append(block)
         if as_json:
             click.echo(json.dumps({"block": block.token_ids, "text": block.text}))
         else:
             shown = block.text if block.text is not None else "".join(f"{i}," for i in block.token_ids)
             click.echo(shown, nl=block.finish_reason is not None)
-    assert block.finish_reason
-    result = Generation(ids, generator.text.decode(ids) if generator.text else None, block.finish_reason, block.stats)
+    result = generation_of(blocks)
     if as_json:
         click.echo(_json(result, generator, options))
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -51,9 +51,9 @@ def request_option(name: str) -> Callable[[F], F]:
     flag, words, more = "--" + name.replace("_", "-"), one.help, dict[str, Any]()
     if bool in one.types:
         flag += flag.replace("--", "/--no-", 1)
-    elif Sequence[int] in one.types:
+    elif one.several:
         words += " May be given again."
-        more = {"type": int, "metavar": "ID", "multiple": True,
+        more = {"type": one.several, "metavar": "ID" if one.several is int else "TEXT", "multiple": True,
                 "callback": lambda context, option, values: values or None}
     else:
         kind = next((kind for kind in (int, float) if kind in one.types), None)
