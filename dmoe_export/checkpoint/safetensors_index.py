@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..regular_file import MOST_TABLE, check_regular
+from ..words import count
 from .json_file import read_json
 
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.npz", "*.msgpack", "*.h5")
@@ -102,7 +103,7 @@ def _by_index(folder: Path, index: Path, files: list[Path]) -> tuple[dict[str, S
     if not copies:
         return tensors, []
     name, shard = copies[0]
-    more = f" (and {len(copies) - 1} more such tensors)" if len(copies) > 1 else ""
+    more = f" (and {count(len(copies) - 1, 'more such tensor')})" if len(copies) > 1 else ""
     return tensors, [f"{shard} holds a second copy of tensor {name}{more}, which was not read: {index.name} names "
                      f"{weight_map[name]}."]
 

@@ -23,6 +23,7 @@ class Rule:
 
 AT_LEAST_0 = Rule(lambda value: value >= 0, "0 or more")
 AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
+UP_TO_1000 = Rule(lambda value: 0 <= value <= 1000, "between 0 and 1000")
 FINITE = Rule(lambda value: 0 <= value < float("inf"), "0 or more")
 SHARE = Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
 
