@@ -13,6 +13,7 @@ from .harmless_fields import HARMLESS
 T = TypeVar("T", int, float, bool, str)
 MOST_LAYERS = 10_000  # names of tensors are listed layer by layer before any is looked for
 _MOST = 2**31 - 1  # no size, id or count of a model is larger; beyond, shapes and lists overflow
+_LEAST, _LARGEST = 2.0**-126, 2.0**128 * (1 - 2.0**-24)  # of float32
 MOST_SHOWN = 60  # characters of a value in a sentence
 
 
@@ -57,6 +58,8 @@ class Fields:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise self.refuse(f"field {self.prefix}{name} is {shown(value)}, expected {kind.__name__}")
+        if isinstance(value, float) and value and not _LEAST <= abs(value) <= _LARGEST:
+            raise self.refuse(f"field {self.prefix}{name} is {value}, which is no number in float32")
         return value
 
     def positive(self, name: str, default: int | None = None, most: int = _MOST) -> int:

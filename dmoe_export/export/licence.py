@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.writer import BundleWriter
+from ..regular_file import MOST_CONFIG, read_bounded
 
 _FILE = re.compile(r"(LICEN[SC]E|NOTICE|COPYING)([.-].*)?", re.IGNORECASE)
 
@@ -63,8 +64,8 @@ def front_matter(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return {}
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
+        text = read_bounded(path, MOST_CONFIG).decode("utf-8-sig")
+    except (OSError, ValueError):
         return None
     found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     if not found:
@@ -72,6 +73,8 @@ def front_matter(path: Path) -> dict[str, Any] | None:
     import yaml
 
     try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(found[1])):
+            return None  # a few of them can stand for any size
         said = yaml.safe_load(found[1])
     except (yaml.YAMLError, ValueError, RecursionError):
         return None

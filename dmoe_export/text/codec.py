@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+import time
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
 from ..bundle.reader import Bundle
-from ..errors import BundleError
+from ..errors import BundleError, RequestError
 from ..regular_file import MOST_CONFIG, MOST_TABLE, read_bounded
-from ..tokenizer_guard import GuardedTokenizer, no_panics
+from ..tokenizer_guard import GuardedTokenizer, no_panics, one_request
 from .literal import LiteralEncoder
 from .messages import Message, check_text, plain_messages
 from .own_tokens import OwnTokens
@@ -23,6 +25,9 @@ __all__ = ["Message", "TextCodec", "TextStream"]
 _LLADA2_TEMPLATE = (
     "{% for m in messages %}<role>{{ {'system': 'SYSTEM', 'user': 'HUMAN', 'assistant': 'ASSISTANT'}[m['role']] }}"
     "</role>{{ m['content'] }}<|role_end|>{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}")
+_MOST_ROLES = 8  # looked at in one request
+_QUICK = 0.2  # seconds of a rendering that may be done again to see what changes
+_log = logging.getLogger(__name__)
 _LLADA2_TOKENS = {"<role>", "</role>", "<|role_end|>"}
 
 
@@ -43,6 +48,7 @@ class TextCodec:
             self.tail = Tail(content.get("decoder"))
             model = {key: content["model"].get(key) for key in ("unk_token", "unk_id", "byte_fallback")}
             self._literal = LiteralEncoder(self._guarded, {k: v for k, v in model.items() if v is not None})
+        self._seen_roles: set[str] = set()
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {i for i, token in added.items() if token.special}
         if template is None and {token.content for token in added.values()} >= _LLADA2_TOKENS:
@@ -76,8 +82,14 @@ class TextCodec:
         messages = plain_messages(messages)
         if self._template is None:
             return self.encode_plain("\n".join(m["content"] for m in messages))
-        now = datetime.now()
-        text = self._template.render(messages, now)
+        with one_request():
+            return self._encode_chat(self._template, messages)
+
+    def _encode_chat(self, template: ChatTemplate, messages: list[Message]) -> list[int]:
+        now, start = datetime.now(), time.monotonic()
+        text = template.render(messages, now)
+        if time.monotonic() - start < _QUICK:
+            self._tell_of_dropped(template, messages, text, now)
         ids = list(self._guarded.encode(text).ids)
         if not any(i in self._literal.control for i in ids):
             return ids
@@ -104,6 +116,19 @@ class TextCodec:
     def token(self, id_: int) -> str | None:
         """A token's name; None for a special or unknown one, which decoding leaves out."""
         return None if id_ in self._special else self._tokenizer.id_to_token(id_)
+
+    def _tell_of_dropped(self, template: ChatTemplate, messages: list[Message], text: str, now: datetime) -> None:
+        """Log a warning, once, for a role whose messages the template leaves out: nothing changes with them."""
+        roles = list(dict.fromkeys(m["role"] for m in messages if m["content"].strip()))
+        for role in [role for role in roles if role not in self._seen_roles][:_MOST_ROLES]:
+            changed = [m | {"content": f"x {m['content']} x"} if m["role"] == role else m for m in messages]
+            try:
+                left_out = template.render(changed, now) == text
+            except RequestError:  # it looks at them
+                left_out = False
+            if left_out:
+                _log.warning("The chat template leaves out what messages of role %r say.", role)
+            self._seen_roles.add(role)
 
     @cached_property
     def _own_tokens(self) -> OwnTokens:

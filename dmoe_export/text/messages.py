@@ -20,7 +20,7 @@ def plain_messages(messages: list[Message]) -> list[Message]:
     plain = []
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise RequestError(f"Message {_short(message)} needs the texts role and content; a content in parts is "
+            raise RequestError(f"Message {short(message)} needs the texts role and content; a content in parts is "
                                "to be one text.")
         _check(message, message, 0)
         plain.append({key: value for key, value in message.items() if value is not None})
@@ -30,7 +30,7 @@ def plain_messages(messages: list[Message]) -> list[Message]:
 def check_text(text: str) -> None:
     """Raise RequestError for half a character, which no tokenizer takes."""
     if half_character(text):
-        raise RequestError(f"Prompt {_short(text)} holds half a character (a surrogate), so it is no text.")
+        raise RequestError(f"Prompt {short(text)} holds half a character (a surrogate), so it is no text.")
 
 
 def half_character(text: str) -> bool:
@@ -39,25 +39,29 @@ def half_character(text: str) -> bool:
 
 
 def _check(value: Any, message: Message, depth: int) -> None:
+    if depth > _MOST_DEPTH:
+        raise RequestError(f"A message is nested more than {_MOST_DEPTH} levels deep; give a flatter one.")
     if isinstance(value, str):
         if half_character(value):
-            raise RequestError(f"Message {_short(message)} holds half a character (a surrogate), so it is no text.")
+            raise RequestError(f"Message {short(message)} holds half a character (a surrogate), so it is no text.")
     elif isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
-                raise RequestError(f"Message {_short(message)} has the key {key!r}; keys are texts.")
+                raise RequestError(f"Message {short(message)} has the key {key!r}; keys are texts.")
             _check(key, message, depth)
             _check(inner, message, depth + 1)
     elif isinstance(value, (list, tuple)):
         for inner in value:
             _check(inner, message, depth + 1)
     elif value is not None and not isinstance(value, (int, float)):
-        raise RequestError(f"Message {_short(message)} has a value of type {type(value).__name__}; give texts, "
+        raise RequestError(f"Message {short(message)} has a value of type {type(value).__name__}; give texts, "
                            "numbers, lists and objects as JSON has them.")
-    if depth > _MOST_DEPTH:
-        raise RequestError(f"A message is nested more than {_MOST_DEPTH} levels deep; give a flatter one.")
 
 
-def _short(value: object) -> str:
-    text = ascii(value) if isinstance(value, str) and half_character(value) else repr(value)
+def short(value: object) -> str:
+    """A value as a sentence can show it."""
+    try:
+        text = ascii(value) if isinstance(value, str) and half_character(value) else repr(value)
+    except (ValueError, RecursionError):  # integers of thousands of digits, lists in lists without end
+        text = f"of type {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]}…"

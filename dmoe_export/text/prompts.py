@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import RequestError
 from .codec import Message, TextCodec
+from .messages import short
 
 Prompt = str | Sequence[int] | Sequence[Message]
 Prompts = str | Sequence[int | Message | Prompt]
@@ -19,7 +20,7 @@ _WRONG = "neither text, nor token ids, nor chat messages"
 def batch_of(prompts: Prompts) -> list[Prompt]:
     """One prompt or many → many; raises RequestError for none, and for what is no list."""
     if not _is_list(prompts) and not isinstance(prompts, str):
-        raise RequestError(f"Prompts {prompts!r} are {_WRONG}, nor a list of them.")
+        raise RequestError(f"Prompts {short(prompts)} are {_WRONG}, nor a list of them.")
     several: Any = prompts
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (Integral, dict))):
         return [several]
@@ -31,15 +32,20 @@ def batch_of(prompts: Prompts) -> list[Prompt]:
 def encode(prompt: Prompt, chat: bool, text: TextCodec | None, folder: Path) -> list[int]:
     """Token ids of a prompt of the bundle in `folder`; those of an empty one are none.
 
-    Raises RequestError for what is no prompt, and for text where the bundle has no tokenizer.
+    Raises RequestError for what is no prompt, a `chat` that is neither true nor false, and for text where the bundle
+    has no tokenizer.
     """
+    if not isinstance(chat, bool):
+        raise RequestError(f"chat is {short(chat)}, it must be True or False.")
     if not _is_list(prompt) and not isinstance(prompt, str):
-        raise RequestError(f"Prompt {prompt!r} is {_WRONG}.")
+        raise RequestError(f"Prompt {short(prompt)} is {_WRONG}.")
     content: Any = prompt
     if not isinstance(prompt, str) and len(prompt) and not isinstance(prompt[0], dict):
-        wrong = next((i for i in prompt if not isinstance(i, Integral)), None)
-        if wrong is not None:
-            raise RequestError(f"Prompt with {wrong!r} is {_WRONG}.")
+        for i in content:
+            if not isinstance(i, Integral) or isinstance(i, bool):
+                raise RequestError(f"Prompt with {short(i)} is {_WRONG}.")
+            if not -2**63 <= i < 2**63:  # type: ignore[operator]
+                raise RequestError(f"Prompt with an integer of {int(i).bit_length()} bits is {_WRONG}.")
         return [int(i) for i in content]
     if not len(prompt) or (isinstance(prompt, str) and not prompt.strip()):
         return []
@@ -52,4 +58,9 @@ def encode(prompt: Prompt, chat: bool, text: TextCodec | None, folder: Path) -> 
 
 def _is_list(value: object) -> bool:
     """Whether it has a length and an order: lists, tuples, arrays, ranges; no bytes, whose items only look like ids."""
-    return hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, (dict, bytes, str))
+    if not hasattr(value, "__getitem__") or not hasattr(value, "__len__") or isinstance(value, (dict, bytes, str)):
+        return False
+    try:
+        return len(value) >= 0
+    except TypeError:  # an array of no dimension
+        return False

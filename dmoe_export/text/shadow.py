@@ -17,6 +17,7 @@ from jinja2 import nodes
 from jinja2.runtime import Context
 
 from .messages import Message
+from .template_limits import check_call, current
 from .templates import ChatEnvironment, replace_nodes
 
 FIRST, LAST = 0xF0000, 0xFFFFD  # private-use plane 15
@@ -110,7 +111,11 @@ class ShadowEnvironment(ChatEnvironment):
         if isinstance(__obj, BuiltinMethodType):
             if isinstance(__obj.__self__, str) and __obj.__name__ in _METHODS:
                 given = {name: value for name, value in kwargs.items() if not name.startswith("_")}  # Jinja's own
-                return __self._method(__obj.__self__, __obj.__name__, args, given)
+                check_call(__obj, args, given)
+                answer = __self._method(__obj.__self__, __obj.__name__, args, given)
+                if budget := current():
+                    budget.made(answer)
+                return answer
             if isinstance(__obj.__self__, (dict, list)):
                 args = tuple(map(__self.disguise.reveal_values, args[:1])) + args[1:]
         return super().call(__context, __obj, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -15,17 +16,20 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import RequestError
-from .messages import Message
+from .messages import Message, half_character
 from .template_limits import (
+    MOST_SOURCE,
     Budget,
     check_call,
     check_join,
     check_operation,
     check_replace,
     check_size,
+    check_width,
     current,
     limited,
     rendering,
+    weigh,
 )
 
 
@@ -47,9 +51,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"],
-                         finalize=_put_out)
-        self.filters = limited(self.filters | {"tojson": _to_json, "join": _join, "replace": _replace})
-        self.filters |= {"_turns": _turns, "_concat": _concat}
+                         finalize=_put_out, optimized=False)  # an optimizer would compute without limits
+        self.filters = limited(self.filters | {"tojson": _to_json, "join": _join, "replace": _replace, "sum": _sum})
+        self.filters |= {"_turns": _turns, "_concat": _concat, "_made": _made}
         self.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
         del self.globals["lipsum"]  # makes text of any length
 
@@ -61,7 +65,11 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return Template.from_code(self, self.compile(tree), self.make_globals(None))
 
     def rewrite(self, tree: nodes.Template) -> None:
-        """Loops and joined texts go through filters that count them."""
+        """Loops, joined texts, slices and lists go through filters that count them."""
+        for kind, counted in ((nodes.List, _has_parts), (nodes.Tuple, _has_parts), (nodes.Dict, _has_parts),
+                              (nodes.Getitem, _is_slice)):
+            replace_nodes(tree, kind, lambda node, counted=counted: through_filter(node, "_made") if counted(node)
+                          else node)
         for loop in tree.find_all(nodes.For):
             loop.iter = through_filter(loop.iter, "_turns")
         replace_nodes(tree, nodes.Concat,
@@ -70,14 +78,21 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """An operation that could grow."""
         check_operation(operator, left, right)
-        return super().call_binop(context, operator, left, right)
+        result = super().call_binop(context, operator, left, right)
+        if budget := current():
+            budget.made(result)
+        return result
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A call from a template."""
-        if budget := current():
+        budget = current()
+        if budget:
             budget.turn(1)
         check_call(__obj, args, kwargs)
-        return super().call(__context, __obj, *args, **kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        if budget:
+            budget.made(result)
+        return result
 
 
 class ChatTemplate:
@@ -86,6 +101,9 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: dict[str, str], environment: ChatEnvironment | None = None) -> None:
         """`special_tokens`: bos_token, eos_token, …; names that are not there are undefined in the template."""
         self.source, self.special_tokens, self.broken = source, special_tokens, ""
+        if len(source) > MOST_SOURCE:
+            self.broken = f"it has {len(source)} characters, more than {MOST_SOURCE}"
+            return
         try:
             self._template = (environment or ChatEnvironment()).compile_chat(source)
         except Exception as error:  # Jinja's own errors, and Python's on what Jinja generates
@@ -102,14 +120,18 @@ class ChatTemplate:
         given: dict[str, Any] = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
         try:
             with rendering(Budget(now or datetime.now())):
-                return str(self._template.render(self.special_tokens | given))
+                text = str(self._template.render(self.special_tokens | given))
         except Exception as error:  # a template is a program: it can raise anything
             raise RequestError(f"The chat template refuses the messages: {in_words(error)}.") from None
+        if half_character(text):
+            raise RequestError("The chat template puts out half a character (a surrogate), which is no text; send text "
+                               "without it (--no-chat).")
+        return text
 
 
 def in_words(error: BaseException) -> str:
     """An error as part of one sentence; Python's own with its kind, as "5" alone says little."""
-    words = " ".join(str(error).split()).rstrip(".")[:300]
+    words = " ".join(str(error).encode("utf-8", "replace").decode().split()).rstrip(".")[:300]
     if isinstance(error, TemplateError) and words:
         return words
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
@@ -136,19 +158,24 @@ def _raise(message: str) -> None:
 
 
 def _strftime_now(form: str) -> str:
+    check_width(len(form))
     budget = current()
     return (budget.now if budget else datetime.now()).strftime(form)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | str | None = None,
              separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+    if indent is not None:
+        check_size(weigh(value, indent if isinstance(indent, int) else len(indent)))
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _put_out(value: Any) -> Any:
-    if isinstance(value, str) and (budget := current()):
-        budget.put_out(len(value))
-    return value
+@pass_context  # also keeps the compiler from computing what is put out
+def _put_out(context: Context, value: Any) -> str:
+    text = value if isinstance(value, str) else str(value)
+    if budget := current():
+        budget.put_out(len(text))
+    return text
 
 
 @pass_context
@@ -156,9 +183,43 @@ def _turns(context: Context, iterable: Any) -> Any:
     """What a loop goes through, counted before it does."""
     if not hasattr(iterable, "__len__"):
         iterable = list(iterable)
+    budget = current()
+    if budget is None:
+        return iterable
+    budget.turn(len(iterable))
+    return _Turns(iterable, budget)
+
+
+class _Turns:
+    """What a loop goes through while there is time."""
+
+    def __init__(self, items: Any, budget: Budget) -> None:
+        self._items, self._budget = items, budget
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._items:
+            self._budget.check_time()
+            yield item
+
+
+@pass_context
+def _made(context: Context, value: Any) -> Any:
+    """A list or slice that a template makes."""
     if budget := current():
-        budget.turn(len(iterable))
-    return iterable
+        budget.made(value)
+    return value
+
+
+def _has_parts(node: Any) -> bool:
+    """Whether a list, tuple or dict is made, of more than constants."""
+    return getattr(node, "ctx", "load") == "load" and not all(isinstance(i, nodes.Const) for i in node.items)
+
+
+def _is_slice(node: Any) -> bool:
+    return isinstance(node.arg, nodes.Slice) and node.ctx == "load"
 
 
 @pass_context
@@ -166,7 +227,10 @@ def _concat(context: Context, parts: list[Any]) -> str:
     """What `~` makes."""
     texts = [str(part) for part in parts]
     check_size(sum(map(len, texts)))
-    return "".join(texts)
+    text = "".join(texts)
+    if budget := current():
+        budget.made(text)
+    return text
 
 
 @pass_environment
@@ -176,6 +240,19 @@ def _join(environment: ChatEnvironment, value: Any, d: str = "", attribute: str 
     parts = [str(part) for part in value]
     check_join(d, parts)
     return str(d).join(parts)
+
+
+@pass_environment
+def _sum(environment: ChatEnvironment, iterable: Any, attribute: str | int | None = None, start: Any = 0) -> Any:
+    if attribute is not None:
+        iterable = map(make_attrgetter(environment, attribute), iterable)
+    total = start
+    for value in iterable:
+        check_operation("+", total, value)
+        total = total + value
+        if budget := current():
+            budget.made(total)
+    return total
 
 
 def _replace(s: str, old: str, new: str, count: int | None = None) -> str:
