@@ -27,8 +27,8 @@ def __getattr__(name: str) -> Any:
             from .export.exporter import export_checkpoint
         except ModuleNotFoundError as error:
             from .errors import MissingRequirementError
+            from .extras import pip_install
 
-            raise MissingRequirementError(
-                f"Exporting needs {error.name}; run: pip install 'dmoe-export[export]'.") from error
+            raise MissingRequirementError(f"Exporting needs {error.name}; run: {pip_install('export')}.") from error
         return export_checkpoint
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

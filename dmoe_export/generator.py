@@ -21,12 +21,11 @@ from .decoding.telemetry import Statistics
 from .errors import BundleError, RequestError
 from .runtime.backend import Backend
 from .runtime.choose import BACKENDS, BackendName, open_backend, open_under_budget
+from .runtime.cpu.session import MOST_THREADS
 from .runtime.residency.backend import ResidentBackend, parse_interval
 from .runtime.residency.budget import plan_budget
 from .text.codec import TextCodec, TextStream
 from .text.prompts import Prompts, batch_of, encode
-
-_MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, whatever becomes of the machine
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,19 @@ class Generator:
 
         In brackets what None or a keyword that is left out means:
 
-        backend: What runs the bundle; auto: an engine of the bundle that fits this machine (tensorrt), else
-            ONNX Runtime on the GPU (onnxruntime-cuda), else on the CPU (onnxruntime) [auto].
-        threads: Threads per operator on the CPU [ONNX Runtime's choice].
+        backend: What runs the bundle; auto: an engine of the bundle that fits this machine (tensorrt), else ONNX
+            Runtime on the GPU (onnxruntime-cuda), else on the CPU (onnxruntime) [default: auto].
+        threads: Threads per operator on the CPU [between 1 and 8 per CPU; default: ONNX Runtime's choice].
         expert_budget: Memory for experts, such as 4G, 25% or bytes; the others wait on disk (CPU) or in host memory
-            (TensorRT engine built with --experts resident) [all].
-        experts_per_layer: The same, as experts kept per layer [all].
-        expert_refresh_interval: Denoise steps between changes of the experts kept: auto, never or a number [auto].
-        verify: What is compared with the manifest before use: full (sizes and hashes) or sizes [full].
-        expect_sha256: Use the bundle only if its manifest has this sha256, as export and inspect print it [any].
-        trusted_key: Use the bundle only if manifest.json.sig is a signature by this Ed25519 public key in PEM [any].
+            (TensorRT engine built with --experts resident) [default: all].
+        experts_per_layer: The same, as experts kept per layer [at least 1; default: all].
+        expert_refresh_interval: Denoise steps between changes of the experts kept: auto, never or a number [default:
+            auto].
+        verify: What is compared with the manifest before use: full (sizes and hashes) or sizes [default: full].
+        expect_sha256: Use the bundle only if its manifest has this sha256, as export and inspect print it [default:
+            any].
+        trusted_key: Use the bundle only if manifest.json.sig is a signature by this Ed25519 public key in PEM [default:
+            any].
         progress: As in `open_bundle`.
 
         `backend_choice` then says why it is this backend; a name other than auto means that backend or an error.
@@ -97,8 +99,8 @@ class Generator:
             raise RequestError(f"Backend {backend!r} is not known; known: {', '.join(BACKENDS)}.")
         if threads is not None:
             check_kind("threads", threads, int)
-            if not 1 <= threads <= _MOST_THREADS:
-                raise RequestError(f"threads is {threads}, it must be between 1 and {_MOST_THREADS}.")
+            if not 1 <= threads <= MOST_THREADS:
+                raise RequestError(f"threads is {threads}, it must be between 1 and {MOST_THREADS}.")
         interval = parse_interval(expert_refresh_interval)
         bundle = open_bundle(resolve_bundle(path), verify, progress, expect_sha256=expect_sha256,
                              trusted_key=trusted_key)
@@ -116,38 +118,59 @@ class Generator:
         the model computes NaN. In brackets the default of an option that is left out or None, where the bundle's
         `decode_defaults` have no other:
 
-        max_new_tokens: Most tokens of the answer [the bundle's, or 128].
-        block_length: Tokens of a block that is decoded together; of full-canvas models, all others have their bundle's
-            [the bundle's].
-        steps: Most forwards of a block that fill masks [32].
-        cache: What is kept between forwards: block (exact; block-causal models), none, or for full-canvas models
-            prefix or dual (Fast-dLLM); auto is block or prefix [auto].
-        acceptance: Which decoded positions a step keeps: above threshold, a fixed number (LLaDA2), by factor
-            (Fast-dLLM), hierarchy (dInfer) or credit (CreditDecoding) [threshold].
-        threshold: Least probability of acceptance threshold, hierarchy and credit [0.95].
-        factor: Factor of acceptance factor; a smaller one keeps less [1.0].
-        low_threshold: Least probability of the best in a run of masks, of acceptance hierarchy [0.4].
-        credit_alpha: Strength of acceptance credit; 0 is off [0.7].
-        credit_beta: Decay of acceptance credit per step [0.8].
-        credit_gamma: Exponent of acceptance credit [0.2].
-        edit_threshold: Replace a decoded token of the block when another has a higher probability than this (LLaDA2.1)
-            [off].
-        edit_passes: Most edit forwards after a block's last mask [16].
-        salient_threshold: Salient-token steps (DyLLM) at this cosine, such as 0.99; of bundles exported with --salient
-            [off].
-        full_steps: Dense steps before salient ones [4; block-causal: 1 in every block].
-        refresh_interval: A dense step every so many salient steps [never].
-        salient_capacity: Use the salient graph of static shapes with so many rows [the dynamic one].
-        exact_first_layer: All rows enter layer 0 of a salient step [off].
-        temperature: Temperature of sampling; 0 is greedy [the bundle's, or 0.0].
-        top_k: Sample from the k best tokens; 0 is off [the bundle's, or 0].
-        top_p: Sample from the nucleus of this probability; 1 is off [the bundle's, or 1.0].
-        seed: Seed of sampling; row i of a batch draws with seed + i [0].
-        eos_id: Token id that ends the answer, one or several; -1 for none [the model's].
-        early_stop: End inside a block once an EOS has no mask before it; with editing always at the block's end [on].
-        coreset_top_p: p of top_p routing (dMoE) [the bundle's].
-        min_experts: Least coreset size of top_p routing, in experts [the bundle's].
-        coreset_size: C of top_c routing (LLaDA2.2): experts of a block [the bundle's].
+        max_new_tokens: Most tokens of the answer [at least 1; default: the bundle's, or 128].
+        block_length: Tokens that are decoded together, as one block; only full-canvas models (LLaDA, Dream) take
+            another than the bundle's [at least 1; default: the bundle's].
+        steps: Most forward passes that fill one block; fewer is faster and keeps less certain tokens [at least 1;
+            default: 32].
+        cache: What is kept between forward passes, to save work: block (exact; for models whose blocks see no later
+            ones), prefix or dual (for full-canvas models; dual keeps more, is faster and less exact; Fast-dLLM) or
+            none; auto is block, or prefix for full-canvas models [default: auto].
+        acceptance: Which tokens a step keeps: threshold (all that are probable enough), fixed (the same number in every
+            step; LLaDA2), factor (the more, the surer the best are; Fast-dLLM), hierarchy (also the best of every gap;
+            dInfer) or credit (sooner what was the best choice before; CreditDecoding) [default: threshold].
+        threshold: Keep a token once its probability is above this; higher is slower and safer (acceptance threshold,
+            hierarchy and credit) [between 0 and 1; default: 0.95].
+        factor: Higher keeps more tokens in a step and is less safe (acceptance factor) [0 or more; default: 1.0].
+        low_threshold: Keep the best token of a gap once its probability is above this; higher is slower and safer
+            (acceptance hierarchy) [between 0 and 1; default: 0.4].
+        credit_alpha: How much credit counts; higher keeps tokens sooner, 0 is off (acceptance credit) [0 or more;
+            default: 0.7].
+        credit_beta: Share of its credit that a token keeps from step to step; higher remembers longer (acceptance
+            credit) [between 0 and 1; default: 0.8].
+        credit_gamma: How fast credit falls with a token's probability; higher gives unsure tokens less (acceptance
+            credit) [0 or more; default: 0.2].
+        edit_threshold: Replace a token of the block by another whose probability is above this; lower replaces more
+            (LLaDA2.1) [between 0 and 1; default: off].
+        edit_passes: Most forward passes that only replace tokens, after a block is filled; more is slower [0 or more;
+            default: 16].
+        salient_threshold: Recompute only tokens whose surroundings changed: those with a cosine to the step before
+            below this, such as 0.99; higher is slower and closer to exact; needs a bundle exported with --salient
+            (DyLLM) [above 0 and at most 2; default: off].
+        full_steps: Full steps before the first salient one; more is slower and closer to exact [at least 1; default: 4;
+            block-causal: 1 in every block].
+        refresh_interval: Every so many salient steps one is full; smaller is slower and closer to exact [at least 1;
+            default: never].
+        salient_capacity: Recompute at most so many tokens per layer, with a graph of fixed sizes that the bundle was
+            exported with [at least 1; default: the graph of any size].
+        exact_first_layer: Let all tokens enter the first layer of a salient step; slower and closer to exact [default:
+            off].
+        temperature: How much chance there is in the choice of tokens; higher is more varied, 0 takes the most probable
+            [0 or more; default: the bundle's, or 0.0].
+        top_k: Choose among so many most probable tokens; higher is more varied, 0 is off [0 or more; default: the
+            bundle's, or 0].
+        top_p: Choose among the most probable tokens that reach this probability together; higher is more varied, 1 is
+            off [above 0 and at most 1; default: the bundle's, or 1.0].
+        seed: Start of the random numbers; row i of a batch draws with seed + i [0 or more; default: 0].
+        eos_id: Token id that ends the answer, one or several; -1 for none [a token id, several of them, or -1 alone for
+            none; default: the model's].
+        early_stop: End as soon as an end token has no gap before it, else at the block's end; with editing always there
+            [default: on].
+        coreset_top_p: Share of a block's votes for experts that is followed; higher uses more experts and is slower
+            (routing top_p; dMoE) [between 0 and 1; default: the bundle's].
+        min_experts: Fewest experts of a block; higher is slower (routing top_p) [at least 1; default: the bundle's].
+        coreset_size: Experts of a block; higher is slower and closer to each token's own choice (routing top_c;
+            LLaDA2.2) [at least 1; default: the bundle's].
         """
         batch = batch_of(prompts)
         tokens: list[list[int]] = [[] for _ in batch]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import MissingRequirementError
+from .extras import pip_install
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -35,7 +36,7 @@ def fetch(name: str, patterns: Sequence[str], revision: str | None = None) -> Pa
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise MissingRequirementError(f"{name} is no local folder, and fetching it from the hub needs huggingface_hub; "
-                                      "run: pip install 'dmoe-export[hub]'.") from error
+                                      f"run: {pip_install('hub')}.") from error
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # huggingface_hub raises many kinds; each means the same to the user

@@ -17,6 +17,7 @@ import numpy as np
 from ..bundle.graph_file import load_graph
 from ..bundle.reader import Bundle
 from ..errors import CheckError, MissingRequirementError
+from ..extras import pip_install
 from ..runtime.backend import Bools, ForwardInputs, ForwardOutputs, Limits
 
 try:
@@ -26,7 +27,7 @@ try:
     from torch import Tensor
 except ImportError as _error:
     raise MissingRequirementError(f"The PyTorch baseline needs torch and onnx_ir ({_error}); install them with: "
-                                  "pip install 'dmoe-export[export]', or use --peer none.") from None
+                                  f"{pip_install('export')}, or use --peer none.") from None
 
 from ..ops.block_route.attributes import RouteAttributes
 from ..ops.block_route.eager import block_route

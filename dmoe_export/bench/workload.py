@@ -12,6 +12,7 @@ from ..bundle.reader import Bundle, open_bundle, read_manifest
 from ..bundle.writer import BundleWriter, write_manifest
 from ..description import ModelDescription, RoutingChoice
 from ..errors import BundleError, MissingRequirementError
+from ..extras import pip_install
 
 Report = Callable[[str, int, int], None]
 _SOURCES = ("export", "model", "ops", "checkpoint")
@@ -30,8 +31,8 @@ def generated_bundle(work: Path, geometry: str, *, layers: int | None, precision
         from ..checkpoint.generated import GeneratedCheckpoint
         from ..export.exporter import export_checkpoint
     except ImportError as error:
-        raise MissingRequirementError(f"--geometry needs the exporter ({error}); install it with: pip install "
-                                      "'dmoe-export[export]', or give a bundle.") from None
+        raise MissingRequirementError(f"--geometry needs the exporter ({error}); install it with: "
+                                      f"{pip_install('export')}, or give a bundle.") from None
     name = "-".join(str(part) for part in (geometry, layers or "all", precision, routing or "default",
                                            block_length or "default", seed))
     folder, made_by = work / f"{name}.bundle", sources_digest()

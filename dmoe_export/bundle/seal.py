@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, MissingRequirementError, RequestError
+from ..extras import pip_install
 from ..regular import read_regular
 from .manifest import MANIFEST_NAME
 
@@ -58,7 +59,7 @@ def _check_signature(folder: Path, manifest: bytes, key_file: Path) -> None:
         from cryptography.exceptions import InvalidSignature
     except ImportError as error:
         raise MissingRequirementError(f"A trusted key needs {error.name or 'cryptography'}; run: "
-                                      "pip install 'dmoe-export[sign]'.") from error
+                                      f"{pip_install('sign')}.") from error
     key, path = _public_key(key_file), folder / SIGNATURE_NAME
     try:
         signature = _signature(read_regular(path, _MOST_KEY_BYTES))

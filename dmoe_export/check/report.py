@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ..errors import MissingRequirementError, OutputError
+from ..extras import pip_install
 from . import answers, digest
 from .result import BackendCheck, CheckReport
 from .table import quantisation_in_words
@@ -23,8 +24,8 @@ from .table import quantisation_in_words
 try:
     from . import plots
 except ModuleNotFoundError as missing:  # said on import: before minutes of checking, not after
-    raise MissingRequirementError(f"--report draws with {missing.name}, which is not installed; install it with "
-                                  "pip install 'dmoe-export[check]'.") from missing
+    raise MissingRequirementError(f"--report draws with {missing.name}, which is not installed; install it with: "
+                                  f"{pip_install('check')}.") from missing
 
 _VISIBLE = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421}  # control characters as pictures
 

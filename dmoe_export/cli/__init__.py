@@ -17,24 +17,37 @@ import click
 
 from .. import __version__
 from ..errors import DmoeError
+from .help import SETTINGS, Verbs
 from .output import reader_may_leave
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class OneSentenceErrors(click.Group):
+MEMBERS = {
+    "export": ("export:export", "A checkpoint becomes a bundle: a folder that generates text without PyTorch."),
+    "inspect": ("inspect:inspect", "Verify a bundle and show what it holds."),
+    "generate": ("generate:generate", "Answer a prompt with a bundle."),
+    "check": ("check:check", "Prove a bundle's numbers against its checkpoint, layer by layer."),
+    "build": ("build:build", "Build TensorRT engine files into a bundle; needs no GPU."),
+    "bench": ("bench:bench", "Measure speed and memory."),
+    "completion": ("completion:completion", "Print what makes a shell complete verbs and options."),
+}
+
+
+class OneSentenceErrors(Verbs):
     """Turns expected errors into one sentence and the right exit code; `--debug` adds the stack trace."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take `--debug` after the verb, too."""
         if "--debug" in args:
             args = ["--debug", *(a for a in args if a != "--debug")]
-        return super().parse_args(ctx, args)
+        with _usage_in_one_sentence():
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb."""
         try:
-            with _stopped_by_signals(), reader_may_leave():
+            with _stopped_by_signals(), reader_may_leave(), _usage_in_one_sentence():
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -75,18 +88,31 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@click.group(cls=OneSentenceErrors, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show the stack trace of an error.")
+class _Usage(click.ClickException):
+    """What was wrong with the words of a command."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        """As every other error."""
+        click.echo(f"dmoe-export: {self.message}", err=True)
+
+
+@contextmanager
+def _usage_in_one_sentence() -> Iterator[None]:
+    """What was wrong, and whose help to read; click prints the usage line before it."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        verb = error.ctx.command_path if error.ctx else "dmoe-export"
+        said = error.format_message()
+        raise _Usage(f"{said}{'' if said.endswith(('.', '?', '?)')) else '.'} See {verb} --help.") from None
+
+
+@click.group(cls=OneSentenceErrors, members=MEMBERS, context_settings=SETTINGS)
+@click.option("--debug", is_flag=True, help="Show the stack trace of an error; may stand after the verb, too.")
 @click.version_option(__version__, prog_name="dmoe-export")
 def main(debug: bool) -> None:
     """Mixture-of-experts diffusion language models: from a checkpoint to bundles that generate text."""
-
-
-def _register() -> None:
-    from . import bench, build, check, export, generate, inspect
-
-    for command in (bench.bench, build.build, check.check, export.export, generate.generate, inspect.inspect):
-        main.add_command(command)
-
-
-_register()

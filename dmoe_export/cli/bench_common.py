@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from ..bench.workload import generated_bundle
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import Bundle, open_bundle
 from ..errors import OutputError, RequestError
-from .options import seal_options
+from .help import option
+from .options import VERIFY, seal_options
 from .output import reader_may_leave
 from .progress import byte_bar
 
@@ -33,7 +35,7 @@ def words(text: str) -> list[str]:
 
 def integers(option: str, text: str) -> list[int]:
     """The same as integers, none below 0; RequestError for anything else."""
-    if not words(text) or not all(word.isdigit() for word in words(text)):
+    if not words(text) or not all(re.fullmatch("[0-9]{1,18}", word) for word in words(text)):
         raise RequestError(f"{option} is {text!r}; give integers separated by commas, such as 0,256.")
     return [int(word) for word in words(text)]
 
@@ -45,22 +47,24 @@ def computed_by(cpu_ops: bool) -> str:
 
 def bundle_options(command: F) -> F:
     """BUNDLE or --geometry and what goes with them, and --seed; to be handed to `opened`."""
-    for option in reversed((
+    for one in reversed((
             click.argument("bundle", type=click.Path(path_type=Path), required=False),
-            click.option("--geometry", help="A published size with generated weights, such as llada2.0-mini."),
-            click.option("--layers", type=click.IntRange(min=1), help="Of the geometry, the first so many [all]."),
-            click.option("--precision", type=click.Choice(["fp32", "fp16", "int8", "int4"]),
-                         help="Of the geometry's bundle [fp32]."),
-            click.option("--routing", type=click.Choice(["auto", "token", "top_p", "top_c"]),
-                         help="Of the geometry's bundle [top_p for block diffusion with experts, else auto]."),
-            click.option("--block-length", type=click.IntRange(min=1), help="Of the geometry's bundle [32]."),
-            click.option("--work", type=click.Path(path_type=Path),
-                         help="Folder that keeps the geometry's bundle for later runs [a temporary one]."),
-            click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True,
-                         help="Of BUNDLE."),
+            option("--geometry", metavar="NAME", group="bundle",
+                   help="Instead of BUNDLE: a published size with generated weights, such as llada2.0-mini"),
+            option("--layers", type=click.IntRange(min=1), group="bundle", shown="all",
+                   help="The first so many of the geometry"),
+            option("--precision", type=click.Choice(["fp32", "fp16", "int8", "int4"]), group="bundle", shown="fp32",
+                   help="Of the geometry's bundle"),
+            option("--routing", type=click.Choice(["auto", "token", "top_p", "top_c"]), group="bundle",
+                   shown="top_p for block diffusion with experts, else auto", help="Of the geometry's bundle"),
+            option("--block-length", type=click.IntRange(min=1), group="bundle", shown="32",
+                   help="Tokens per block of the geometry's bundle"),
+            option("--work", type=click.Path(path_type=Path), metavar="FOLDER", group="bundle",
+                   shown="a temporary one", help="Folder that keeps the geometry's bundle for later runs"),
+            VERIFY,
             seal_options,
-            click.option("--seed", type=int, default=0, show_default=True, help="Of weights and inputs."))):
-        command = option(command)
+            option("--seed", type=int, default=0, group="bundle", help="Of weights and inputs"))):
+        command = one(command)
     return command
 
 

@@ -11,32 +11,39 @@ from rich.table import Table
 from ..bench.generate import GenerateBench, Side, run, settings
 from ..bench.record import Started
 from ..errors import CheckError
+from ..runtime.cpu.session import MOST_THREADS
 from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
+from .help import SETTINGS, Verb, option
+from .options import JSON, OUT, PLOT
 from .output import console
 from .progress import step_bar
 
 
-@click.command()
+@click.command(cls=Verb, context_settings=SETTINGS, examples=(
+    "dmoe-export bench generate sample.bundle --prompt-tokens 32 --max-new-tokens 32 --rounds 1",
+    "dmoe-export bench generate sample.bundle --prompt-tokens 32 --coreset 8,all --rounds 1 --peer none"))
 @bundle_options
-@click.option("--prompt-tokens", default="128,1024", show_default=True,
-              help="Lengths of the random prompt, separated by commas.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=16, show_default=True,
-              help="Denoise steps per block; random weights always take all of them.")
-@click.option("--cache", default="auto", show_default=True, help="Caches to compare, separated by commas.")
-@click.option("--coreset", default="default", show_default=True,
-              help="Experts a block may use, separated by commas: numbers, default (the bundle's rule), "
-              "all (token routing).")
-@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Timed repetitions.")
-@click.option("--peer", "peers", default="eager", show_default=True,
-              help="Compare with, separated by commas: eager (PyTorch), diffusers (its LLaDA2Pipeline), onnxruntime "
-              "(ours without our kernels), none.")
-@click.option("--cpu-ops", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
-              help="Whether our kernels compute experts and linear layers; auto: where they are installed.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
+@option("--prompt-tokens", default="128,1024", metavar="N,…", group="compared",
+        help="Lengths of the random prompt, separated by commas")
+@option("--cache", default="auto", metavar="NAME,…", group="compared",
+        help="Caches to compare, separated by commas")
+@option("--coreset", default="default", metavar="N,…", group="compared",
+        help="Experts a block may use, separated by commas: numbers, default (the bundle's rule), all (token routing)")
+@option("--peer", "peers", default="eager", metavar="NAME,…", group="compared",
+        help="Compare with, separated by commas: eager (PyTorch), diffusers (its LLaDA2Pipeline), onnxruntime (ours "
+        "without our kernels), none")
+@option("--max-new-tokens", type=click.IntRange(min=1), default=64, group="decoding", help="Tokens of an answer")
+@option("--steps", type=click.IntRange(min=1), default=16, group="decoding",
+        help="Forward passes that fill one block; random weights always take all of them")
+@option("--rounds", type=click.IntRange(1, 1000), default=3, group="measuring",
+        help="Timed repetitions; more is slower and steadier")
+@option("--cpu-ops", type=click.Choice(["auto", "on", "off"]), default="auto", group="bundle and machine",
+        help="Whether our kernels compute experts and linear layers; auto: where they are installed")
+@option("--threads", type=click.IntRange(1, MOST_THREADS), default=2, group="bundle and machine",
+        values="between 1 and 8 per CPU", help="Threads per operator")
+@OUT
+@PLOT
+@JSON
 def generate(prompt_tokens: str, cache: str, coreset: str, peers: str, out: Path | None, plot: Path | None,
              as_json: bool, **options: Any) -> None:
     """Answers to a random prompt on the CPU: of BUNDLE, or of --geometry with generated weights.

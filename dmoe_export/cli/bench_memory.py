@@ -14,27 +14,29 @@ from rich.table import Table
 from ..bench.children import BUILDS, BuildBench, Child, ExportBench, run_build, run_export
 from ..bench.record import Started
 from .bench_common import outcome
+from .export import PRECISIONS
+from .help import SETTINGS, Verb, option
+from .options import JSON, OUT
 from .output import console
 from .progress import step_bar
 
-_geometry = click.option("--geometry", default="llada2.0-mini", show_default=True, help="A published size.")
-_layers = click.option("--layers", type=click.IntRange(min=1), default=4, show_default=True, help="The first so many.")
-_work = click.option("--work", type=click.Path(path_type=Path),
-                     help="Folder for checkpoint and bundle, twice the model [a temporary one].")
-_keep = click.option("--keep", is_flag=True, help="Keep what lies in --work.")
-_out = click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
+_geometry = option("--geometry", default="llada2.0-mini", metavar="NAME", group="model", help="A published size")
+_layers = option("--layers", type=click.IntRange(min=1), default=4, group="model",
+                 help="The first so many layers of it")
+_work = option("--work", type=click.Path(path_type=Path), metavar="FOLDER", group="place", shown="a temporary one",
+               help="Folder for checkpoint and bundle, twice the model")
+_keep = option("--keep", is_flag=True, group="place", help="Keep what lies in --work")
 
 
-@click.command()
+@click.command(cls=Verb, context_settings=SETTINGS, examples=(
+    "dmoe-export bench export --geometry tiny --layers 2", "dmoe-export bench export --layers 2 --precision int4"))
 @_geometry
 @_layers
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), default="fp32",
-              show_default=True)
+@option("--precision", type=click.Choice(PRECISIONS), default="fp32", group="model", help="How weights are stored")
 @_work
 @_keep
-@_out
-@_json
+@OUT
+@JSON
 def export(geometry: str, layers: int, precision: str, work: Path | None, keep: bool, out: Path | None,
            as_json: bool) -> None:
     """Time and peak memory of an export, and of a short answer from its bundle."""
@@ -44,16 +46,19 @@ def export(geometry: str, layers: int, precision: str, work: Path | None, keep: 
     outcome(started.document(result), out, as_json, lambda: _show_export(result))
 
 
-@click.command()
+@click.command(cls=Verb, context_settings=SETTINGS, examples=(
+    "dmoe-export bench build --geometry tiny --layers 2 --targets sm89",
+    "dmoe-export bench build --layers 2 --targets sm89"))
 @_geometry
 @_layers
-@click.option("--targets", default="sm80,sm86,sm89,sm120", show_default=True)
-@click.option("--variant", "variants", multiple=True, type=click.Choice(list(BUILDS)),
-              help="May be given again [both external ones].")
+@option("--targets", default="sm80,sm86,sm89,sm120", metavar="SM,…", group="engine",
+        help="GPU generations by compute capability, separated by commas")
+@option("--variant", "variants", multiple=True, type=click.Choice(list(BUILDS)), group="engine",
+        shown="both external ones", help="Where weights lie and who computes the experts; may be given again")
 @_work
 @_keep
-@_out
-@_json
+@OUT
+@JSON
 def build(geometry: str, layers: int, targets: str, variants: tuple[str, ...], work: Path | None, keep: bool,
           out: Path | None, as_json: bool) -> None:
     """Time and peak memory of building engines; needs no GPU."""

@@ -16,38 +16,43 @@ from ..bench.residency import ResidencyBench, run, settings
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import open_bundle
 from ..errors import RequestError
+from ..numerals import integer
 from ..runtime.cpu.resident import check_experts
 from .bench_common import outcome
-from .options import THREADS, VERIFY, seal_options
+from .help import SETTINGS, Verb, option
+from .options import JSON, OUT, PLOT, THREADS, VERIFY, seal_options
 from .output import console
 from .progress import step_bar
 
 
-@click.command()
+@click.command(cls=Verb, context_settings=SETTINGS, examples=(
+    "dmoe-export bench residency sample.bundle --budget 50% --interval auto --rounds 1 --turns 0",
+    "dmoe-export bench residency sample.bundle --budget 25% --routing top_p:0.4 --rounds 1 --plot residency.png"))
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--budget", "budgets", default="50%,25%,10%", show_default=True,
-              help="Expert budgets such as 8G or 25%, separated by commas; off is without.")
-@click.option("--interval", "intervals", default="auto,1,never", show_default=True,
-              help="Refresh intervals: auto, never or steps, separated by commas.")
-@click.option("--routing", "routings", default="token,top_p", show_default=True,
-              help="token, top_p (the bundle's p) or top_p:0.4, separated by commas; needs a top_p bundle.")
-@click.option("--prompt-ids", default="5,6,7,8", show_default=True, help="Token ids of the prompt.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=32, show_default=True, help="Most of a block.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Timed repetitions.")
-@click.option("--turns", type=click.IntRange(min=0), default=15, show_default=True,
-              help="Steps timed with a budget of everything and without one, in turns.")
+@option("--budget", "budgets", default="50%,25%,10%", metavar="SIZE,…", group="compared",
+        help="Memory for experts such as 8G or 25%, separated by commas; off is without a budget")
+@option("--interval", "intervals", default="auto,1,never", metavar="N,…", group="compared",
+        help="Denoise steps between changes of the experts kept: auto, never or numbers, separated by commas")
+@option("--routing", "routings", default="token,top_p", metavar="NAME,…", group="compared",
+        help="token, top_p (the bundle's p) or top_p:0.4, separated by commas; needs a top_p bundle")
+@option("--prompt-ids", default="5,6,7,8", metavar="IDS", group="decoding", help="Token ids of the prompt")
+@option("--max-new-tokens", type=click.IntRange(min=1), default=64, group="decoding", help="Tokens of an answer")
+@option("--steps", type=click.IntRange(min=1), default=32, group="decoding",
+        help="Most forward passes that fill one block")
+@option("--rounds", type=click.IntRange(1, 1000), default=3, group="measuring",
+        help="Timed repetitions; more is slower and steadier")
+@option("--turns", type=click.IntRange(0, 1000), default=15, group="measuring",
+        help="Steps timed with a budget of everything and without one, in turns")
 @THREADS
 @VERIFY
 @seal_options
-@click.option("--device", help="Name of the machine for the result.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
+@option("--device", metavar="NAME", group="output", help="Name of the machine for the result")
+@OUT
+@PLOT
+@JSON
 def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_ids: str, max_new_tokens: int,
               steps: int, rounds: int, turns: int, threads: int | None, verify: Any, device: str | None,
-              out: Path | None, plot: Path | None, as_json: bool,
-              **seal: Any) -> None:
+              out: Path | None, plot: Path | None, as_json: bool, **seal: Any) -> None:
     """Compare expert budgets of BUNDLE on the CPU: budget × interval × routing, and what a budget costs by itself."""
     opened = open_bundle(resolve_bundle(bundle), verify, **seal)
     moe = opened.manifest.model.moe
@@ -55,7 +60,7 @@ def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_
         raise RequestError(f"{bundle} is a dense model: it has no experts to keep.")
     check_experts(opened)
     try:
-        ids = [int(part) for part in prompt_ids.split(",")]
+        ids = [integer(part) for part in prompt_ids.split(",")]
     except ValueError:
         raise RequestError(f"--prompt-ids {prompt_ids!r} is no list of integers such as 1,2,3.") from None
     lists = [[part.strip() for part in text.split(",")] for text in (budgets, intervals, routings)]

@@ -11,31 +11,41 @@ from rich.table import Table
 from ..bench.parts import PARTS
 from ..bench.record import Started
 from ..bench.step import StepBench, StepOptions, run
+from ..runtime.cpu.session import MOST_THREADS
 from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
+from .help import SETTINGS, Verb, option
+from .options import JSON, OUT, PLOT
 from .output import console
 from .progress import step_bar
 
 
-@click.command()
+@click.command(cls=Verb, context_settings=SETTINGS, examples=(
+    "dmoe-export bench step sample.bundle --cached 0,256 --repeats 3",
+    "dmoe-export bench step sample.bundle --cached 0 --active-experts 8,natural --repeats 3 --ops 5"))
 @bundle_options
-@click.option("--active-experts", default="natural", show_default=True,
-              help="Active experts of every MoE layer, separated by commas; natural is the router's own choice.")
-@click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True, help="New tokens.")
-@click.option("--rows", type=click.IntRange(min=1), help="Vocabulary rows asked for: places still masked [all].")
-@click.option("--cached", default="0,256,1024,4096", show_default=True, help="Cached tokens, separated by commas.")
-@click.option("--phase", type=click.Choice(["denoise", "commit"]), default="denoise", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--repeats", type=click.IntRange(min=1), default=9, show_default=True)
-@click.option("--warmup", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--ops", type=click.IntRange(min=0), default=0, help="Show so many of the slowest ops [none].")
-@click.option("--cpu-ops", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
-              help="Whether our kernels compute experts and linear layers; auto: where they are installed.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the JSON here.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG plot here.")
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON.")
+@option("--active-experts", default="natural", metavar="N,…", group="compared",
+        help="Active experts of every MoE layer, separated by commas; natural is the router's own choice")
+@option("--cached", default="0,256,1024,4096", metavar="N,…", group="compared",
+        help="Cached tokens, separated by commas")
+@option("--tokens", type=click.IntRange(min=1), default=32, group="the step", help="New tokens")
+@option("--rows", type=click.IntRange(min=1), group="the step", shown="all",
+        help="Tokens whose logits are asked for: places not filled yet")
+@option("--phase", type=click.Choice(["denoise", "commit"]), default="denoise", group="the step",
+        help="denoise fills gaps; commit keeps a finished block for later ones")
+@option("--repeats", type=click.IntRange(1, 1000), default=9, group="measuring",
+        help="Timed repetitions; more is slower and steadier")
+@option("--warmup", type=click.IntRange(1, 1000), default=2, group="measuring", help="Repetitions that are not timed")
+@option("--cpu-ops", type=click.Choice(["auto", "on", "off"]), default="auto", group="bundle and machine",
+        help="Whether our kernels compute experts and linear layers; auto: where they are installed")
+@option("--threads", type=click.IntRange(1, MOST_THREADS), default=2, group="bundle and machine",
+        values="between 1 and 8 per CPU", help="Threads per operator")
+@option("--ops", type=click.IntRange(min=0), default=0, group="output", help="Show so many of the slowest ops")
+@OUT
+@PLOT
+@JSON
 def step(active_experts: str, cached: str, ops: int, out: Path | None, plot: Path | None, as_json: bool,
          **options: Any) -> None:
-    """One forward on the CPU: of BUNDLE, or of --geometry with generated weights.
+    """One forward pass on the CPU: of BUNDLE, or of --geometry with generated weights.
 
     Every setting of --active-experts and --cached is timed in turns with the step's matrix products, each by itself.
     """

@@ -19,81 +19,102 @@ from ..bundle.reader import Bundle, open_bundle
 from ..engine.recipe import load_recipe
 from ..engine.settings import BuildSettings, parse_size, parse_targets
 from ..errors import DmoeError, InputError, MissingRequirementError
+from ..extras import pip_install
 from ..hub import hub_id
-from .export import as_number, warn
-from .options import seal_options
+from .export import DENSE_PRECISIONS, PRECISIONS, ROUTINGS, as_number, warn
+from .help import SETTINGS, Verb, folders, option
+from .options import JSON, VERIFY, seal_options
 from .progress import byte_bar, step_bar
-from .recipes import BUILT, check_bundle, list_recipes, with_recipe
+from .recipes import BUILT, check_bundle, complete_recipe, list_recipes, with_recipe
 
 EXPORT_OPTIONS = {"routing": "routing", "block_length": "block_length", "layers": "layers", "coreset_top_p": "top_p",
                   "min_experts": "min_experts", "coreset_size": "coreset_size", "dense_precision": "dense_precision",
                   "group_size": "group_size"}
 """Options that belong to the export of a checkpoint, and what `export_checkpoint` calls them."""
+EXPORT = "export of a checkpoint"
 
 
-@click.command()
-@click.argument("source", metavar="CHECKPOINT|BUNDLE", required=False)
-@click.option("--recipe", "recipe_name", metavar="NAME|FILE",
-              help="Take checkpoint and options from a recipe; what the command line says wins.")
-@click.option("--list-recipes", "listing", is_flag=True, help="Show the recipes and stop.")
-@click.option("--out", type=click.Path(path_type=Path),
-              help="Bundle to write; needed for a checkpoint [with a recipe: engines/NAME.bundle]. A bundle without "
-                   "--out gets the engine in place.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
-              help="Of the export of a checkpoint [fp16]; int8, int4: of the routed experts' weights alone; a bundle "
-                   "keeps its own.")
-@click.option("--dense-precision", type=click.Choice(["fp32", "fp16", "bf16"]),
-              help="Of the export of a checkpoint, with int8 or int4: of everything else [fp16].")
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), callback=as_number,
-              help="Of the export of a checkpoint, with int8 or int4: weights that share a scale.")
-@click.option("--flavour", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True,
-              help="auto: TensorRT where it and a GPU are found, else TensorRT-RTX, which needs no GPU.")
-@click.option("--targets", help="Compute capabilities [TensorRT-RTX: sm80,sm86,sm89,sm120; TensorRT: this GPU].")
-@click.option("--split-targets", is_flag=True, help="One engine file per target instead of one for all.")
-@click.option("--max-batch", default=1, show_default=True, help="Most rows of a batch.")
-@click.option("--max-prefill", type=click.IntRange(1),
-              help="Most prompt tokens of a row in one forward [512, full-canvas models: the context].")
-@click.option("--max-context", type=click.IntRange(1),
-              help="Most cached tokens of a row [4096, full-canvas models 2048; or what the model takes].")
-@click.option("--experts", type=click.Choice(["external", "inline", "resident"]), default="external",
-              show_default=True,
-              help="external: routed experts and vocabulary matrices stay in the bundle's files and are bound at run "
-                   "time; inline: all weights go into the engine; resident: external, and the device holds as many "
-                   "experts as its budget allows.")
-@click.option("--experts-op", type=click.Choice(["plugin", "onnx"]), default="plugin", show_default=True,
-              help="Who computes the experts: our plugin, or standard ops in rounds of experts.")
-@click.option("--experts-capacity", type=int, help="Experts in one round of --experts-op onnx.")
-@click.option("--workspace", default="4G", show_default=True, help="Device scratch memory the builder may plan with.")
-@click.option("--builder-optimization-level", type=int, help="0 … 5 [TensorRT's default].")
-@click.option("--hardware-compatible", is_flag=True, help="TensorRT only: run on Ampere and later GPUs.")
-@click.option("--version-compatible", is_flag=True, help="TensorRT only: run on later versions of TensorRT.")
-@click.option("--refit", is_flag=True, help="TensorRT only, with --experts inline: weights can be replaced later.")
-@click.option("--allow-fallback", is_flag=True, help="Let custom nodes become ONNX bodies where plugins are missing.")
-@click.option("--plugin-library", type=click.Path(path_type=Path), help="libdmoe_plugins.so [made by `make plugins`].")
-@click.option("--routing", type=click.Choice(["auto", "token", "top_p", "top_c"]),
-              help="Of the export of a checkpoint [auto: as it was trained, by its config.json].")
-@click.option("--block-length", type=int,
-              help="Of the export of a checkpoint [block_size of its config.json, or 32].")
-@click.option("--layers", type=int, help="Of the export of a checkpoint: keep the first N layers.")
-@click.option("--coreset-top-p", type=float, help="Of the export of a checkpoint: default p of top_p routing.")
-@click.option("--min-experts", type=int, help="Of the export of a checkpoint: default least coreset size.")
-@click.option("--coreset-size", type=int, help="Of the export of a checkpoint: default C of top_c routing.")
-@click.option("--verify", type=click.Choice(["full", "sizes"]), default="full", show_default=True,
-              help="What of a bundle is compared with its manifest first.")
+@click.command(cls=Verb, context_settings=SETTINGS, examples=(
+    "dmoe-export build --list-recipes",
+    "dmoe-export build samples/tiny-dmoe --out fp16.bundle --targets sm89"))
+@click.argument("source", metavar="CHECKPOINT|BUNDLE", required=False, shell_complete=folders)
+@option("--recipe", "recipe_name", metavar="NAME|FILE", group="recipe", shell_complete=complete_recipe,
+        help="Take checkpoint and options from a recipe; what the command line says wins")
+@option("--list-recipes", "listing", is_flag=True, group="recipe", help="Show the recipes and stop")
+@option("--flavour", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", group="engine",
+        help="auto: TensorRT where it and a GPU are found, else TensorRT-RTX, which needs no GPU")
+@option("--targets", metavar="SM,…", group="engine",
+        shown="TensorRT-RTX: sm80,sm86,sm89,sm120; TensorRT: this GPU",
+        help="GPU generations by compute capability, separated by commas")
+@option("--split-targets", is_flag=True, group="engine", help="One engine file per target instead of one for all")
+@option("--experts", type=click.Choice(["external", "inline", "resident"]), default="external", group="engine",
+        help="external: routed experts and vocabulary matrices stay in the bundle's files and are bound at run time; "
+        "inline: all weights go into the engine; resident: external, and the device holds as many experts as its "
+        "budget allows")
+@option("--experts-op", type=click.Choice(["plugin", "onnx"]), default="plugin", group="engine",
+        help="Who computes the experts: our plugin, or standard ops in rounds of experts")
+@option("--experts-capacity", type=int, group="engine", values="at least 1", shown="16, or all there are",
+        help="Experts in one round of --experts-op onnx; more takes more memory and fewer rounds")
+@option("--plugin-library", type=click.Path(path_type=Path), metavar="FILE", group="engine",
+        shown="made by `make plugins`", help="libdmoe_plugins.so")
+@option("--allow-fallback", is_flag=True, group="engine",
+        help="Let custom nodes become ONNX bodies where plugins are missing; slower")
+@option("--max-batch", default=1, group="largest sizes", values="between 1 and 1024",
+        help="Most rows of a batch; larger sizes take more device memory")
+@option("--max-prefill", type=click.IntRange(1), group="largest sizes",
+        shown="512, full-canvas models: the context", help="Most prompt tokens of a row in one forward pass")
+@option("--max-context", type=click.IntRange(1), group="largest sizes",
+        shown="4096, full-canvas models 2048; or what the model takes", help="Most cached tokens of a row")
+@option("--workspace", default="4G", metavar="SIZE", group="builder",
+        help="Device scratch memory the builder may plan with")
+@option("--builder-optimization-level", type=int, group="builder", values="between 0 and 5",
+        shown="TensorRT's", help="Higher builds longer and may run faster")
+@option("--hardware-compatible", is_flag=True, group="builder",
+        help="TensorRT only: run on Ampere and later GPUs")
+@option("--version-compatible", is_flag=True, group="builder",
+        help="TensorRT only: run on later versions of TensorRT")
+@option("--refit", is_flag=True, group="builder",
+        help="TensorRT only, with --experts inline: weights can be replaced later")
+@option("--precision", type=click.Choice(PRECISIONS), group=EXPORT, shown="fp16",
+        help="How weights are stored; int8 and int4: those of the routed experts alone; a bundle keeps its own")
+@option("--dense-precision", type=click.Choice(DENSE_PRECISIONS), group=EXPORT, shown="fp16",
+        help="With int8 or int4: how everything else is stored")
+@option("--group-size", type=click.Choice(["32", "64", "128"]), callback=as_number, group=EXPORT,
+        shown="64, or 32 where that does not fit", help="With int8 or int4: weights that share a scale")
+@option("--layers", type=int, group=EXPORT, values="at least 1", shown="all",
+        help="Keep only the first so many layers")
+@option("--routing", type=click.Choice(ROUTINGS), group=EXPORT, shown="auto: as it was trained, by its config.json",
+        help="How a block's experts are chosen")
+@option("--block-length", type=int, group=EXPORT, values="at least 1", shown="block_size of its config.json, or 32",
+        help="Tokens per block")
+@option("--coreset-top-p", type=float, group=EXPORT, values="between 0 and 1", shown="as of export",
+        help="Share of a block's votes for experts that is followed (routing top_p)")
+@option("--min-experts", type=int, group=EXPORT, values="at least 1", shown="as of export",
+        help="Fewest experts of a block (routing top_p)")
+@option("--coreset-size", type=int, group=EXPORT, values="at least 1", shown="as of export",
+        help="Experts of a block (routing top_c)")
+@VERIFY
 @seal_options
-@click.option("--force", is_flag=True, help="Replace an existing bundle at --out.")
-@click.option("--dry-run", is_flag=True, help="Check everything and show the plan, write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@option("--out", type=click.Path(path_type=Path), metavar="BUNDLE", group="output",
+        shown="with a recipe: engines/NAME.bundle",
+        help="Bundle to write; needed for a checkpoint. A bundle without --out gets the engine in place")
+@option("--force", is_flag=True, group="output", help="Replace an existing bundle at --out")
+@option("--dry-run", is_flag=True, group="output", help="Check everything and show the plan, write nothing")
+@JSON
 @click.pass_context
 def build(context: click.Context, source: str | None, recipe_name: str | None, listing: bool, out: Path | None,
           force: bool, dry_run: bool, as_json: bool, split_targets: bool, plugin_library: Path | None, verify: Any,
           expect_sha256: str | None, trusted_key: Path | None, **options: Any) -> None:
-    """Build engine files from a CHECKPOINT (exported first) or BUNDLE, a folder or hub id, or from a recipe."""
+    """Build TensorRT engine files into a bundle.
+
+    They are made of a BUNDLE, of a CHECKPOINT, which is exported first, or of what a recipe says; both may be folders
+    or hub ids.
+    """
     if listing:
         return list_recipes(as_json)
     if source is None and recipe_name is None:
         raise InputError("Name a CHECKPOINT, a BUNDLE or a --recipe; --list-recipes shows the known ones.")
-    recipe = load_recipe(recipe_name) if recipe_name else None
+    recipe = load_recipe(recipe_name) if recipe_name is not None else None
     source = _fetched(source, out, dry_run) if source else None
     if recipe:
         options = with_recipe(context, recipe, options)
@@ -149,7 +170,7 @@ def _engine_parts() -> tuple[Any, Any]:
         from ..engine.flavour import find_flavour
     except ModuleNotFoundError as error:
         raise MissingRequirementError(f"Building engines needs {error.name}; install with: "
-                                      "pip install 'dmoe-export[rtx]' or 'dmoe-export[tensorrt]'.") from None
+                                      f"{pip_install('rtx')}, or {pip_install('tensorrt')}.") from None
     return find_plugins, find_flavour
 
 

@@ -9,36 +9,51 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import MissingRequirementError
+from ..extras import pip_install
 from ..runtime.choose import BACKENDS
+from .help import SETTINGS, Verb, folders, option
 from .options import VERIFY, seal_options
 from .output import reader_may_leave
 from .progress import step_bar
+from .recipes import complete_recipe
 
 if TYPE_CHECKING:
     from ..check.result import IdentityCheck
 
 
-@click.command()
+@click.command(cls=Verb, context_settings=SETTINGS, examples=(
+    "dmoe-export check sample.bundle --reference samples/tiny-dmoe",
+    "dmoe-export check sample.bundle --layers 2 --no-weights --report check.html"))
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--reference", metavar="CHECKPOINT",
-              help="Folder or hub id of the checkpoint [the bundle's own weights: proves graph and backend alone].")
-@click.option("--backend", "backends", type=click.Choice(BACKENDS), multiple=True,
-              help="What to check; may be given more than once [onnxruntime, and auto's choice].")
-@click.option("--layers", type=int, help="Check the first N layers only: little memory, nothing is decoded.")
-@click.option("--cosine", type=float, help="Least cosine of a token [by precision: 0.999999 fp32, 0.999 fp16].")
-@click.option("--recipe", metavar="NAME|FILE", help="Take the limits for layers alone from a recipe.")
-@click.option("--atol", type=float, help="Most absolute difference of a logit [1e-3 fp32, else not asked].")
-@click.option("--prompt", "prompts", multiple=True, help="Also feed and decode this text; may be given more than once.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of masks and random tokens.")
-@click.option("--no-weights", is_flag=True, help="Do not compare the bundle's bytes with the checkpoint's.")
+@option("--reference", metavar="CHECKPOINT", group="what is compared", shell_complete=folders,
+        shown="the bundle's own weights: proves graph and backend alone",
+        help="Folder or hub id of the checkpoint")
+@option("--backend", "backends", type=click.Choice(BACKENDS), multiple=True, group="what is compared",
+        shown="onnxruntime, and auto's choice", help="What to check; may be given again")
+@option("--layers", type=int, group="what is compared", values="at least 1", shown="all",
+        help="Check the first so many layers only: little memory, nothing is decoded")
+@option("--prompt", "prompts", multiple=True, metavar="TEXT", group="what is compared",
+        help="Also feed and decode this text; may be given again")
+@option("--seed", type=click.IntRange(0), default=0, group="what is compared", help="Of masks and random tokens")
+@option("--no-weights", is_flag=True, group="what is compared",
+        help="Do not compare the bundle's bytes with the checkpoint's")
+@option("--cosine", type=float, group="limits", values="between -1 and 1",
+        shown="by precision: 0.999999 fp32, 0.999 fp16",
+        help="Least cosine between a token's vectors and the reference's; higher is stricter")
+@option("--atol", type=float, group="limits", values="0 or more", shown="1e-3 fp32, else not asked",
+        help="Most absolute difference of a logit; lower is stricter")
+@option("--recipe", metavar="NAME|FILE", group="limits", shell_complete=complete_recipe,
+        help="Take the limits, and nothing else, from a recipe")
 @VERIFY
 @seal_options
-@click.option("--report", type=click.Path(path_type=Path), help="Write a self-contained HTML file.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+@option("--report", type=click.Path(path_type=Path), metavar="FILE", group="output",
+        help="Write a self-contained HTML file")
+@option("--json", "as_json", is_flag=True, group="output", help="Print the report as one JSON object")
 def check(bundle: Path, report: Path | None, as_json: bool, no_weights: bool, **options: Any) -> None:
-    """Compare BUNDLE with the eager float32 model; exit code 1 names the first bad layer.
+    """Compare BUNDLE with the eager float32 model, layer by layer.
 
-    The result goes into the bundle's README.md, too, where it has one.
+    A bundle that fails ends with exit code 1 and the name of the first bad layer. The result goes into the bundle's
+    README.md, too, where it has one.
     """
     try:
         from ..check.card import record
@@ -48,7 +63,7 @@ def check(bundle: Path, report: Path | None, as_json: bool, no_weights: bool, **
             from ..check.report import write_report
     except ModuleNotFoundError as error:
         raise MissingRequirementError(
-            f"Checking needs {error.name}; run: pip install 'dmoe-export[check]'.") from error
+            f"Checking needs {error.name}; run: {pip_install('check')}.") from error
 
     def announce(identity: IdentityCheck) -> None:
         with reader_may_leave():

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from ..bundle.reader import Bundle
+from ..description import ExportPrecision, Precision, RoutingChoice
+from .help import SETTINGS, Verb, folders, option
+from .options import JSON
 from .progress import byte_bar
+
+PRECISIONS, DENSE_PRECISIONS, ROUTINGS = get_args(ExportPrecision), get_args(Precision), get_args(RoutingChoice)
 
 
 def as_number(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -24,31 +29,42 @@ def warn(bundle: Bundle) -> None:
         click.echo(f"dmoe-export: warning: {sentence}", err=True)
 
 
-@click.command()
-@click.argument("checkpoint")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle to write.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), default="fp32",
-              show_default=True, help="int8, int4: of the routed experts' weights alone.")
-@click.option("--dense-precision", type=click.Choice(["fp32", "fp16", "bf16"]),
-              help="With int8 or int4: of everything else [fp32].")
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), callback=as_number,
-              help="With int8 or int4: weights that share a scale [64, or 32 where that does not fit].")
-@click.option("--routing", type=click.Choice(["auto", "token", "top_p", "top_c"]), default="auto", show_default=True,
-              help="How a block's experts are chosen; auto: as the checkpoint was trained, by its config.json.")
-@click.option("--block-length", type=int,
-              help="Tokens per block, of routing and decoding [block_size of config.json, or 32].")
-@click.option("--layers", type=int, help="Keep only the first N layers, for quick checks.")
-@click.option("--coreset-top-p", type=float, help="Default p of top_p routing [core_threshold of config.json, or 0.6].")
-@click.option("--min-experts", type=int, help="Default least coreset size of top_p routing [k + groups - groups kept].")
-@click.option("--coreset-size", type=int,
-              help="Default C of top_c routing [expert_capacity of config.json, or 48/256 of the experts].")
-@click.option("--salient", is_flag=True, help="Add the graph of salient-token decoding.")
-@click.option("--salient-capacity", type=int, multiple=True, metavar="M",
-              help="Add one of static shapes, for at most M salient rows per layer (may be repeated).")
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.command(cls=Verb, context_settings=SETTINGS, examples=(
+    "dmoe-export export samples/tiny-dmoe --out sample.bundle",
+    "dmoe-export export samples/tiny-dmoe --out small.bundle --precision fp16 --layers 2"))
+@click.argument("checkpoint", shell_complete=folders)
+@option("--out", required=True, type=click.Path(path_type=Path), metavar="BUNDLE", group="output",
+        help="Folder of the bundle to write; needed")
+@option("--force", is_flag=True, group="output", help="Replace an existing bundle")
+@JSON
+@option("--precision", type=click.Choice(PRECISIONS), default="fp32", group="numbers",
+        help="How weights are stored; int8 and int4: those of the routed experts alone")
+@option("--dense-precision", type=click.Choice(DENSE_PRECISIONS), group="numbers", shown="fp32",
+        help="With int8 or int4: how everything else is stored")
+@option("--group-size", type=click.Choice(["32", "64", "128"]), callback=as_number, group="numbers",
+        shown="64, or 32 where that does not fit",
+        help="With int8 or int4: weights that share a scale; more is smaller and less exact")
+@option("--layers", type=int, group="numbers", values="at least 1", shown="all",
+        help="Keep only the first so many layers, for quick checks")
+@option("--routing", type=click.Choice(ROUTINGS), default="auto", group="routing",
+        help="How a block's experts are chosen; auto: as the checkpoint was trained, by its config.json")
+@option("--block-length", type=int, group="routing", values="at least 1", shown="block_size of config.json, or 32",
+        help="Tokens per block, of routing and decoding")
+@option("--coreset-top-p", type=float, group="routing", values="between 0 and 1",
+        shown="core_threshold of config.json, or 0.6",
+        help="Share of a block's votes for experts that the bundle follows; higher uses more experts (routing top_p)")
+@option("--min-experts", type=int, group="routing", values="at least 1",
+        shown="experts per token + groups - groups kept",
+        help="Fewest experts of a block; higher is slower (routing top_p)")
+@option("--coreset-size", type=int, group="routing", values="at least 1",
+        shown="expert_capacity of config.json, or 48/256 of the experts",
+        help="Experts of a block; higher is slower (routing top_c)")
+@option("--salient", is_flag=True, group="salient steps",
+        help="Add the graph of salient steps, which recompute only tokens that changed (DyLLM)")
+@option("--salient-capacity", type=int, multiple=True, metavar="M", group="salient steps",
+        help="Add one of fixed sizes, for at most M recomputed tokens per layer; may be given again")
 def export(checkpoint: str, out: Path, coreset_top_p: float | None, force: bool, as_json: bool, **options: Any) -> None:
-    """Export CHECKPOINT (a folder or a hub id) to a bundle."""
+    """Export CHECKPOINT, a folder or a hub id, to a bundle: a folder that generates text without PyTorch."""
     from .. import export_checkpoint  # needs torch: only when this verb runs
 
     start = time.perf_counter()

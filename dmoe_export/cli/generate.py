@@ -12,35 +12,49 @@ from ..bundle.hub import resolve_bundle
 from ..bundle.reader import read_manifest
 from ..errors import BundleError, RequestError
 from ..generator import Generation, Generator
+from ..numerals import integer
+from ..regular import read_regular
 from ..text.prompts import Prompt
+from .help import SETTINGS, Verb, option
 from .options import BACKEND, THREADS, VERIFY, request_options, seal_options
 from .progress import byte_bar
 
+_MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
 
-@click.command()
+
+@click.command(cls=Verb, context_settings=SETTINGS, examples=(
+    'dmoe-export generate sample.bundle --prompt "what is 2 plus 3?" --stream',
+    "dmoe-export generate sample.bundle --prompt-ids 5,6,7 --max-new-tokens 8 --json"))
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompt", help="Text; wrapped in the chat template.")
-@click.option("--prompt-file", type=click.Path(path_type=Path), help="File with the prompt's text.")
-@click.option("--prompt-ids", help="Token ids, separated by commas; needs no tokenizer.")
+@option("--prompt", metavar="TEXT", group="prompt", help="Text; wrapped in the chat template")
+@option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", group="prompt",
+        help="File with the prompt's text")
+@option("--prompt-ids", metavar="IDS", group="prompt", help="Token ids, separated by commas; needs no tokenizer")
+@option("--chat/--no-chat", default=True, group="prompt", help="Wrap text in the chat template")
 @request_options
-@click.option("--chat/--no-chat", default=True, show_default=True, help="Wrap text in the chat template.")
+@option("--expert-budget", metavar="SIZE", group="residency", shown="all",
+        help="Memory for experts, such as 4G, 25% or bytes; the others wait on disk (CPU) or in host memory (TensorRT "
+        "engine built with --experts resident)")
+@option("--experts-per-layer", type=int, group="residency", values="at least 1", shown="all",
+        help="The same, as experts kept per layer")
+@option("--expert-refresh-interval", default="auto", metavar="N", group="residency",
+        help="Denoise steps between changes of the experts kept: auto, never or a number")
 @BACKEND
 @THREADS
-@click.option("--expert-budget",
-              help="Memory for experts, such as 4G, 25% or bytes; the others wait on disk (CPU) or in host memory "
-              "(TensorRT engine built with --experts resident) [all].")
-@click.option("--experts-per-layer", type=int, help="The same, as experts kept per layer [all].")
-@click.option("--expert-refresh-interval", default="auto",
-              help="Denoise steps between changes of the experts kept: auto, never or a number [auto].")
 @VERIFY
 @seal_options
-@click.option("--stream", is_flag=True, help="Print blocks as they are finished.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object (with --stream: one per block first).")
+@option("--stream", is_flag=True, group="output", help="Print blocks as they are finished")
+@option("--json", "as_json", is_flag=True, group="output",
+        help="Print one JSON object (with --stream: one per block first)")
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
              as_json: bool, backend: Any, threads: int | None, verify: Any, expert_budget: str | None,
              experts_per_layer: int | None, expert_refresh_interval: str, expect_sha256: str | None,
              trusted_key: Path | None, **options: Any) -> None:
-    """Generate with BUNDLE (a folder or a hub id) from exactly one of --prompt, --prompt-file, --prompt-ids."""
+    """Answer one prompt with BUNDLE, a folder or a hub id.
+
+    The prompt is exactly one of --prompt, --prompt-file and --prompt-ids. The answer goes to standard output, what it
+    took to standard error.
+    """
     given = _prompt(prompt, prompt_file, prompt_ids)
     bundle = resolve_bundle(bundle)
     total = _bytes_to_verify(bundle)
@@ -129,12 +143,13 @@ def _prompt(text: str | None, file: Path | None, ids: str | None) -> Prompt:
         raise RequestError("Give exactly one of --prompt, --prompt-file, --prompt-ids.")
     if file is not None:
         try:
-            return file.read_text(encoding="utf-8")
+            return read_regular(file, _MOST_PROMPT).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"Prompt file {file} cannot be read as text: {error}.") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise RequestError(f"Prompt file {file} cannot be read as text: {reason}.") from None
     if ids is None:
         return text or ""
     try:
-        return [int(part) for part in ids.split(",") if part.strip()]
+        return [integer(part) for part in ids.split(",") if part.strip()]
     except ValueError:
         raise RequestError(f"--prompt-ids {ids!r} is no list of integers such as 1,2,3.") from None

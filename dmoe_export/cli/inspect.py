@@ -14,16 +14,19 @@ from ..bundle.manifest import Manifest
 from ..bundle.reader import open_bundle
 from ..description import RUNTIME_SETTINGS
 from ..runtime.residency.budget import plan_budget
-from .options import VERIFY, seal_options
+from .help import SETTINGS, Verb, option
+from .options import JSON, VERIFY, seal_options
 from .output import console
 
 
-@click.command()
+@click.command(cls=Verb, context_settings=SETTINGS, examples=(
+    "dmoe-export inspect sample.bundle", "dmoe-export inspect sample.bundle --expert-budget 25% --json"))
 @click.argument("bundle", type=click.Path(path_type=Path))
+@option("--expert-budget", metavar="SIZE", group="residency",
+        help="Predict the memory of generating under this budget, such as 4G or 25%")
 @VERIFY
 @seal_options
-@click.option("--expert-budget", help="Predict the memory of generating under this budget (4G, 25%).")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@JSON
 def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool, **seal: Any) -> None:
     """Verify BUNDLE and show its model, routing, sizes, ops and files."""
     opened = open_bundle(resolve_bundle(bundle), verify, **seal)

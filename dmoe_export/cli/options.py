@@ -11,31 +11,36 @@ import click
 from ..bundle.reader import Verify
 from ..decoding.settings import OPTIONS
 from ..runtime.choose import BACKENDS
+from ..runtime.cpu.session import MOST_THREADS
+from .help import GroupedOption, metavar, option
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # As told in the docstring of Generator.open (a test compares).
-BACKEND = click.option(
-    "--backend", type=click.Choice(BACKENDS), default="auto",
+BACKEND = option(
+    "--backend", type=click.Choice(BACKENDS), default="auto", group="bundle and machine",
     help="What runs the bundle; auto: an engine of the bundle that fits this machine (tensorrt), else ONNX Runtime on "
-    "the GPU (onnxruntime-cuda), else on the CPU (onnxruntime) [auto].")
-THREADS = click.option("--threads", type=int, help="Threads per operator on the CPU [ONNX Runtime's choice].")
-VERIFY = click.option(
-    "--verify", type=click.Choice(get_args(Verify)), default="full",
-    help="What is compared with the manifest before use: full (sizes and hashes) or sizes [full].")
+    "the GPU (onnxruntime-cuda), else on the CPU (onnxruntime)")
+THREADS = option("--threads", type=click.IntRange(1, MOST_THREADS), group="bundle and machine",
+                 help="Threads per operator on the CPU", values="between 1 and 8 per CPU", shown="ONNX Runtime's choice")
+VERIFY = option(
+    "--verify", type=click.Choice(get_args(Verify)), default="full", group="bundle and machine",
+    help="What is compared with the manifest before use: full (sizes and hashes) or sizes")
+OUT = option("--out", type=click.Path(path_type=Path), metavar="FILE", group="output", help="Write the JSON here")
+PLOT = option("--plot", type=click.Path(path_type=Path), metavar="FILE", group="output", help="Write a PNG plot here")
+JSON = option("--json", "as_json", is_flag=True, group="output", help="Print one JSON object")
 
 _SEAL = (
-    click.option("--expect-sha256", metavar="HEX",
-                 help="Use the bundle only if its manifest has this sha256, as export and inspect print it [any]."),
-    click.option("--trusted-key", type=click.Path(path_type=Path), metavar="FILE",
-                 help="Use the bundle only if manifest.json.sig is a signature by this Ed25519 public key in PEM "
-                 "[any]."))
+    option("--expect-sha256", metavar="HEX", group="bundle and machine", shown="any",
+           help="Use the bundle only if its manifest has this sha256, as export and inspect print it"),
+    option("--trusted-key", type=click.Path(path_type=Path), metavar="FILE", group="bundle and machine", shown="any",
+           help="Use the bundle only if manifest.json.sig is a signature by this Ed25519 public key in PEM"))
 
 
 def seal_options(command: F) -> F:
     """`--expect-sha256` and `--trusted-key`, to be handed to `open_bundle` by these names."""
-    for option in reversed(_SEAL):
-        command = option(command)
+    for one in reversed(_SEAL):
+        command = one(command)
     return command
 
 
@@ -47,11 +52,12 @@ def request_option(name: str) -> Callable[[F], F]:
         flag += flag.replace("--", "/--no-", 1)
     elif Sequence[int] in one.types:
         words += " May be given again."
-        more = {"type": int, "multiple": True, "callback": lambda context, option, values: values or None}
+        more = {"type": int, "metavar": "ID", "multiple": True,
+                "callback": lambda context, option, values: values or None}
     else:
         kind = next((kind for kind in (int, float) if kind in one.types), None)
-        more = {"type": kind or click.Choice(one.types)}
-    return click.option(flag, default=None, help=words, **more)
+        more = {"type": kind or click.Choice(one.types), "metavar": metavar(kind)}
+    return click.option(flag, cls=GroupedOption, group=one.told.group, default=None, help=words, **more)
 
 
 def request_options(command: F) -> F:

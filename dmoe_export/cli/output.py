@@ -6,12 +6,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def console(width: int = 120) -> Console:
     """Of a terminal its own width, else `width`: a file or a pipe has no reason to cut tables."""
+    from rich.console import Console  # not for `--version`
+
     found = Console()
     return found if found.is_terminal else Console(width=width)
 

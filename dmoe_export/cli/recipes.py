@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 from rich.table import Table
 
 from ..bundle.manifest import Manifest
@@ -40,6 +41,12 @@ def check_bundle(recipe: Recipe, bundle: Path, manifest: Manifest) -> None:
         if ours not in (None, theirs):
             raise InputError(f"{bundle} was exported with {what} {theirs} and recipe {recipe.name} says {ours}; build "
                              "it without the recipe, or export it again.")
+
+
+def complete_recipe(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of the recipes that come with the package, and files."""
+    names = [name for name in recipe_names() if name.startswith(incomplete)]
+    return [*map(CompletionItem, names), CompletionItem(incomplete, type="file")]
 
 
 def list_recipes(as_json: bool) -> None:

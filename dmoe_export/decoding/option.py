@@ -23,6 +23,7 @@ class Rule:
 
 AT_LEAST_0 = Rule(lambda value: value >= 0, "0 or more")
 AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
+UP_TO_1000 = Rule(lambda value: 0 <= value <= 1000, "between 0 and 1000")
 FINITE = Rule(lambda value: 0 <= value < float("inf"), "0 or more")
 SHARE = Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
 
@@ -37,13 +38,14 @@ class Told:
     """Stands in the annotation of an option: `field: Annotated[int, Told("Most tokens", AT_LEAST_1)] = 128`.
 
     `meaning` names unit and source, without a full stop. `shown`: the default in words. `of_bundle`: exported bundles
-    may have a default of their own (`Manifest.decode_defaults`).
+    may have a default of their own (`Manifest.decode_defaults`). `group`: the heading of the command line's help.
     """
 
     meaning: str
     rule: Rule | None = None
     shown: str | None = None
     of_bundle: bool = False
+    group: str = "decoding"
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ class Option:
 
     @property
     def help(self) -> str:
-        """Meaning and default, as on the command line and in the docstring of `Generator.generate`."""
-        return f"{self.told.meaning} [{self.shown}]."
+        """Meaning, values and default, as on the command line and in the docstring of `Generator.generate`."""
+        choices = all(isinstance(one, str) for one in self.types)  # the meaning names them
+        values = f"{self.told.rule.words}; " if self.told.rule and not choices else ""
+        return f"{self.told.meaning} [{values}default: {self.shown}]."
 
     def check(self, value: object) -> None:
         """Raise RequestError for a value of another type, or one that means nothing."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
 from ..errors import RequestError
-from .option import AT_LEAST_0, AT_LEAST_1, FINITE, SHARE, Rule, Told, check_kind, one_of, options_of
+from .option import AT_LEAST_0, AT_LEAST_1, FINITE, SHARE, UP_TO_1000, Rule, Told, check_kind, one_of, options_of
 
 AcceptanceName = Literal["threshold", "fixed", "factor", "hierarchy", "credit"]
 CacheName = Literal["auto", "block", "none", "prefix", "dual"]
@@ -24,11 +24,12 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(int(one) for one in values)
 
 
-_COSINE = Rule(lambda value: 0 < value <= 2,
-               "a cosine such as 0.99; above 1 everything is recomputed but what enters the first layer")
+_COSINE = Rule(lambda value: 0 < value <= 2, "above 0 and at most 2")  # above 1: all, but what enters the first layer
 _MASS = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _ENDS = Rule(lambda value: _ids(value) == (-1,) or min(_ids(value), default=-1) >= 0,
              "a token id, several of them, or -1 alone for none")
+
+_SAVING, _SAMPLING, _ROUTING = "caches and salient steps", "sampling", "routing"  # groups of options
 
 
 @dataclass(frozen=True)
@@ -37,48 +38,77 @@ class DecodeSettings:
 
     max_new_tokens: Annotated[int, Told("Most tokens of the answer", AT_LEAST_1, of_bundle=True)] = 128
     block_length: Annotated[int | None, Told(
-        "Tokens of a block that is decoded together; of full-canvas models, all others have their bundle's",
-        AT_LEAST_1, shown="the bundle's")] = None
-    steps: Annotated[int, Told("Most forwards of a block that fill masks", AT_LEAST_1)] = 32
+        "Tokens that are decoded together, as one block; only full-canvas models (LLaDA, Dream) take another than the "
+        "bundle's", AT_LEAST_1, shown="the bundle's")] = None
+    steps: Annotated[int, Told(
+        "Most forward passes that fill one block; fewer is faster and keeps less certain tokens", AT_LEAST_1)] = 32
     cache: Annotated[CacheName, Told(
-        "What is kept between forwards: block (exact; block-causal models), none, or for full-canvas models prefix or "
-        "dual (Fast-dLLM); auto is block or prefix", one_of(CACHES))] = "auto"
+        "What is kept between forward passes, to save work: block (exact; for models whose blocks see no later ones), "
+        "prefix or dual (for full-canvas models; dual keeps more, is faster and less exact; Fast-dLLM) or none; auto "
+        "is block, or prefix for full-canvas models", one_of(CACHES), group=_SAVING)] = "auto"
     acceptance: Annotated[AcceptanceName, Told(
-        "Which decoded positions a step keeps: above threshold, a fixed number (LLaDA2), by factor (Fast-dLLM), "
-        "hierarchy (dInfer) or credit (CreditDecoding)", one_of(ACCEPTANCES))] = "threshold"
-    threshold: Annotated[float, Told("Least probability of acceptance threshold, hierarchy and credit", SHARE)] = 0.95
-    factor: Annotated[float, Told("Factor of acceptance factor; a smaller one keeps less", AT_LEAST_0)] = 1.0
+        "Which tokens a step keeps: threshold (all that are probable enough), fixed (the same number in every step; "
+        "LLaDA2), factor (the more, the surer the best are; Fast-dLLM), hierarchy (also the best of every gap; dInfer) "
+        "or credit (sooner what was the best choice before; CreditDecoding)", one_of(ACCEPTANCES))] = "threshold"
+    threshold: Annotated[float, Told(
+        "Keep a token once its probability is above this; higher is slower and safer (acceptance threshold, hierarchy "
+        "and credit)", SHARE)] = 0.95
+    factor: Annotated[float, Told("Higher keeps more tokens in a step and is less safe (acceptance factor)",
+                                  AT_LEAST_0)] = 1.0
     low_threshold: Annotated[float, Told(
-        "Least probability of the best in a run of masks, of acceptance hierarchy", SHARE)] = 0.4
-    credit_alpha: Annotated[float, Told("Strength of acceptance credit; 0 is off", FINITE)] = 0.7
-    credit_beta: Annotated[float, Told("Decay of acceptance credit per step", SHARE)] = 0.8
-    credit_gamma: Annotated[float, Told("Exponent of acceptance credit", FINITE)] = 0.2
+        "Keep the best token of a gap once its probability is above this; higher is slower and safer (acceptance "
+        "hierarchy)", SHARE)] = 0.4
+    credit_alpha: Annotated[float, Told(
+        "How much credit counts; higher keeps tokens sooner, 0 is off (acceptance credit)", FINITE)] = 0.7
+    credit_beta: Annotated[float, Told(
+        "Share of its credit that a token keeps from step to step; higher remembers longer (acceptance credit)",
+        SHARE)] = 0.8
+    credit_gamma: Annotated[float, Told(
+        "How fast credit falls with a token's probability; higher gives unsure tokens less (acceptance credit)",
+        FINITE)] = 0.2
     edit_threshold: Annotated[float | None, Told(
-        "Replace a decoded token of the block when another has a higher probability than this (LLaDA2.1)",
+        "Replace a token of the block by another whose probability is above this; lower replaces more (LLaDA2.1)",
         SHARE)] = None
-    edit_passes: Annotated[int, Told("Most edit forwards after a block's last mask", AT_LEAST_0)] = 16
+    edit_passes: Annotated[int, Told(
+        "Most forward passes that only replace tokens, after a block is filled; more is slower", UP_TO_1000)] = 16
     salient_threshold: Annotated[float | None, Told(
-        "Salient-token steps (DyLLM) at this cosine, such as 0.99; of bundles exported with --salient", _COSINE)] = None
+        "Recompute only tokens whose surroundings changed: those with a cosine to the step before below this, such as "
+        "0.99; higher is slower and closer to exact; needs a bundle exported with --salient (DyLLM)", _COSINE,
+        group=_SAVING)] = None
     full_steps: Annotated[int | None, Told(
-        "Dense steps before salient ones", AT_LEAST_1, shown="4; block-causal: 1 in every block")] = None
+        "Full steps before the first salient one; more is slower and closer to exact", AT_LEAST_1,
+        shown="4; block-causal: 1 in every block", group=_SAVING)] = None
     refresh_interval: Annotated[int | None, Told(
-        "A dense step every so many salient steps", AT_LEAST_1, shown="never")] = None
+        "Every so many salient steps one is full; smaller is slower and closer to exact", AT_LEAST_1, shown="never",
+        group=_SAVING)] = None
     salient_capacity: Annotated[int | None, Told(
-        "Use the salient graph of static shapes with so many rows", AT_LEAST_1, shown="the dynamic one")] = None
-    exact_first_layer: Annotated[bool, Told("All rows enter layer 0 of a salient step")] = False
-    temperature: Annotated[float, Told("Temperature of sampling; 0 is greedy", FINITE, of_bundle=True)] = 0.0
-    top_k: Annotated[int, Told("Sample from the k best tokens; 0 is off", AT_LEAST_0, of_bundle=True)] = 0
-    top_p: Annotated[float, Told("Sample from the nucleus of this probability; 1 is off", _MASS, of_bundle=True)] = 1.0
-    seed: Annotated[int, Told("Seed of sampling; row i of a batch draws with seed + i", AT_LEAST_0)] = 0
+        "Recompute at most so many tokens per layer, with a graph of fixed sizes that the bundle was exported with",
+        AT_LEAST_1, shown="the graph of any size", group=_SAVING)] = None
+    exact_first_layer: Annotated[bool, Told(
+        "Let all tokens enter the first layer of a salient step; slower and closer to exact", group=_SAVING)] = False
+    temperature: Annotated[float, Told(
+        "How much chance there is in the choice of tokens; higher is more varied, 0 takes the most probable", FINITE,
+        of_bundle=True, group=_SAMPLING)] = 0.0
+    top_k: Annotated[int, Told("Choose among so many most probable tokens; higher is more varied, 0 is off", AT_LEAST_0,
+                               of_bundle=True, group=_SAMPLING)] = 0
+    top_p: Annotated[float, Told(
+        "Choose among the most probable tokens that reach this probability together; higher is more varied, 1 is off",
+        _MASS, of_bundle=True, group=_SAMPLING)] = 1.0
+    seed: Annotated[int, Told("Start of the random numbers; row i of a batch draws with seed + i", AT_LEAST_0,
+                              group=_SAMPLING)] = 0
     eos_id: Annotated[int | Sequence[int] | None, Told(
         "Token id that ends the answer, one or several; -1 for none", _ENDS, shown="the model's")] = None
     early_stop: Annotated[bool, Told(
-        "End inside a block once an EOS has no mask before it; with editing always at the block's end")] = True
-    coreset_top_p: Annotated[float | None, Told("p of top_p routing (dMoE)", SHARE, shown="the bundle's")] = None
+        "End as soon as an end token has no gap before it, else at the block's end; with editing always there")] = True
+    coreset_top_p: Annotated[float | None, Told(
+        "Share of a block's votes for experts that is followed; higher uses more experts and is slower (routing top_p; "
+        "dMoE)", SHARE, UP_TO_1000, shown="the bundle's", group=_ROUTING)] = None
     min_experts: Annotated[int | None, Told(
-        "Least coreset size of top_p routing, in experts", AT_LEAST_1, shown="the bundle's")] = None
+        "Fewest experts of a block; higher is slower (routing top_p)", AT_LEAST_1, shown="the bundle's",
+        group=_ROUTING)] = None
     coreset_size: Annotated[int | None, Told(
-        "C of top_c routing (LLaDA2.2): experts of a block", AT_LEAST_1, shown="the bundle's")] = None
+        "Experts of a block; higher is slower and closer to each token's own choice (routing top_c; LLaDA2.2)",
+        AT_LEAST_1, shown="the bundle's", group=_ROUTING)] = None
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""

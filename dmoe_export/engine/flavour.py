@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, MissingRequirementError
+from ..extras import pip_install
 from .plugins import INSTALLED
 from .settings import FlavourName
 
@@ -51,7 +52,7 @@ class Flavour:
         if here is None:
             raise MissingRequirementError(
                 f"TensorRT {self.version} builds only for the GPU it runs on and this machine has none; use --flavour "
-                "tensorrt-rtx (pip install 'dmoe-export[rtx]'), or build on the device.")
+                f"tensorrt-rtx ({pip_install('rtx')}), or build on the device.")
         if wanted and wanted != (here,):
             raise InputError(f"TensorRT {self.version} builds only for this machine's GPU, {here}, not for "
                              f"{','.join(wanted)}; leave --targets out, or use --flavour tensorrt-rtx.")
@@ -125,7 +126,7 @@ def _rtx() -> Any:
         sys.modules.setdefault("tensorrt_rtx", found)  # the name that NVIDIA's own tools import
         return found
     raise MissingRequirementError("TensorRT-RTX is not installed, and neither is TensorRT with a GPU; install with: "
-                                  "pip install 'dmoe-export[rtx]' (no GPU needed) or 'dmoe-export[tensorrt]'.")
+                                  f"{pip_install('rtx')} (no GPU needed), or {pip_install('tensorrt')}.")
 
 
 def _required(module: str, extra: str) -> Any:
@@ -133,7 +134,7 @@ def _required(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingRequirementError(f"{module} is not installed ({error}); install with: "
-                                      f"pip install 'dmoe-export[{extra}]'.") from None
+                                      f"{pip_install(extra)}.") from None
 
 
 def _gpu_of_this_machine() -> str | None:

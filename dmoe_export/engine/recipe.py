@@ -93,7 +93,7 @@ class Recipe(Frozen):
         if self.precision not in get_args(QuantisedPrecision) and (self.dense_precision or self.group_size):
             raise ValueError(f"dense_precision and group_size belong to precision int8 or int4, not {self.precision}")
         for target in self.engine.targets:
-            if not re.fullmatch(r"sm\d{2,3}", target):
+            if not re.fullmatch(r"sm[0-9]{2,3}", target):
                 raise ValueError(f"engine.targets names {target!r}, which is no compute capability such as sm89")
         return self
 

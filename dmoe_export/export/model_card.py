@@ -107,7 +107,7 @@ def _text_side(manifest: Manifest) -> str:
 def _run(manifest: Manifest) -> str:
     extra = "gpu" if manifest.precision == "bf16" else "cpu"  # ONNX Runtime has no bf16 kernels for CPUs
     prompt = "--prompt 'what is 2 plus 3?'" if manifest.tokenizer else "--prompt-ids 5,6,7"
-    return f"pip install 'dmoe-export[{extra}]'\ndmoe-export generate BUNDLE {prompt}"
+    return f"pip install '.[{extra}]'  # in a checkout of dmoe-export\ndmoe-export generate BUNDLE {prompt}"
 
 
 def _yaml(fields: dict[str, str | list[str]]) -> str:

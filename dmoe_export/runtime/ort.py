@@ -11,10 +11,14 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import MissingRequirementError
+from ..extras import pip_install
 
-_INSTALL = "pip install 'dmoe-export[cpu]', or 'dmoe-export[gpu]' for an NVIDIA GPU"
 FATAL = 4  # severity of its log: what it finds wrong it raises, too
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"  # where data of a graph that is no file lies
+
+
+def _install() -> str:
+    return f"{pip_install('cpu')}, or for an NVIDIA GPU {pip_install('gpu')}"
 
 
 class _OnnxRuntime:
@@ -33,10 +37,11 @@ def _module() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise
-        raise MissingRequirementError(f"ONNX Runtime is not installed; run: {_INSTALL}.") from None
+        raise MissingRequirementError(f"ONNX Runtime is not installed; run: {_install()}.") from None
     if not hasattr(module, "InferenceSession"):  # a folder that an uninstalled package left
         raise MissingRequirementError("ONNX Runtime is installed in part (two packages share its folder, and one was "
-                                      f"removed); run: pip uninstall -y onnxruntime onnxruntime-gpu && {_INSTALL}.")
+                                      f"removed); run: pip uninstall -y onnxruntime onnxruntime-gpu && "
+                                      f"{_install()}.")
     return module
 
 

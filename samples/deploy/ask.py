@@ -1,4 +1,4 @@
-"""A program that answers with a bundle: what runs on a device. Needs `pip install 'dmoe-export[cpu]'`, no torch.
+"""A program that answers with a bundle: what runs on a device. Needs dmoe-export with its extra `cpu`, no torch.
 
     python ask.py BUNDLE "what is 2 plus 3?"
 """

@@ -123,7 +123,7 @@ def test_without_the_hub_library_one_sentence_says_what_to_install():
         prompt = ["--prompt-ids", "1"] if verb == "generate" else []
         result = python_without(f"from dmoe_export.cli import main\nmain([{verb!r}, 'org/bundle', *{prompt!r}])")
         assert result.returncode == 3 and result.stderr.count("\n") == 1
-        assert "org/bundle is no local folder" in result.stderr and "dmoe-export[hub]" in result.stderr
+        assert "org/bundle is no local folder" in result.stderr and "pip install 'huggingface_hub>=" in result.stderr
 
 
 class _Server(BaseHTTPRequestHandler):

@@ -56,7 +56,7 @@ def test_a_recipe_can_leave_routing_to_the_checkpoint(tmp_path, tiny_bundle):
 
 def test_another_routing_does_not_inherit_the_settings():
     """`--routing token` with a recipe of top_p: its p and guard mean nothing then."""
-    build = main.commands["build"]
+    build = main.get_command(None, "build")
     for said, kept in (("token", None), ("auto", None), ("top_p", 0.6)):
         context = build.make_context("build", ["--recipe", "sample", "--routing", said])
         options = with_recipe(context, load_recipe("sample"), context.params)

@@ -67,7 +67,7 @@ def test_the_command_makes_the_same_again(sample_bundle, salient_llada):
     words = export_command(manifest).split()
     assert words[:3] == ["dmoe-export", "export", "tiny-dmoe"]
     assert words[-6:] == ["--block-length", "16", "--routing", "top_c", "--coreset-size", "12"]
-    options = {name for parameter in main.commands["export"].params for name in parameter.opts}
+    options = {name for parameter in main.get_command(None, "export").params for name in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= options
 
 

@@ -13,7 +13,7 @@ import click
 import pytest
 
 from dmoe_export import GenerateOptions, Generator
-from dmoe_export.cli.bench import decode
+from dmoe_export.cli.bench_decode import decode
 from dmoe_export.cli.generate import generate
 from dmoe_export.decoding.settings import OPTIONS, DecodeSettings
 from dmoe_export.errors import RequestError

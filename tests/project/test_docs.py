@@ -38,7 +38,7 @@ def test_commands_in_code_blocks_exist_with_their_options(page):
         command: click.Command = main
         words = words[words.index("dmoe-export") + 1:]
         while isinstance(command, click.Group) and words and not words[0].startswith("-"):
-            found = command.commands.get(words.pop(0))
+            found = command.get_command(click.Context(command), words.pop(0))
             if found is None:
                 wrong.append(line)
                 break

@@ -57,7 +57,7 @@ def test_an_installation_has_one_onnx_runtime(project):
 
 NOT_THERE = "import sys\nsys.modules['onnxruntime'] = None\n"
 HOLLOW = "import sys, types\nsys.modules['onnxruntime'] = types.ModuleType('onnxruntime')\n"
-MISSING = "ONNX Runtime is not installed; run: pip install 'dmoe-export[cpu]'"
+MISSING = "ONNX Runtime is not installed; run: pip install 'onnxruntime"
 IN_PART = "installed in part (two packages share its folder, and one was removed); run: pip uninstall"
 
 

@@ -31,7 +31,8 @@ def open_library(wanted: CpuOps, options: ort.SessionOptions,
         if wanted == "on":
             raise MissingRequirementError(f"The CPU kernels {INSTALLED} do not exist; build them with `make cpu-ops`, "
                                           "or leave them off.")
-        return None, "our CPU kernels are not installed: pip install . with a C++ compiler brings them"
+        return None, ("our CPU kernels are not installed: pip install . in a checkout of dmoe-export, with a C++ "
+                      "compiler, brings them")
     try:
         session = LibrarySession(INSTALLED, source)
     except MissingRequirementError as error:

@@ -39,7 +39,8 @@ def check_experts(bundle: Bundle) -> None:
     check_precision(bundle)
     if not library.INSTALLED.is_file():
         raise MissingRequirementError("An expert budget needs our CPU kernels, which are not installed; install them "
-                                      "with: pip install . with a C++ compiler, or leave the budget out.")
+                                      "with: pip install . in a checkout of dmoe-export (needs a C++ compiler), or "
+                                      "leave the budget out.")
 
 
 def expert_file(bundle: Bundle) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..library import ExpertSource, Kernels, LibrarySession, kernels_of
 from ..ort import EXTERNAL_FOLDER, FATAL, ort
 from .library import SERVED, CpuOps, open_library
 
+MOST_THREADS = 8 * (os.cpu_count() or 1)  # ONNX Runtime starts as many as it is told, whatever becomes of the machine
 _QUANTISED_FROM = 1, 25
 
 _LOST, _EXPERTS_LOST = "was cut short while it was read", "the file of the experts"  # as plugins/cpu/op_*.cpp say it

@@ -14,6 +14,7 @@ import numpy as np
 from ...bundle.reader import Bundle
 from ...description import Precision
 from ...errors import MissingRequirementError
+from ...extras import pip_install
 from ..backend import Limits
 from ..graph_errors import not_loaded
 from ..library import kernels_of
@@ -33,7 +34,7 @@ SHAPE_OPS = frozenset({"Shape", "Size", "Squeeze", "Unsqueeze", "Concat", "Add",
                        "Slice", "Gather", "Cast", "Constant", "Identity"})
 SHAPE_NODES = 40
 # Both packages own the folder `onnxruntime`: which of them was written last decides, unless there is only one.
-REINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'dmoe-export[gpu]'"
+UNINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu"
 
 
 class OnnxRuntimeExecutor:
@@ -177,7 +178,8 @@ def open_onnxruntime_cuda(bundle: Bundle, device: Device | None = None, cuda_gra
     """
     if not has_provider():
         raise MissingRequirementError(
-            f"ONNX Runtime {ort.__version__} here was built without {PROVIDER}; run: {REINSTALL}, {CPU_INSTEAD}.")
+            f"ONNX Runtime {ort.__version__} here was built without {PROVIDER}; run: {UNINSTALL} && "
+            f"{pip_install('gpu')}, {CPU_INSTEAD}.")
     library, reason = choose_custom_ops(bundle, custom_ops)
     if bundle.manifest.quantisation and library is None:  # QMoE on CUDA takes weights in another layout
         raise MissingRequirementError(

@@ -13,13 +13,14 @@ import numpy as np
 from ...bundle.manifest import EngineEntry
 from ...bundle.reader import Bundle
 from ...errors import BundleError, DmoeError, MissingRequirementError
+from ...extras import pip_install
 from ...ops import plugin_library
 from .device import Device
 
 # In the PyPI wheel of TensorRT-RTX only the bindings module is sure to be there, under its own name.
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-_INSTALL = {"tensorrt": "pip install 'dmoe-export[tensorrt]'", "tensorrt-rtx": "pip install 'dmoe-export[rtx]'"}
+_EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 
 
 def library(flavour: str) -> Any:
@@ -33,7 +34,7 @@ def library(flavour: str) -> Any:
             continue
         return getattr(module, "tensorrt_rtx_bindings", module)
     raise MissingRequirementError(f"{_TITLES[flavour]} cannot be imported ({reason}); install it with: "
-                                  f"{_INSTALL[flavour]}.")
+                                  f"{pip_install(_EXTRAS[flavour])}.")
 
 
 def find_engine(bundle: Bundle, device: Device, resident: bool = False) -> tuple[EngineEntry, Any]:

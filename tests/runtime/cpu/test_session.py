@@ -33,7 +33,8 @@ def test_on_our_kernels(tiny_bundle, half_sample_bundle):
 def test_not_installed(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_ops, "INSTALLED", tmp_path / "libdmoe_cpu.so")
     assert said(tiny_bundle) == ("experts and linear layers on ONNX Runtime's own ops (our CPU kernels are not "
-                                 "installed: pip install . with a C++ compiler brings them)")
+                                 "installed: pip install . in a checkout of dmoe-export, with a C++ compiler, "
+                                 "brings them)")
     with pytest.raises(MissingRequirementError, match="do not exist; build them with `make cpu-ops`"):
         said(tiny_bundle, "on")
 

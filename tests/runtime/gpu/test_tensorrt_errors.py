@@ -76,7 +76,7 @@ def test_no_engine_no_library_no_driver(monkeypatch, engines, golden_bundle):
         open_tensorrt(golden_bundle)
     setup = Setup(monkeypatch, engines)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MissingRequirementError, match=r"TensorRT cannot be imported .*pip install 'dmoe-export.tensor"):
+    with pytest.raises(MissingRequirementError, match=r"TensorRT cannot be imported .*pip install 'tensorrt>="):
         setup.open()
 
 

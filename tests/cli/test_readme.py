@@ -1,0 +1,107 @@
+"""Commands and programs of pages and of help run as they are written, in a folder that has only the sample."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_help import ALL
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REPOSITORY = Path(__file__).parents[2]
+EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+TARGETS = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
+QUICK = {"inspect", "generate", "completion"}  # verbs whose examples take a second or two
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (REPOSITORY / page).read_text(encoding="utf-8"),
+                      flags=re.DOTALL | re.MULTILINE)
+
+
+def lines(page):
+    """Commands of a page's `sh` blocks, continued lines joined."""
+    text = "".join(blocks(page, "sh")).replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Where a user is: the checkout's samples and recipes, and the command on the path."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "samples").symlink_to(REPOSITORY / "samples")
+    shutil.copytree(REPOSITORY / "engines", folder / "engines")  # recipes are built beside them
+    (folder / "bin").mkdir()
+    command = folder / "bin" / "dmoe-export"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dmoe_export "$@"\n')
+    command.chmod(0o755)
+    return folder
+
+
+def run(place, words, shown):
+    """Fails with what was run, and everything that it said."""
+    path = os.pathsep.join([str(place / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(words, cwd=place, env={**os.environ, "PATH": path}, text=True, check=False,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, f"{shown}\nended with {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+def run_page(place, page):
+    """Its commands one after the other, then its programs."""
+    for line in lines(page):
+        first = line.split()[0]
+        if first == "make":
+            assert set(re.findall(r"[a-z][\w-]*", line.partition("#")[0])) - {"make"} <= set(TARGETS), line
+        elif first == "pip":
+            named = re.fullmatch(r"pip install '\.\[([\w,]+)\]'", line.partition("#")[0].strip())
+            assert named and set(named[1].split(",")) <= EXTRAS.keys(), f"{line}: names no extra of pyproject.toml"
+        elif first != "source":
+            run(place, ["bash", "-c", line], line)
+    for program in blocks(page, "python"):
+        run(place, [sys.executable, "-c", program], program)
+
+
+def test_the_readme_runs_as_written(place):
+    assert any(line.startswith("dmoe-export export samples/tiny-dmoe ") for line in lines("README.md"))
+    assert len(lines("README.md")) > 4 and blocks("README.md", "python")
+    run_page(place, "README.md")
+
+
+@pytest.fixture(scope="module")
+def sample(place):
+    """`sample.bundle`, as README's first command makes it."""
+    if not (place / "sample.bundle").exists():
+        run(place, ["dmoe-export", "export", "samples/tiny-dmoe", "--out", "sample.bundle"], "export")
+    return place
+
+
+EXAMPLES = [pytest.param(line, id=f"{' '.join(words)} {number}", marks=[] if words[0] in QUICK else pytest.mark.slow)
+            for words, verb in ALL.items() for number, line in enumerate(verb.examples, 1)]
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_examples_of_help_run(sample, line):
+    written = re.search(r"--out (\S+)", line)
+    if written and (sample / written[1]).exists():
+        shutil.rmtree(sample / written[1])
+    assert run(sample, ["bash", "-c", line], line)
+
+
+@pytest.mark.slow
+def test_the_quick_start_runs_as_written(sample):
+    """After its `make demo`, which leaves the bundle in out/; the engine needs TensorRT-RTX."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed (pip install '.[rtx]')")
+    (sample / "out").mkdir(exist_ok=True)
+    shutil.copytree(sample / "sample.bundle", sample / "out" / "sample.bundle", dirs_exist_ok=True)
+    assert len(lines("docs/quickstart.md")) > 4
+    run_page(sample, "docs/quickstart.md")
