@@ -14,7 +14,7 @@ from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.checkpoint.text import read_text_side
 from dmoe_export.errors import CheckpointError
 from dmoe_export.export.licence import front_matter
-from dmoe_export.regular_file import MOST_CONFIG, MOST_TABLE, read_bounded
+from dmoe_export.regular_file import MOST_CONFIG, MOST_TABLE, read_regular
 
 CONFIGS = ("config.json", "generation_config.json", "quantize_config.json", "model.safetensors.index.json")
 TEXTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -80,11 +80,11 @@ def test_weights_that_are_no_file(folder, make):
 
 def test_a_file_without_a_size_is_bounded_too(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 5)
-    assert read_bounded(tmp_path / "a", 5) == b"x" * 5
-    with pytest.raises(ValueError, match="5 bytes, more than 4"):
-        read_bounded(tmp_path / "a", 4)
-    with pytest.raises(ValueError, match="more than"):
-        read_bounded(type(tmp_path)("/proc/self/maps"), 100)  # its size is 0
+    assert read_regular(tmp_path / "a", 5) == b"x" * 5
+    with pytest.raises(OSError, match="more than 4 bytes"):
+        read_regular(tmp_path / "a", 4)
+    with pytest.raises(OSError, match="more than"):
+        read_regular(type(tmp_path)("/proc/self/maps"), 100)  # its size is 0
     assert MOST_CONFIG < MOST_TABLE
 
 
