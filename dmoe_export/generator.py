@@ -17,15 +17,15 @@ from typing_extensions import Unpack
 
 from .bundle.hub import resolve_bundle
 from .bundle.reader import Bundle, Verify, open_bundle
+from .decoding.defaults import decode_defaults
 from .decoding.limits import check_prompts
 from .decoding.loop import BlockDiffusion
 from .decoding.option import check_kind
-from .decoding.routing import routing_inputs
 from .decoding.row import FinishReason
 from .decoding.settings import OPTIONS, DecodeSettings, GenerateOptions
 from .decoding.stream import Life, Stream
 from .decoding.telemetry import Statistics
-from .errors import BundleError, RequestError
+from .errors import RequestError
 from .runtime.backend import Backend
 from .runtime.choose import BACKENDS, BackendName, open_backend, open_under_budget
 from .runtime.cpu.session import MOST_THREADS
@@ -85,7 +85,7 @@ class Generator:
         self.bundle, self.backend, self.backend_choice = bundle, backend, backend_choice
         self.text = TextCodec.of(bundle)
         self._life, self._streams = Life(str(bundle.folder)), WeakSet[Stream[Block]]()
-        self._defaults = _decode_defaults(bundle)
+        self._defaults = decode_defaults(bundle)
 
     @classmethod
     def open(cls, path: str | Path, *, backend: BackendName = "auto", threads: int | None = None,
@@ -197,8 +197,7 @@ class Generator:
             default: never].
         salient_capacity: Recompute at most so many tokens per layer, with a graph of fixed sizes that the bundle was
             exported with [at least 1; default: the graph of any size].
-        exact_first_layer: Let all tokens enter the first layer of a salient step; slower and closer to exact [default:
-            off].
+        exact_first_layer: Let all tokens enter layer 0 of a salient step; slower and closer to exact [default: off].
         temperature: How much chance there is in the choice of tokens; higher is more varied, 0 takes the most probable
             [0 or more; default: the bundle's, or 0.0].
         top_k: Choose among so many most probable tokens; higher is more varied, 0 is off [0 or more; default: the
@@ -299,19 +298,3 @@ def generation_of(blocks: list[Block]) -> Generation:
     end = blocks[-1]
     assert end.finish_reason
     return Generation(ids, "".join(texts) if end.text is not None else None, end.finish_reason, end.stats)
-
-
-def _decode_defaults(bundle: Bundle) -> dict[str, Any]:
-    """The bundle's decode defaults; raises BundleError for what no request could ask for."""
-    manifest = bundle.manifest
-    defaults: dict[str, Any] = dict(manifest.decode_defaults)
-    unknown = defaults.keys() - OPTIONS.keys()
-    wrong = f"{', '.join(sorted(unknown))} is no setting of a request." if unknown else ""
-    try:
-        if not unknown:
-            routing_inputs(DecodeSettings(**defaults), manifest.routing.mode, manifest.model.moe)
-    except RequestError as error:
-        wrong = str(error)
-    if wrong:
-        raise BundleError(f"The decode_defaults of {bundle.folder} cannot be used; export again: {wrong}")
-    return defaults

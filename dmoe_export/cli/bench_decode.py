@@ -21,7 +21,7 @@ from ..words import count
 from .bench_common import outcome
 from .help import SETTINGS, Verb, option
 from .options import BACKEND, JSON, OUT, PLOT, THREADS, VERIFY, request_option, seal_options
-from .output import console
+from .output import console, say
 from .progress import step_bar
 
 _MOST_FILE = 256 << 20  # bytes
@@ -148,7 +148,7 @@ def _show(result: DecodeBench) -> None:
     console().print(table)
     for reason, them in refused.items():
         first = f"{them[0].cache} · {them[0].acceptance} · salient {them[0].salient}"
-        click.echo(first + (f" and {len(them) - 1} more" if len(them) > 1 else "") + f": {reason}")
+        say(first + (f" and {len(them) - 1} more" if len(them) > 1 else "") + f": {reason}")
 
 
 def _or_dash(value: float | None, unit: str = "") -> str:

@@ -30,7 +30,8 @@ _keep = option("--keep", is_flag=True, group="place", help="Keep what lies in --
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
-    "dmoe-export bench export --geometry tiny --layers 2", "dmoe-export bench export --layers 2 --precision int4"))
+    "dmoe-export bench export --geometry tiny --layers 2",
+    "dmoe-export bench export --geometry tiny --layers 2 --precision fp16 --json"))
 @_geometry
 @_layers
 @option("--precision", type=click.Choice(PRECISIONS), default="fp32", group="model", help="How weights are stored")
@@ -49,7 +50,7 @@ def export(geometry: str, layers: int, precision: str, work: Path | None, keep: 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
     "dmoe-export bench build --geometry tiny --layers 2 --targets sm89",
-    "dmoe-export bench build --layers 2 --targets sm89"))
+    'dmoe-export bench build --geometry tiny --layers 2 --targets sm89 --variant "external, onnx"'))
 @_geometry
 @_layers
 @option("--targets", default="sm80,sm86,sm89,sm120", metavar="SM,…", group="engine",

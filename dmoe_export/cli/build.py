@@ -25,6 +25,7 @@ from ..words import count, size
 from .export import DENSE_PRECISIONS, PRECISIONS, ROUTINGS, as_number, warn
 from .help import SETTINGS, Verb, folders, option
 from .options import JSON, VERIFY, seal_options
+from .output import say
 from .progress import byte_bar, step_bar
 from .recipes import BUILT, check_bundle, complete_recipe, list_recipes, with_recipe
 
@@ -160,7 +161,7 @@ def build(context: click.Context, source: str | None, recipe_name: str | None, l
             results = _engines(bundle, folder, settings, flavour, plugin_library, split_targets, dry_run, as_json)
     except DmoeError:
         if bundle.folder == out:
-            click.echo(f"The bundle {out} was exported and is complete; it has no engine.", err=True)
+            say(f"The bundle {out} was exported and is complete; it has no engine.", err=True)
         raise
     _show(out or bundle.folder, results, dry_run, as_json, time.perf_counter() - start)
 
@@ -240,6 +241,6 @@ def _show(folder: Path, results: list[dict[str, Any]], dry_run: bool, as_json: b
         if engine.get("fallback_nodes"):
             nodes += f", {count(engine['fallback_nodes'], 'custom node')} as ONNX bodies"
         took = "" if dry_run else f"{size(engine['bytes'])}, {engine['seconds']:.1f} s, "
-        click.echo(f"{'Would build' if dry_run else 'Built'} {folder / engine['file']} with {engine['flavour']} "
+        say(f"{'Would build' if dry_run else 'Built'} {folder / engine['file']} with {engine['flavour']} "
                    f"{engine['version']} for {', '.join(engine['targets'])} ({took}{nodes}, {size(outside)} of "
                    "weights bound at run time)")

@@ -14,6 +14,7 @@ from ..description import ExportPrecision, Precision, RoutingChoice
 from ..words import count, size
 from .help import SETTINGS, Verb, folders, option
 from .options import JSON
+from .output import say
 from .progress import byte_bar
 
 PRECISIONS, DENSE_PRECISIONS, ROUTINGS = get_args(ExportPrecision), get_args(Precision), get_args(RoutingChoice)
@@ -27,7 +28,7 @@ def as_number(context: click.Context, parameter: click.Parameter, value: str | N
 def warn(bundle: Bundle) -> None:
     """On stderr, what a fresh export has to say."""
     for sentence in bundle.manifest.warnings:
-        click.echo(f"dmoe-export: warning: {sentence}", err=True)
+        say(f"dmoe-export: warning: {sentence}", err=True)
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
@@ -79,7 +80,7 @@ def export(checkpoint: str, out: Path, coreset_top_p: float | None, force: bool,
                                "seconds": time.perf_counter() - start, "manifest": manifest.model_dump(mode="json")}))
         return
     routing = f"routing {manifest.routing.mode} ({manifest.routing.reason})" if manifest.model.moe else "no experts"
-    click.echo(f"Exported {count(manifest.model.num_layers, 'layer')} of {manifest.model.architecture} in "
+    say(f"Exported {count(manifest.model.num_layers, 'layer')} of {manifest.model.architecture} in "
                f"{manifest.precision_in_words}, {routing}, block {manifest.routing.block_length}: {bundle.folder} "
                f"({size(total)}, {time.perf_counter() - start:.1f} s)\n"
                f"sha256 of its manifest.json: {bundle.sha256}")

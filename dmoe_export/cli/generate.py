@@ -15,9 +15,10 @@ from ..generator import Generation, Generator, generation_of
 from ..numerals import integer
 from ..regular_file import read_regular
 from ..text.prompts import Prompt
-from ..words import count, size
+from ..words import count, size, visible
 from .help import SETTINGS, Verb, option
 from .options import BACKEND, THREADS, VERIFY, request_options, seal_options
+from .output import say
 from .progress import byte_bar
 
 _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
@@ -77,7 +78,7 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
     else:
         result = _stream(generator, given, as_json, options)
     if not as_json:
-        click.echo(_summary(result, generator, options), err=True)
+        say(_summary(result, generator, options), err=True)
 
 
 def _bytes_to_verify(bundle: Path) -> int:
@@ -96,7 +97,7 @@ def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[st
             click.echo(json.dumps({"block": block.token_ids, "text": block.text}))
         else:
             shown = block.text if block.text is not None else "".join(f"{i}," for i in block.token_ids)
-            click.echo(shown, nl=block.finish_reason is not None)
+            click.echo(visible(shown, keep="\n\t"), nl=block.finish_reason is not None)
     result = generation_of(blocks)
     if as_json:
         click.echo(_json(result, generator, options))
@@ -135,7 +136,7 @@ def _summary(result: Generation, generator: Generator, options: dict[str, Any]) 
 
 
 def _shown(result: Generation) -> str:
-    return result.text if result.text is not None else ",".join(map(str, result.token_ids))
+    return visible(result.text, keep="\n\t") if result.text is not None else ",".join(map(str, result.token_ids))
 
 
 def _prompt(text: str | None, file: Path | None, ids: str | None) -> Prompt:

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+import click
+
+from ..words import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -18,6 +22,11 @@ def console(width: int = 120) -> Console:
 
     found = Console()
     return found if found.is_terminal else Console(width=width)
+
+
+def say(sentence: str, err: bool = False) -> None:
+    """One line for people, whatever names and texts of others it quotes."""
+    click.echo(visible(sentence), err=err)
 
 
 @contextmanager

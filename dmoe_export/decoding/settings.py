@@ -95,7 +95,7 @@ class DecodeSettings:
         "Recompute at most so many tokens per layer, with a graph of fixed sizes that the bundle was exported with",
         AT_LEAST_1, shown="the graph of any size", group=_SAVING)] = None
     exact_first_layer: Annotated[bool, Told(
-        "Let all tokens enter the first layer of a salient step; slower and closer to exact", group=_SAVING)] = False
+        "Let all tokens enter layer 0 of a salient step; slower and closer to exact", group=_SAVING)] = False
     temperature: Annotated[float, Told(
         "How much chance there is in the choice of tokens; higher is more varied, 0 takes the most probable", FINITE,
         of_bundle=True, group=_SAMPLING)] = 0.0

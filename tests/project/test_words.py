@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import dmoe_export
-from dmoe_export.words import count, size
+from dmoe_export.words import count, size, visible
 
 PACKAGE = Path(dmoe_export.__file__).parent
 
@@ -35,3 +35,14 @@ def test_messages_show_bytes_in_powers_of_1000():
     shown = [f"{path.name}: {line.strip()}" for path in PACKAGE.rglob("*.py") for line in path.read_text().splitlines()
              if re.search(r"\}\s?[KMGT]iB", line)]
     assert not shown
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("plain – Ω 漢字 é 🙂", "plain – Ω 漢字 é 🙂"), ("a\nb\tc", r"a\nb\tc"), ("\x1b[31mred\x00", r"\x1b[31mred\x00"),
+    ("\u202egpj.exe", r"\u202egpj.exe"), ("\ud800", r"\ud800"), ("\x9b2J", r"\x9b2J")])
+def test_text_of_others_steers_no_terminal(text, shown):
+    assert visible(text) == shown
+
+
+def test_answers_keep_their_lines():
+    assert visible("a\nb\x1b[2J\tc", keep="\n\t") == "a\nb\\x1b[2J\tc"
