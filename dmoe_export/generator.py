@@ -26,12 +26,11 @@ from .decoding.stream import Life, Stream
 from .errors import BundleError, RequestError
 from .runtime.backend import Backend
 from .runtime.choose import BACKENDS, BackendName, open_backend, open_under_budget
+from .runtime.cpu.session import MOST_THREADS
 from .runtime.residency.backend import ResidentBackend, parse_interval
 from .runtime.residency.budget import plan_budget
 from .text.codec import TextCodec, TextStream
 from .text.prompts import Prompts, batch_of, encode
-
-_MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, whatever becomes of the machine
 
 
 class Generator:
@@ -64,7 +63,7 @@ class Generator:
 
         backend: What runs the bundle; auto: an engine of the bundle that fits this machine (tensorrt), else ONNX
             Runtime on the GPU (onnxruntime-cuda), else on the CPU (onnxruntime) [default: auto].
-        threads: Threads per operator on the CPU [between 1 and 1024; default: ONNX Runtime's choice].
+        threads: Threads per operator on the CPU [between 1 and 8 per CPU; default: ONNX Runtime's choice].
         expert_budget: Memory for experts, such as 4G, 25% or bytes; the others wait on disk (CPU) or in host memory
             (TensorRT engine built with --experts resident) [default: all].
         experts_per_layer: The same, as experts kept per layer [at least 1; default: all].
@@ -73,8 +72,8 @@ class Generator:
         verify: What is compared with the manifest before use: full (sizes and hashes) or sizes [default: full].
         expect_sha256: Use the bundle only if its manifest has this sha256, as export and inspect print it [default:
             any].
-        trusted_key: Use the bundle only if manifest.json.sig is a signature by this Ed25519 public key in PEM
-            [default: any].
+        trusted_key: Use the bundle only if manifest.json.sig is a signature by this Ed25519 public key in PEM [default:
+            any].
         progress: As in `open_bundle`.
 
         `backend_choice` then says why it is this backend; a name other than auto means that backend or an error.
@@ -85,8 +84,12 @@ class Generator:
             raise RequestError(f"Backend {backend!r} is not known; known: {', '.join(BACKENDS)}.")
         if threads is not None:
             check_kind("threads", threads, int)
-            if not 1 <= threads <= _MOST_THREADS:
-                raise RequestError(f"threads is {threads}, it must be between 1 and {_MOST_THREADS}.")
+            if not 1 <= threads <= MOST_THREADS:
+                raise RequestError(f"threads is {threads}, it must be between 1 and {MOST_THREADS}.")
+        check_kind("path", path, Path)
+        for name, value, kind in (("trusted_key", trusted_key, Path), ("expect_sha256", expect_sha256, str)):
+            if value is not None:
+                check_kind(name, value, kind)
         interval = parse_interval(expert_refresh_interval)
         bundle = open_bundle(resolve_bundle(path), verify, progress, expect_sha256=expect_sha256,
                              trusted_key=trusted_key)
@@ -151,8 +154,8 @@ class Generator:
             credit) [0 or more; default: 0.2].
         edit_threshold: Replace a token of the block by another whose probability is above this; lower replaces more
             (LLaDA2.1) [between 0 and 1; default: off].
-        edit_passes: Most forward passes that only replace tokens, after a block is filled; more is slower [0 or more;
-            default: 16].
+        edit_passes: Most forward passes that only replace tokens, after a block is filled; more is slower [between 0
+            and 1000; default: 16].
         salient_threshold: Recompute only tokens whose surroundings changed: those with a cosine to the step before
             below this, such as 0.99; higher is slower and closer to exact; needs a bundle exported with --salient
             (DyLLM) [above 0 and at most 2; default: off].

@@ -19,6 +19,7 @@ from pydantic import Field
 from ..description import Frozen
 from ..errors import RequestError
 from ..generator import Generation, Generator
+from ..numerals import integer, real
 from ..text.prompts import Prompt
 
 Key = tuple[str, str, str]
@@ -90,12 +91,12 @@ def _acceptance(text: str) -> dict[str, Any]:
                      "credit": "threshold"}.get(name)
         if parameter is None:
             raise RequestError(f"Acceptance {text!r} is not known; give a name such as threshold:0.9 or factor:1.")
-        chosen[parameter] = _number(text, value, int if parameter == "steps" else float)
+        chosen[parameter] = _number(text, value, integer if parameter == "steps" else real)
     return chosen
 
 
 def _salient(text: str) -> dict[str, Any]:
-    return {} if text == "off" else {"salient_threshold": _number(text, text, float)}
+    return {} if text == "off" else {"salient_threshold": _number(text, text, real)}
 
 
 def _number(text: str, value: str, kind: Callable[[str], Any]) -> Any:

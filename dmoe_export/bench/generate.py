@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def routing_options(bundle: Bundle, coreset: str) -> dict[str, Any]:
     moe, mode = bundle.manifest.model.moe, bundle.manifest.routing.mode
     if moe is None or mode == "token":
         raise RequestError(f"{bundle.folder.name} has no coresets to choose; use --coreset default.")
-    if coreset != "all" and not coreset.isdigit():
+    if coreset != "all" and not re.fullmatch("[0-9]{1,18}", coreset):
         raise RequestError(f"Coreset {coreset!r} is not known; give a number of experts, all or default.")
     size = moe.num_experts if coreset == "all" else int(coreset)
     # With p = 0 one expert has the votes it takes; the guard fills the coreset up.

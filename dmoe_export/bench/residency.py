@@ -23,6 +23,7 @@ from ..bundle.reader import Bundle
 from ..description import Frozen
 from ..errors import RequestError
 from ..generator import Generator
+from ..numerals import real
 from ..runtime.cpu.backend import OnnxRuntimeBackend
 from ..runtime.cpu.mapped_memory import FileIdentity, file_backed_bytes
 from ..runtime.cpu.resident import expert_file, open_resident
@@ -103,7 +104,7 @@ def _routing(text: str, num_experts: int) -> dict[str, Any]:
     name, _, p = text.partition(":")
     try:
         if name == "top_p":
-            return {"coreset_top_p": float(p)}
+            return {"coreset_top_p": real(p)}
     except ValueError:
         pass
     raise RequestError(f"Routing {text!r} is not known; give token, top_p or top_p:0.6.")

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import onnx
 
+from .. import words
 from ..bundle.manifest import EngineEntry
 from ..bundle.reader import Bundle
 from ..engine.facts import of_engine, of_network
@@ -67,7 +68,7 @@ def _file(bundle: Bundle, entry: EngineEntry) -> tuple[list[EngineFinding], Plan
             return [_bad(entry, "file", f"it {error}, so it is no engine of TensorRT-RTX {entry.version}")], None
         return [_unknown("file", f"{entry.file} {error}; only files of TensorRT-RTX 1.7 can be read without TensorRT.")
                 ], None
-    return [EngineFinding(name="file", passed=True, detail=f"{size / 1e6:.1f} MB, complete by its table of contents.")
+    return [EngineFinding(name="file", passed=True, detail=f"{words.size(size)}, complete by its table of contents.")
             ], plan
 
 

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from ..errors import MissingRequirementError, OutputError
 from ..extras import pip_install
+from ..words import count, size
 from . import answers, digest
 from .result import BackendCheck, CheckReport
 from .table import quantisation_in_words
@@ -70,8 +71,8 @@ def render_report(report: CheckReport, urls: Mapping[str, str] | None = None) ->
 def _template() -> Template:
     environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True, finalize=_visible)
-    environment.filters |= {"number": _whole(digest.number), "percent": _whole(digest.percent), "count": digest.count,
-                            "size": _whole(digest.size), "short": digest.short, "date": _whole(digest.date),
+    environment.filters |= {"number": _whole(digest.number), "percent": _whole(digest.percent), "count": count,
+                            "size": _whole(size), "short": digest.short, "date": _whole(digest.date),
                             "whole": _whole(str),
                             "quantised": quantisation_in_words}
     environment.globals |= {"answers": answers, "digest": digest}

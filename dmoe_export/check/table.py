@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .digest import count
+from ..words import count
 from .gates import norm_distance
 from .result import (
     BackendCheck,
@@ -44,10 +44,10 @@ def quantisation_in_words(found: QuantisationCheck) -> str:
 def show(report: CheckReport) -> None:
     """Everything but the last line."""
     console = Console()
-    where = f"{report.layers_checked} of {report.layers_total} layers"
+    where = f"{report.layers_checked} of {count(report.layers_total, 'layer')}"
     click.echo(f"{report.bundle} ({report.family}, {report.precision}, {where}) against {report.reference} in float32: "
-               f"{report.inputs.rows} rows, {report.inputs.tokens} tokens, {report.inputs.masked} masked, from "
-               f"{report.inputs.source}")
+               f"{count(report.inputs.rows, 'row')}, {count(report.inputs.tokens, 'token')}, "
+               f"{report.inputs.masked} masked, from {report.inputs.source}")
     if report.experts_exercised:
         click.echo(f"Experts exercised, of {report.num_experts}: " + ", ".join(
             f"layer {layer} {count}" for layer, count in report.experts_exercised.items()))
@@ -102,9 +102,10 @@ def _word(*checks: LayerCheck | None) -> str:
 
 def _summary(backend: BackendCheck) -> None:
     share, logits = backend.same_best_token, backend.logits
-    tokens = f"Best token equal at {share:.1%} of {len(backend.confidence)} positions" if share is not None else (
+    places = count(len(backend.confidence), "position")
+    tokens = f"Best token equal at {share:.1%} of {places}" if share is not None else (
         f"Best tokens not compared: {logits.not_finite} of {logits.rows} positions have NaN or infinity")
-    click.echo(f"{tokens}; {len(backend.gates)} gates; {backend.seconds:.1f} s")
+    click.echo(f"{tokens}; {count(len(backend.gates), 'gate')}; {backend.seconds:.1f} s")
     for generation in backend.generations:
         click.echo(f"  {_answer(generation)}")
     failed = [g for g in backend.gates if not g.passed]
@@ -115,10 +116,10 @@ def _summary(backend: BackendCheck) -> None:
 
 
 def _answer(g: GenerationCheck) -> str:
-    name = g.prompt if g.prompt is not None else f"{g.prompt_tokens} random tokens"
+    name = g.prompt if g.prompt is not None else count(g.prompt_tokens, "random token")
     if g.first_difference is None:
         equal, forwards = count(len(g.reference_ids), "equal token"), count(g.reference_forwards, "forward")
         return f"{name} → {equal}, {forwards}"
     tie = "a near tie" if g.near_tie else "no near tie"
     return (f"{name} → tokens differ from number {g.first_difference} ({tie}), {g.reference_forwards} and "
-            f"{g.backend_forwards} forwards")
+            f"{count(g.backend_forwards, 'forward')}")

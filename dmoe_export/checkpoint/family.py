@@ -83,7 +83,8 @@ class Checkpoint:
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
-            raise CheckpointError(f"{folder / 'config.json'}: {field} is {shown(first['input'])}: {first['msg']}.") from None
+            raise CheckpointError(f"{folder / 'config.json'}: {field} is {shown(first['input'])}: "
+                                  f"{first['msg']}.") from None
         self.full_description = self.description = generation.add_eos(described)
         self.decode_defaults, said = generation.decode_defaults(self.full_description)
         self.warnings += said

@@ -82,8 +82,8 @@ def _parse(fields: Any, where: str) -> Storage:
         "fp8": _fp8, "compressed-tensors": _compressed, "gptq": _gptq, "awq": _awq}
     parse = parsers.get(method)
     if parse is None:
-        raise CheckpointError(f"{where} says that weights are quantised by {method[:MOST_SHOWN]}, which is not read (read are "
-                              f"{_KNOWN}); take a checkpoint in float, or in one of these.")
+        raise CheckpointError(f"{where} says that weights are quantised by {method[:MOST_SHOWN]}, which is not read "
+                              f"(read are {_KNOWN}); take a checkpoint in float, or in one of these.")
     return parse(fields, where)
 
 
@@ -97,16 +97,16 @@ def _foreign(fields: dict[str, Any]) -> str:
 
 
 def _refuse(where: str, field: str, value: Any, known: str) -> CheckpointError:
-    return CheckpointError(f"{where} has {field} {shown(value)}, which is not read (read is {known}); take a checkpoint in "
-                           "float, or one that is stored so.")
+    return CheckpointError(f"{where} has {field} {shown(value)}, which is not read (read is {known}); take a "
+                           "checkpoint in float, or one that is stored so.")
 
 
 def _refuse_unknown(fields: dict[str, Any], where: str, known: str) -> None:
     """A field that is not known might say what a scale means (GPTQModel's fp8 divides by its scales, and says so)."""
     for name, value in fields.items():
         if value not in (None, False, {}, []) and name not in known.split():
-            raise CheckpointError(f"{where} has the field {name} {shown(value)}, which is not known, so scales could mean "
-                                  "something else; remove it if it does not matter.")
+            raise CheckpointError(f"{where} has the field {name} {shown(value)}, which is not known, so scales could "
+                                  "mean something else; remove it if it does not matter.")
 
 
 def _agreed(fields: dict[str, Any], where: str, names: tuple[str, ...], default: str) -> str:

@@ -20,9 +20,13 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..regular_file import MOST_TABLE, check_regular
+from ..words import count
+from .config_fields import shown
 from .json_file import read_json
 
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.npz", "*.msgpack", "*.h5")
+
+_MOST_NAME = 1000  # characters of a tensor's or a file's name
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def _by_index(folder: Path, index: Path, files: list[Path]) -> tuple[dict[str, S
     if not copies:
         return tensors, []
     name, shard = copies[0]
-    more = f" (and {len(copies) - 1} more such tensors)" if len(copies) > 1 else ""
+    more = f" (and {count(len(copies) - 1, 'more such tensor')})" if len(copies) > 1 else ""
     return tensors, [f"{shard} holds a second copy of tensor {name}{more}, which was not read: {index.name} names "
                      f"{weight_map[name]}."]
 
@@ -112,12 +116,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of tensor names to files; fetch it again.")
     for name, shard in weight_map.items():
+        _check_name(index, name)
         path = PurePosixPath(shard)
         if path.is_absolute() or ".." in path.parts or "\\" in shard or ":" in shard:
-            raise CheckpointError(f"{index} places tensor {name} in {shard!r}, which is outside the checkpoint's "
+            raise CheckpointError(f"{index} places tensor {name} in {shown(shard)}, which is outside the checkpoint's "
                                   "folder; fetch it from a source you trust.")
-        if path.suffix != ".safetensors":
-            raise CheckpointError(f"{index} places tensor {name} in {shard!r}, which is no safetensors file; only "
+        if path.suffix != ".safetensors" or len(shard) > _MOST_NAME:
+            raise CheckpointError(f"{index} places tensor {name} in {shown(shard)}, which is no safetensors file; only "
                                   "safetensors checkpoints are read.")
     return weight_map
 
@@ -125,8 +130,15 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     handle = open_shard(file)
     for name in handle.keys():  # noqa: SIM118 - not a dict
+        _check_name(file, name)
         part = handle.get_slice(name)
         yield name, StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
+
+
+def _check_name(file: Path, name: str) -> None:
+    if len(name) > _MOST_NAME:
+        raise CheckpointError(f"{file} has a tensor whose name has {len(name)} characters, which no family knows; "
+                              "fetch the file again.")
 
 
 def _two_sets(folder: Path, first: str, second: str) -> CheckpointError:

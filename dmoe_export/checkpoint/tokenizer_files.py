@@ -103,8 +103,8 @@ def _token(value: Any, source: Path, field: str, special: bool = False) -> Added
         flags = {name: value[name] for name in _FLAGS if name in value}
         if all(isinstance(flag, bool) for flag in flags.values()):
             return AddedToken(value["content"], **flags | ({"special": True} if special else {}))
-    raise CheckpointError(f"{source}: {field} is or holds {shown(value)}, which is no token; give its text, or an object "
-                          "with its content.")
+    raise CheckpointError(f"{source}: {field} is or holds {shown(value)}, which is no token; give its text, or an "
+                          "object with its content.")
 
 
 def _is_text(content: str) -> bool:

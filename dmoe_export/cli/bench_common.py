@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def words(text: str) -> list[str]:
 
 def integers(option: str, text: str) -> list[int]:
     """The same as integers, none below 0; RequestError for anything else."""
-    if not words(text) or not all(word.isdigit() for word in words(text)):
+    if not words(text) or not all(re.fullmatch("[0-9]{1,18}", word) for word in words(text)):
         raise RequestError(f"{option} is {text!r}; give integers separated by commas, such as 0,256.")
     return [int(word) for word in words(text)]
 

@@ -16,12 +16,15 @@ from .. import __version__
 from ..bench.decode import DecodeBench, Question, SettingResult, run, settings
 from ..errors import RequestError
 from ..generator import Generator
+from ..regular_file import read_regular
+from ..words import count
 from .bench_common import outcome
 from .help import SETTINGS, Verb, option
 from .options import BACKEND, JSON, OUT, PLOT, THREADS, VERIFY, request_option, seal_options
 from .output import console
 from .progress import step_bar
 
+_MOST_FILE = 256 << 20  # bytes
 _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
 
 
@@ -49,7 +52,7 @@ _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
 @request_option("eos_id")
 @request_option("full_steps")
 @request_option("refresh_interval")
-@option("--rounds", type=click.IntRange(min=1), default=3, group="measuring",
+@option("--rounds", type=click.IntRange(1, 1000), default=3, group="measuring",
         help="Timed repetitions; more is slower and steadier")
 @BACKEND
 @THREADS
@@ -111,13 +114,16 @@ def _questions(generator: Generator, prompts: tuple[str, ...], file: Path | None
         import numpy as np
 
         d = generator.backend.description
+        if random_prompt > d.max_positions:
+            raise RequestError(f"--random-prompt {random_prompt} is more than the model's {d.max_positions} positions.")
         ids = np.random.default_rng(seed).integers(0, d.vocab_size, random_prompt)
         special = {d.mask_id, *d.eos_ids, d.pad_id}
         return [Question([int(i) if int(i) not in special else 0 for i in ids])]
     if file is None:
         return [Question(text) for text in prompts or _DEFAULT_PROMPTS]
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = read_regular(file, _MOST_FILE).decode("utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
         found = [Question(row["question"], row.get("answer")) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f'Prompts file {file} cannot be read as JSON lines with "question": {error!r}.') from None
@@ -129,7 +135,8 @@ def _questions(generator: Generator, prompts: tuple[str, ...], file: Path | None
 def _show(result: DecodeBench) -> None:
     table = Table("cache", "acceptance", "salient", "tokens/s", "speed-up", "forwards", "tokens/fwd", "agreement",
                   "experts", "accuracy",
-                  title=f"{result.prompts} prompts, {result.max_new_tokens} new tokens, {result.rounds} rounds")
+                  title=f"{count(result.prompts, 'prompt')}, {count(result.max_new_tokens, 'new token')}, "
+                        f"{count(result.rounds, 'round')}")
     refused: dict[str, list[SettingResult]] = {}
     for r in result.results:
         if r.refused:

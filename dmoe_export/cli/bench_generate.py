@@ -11,6 +11,8 @@ from rich.table import Table
 from ..bench.generate import GenerateBench, Side, run, settings
 from ..bench.record import Started
 from ..errors import CheckError
+from ..runtime.cpu.session import MOST_THREADS
+from ..words import count
 from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
 from .help import SETTINGS, Verb, option
 from .options import JSON, OUT, PLOT
@@ -34,11 +36,12 @@ from .progress import step_bar
 @option("--max-new-tokens", type=click.IntRange(min=1), default=64, group="decoding", help="Tokens of an answer")
 @option("--steps", type=click.IntRange(min=1), default=16, group="decoding",
         help="Forward passes that fill one block; random weights always take all of them")
-@option("--rounds", type=click.IntRange(min=1), default=3, group="measuring",
+@option("--rounds", type=click.IntRange(1, 1000), default=3, group="measuring",
         help="Timed repetitions; more is slower and steadier")
 @option("--cpu-ops", type=click.Choice(["auto", "on", "off"]), default="auto", group="bundle and machine",
         help="Whether our kernels compute experts and linear layers; auto: where they are installed")
-@option("--threads", type=click.IntRange(min=1), default=2, group="bundle and machine", help="Threads per operator")
+@option("--threads", type=click.IntRange(1, MOST_THREADS), default=2, group="bundle and machine",
+        values="between 1 and 8 per CPU", help="Threads per operator")
 @OUT
 @PLOT
 @JSON
@@ -71,9 +74,10 @@ def generate(prompt_tokens: str, cache: str, coreset: str, peers: str, out: Path
 def _show(result: GenerateBench) -> None:
     out = console(140)
     limits = result.limits
-    out.print(f"{result.model}, {result.layers} layers, {result.precision}, {result.routing}: "
-              f"{result.max_new_tokens} new tokens in blocks of {result.block_length}, {result.steps} steps each, "
-              f"{limits.threads} threads, {result.rounds} rounds, products by "
+    out.print(f"{result.model}, {count(result.layers, 'layer')}, {result.precision}, {result.routing}: "
+              f"{count(result.max_new_tokens, 'new token')} in blocks of {result.block_length}, "
+              f"{count(result.steps, 'step')} each, {count(limits.threads, 'thread')}, "
+              f"{count(result.rounds, 'round')}, products by "
               f"{computed_by(result.cpu_ops)}\nlimits: read {limits.read_gb_per_s:.1f} GB/s, "
               f"copy {limits.copy_gb_per_s:.1f} GB/s, product {limits.gflop_per_s:.0f} GFLOP/s")
     table = Table("prompt", "cache", "coreset", "experts", "forwards", "who", "tokens/s", "ms per step", "outside",

@@ -16,7 +16,9 @@ from ..bench.residency import ResidencyBench, run, settings
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import open_bundle
 from ..errors import RequestError
+from ..numerals import integer
 from ..runtime.cpu.resident import check_experts
+from ..words import count, size
 from .bench_common import outcome
 from .help import SETTINGS, Verb, option
 from .options import JSON, OUT, PLOT, THREADS, VERIFY, seal_options
@@ -38,9 +40,9 @@ from .progress import step_bar
 @option("--max-new-tokens", type=click.IntRange(min=1), default=64, group="decoding", help="Tokens of an answer")
 @option("--steps", type=click.IntRange(min=1), default=32, group="decoding",
         help="Most forward passes that fill one block")
-@option("--rounds", type=click.IntRange(min=1), default=3, group="measuring",
+@option("--rounds", type=click.IntRange(1, 1000), default=3, group="measuring",
         help="Timed repetitions; more is slower and steadier")
-@option("--turns", type=click.IntRange(min=0), default=15, group="measuring",
+@option("--turns", type=click.IntRange(0, 1000), default=15, group="measuring",
         help="Steps timed with a budget of everything and without one, in turns")
 @THREADS
 @VERIFY
@@ -59,7 +61,7 @@ def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_
         raise RequestError(f"{bundle} is a dense model: it has no experts to keep.")
     check_experts(opened)
     try:
-        ids = [int(part) for part in prompt_ids.split(",")]
+        ids = [integer(part) for part in prompt_ids.split(",")]
     except ValueError:
         raise RequestError(f"--prompt-ids {prompt_ids!r} is no list of integers such as 1,2,3.") from None
     lists = [[part.strip() for part in text.split(",")] for text in (budgets, intervals, routings)]
@@ -88,8 +90,8 @@ def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_
 
 def _show(result: ResidencyBench) -> None:
     table = Table("routing", "budget", "interval", "tokens/s", "hit rate", "brought GB", "missed GB", "dropped GB",
-                  "read GB", "peak GB", "same tokens", title=f"{result.expert_bytes / 1e9:.1f} GB of experts, "
-                  f"{result.max_new_tokens} new tokens, {result.rounds} rounds")
+                  "read GB", "peak GB", "same tokens", title=f"{size(result.expert_bytes)} of experts, "
+                  f"{count(result.max_new_tokens, 'new token')}, {count(result.rounds, 'round')}")
     for r in result.results:
         interval = f"{r.interval} ({r.last_interval or 'never'})" if r.interval == "auto" else r.interval
         table.add_row(r.routing, r.budget, interval, f"{r.tokens_per_second:.2f}", _or_dash(r.hit_rate),

@@ -11,6 +11,8 @@ from rich.table import Table
 from ..bench.parts import PARTS
 from ..bench.record import Started
 from ..bench.step import StepBench, StepOptions, run
+from ..runtime.cpu.session import MOST_THREADS
+from ..words import count
 from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
 from .help import SETTINGS, Verb, option
 from .options import JSON, OUT, PLOT
@@ -31,12 +33,13 @@ from .progress import step_bar
         help="Tokens whose logits are asked for: places not filled yet")
 @option("--phase", type=click.Choice(["denoise", "commit"]), default="denoise", group="the step",
         help="denoise fills gaps; commit keeps a finished block for later ones")
-@option("--repeats", type=click.IntRange(min=1), default=9, group="measuring",
+@option("--repeats", type=click.IntRange(1, 1000), default=9, group="measuring",
         help="Timed repetitions; more is slower and steadier")
-@option("--warmup", type=click.IntRange(min=1), default=2, group="measuring", help="Repetitions that are not timed")
+@option("--warmup", type=click.IntRange(1, 1000), default=2, group="measuring", help="Repetitions that are not timed")
 @option("--cpu-ops", type=click.Choice(["auto", "on", "off"]), default="auto", group="bundle and machine",
         help="Whether our kernels compute experts and linear layers; auto: where they are installed")
-@option("--threads", type=click.IntRange(min=1), default=2, group="bundle and machine", help="Threads per operator")
+@option("--threads", type=click.IntRange(1, MOST_THREADS), default=2, group="bundle and machine",
+        values="between 1 and 8 per CPU", help="Threads per operator")
 @option("--ops", type=click.IntRange(min=0), default=0, group="output", help="Show so many of the slowest ops")
 @OUT
 @PLOT
@@ -64,8 +67,9 @@ def step(active_experts: str, cached: str, ops: int, out: Path | None, plot: Pat
 def _show(result: StepBench, ops: int) -> None:
     out = console(140)
     limits = result.limits
-    out.print(f"{result.model}, {result.layers} layers, {result.precision}, {result.routing}: {result.tokens} "
-              f"tokens, {result.rows} vocabulary rows, {limits.threads} threads, products by "
+    out.print(f"{result.model}, {count(result.layers, 'layer')}, {result.precision}, {result.routing}: "
+              f"{count(result.tokens, 'token')}, {count(result.rows, 'vocabulary row')}, "
+              f"{count(limits.threads, 'thread')}, products by "
               f"{computed_by(result.cpu_ops)}\nlimits: read "
               f"{limits.read_gb_per_s:.1f} GB/s, copy {limits.copy_gb_per_s:.1f} GB/s, product "
               f"{limits.gflop_per_s:.0f} GFLOP/s")

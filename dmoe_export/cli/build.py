@@ -21,6 +21,7 @@ from ..engine.settings import BuildSettings, parse_size, parse_targets
 from ..errors import DmoeError, InputError, MissingRequirementError
 from ..extras import pip_install
 from ..hub import hub_id
+from ..words import count, size
 from .export import DENSE_PRECISIONS, PRECISIONS, ROUTINGS, as_number, warn
 from .help import SETTINGS, Verb, folders, option
 from .options import JSON, VERIFY, seal_options
@@ -114,7 +115,7 @@ def build(context: click.Context, source: str | None, recipe_name: str | None, l
         return list_recipes(as_json)
     if source is None and recipe_name is None:
         raise InputError("Name a CHECKPOINT, a BUNDLE or a --recipe; --list-recipes shows the known ones.")
-    recipe = load_recipe(recipe_name) if recipe_name else None
+    recipe = load_recipe(recipe_name) if recipe_name is not None else None
     source = _fetched(source, out, dry_run) if source else None
     if recipe:
         options = with_recipe(context, recipe, options)
@@ -223,9 +224,9 @@ def _engines(bundle: Bundle, folder: Path, settings: BuildSettings, flavour: Any
             continue
         with engine_file(folder, plan.file_name) as path, step_bar(plan.file_name, shown=not as_json) as report:
             entry = build_engine(plan, path, report)
-            size = path.stat().st_size
+            written = path.stat().st_size
             add_engine(folder, path, entry)
-        results.append(entry.model_dump(mode="json") | {"bytes": size, "seconds": time.perf_counter() - start})
+        results.append(entry.model_dump(mode="json") | {"bytes": written, "seconds": time.perf_counter() - start})
     return results
 
 
@@ -235,9 +236,10 @@ def _show(folder: Path, results: list[dict[str, Any]], dry_run: bool, as_json: b
         return
     for engine in results:
         outside = sum(weight["bytes"] for weight in engine["weight_inputs"])
-        nodes = f"{engine['plugin_nodes']} plugins" + (
-            f", {engine['fallback_nodes']} custom nodes as ONNX bodies" if engine.get("fallback_nodes") else "")
-        size = "" if dry_run else f"{engine['bytes'] / 1e6:.1f} MB, {engine['seconds']:.1f} s, "
+        nodes = count(engine["plugin_nodes"], "plugin")
+        if engine.get("fallback_nodes"):
+            nodes += f", {count(engine['fallback_nodes'], 'custom node')} as ONNX bodies"
+        took = "" if dry_run else f"{size(engine['bytes'])}, {engine['seconds']:.1f} s, "
         click.echo(f"{'Would build' if dry_run else 'Built'} {folder / engine['file']} with {engine['flavour']} "
-                   f"{engine['version']} for {', '.join(engine['targets'])} ({size}{nodes}, {outside / 1e6:.1f} MB of "
+                   f"{engine['version']} for {', '.join(engine['targets'])} ({took}{nodes}, {size(outside)} of "
                    "weights bound at run time)")

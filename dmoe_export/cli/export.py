@@ -11,6 +11,7 @@ import click
 
 from ..bundle.reader import Bundle
 from ..description import ExportPrecision, Precision, RoutingChoice
+from ..words import count, size
 from .help import SETTINGS, Verb, folders, option
 from .options import JSON
 from .progress import byte_bar
@@ -72,13 +73,13 @@ def export(checkpoint: str, out: Path, coreset_top_p: float | None, force: bool,
         bundle = export_checkpoint(checkpoint, out, top_p=coreset_top_p, overwrite=force, report=report, **options)
     manifest = bundle.manifest
     warn(bundle)
-    size = sum(entry.size for entry in manifest.files)
+    total = sum(entry.size for entry in manifest.files)
     if as_json:
-        click.echo(json.dumps({"bundle": str(bundle.folder), "sha256": bundle.sha256, "bytes": size,
+        click.echo(json.dumps({"bundle": str(bundle.folder), "sha256": bundle.sha256, "bytes": total,
                                "seconds": time.perf_counter() - start, "manifest": manifest.model_dump(mode="json")}))
         return
     routing = f"routing {manifest.routing.mode} ({manifest.routing.reason})" if manifest.model.moe else "no experts"
-    click.echo(f"Exported {manifest.model.num_layers} layers of {manifest.model.architecture} in "
+    click.echo(f"Exported {count(manifest.model.num_layers, 'layer')} of {manifest.model.architecture} in "
                f"{manifest.precision_in_words}, {routing}, block {manifest.routing.block_length}: {bundle.folder} "
-               f"({size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s)\n"
+               f"({size(total)}, {time.perf_counter() - start:.1f} s)\n"
                f"sha256 of its manifest.json: {bundle.sha256}")

@@ -13,10 +13,15 @@ from ..bundle.reader import read_manifest
 from ..decoding.answer import Generation, generation_of
 from ..errors import BundleError, RequestError
 from ..generator import Generator
+from ..numerals import integer
+from ..regular_file import read_regular
 from ..text.prompts import Prompt
+from ..words import count, size
 from .help import SETTINGS, Verb, option
 from .options import BACKEND, THREADS, VERIFY, request_options, seal_options
 from .progress import byte_bar
+
+_MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
@@ -118,15 +123,15 @@ def _summary(result: Generation, generator: Generator, options: dict[str, Any]) 
     phases = ", ".join(f"{count} {phase}" for phase, count in stats.forwards_by_phase.items() if count)
     seconds = sum(stats.seconds_by_phase.values())
     experts = (f"{stats.unique_experts:.1f} of {moe.num_experts} experts per layer in a denoise forward, "
-               f"{stats.expert_bytes_touched / 1e6:.1f} MB of expert weights touched, ") if moe else ""
+               f"{size(stats.expert_bytes_touched)} of expert weights touched, ") if moe else ""
     if stats.salient_rows is not None:
         experts += f"{stats.salient_rows:.1f} salient rows per layer and sparse step, "
     if stats.residency:
         r = stats.residency
-        experts += (f"{r['hit_rate']:.0%} of uses resident, {r['brought_bytes'] / 1e6:.0f} MB of experts brought in "
-                    f"ahead, at most {r['peak_bytes'] / 1e6:.0f} MB in memory, ")
-    return (f"[{result.finish_reason}: {stats.new_tokens} tokens, {stats.forwards} forward passes ({phases}), "
-            f"{experts}{seconds:.2f} s "
+        experts += (f"{r['hit_rate']:.0%} of uses resident, {size(r['brought_bytes'])} of experts brought in "
+                    f"ahead, at most {size(r['peak_bytes'])} in memory, ")
+    return (f"[{result.finish_reason}: {count(stats.new_tokens, 'token')}, "
+            f"{count(stats.forwards, 'forward pass', 'es')} ({phases}), {experts}{seconds:.2f} s "
             f"on {generator.backend.name}: {generator.backend_choice}{defaults}]")
 
 
@@ -139,12 +144,13 @@ def _prompt(text: str | None, file: Path | None, ids: str | None) -> Prompt:
         raise RequestError("Give exactly one of --prompt, --prompt-file, --prompt-ids.")
     if file is not None:
         try:
-            return file.read_text(encoding="utf-8")
+            return read_regular(file, _MOST_PROMPT).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"Prompt file {file} cannot be read as text: {error}.") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise RequestError(f"Prompt file {file} cannot be read as text: {reason}.") from None
     if ids is None:
         return text or ""
     try:
-        return [int(part) for part in ids.split(",") if part.strip()]
+        return [integer(part) for part in ids.split(",") if part.strip()]
     except ValueError:
         raise RequestError(f"--prompt-ids {ids!r} is no list of integers such as 1,2,3.") from None

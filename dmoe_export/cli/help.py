@@ -20,6 +20,14 @@ class GroupedOption(click.Option):
         self.group = group
         super().__init__(*args, **more)
 
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Its value; a number takes ASCII alone, where Python's own reading takes digits of every script."""
+        for text in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(self.type, (click.types.IntParamType, click.types.FloatParamType)) and (
+                    isinstance(text, str) and not (text.isascii() and "_" not in text)):
+                raise click.BadParameter(f"{text[:100]!r} is no number in digits 0 to 9.", ctx, self)
+        return super().type_cast_value(ctx, value)
+
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Its help as it is: click would add a range and a default in its own way."""
         record = super().get_help_record(ctx)

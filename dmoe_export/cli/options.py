@@ -11,6 +11,7 @@ import click
 from ..bundle.reader import Verify
 from ..decoding.settings import OPTIONS
 from ..runtime.choose import BACKENDS
+from ..runtime.cpu.session import MOST_THREADS
 from .help import GroupedOption, metavar, option
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -20,8 +21,9 @@ BACKEND = option(
     "--backend", type=click.Choice(BACKENDS), default="auto", group="bundle and machine",
     help="What runs the bundle; auto: an engine of the bundle that fits this machine (tensorrt), else ONNX Runtime on "
     "the GPU (onnxruntime-cuda), else on the CPU (onnxruntime)")
-THREADS = option("--threads", type=int, group="bundle and machine", help="Threads per operator on the CPU",
-                 values="between 1 and 1024", shown="ONNX Runtime's choice")
+THREADS = option("--threads", type=click.IntRange(1, MOST_THREADS), group="bundle and machine",
+                 help="Threads per operator on the CPU", values="between 1 and 8 per CPU",
+                 shown="ONNX Runtime's choice")
 VERIFY = option(
     "--verify", type=click.Choice(get_args(Verify)), default="full", group="bundle and machine",
     help="What is compared with the manifest before use: full (sizes and hashes) or sizes")

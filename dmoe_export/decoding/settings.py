@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
 from ..errors import RequestError
-from .option import AT_LEAST_0, AT_LEAST_1, FINITE, SHARE, Rule, Told, check_kind, one_of, options_of
+from .option import AT_LEAST_0, AT_LEAST_1, FINITE, SHARE, UP_TO_1000, Rule, Told, check_kind, one_of, options_of
 
 AcceptanceName = Literal["threshold", "fixed", "factor", "hierarchy", "credit"]
 CacheName = Literal["auto", "block", "none", "prefix", "dual"]
@@ -35,10 +35,11 @@ _MASS = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _ENDS = Rule(lambda value: _ids(value) == (-1,) or min(_ids(value), default=-1) >= 0,
              "a token id, several of them, or -1 alone for none")
 
-_SAVING, _SAMPLING, _ROUTING = "caches and salient steps", "sampling", "routing"  # groups of options
 _STOPS = Rule(lambda value: 1 <= len(_texts(value)) <= 16 and all(1 <= len(one) <= 1000 for one in _texts(value)),
               "a text of 1 to 1000 characters, or 1 to 16 of them")
 _SECONDS = Rule(lambda value: 0 < value < float("inf"), "above 0")
+
+_SAVING, _SAMPLING, _ROUTING = "caches and salient steps", "sampling", "routing"  # groups of options
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class DecodeSettings:
         "Replace a token of the block by another whose probability is above this; lower replaces more (LLaDA2.1)",
         SHARE)] = None
     edit_passes: Annotated[int, Told(
-        "Most forward passes that only replace tokens, after a block is filled; more is slower", AT_LEAST_0)] = 16
+        "Most forward passes that only replace tokens, after a block is filled; more is slower", UP_TO_1000)] = 16
     salient_threshold: Annotated[float | None, Told(
         "Recompute only tokens whose surroundings changed: those with a cosine to the step before below this, such as "
         "0.99; higher is slower and closer to exact; needs a bundle exported with --salient (DyLLM)", _COSINE,

@@ -93,7 +93,7 @@ class Recipe(Frozen):
         if self.precision not in get_args(QuantisedPrecision) and (self.dense_precision or self.group_size):
             raise ValueError(f"dense_precision and group_size belong to precision int8 or int4, not {self.precision}")
         for target in self.engine.targets:
-            if not re.fullmatch(r"sm\d{2,3}", target):
+            if not re.fullmatch(r"sm[0-9]{2,3}", target):
                 raise ValueError(f"engine.targets names {target!r}, which is no compute capability such as sm89")
         return self
 
@@ -104,6 +104,11 @@ class Recipe(Frozen):
             return self.checkpoint
         folder = (self.file.resolve().parent / self.checkpoint).resolve()
         if not folder.is_dir():
+            if self.file.parent == FOLDER:
+                there = self.checkpoint.lstrip("./")
+                raise InputError(f"Recipe {self.name} needs the folder {there} of a checkout of dmoe-export, as an "
+                                 f"installation has none; with a checkout, run: dmoe-export build CHECKOUT/{there} "
+                                 f"--recipe {self.name}.")
             raise InputError(f"Recipe {self.name} names the checkpoint folder {folder}, which does not exist; give "
                              "another CHECKPOINT on the command line.")
         return str(folder)

@@ -36,7 +36,7 @@ class BuildSettings:
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 512M or 4G; raises InputError."""
-    match = re.fullmatch(r"(\d+)([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"([0-9]{1,18})([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match or not int(match[1]):
         raise InputError(f"Size {text!r} is not understood; write a number with K, M or G, such as 4G.")
     return int(match[1]) * _UNITS[match[2].upper()]
@@ -47,7 +47,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
     targets = set()
     for part in filter(None, (p.strip().lower() for p in text.split(","))):
         number = part.removeprefix("sm").replace("_", "").replace(".", "")
-        if not number.isdigit() or len(number) not in (2, 3):
+        if not re.fullmatch("[0-9]{2,3}", number):
             raise InputError(f"Target {part!r} is no compute capability; write for example sm80,sm89,sm120.")
         targets.add(f"sm{number}")
     if not targets:

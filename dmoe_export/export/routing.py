@@ -75,8 +75,8 @@ def trained_routing(source: Checkpoint) -> TrainedRouting:
     fields = Fields(source.config, path)
     threshold, capacity = (source.config.get(name) for name in ("core_threshold", "expert_capacity"))
     if threshold is not None and capacity is not None:
-        raise fields.refuse(f"core_threshold {shown(threshold)} and expert_capacity {shown(capacity)} are two block routings, "
-                            "and a model is trained with one; remove the other")
+        raise fields.refuse(f"core_threshold {shown(threshold)} and expert_capacity {shown(capacity)} are two block "
+                            "routings, and a model is trained with one; remove the other")
     if threshold is not None:
         fields.only("mode", ("aggregate",))
         p = fields.get("core_threshold", float)
@@ -102,8 +102,8 @@ def trained_routing(source: Checkpoint) -> TrainedRouting:
 def _block_of(fields: Fields, capacity: object) -> int:
     """The routing block of a checkpoint with an `expert_capacity`."""
     if fields.config.get("block_size") is None:
-        raise fields.refuse(f"expert_capacity {shown(capacity)} is block routing, and block_size is missing; add the block "
-                            "length it was trained with")
+        raise fields.refuse(f"expert_capacity {shown(capacity)} is block routing, and block_size is missing; add the "
+                            "block length it was trained with")
     block = fields.positive("block_size")
     if block & (block - 1):
         raise fields.refuse(f"block_size {block} is no power of two, which expert_capacity demands; correct it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from ..bundle.reader import Bundle
 from ..errors import BundleError, RequestError
 from ..regular_file import MOST_CONFIG, MOST_TABLE, read_regular
-from ..tokenizer_guard import GuardedTokenizer, no_panics
+from ..tokenizer_guard import GuardedTokenizer, no_panics, one_request
 from .literal import LiteralEncoder
 from .messages import Message, check_text, plain_messages
 from .own_tokens import OwnTokens
@@ -25,6 +26,7 @@ _LLADA2_TEMPLATE = (
     "{% for m in messages %}<role>{{ {'system': 'SYSTEM', 'user': 'HUMAN', 'assistant': 'ASSISTANT'}[m['role']] }}"
     "</role>{{ m['content'] }}<|role_end|>{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}")
 _MOST_ROLES = 8  # looked at in one request
+_QUICK = 0.2  # seconds of a rendering that may be done again to see what changes
 _log = logging.getLogger(__name__)
 _LLADA2_TOKENS = {"<role>", "</role>", "<|role_end|>"}
 
@@ -80,9 +82,14 @@ class TextCodec:
         messages = plain_messages(messages)
         if self._template is None:
             return self.encode_plain("\n".join(m["content"] for m in messages))
-        now = datetime.now()
-        text = self._template.render(messages, now)
-        self._tell_of_dropped(self._template, messages, text, now)
+        with one_request():
+            return self._encode_chat(self._template, messages)
+
+    def _encode_chat(self, template: ChatTemplate, messages: list[Message]) -> list[int]:
+        now, start = datetime.now(), time.monotonic()
+        text = template.render(messages, now)
+        if time.monotonic() - start < _QUICK:
+            self._tell_of_dropped(template, messages, text, now)
         ids = list(self._guarded.encode(text).ids)
         if not any(i in self._literal.control for i in ids):
             return ids

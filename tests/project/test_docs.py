@@ -93,3 +93,11 @@ def test_every_kind_of_error_with_words_is_an_exit_code_of_the_page():
     page = (REPOSITORY / "docs" / "troubleshooting" / "README.md").read_text(encoding="utf-8")
     said = set(re.findall(r"^\| (\d) \|", page, flags=re.MULTILINE))
     assert {"0"} | {str(kind.exit_code) for kind in KINDS.values()} == said
+
+
+def test_the_readme_begins_with_what_it_is_a_picture_two_commands_python_and_what_has_run():
+    lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    first = "\n".join(lines[:46])
+    parts = ("](docs/images/", "\n```sh\n", "\n```python\n", "| on NVIDIA GPUs |\n|---|---|---|\n| ")
+    shown = [first.find(part) for part in parts]
+    assert shown == sorted(shown) and shown[0] > 0 and len(lines) <= 150

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..library import ExpertSource, Kernels, LibrarySession, kernels_of
 from ..ort import EXTERNAL_FOLDER, FATAL, ort
 from .library import SERVED, CpuOps, open_library
 
+MOST_THREADS = 8 * (os.cpu_count() or 1)  # ONNX Runtime starts as many as it is told, whatever becomes of the machine
 _QUANTISED_FROM = 1, 25
 
 _LOST, _EXPERTS_LOST = "was cut short while it was read", "the file of the experts"  # as plugins/cpu/op_*.cpp say it
@@ -26,13 +28,11 @@ class CpuSession:
     """A session, with the library whose kernels it runs on."""
 
     def __init__(self, raw: Any, name: str, bundle: Bundle, library: LibrarySession | None, kernels: Kernels,
-                 due: Results | None,
-                 weights: Mapping[str, Any] | None = None) -> None:
+                 due: Results | None, weights: Mapping[str, Any] | None = None) -> None:
         """`name` of the graph in errors; `due`: what it must give, None of an edited one."""
         self.raw, self.kernels = raw, kernels
-        self._bundle = bundle
+        self._bundle, self._name, self._due = bundle, name, due
         self._keep = library, weights  # which must live as long as the session
-        self._name, self._due = name, due
 
     def run(self, wanted: list[str], feeds: Mapping[str, Any]) -> list[Any]:
         """The wanted outputs, in this order.

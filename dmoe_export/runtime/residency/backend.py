@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 import weakref
@@ -200,7 +201,7 @@ def parse_interval(value: str | int) -> Interval:
     """`auto`, `never` or a number of denoise steps; raises RequestError."""
     if value in ("auto", "never"):
         return value  # type: ignore[return-value]
-    steps = int(value) if isinstance(value, Integral) or str(value).isdecimal() else 0
+    steps = int(value) if isinstance(value, Integral) or re.fullmatch("[0-9]{1,18}", str(value)) else 0
     if steps < 1:
         raise RequestError(f"Expert refresh interval {value!r} is not known; give auto, never or a number of steps.")
     return steps
