@@ -15,6 +15,8 @@ __all__ = ["Block", "BundleError", "CheckError", "CheckpointError", "DmoeError",
            "Statistics", "Stream", "export_checkpoint"]
 
 if TYPE_CHECKING:
+    from .decoding.answer import Block, Generation, Statistics
+    from .decoding.stream import Stream
     from .errors import (
         BundleError,
         CheckError,
@@ -27,19 +29,27 @@ if TYPE_CHECKING:
         RequestError,
     )
     from .export.exporter import export_checkpoint
-    from .generator import Block, GenerateOptions, Generation, Generator, Statistics, Stream
+    from .generator import GenerateOptions, Generator
 
 
 def __getattr__(name: str) -> Any:
     """Import the public names on first use, so that the runtime never pulls in torch."""
-    if name in ("Block", "GenerateOptions", "Generation", "Generator", "Statistics", "Stream"):
-        from . import generator
-
-        return getattr(generator, name)
     if name in __all__ and name.endswith("Error"):
         from . import errors
 
         return getattr(errors, name)
+    if name in ("GenerateOptions", "Generator"):
+        from . import generator
+
+        return getattr(generator, name)
+    if name in ("Block", "Generation", "Statistics"):
+        from .decoding import answer
+
+        return getattr(answer, name)
+    if name == "Stream":
+        from .decoding.stream import Stream
+
+        return Stream
     if name == "export_checkpoint":
         try:
             from .export.exporter import export_checkpoint

@@ -7,7 +7,6 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Generator as Results
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -17,14 +16,13 @@ from typing_extensions import Unpack
 
 from .bundle.hub import resolve_bundle
 from .bundle.reader import Bundle, Verify, open_bundle
+from .decoding.answer import Block, Generation, generation_of
 from .decoding.defaults import decode_defaults
 from .decoding.limits import check_prompts
 from .decoding.loop import BlockDiffusion
 from .decoding.option import check_kind
-from .decoding.row import FinishReason
 from .decoding.settings import OPTIONS, DecodeSettings, GenerateOptions
 from .decoding.stream import Life, Stream
-from .decoding.telemetry import Statistics
 from .errors import RequestError
 from .runtime.backend import Backend
 from .runtime.choose import BACKENDS, BackendName, open_backend, open_under_budget
@@ -33,40 +31,6 @@ from .runtime.residency.backend import ResidentBackend, parse_interval
 from .runtime.residency.budget import plan_budget
 from .text.codec import TextCodec, TextStream
 from .text.prompts import Prompts, batch_of, encode
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The answer to one prompt: without the prompt, without the EOS.
-
-    `finish_reason`: eos, length (of max_new_tokens), stop, timeout (of time_limit) or cancelled. After stop, `text`
-    ends before the stop string and `token_ids` with the token that completes it. After timeout and cancelled, both hold
-    the blocks that were finished.
-    """
-
-    token_ids: list[int]
-    text: str | None  # None without a tokenizer
-    finish_reason: FinishReason
-    stats: Statistics
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"token_ids": self.token_ids, "text": self.text, "finish_reason": self.finish_reason,
-                "stats": self.stats.as_dict()}
-
-
-@dataclass(frozen=True)
-class Block:
-    """A finished block of one prompt's answer, as `stream` yields them; together they are its `Generation`.
-
-    `text` waits for what more tokens could change, or make a stop string of.
-    """
-
-    index: int  # of the prompt
-    token_ids: list[int]
-    text: str | None  # None without a tokenizer
-    finish_reason: FinishReason | None  # None: more blocks follow
-    stats: Statistics  # of the prompt so far
 
 
 class Generator:
@@ -122,6 +86,10 @@ class Generator:
             check_kind("threads", threads, int)
             if not 1 <= threads <= MOST_THREADS:
                 raise RequestError(f"threads is {threads}, it must be between 1 and {MOST_THREADS}.")
+        check_kind("path", path, Path)
+        for name, value, kind in (("trusted_key", trusted_key, Path), ("expect_sha256", expect_sha256, str)):
+            if value is not None:
+                check_kind(name, value, kind)
         interval = parse_interval(expert_refresh_interval)
         bundle = open_bundle(resolve_bundle(path), verify, progress, expect_sha256=expect_sha256,
                              trusted_key=trusted_key)
@@ -289,12 +257,3 @@ class Generator:
         if settings.stops and self.text is None:
             raise RequestError(f"{self.bundle.folder} has no tokenizer to find a stop string in; leave stop out.")
         return settings
-
-
-def generation_of(blocks: list[Block]) -> Generation:
-    """The answer of one prompt, from all its blocks in order."""
-    ids = [token for block in blocks for token in block.token_ids]
-    texts = [block.text for block in blocks if block.text is not None]
-    end = blocks[-1]
-    assert end.finish_reason
-    return Generation(ids, "".join(texts) if end.text is not None else None, end.finish_reason, end.stats)

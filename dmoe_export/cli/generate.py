@@ -10,8 +10,9 @@ import click
 
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import read_manifest
+from ..decoding.answer import Generation, generation_of
 from ..errors import BundleError, RequestError
-from ..generator import Generation, Generator, generation_of
+from ..generator import Generator
 from ..numerals import integer
 from ..regular_file import read_regular
 from ..text.prompts import Prompt

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..errors import RequestError
 
 _KINDS: dict[type, tuple[Any, str]] = {
-    bool: (bool, "true or false"), int: (Integral, "an integer"), float: (Real, "a number")}
+    bool: (bool, "true or false"), int: (Integral, "an integer"), float: (Real, "a number"), str: (str, "text"),
+    Path: ((str, PathLike), "a path")}
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,10 @@ def options_of(settings: type) -> dict[str, Option]:
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
-    """Raise RequestError unless `value` is an int, a float (integers are, too) or a bool; numpy's are as good."""
+    """Raise RequestError unless `value` is an int, a float (integers are, too), a bool, a text or a path (a text is one).
+
+    Numbers of numpy are as good.
+    """
     wanted, words = _KINDS[kind]
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         raise RequestError(f"{name} is {value!r}, it must be {words}.")

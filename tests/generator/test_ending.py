@@ -342,6 +342,17 @@ class Kept:
         self.closed = True
 
 
+@pytest.mark.parametrize("path", [None, 5, b"bundle", {"a"}, ["bundle"], True])
+def test_what_is_no_path(sample_bundle, path):
+    with pytest.raises(RequestError, match=r"^path is .*, it must be a path\.$"):
+        Generator.open(path)
+    if path is not None:
+        with pytest.raises(RequestError, match=r"^trusted_key is .*, it must be a path\.$"):
+            Generator.open(sample_bundle.folder, trusted_key=path)
+        with pytest.raises(RequestError, match=r"^expect_sha256 is .*, it must be text\.$"):
+            Generator.open(sample_bundle.folder, expect_sha256=path)
+
+
 def test_two_threads_may_take_from_one_stream(generator):
     free = [block.token_ids for block in generator.stream(QUESTION, **LONG)]
     stream, found = generator.stream(QUESTION, **LONG), []
