@@ -48,7 +48,8 @@ class Fields:
         return self.config.get(name) is not None
 
     def get(self, name: str, kind: type[T], default: T | None = None, most: int = _MOST) -> T:
-        """A field of a kind, an integer at most `most`; absent or null gives the default, or an error when there is none."""
+        """A field of a kind, an integer at most `most`; absent or null gives the default, or an error where there is
+        none."""
         if not self.has(name):
             if default is None:
                 raise self.missing(name)
