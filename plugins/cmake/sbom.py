@@ -22,6 +22,7 @@ WITH_CUDA = [{"type": "library", "name": "tensorrt", "scope": "required", "bom-r
 
 
 def main() -> None:
+    """Rewrite the file."""
     path, cuda = Path(sys.argv[1]), "--cuda" in sys.argv
     bom = json.loads(path.read_text(encoding="utf-8"))
     bom["components"] = [*bom.get("components", []), *COMPILED, *(WITH_CUDA if cuda else [])]
