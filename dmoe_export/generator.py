@@ -142,8 +142,8 @@ class Generator:
             credit) [0 or more; default: 0.2].
         edit_threshold: Replace a token of the block by another whose probability is above this; lower replaces more
             (LLaDA2.1) [between 0 and 1; default: off].
-        edit_passes: Most forward passes that only replace tokens, after a block is filled; more is slower [0 or more;
-            default: 16].
+        edit_passes: Most forward passes that only replace tokens, after a block is filled; more is slower [between 0
+            and 1000; default: 16].
         salient_threshold: Recompute only tokens whose surroundings changed: those with a cosine to the step before
             below this, such as 0.99; higher is slower and closer to exact; needs a bundle exported with --salient
             (DyLLM) [above 0 and at most 2; default: off].

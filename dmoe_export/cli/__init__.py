@@ -18,7 +18,7 @@ import click
 from .. import __version__
 from ..errors import DmoeError
 from .help import SETTINGS, Verbs
-from .output import reader_may_leave
+from .output import reader_may_leave, say
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -52,19 +52,18 @@ class OneSentenceErrors(Verbs):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
-            click.echo("dmoe-export: Stopped.", err=True)
+            say("Stopped.")
             sys.exit(128 + signal.SIGINT)
         except Exception as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
             if isinstance(error, DmoeError):
-                click.echo(f"dmoe-export: {error}", err=True)
+                say(error)
                 sys.exit(error.exit_code)
             if isinstance(error, OSError) and (error.filename or error.errno in _DISK_FULL):
-                click.echo(f"dmoe-export: {error.filename or 'Output'}: {error.strerror}.", err=True)
+                say(f"{error.filename or 'Output'}: {error.strerror}.")
                 sys.exit(2)
-            click.echo(f"dmoe-export: unexpected {type(error).__name__}: {error} (run with --debug for the trace, "
-                       "and please report it)", err=True)
+            say(f"unexpected {type(error).__name__}: {error} (run with --debug for the trace, and please report it)")
             sys.exit(1)
 
 
@@ -95,7 +94,7 @@ class _Usage(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         """As every other error."""
-        click.echo(f"dmoe-export: {self.message}", err=True)
+        say(self.message)
 
 
 @contextmanager

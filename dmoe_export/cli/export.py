@@ -13,6 +13,7 @@ from ..bundle.reader import Bundle
 from ..description import ExportPrecision, Precision, RoutingChoice
 from .help import SETTINGS, Verb, folders, option
 from .options import JSON
+from .output import say
 from .progress import byte_bar
 
 PRECISIONS, DENSE_PRECISIONS, ROUTINGS = get_args(ExportPrecision), get_args(Precision), get_args(RoutingChoice)
@@ -26,7 +27,7 @@ def as_number(context: click.Context, parameter: click.Parameter, value: str | N
 def warn(bundle: Bundle) -> None:
     """On stderr, what a fresh export has to say."""
     for sentence in bundle.manifest.warnings:
-        click.echo(f"dmoe-export: warning: {sentence}", err=True)
+        say(f"warning: {sentence}")
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(

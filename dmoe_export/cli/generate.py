@@ -17,6 +17,7 @@ from ..regular import read_regular
 from ..text.prompts import Prompt
 from .help import SETTINGS, Verb, option
 from .options import BACKEND, THREADS, VERIFY, request_options, seal_options
+from .output import answer_shown, visible
 from .progress import byte_bar
 
 _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
@@ -76,7 +77,7 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
     else:
         result = _stream(generator, given, as_json, options)
     if not as_json:
-        click.echo(_summary(result, generator, options), err=True)
+        click.echo(visible(_summary(result, generator, options)), err=True)
 
 
 def _bytes_to_verify(bundle: Path) -> int:
@@ -94,7 +95,7 @@ def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[st
         if as_json:
             click.echo(json.dumps({"block": block.token_ids, "text": block.text}))
         else:
-            shown = block.text if block.text is not None else "".join(f"{i}," for i in block.token_ids)
+            shown = answer_shown(block.text) if block.text is not None else "".join(f"{i}," for i in block.token_ids)
             click.echo(shown, nl=block.finish_reason is not None)
     assert block.finish_reason
     result = Generation(ids, generator.text.decode(ids) if generator.text else None, block.finish_reason, block.stats)
@@ -135,7 +136,7 @@ def _summary(result: Generation, generator: Generator, options: dict[str, Any]) 
 
 
 def _shown(result: Generation) -> str:
-    return result.text if result.text is not None else ",".join(map(str, result.token_ids))
+    return answer_shown(result.text) if result.text is not None else ",".join(map(str, result.token_ids))
 
 
 def _prompt(text: str | None, file: Path | None, ids: str | None) -> Prompt:

@@ -22,7 +22,8 @@ BACKEND = option(
     help="What runs the bundle; auto: an engine of the bundle that fits this machine (tensorrt), else ONNX Runtime on "
     "the GPU (onnxruntime-cuda), else on the CPU (onnxruntime)")
 THREADS = option("--threads", type=click.IntRange(1, MOST_THREADS), group="bundle and machine",
-                 help="Threads per operator on the CPU", values="between 1 and 8 per CPU", shown="ONNX Runtime's choice")
+                 help="Threads per operator on the CPU", values="between 1 and 8 per CPU",
+                 shown="ONNX Runtime's choice")
 VERIFY = option(
     "--verify", type=click.Choice(get_args(Verify)), default="full", group="bundle and machine",
     help="What is compared with the manifest before use: full (sizes and hashes) or sizes")

@@ -1,4 +1,4 @@
-"""Standard output: how wide it is, and what happens when nobody reads it any more."""
+"""What is printed: how wide tables are, sentences of one line, and what happens when nobody reads any more."""
 
 from __future__ import annotations
 
@@ -8,8 +8,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+import click
+
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
+
+
+def visible(text: str, keep: str = "") -> str:
+    """The text with control characters written out (\\x1b), but those of `keep`.
+
+    Names of files and values of strangers are part of sentences and tables, and must not steer a terminal.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(sentence: object) -> None:
+    """One line on standard error."""
+    click.echo(f"dmoe-export: {visible(str(sentence))}", err=True)
+
+
+def cell(value: object) -> Text:
+    """Of a table: without rich's markup, which a stranger's name may look like."""
+    from rich.text import Text
+
+    return Text(visible(str(value)))
+
+
+def answer_shown(text: str) -> str:
+    """An answer as it is printed: as it is into a file or a pipe, and without what steers a terminal on one."""
+    return visible(text, keep="\n\t\u200c\u200d") if sys.stdout.isatty() else text
 
 
 def console(width: int = 120) -> Console:

@@ -102,7 +102,7 @@ class DecodeSettings:
         "End as soon as an end token has no gap before it, else at the block's end; with editing always there")] = True
     coreset_top_p: Annotated[float | None, Told(
         "Share of a block's votes for experts that is followed; higher uses more experts and is slower (routing top_p; "
-        "dMoE)", SHARE, UP_TO_1000, shown="the bundle's", group=_ROUTING)] = None
+        "dMoE)", SHARE, shown="the bundle's", group=_ROUTING)] = None
     min_experts: Annotated[int | None, Told(
         "Fewest experts of a block; higher is slower (routing top_p)", AT_LEAST_1, shown="the bundle's",
         group=_ROUTING)] = None
