@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,25 @@ def visible(text: str, keep: str = "") -> str:
 def say(sentence: object) -> None:
     """One line on standard error."""
     click.echo(f"dmoe-export: {visible(str(sentence))}", err=True)
+
+
+class _Said(logging.Handler):
+    """Warnings of the package as sentences."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
+        say(f"warning: {record.getMessage()}")
+
+
+@contextmanager
+def warnings_said() -> Iterator[None]:
+    """What the package logs is shown as a warning; without this, Python prints the bare words."""
+    log, handler = logging.getLogger("dmoe_export"), _Said(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def cell(value: object) -> Text:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 
 import pytest
 from click.testing import CliRunner
 
 from dmoe_export.cli import main
-from dmoe_export.cli.output import answer_shown, say, visible
+from dmoe_export.cli.output import answer_shown, say, visible, warnings_said
 
 STEERING = "\x1b[2J\x1b]0;title\x07 [/x] [link=file:///x]y[/link] \u202e \n x"
 
@@ -19,6 +20,14 @@ def test_a_sentence_is_one_line(capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "\x1b" not in said and "\x07" not in said and "\u202e" not in said
     assert "\\x1b[2J" in said and "\\n x" in said and "é and 中 are" in said
+
+
+def test_what_is_logged_is_a_warning(capsys):
+    with warnings_said():
+        logging.getLogger("dmoe_export.text.codec").warning("This is left out: %s.", STEERING)
+    said = capsys.readouterr().err
+    assert said.startswith("dmoe-export: warning: This is left out: \\x1b[2J") and said.count("\n") == 1
+    assert not logging.getLogger("dmoe_export").handlers
 
 
 def test_inspect_shows_names_as_they_are(tiny_bundle, tmp_path):
