@@ -6,6 +6,7 @@
 # make plugins  libdmoe_plugins.so for every GPU generation; needs no GPU and no TensorRT
 # make fuzz    5 500 hostile files, command lines and calls: the table of what became of them; under 30 minutes
 # make sanitize   the CPU kernels' tests under address and undefined-behaviour sanitizers
+# make docs   the documentation as a site, build/site; a broken link is an error
 # make wheel   dist/: one wheel with the libraries for CPU and GPU, to be installed on a device
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,13 +15,13 @@ READY := $(VENV)/.ready
 CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo cpu-ops check bench bench-decode test lint types plugins ort-ops wheel engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize clean
+.PHONY: demo cpu-ops check bench bench-decode test lint types plugins ort-ops wheel engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -C wheel.cmake=false -C editable.mode=inplace \
-		-e '.[cpu,export,rtx,check,dev]'
+		-e '.[cpu,export,rtx,check,docs,dev]'
 	sed -i '/^import /d' $(VENV)/lib/python*/site-packages/*editable*dmoe_export.pth  # a path: PYTHONPATH comes before it
 	touch $(READY)
 
@@ -136,6 +137,10 @@ rehearse: $(READY)
 
 bench-build: $(READY) $(PLUGINS)
 	$(BIN)/dmoe-export bench build --work out/bench --out out/bench/build-4.json
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site; with search: $(PYTHON) -m http.server --directory build/site"
 
 clean:
 	rm -rf out build dist dmoe_export/lib *.egg-info

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Generator as Results
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn
+from weakref import WeakSet
 
 from typing_extensions import Unpack
 
 from .bundle.hub import resolve_bundle
 from .bundle.reader import Bundle, Verify, open_bundle
+from .decoding.defaults import decode_defaults
 from .decoding.limits import check_prompts
 from .decoding.loop import BlockDiffusion
 from .decoding.option import check_kind
-from .decoding.routing import routing_inputs
 from .decoding.row import FinishReason
 from .decoding.settings import OPTIONS, DecodeSettings, GenerateOptions
+from .decoding.stream import Life, Stream
 from .decoding.telemetry import Statistics
-from .errors import BundleError, RequestError
+from .errors import RequestError
 from .runtime.backend import Backend
 from .runtime.choose import BACKENDS, BackendName, open_backend, open_under_budget
 from .runtime.cpu.session import MOST_THREADS
@@ -30,10 +37,15 @@ from .text.prompts import Prompts, batch_of, encode
 
 @dataclass(frozen=True)
 class Generation:
-    """The answer to one prompt: without the prompt, without the EOS."""
+    """The answer to one prompt: without the prompt, without the EOS.
+
+    `finish_reason`: eos, length (of max_new_tokens), stop, timeout (of time_limit) or cancelled. After stop, `text`
+    ends before the stop string and `token_ids` with the token that completes it. After timeout and cancelled, both hold
+    the blocks that were finished.
+    """
 
     token_ids: list[int]
-    text: str | None
+    text: str | None  # None without a tokenizer
     finish_reason: FinishReason
     stats: Statistics
 
@@ -45,26 +57,35 @@ class Generation:
 
 @dataclass(frozen=True)
 class Block:
-    """A finished block of one prompt's answer, as `stream` yields them."""
+    """A finished block of one prompt's answer, as `stream` yields them; together they are its `Generation`.
 
-    index: int
+    `text` waits for what more tokens could change, or make a stop string of.
+    """
+
+    index: int  # of the prompt
     token_ids: list[int]
-    text: str | None
-    finish_reason: FinishReason | None
-    stats: Statistics
+    text: str | None  # None without a tokenizer
+    finish_reason: FinishReason | None  # None: more blocks follow
+    stats: Statistics  # of the prompt so far
 
 
 class Generator:
-    """A loaded bundle that answers prompts.
+    """A loaded bundle that answers prompts, until it is closed.
 
-    >>> Generator.open("bundle").generate(["what is 2 plus 3 ?"], max_new_tokens=32)[0].text
+    >>> with Generator.open("sample.bundle") as generator:
+    ...     generator.generate("what is 2 plus 3?", max_new_tokens=32)[0].text
+    '2 + 3 = 5'
+
+    Threads may share one: each answer is as it would be alone (forwards take turns on a GPU and under an expert budget,
+    whose statistics then count all of them). Processes may not: it cannot be pickled, so open the bundle in each.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, backend_choice: str = "as given") -> None:
         """`backend_choice`: why it is this backend, in a few words."""
         self.bundle, self.backend, self.backend_choice = bundle, backend, backend_choice
         self.text = TextCodec.of(bundle)
-        self._defaults = _decode_defaults(bundle)
+        self._life, self._streams = Life(str(bundle.folder)), WeakSet[Stream[Block]]()
+        self._defaults = decode_defaults(bundle)
 
     @classmethod
     def open(cls, path: str | Path, *, backend: BackendName = "auto", threads: int | None = None,
@@ -109,14 +130,37 @@ class Generator:
             return cls(bundle, *open_backend(bundle, backend, threads))
         return cls(bundle, *open_under_budget(bundle, budget, interval, backend, threads))
 
-    def generate(self, prompts: Prompts, *, chat: bool = True,
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free what the backend holds, such as mapped files and memory of a GPU; waits for a forward in progress.
+
+        What is still being decoded, and every later request, raises RequestError. Closing again does nothing.
+        """
+        self._life.end()
+        for stream in list(self._streams):
+            stream.close()
+        self.backend.close()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Neither pickle nor copy."""
+        raise TypeError("A Generator holds an open model, so it cannot be pickled or copied; in each process, open the "
+                        f"bundle with Generator.open({str(self.bundle.folder)!r}).")
+
+    def generate(self, prompts: Prompts, *, chat: bool = True, cancel: threading.Event | None = None,
                  **options: Unpack[GenerateOptions]) -> list[Generation]:
         """Answer one prompt or a batch of prompts; always a list, in the order of the prompts.
 
         A prompt is text, a list of chat messages (`{"role", "content"}`), or a list of token ids. Text is wrapped in
-        the chat template unless `chat` is false. Raises RequestError for a bad prompt or option, NotFiniteError where
-        the model computes NaN. In brackets the default of an option that is left out or None, where the bundle's
-        `decode_defaults` have no other:
+        the chat template unless `chat` is false. When `cancel` is set, by another thread, the answers end at the next
+        look between forwards with finish_reason "cancelled". Raises RequestError for a bad prompt or option, and once
+        the generator is closed; NotFiniteError where the model computes NaN. In brackets the default of an option that
+        is left out or None, where the bundle's `decode_defaults` have no other:
 
         max_new_tokens: Most tokens of the answer [at least 1; default: the bundle's, or 128].
         block_length: Tokens that are decoded together, as one block; only full-canvas models (LLaDA, Dream) take
@@ -153,8 +197,7 @@ class Generator:
             default: never].
         salient_capacity: Recompute at most so many tokens per layer, with a graph of fixed sizes that the bundle was
             exported with [at least 1; default: the graph of any size].
-        exact_first_layer: Let all tokens enter the first layer of a salient step; slower and closer to exact [default:
-            off].
+        exact_first_layer: Let all tokens enter layer 0 of a salient step; slower and closer to exact [default: off].
         temperature: How much chance there is in the choice of tokens; higher is more varied, 0 takes the most probable
             [0 or more; default: the bundle's, or 0.0].
         top_k: Choose among so many most probable tokens; higher is more varied, 0 is off [0 or more; default: the
@@ -166,6 +209,10 @@ class Generator:
             none; default: the model's].
         early_stop: End as soon as an end token has no gap before it, else at the block's end; with editing always there
             [default: on].
+        stop: Text that ends the answer, one or several: the answer's text ends before the first that is complete, and
+            its block is the last [a text of 1 to 1000 characters, or 1 to 16 of them; default: none].
+        time_limit: Most seconds of decoding, looked at between forwards; an answer then has the blocks that are
+            finished [above 0; default: none].
         coreset_top_p: Share of a block's votes for experts that is followed; higher uses more experts and is slower
             (routing top_p; dMoE) [between 0 and 1; default: the bundle's].
         min_experts: Fewest experts of a block; higher is slower (routing top_p) [at least 1; default: the bundle's].
@@ -173,55 +220,81 @@ class Generator:
             LLaDA2.2) [at least 1; default: the bundle's].
         """
         batch = batch_of(prompts)
-        tokens: list[list[int]] = [[] for _ in batch]
-        ends: dict[int, Generation] = {}
-        for block in self.stream(batch, chat=chat, **options):
-            tokens[block.index] += block.token_ids
-            if block.finish_reason:
-                ids = tokens[block.index]
-                ends[block.index] = Generation(ids, self.text.decode(ids) if self.text else None, block.finish_reason,
-                                               block.stats)
-        return [ends[i] for i in range(len(batch))]
+        blocks: list[list[Block]] = [[] for _ in batch]
+        for block in self.stream(batch, chat=chat, cancel=cancel, **options):
+            blocks[block.index].append(block)
+        return [generation_of(mine) for mine in blocks]
 
-    def stream(self, prompts: Prompts, *, chat: bool = True,
-               **options: Unpack[GenerateOptions]) -> Iterator[Block]:
-        """Finished blocks as they come, `index` telling the prompt; arguments and errors as in `generate`."""
+    def stream(self, prompts: Prompts, *, chat: bool = True, cancel: threading.Event | None = None,
+               **options: Unpack[GenerateOptions]) -> Stream[Block]:
+        """Finished blocks as they come, `index` telling the prompt; arguments and errors as in `generate`.
+
+        Nothing is decoded but while the next block is asked for. `Stream.cancel()` is another way to set `cancel`,
+        `Stream.close()` ends it without more blocks.
+        """
+        self._life.check()
         settings, manifest, folder = self._settings(options), self.bundle.manifest, str(self.bundle.folder)
         encoded = [encode(prompt, chat, self.text, self.bundle.folder) for prompt in batch_of(prompts)]
         loop = BlockDiffusion(self.backend, settings, manifest.bytes_per_expert, manifest.precision, folder)
         check_prompts(encoded, settings.max_new_tokens, self.backend, folder)
         loop.check(encoded)
-        return self._blocks(encoded, loop)
+        stream = Stream(lambda asked: self._blocks(encoded, loop, settings.stops, asked), self._life, cancel)
+        self._streams.add(stream)
+        return stream
 
-    def _blocks(self, encoded: list[list[int]], loop: BlockDiffusion) -> Iterator[Block]:
-        texts = [TextStream(self.text) for _ in encoded] if self.text else None
+    async def astream(self, prompts: Prompts, *, chat: bool = True, cancel: threading.Event | None = None,
+                      **options: Unpack[GenerateOptions]) -> AsyncIterator[Block]:
+        """`stream` for asyncio: the loop is free while a thread of this call's own decodes.
+
+        Errors come with the first block. Leaving the loop, or cancelling the task, ends the decoding at the next look
+        between forwards.
+        """
+        loop, worker = asyncio.get_running_loop(), ThreadPoolExecutor(1, "dmoe-astream")
+        stream: Stream[Block] | None = None
+        try:
+            stream = await loop.run_in_executor(
+                worker, lambda: self.stream(prompts, chat=chat, cancel=cancel, **options))
+            while (block := await loop.run_in_executor(worker, next, stream, None)) is not None:
+                yield block
+        finally:
+            if stream:
+                stream.cancel()
+            worker.shutdown(wait=False)
+
+    def _blocks(self, encoded: list[list[int]], loop: BlockDiffusion, stops: tuple[str, ...],
+                asked: Callable[[], bool]) -> Results[Block, None, None]:
+        texts = [TextStream(self.text, stops) for _ in encoded] if self.text else None
+        piece: str | None = None
+
+        def ends(index: int, ids: list[int], last: bool) -> int | None:
+            nonlocal piece
+            if texts is None:
+                return None
+            piece = texts[index].push(ids, last)
+            return texts[index].kept
+
         resident = self.backend if isinstance(self.backend, ResidentBackend) else None
         start = resident.statistics() if resident else None
-        for block in loop.decode(encoded):
+        for block in loop.decode(encoded, asked, ends):
             if resident and start and block.finish_reason:
                 block.statistics.residency = resident.statistics().since(start).as_dict()
-            text = texts[block.index].push(block.token_ids, block.finish_reason is not None) if texts else None
-            yield Block(block.index, block.token_ids, text, block.finish_reason, block.statistics)
+            yield Block(block.index, block.token_ids, piece, block.finish_reason, block.statistics)
 
     def _settings(self, options: GenerateOptions) -> DecodeSettings:
         unknown = options.keys() - OPTIONS.keys()
         if unknown:
             raise RequestError(f"Unknown generation option: {', '.join(sorted(unknown))}.")
         said = {name: value for name, value in options.items() if value is not None}
-        return DecodeSettings(**self._defaults | said)
+        settings = DecodeSettings(**self._defaults | said)
+        if settings.stops and self.text is None:
+            raise RequestError(f"{self.bundle.folder} has no tokenizer to find a stop string in; leave stop out.")
+        return settings
 
 
-def _decode_defaults(bundle: Bundle) -> dict[str, Any]:
-    """The bundle's decode defaults; raises BundleError for what no request could ask for."""
-    manifest = bundle.manifest
-    defaults: dict[str, Any] = dict(manifest.decode_defaults)
-    unknown = defaults.keys() - OPTIONS.keys()
-    wrong = f"{', '.join(sorted(unknown))} is no setting of a request." if unknown else ""
-    try:
-        if not unknown:
-            routing_inputs(DecodeSettings(**defaults), manifest.routing.mode, manifest.model.moe)
-    except RequestError as error:
-        wrong = str(error)
-    if wrong:
-        raise BundleError(f"The decode_defaults of {bundle.folder} cannot be used; export again: {wrong}")
-    return defaults
+def generation_of(blocks: list[Block]) -> Generation:
+    """The answer of one prompt, from all its blocks in order."""
+    ids = [token for block in blocks for token in block.token_ids]
+    texts = [block.text for block in blocks if block.text is not None]
+    end = blocks[-1]
+    assert end.finish_reason
+    return Generation(ids, "".join(texts) if end.text is not None else None, end.finish_reason, end.stats)

@@ -27,6 +27,13 @@ def hub_id(source: str | Path) -> str | None:
     return str(source)
 
 
+def blobs_of(folder: Path) -> Path | None:
+    """Where the hub's cache keeps the files of a snapshot's folder; None of any other folder."""
+    home = folder.resolve()
+    blobs = home.parent.parent / "blobs"
+    return blobs if home.parent.name == "snapshots" and blobs.is_dir() else None
+
+
 def fetch(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     """Fetch a repository's files that match (fnmatch: `*` takes `/`, too) → the snapshot's folder, named by its commit.
 

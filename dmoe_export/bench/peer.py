@@ -106,6 +106,10 @@ class Peer:
         """Of one row."""
         return PeerCache(self.description.num_layers)
 
+    def close(self) -> None:
+        """See `Backend`."""
+        self._weights.clear()
+
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs, cache: PeerCache) -> ForwardOutputs:
         """One forward, and the best token of every row but the mask."""

@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 
 from ..errors import BundleError, RequestError
-from ..regular import read_regular
+from ..hub import blobs_of
+from ..regular_file import read_regular
 from .finite import not_finite
 from .manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest
 from .seal import MOST_BYTES, check_seal, sha256_of
@@ -31,6 +32,7 @@ class Bundle:
     folder: Path
     manifest: Manifest
     sha256: str | None = None  # of manifest.json as it was read: the bundle's seal; None of a manifest made in memory
+    vouched: bool = True  # whether its engine files, which bring native code, may run: fetched ones need a seal
 
     @property
     def denoiser_path(self) -> Path:
@@ -59,7 +61,8 @@ def open_bundle(folder: str | Path, verify: Verify = "full", progress: Callable[
     manifest = _manifest(folder, content)
     for entry in manifest.files:
         _verify_file(folder, entry, verify, progress)
-    return Bundle(folder, manifest, sha256_of(content))
+    sealed = expect_sha256 is not None or trusted_key is not None
+    return Bundle(folder, manifest, sha256_of(content), vouched=sealed or blobs_of(folder) is None)
 
 
 def check_unchanged(bundle: Bundle) -> None:

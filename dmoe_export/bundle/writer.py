@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import BundleError, OutputError
+from ..words import size
 from .finite import not_finite
 from .manifest import MANIFEST_NAME, FileEntry, Manifest
 from .place import check_target, put_in_place
@@ -100,8 +101,8 @@ class BundleWriter:
             free = shutil.disk_usage(self.target.parent).free
             if free < self._bytes_needed:
                 self._remove_new_parents()
-                raise OutputError(f"{self.target.parent} has {_size(free)} free, the bundle needs "
-                                  f"{_size(self._bytes_needed)}; free space or choose another --out.")
+                raise OutputError(f"{self.target.parent} has {size(free)} free, the bundle needs "
+                                  f"{size(self._bytes_needed)}; free space or choose another --out.")
             self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.partial-", dir=self.target.parent))
             self.folder.chmod(0o755)
         except OSError as error:
@@ -161,7 +162,3 @@ class BundleWriter:
     def _refused(self, error: OSError) -> OutputError:
         reason = error.strerror or str(error)
         return OutputError(f"Bundle {self.target} could not be written: {reason}; nothing was left behind.")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

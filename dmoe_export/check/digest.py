@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ..words import count
 from .result import BackendCheck, CheckReport, EngineCheck, Gate, LayerCheck, TensorError
 
 MOST_FAILED_GATES = 8
@@ -35,19 +36,6 @@ def percent(share: float) -> str:
         return number(share)
     text = f"{100 * share:.2f}".rstrip("0").rstrip(".")
     return ("> 99.99" if text == "100" and share < 1 else text) + " %"
-
-
-def count(amount: int, thing: str) -> str:
-    """"1 gate", "1,234 gates"."""
-    return f"{amount:,} {thing}{'' if amount == 1 else 's'}"
-
-
-def size(amount: int) -> str:
-    """Bytes in a unit that reads well."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if amount >= factor:
-            return f"{amount / factor:.3g} {unit}"
-    return count(amount, "byte")
 
 
 def short(identity: str | None) -> str:

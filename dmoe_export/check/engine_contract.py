@@ -15,6 +15,7 @@ from ..engine.plugins import plugin_ops
 from ..engine.resident import SLOTS, slot_range
 from ..ops import experts
 from ..ops.schema import DOMAIN
+from ..words import count
 
 _SIZES = {"B": "batch", "T": "tokens", "S": "past", "M": "rows"}  # symbolic dimension → field of a profile
 _ITEM = {"float": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1}
@@ -89,7 +90,7 @@ def wrong_plugins(graph: onnx.ModelProto, entry: EngineEntry, profiles: list[lis
         if strangers:
             return f"it has a plugin {min(strangers)}{where}, which the bundle's graph does not have"
         if len(found) != entry.plugin_nodes:
-            return f"it has {len(found)} plugins{where}, the manifest says {entry.plugin_nodes}"
+            return f"it has {count(len(found), 'plugin')}{where}, the manifest says {entry.plugin_nodes}"
         for name, layer in found.items():
             wrong = _wrong_attribute(wanted[name], layer, entry)
             if wrong:
@@ -103,10 +104,10 @@ def wrong_counts(bundle: Bundle, entry: EngineEntry) -> str | None:
     wanted = sum(op.count for op in bundle.manifest.denoiser.ops if op.name in ops)
     counted = entry.network.layers.get("PLUGIN_V3", 0)
     if counted != entry.plugin_nodes:
-        return f"its network had {counted} plugins, the manifest says {entry.plugin_nodes}"
+        return f"its network had {count(counted, 'plugin')}, the manifest says {entry.plugin_nodes}"
     if entry.plugin_nodes + entry.fallback_nodes != wanted:
-        return (f"{entry.plugin_nodes} plugins and {entry.fallback_nodes} ONNX bodies are not the graph's "
-                f"{wanted} custom nodes")
+        return (f"{count(entry.plugin_nodes, 'plugin')} and {entry.fallback_nodes} as ONNX bodies are not the graph's "
+                f"{count(wanted, 'custom node')}")
     return None
 
 

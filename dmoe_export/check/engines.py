@@ -6,8 +6,11 @@ TensorRT said of the network before it built (in the manifest). What neither tel
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx
 
+from .. import words
 from ..bundle.manifest import EngineEntry
 from ..bundle.reader import Bundle
 from ..engine.facts import of_engine, of_network
@@ -25,7 +28,7 @@ def check_engines(bundle: Bundle, device: Device | None = None) -> list[EngineCh
     """Check every engine of a bundle; never raises for what is wrong with one.
 
     `device` None takes the machine's GPU. Where GPU and library fit, the engine is deserialised, which loads the plugin
-    library inside it: check bundles you trust.
+    library inside it; one of a hub's bundle only where the caller vouched for it.
     """
     if not bundle.manifest.engines:
         return []
@@ -65,7 +68,7 @@ def _file(bundle: Bundle, entry: EngineEntry) -> tuple[list[EngineFinding], Plan
             return [_bad(entry, "file", f"it {error}, so it is no engine of TensorRT-RTX {entry.version}")], None
         return [_unknown("file", f"{entry.file} {error}; only files of TensorRT-RTX 1.7 can be read without TensorRT.")
                 ], None
-    return [EngineFinding(name="file", passed=True, detail=f"{size / 1e6:.1f} MB, complete by its table of contents.")
+    return [EngineFinding(name="file", passed=True, detail=f"{words.size(size)}, complete by its table of contents.")
             ], plan
 
 
@@ -126,7 +129,7 @@ def _shapes(bundle: Bundle, entry: EngineEntry, plan: Plan | None) -> list[Engin
 
 def _alive(bundle: Bundle, entry: EngineEntry, device: Device | None) -> EngineFinding:
     """The engine itself, where a GPU and the right library are."""
-    alone = Bundle(bundle.folder, bundle.manifest.model_copy(update={"engines": [entry]}))
+    alone = replace(bundle, manifest=bundle.manifest.model_copy(update={"engines": [entry]}))
     try:
         _, trt = find_engine(alone, device or CudaDevice.open())
         engine = of_engine(deserialise(bundle, entry, trt))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import words
 from ..bundle.reader import Bundle
 from ..checkpoint.family import Checkpoint
 from ..export.conversion import Conversion, Digests, identity
@@ -34,7 +35,8 @@ def check_identity(bundle: Bundle, checkpoint: Checkpoint, layers: int | None,
                        f"same sizes, but other weights in {_some(wrong)}; name the one that the bundle was exported "
                        "from, or export again.")
     what = "every tensor that the bundle was made from" if whole else f"all outside layers and layers 0 … {count - 1}"
-    cut = f" (the bundle keeps {count} of {entry.layers_total} layers)" if whole and count < entry.layers_total else ""
+    all_of_them = words.count(entry.layers_total, "layer")
+    cut = f" (the bundle keeps {count} of {all_of_them})" if whole and count < entry.layers_total else ""
     return _result(bundle, True, found, f"The same checkpoint: {what}, byte for byte{cut}.")
 
 
@@ -89,7 +91,7 @@ def _first(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> Differe
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more layers" if len(names) > 3 else "")
+    return ", ".join(names[:3]) + (f" and {words.count(len(names) - 3, 'more layer')}" if len(names) > 3 else "")
 
 
 def _result(bundle: Bundle, same: bool, found: str | None, note: str) -> IdentityCheck:

@@ -18,19 +18,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from ..drawing import BAD, COLOURS, STYLE, line_through
 from . import digest
 from .result import BackendCheck, ConfidencePoint, Gate, LayerCheck
 
 WIDTH, HEIGHT = 400, 280  # SVG units; readable both three to a row and on a telephone
-INK, FAINT, REFERENCE, BACKEND, BAD = "#1d2530", "#d9dee5", "#0b5cad", "#c45a00", "#b00020"
+REFERENCE, BACKEND = COLOURS[:2]
 SMALLEST = 1e-12  # differing in the last bit of float32; what is less is drawn on the floor of the axis
 NORM_CEILING = 3.0  # ratios above it are drawn at it: the plot is about departures from 1
 MOST_POINTS = 1500
-STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.family": ["DejaVu Sans"], "font.size": 13, "text.color": INK,
-         "axes.edgecolor": "#69727d", "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-         "grid.color": FAINT, "grid.linewidth": 0.7, "lines.linewidth": 1.5, "legend.frameon": False,
-         "legend.fontsize": 12.5, "legend.handlelength": 1.5, "legend.columnspacing": 1.2, "legend.borderpad": 0.0}
+SVG: dict[Any, Any] = STYLE | {
+    "svg.fonttype": "none", "font.size": 13, "legend.fontsize": 12.5, "legend.handlelength": 1.5,
+    "legend.columnspacing": 1.2, "legend.borderpad": 0.0}
 
 
 class Series(NamedTuple):
@@ -51,7 +50,7 @@ class Series(NamedTuple):
 
 def layer_error(name: str, backend: BackendCheck) -> str:
     """1 − cosine per layer, log axis: of the worst token alone, of the mean token in sequence, as the gates ask."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(SVG):
         figure, axes = _canvas("layer", "1 − cosine")
         limits = {s.how: [1 - limit for limit in _limits(backend.gates, s.how, "cosine")] for s in _series(backend)}
         drawn = {s.how: [_error(c, s.how) for c in s.layers] for s in _series(backend)}
@@ -61,13 +60,15 @@ def layer_error(name: str, backend: BackendCheck) -> str:
         top = 10.0 ** math.ceil(math.log10(high) + 0.25)
         low = max(SMALLEST, min([*finite, *lines, top / 100]))
         bottom = max(SMALLEST, 10.0 ** math.floor(math.log10(low) - 0.05))
+        told = False
         for s in _series(backend):
             errors = [min(max(e, bottom), top) if digest.finite(e) else top for e in drawn[s.how]]
-            axes.plot([c.layer for c in s.layers], errors, s.line, color=s.colour, marker=s.marker,
-                      label=f"{s.how}, {s.of}", markersize=s.size, clip_on=False)
+            axes.plot([c.layer for c in s.layers], errors, linestyle=line_through(errors, s.line), color=s.colour,
+                      marker=s.marker, label=f"{s.how}, {s.of}", markersize=s.size, clip_on=False)
             failed = [(c.layer, e) for c, e in zip(s.layers, errors, strict=True) if not c.passed]
             axes.plot([x for x, _ in failed], [e for _, e in failed], "X", color=BAD, markersize=9, zorder=5,
-                      markeredgecolor="white", clip_on=False)
+                      markeredgecolor="white", clip_on=False, label="failed" if failed and not told else None)
+            told |= bool(failed)
             _name_infinite(axes, s.layers, drawn[s.how], top)
             _gate_lines(axes, (limit for limit in limits[s.how] if bottom <= limit <= top), s)
         axes.set_yscale("log")
@@ -81,7 +82,7 @@ def layer_error(name: str, backend: BackendCheck) -> str:
 
 def norm_ratio(name: str, backend: BackendCheck) -> str:
     """|backend| / |reference| per layer, hull over what is compared: of all tokens alone, of means in sequence."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(SVG):
         figure, axes = _canvas("layer", "norm ratio, range")
         ends: list[float] = []
         for place, s in enumerate(_series(backend)):
@@ -110,13 +111,13 @@ def router_agreement(name: str, backend: BackendCheck) -> str | None:
     shares = [c.router.share for s in _series(backend) for c in s.layers if c.router]
     if not shares:
         return None
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(SVG):
         figure, axes = _canvas("layer", "tokens with the same experts")
         lowest = min([100 * share for share in shares] + [95])
         for s in _series(backend):
             routed = [(c.layer, 100 * c.router.share) for c in s.layers if c.router]
-            axes.plot([x for x, _ in routed], [y for _, y in routed], s.line, color=s.colour, marker=s.marker,
-                      label=s.how, markersize=s.size, clip_on=False)
+            axes.plot([x for x, _ in routed], [y for _, y in routed], color=s.colour, marker=s.marker,
+                      linestyle=line_through(routed, s.line), label=s.how, markersize=s.size, clip_on=False)
             limits = [100 * limit for limit in _limits(backend.gates, s.how, "share") if limit > 0]
             _gate_lines(axes, limits, s)
             lowest = min([lowest, *limits])
@@ -133,7 +134,7 @@ def confidence(name: str, points: Sequence[ConfidencePoint]) -> str | None:
         return None
     different = [p for p in points if not p.same_token]
     same = _thinned([p for p in points if p.same_token], MOST_POINTS)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(SVG):
         figure, axes = _canvas("confidence of the reference", "confidence of the backend")
         axes.plot([0, 1], [0, 1], color="#8b95a1", linewidth=0.8, zorder=1)
         unlike = _thinned(different, MOST_POINTS)
@@ -153,7 +154,7 @@ def unique_experts(name: str, backend: BackendCheck) -> str | None:
     ours = [g.backend_unique_experts for g in backend.generations if g.backend_unique_experts]
     if not reference and not ours:
         return None
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(SVG):
         figure, axes = _canvas("denoise step", "experts per layer")
         highest = 0.0
         for legend, runs, colour, marker, line, wide in (("reference", reference, REFERENCE, "o", "-", 6.5),
@@ -164,8 +165,8 @@ def unique_experts(name: str, backend: BackendCheck) -> str | None:
             if len(runs) > 1:
                 axes.fill_between(x, [min(v) for _, v in drawn], [max(v) for _, v in drawn], color=colour, alpha=0.12,
                                   linewidth=0)
-            axes.plot(x, [sum(v) / len(v) for _, v in drawn], line, color=colour, marker=marker, label=legend,
-                      markersize=wide if len(x) <= 32 else wide / 2)
+            axes.plot(x, [sum(v) / len(v) for _, v in drawn], color=colour, marker=marker, label=legend,
+                      linestyle=line_through(x, line), markersize=wide if len(x) <= 32 else wide / 2)
             highest = max([highest, *(max(v) for _, v in drawn)])
         axes.set_ylim(0, highest * 1.1 or 1)
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -255,7 +256,8 @@ def _layer_axis(axes: Axes, backend: BackendCheck) -> None:
 
 
 def _legend(figure: Figure) -> None:
-    figure.legend(loc="outside upper left", ncols=4)
+    told = sum(len(axes.get_legend_handles_labels()[1]) for axes in figure.axes)
+    figure.legend(loc="outside upper left", ncols=3 if told <= 3 else 2)  # four abreast are wider than the plot
 
 
 def _power(value: float) -> str:

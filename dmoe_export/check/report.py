@@ -8,15 +8,18 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ..errors import MissingRequirementError, OutputError
 from ..extras import pip_install
+from ..words import count, size
 from . import answers, digest
 from .result import BackendCheck, CheckReport
 from .table import quantisation_in_words
@@ -33,9 +36,10 @@ _VISIBLE = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421
 def write_report(report: CheckReport, path: Path) -> None:
     """Write the report to `path`; whoever reads it meanwhile sees the old file or the new one.
 
-    Raises OutputError for what the file system refuses.
+    Names of the bundle's files are links from there to the bundle, if it still lies where it was checked. Raises
+    OutputError for what the file system refuses.
     """
-    page = render_report(report)
+    page = render_report(report, _urls(report, path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
@@ -52,21 +56,43 @@ def write_report(report: CheckReport, path: Path) -> None:
                           "--report.") from error
 
 
-def render_report(report: CheckReport) -> str:
-    """The page as text."""
+def render_report(report: CheckReport, urls: Mapping[str, str] | None = None) -> str:
+    """The page as text; `urls` of the bundle and of files in it, by the names the report has for them."""
+    known = urls or {}
+
+    def link(name: str) -> str:
+        return Markup('<a href="{}">{}</a>').format(known[name], _visible(name)) if name in known else name
+
     drawn = [_plots(f"b{at}", backend) for at, backend in enumerate(report.backends)]
-    return _template().render(report=report, plots=drawn)
+    return _template().render(report=report, plots=drawn, link=link)
 
 
 @cache
 def _template() -> Template:
     environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True, finalize=_visible)
-    environment.filters |= {"number": digest.number, "percent": digest.percent, "count": digest.count,
-                            "size": digest.size, "short": digest.short, "date": digest.date,
+    environment.filters |= {"number": _whole(digest.number), "percent": _whole(digest.percent), "count": count,
+                            "size": _whole(size), "short": digest.short, "date": _whole(digest.date),
+                            "whole": _whole(str),
                             "quantised": quantisation_in_words}
     environment.globals |= {"answers": answers, "digest": digest}
     return environment.get_template("report.html.jinja")
+
+
+def _whole(words: Callable[[Any], str]) -> Callable[[Any], Markup]:
+    """A filter whose result stays on one line."""
+    return lambda value: Markup('<span class="whole">{}</span>').format(_visible(words(value)))
+
+
+def _urls(report: CheckReport, path: Path) -> dict[str, str]:
+    """Of the bundle's folder and files that the report names, relative to the report, where they exist."""
+    folder = Path(report.bundle)
+    if not folder.is_dir():
+        return {}
+    names = {engine.file for engine in report.engines} | {b.what_ran.partition(" ")[0] for b in report.backends}
+    base = Path(os.path.relpath(folder.resolve(), path.parent.resolve()))
+    return {report.bundle: quote(base.as_posix())} | {
+        name: quote((base / name).as_posix()) for name in sorted(names) if (folder / name).is_file()}
 
 
 class Plot(NamedTuple):

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..words import count, visible
 from .gates import norm_distance
 from .result import (
     BackendCheck,
@@ -21,11 +22,15 @@ from .result import (
 _GATES_SHOWN = 12
 
 
+def _say(sentence: str, err: bool = False) -> None:
+    click.echo(visible(sentence), err=err)
+
+
 def show_identity(identity: IdentityCheck, stderr: bool) -> None:
     """One line, before anything numeric."""
     if identity.same is not True:
         word = "DIFFERENT CHECKPOINT" if identity.same is False else "Checkpoint"
-        click.echo(f"{word}: {identity.note}", err=stderr)
+        _say(f"{word}: {identity.note}", err=stderr)
 
 
 def quantisation_in_words(found: QuantisationCheck) -> str:
@@ -43,22 +48,22 @@ def quantisation_in_words(found: QuantisationCheck) -> str:
 def show(report: CheckReport) -> None:
     """Everything but the last line."""
     console = Console()
-    where = f"{report.layers_checked} of {report.layers_total} layers"
-    click.echo(f"{report.bundle} ({report.family}, {report.precision}, {where}) against {report.reference} in float32: "
-               f"{report.inputs.rows} rows, {report.inputs.tokens} tokens, {report.inputs.masked} masked, from "
-               f"{report.inputs.source}")
+    where = f"{report.layers_checked} of {count(report.layers_total, 'layer')}"
+    _say(f"{report.bundle} ({report.family}, {report.precision}, {where}) against {report.reference} in float32: "
+               f"{count(report.inputs.rows, 'row')}, {count(report.inputs.tokens, 'token')}, "
+               f"{report.inputs.masked} masked, from {report.inputs.source}")
     if report.experts_exercised:
-        click.echo(f"Experts exercised, of {report.num_experts}: " + ", ".join(
+        _say(f"Experts exercised, of {report.num_experts}: " + ", ".join(
             f"layer {layer} {count}" for layer, count in report.experts_exercised.items()))
-    click.echo(f"Weights: {report.weights.note}")
+    _say(f"Weights: {report.weights.note}")
     if report.quantisation:
-        click.echo(f"Quantisation: {quantisation_in_words(report.quantisation)}")
+        _say(f"Quantisation: {quantisation_in_words(report.quantisation)}")
     for backend in report.backends:
         console.print(_layers(backend))
         _summary(backend)
     for engine in report.engines:
         bad = [f"{f.name}: {f.detail}" for f in engine.findings if f.passed is False]
-        click.echo(f"Engine {engine.file}: {'as the manifest says' if engine.passed else '; '.join(bad)}")
+        _say(f"Engine {engine.file}: {'as the manifest says' if engine.passed else '; '.join(bad)}")
 
 
 def _layers(backend: BackendCheck) -> Table:
@@ -101,22 +106,24 @@ def _word(*checks: LayerCheck | None) -> str:
 
 def _summary(backend: BackendCheck) -> None:
     share, logits = backend.same_best_token, backend.logits
-    tokens = f"Best token equal at {share:.1%} of {len(backend.confidence)} positions" if share is not None else (
+    places = count(len(backend.confidence), "position")
+    tokens = f"Best token equal at {share:.1%} of {places}" if share is not None else (
         f"Best tokens not compared: {logits.not_finite} of {logits.rows} positions have NaN or infinity")
-    click.echo(f"{tokens}; {len(backend.gates)} gates; {backend.seconds:.1f} s")
+    _say(f"{tokens}; {count(len(backend.gates), 'gate')}; {backend.seconds:.1f} s")
     for generation in backend.generations:
-        click.echo(f"  {_answer(generation)}")
+        _say(f"  {_answer(generation)}")
     failed = [g for g in backend.gates if not g.passed]
     for g in failed[:_GATES_SHOWN]:
-        click.echo(f"  FAILED {g.where}: {g.name} {g.value:.6g}, {g.comparison} {g.limit:.6g} is asked")
+        _say(f"  FAILED {g.where}: {g.name} {g.value:.6g}, {g.comparison} {g.limit:.6g} is asked")
     if len(failed) > _GATES_SHOWN:
-        click.echo(f"  and {len(failed) - _GATES_SHOWN} more")
+        _say(f"  and {len(failed) - _GATES_SHOWN} more")
 
 
 def _answer(g: GenerationCheck) -> str:
-    name = g.prompt if g.prompt is not None else f"{g.prompt_tokens} random tokens"
+    name = g.prompt if g.prompt is not None else count(g.prompt_tokens, "random token")
     if g.first_difference is None:
-        return f"{name} → {len(g.reference_ids)} equal tokens, {g.reference_forwards} forwards"
+        equal, forwards = count(len(g.reference_ids), "equal token"), count(g.reference_forwards, "forward")
+        return f"{name} → {equal}, {forwards}"
     tie = "a near tie" if g.near_tie else "no near tie"
     return (f"{name} → tokens differ from number {g.first_difference} ({tie}), {g.reference_forwards} and "
-            f"{g.backend_forwards} forwards")
+            f"{count(g.backend_forwards, 'forward')}")

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from .. import words
 from ..bundle.graph_file import load_graph
 from ..bundle.reader import Bundle
 from ..checkpoint.family import Checkpoint
@@ -143,9 +144,10 @@ def _short(name: str) -> str:
 
 def _result(bundle: Bundle, count: int, tally: _Tally) -> WeightsCheck:
     of = bundle.manifest.model.num_layers
-    scope = "all layers" if count == of else f"the first {count} of {of} layers"
+    scope = "all layers" if count == of else f"the first {count} of {words.count(of, 'layer')}"
     if tally.different:
-        note = f"{len(tally.different)} tensors of the bundle differ from the checkpoint's ({scope} compared)."
+        note = (f"The bundle has {words.count(len(tally.different), 'tensor')} with other bytes than the checkpoint "
+                f"({scope} compared).")
     else:
         note = f"Bundle and checkpoint agree, byte for byte, in {scope} and everything outside them."
     return WeightsCheck(compared=True, note=note, tensors=tally.tensors, experts=tally.experts, bytes=tally.bytes,

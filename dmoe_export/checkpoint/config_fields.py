@@ -47,8 +47,8 @@ class Fields:
         self.asked.add(name)
         return self.config.get(name) is not None
 
-    def get(self, name: str, kind: type[T], default: T | None = None) -> T:
-        """A field of a kind; absent or null gives the default, or an error when there is none."""
+    def get(self, name: str, kind: type[T], default: T | None = None, most: int = _MOST) -> T:
+        """A field of a kind, an integer at most `most`; absent or null gives the default, or an error without one."""
         if not self.has(name):
             if default is None:
                 raise self.missing(name)
@@ -58,17 +58,17 @@ class Fields:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise self.refuse(f"field {self.prefix}{name} is {shown(value)}, expected {kind.__name__}")
+        if isinstance(value, int) and value > most:
+            raise self.refuse(f"{self.prefix}{name} is {value}, which is more than {most}")
         if isinstance(value, float) and value and not _LEAST <= abs(value) <= _LARGEST:
             raise self.refuse(f"field {self.prefix}{name} is {value}, which is no number in float32")
         return value
 
     def positive(self, name: str, default: int | None = None, most: int = _MOST) -> int:
         """An integer from 1 to `most`."""
-        value = self.get(name, int, default)
+        value = self.get(name, int, default, most)
         if value <= 0:
             raise self.refuse(f"{name} is {value}, it must be positive")
-        if value > most:
-            raise self.refuse(f"{name} is {value}, which is more than {most}")
         return value
 
     def only(self, name: str, allowed: tuple[Any, ...]) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..regular_file import MOST_CONFIG, read_bounded
+from ..regular_file import MOST_CONFIG, read_regular
 
 
 def read_json(path: Path, most: int = MOST_CONFIG) -> dict[str, Any]:
     """The JSON object of a regular file of at most so many bytes; raises CheckpointError when there is none."""
     try:
-        value = json.loads(read_bounded(path, most).decode("utf-8").removeprefix("\ufeff"))
+        value = json.loads(read_regular(path, most).decode("utf-8").removeprefix("\ufeff"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; give the folder of a Hugging Face checkpoint.") from None
     except RecursionError:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..words import count
 from . import float8_weights, packed_weights
 from .quantised_storage import Float8, Storage, read_storage
 from .reader import FLOATS, CheckpointReader, TensorReader, unexplained
@@ -43,8 +44,8 @@ class DequantisingReader(TensorReader):
             raise CheckpointError(f"The config in {self.folder} says that weights are quantised ({storage.method}), "
                                   "and none is; remove what it says, or fetch the weights it belongs to.")
         self._stored, self._made = stored, found.made
-        self.warnings = [*stored.warnings, f"{len(found.made)} tensors of the checkpoint are quantised "
-                         f"({storage.method}); they were read as the float32 values they stand for.", *found.warnings]
+        self.warnings = [*stored.warnings, f"The checkpoint holds {count(len(found.made), 'quantised tensor')} "
+                         f"({storage.method}), read as the float32 values they stand for.", *found.warnings]
         for name, tensor in stored.stored.items():
             if name in found.used:
                 continue

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..regular_file import MOST_TABLE, check_regular
+from ..words import count
 from .config_fields import shown
 from .json_file import read_json
 
@@ -43,8 +44,6 @@ def open_shard(shard: Path) -> Any:
         check_regular(shard)
         shard.open("rb").close()  # safe_open calls an unreadable file missing
         return safe_open(shard, framework="pt")
-    except ValueError as error:
-        raise CheckpointError(f"Shard {shard} cannot be read: {error}.") from None
     except OSError as error:
         raise CheckpointError(f"Shard {shard} cannot be read: {error.strerror}.") from None
     except SafetensorError as error:
@@ -107,7 +106,7 @@ def _by_index(folder: Path, index: Path, files: list[Path]) -> tuple[dict[str, S
     if not copies:
         return tensors, []
     name, shard = copies[0]
-    more = f" (and {len(copies) - 1} more such tensors)" if len(copies) > 1 else ""
+    more = f" (and {count(len(copies) - 1, 'more such tensor')})" if len(copies) > 1 else ""
     return tensors, [f"{shard} holds a second copy of tensor {name}{more}, which was not read: {index.name} names "
                      f"{weight_map[name]}."]
 

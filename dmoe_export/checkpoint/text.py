@@ -13,6 +13,7 @@ from ..description import ModelDescription
 from ..errors import CheckpointError
 from ..regular_file import MOST_TABLE
 from ..tokenizer_guard import GuardedTokenizer, no_panics
+from ..words import count
 from .chat_template import chat_template
 from .tokenizer_conversion import add_ends, convert
 from .tokenizer_files import ADDED, CONFIG, TokenizerFiles, read_files, read_text
@@ -88,7 +89,7 @@ def _add(guarded: GuardedTokenizer, files: TokenizerFiles, folder: Path) -> list
     if not wrong:
         return []
     content, said, got = wrong[0]
-    return [f"{len(wrong)} tokens have another id in the tokenizer than {folder / CONFIG} or {ADDED} say, first "
+    return [f"The tokenizer gives {count(len(wrong), 'token')} another id than {folder / CONFIG} or {ADDED} say, first "
             f"{content!r} ({got}, not {said}); transformers takes the tokenizer's, and so does the bundle."]
 
 
@@ -114,7 +115,7 @@ def _beyond(tokenizer: Tokenizer, d: ModelDescription) -> list[str]:
     beyond = sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= d.vocab_size)
     if not beyond:
         return []
-    return [f"{len(beyond)} tokens of the tokenizer lie outside the model's vocabulary of {d.vocab_size}, first "
+    return [f"The tokenizer has {count(len(beyond), 'token')} outside the model's vocabulary of {d.vocab_size}, first "
             f"{beyond[0][1]!r} ({beyond[0][0]}); a prompt with one of them is refused."]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ..errors import CheckpointError
-from ..regular_file import MOST_CONFIG, MOST_TABLE, read_bounded
+from ..regular_file import MOST_CONFIG, MOST_TABLE, read_regular
 from ..tokenizer_limits import MOST_PIECE
 from .config_fields import shown
 from .json_file import read_json
@@ -43,7 +43,7 @@ class TokenizerFiles:
 def read_text(path: Path, most: int = MOST_CONFIG) -> str:
     """A text file of at most so many bytes, without its byte-order mark; raises CheckpointError."""
     try:
-        return read_bounded(path, most).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return read_regular(path, most).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as text: {error}.") from None
 

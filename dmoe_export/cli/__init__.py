@@ -52,18 +52,19 @@ class OneSentenceErrors(Verbs):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
-            say("Stopped.")
+            say("dmoe-export: Stopped.", err=True)
             sys.exit(128 + signal.SIGINT)
         except Exception as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
             if isinstance(error, DmoeError):
-                say(error)
+                say(f"dmoe-export: {error}", err=True)
                 sys.exit(error.exit_code)
             if isinstance(error, OSError) and (error.filename or error.errno in _DISK_FULL):
-                say(f"{error.filename or 'Output'}: {error.strerror}.")
+                say(f"dmoe-export: {error.filename or 'Output'}: {error.strerror}.", err=True)
                 sys.exit(2)
-            say(f"unexpected {type(error).__name__}: {error} (run with --debug for the trace, and please report it)")
+            say(f"dmoe-export: unexpected {type(error).__name__}: {error} (run with --debug for the trace, and please "
+                "report it)", err=True)
             sys.exit(1)
 
 
@@ -94,7 +95,7 @@ class _Usage(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         """As every other error."""
-        say(self.message)
+        say(f"dmoe-export: {self.message}", err=True)
 
 
 @contextmanager

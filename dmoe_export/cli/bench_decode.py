@@ -16,11 +16,12 @@ from .. import __version__
 from ..bench.decode import DecodeBench, Question, SettingResult, run, settings
 from ..errors import RequestError
 from ..generator import Generator
-from ..regular import read_regular
+from ..regular_file import read_regular
+from ..words import count
 from .bench_common import outcome
 from .help import SETTINGS, Verb, option
 from .options import BACKEND, JSON, OUT, PLOT, THREADS, VERIFY, request_option, seal_options
-from .output import console
+from .output import console, say
 from .progress import step_bar
 
 _MOST_FILE = 256 << 20  # bytes
@@ -134,7 +135,8 @@ def _questions(generator: Generator, prompts: tuple[str, ...], file: Path | None
 def _show(result: DecodeBench) -> None:
     table = Table("cache", "acceptance", "salient", "tokens/s", "speed-up", "forwards", "tokens/fwd", "agreement",
                   "experts", "accuracy",
-                  title=f"{result.prompts} prompts, {result.max_new_tokens} new tokens, {result.rounds} rounds")
+                  title=f"{count(result.prompts, 'prompt')}, {count(result.max_new_tokens, 'new token')}, "
+                        f"{count(result.rounds, 'round')}")
     refused: dict[str, list[SettingResult]] = {}
     for r in result.results:
         if r.refused:
@@ -146,7 +148,7 @@ def _show(result: DecodeBench) -> None:
     console().print(table)
     for reason, them in refused.items():
         first = f"{them[0].cache} · {them[0].acceptance} · salient {them[0].salient}"
-        click.echo(first + (f" and {len(them) - 1} more" if len(them) > 1 else "") + f": {reason}")
+        say(first + (f" and {len(them) - 1} more" if len(them) > 1 else "") + f": {reason}")
 
 
 def _or_dash(value: float | None, unit: str = "") -> str:

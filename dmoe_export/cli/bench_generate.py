@@ -12,6 +12,7 @@ from ..bench.generate import GenerateBench, Side, run, settings
 from ..bench.record import Started
 from ..errors import CheckError
 from ..runtime.cpu.session import MOST_THREADS
+from ..words import count
 from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
 from .help import SETTINGS, Verb, option
 from .options import JSON, OUT, PLOT
@@ -73,9 +74,10 @@ def generate(prompt_tokens: str, cache: str, coreset: str, peers: str, out: Path
 def _show(result: GenerateBench) -> None:
     out = console(140)
     limits = result.limits
-    out.print(f"{result.model}, {result.layers} layers, {result.precision}, {result.routing}: "
-              f"{result.max_new_tokens} new tokens in blocks of {result.block_length}, {result.steps} steps each, "
-              f"{limits.threads} threads, {result.rounds} rounds, products by "
+    out.print(f"{result.model}, {count(result.layers, 'layer')}, {result.precision}, {result.routing}: "
+              f"{count(result.max_new_tokens, 'new token')} in blocks of {result.block_length}, "
+              f"{count(result.steps, 'step')} each, {count(limits.threads, 'thread')}, "
+              f"{count(result.rounds, 'round')}, products by "
               f"{computed_by(result.cpu_ops)}\nlimits: read {limits.read_gb_per_s:.1f} GB/s, "
               f"copy {limits.copy_gb_per_s:.1f} GB/s, product {limits.gflop_per_s:.0f} GFLOP/s")
     table = Table("prompt", "cache", "coreset", "experts", "forwards", "who", "tokens/s", "ms per step", "outside",

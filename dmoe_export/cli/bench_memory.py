@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..bench.children import BUILDS, BuildBench, Child, ExportBench, run_build, run_export
 from ..bench.record import Started
+from ..words import count, size
 from .bench_common import outcome
 from .export import PRECISIONS
 from .help import SETTINGS, Verb, option
@@ -29,7 +30,7 @@ _keep = option("--keep", is_flag=True, group="place", help="Keep what lies in --
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
-    "dmoe-export bench export --geometry tiny --layers 2", "dmoe-export bench export --layers 2 --precision int4"))
+    "dmoe-export bench export --geometry tiny --layers 2", "dmoe-export bench export --geometry tiny --layers 2 --precision fp16 --json"))
 @_geometry
 @_layers
 @option("--precision", type=click.Choice(PRECISIONS), default="fp32", group="model", help="How weights are stored")
@@ -48,7 +49,7 @@ def export(geometry: str, layers: int, precision: str, work: Path | None, keep: 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
     "dmoe-export bench build --geometry tiny --layers 2 --targets sm89",
-    "dmoe-export bench build --layers 2 --targets sm89"))
+    'dmoe-export bench build --geometry tiny --layers 2 --targets sm89 --variant "external, onnx"'))
 @_geometry
 @_layers
 @option("--targets", default="sm80,sm86,sm89,sm120", metavar="SM,…", group="engine",
@@ -92,11 +93,11 @@ def _telling(label: str, shown: bool) -> Iterator[Callable[[str], None]]:
 
 def _show_export(result: ExportBench) -> None:
     table = Table("", "seconds", "peak memory", "of these not file pages",
-                  title=f"{result.model}, {result.layers or 'all'} layers: {_size(result.checkpoint_bytes)} checkpoint "
-                        f"to a {result.precision} bundle of {_size(result.bundle_bytes)}")
+                  title=f"{result.model}, {_layers_of(result)}: {size(result.checkpoint_bytes)} checkpoint "
+                        f"to a {result.precision} bundle of {size(result.bundle_bytes)}")
     table.add_row("export", *_cells(result.export))
     if result.generate:
-        table.add_row(f"{result.generate_tokens} tokens", *_cells(result.generate))
+        table.add_row(count(result.generate_tokens or 0, "token"), *_cells(result.generate))
     console().print(table)
     limits = result.limits
     click.echo(f"limits: write {limits.write_gb_per_s:.2f} GB/s, sha256 {limits.sha256_gb_per_s:.2f} GB/s; the export "
@@ -105,17 +106,17 @@ def _show_export(result: ExportBench) -> None:
 
 def _show_build(result: BuildBench) -> None:
     table = Table("experts, op", "seconds", "peak memory", "of these not file pages", "engine", "bound at run time",
-                  title=f"{result.model}, {result.layers or 'all'} layers, fp16, {result.targets}: {result.flavour} "
+                  title=f"{result.model}, {_layers_of(result)}, fp16, {result.targets}: {result.flavour} "
                         f"{result.version}")
     for build in result.builds:
-        table.add_row(build.variant, *_cells(build.run), _size(build.engine_bytes),
-                      _size(build.bytes_bound_at_run_time))
+        table.add_row(build.variant, *_cells(build.run), size(build.engine_bytes),
+                      size(build.bytes_bound_at_run_time))
     console().print(table)
 
 
+def _layers_of(result: ExportBench | BuildBench) -> str:
+    return count(result.layers, "layer") if result.layers else "all layers"
+
+
 def _cells(run: Child) -> tuple[str, str, str]:
-    return f"{run.seconds:.1f}", _size(run.peak_rss_bytes), _size(run.peak_anonymous_bytes)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
+    return f"{run.seconds:.1f}", size(run.peak_rss_bytes), size(run.peak_anonymous_bytes)

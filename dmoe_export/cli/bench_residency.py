@@ -18,6 +18,7 @@ from ..bundle.reader import open_bundle
 from ..errors import RequestError
 from ..numerals import integer
 from ..runtime.cpu.resident import check_experts
+from ..words import count, size
 from .bench_common import outcome
 from .help import SETTINGS, Verb, option
 from .options import JSON, OUT, PLOT, THREADS, VERIFY, seal_options
@@ -89,8 +90,8 @@ def residency(bundle: Path, budgets: str, intervals: str, routings: str, prompt_
 
 def _show(result: ResidencyBench) -> None:
     table = Table("routing", "budget", "interval", "tokens/s", "hit rate", "brought GB", "missed GB", "dropped GB",
-                  "read GB", "peak GB", "same tokens", title=f"{result.expert_bytes / 1e9:.1f} GB of experts, "
-                  f"{result.max_new_tokens} new tokens, {result.rounds} rounds")
+                  "read GB", "peak GB", "same tokens", title=f"{size(result.expert_bytes)} of experts, "
+                  f"{count(result.max_new_tokens, 'new token')}, {count(result.rounds, 'round')}")
     for r in result.results:
         interval = f"{r.interval} ({r.last_interval or 'never'})" if r.interval == "auto" else r.interval
         table.add_row(r.routing, r.budget, interval, f"{r.tokens_per_second:.2f}", _or_dash(r.hit_rate),

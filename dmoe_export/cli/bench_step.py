@@ -12,6 +12,7 @@ from ..bench.parts import PARTS
 from ..bench.record import Started
 from ..bench.step import StepBench, StepOptions, run
 from ..runtime.cpu.session import MOST_THREADS
+from ..words import count
 from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
 from .help import SETTINGS, Verb, option
 from .options import JSON, OUT, PLOT
@@ -66,8 +67,9 @@ def step(active_experts: str, cached: str, ops: int, out: Path | None, plot: Pat
 def _show(result: StepBench, ops: int) -> None:
     out = console(140)
     limits = result.limits
-    out.print(f"{result.model}, {result.layers} layers, {result.precision}, {result.routing}: {result.tokens} "
-              f"tokens, {result.rows} vocabulary rows, {limits.threads} threads, products by "
+    out.print(f"{result.model}, {count(result.layers, 'layer')}, {result.precision}, {result.routing}: "
+              f"{count(result.tokens, 'token')}, {count(result.rows, 'vocabulary row')}, "
+              f"{count(limits.threads, 'thread')}, products by "
               f"{computed_by(result.cpu_ops)}\nlimits: read "
               f"{limits.read_gb_per_s:.1f} GB/s, copy {limits.copy_gb_per_s:.1f} GB/s, product "
               f"{limits.gflop_per_s:.0f} GFLOP/s")

@@ -21,9 +21,11 @@ from ..engine.settings import BuildSettings, parse_size, parse_targets
 from ..errors import DmoeError, InputError, MissingRequirementError
 from ..extras import pip_install
 from ..hub import hub_id
+from ..words import count, size
 from .export import DENSE_PRECISIONS, PRECISIONS, ROUTINGS, as_number, warn
 from .help import SETTINGS, Verb, folders, option
 from .options import JSON, VERIFY, seal_options
+from .output import say
 from .progress import byte_bar, step_bar
 from .recipes import BUILT, check_bundle, complete_recipe, list_recipes, with_recipe
 
@@ -130,13 +132,13 @@ def build(context: click.Context, source: str | None, recipe_name: str | None, l
     flavour.check_flags(settings.flags)  # before an export of many minutes
     flavour.targets(settings.targets)
     if not (Path(source) / MANIFEST_NAME).is_file():
-        if expect_sha256 is not None or trusted_key is not None:
-            raise InputError(f"{source} is no bundle; --expect-sha256 and --trusted-key belong to one, so leave them "
-                             "out.")
         find_plugins(settings, plugin_library)
         out = out or (BUILT / f"{recipe.name}.bundle" if recipe else None)
         if out is None:
             raise InputError(f"{source} is no bundle; exporting it as a checkpoint needs --out BUNDLE.")
+        if expect_sha256 is not None or trusted_key is not None:
+            raise InputError(f"{source} is no bundle; --expect-sha256 and --trusted-key belong to one, so leave them "
+                             "out.")
         check_target(out, force)
         if dry_run:
             raise InputError(f"--dry-run plans from a bundle; export {source} first with: dmoe-export export {source} "
@@ -159,7 +161,7 @@ def build(context: click.Context, source: str | None, recipe_name: str | None, l
             results = _engines(bundle, folder, settings, flavour, plugin_library, split_targets, dry_run, as_json)
     except DmoeError:
         if bundle.folder == out:
-            click.echo(f"The bundle {out} was exported and is complete; it has no engine.", err=True)
+            say(f"The bundle {out} was exported and is complete; it has no engine.", err=True)
         raise
     _show(out or bundle.folder, results, dry_run, as_json, time.perf_counter() - start)
 
@@ -223,9 +225,9 @@ def _engines(bundle: Bundle, folder: Path, settings: BuildSettings, flavour: Any
             continue
         with engine_file(folder, plan.file_name) as path, step_bar(plan.file_name, shown=not as_json) as report:
             entry = build_engine(plan, path, report)
-            size = path.stat().st_size
+            written = path.stat().st_size
             add_engine(folder, path, entry)
-        results.append(entry.model_dump(mode="json") | {"bytes": size, "seconds": time.perf_counter() - start})
+        results.append(entry.model_dump(mode="json") | {"bytes": written, "seconds": time.perf_counter() - start})
     return results
 
 
@@ -235,9 +237,10 @@ def _show(folder: Path, results: list[dict[str, Any]], dry_run: bool, as_json: b
         return
     for engine in results:
         outside = sum(weight["bytes"] for weight in engine["weight_inputs"])
-        nodes = f"{engine['plugin_nodes']} plugins" + (
-            f", {engine['fallback_nodes']} custom nodes as ONNX bodies" if engine.get("fallback_nodes") else "")
-        size = "" if dry_run else f"{engine['bytes'] / 1e6:.1f} MB, {engine['seconds']:.1f} s, "
-        click.echo(f"{'Would build' if dry_run else 'Built'} {folder / engine['file']} with {engine['flavour']} "
-                   f"{engine['version']} for {', '.join(engine['targets'])} ({size}{nodes}, {outside / 1e6:.1f} MB of "
+        nodes = count(engine["plugin_nodes"], "plugin")
+        if engine.get("fallback_nodes"):
+            nodes += f", {count(engine['fallback_nodes'], 'custom node')} as ONNX bodies"
+        took = "" if dry_run else f"{size(engine['bytes'])}, {engine['seconds']:.1f} s, "
+        say(f"{'Would build' if dry_run else 'Built'} {folder / engine['file']} with {engine['flavour']} "
+                   f"{engine['version']} for {', '.join(engine['targets'])} ({took}{nodes}, {size(outside)} of "
                    "weights bound at run time)")

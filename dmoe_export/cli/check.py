@@ -13,7 +13,7 @@ from ..extras import pip_install
 from ..runtime.choose import BACKENDS
 from .help import SETTINGS, Verb, folders, option
 from .options import VERIFY, seal_options
-from .output import reader_may_leave
+from .output import reader_may_leave, say
 from .progress import step_bar
 from .recipes import complete_recipe
 
@@ -79,11 +79,11 @@ def check(bundle: Path, report: Path | None, as_json: bool, no_weights: bool, **
     if report:
         write_report(result, report)
     if said := record(result, bundle):
-        click.echo(said, err=True)
+        say(said, err=True)
     if not as_json:
         with reader_may_leave():
             if report:
-                click.echo(f"Report: {report}")
-            click.echo(f"{'PASSED' if result.passed else 'FAILED'}: {result.verdict}")
+                say(f"Report: {report}")
+            say(f"{'PASSED' if result.passed else 'FAILED'}: {result.verdict}")
     if not result.passed:
         sys.exit(1)

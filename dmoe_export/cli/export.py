@@ -11,6 +11,7 @@ import click
 
 from ..bundle.reader import Bundle
 from ..description import ExportPrecision, Precision, RoutingChoice
+from ..words import count, size
 from .help import SETTINGS, Verb, folders, option
 from .options import JSON
 from .output import say
@@ -27,7 +28,7 @@ def as_number(context: click.Context, parameter: click.Parameter, value: str | N
 def warn(bundle: Bundle) -> None:
     """On stderr, what a fresh export has to say."""
     for sentence in bundle.manifest.warnings:
-        say(f"warning: {sentence}")
+        say(f"dmoe-export: warning: {sentence}", err=True)
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
@@ -73,13 +74,13 @@ def export(checkpoint: str, out: Path, coreset_top_p: float | None, force: bool,
         bundle = export_checkpoint(checkpoint, out, top_p=coreset_top_p, overwrite=force, report=report, **options)
     manifest = bundle.manifest
     warn(bundle)
-    size = sum(entry.size for entry in manifest.files)
+    total = sum(entry.size for entry in manifest.files)
     if as_json:
-        click.echo(json.dumps({"bundle": str(bundle.folder), "sha256": bundle.sha256, "bytes": size,
+        click.echo(json.dumps({"bundle": str(bundle.folder), "sha256": bundle.sha256, "bytes": total,
                                "seconds": time.perf_counter() - start, "manifest": manifest.model_dump(mode="json")}))
         return
     routing = f"routing {manifest.routing.mode} ({manifest.routing.reason})" if manifest.model.moe else "no experts"
-    click.echo(f"Exported {manifest.model.num_layers} layers of {manifest.model.architecture} in "
+    say(f"Exported {count(manifest.model.num_layers, 'layer')} of {manifest.model.architecture} in "
                f"{manifest.precision_in_words}, {routing}, block {manifest.routing.block_length}: {bundle.folder} "
-               f"({size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s)\n"
+               f"({size(total)}, {time.perf_counter() - start:.1f} s)\n"
                f"sha256 of its manifest.json: {bundle.sha256}")

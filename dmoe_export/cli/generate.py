@@ -11,13 +11,14 @@ import click
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import read_manifest
 from ..errors import BundleError, RequestError
-from ..generator import Generation, Generator
+from ..generator import Generation, Generator, generation_of
 from ..numerals import integer
-from ..regular import read_regular
+from ..regular_file import read_regular
 from ..text.prompts import Prompt
+from ..words import count, size, visible
 from .help import SETTINGS, Verb, option
 from .options import BACKEND, THREADS, VERIFY, request_options, seal_options
-from .output import answer_shown, visible
+from .output import say
 from .progress import byte_bar
 
 _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
@@ -77,7 +78,7 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
     else:
         result = _stream(generator, given, as_json, options)
     if not as_json:
-        click.echo(visible(_summary(result, generator, options)), err=True)
+        say(_summary(result, generator, options), err=True)
 
 
 def _bytes_to_verify(bundle: Path) -> int:
@@ -89,16 +90,15 @@ def _bytes_to_verify(bundle: Path) -> int:
 
 
 def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[str, Any]) -> Generation:
-    ids: list[int] = []
+    blocks = []
     for block in generator.stream([given], **options):
-        ids += block.token_ids
+        blocks.append(block)
         if as_json:
             click.echo(json.dumps({"block": block.token_ids, "text": block.text}))
         else:
-            shown = answer_shown(block.text) if block.text is not None else "".join(f"{i}," for i in block.token_ids)
-            click.echo(shown, nl=block.finish_reason is not None)
-    assert block.finish_reason
-    result = Generation(ids, generator.text.decode(ids) if generator.text else None, block.finish_reason, block.stats)
+            shown = block.text if block.text is not None else "".join(f"{i}," for i in block.token_ids)
+            click.echo(visible(shown, keep="\n\t"), nl=block.finish_reason is not None)
+    result = generation_of(blocks)
     if as_json:
         click.echo(_json(result, generator, options))
     return result
@@ -123,20 +123,20 @@ def _summary(result: Generation, generator: Generator, options: dict[str, Any]) 
     phases = ", ".join(f"{count} {phase}" for phase, count in stats.forwards_by_phase.items() if count)
     seconds = sum(stats.seconds_by_phase.values())
     experts = (f"{stats.unique_experts:.1f} of {moe.num_experts} experts per layer in a denoise forward, "
-               f"{stats.expert_bytes_touched / 1e6:.1f} MB of expert weights touched, ") if moe else ""
+               f"{size(stats.expert_bytes_touched)} of expert weights touched, ") if moe else ""
     if stats.salient_rows is not None:
         experts += f"{stats.salient_rows:.1f} salient rows per layer and sparse step, "
     if stats.residency:
         r = stats.residency
-        experts += (f"{r['hit_rate']:.0%} of uses resident, {r['brought_bytes'] / 1e6:.0f} MB of experts brought in "
-                    f"ahead, at most {r['peak_bytes'] / 1e6:.0f} MB in memory, ")
-    return (f"[{result.finish_reason}: {stats.new_tokens} tokens, {stats.forwards} forward passes ({phases}), "
-            f"{experts}{seconds:.2f} s "
+        experts += (f"{r['hit_rate']:.0%} of uses resident, {size(r['brought_bytes'])} of experts brought in "
+                    f"ahead, at most {size(r['peak_bytes'])} in memory, ")
+    return (f"[{result.finish_reason}: {count(stats.new_tokens, 'token')}, "
+            f"{count(stats.forwards, 'forward pass', 'es')} ({phases}), {experts}{seconds:.2f} s "
             f"on {generator.backend.name}: {generator.backend_choice}{defaults}]")
 
 
 def _shown(result: Generation) -> str:
-    return answer_shown(result.text) if result.text is not None else ",".join(map(str, result.token_ids))
+    return visible(result.text, keep="\n\t") if result.text is not None else ",".join(map(str, result.token_ids))
 
 
 def _prompt(text: str | None, file: Path | None, ids: str | None) -> Prompt:

@@ -8,15 +8,17 @@ from typing import Any
 
 import click
 from rich.table import Table
+from rich.text import Text
 
 from ..bundle.hub import resolve_bundle
 from ..bundle.manifest import Manifest
 from ..bundle.reader import open_bundle
 from ..description import RUNTIME_SETTINGS
 from ..runtime.residency.budget import plan_budget
+from ..words import visible
 from .help import SETTINGS, Verb, option
 from .options import JSON, VERIFY, seal_options
-from .output import cell, console, visible
+from .output import console, say
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
@@ -61,18 +63,18 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool,
         "block length": routing.block_length,
         **{name: getattr(routing, name) for name in RUNTIME_SETTINGS[routing.mode]}}))
     for sentence in manifest.warnings:
-        out.print(f"Warning of the export: {visible(sentence)}", markup=False, highlight=False)
+        say(f"Warning of the export: {sentence}")
     out.print(_table("Sizes", {name.replace("_", " "): f"{value:,}" for name, value in summary.items()}))
     ops = Table("op", "domain", "version", "nodes", title="Custom ops")
     for op in manifest.denoiser.ops:
-        ops.add_row(cell(op.name), cell(op.domain), str(op.version), str(op.count))
+        ops.add_row(_cell(op.name), _cell(op.domain), str(op.version), str(op.count))
     if manifest.denoiser.ops:
         out.print(ops)
     if manifest.engines:
         out.print(_engines(manifest))
     files = Table("file", "bytes", "sha256", title=f"Files (verified: {verify})")
     for entry in manifest.files:
-        files.add_row(cell(entry.path), f"{entry.size:,}", entry.sha256[:16] + "…")
+        files.add_row(_cell(entry.path), f"{entry.size:,}", entry.sha256[:16] + "…")
     files.columns[0].overflow = "fold"
     out.print(files)
 
@@ -110,7 +112,7 @@ def _engines(manifest: Manifest) -> Table:
     for engine in manifest.engines:
         prefill = engine.profiles[0]
         outside = sum(weight.bytes for weight in engine.weight_inputs)
-        table.add_row(cell(engine.file), cell(f"{engine.flavour} {engine.version}"), cell(" ".join(engine.targets)),
+        table.add_row(_cell(engine.file), _cell(f"{engine.flavour} {engine.version}"), _cell(" ".join(engine.targets)),
                       str(engine.plugin_nodes), f"{outside:,}", str(prefill.batch[2]), str(prefill.tokens[2]),
                       str(prefill.past[2]))
     for column in table.columns:
@@ -121,5 +123,10 @@ def _engines(manifest: Manifest) -> Table:
 def _table(title: str, rows: dict[str, Any]) -> Table:
     table = Table(title=title, show_header=False)
     for name, value in rows.items():
-        table.add_row(name, cell(value))
+        table.add_row(name, _cell(value))
     return table
+
+
+def _cell(value: Any) -> Text:
+    """As it is: no markup, nothing that steers a terminal."""
+    return Text(visible(str(value)))

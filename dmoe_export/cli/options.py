@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -27,16 +27,14 @@ THREADS = option("--threads", type=click.IntRange(1, MOST_THREADS), group="bundl
 VERIFY = option(
     "--verify", type=click.Choice(get_args(Verify)), default="full", group="bundle and machine",
     help="What is compared with the manifest before use: full (sizes and hashes) or sizes")
-OUT = option("--out", type=click.Path(path_type=Path), metavar="FILE", group="output", help="Write the JSON here")
-PLOT = option("--plot", type=click.Path(path_type=Path), metavar="FILE", group="output", help="Write a PNG plot here")
-JSON = option("--json", "as_json", is_flag=True, group="output", help="Print one JSON object")
-
 _SEAL = (
     option("--expect-sha256", metavar="HEX", group="bundle and machine", shown="any",
            help="Use the bundle only if its manifest has this sha256, as export and inspect print it"),
     option("--trusted-key", type=click.Path(path_type=Path), metavar="FILE", group="bundle and machine", shown="any",
            help="Use the bundle only if manifest.json.sig is a signature by this Ed25519 public key in PEM"))
-
+OUT = option("--out", type=click.Path(path_type=Path), metavar="FILE", group="output", help="Write the JSON here")
+PLOT = option("--plot", type=click.Path(path_type=Path), metavar="FILE", group="output", help="Write a PNG plot here")
+JSON = option("--json", "as_json", is_flag=True, group="output", help="Print one JSON object")
 
 def seal_options(command: F) -> F:
     """`--expect-sha256` and `--trusted-key`, to be handed to `open_bundle` by these names."""
@@ -51,9 +49,9 @@ def request_option(name: str) -> Callable[[F], F]:
     flag, words, more = "--" + name.replace("_", "-"), one.help, dict[str, Any]()
     if bool in one.types:
         flag += flag.replace("--", "/--no-", 1)
-    elif Sequence[int] in one.types:
+    elif one.several:
         words += " May be given again."
-        more = {"type": int, "metavar": "ID", "multiple": True,
+        more = {"type": one.several, "metavar": "ID" if one.several is int else "TEXT", "multiple": True,
                 "callback": lambda context, option, values: values or None}
     else:
         kind = next((kind for kind in (int, float) if kind in one.types), None)

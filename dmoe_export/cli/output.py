@@ -1,4 +1,4 @@
-"""What is printed: how wide tables are, sentences of one line, and what happens when nobody reads any more."""
+"""Standard output: how wide it is, and what happens when nobody reads it any more."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..words import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
 
-def visible(text: str, keep: str = "") -> str:
-    """The text with control characters written out (\\x1b), but those of `keep`.
+def console(width: int = 120) -> Console:
+    """Of a terminal its own width, else `width`: a file or a pipe has no reason to cut tables."""
+    from rich.console import Console  # not for `--version`
 
-    Names of files and values of strangers are part of sentences and tables, and must not steer a terminal.
-    """
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    found = Console()
+    return found if found.is_terminal else Console(width=width)
 
 
-def say(sentence: object) -> None:
-    """One line on standard error."""
-    click.echo(f"dmoe-export: {visible(str(sentence))}", err=True)
+def say(sentence: str, err: bool = False) -> None:
+    """One line for people, whatever names and texts of others it quotes."""
+    click.echo(visible(sentence), err=err)
 
 
 class _Said(logging.Handler):
@@ -34,7 +35,7 @@ class _Said(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one."""
-        say(f"warning: {record.getMessage()}")
+        say(f"dmoe-export: warning: {record.getMessage()}", err=True)
 
 
 @contextmanager
@@ -46,26 +47,6 @@ def warnings_said() -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
-
-
-def cell(value: object) -> Text:
-    """Of a table: without rich's markup, which a stranger's name may look like."""
-    from rich.text import Text
-
-    return Text(visible(str(value)))
-
-
-def answer_shown(text: str) -> str:
-    """An answer as it is printed: as it is into a file or a pipe, and without what steers a terminal on one."""
-    return visible(text, keep="\n\t\u200c\u200d") if sys.stdout.isatty() else text
-
-
-def console(width: int = 120) -> Console:
-    """Of a terminal its own width, else `width`: a file or a pipe has no reason to cut tables."""
-    from rich.console import Console  # not for `--version`
-
-    found = Console()
-    return found if found.is_terminal else Console(width=width)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..errors import RequestError
 from ..runtime.backend import Backend, Limits
+from ..words import count
 from .caching import longest
 from .settings import DecodeSettings
 
@@ -24,13 +25,13 @@ def check_prompts(prompts: Sequence[Sequence[int]], new_tokens: int, backend: Ba
             raise RequestError(f"Prompt {i} holds token id {bad}, outside the vocabulary 0 … {d.vocab_size - 1}.")
         total = len(ids) + new_tokens
         if total > d.max_positions:
-            raise RequestError(f"Prompt {i} of {len(ids)} tokens and {new_tokens} new ones need {total} positions, "
+            raise RequestError(f"Prompt {i} of {count(len(ids), 'token')} and {new_tokens} new need {total} positions, "
                                f"the model has {d.max_positions}; shorten one of them.")
         most = (backend.limits or Limits()).max_context
         if most is not None and total > most:
-            raise RequestError(f"Prompt {i} of {len(ids)} tokens and {new_tokens} new ones need a context of {total} "
-                               f"tokens, the engine was built for {most}; build one with: dmoe-export build {bundle} "
-                               f"--max-context {total}.")
+            raise RequestError(f"Prompt {i} of {count(len(ids), 'token')} and {new_tokens} new need a context of "
+                               f"{total} tokens, the engine was built for {most}; build one with: dmoe-export build "
+                               f"{bundle} --max-context {total}.")
 
 
 def check_forwards(prompts: Sequence[Sequence[int]], settings: DecodeSettings, backend: Backend, block_length: int,
@@ -48,6 +49,6 @@ def check_forwards(prompts: Sequence[Sequence[int]], settings: DecodeSettings, b
         tokens = longest(backend.description, settings.cache, len(ids) + settings.max_new_tokens, block_length)
         if limits.max_tokens is not None and tokens > limits.max_tokens:
             grid = backend.routing.block_length
-            raise RequestError(f"Prompt {i} of {len(ids)} tokens and {settings.max_new_tokens} new ones need forwards "
-                               f"of {tokens} tokens, the engine takes at most {limits.max_tokens}; build one "
+            raise RequestError(f"Prompt {i} of {count(len(ids), 'token')} and {settings.max_new_tokens} new need "
+                               f"forwards of {tokens} tokens, the engine takes at most {limits.max_tokens}; build one "
                                f"with: dmoe-export build {bundle} --max-prefill {-(-tokens // grid) * grid}.")

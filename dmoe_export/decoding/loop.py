@@ -6,8 +6,9 @@ get wrong").
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,9 @@ from .row import FinishReason, Row
 from .salient import policy as salient_policy
 from .settings import DecodeSettings
 from .telemetry import Statistics
+
+Ends = Callable[[int, list[int], bool], int | None]
+"""Prompt, new tokens of its finished block, whether it is the last → how many of them stay, or None: all, and go on."""
 
 PREFILL_TOKENS = 512  # most tokens of a row in one prefill forward; chunks are exact under block-causal attention
 
@@ -79,8 +83,12 @@ class BlockDiffusion:
         """Raise RequestError when so many prompts, or the forwards they take, are more than the backend takes."""
         check_forwards(prompts, self._settings, self._backend, self._n, self._bundle)
 
-    def decode(self, prompts: Sequence[Sequence[int]]) -> Iterator[BlockDecoded]:
+    def decode(self, prompts: Sequence[Sequence[int]], cancelled: Callable[[], bool] = lambda: False,
+               ends: Ends | None = None) -> Iterator[BlockDecoded]:
         """Prompts of token ids (not empty) → finished blocks; a row's result does not depend on its neighbours.
+
+        Between forwards it looks at the time limit and asks `cancelled`: then every row that is left ends with the
+        blocks it has. `ends` may end a row with "stop"; it is asked once for every block, before that is yielded.
 
         Raises RequestError as `check` does, and NotFiniteError where a row's numbers are NaN or infinite: the whole
         call ends there, for rows share their forwards; blocks that came before stay.
@@ -90,11 +98,17 @@ class BlockDiffusion:
                 for i, p in enumerate(prompts)]
         cache = self._backend.new_cache(len(live))
         salient = SalientSteps(self._graphs) if self._graphs else None
+        over = time.monotonic() + (self._settings.time_limit or math.inf)
         while live:
-            self._step(live, cache, salient)
+            stopped = cancelled()
+            if stopped or time.monotonic() >= over:
+                for row in live:
+                    row.interrupt("cancelled" if stopped else "timeout")
+            else:
+                self._step(live, cache, salient)
             for row in live:
                 if row.finish_reason or (row.settled and row.emitted < min(row.span.stop, row.end)):
-                    yield BlockDecoded(row.index, row.take_new(), row.finish_reason, row.statistics)
+                    yield _finished(row, ends)
                 if row.finish_reason and salient:
                     salient.forget(row.index)
             staying = [i for i, row in enumerate(live) if row.finish_reason is None]
@@ -157,6 +171,16 @@ class BlockDiffusion:
             ids, positions, wanted, self._routing,
             want_logits=self._outcome.needs_logits and bool((wanted >= 0).any()),
             want_keys_values=any(plan is not None and plan.commit is not None for plan in plans))
+
+
+def _finished(row: Row, ends: Ends | None) -> BlockDecoded:
+    """What a row has new, up to where `ends` ends it."""
+    tokens = row.take_new()
+    kept = ends(row.index, tokens, row.finish_reason is not None) if ends else None
+    if kept is not None:
+        row.stop(len(tokens) - kept)
+        tokens = tokens[:kept]
+    return BlockDecoded(row.index, tokens, row.finish_reason, row.statistics)
 
 
 def _turn(plans: list[Plan]) -> list[Plan | None]:

@@ -58,6 +58,11 @@ class Option:
     told: Told
 
     @property
+    def several(self) -> type | None:
+        """Of what several may be given; None where one value is all."""
+        return next((kind for kind in (int, str) if Sequence[kind] in self.types), None)  # type: ignore[valid-type]
+
+    @property
     def shown(self) -> str:
         """The default in words."""
         words = {"None": "off", "False": "off", "True": "on"}.get(str(self.default), str(self.default))
@@ -76,10 +81,16 @@ class Option:
         if value is None and type(None) in self.types:
             return
         kind = next((kind for kind in _KINDS if kind in self.types), None)
-        if kind and Sequence[int] not in self.types:  # the rule of several values looks at each
+        if kind and self.several is None:  # the rule of several values looks at each
             check_kind(self.name, value, kind)
         if self.told.rule and not self.told.rule.holds(value):
-            raise RequestError(f"{self.name} is {value}, it must be {self.told.rule.words}.")
+            raise RequestError(f"{self.name} is {_quoted(value)}, it must be {self.told.rule.words}.")
+
+
+def _quoted(value: object) -> str:
+    """A value in a sentence: names as they are, other text so that blanks in it are seen, nothing without end."""
+    text = str(value) if not isinstance(value, str) or value.isidentifier() else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def options_of(settings: type) -> dict[str, Option]:
@@ -97,3 +108,5 @@ def check_kind(name: str, value: object, kind: type) -> None:
     wanted, words = _KINDS[kind]
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         raise RequestError(f"{name} is {value!r}, it must be {words}.")
+    if isinstance(value, Integral) and abs(int(value)) >= 2**128:  # arithmetic, and even words for it, would fail
+        raise RequestError(f"{name} is an integer of {int(value).bit_length()} bits, it must have 128 at most.")

@@ -12,7 +12,7 @@ from .acceptance import Credits
 from .settings import DecodeSettings
 from .telemetry import Statistics
 
-FinishReason = Literal["eos", "length"]
+FinishReason = Literal["eos", "length", "stop", "timeout", "cancelled"]
 
 
 class Row:
@@ -41,6 +41,7 @@ class Row:
         self.shift = int(description.logit_shift)
         self.credits: Credits = {}
         self._edit_passes = 0
+        self._interrupted = False
         self.emitted = len(prompt)  # positions below this were yielded
         self.eos_ids = description.eos_ids if settings.eos_ids is None else settings.eos_ids
         self.rng = np.random.default_rng(settings.seed + index)
@@ -108,11 +109,20 @@ class Row:
             self.finish_reason = "eos"
             self.end = int(first + hits[0])
 
+    def interrupt(self, reason: FinishReason) -> None:
+        """End the sequence with the blocks that were taken already."""
+        self.finish_reason, self.end, self._interrupted = reason, self.emitted, True
+
+    def stop(self, surplus: int) -> None:
+        """End the sequence in what was taken last, of which so many tokens are too many."""
+        self.finish_reason = "stop"
+        self.statistics.new_tokens -= surplus
+
     def take_new(self) -> list[int]:
         """Finished answer tokens that were not taken yet: whole blocks, or all when the sequence has ended."""
         stop = self.end if self.finish_reason else min(self.span.stop, self.end)
         new = self.canvas[self.emitted:stop].tolist()
         self.emitted = max(self.emitted, stop)
         self.statistics.new_tokens += len(new)
-        self.statistics.blocks += 1
+        self.statistics.blocks += not self._interrupted
         return new

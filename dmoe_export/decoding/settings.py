@@ -24,10 +24,20 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(int(one) for one in values)
 
 
+def _texts(value: Any) -> tuple[str, ...]:
+    """One text or several as a tuple; empty for anything else."""
+    values = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
+    return values if all(isinstance(one, str) for one in values) else ()
+
+
 _COSINE = Rule(lambda value: 0 < value <= 2, "above 0 and at most 2")  # above 1: all, but what enters the first layer
 _MASS = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _ENDS = Rule(lambda value: _ids(value) == (-1,) or min(_ids(value), default=-1) >= 0,
              "a token id, several of them, or -1 alone for none")
+
+_STOPS = Rule(lambda value: 1 <= len(_texts(value)) <= 16 and all(1 <= len(one) <= 1000 for one in _texts(value)),
+              "a text of 1 to 1000 characters, or 1 to 16 of them")
+_SECONDS = Rule(lambda value: 0 < value < float("inf"), "above 0")
 
 _SAVING, _SAMPLING, _ROUTING = "caches and salient steps", "sampling", "routing"  # groups of options
 
@@ -85,7 +95,7 @@ class DecodeSettings:
         "Recompute at most so many tokens per layer, with a graph of fixed sizes that the bundle was exported with",
         AT_LEAST_1, shown="the graph of any size", group=_SAVING)] = None
     exact_first_layer: Annotated[bool, Told(
-        "Let all tokens enter the first layer of a salient step; slower and closer to exact", group=_SAVING)] = False
+        "Let all tokens enter layer 0 of a salient step; slower and closer to exact", group=_SAVING)] = False
     temperature: Annotated[float, Told(
         "How much chance there is in the choice of tokens; higher is more varied, 0 takes the most probable", FINITE,
         of_bundle=True, group=_SAMPLING)] = 0.0
@@ -100,6 +110,12 @@ class DecodeSettings:
         "Token id that ends the answer, one or several; -1 for none", _ENDS, shown="the model's")] = None
     early_stop: Annotated[bool, Told(
         "End as soon as an end token has no gap before it, else at the block's end; with editing always there")] = True
+    stop: Annotated[str | Sequence[str] | None, Told(
+        "Text that ends the answer, one or several: the answer's text ends before the first that is complete, and its "
+        "block is the last", _STOPS, shown="none")] = None
+    time_limit: Annotated[float | None, Told(
+        "Most seconds of decoding, looked at between forwards; an answer then has the blocks that are finished",
+        _SECONDS, shown="none")] = None
     coreset_top_p: Annotated[float | None, Told(
         "Share of a block's votes for experts that is followed; higher uses more experts and is slower (routing top_p; "
         "dMoE)", SHARE, shown="the bundle's", group=_ROUTING)] = None
@@ -122,6 +138,11 @@ class DecodeSettings:
     def eos_ids(self) -> tuple[int, ...] | None:
         """`eos_id` as a tuple: (−1,) for none, None for the model's."""
         return None if self.eos_id is None else _ids(self.eos_id)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """`stop` as a tuple; empty for none."""
+        return _texts(self.stop)
 
 
 OPTIONS = options_of(DecodeSettings)
@@ -157,6 +178,8 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | None
     eos_id: int | Sequence[int] | None
     early_stop: bool | None
+    stop: str | Sequence[str] | None
+    time_limit: float | None
     coreset_top_p: float | None
     min_experts: int | None
     coreset_size: int | None

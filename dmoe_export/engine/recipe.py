@@ -104,6 +104,11 @@ class Recipe(Frozen):
             return self.checkpoint
         folder = (self.file.resolve().parent / self.checkpoint).resolve()
         if not folder.is_dir():
+            if self.file.parent == FOLDER:
+                there = self.checkpoint.lstrip("./")
+                raise InputError(f"Recipe {self.name} needs the folder {there} of a checkout of dmoe-export, as an "
+                                 f"installation has none; with a checkout, run: dmoe-export build CHECKOUT/{there} "
+                                 f"--recipe {self.name}.")
             raise InputError(f"Recipe {self.name} names the checkpoint folder {folder}, which does not exist; give "
                              "another CHECKPOINT on the command line.")
         return str(folder)

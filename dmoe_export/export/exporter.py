@@ -38,7 +38,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.flo
 GRAPH_FILE = "denoiser.onnx"
 
 Report = Callable[[str, int, int], None]
-"""Told the phase, the bytes written and the bytes to write."""
+"""Told the phase, the bytes written and the bytes to write; 0 of 0 where it is no matter of bytes."""
 
 
 def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *, precision: ExportPrecision = "fp32",
@@ -84,13 +84,15 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *, p
     tell = report or (lambda phase, done, of: None)
     with BundleWriter(out, overwrite, bytes_needed=total) as writer:
         tokenizer, said = copy_text(source, writer)  # first: what is wrong with it is known within a second
-        tell("trace", 0, total)
+        tell("trace", 0, 0)
         model = trace_denoiser(d, route, dtype, width, how)
         stream = WeightStream(source, writer, model, dtype, width, advance, how)
         stream.write_dense()
         expert_entry = stream.write_experts()
-        tell("check", total, total)
+        tell("check", 0, 0)
         graph = save_graph(model, writer, GRAPH_FILE)
+        if salient:
+            tell("trace salient steps", 0, 0)
         salient_entry = (export_salient(model, d, route, dtype, width, tuple(salient_capacity), writer, how)
                          if salient else None)
         licence = copy_licence(source.folder, writer)
@@ -101,7 +103,8 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *, p
                                        layers_total=source.full_description.num_layers, source=name),
             denoiser=graph, salient=salient_entry, experts=expert_entry, tokenizer=tokenizer,
             files=writer.entries, engines=[], decode_defaults=source.decode_defaults,
-            warnings=[without_path(w, source.folder, name) for w in (*source.warnings, *warnings, *said)])
+            warnings=[without_path(w, source.folder, name)
+                      for w in (*source.warnings, *warnings, *said, *licence.warnings)])
         (writer.folder / CARD_NAME).write_text(model_card(manifest, licence), encoding="utf-8")
         writer.seal(manifest)
     source.reader.close()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.writer import BundleWriter
-from ..regular_file import MOST_CONFIG, read_bounded
+from ..checkpoint.links import leaves
+from ..regular_file import MOST_CONFIG, read_regular
 
 _FILE = re.compile(r"(LICEN[SC]E|NOTICE|COPYING)([.-].*)?", re.IGNORECASE)
 
@@ -23,6 +24,7 @@ class Licence:
     link: str | None = None
     files: tuple[str, ...] = ()  # names of the texts, which the bundle holds, too
     unread: bool = False  # README.md has front matter that is no YAML
+    left_out: tuple[str, ...] = ()  # names of texts that are links to elsewhere: a bundle may be published
 
     @property
     def fields(self) -> dict[str, str]:
@@ -33,6 +35,12 @@ class Licence:
             found["license_name"] = self.name
         link = self.link or (texts[0] if texts and found["license"] == "other" else None)
         return found | ({"license_link": link} if link else {})
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the bundle does not hold."""
+        return [f"{name} of the checkpoint is a link that leaves its folder, so it was not copied; put the text itself "
+                "there if it belongs to the bundle." for name in self.left_out]
 
     @property
     def in_words(self) -> str:
@@ -48,15 +56,17 @@ class Licence:
 def copy_licence(folder: Path, writer: BundleWriter) -> Licence:
     """Copy a checkpoint's licence texts into the bundle, and read what its README.md says."""
     # A generated checkpoint has no folder.
-    names = sorted(path.name for path in folder.glob("*") if _FILE.fullmatch(path.name) and path.is_file())
+    found = sorted(path.name for path in folder.glob("*") if _FILE.fullmatch(path.name) and path.is_file())
+    names = tuple(name for name in found if not leaves(folder / name, folder))
+    elsewhere = tuple(name for name in found if name not in names)
     for name in names:
         shutil.copyfile(folder / name, writer.folder / name)
         writer.add_file(name)
     said = front_matter(folder / "README.md")
     if said is None:
-        return Licence(files=tuple(names), unread=True)
+        return Licence(files=names, unread=True, left_out=elsewhere)
     return Licence(_text(said.get("license")), _text(said.get("license_name")),
-                   _link(_text(said.get("license_link")), names), tuple(names))
+                   _link(_text(said.get("license_link")), names), names, left_out=elsewhere)
 
 
 def front_matter(path: Path) -> dict[str, Any] | None:
@@ -64,7 +74,7 @@ def front_matter(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return {}
     try:
-        text = read_bounded(path, MOST_CONFIG).decode("utf-8-sig")
+        text = read_regular(path, MOST_CONFIG).decode("utf-8-sig")
     except (OSError, ValueError):
         return None
     found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
@@ -88,7 +98,7 @@ def _text(value: object) -> str | None:
     return " ".join(value.split()) or None if isinstance(value, str) else None
 
 
-def _link(link: str | None, copied: list[str]) -> str | None:
+def _link(link: str | None, copied: tuple[str, ...]) -> str | None:
     """A link to elsewhere, or to a file that is here."""
     if link is None or re.match(r"https?://", link):
         return link

@@ -52,6 +52,9 @@ class EagerBackend:
                               out.logits.numpy() if inputs.want_logits else None,
                               ([x.numpy() for x in out.keys], [x.numpy() for x in out.values]))
 
+    def close(self) -> None:
+        """See `Backend`; the model is its owner's."""
+
 
 class EagerSalient:
     """`SalientGraphs` over a float32 `Denoiser` on the CPU."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..description import ModelDescription, RoutingDescription
+from ..errors import RequestError
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -63,6 +64,11 @@ class Cache(Protocol):
         ...
 
 
+def closed(name: str) -> RequestError:
+    """What a backend raises when it is asked after it was closed."""
+    return RequestError(f"Backend {name} was closed; open the bundle again.")
+
+
 class Backend(Protocol):
     """A loaded denoiser."""
 
@@ -77,4 +83,8 @@ class Backend(Protocol):
 
     def forward(self, inputs: ForwardInputs, cache: Any) -> ForwardOutputs:
         """Run the denoiser; never changes the cache."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds, after a forward in progress; no forward may follow. Closing again does nothing."""
         ...

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..bundle.reader import Bundle
 from ..errors import BundleError, RequestError
-from ..regular_file import MOST_CONFIG, MOST_TABLE, read_bounded
+from ..regular_file import MOST_CONFIG, MOST_TABLE, read_regular
 from ..tokenizer_guard import GuardedTokenizer, no_panics, one_request
 from .literal import LiteralEncoder
 from .messages import Message, check_text, plain_messages
@@ -42,7 +42,7 @@ class TextCodec:
         the token that it knows as `eos_token`. Raises BundleError for a file that is no tokenizer.
         """
         with no_panics(lambda why: BundleError(f"{tokenizer_file} cannot be read as a tokenizer: {why}.")):
-            content = json.loads(read_bounded(tokenizer_file, MOST_TABLE).decode("utf-8"))
+            content = json.loads(read_regular(tokenizer_file, MOST_TABLE).decode("utf-8"))
             self._guarded = GuardedTokenizer(content)
             self._tokenizer = self._guarded.raw
             self.tail = Tail(content.get("decoder"))
@@ -68,7 +68,7 @@ class TextCodec:
         if entry.chat_template:
             file = bundle.folder / entry.chat_template
             try:
-                template = read_bounded(file, MOST_CONFIG).decode("utf-8")
+                template = read_regular(file, MOST_CONFIG).decode("utf-8")
             except (OSError, ValueError) as error:
                 raise BundleError(f"{file} cannot be read as a chat template: {error}.") from None
         return cls(bundle.folder / entry.file, template, bundle.manifest.model.eos_id, entry.special_tokens)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 # Decoders whose text of some tokens begins the text of these and more, but for what `Tail` says.
@@ -58,21 +60,46 @@ class Tail:
 
 
 class TextStream:
-    """Text of a growing answer, in pieces that add up to the whole."""
+    """Text of a growing answer, in pieces that add up to the whole: the text before the first stop string.
 
-    def __init__(self, codec: Decoder) -> None:
-        self._codec = codec
+    The first is the one that is complete first (of two that are at once, the longer): so it does not depend on the
+    blocks in which tokens come. A piece never shows what may be the beginning of one.
+    """
+
+    def __init__(self, codec: Decoder, stops: Sequence[str] = ()) -> None:
+        self._codec, self._stops = codec, stops
         self._ids: list[int] = []
         self._shown = 0
+        self.kept: int | None = None  # tokens of the last push up to a stop string's last; None: there is none
 
     def push(self, ids: list[int], last: bool) -> str:
-        """The new piece of text; what more tokens could change waits for them."""
+        """The new piece of text; what more tokens could change waits for them. Sets `kept`."""
+        before = len(self._ids)
         self._ids += ids
         # All of it is decoded each time: a token's text can depend on the one before it.
         text = self._codec.decode(self._ids) if last else self._codec.tail.steady(self._codec, self._ids)
+        place = self._stop(text)
+        if place is not None:
+            self.kept = bisect_left(range(len(ids)), True, key=lambda count: self._stops_within(before + count))
+            text = text[:place]
+        elif not last:
+            text = text[:len(text) - max((_begun(text, stop) for stop in self._stops), default=0)]
         piece = text[self._shown:]
         self._shown = max(self._shown, len(text))
         return piece
+
+    def _stop(self, text: str) -> int | None:
+        """Where the first stop string begins."""
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop, self._shown)) >= 0]
+        return min(found)[1] if found else None
+
+    def _stops_within(self, count: int) -> bool:
+        return self._stop(self._codec.decode(self._ids[:count])) is not None
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many letters at the end of a text may be the beginning of a stop string."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _parts(decoder: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import check_reports as given_by
 import pytest
@@ -206,6 +207,39 @@ def test_many_generations_are_capped_and_the_different_come_first():
     assert text.index("prompt 39") < text.index("prompt 0")
 
 
+def test_no_line_goes_through_two_points_of_a_report():
+    for layers, wanted in ((2, False), (3, True)):
+        said = given_by.backend(layers, generations=[], router=False)
+        lines = re.findall(r'<path d="M[^"]*L[^"]*"[^>]*style="fill: none; stroke: #0b5cad; stroke-width: 1.5; '
+                           r'stroke-linecap: square"', plots.layer_error("p", said))
+        assert bool(lines) == wanted
+
+
+def test_red_crosses_are_told():
+    assert ">failed</text>" in plots.layer_error("p", given_by.backend(bad=3))
+    assert ">failed</text>" not in plots.layer_error("p", given_by.backend())
+
+
+def test_files_of_the_bundle_are_links_and_numbers_stay_whole(tmp_path):
+    """Relative ones, from where the report lies, also for names that a browser would take for something else."""
+    folder = tmp_path / "bundles" / "javascript:alert(1) & more"
+    folder.mkdir(parents=True)
+    for name in ("denoiser.onnx", "denoiser-rtx.engine"):
+        (folder / name).touch()
+    target = tmp_path / "reports" / "r.html"
+    write_report(given_by.failing().model_copy(update={"bundle": str(folder)}), target)
+    page = Page(target.read_text("utf-8"))
+    links = {value for tag, name, value in page.attributes if (tag, name) == ("a", "href") and value[0] != "#"}
+    assert {(target.parent / unquote(link)).resolve() for link in links} == {
+        folder, folder / "denoiser.onnx", folder / "denoiser-rtx.engine"}
+    assert all(":" not in link and not link.startswith("/") for link in links)
+    assert '<span class="whole">2026-11-21 15:20:00 UTC</span>' in target.read_text("utf-8")
+    shutil.rmtree(folder)
+    write_report(given_by.failing().model_copy(update={"bundle": str(folder)}), target)  # and nothing dangles
+    assert all(value[0] == "#" for tag, name, value in Page(target.read_text("utf-8")).attributes if (
+        tag, name) == ("a", "href"))
+
+
 HOSTILE = "</span></main><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} &amp; \x00\x1b[31m\u202e"
 
 
@@ -324,17 +358,48 @@ def test_without_matplotlib_the_fix_is_named_before_anything_is_checked(monkeypa
     assert caught.value.exit_code == 3
 
 
+CHROMIUM = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+            "--allow-file-access-from-files", "--virtual-time-budget=3000"]
+WIDE = """<iframe id=page src="r.html" style="border:0;width:{width}px;height:2000px"></iframe>
+<pre id=said></pre><script>
+onload = () => {{
+  const page = document.getElementById("page").contentDocument, wide = [];
+  for (const one of page.querySelectorAll("main *")) {{
+    let inside = false;
+    for (let above = one.parentElement; above; above = above.parentElement)
+      inside ||= ["auto", "scroll"].includes(page.defaultView.getComputedStyle(above).overflowX);
+    if (!inside && one.getBoundingClientRect().right > {width} + .5) wide.push(one.tagName);
+  }}
+  document.getElementById("said").textContent = page.documentElement.scrollWidth + " " + wide.join(" ");
+}}</script>"""
+
+
+def _browse(tmp_path, *arguments):
+    return subprocess.run([*CHROMIUM, f"--user-data-dir={tmp_path / 'profile'}", *arguments], check=True, text=True,
+                          capture_output=True, timeout=120).stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-@pytest.mark.parametrize("width", [420, 1200])
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("make", [given_by.report, given_by.failing, REPORTS["64 layers, two backends"]])
+def test_nothing_is_wider_than_the_window(tmp_path, width, make):
+    """A telephone's and a screen's; tables scroll inside their cards."""
+    write_report(make(), tmp_path / "r.html")
+    (tmp_path / "frame.html").write_text(WIDE.format(width=width))
+    said = _browse(tmp_path, "--dump-dom", (tmp_path / "frame.html").as_uri())
+    assert re.search(r'<pre id="said">(.*?)</pre>', said)[1].strip() == str(width)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@pytest.mark.parametrize("width", [500, 1280])
 @pytest.mark.parametrize("make,colour", [(given_by.report, (11, 107, 58)), (given_by.failing, (176, 0, 32))])
 def test_a_browser_shows_the_verdict(tmp_path: Path, width, make, colour):
     image = pytest.importorskip("PIL.Image")
     write_report(make(), tmp_path / "r.html")
-    subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu",
-                    f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'r.png'}",
-                    f"--window-size={width},900", (tmp_path / "r.html").as_uri()],
-                   check=True, capture_output=True, timeout=120)
-    with image.open(tmp_path / "r.png") as shot:
+    picture, page = tmp_path / "r.png", (tmp_path / "r.html").as_uri()
+    _browse(tmp_path, f"--screenshot={picture}", f"--window-size={width},900", page)
+    with image.open(picture) as shot:
         pixels = shot.convert("RGB").tobytes()
     assert pixels.count(bytes(colour)) > width * 40  # the banner

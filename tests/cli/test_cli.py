@@ -204,3 +204,17 @@ def test_unexpected_errors_are_one_sentence_too(bundle, monkeypatch):
     assert "Traceback" not in result.output
     assert "Traceback" in run("--debug", "generate", bundle, "--prompt-ids", "1").stderr
     assert "Traceback" in run("generate", bundle, "--prompt-ids", "1", "--debug").stderr
+
+
+def test_names_of_others_steer_no_terminal_and_are_no_markup(bundle, tmp_path):
+    """A file's name in an error, a manifest's words in a table."""
+    result = run("inspect", tmp_path / "a\n\x1b[31mb")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and r"a\n\x1b[31mb is no bundle" in result.stderr
+    folder = shutil.copytree(bundle, tmp_path / "b")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["checkpoint"]["source"] = "[/red]\x1b[2J"
+    manifest["warnings"] = ["[/b] \x1b[2J"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    shown = run("inspect", folder)
+    assert shown.exit_code == 0 and r"[/red]\x1b[2J" in shown.stdout and r"[/b] \x1b[2J" in shown.stdout
+    assert "\x1b" not in shown.stdout

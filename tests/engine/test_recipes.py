@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from engine_helpers import RTX_TARGETS, built, dmoe, plugin_library
 from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.cli import main
 from dmoe_export.cli.recipes import check_bundle, with_recipe
+from dmoe_export.engine import recipe
 from dmoe_export.engine.recipe import FOLDER, load_recipe, recipe_names
 from dmoe_export.errors import InputError
 from dmoe_export.hub import _HUB_ID
@@ -199,3 +201,12 @@ def test_another_flavour_does_not_inherit_the_targets(tmp_path):
     """Targets are those of the recipe's flavour; TensorRT builds for the GPU it finds, and says so without one."""
     result = dmoe("build", "--recipe", "sample", "--flavour", "tensorrt", "--out", tmp_path / "b")
     assert result.exit_code == 3 and "tensorrt" in result.stderr and "leave --targets out" not in result.stderr
+
+
+def test_without_a_checkout_the_sample_recipe_says_where_its_checkpoint_is_to_be_had(monkeypatch, tmp_path):
+    """As in an installed wheel: recipes lie in the package, samples do not."""
+    monkeypatch.setattr(recipe, "FOLDER", shutil.copytree(FOLDER, tmp_path / "dmoe_export" / "recipes"))
+    result = dmoe("build", "--recipe", "sample")
+    assert result.exit_code == 2 and result.stderr == (
+        "dmoe-export: Recipe sample needs the folder samples/tiny-dmoe of a checkout of dmoe-export, as an "
+        "installation has none; with a checkout, run: dmoe-export build CHECKOUT/samples/tiny-dmoe --recipe sample.\n")

@@ -98,7 +98,26 @@ def test_the_licence_is_read_not_guessed(tmp_path, readme, files, fields, words)
         licence = copy_licence(checkpoint, writer)
         assert [entry.path for entry in writer.entries] == sorted(files)
         assert all((writer.folder / name).read_text() == "terms" for name in files)
-    assert licence.fields == fields and words in licence.in_words
+    assert licence.fields == fields and words in licence.in_words and not licence.warnings
+
+
+@pytest.mark.parametrize(("folder", "target", "copied"), [
+    ("c", "text", True), ("c", "../secret", False), ("c", "up/secret", False), ("snapshots/1", "../../blobs/1", True),
+    ("snapshots/1", "../../secret", False), ("other/1", "../../blobs/1", False)])
+def test_a_text_that_a_link_brings_from_elsewhere_is_not_copied(tmp_path, folder, target, copied):
+    """A checkpoint of somebody else must not put files of this machine into a bundle that may be published."""
+    checkpoint = tmp_path / folder
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    for path in (checkpoint / "text", tmp_path / "secret", tmp_path / "blobs/1"):
+        path.write_text("private")
+    (checkpoint / "up").symlink_to("../" * len(Path(folder).parts))
+    (checkpoint / "LICENSE").symlink_to(target)
+    with BundleWriter(tmp_path / "b") as writer:
+        licence = copy_licence(checkpoint, writer)
+        assert [path.name for path in writer.folder.iterdir()] == ["LICENSE"] * copied
+    assert (licence.files == ("LICENSE",)) == copied
+    assert copied or "LICENSE of the checkpoint is a link that leaves its folder" in "".join(licence.warnings)
 
 
 def test_front_matter_ends_where_it_ends(tmp_path):

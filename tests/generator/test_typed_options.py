@@ -47,11 +47,11 @@ def test_the_command_line_has_every_option_with_its_words_and_type():
     for name, one in OPTIONS.items():
         option = SHOWN[name]
         assert option.opts == [f"--{name.replace('_', '-')}"] and option.default is None
-        assert option.help == one.help + " May be given again." * (name == "eos_id")
+        assert option.help == one.help + " May be given again." * bool(one.several)
         kind = option.type.choices if isinstance(option.type, click.Choice) else {
-            "integer": (int,), "float": (float,), "boolean": (bool,)}[option.type.name]
-        assert set(kind) == set(one.types) - {type(None), Sequence[int]}
-        assert option.multiple == (Sequence[int] in one.types)
+            "integer": (int,), "float": (float,), "boolean": (bool,), "text": (str,)}[option.type.name]
+        assert set(kind) == set(one.types) - {type(None), Sequence[int], Sequence[str]}
+        assert option.multiple == bool({Sequence[int], Sequence[str]} & set(one.types))
 
 
 def test_the_page_has_every_option():
@@ -82,24 +82,30 @@ def test_other_commands_that_share_an_option_share_its_words():
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_values_that_mean_nothing_are_refused_in_the_words_of_the_page(name):
-    with pytest.raises(RequestError, match=f"^{name} is '?many'?, it must be "):
-        DecodeSettings(**{name: "many"})
+    nothing = "" if str in OPTIONS[name].types else "many"
+    with pytest.raises(RequestError, match=f"^{name} is '?{nothing}'?, it must be "):
+        DecodeSettings(**{name: nothing})
     if (rule := OPTIONS[name].told.rule) and not isinstance(OPTIONS[name].default, str):
         with pytest.raises(RequestError, match=f"^{name} is -2, it must be {rule.words}.$"):
             DecodeSettings(**{name: -2})
 
 
 CALLS = """
+import threading
+
 from dmoe_export import Block, GenerateOptions, Generation, Generator, export_checkpoint
 
 generator = Generator.open("bundle", backend="onnxruntime", threads=2)
 chosen: GenerateOptions = {"steps": 8, "cache": "dual", "edit_threshold": 0.9}
 answers: list[Generation] = generator.generate(["a", [1, 2]], chat=False, max_new_tokens=8, eos_id=[1, 2], seed=None)
+generator.generate("a", stop="\\n", time_limit=2)
+generator.generate("a", stop=["b", "c"], cancel=threading.Event())
 blocks: list[Block] = list(generator.stream([{"role": "user", "content": "a"}], **chosen))
 generator.generate("a", speed=2)  # wrong: "speed"
 generator.generate("a", steps="8")  # wrong: "steps"
 generator.stream("a", cache="big")  # wrong: "cache"
 generator.stream("a", early_stop=0.5)  # wrong: "early_stop"
+generator.stream("a", stop=5)  # wrong: "stop"
 chosen["top_k"] = 0.5  # wrong: "top_k"
 Generator.open("bundle", backend="cuda")  # wrong: "backend"
 """

@@ -94,7 +94,7 @@ def test_weight_file_cut_short_while_it_is_read(tokens, tiny_bundle, tmp_path):
     options.log_severity_level = 4
     options.register_custom_ops_library(str(built()))
     raw = ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
-    session = CpuSession(raw, tiny_bundle, None, Kernels([], ""))
+    session = CpuSession(raw, "denoiser.onnx", tiny_bundle, None, Kernels([], ""), None)
     feeds = {"x": np.ones((tokens, 64), np.float32)}
     assert (session.run(["y"], feeds)[0] == 64).all()
     os.truncate(tmp_path / "w.bin", 8192)

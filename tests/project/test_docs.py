@@ -49,27 +49,27 @@ def test_commands_in_code_blocks_exist_with_their_options(page):
     assert not wrong
 
 
-def _quoted() -> list[tuple[str, str]]:
-    """(exit code of the section, sentence) of the troubleshooting page's tables."""
-    rows, code = [], ""
-    for line in (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines():
-        if line.startswith("## "):
-            code = "".join(re.findall(r"Exit code (\d)", line))
-        elif code and line.startswith("| ") and not line.startswith("| sentence"):
-            rows.append((code, line.split(" | ")[0].removeprefix("| ").replace("&#124;", "|")))
-    return rows
+TROUBLESHOOTING = sorted((REPOSITORY / "docs" / "troubleshooting").glob("*.md"))
+
+
+def _quoted(page: Path) -> set[tuple[str, str]]:
+    """(exit code, mark of the sentence) of the rows of a page of troubleshooting."""
+    rows = re.findall(r"^\| (.*?) \| (\d) \| ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {(code, Sentence("", text.replace("&#124;", "|"), "").mark) for text, code in rows}
 
 
 def test_troubleshooting_has_every_error_sentence_and_no_other():
     """Compared by the longest run of fixed words, so small edits of a sentence need none here."""
-    on_page = {(code, Sentence("", text, "").mark) for code, text in _quoted()}
+    by_page = {page.name: _quoted(page) for page in TROUBLESHOOTING}
     in_source = {(str(KINDS[s.kind].exit_code), s.mark): s for s in sentences() if s.mark}
-    missing = [f"exit code {code}: | {s.text} | … |   ({s.place})" for (code, mark), s in in_source.items()
-               if (code, mark) not in on_page]
-    assert not missing, "add to docs/troubleshooting.md:\n" + "\n".join(missing)
-    gone = sorted(on_page - in_source.keys())
+    gone = sorted((name, *row) for name, rows in by_page.items() for row in rows - in_source.keys())
     assert not gone, f"no longer in the source: {gone}"
-    assert len(on_page) > 100  # the page was read
+    assert len(by_page.pop("README.md")) == 10  # the first ones to know stand on their verb's page, too
+    on_pages = set().union(*by_page.values())
+    missing = [f"| {s.text} | {code} | … |   ({s.place})" for (code, mark), s in in_source.items()
+               if (code, mark) not in on_pages]
+    assert not missing, "add to the page of the verb in docs/troubleshooting:\n" + "\n".join(missing)
+    assert len(on_pages) > 100  # the pages were read
 
 
 def test_the_accuracy_page_has_the_limits_of_the_check():
@@ -90,5 +90,14 @@ def test_the_gpu_page_has_the_predictions_of_the_programs():
 
 
 def test_every_kind_of_error_with_words_is_an_exit_code_of_the_page():
-    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    assert {str(kind.exit_code) for kind in KINDS.values()} == set(re.findall(r"^\| (\d) \|", page, flags=re.MULTILINE))
+    page = (REPOSITORY / "docs" / "troubleshooting" / "README.md").read_text(encoding="utf-8")
+    said = set(re.findall(r"^\| (\d) \|", page, flags=re.MULTILINE))
+    assert {"0"} | {str(kind.exit_code) for kind in KINDS.values()} == said
+
+
+def test_the_readme_begins_with_what_it_is_a_picture_two_commands_python_and_what_has_run():
+    lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    first = "\n".join(lines[:46])
+    parts = ("](docs/images/", "\n```sh\n", "\n```python\n", "| on NVIDIA GPUs |\n|---|---|---|\n| ")
+    shown = [first.find(part) for part in parts]
+    assert shown == sorted(shown) and shown[0] > 0 and len(lines) <= 150

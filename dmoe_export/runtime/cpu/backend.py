@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ...bundle.manifest import GraphEntry
 from ...bundle.reader import Bundle
 from ...errors import MissingRequirementError
-from ..backend import ForwardInputs, ForwardOutputs, Limits
+from ..backend import ForwardInputs, ForwardOutputs, Limits, closed
 from ..cache import HostCache
 from ..edited import EditedGraph
 from ..library import ExpertSource
 from .library import CpuOps
 from .salient import OnnxRuntimeSalient
-from .session import open_session
+from .session import CpuSession, open_session
 
 _CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
@@ -48,11 +49,11 @@ class OnnxRuntimeBackend:
         manifest = bundle.manifest
         self.description, self.routing = manifest.model, manifest.routing
         self._bundle = bundle
-        self._open = partial(open_session, bundle=bundle, threads=threads, cpu_ops=cpu_ops, source=source,
-                             weights=weights)
+        opening = partial(open_session, bundle=bundle, threads=threads, cpu_ops=cpu_ops, source=source, weights=weights)
+        self._open: Callable[[GraphEntry | EditedGraph], CpuSession] | None = opening  # None once closed
         self._salient: dict[int | None, OnnxRuntimeSalient] = {}
         self._dtype = np.dtype(_CACHE_DTYPES[manifest.precision])
-        self._session = self._open(graph or manifest.denoiser)
+        self._session: CpuSession | None = opening(graph or manifest.denoiser)
         self.kernels = self._session.kernels
         given = {entry.name for entry in manifest.denoiser.inputs}
         defaults: dict[str, Any] = {
@@ -65,6 +66,8 @@ class OnnxRuntimeBackend:
 
     def salient_graphs(self, capacity: int | None) -> OnnxRuntimeSalient:
         """The bundle's salient graphs (`SalientBackend`); raises RequestError where it has none."""
+        if self._open is None:
+            raise closed(self.name)
         if capacity not in self._salient:
             self._salient[capacity] = OnnxRuntimeSalient(self._bundle, capacity, self._open)
         return self._salient[capacity]
@@ -76,6 +79,9 @@ class OnnxRuntimeBackend:
 
     def forward(self, inputs: ForwardInputs, cache: HostCache) -> ForwardOutputs:
         """Run the graph; only what is wanted is fetched."""
+        session = self._session
+        if session is None:
+            raise closed(self.name)
         feeds: dict[str, Any] = {"input_ids": inputs.input_ids, "position_ids": inputs.position_ids,
                                  "past_positions": cache.positions, "logit_rows": inputs.logit_rows}
         for name, default in self._defaults.items():
@@ -86,9 +92,15 @@ class OnnxRuntimeBackend:
             wanted.append("logits")
         if inputs.want_keys_values:
             wanted += self._kv_names
-        results = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
+        results = dict(zip(wanted, session.run(wanted, feeds), strict=True))
         layers = self.description.num_layers
         new = [results[name] for name in self._kv_names] if inputs.want_keys_values else []
         return ForwardOutputs(results["token_ids"], results["confidence"],
                               results.get("expert_ids", np.zeros((0, *inputs.input_ids.shape, 0), np.int32)),
                               results.get("logits"), (new[:layers], new[layers:]) if new else None)
+
+    def close(self) -> None:
+        """See `Backend`: a forward in progress keeps its session until it ends."""
+        for graphs in self._salient.values():
+            graphs.close()
+        self._session = self._open = None

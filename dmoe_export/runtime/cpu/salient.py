@@ -10,6 +10,7 @@ import numpy as np
 from ...bundle.manifest import GraphEntry
 from ...bundle.reader import Bundle, check_unchanged
 from ...errors import RequestError
+from ..backend import closed
 from ..salient import Arrays, GraphName
 from .session import CpuSession
 
@@ -35,6 +36,7 @@ class OnnxRuntimeSalient:
             self._files = {"fixed": fixed[capacity], "fill": entry.fill}
         self._bundle, self._open = bundle, open_graph
         self._sessions: dict[GraphName, CpuSession] = {}
+        self._closed = False
         routing = manifest.routing
         self._defaults: dict[str, Any] = {
             "top_p": np.array([routing.top_p], np.float32), "min_experts": np.array([routing.min_experts], np.int64),
@@ -50,7 +52,14 @@ class OnnxRuntimeSalient:
         return dict(zip(wanted, self._session(graph).run(wanted, feeds | chosen), strict=True))
 
     def _session(self, graph: GraphName) -> CpuSession:
+        if self._closed:
+            raise closed("onnxruntime")
         if graph not in self._sessions:
             check_unchanged(self._bundle)
             self._sessions[graph] = self._open(self._files[graph])
         return self._sessions[graph]
+
+    def close(self) -> None:
+        """See `Backend`."""
+        self._closed = True
+        self._sessions.clear()

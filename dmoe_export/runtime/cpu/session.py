@@ -28,11 +28,11 @@ class CpuSession:
     """A session, with the library whose kernels it runs on."""
 
     def __init__(self, raw: Any, name: str, bundle: Bundle, library: LibrarySession | None, kernels: Kernels,
-                 due: Results | None) -> None:
+                 due: Results | None, weights: Mapping[str, Any] | None = None) -> None:
         """`name` of the graph in errors; `due`: what it must give, None of an edited one."""
         self.raw, self.kernels = raw, kernels
-        self._bundle, self._library = bundle, library  # which must live as long as the session
-        self._name, self._due = name, due
+        self._bundle, self._name, self._due = bundle, name, due
+        self._keep = library, weights  # which must live as long as the session
 
     def run(self, wanted: list[str], feeds: Mapping[str, Any]) -> list[Any]:
         """The wanted outputs, in this order.
@@ -97,7 +97,7 @@ def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int |
     if isinstance(graph, GraphEntry):
         check_declared(raw, graph, name)
         due = Results(graph, bundle.manifest.model, name)
-    return CpuSession(raw, name, bundle, library, kernels, due)
+    return CpuSession(raw, name, bundle, library, kernels, due, weights)
 
 
 def _check_version(bundle: Bundle) -> None:

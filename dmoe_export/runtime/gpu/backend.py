@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ...bundle.reader import Bundle
 from ...description import RUNTIME_SETTINGS
-from ..backend import ForwardInputs, ForwardOutputs
+from ..backend import ForwardInputs, ForwardOutputs, closed
 from ..library import Kernels
 from .cache import DeviceCache, Geometry, Slab
 from .call import ITEMSIZES, Call, Executor, Layout, Sizes, Tensor, round_up
@@ -48,6 +48,7 @@ class DeviceBackend:
         # Buffers that every step uses keep their addresses, so that recorded steps can be replayed.
         self._buffers: dict[str, Buffer] = {}
         self._pinned: dict[str, NDArray[np.uint8]] = {}
+        self._closed = False
         self._dropped: Slab | None = None  # where keys and values go that nobody wants
 
     @property
@@ -61,13 +62,32 @@ class DeviceBackend:
 
     def new_cache(self, rows: int) -> DeviceCache:
         """An empty cache on the device."""
+        if self._closed:
+            raise closed(self.name)
         capacity = self.limits.max_context if self.limits else None
         return DeviceCache(rows, self._geometry, self._pool, self._stream, self._lock, capacity)
 
     def forward(self, inputs: ForwardInputs, cache: DeviceCache) -> ForwardOutputs:
         """One forward; raises RequestError past the engine's limits, DeviceError when the device fails."""
         with self._lock:
+            if self._closed:
+                raise closed(self.name)
             return self._forward(inputs, cache)
+
+    def close(self) -> None:
+        """See `Backend`; memory of caches that somebody still holds goes with the backend itself."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._device.synchronize(self._stream)
+            if self.graphs:
+                self.graphs.clear()
+            self._executor.close()
+            self._buffers.clear()
+            self._pinned.clear()
+            self._dropped = None
+            self._pool.release()
 
     def _forward(self, inputs: ForwardInputs, cache: DeviceCache) -> ForwardOutputs:
         rows, tokens = inputs.input_ids.shape

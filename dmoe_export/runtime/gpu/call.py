@@ -81,6 +81,10 @@ class Executor(Protocol):
         """A launcher for this call; None where calls cannot be recorded."""
         ...
 
+    def close(self) -> None:
+        """Let go of session or engine and its memory, once; no call may follow."""
+        ...
+
 
 class Layout:
     """Arrays packed into one block of bytes, each at a multiple of 256, so that one copy moves all."""

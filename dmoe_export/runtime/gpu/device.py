@@ -60,6 +60,10 @@ class Device(Protocol):
         """Uninitialised host memory that copies can run beside the host with; lives as long as the array."""
         ...
 
+    def unpin(self) -> None:
+        """Give pinned memory of arrays that are gone back."""
+        ...
+
     def stream(self) -> int:
         """A new stream."""
         ...
@@ -190,12 +194,16 @@ class CudaDevice:
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
         """See `Device`; memory of arrays that are gone is given back by the next call."""
-        while self._unpinned:
-            self._call("cudaFreeHost", self._unpinned.popleft())
+        self.unpin()
         address = int(self._call("cudaHostAlloc", max(size, 1), self._cuda.cudaHostAllocDefault))
         block = (ctypes.c_uint8 * size).from_address(address)
         weakref.finalize(block, self._unpinned.append, address).atexit = False  # the process's end frees it
         return np.ctypeslib.as_array(block)
+
+    def unpin(self) -> None:
+        """See `Device`."""
+        while self._unpinned:
+            self._call("cudaFreeHost", self._unpinned.popleft())
 
     def stream(self) -> int:
         """See `Device`."""

@@ -59,6 +59,13 @@ class GraphCache:
         if entry.launcher.capturable(stream):
             entry.graph = self._record(entry.launcher, stream)
 
+    def clear(self) -> None:
+        """Give all graphs back; no work may still use them."""
+        for entry in self._entries.values():
+            if entry.graph is not None:
+                self._device.free_graph(entry.graph)
+        self._entries.clear()
+
     def _remember(self, key: Hashable) -> None:
         self._entries[key] = _Entry()
         while len(self._entries) > self._limit:

@@ -65,6 +65,12 @@ class Pool:
         """Called by a dying Buffer, from any thread."""
         self._returned.append(address)
 
+    def release(self) -> None:
+        """Free every block that nobody refers to, and pinned memory likewise."""
+        self._collect()
+        self._trim(0)
+        self.device.unpin()
+
     def _collect(self) -> None:
         while self._returned:
             self._idle.append(self._returned.popleft())

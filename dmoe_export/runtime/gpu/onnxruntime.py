@@ -98,6 +98,10 @@ class OnnxRuntimeExecutor:
         binding.bind(call)
         return binding
 
+    def close(self) -> None:
+        """See `Executor`."""
+        del self._binding, self._session  # the binding refers to the executor
+
     def end_profile(self) -> str:
         """The file that ONNX Runtime wrote."""
         return str(self._session.end_profiling())

@@ -23,18 +23,18 @@ class ResidentOnDevice(ResidentBackend):
 
     def __init__(self, backend: DeviceBackend, residency: Residency, tier: DeviceExperts, budget: ExpertBudget) -> None:
         super().__init__(backend, residency, tier, budget)
-        self._pools = tier
         self._hits = self._misses = 0
 
     def forward(self, inputs: ForwardInputs, cache: Any) -> ForwardOutputs:
         """See `ResidentBackend`."""
-        outputs = super().forward(inputs, cache)
-        shown = self._pools.shown
-        used = np.zeros(shown.shape, bool)
-        for layer, ids in enumerate(outputs.expert_ids):
-            used[layer, ids[ids >= 0]] = True
-        self._hits += int((used & shown).sum())
-        self._misses += int((used & ~shown).sum())
+        with self._lock:
+            outputs, pools = super().forward(inputs, cache), self._live()
+            assert isinstance(pools, DeviceExperts)
+            used = np.zeros(pools.shown.shape, bool)
+            for layer, ids in enumerate(outputs.expert_ids):
+                used[layer, ids[ids >= 0]] = True
+            self._hits += int((used & pools.shown).sum())
+            self._misses += int((used & ~pools.shown).sum())
         return outputs
 
     def statistics(self) -> ResidencyStatistics:

@@ -100,6 +100,11 @@ class TensorRTExecutor:
         self._bind(context, call)
         return _Isolated(self, context)
 
+    def close(self) -> None:
+        """See `Executor`."""
+        self.experts = None
+        del self._contexts, self._engine, self._scratch, self._weights
+
     def _profile(self, sizes: Sizes) -> int:
         fits = [i for i, p in enumerate(self._entry.profiles) if all(_within(p, sizes).values())]
         return min(fits, key=lambda i: self._entry.profiles[i].tokens[2])

@@ -40,8 +40,13 @@ def library(flavour: str) -> Any:
 def find_engine(bundle: Bundle, device: Device, resident: bool = False) -> tuple[EngineEntry, Any]:
     """The first of a bundle's engines for this GPU and library, and its module; raises MissingRequirementError.
 
-    `resident`: only among those with a pool of resident experts.
+    `resident`: only among those with a pool of resident experts. Engines of a bundle in a hub's cache need a seal.
     """
+    if not bundle.vouched:
+        raise MissingRequirementError(
+            f"Engines of {bundle.folder} are native code from a hub, so they run only for a bundle that you vouch for; "
+            "give --expect-sha256 or --trusted-key, or build your own with: dmoe-export build "
+            f"{bundle.folder} --out BUNDLE.")
     engines = [entry for entry in bundle.manifest.engines if entry.expert_pools or not resident]
     if not engines:
         raise MissingRequirementError(f"{bundle.folder} holds no engine that takes an expert budget; build one with: "
@@ -105,7 +110,8 @@ def last_error(trt: Any) -> str:
 def deserialise(bundle: Bundle, entry: EngineEntry, trt: Any) -> Any:
     """The engine of a file, mapped rather than read.
 
-    The plugin library inside the file is loaded and run, as the graph's custom nodes need it: open bundles you trust.
+    The plugin library inside the file is loaded and run, as the graph's custom nodes need it; `find_engine` refuses
+    those of bundles that nobody vouched for.
     An engine that carries none gets the installed one.
     """
     path = bundle.folder / entry.file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import RequestError
-from ..backend import Backend, ForwardInputs, ForwardOutputs, Ints
+from ..backend import Backend, ForwardInputs, ForwardOutputs, Ints, closed
 from ..library import Kernels
 from ..salient import Arrays, GraphName, SalientBackend, SalientGraphs
 from .budget import ExpertBudget
@@ -66,12 +67,18 @@ class ResidencyStatistics:
 
 
 class ResidentBackend:
-    """Another backend, with a residency policy watching its forwards and a tier acting on it. Tokens are the same."""
+    """Another backend, with a residency policy watching its forwards and a tier acting on it. Tokens are the same.
+
+    Requests may come from several threads; their forwards take turns, as one policy and one budget serve all.
+    """
 
     def __init__(self, backend: Backend, residency: Residency, tier: Tier, budget: ExpertBudget) -> None:
         self.name, self.description, self.routing = backend.name, backend.description, backend.routing
         self.limits = backend.limits
-        self._backend, self._residency, self._tier, self._budget = backend, residency, tier, budget
+        self._backend, self._residency, self._budget = backend, residency, budget
+        self._tier: Tier | None = tier  # None once closed
+        self._figures: dict[str, float] = {}  # of the tier, once closed
+        self._lock = threading.RLock()
         self._blocks: Ints | None = None  # active block per row, of the last denoise step
         self._seconds = self._refresh_seconds = 0.0
         self._costs: Costs | None = None
@@ -97,8 +104,9 @@ class ResidentBackend:
 
     def forward(self, inputs: ForwardInputs, cache: Any) -> ForwardOutputs:
         """Run the denoiser, count what it used, refresh when it is time. Raises as `watched`."""
-        outputs = self.watched(lambda: self._backend.forward(inputs, cache))
-        self.observe(inputs, outputs.expert_ids)
+        with self._lock:
+            outputs = self.watched(lambda: self._backend.forward(inputs, cache))
+            self.observe(inputs, outputs.expert_ids)
         return outputs
 
     def watched(self, run: Callable[[], Result]) -> Result:
@@ -106,29 +114,32 @@ class ResidentBackend:
 
         Raises BundleError when the expert file was changed before or while it was read: the result is not returned.
         """
-        self._tier.check()
-        self._tier.forward_begins()
-        try:
-            result = run()
-        finally:
-            self._tier.forward_ends()
-        self._tier.check()
+        with self._lock:
+            tier = self._live()
+            tier.check()
+            tier.forward_begins()
+            try:
+                result = run()
+            finally:
+                tier.forward_ends()
+            tier.check()
         return result
 
     def observe(self, inputs: ForwardInputs, expert_ids: NDArray[np.int32]) -> None:
         """Count what a forward, or a step of several, used: ids [L, …, k]; refresh when it is time."""
-        start = time.perf_counter()
-        self._residency.observe(expert_ids, *self._step(inputs))
-        if self._residency.wants_costs:
-            r, costs = self._residency, self._tier.costs()
-            each = self._refresh_seconds / max(1, r.refreshes) / (len(r.resident) * r.slots)
-            self._costs = replace(costs, refresh=each)
-        middle = time.perf_counter()
-        moves = self._residency.refresh(self._costs)
-        if moves:
-            self._refresh_seconds += time.perf_counter() - middle
-        self._seconds += time.perf_counter() - start
-        self._tier.move(moves)
+        with self._lock:
+            start, tier = time.perf_counter(), self._live()
+            self._residency.observe(expert_ids, *self._step(inputs))
+            if self._residency.wants_costs:
+                r, costs = self._residency, tier.costs()
+                each = self._refresh_seconds / max(1, r.refreshes) / (len(r.resident) * r.slots)
+                self._costs = replace(costs, refresh=each)
+            middle = time.perf_counter()
+            moves = self._residency.refresh(self._costs)
+            if moves:
+                self._refresh_seconds += time.perf_counter() - middle
+            self._seconds += time.perf_counter() - start
+            tier.move(moves)
 
     def _step(self, inputs: ForwardInputs) -> tuple[bool, bool]:
         """Whether a forward is a denoise step, and whether a row began another block with it.
@@ -145,10 +156,16 @@ class ResidentBackend:
         same = before is not None and before.shape == blocks.shape and bool((before == blocks)[wanted].all())
         return True, not same
 
+    def _live(self) -> Tier:
+        if self._tier is None:
+            raise closed(self.name)
+        return self._tier
+
     def statistics(self) -> ResidencyStatistics:
         """Totals since the bundle was opened."""
         r, known = self._residency, {field.name for field in fields(ResidencyStatistics)}
-        figures = {name: value for name, value in self._tier.figures().items() if name in known}
+        figures = self._tier.figures() if self._tier else self._figures
+        figures = {name: value for name, value in figures.items() if name in known}
         return ResidencyStatistics(
             self._budget.bytes, r.slots, str(r.interval), r.tau, r.change, r.used_fast, r.used_slow, r.refreshes,
             r.promotions, r.evictions, self._costs.bring if self._costs else None,
@@ -156,8 +173,12 @@ class ResidentBackend:
             **figures)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Stop the tier; the backend stays usable."""
-        self._finalizer()
+        """See `Backend`. The tier goes first, so that the other backend gives back all that nobody holds any more."""
+        with self._lock:
+            if self._tier:
+                self._finalizer()
+                self._figures, self._tier = self._tier.figures(), None
+                self._backend.close()
 
 
 class ResidentSalient:

@@ -9,6 +9,7 @@ from numbers import Integral
 
 from ...bundle.manifest import Manifest
 from ...errors import RequestError
+from ...words import count
 
 RESERVE = 1 / 8  # of the budget: room for experts that are used but not resident
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -51,7 +52,8 @@ def plan_budget(manifest: Manifest, expert_budget: str | int | None = None, expe
     least = moe.experts_per_token * each
     if asked < least:
         raise RequestError(f"The expert budget of {asked:,} bytes is less than one coreset: a token uses "
-                           f"{moe.experts_per_token} experts of {each:,} bytes in a layer; give {least:,} or more.")
+                           f"{count(moe.experts_per_token, 'expert')} of {each:,} bytes in a layer; give {least:,} or "
+                           "more.")
     memory = machine_memory() if machine_bytes is None else machine_bytes
     if asked > memory:
         raise RequestError(f"The expert budget of {asked:,} bytes is more than this machine's memory of {memory:,}; "

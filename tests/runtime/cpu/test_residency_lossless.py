@@ -185,12 +185,22 @@ def test_a_dropped_generator_lets_go(sample_bundle):
     assert file.resident_bytes() == others and not threads & _threads()
 
 
-def test_a_closed_one_goes_on_under_its_budget(sample_bundle, sample_answers):
-    generator = open_generator(sample_bundle, expert_budget="25%")
-    generator.backend.close()
-    assert [g.token_ids for g in generator.generate(QUESTIONS, **ANSWER)] == sample_answers
+def test_a_closed_one_lets_go_and_remembers_what_it_did(sample_bundle):
+    """While it is still held, and in the middle of an answer."""
+    file = FileIdentity.of(sample_bundle.folder / "experts.bin")
+    gc.collect()
+    others, before = file.resident_bytes(), _threads()
+    generator = open_generator(sample_bundle, expert_budget="25%", expert_refresh_interval=1)
+    stream = generator.stream(QUESTIONS[0], max_new_tokens=80, eos_id=-1)
+    next(stream)
+    generator.backend._tier.wait()
+    assert file.resident_bytes() > others and _threads() - before
     done = generator.backend.statistics()
-    assert done.misses > 0 and 0 < done.peak_bytes <= done.budget_bytes
+    generator.close()
+    assert file.resident_bytes() == others and _threads() <= before
+    assert generator.backend.statistics() == done and done.misses > 0 and 0 < done.peak_bytes <= done.budget_bytes
+    with pytest.raises(RequestError, match="was closed"):
+        next(stream)
 
 
 def test_other_systems_are_refused(sample_bundle, monkeypatch):

@@ -11,6 +11,7 @@ from conftest import SAMPLE
 from device_helpers import decode, host_backend
 
 from dmoe_export import Generator
+from dmoe_export.errors import RequestError
 from dmoe_export.runtime.backend import ForwardInputs
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 from dmoe_export.runtime.gpu.device import DeviceError
@@ -198,3 +199,21 @@ def test_memory_returns_after_a_request(golden_bundle, prompts):
         decode(backend, prompts[:3], max_new_tokens=40, eos_id=-1)
         used.append(backend.fake.used)
     assert used[1] == used[2]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_closing_frees_the_device(golden_bundle, prompts, graphs):
+    """All of it, also of a stream that is held and not at its end."""
+    backend = host_backend(golden_bundle, graphs)
+    generator = Generator(golden_bundle, backend)
+    stream = generator.stream([prompts[0]], max_new_tokens=96, eos_id=-1)
+    assert next(stream).token_ids and backend.fake.used and backend.fake.host
+    assert not graphs or backend.graphs.recorded
+    generator.close()
+    generator.close()
+    assert backend.fake.used == 0 and not backend.fake.blocks and not backend.fake.host
+    with pytest.raises(RequestError, match="was closed"):
+        next(stream)
+    for call in (lambda: backend.new_cache(1), lambda: backend.forward(None, None)):
+        with pytest.raises(RequestError, match=r"^Backend host was closed; open the bundle again\.$"):
+            call()

@@ -16,7 +16,7 @@ from tensorrt_helpers import Setup, bundle_with_engine, bundle_with_resident_eng
 from dmoe_export import Generator, export_checkpoint
 from dmoe_export.bundle.manifest import FileEntry
 from dmoe_export.bundle.reader import hash_file
-from dmoe_export.errors import MissingRequirementError
+from dmoe_export.errors import MissingRequirementError, RequestError
 from dmoe_export.runtime.choose import open_under_budget
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 from dmoe_export.runtime.gpu import expert_pools as device_residency
@@ -88,6 +88,11 @@ def _run(monkeypatch, subject, percent, interval, pace, graphs=True):
     assert s.peak_bytes == slots * subject.layers * subject.each
     assert 0 <= s.promotions - s.evictions <= slots * subject.layers
     backend.close()
+    backend.close()
+    assert setup.device.fake.used == 0 and not setup.device.fake.host  # slots, engine, the pinned copy of all experts
+    assert backend.statistics() == s
+    with pytest.raises(RequestError, match="Backend tensorrt was closed"):
+        subject.answer(backend)
     return s, backend, setup
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import linked_layouts
 import numpy as np
 import pytest
 from device_helpers import decode
@@ -12,7 +13,9 @@ from tensorrt_helpers import Setup, bundle_with_engine, changed
 from dmoe_export import Generator
 from dmoe_export.bundle.manifest import FileEntry
 from dmoe_export.bundle.reader import hash_file, open_bundle
-from dmoe_export.errors import RequestError
+from dmoe_export.bundle.seal import manifest_sha256
+from dmoe_export.check.engines import check_engines
+from dmoe_export.errors import MissingRequirementError, RequestError
 from dmoe_export.runtime.backend import ForwardInputs
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 from dmoe_export.runtime.gpu import tensorrt as tensorrt_module
@@ -163,8 +166,9 @@ def test_weights_arrive_and_stay(monkeypatch, engines):
     assert setup.device.fake.calls["cudaMemcpyAsync"] == len(entry.weight_inputs)  # each small enough for one chunk
 
 
-def test_through_the_generator(monkeypatch, engines, golden_bundle, prompts, tmp_path):
-    """An engine listed in manifest.json, found by backend auto."""
+@pytest.fixture
+def listed(engines, tmp_path):
+    """A bundle whose manifest lists its engine among the files."""
     folder = tmp_path / "b"
     shutil.copytree(engines.folder, folder)
     engine = folder / "a.engine"
@@ -172,12 +176,32 @@ def test_through_the_generator(monkeypatch, engines, golden_bundle, prompts, tmp
     manifest = engines.manifest.model_copy(update={"files": files})
     (folder / "manifest.json").write_text(manifest.model_dump_json())
     assert open_bundle(folder).manifest.engines[0].weight_inputs
+    return folder
+
+
+def test_through_the_generator(monkeypatch, engines, listed, golden_bundle, prompts):
+    """An engine listed in manifest.json, found by backend auto."""
     setup = Setup(monkeypatch, engines)
     monkeypatch.setattr(tensorrt_module.CudaDevice, "open", classmethod(lambda cls: setup.device))
     for name in ("auto", "tensorrt"):
-        generator = Generator.open(folder, backend=name)
+        generator = Generator.open(listed, backend=name)
         assert generator.backend.name == "tensorrt"
         assert ("engine for this GPU" in generator.backend_choice) == (name == "auto")
     want = Generator.open(golden_bundle.folder, backend="onnxruntime").generate(prompts[:2], **OPTIONS)
     got = generator.generate(prompts[:2], **OPTIONS)
     assert [g.token_ids for g in got] == [w.token_ids for w in want]
+
+
+def test_a_hub_s_engine_runs_only_for_who_vouches_for_it(monkeypatch, engines, listed, tmp_path):
+    """It brings native code, and a hub's cache is full of other people's."""
+    setup, folder = Setup(monkeypatch, engines), linked_layouts.hub(listed, tmp_path)
+    monkeypatch.setattr(tensorrt_module.CudaDevice, "open", classmethod(lambda cls: setup.device))
+    assert Generator.open(folder, expect_sha256=manifest_sha256(folder)).backend.name == "tensorrt"
+    made: list[int] = []
+    monkeypatch.setattr(tensorrt_module, "deserialise", lambda *_: made.append(1))
+    auto = Generator.open(folder)
+    assert auto.backend.name == "onnxruntime" and "only for a bundle that you vouch for" in auto.backend_choice
+    with pytest.raises(MissingRequirementError, match=r"native code from a hub.*--expect-sha256 or --trusted-key"):
+        Generator.open(folder, backend="tensorrt")
+    [checked] = check_engines(open_bundle(folder), setup.device)
+    assert not made and any("vouch" in finding.detail for finding in checked.findings)
