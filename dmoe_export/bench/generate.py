@@ -126,6 +126,10 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
     MissingRequirementError when a peer cannot run here.
     """
     manifest = bundle.manifest
+    for setting in chosen:  # before any prompt is made
+        if setting.prompt_tokens + max_new_tokens > manifest.model.max_positions:
+            raise RequestError(f"{setting.prompt_tokens} prompt and {max_new_tokens} new tokens are more than the "
+                               f"model's {manifest.model.max_positions} positions; choose other --prompt-tokens.")
     options = {setting: {"max_new_tokens": max_new_tokens, "steps": steps, "eos_id": -1, "cache": setting.cache,
                          "temperature": 0.0,  # whatever the bundle's own default is
                          **routing_options(bundle, setting.coreset)} for setting in chosen}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from ..errors import OutputError
 from . import card
 from .manifest import EngineEntry, FileEntry, Manifest
+from .partial import make_partial, unlock
 from .place import check_target, put_in_place
 from .reader import Bundle, hash_file, read_manifest
 from .writer import write_manifest
@@ -58,11 +58,11 @@ def copied_bundle(bundle: Bundle, target: Path, overwrite: bool) -> Iterator[Pat
 
     Raises OutputError.
     """
-    target = target.resolve() if target.is_symlink() else target.absolute()
+    target = Path(os.path.realpath(target)) if target.is_symlink() else target.absolute()
     check_target(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        folder, lock = make_partial(target)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror}.") from error
     try:
@@ -79,6 +79,7 @@ def copied_bundle(bundle: Bundle, target: Path, overwrite: bool) -> Iterator[Pat
         raise OutputError(f"{target} could not be written: {reason}; nothing was left behind.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        unlock(lock)
 
 
 def _share(source: Path, copy: Path) -> None:

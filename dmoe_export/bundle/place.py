@@ -52,6 +52,8 @@ def put_in_place(folder: Path, target: Path, overwrite: bool = True) -> None:
     _flush_names(target.parent)
     try:
         shutil.rmtree(old)
+    except FileNotFoundError:
+        pass  # another export took it for one that was left
     except OSError as error:
         raise OutputError(f"{target} is the new bundle, but the old one could not be removed ({error.strerror}); "
                           f"remove {old}.") from error

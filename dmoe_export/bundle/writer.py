@@ -14,6 +14,7 @@ from ..errors import BundleError, OutputError
 from ..words import size
 from .finite import not_finite
 from .manifest import MANIFEST_NAME, FileEntry, Manifest
+from .partial import make_partial, unlock
 from .place import check_target, put_in_place
 from .reader import hash_file, open_bundle
 
@@ -86,11 +87,12 @@ class BundleWriter:
     def __init__(self, target: str | Path, overwrite: bool = False, bytes_needed: int = 0) -> None:
         self.target = Path(target).absolute()
         if self.target.is_symlink():  # the link stays, what it names is written
-            self.target = self.target.resolve()
+            self.target = Path(os.path.realpath(self.target))  # Path.resolve() raises RuntimeError for a loop
         self._overwrite, self._bytes_needed = overwrite, bytes_needed
         self._open_files: list[DataFile] = []
         self.entries: list[FileEntry] = []
         self.folder = self.target  # the temporary one, once entered
+        self._lock: int | None = None  # of the temporary folder
         self._new_parents: list[Path] = []  # innermost first
 
     def __enter__(self) -> BundleWriter:
@@ -103,7 +105,7 @@ class BundleWriter:
                 self._remove_new_parents()
                 raise OutputError(f"{self.target.parent} has {size(free)} free, the bundle needs "
                                   f"{size(self._bytes_needed)}; free space or choose another --out.")
-            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.partial-", dir=self.target.parent))
+            self.folder, self._lock = make_partial(self.target)
             self.folder.chmod(0o755)
         except OSError as error:
             self._remove_new_parents()
@@ -153,6 +155,7 @@ class BundleWriter:
             file.abandon()
         if self.folder != self.target:
             shutil.rmtree(self.folder, ignore_errors=True)
+        unlock(self._lock)
         if error is not None:
             self._remove_new_parents()
         # An error about a file elsewhere (the checkpoint's) keeps its own name.

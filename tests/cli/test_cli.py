@@ -123,7 +123,10 @@ def test_bf16_needs_another_backend(tiny_checkpoint, tmp_path):
 
 
 STOPPED = """
-import os, sys, time, dmoe_export
+import os, signal, sys, time, dmoe_export
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever nohup, or a shell's &, made of them
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 from dmoe_export.bundle.writer import BundleWriter
 from dmoe_export.cli import main
 
