@@ -54,11 +54,11 @@ class Budget:
         if time.monotonic() > self._end:
             raise SecurityError(f"it takes more than {SECONDS:g} s")
 
-    def made(self, value: Any) -> None:
-        """A value was made."""
+    def made(self, value: Any, inside: bool = True) -> None:
+        """A value was made; `inside`: of values that were not together before."""
         self.check_time()
         if isinstance(value, _SIZED):
-            check_size(len(value) if isinstance(value, str) else weigh(value))
+            check_size(weigh(value) if inside and not isinstance(value, str) else len(value))
             self._made -= len(value)
             if self._made < 0:
                 raise SecurityError(f"it makes values of more than {MOST_MADE} characters and items together")
@@ -102,6 +102,9 @@ def check_size(size: int) -> None:
         raise SecurityError(f"it makes a value of {size} characters or items, more than {MOST_TEXT}")
 
 
+_ITEM = 10  # characters of an item besides its text: quotes, commas, digits
+
+
 def weigh(value: Any, indent: int = 0) -> int:
     """Characters and items of a value as printing it meets them: what lies in two places counts twice, so that a few
     lists in each other are not 2^40 letters. `indent`: characters added before each item, for each level it is deep.
@@ -111,7 +114,7 @@ def weigh(value: Any, indent: int = 0) -> int:
     total, waiting = 0, [(value, 0)]
     while waiting:
         one, depth = waiting.pop()
-        total += 1 + indent * depth
+        total += _ITEM + indent * depth
         inner: Iterable[Any] = ()
         if isinstance(one, (str, bytes)):
             total += len(one)

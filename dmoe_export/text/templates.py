@@ -53,7 +53,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"],
                          finalize=_put_out, optimized=False)  # an optimizer would compute without limits
         self.filters = limited(self.filters | {"tojson": _to_json, "join": _join, "replace": _replace, "sum": _sum})
-        self.filters |= {"_turns": _turns, "_concat": _concat, "_made": _made}
+        self.filters |= {"_turns": _turns, "_concat": _concat, "_made": _made, "_cut": _cut}
         self.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
         del self.globals["lipsum"]  # makes text of any length
 
@@ -66,10 +66,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
     def rewrite(self, tree: nodes.Template) -> None:
         """Loops, joined texts, slices and lists go through filters that count them."""
-        for kind, counted in ((nodes.List, _has_parts), (nodes.Tuple, _has_parts), (nodes.Dict, _has_parts),
-                              (nodes.Getitem, _is_slice)):
-            replace_nodes(tree, kind, lambda node, counted=counted: through_filter(node, "_made") if counted(node)
-                          else node)
+        for kind in (nodes.List, nodes.Tuple, nodes.Dict):
+            replace_nodes(tree, kind, lambda node: through_filter(node, "_made") if _has_parts(node) else node)
+        replace_nodes(tree, nodes.Getitem, lambda node: through_filter(node, "_cut") if _is_slice(node) else node)
         for loop in tree.find_all(nodes.For):
             loop.iter = through_filter(loop.iter, "_turns")
         replace_nodes(tree, nodes.Concat,
@@ -207,9 +206,17 @@ class _Turns:
 
 @pass_context
 def _made(context: Context, value: Any) -> Any:
-    """A list or slice that a template makes."""
+    """A list that a template makes."""
     if budget := current():
         budget.made(value)
+    return value
+
+
+@pass_context
+def _cut(context: Context, value: Any) -> Any:
+    """A slice that a template makes."""
+    if budget := current():
+        budget.made(value, inside=False)
     return value
 
 
