@@ -7,6 +7,7 @@
 # make fuzz    5 500 hostile files, command lines and calls: the table of what became of them; under 30 minutes
 # make sanitize   the CPU kernels' tests under address and undefined-behaviour sanitizers
 # make docs   the documentation as a site, build/site; a broken link is an error
+# make sbom    what a wheel requires and holds, with licences (CycloneDX)
 # make wheel   dist/: one wheel with the libraries for CPU and GPU, to be installed on a device
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ READY := $(VENV)/.ready
 CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo cpu-ops check bench bench-decode test lint types plugins ort-ops wheel engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs clean
+.PHONY: demo cpu-ops check bench bench-decode test lint types plugins ort-ops sbom wheel engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
@@ -64,9 +65,22 @@ $(CPU_OPS): $(READY) $(SOURCES)
 ort-ops: $(READY)
 	$(call compiled,cuda,onnxruntime-cuda)
 
-wheel: $(PLUGINS)
+# What the wheel requires and holds, with licences: read from an environment that has the requirements and nothing else.
+SBOM := build/sbom/dmoe-export.cdx.json
+
+sbom: $(SBOM)
+
+$(SBOM): $(READY) pyproject.toml constraints.txt plugins/cmake/sbom.py
+	$(PYTHON) -m venv --clear build/sbom/venv
+	build/sbom/venv/bin/python -m pip install --quiet -c constraints.txt -C wheel.cmake=false .
+	build/sbom/venv/bin/python -m pip uninstall --quiet --yes dmoe-export setuptools pip
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible --of JSON -o $@ \
+		build/sbom/venv/bin/python
+	$(BIN)/python plugins/cmake/sbom.py $@ --cuda
+
+wheel: $(PLUGINS) $(SBOM)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist \
-		-C cmake.define.DMOE_CUDA=ON -C build-dir=build/cuda .
+		-C cmake.define.DMOE_CUDA=ON -C cmake.define.DMOE_SBOM=$(abspath $(SBOM)) -C build-dir=build/cuda .
 
 engines: out/sample.bundle/manifest.json $(PLUGINS)
 	$(BIN)/dmoe-export build samples/tiny-dmoe --out out/sample-fp16.bundle --force

@@ -10,10 +10,12 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from ..regular import read_regular
 from .manifest import Manifest
 from .writer import write_text
 
 CARD_NAME = "README.md"
+_MOST_BYTES = 16 << 20
 Section = Literal["files", "check"]
 
 
@@ -39,7 +41,7 @@ def update(folder: Path, name: Section, body: str) -> str | None:
     if not path.exists():
         return None
     try:
-        new = replaced(path.read_text(encoding="utf-8"), name, body)
+        new = replaced(read_regular(path, _MOST_BYTES).decode("utf-8"), name, body)
         if new is None:
             return "its marks were removed"
         write_text(path, new)

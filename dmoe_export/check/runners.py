@@ -136,7 +136,7 @@ def session_in(graph: EditedGraph, bundle: Bundle) -> ort.InferenceSession:
     options.log_severity_level = 4
     options.add_session_config_entry(EXTERNAL_FOLDER, str(graph.folder))
     try:
-        return ort.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # onnxruntime raises its own kinds
         name = f"{bundle.folder} (an edited graph)"
         raise not_loaded(error, name, None, bundle.manifest.denoiser.opset) from error

@@ -19,6 +19,15 @@ class _Base:
 TRT = types.SimpleNamespace(IProgressMonitor=_Base)
 
 
+@pytest.fixture
+def ctrl_c():
+    """As in a terminal, whatever nohup or a shell's `&` made of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_build_and_is_raised_after_it():
     told = []
     reached_the_end = False

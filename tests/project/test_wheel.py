@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -35,7 +36,7 @@ def source(tmp_path_factory):
     for name in ("dmoe_export", "engines", "plugins"):
         skip = shutil.ignore_patterns("__pycache__", "lib", "*.bundle")
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=skip)
-    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "THIRD_PARTY.md", ".gitignore"):
         shutil.copy(ROOT / name, copy)
     for path in ("engines/mine.bundle/weights.bin", "dmoe_export/lib/libdmoe_cpu.so"):
         (copy / path).parent.mkdir()
@@ -54,7 +55,20 @@ def test_the_wheel_without_kernels(source, tmp_path):
             for path in (ROOT / "dmoe_export").glob(pattern)}
     assert len(data) >= 8 and data == {name for name in names if name.startswith("dmoe_export/")}
     licences = {name.partition("/licenses/")[2] for name in names if "/licenses/" in name}
-    assert licences == {"LICENSE", "plugins/onnxruntime/include/LICENSE"}
+    assert licences == {"LICENSE", "THIRD_PARTY.md", "plugins/onnxruntime/include/LICENSE"}
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_the_list_of_its_components(source, tmp_path):
+    """`make sbom` makes the list; where PEP 770 wants it, and with what is compiled in."""
+    (tmp_path / "list.json").write_text('{"components": [{"name": "numpy"}]}')
+    subprocess.run([sys.executable, ROOT / "plugins" / "cmake" / "sbom.py", tmp_path / "list.json"], check=True)
+    done = _wheel(tmp_path, "-C", f"cmake.define.DMOE_SBOM={tmp_path / 'list.json'}", source=source)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    (name,) = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/sboms/" in name]
+    listed = json.loads(zipfile.ZipFile(wheel).read(name))["components"]
+    assert {one["name"] for one in listed} == {"numpy", "onnxruntime", "libstdc++"}
 
 
 def test_without_a_compiler_one_sentence_says_what_to_do(source, tmp_path):

@@ -83,7 +83,8 @@ def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int |
     for weight, value in (weights or {}).items():
         options.add_initializer(weight, value)
     try:
-        raw = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        # Its fallback, to the same provider, prints.
+        raw = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # onnxruntime raises its own kinds, all of them about this graph
         folder = None if isinstance(graph, EditedGraph) else bundle.folder
         raise not_loaded(error, name, folder, bundle.manifest.denoiser.opset) from error

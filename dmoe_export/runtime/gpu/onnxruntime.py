@@ -62,7 +62,8 @@ class OnnxRuntimeExecutor:
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         library = prepare_session(bundle, settings, custom_ops) if custom_ops else None
         try:
-            self._session = ort.InferenceSession(str(path), settings, providers=[(provider, options)])
+            self._session = ort.InferenceSession(str(path), settings, providers=[(provider, options)],
+                                                 enable_fallback=0)
         except Exception as error:  # onnxruntime raises its own kinds
             raise not_loaded(error, str(path), bundle.folder, bundle.manifest.denoiser.opset, "onnxruntime-gpu",
                              f" on {provider}") from error
