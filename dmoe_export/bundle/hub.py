@@ -15,8 +15,8 @@ from .seal import SIGNATURE_NAME
 def resolve_bundle(source: str | Path) -> Path:
     """The local folder of a bundle, whole but not yet verified; of a hub id one of links, in the hub's cache.
 
-    Raises RequestError for what is neither, BundleError for a repository that is no bundle or cannot be fetched, MissingRequirementError without
-    huggingface_hub. A path is returned as it is: opening it says what is wrong with it.
+    Raises RequestError for what is no path, BundleError for a repository that is no bundle or cannot be fetched,
+    MissingRequirementError without huggingface_hub. A path is returned as it is: opening it says what is wrong with it.
     """
     if not isinstance(source, (str, Path)):
         raise RequestError(f"The bundle {source!r} is no path; give a folder or a hub id.")

@@ -30,7 +30,8 @@ _keep = option("--keep", is_flag=True, group="place", help="Keep what lies in --
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
-    "dmoe-export bench export --geometry tiny --layers 2", "dmoe-export bench export --geometry tiny --layers 2 --precision fp16 --json"))
+    "dmoe-export bench export --geometry tiny --layers 2",
+    "dmoe-export bench export --geometry tiny --layers 2 --precision fp16 --json"))
 @_geometry
 @_layers
 @option("--precision", type=click.Choice(PRECISIONS), default="fp32", group="model", help="How weights are stored")
