@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from ..errors import BundleError
+from ..errors import BundleError, RequestError
 from ..hub import HubError, fetch, hub_id
 from .manifest import MANIFEST_NAME
 from .reader import read_manifest
@@ -15,9 +15,11 @@ from .seal import SIGNATURE_NAME
 def resolve_bundle(source: str | Path) -> Path:
     """The local folder of a bundle, whole but not yet verified; of a hub id one of links, in the hub's cache.
 
-    Raises BundleError for a repository that is no bundle or cannot be fetched, MissingRequirementError without
-    huggingface_hub. A path is returned as it is: opening it says what is wrong with it.
+    Raises RequestError for what is no path, BundleError for a repository that is no bundle or cannot be fetched,
+    MissingRequirementError without huggingface_hub. A path is returned as it is: opening it says what is wrong with it.
     """
+    if not isinstance(source, (str, Path)):
+        raise RequestError(f"The bundle {source!r} is no path; give a folder or a hub id.")
     name = hub_id(source)
     if name is None:
         return Path(source)

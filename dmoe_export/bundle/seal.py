@@ -51,6 +51,8 @@ def check_seal(folder: Path, manifest: bytes, expect_sha256: str | None, trusted
             raise BundleError(f"{folder / MANIFEST_NAME} has sha256 {found}, not the expected {expect_sha256.lower()}; "
                               "fetch the bundle again from who told you the sha256.")
     if trusted_key is not None:
+        if not isinstance(trusted_key, (str, Path)):
+            raise RequestError(f"The trusted key {trusted_key!r} is no path; give the file of a public key.")
         _check_signature(folder, manifest, Path(trusted_key))
 
 

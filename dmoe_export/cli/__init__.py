@@ -18,7 +18,7 @@ import click
 from .. import __version__
 from ..errors import DmoeError
 from .help import SETTINGS, Verbs
-from .output import reader_may_leave, say
+from .output import reader_may_leave, say, warnings_said
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -47,7 +47,7 @@ class OneSentenceErrors(Verbs):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb."""
         try:
-            with _stopped_by_signals(), reader_may_leave(), _usage_in_one_sentence():
+            with _stopped_by_signals(), reader_may_leave(), warnings_said(), _usage_in_one_sentence():
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise

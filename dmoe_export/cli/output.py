@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,25 @@ def console(width: int = 120) -> Console:
 def say(sentence: str, err: bool = False) -> None:
     """One line for people, whatever names and texts of others it quotes."""
     click.echo(visible(sentence), err=err)
+
+
+class _Said(logging.Handler):
+    """Warnings of the package as sentences."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
+        say(f"dmoe-export: warning: {record.getMessage()}", err=True)
+
+
+@contextmanager
+def warnings_said() -> Iterator[None]:
+    """What the package logs is shown as a warning; without this, Python prints the bare words."""
+    log, handler = logging.getLogger("dmoe_export"), _Said(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 @contextmanager

@@ -39,6 +39,15 @@ def _bundle(change: Callable[[Path], Any], *command: str) -> Reproducer:
     return case
 
 
+def _open(path: Any = None, **options: Any) -> Reproducer:
+    def case(base: Base, folder: Path) -> Case:
+        from dmoe_export.generator import Generator
+
+        return Case("", [], lambda: Generator.open(base.bundle if path is None else path, **options).generate([[5]]))
+
+    return case
+
+
 def _call(prompts: Any, **options: Any) -> Reproducer:
     def case(base: Base, folder: Path) -> Case:
         from dmoe_export.generator import Generator
@@ -136,6 +145,8 @@ REPRODUCERS: dict[str, Reproducer] = {
     "experts called with a NUL, to be built": _bundle(_called("experts.bin", "experts.bin\0"), *_PLAN),
     "a template that makes two megabytes": _bundle(_sealed("chat_template.jinja", lambda b: b"{{ 'a,' * 1000000 }}")),
     "output to a link to itself": _loop,
+    "a trusted key that is no path": _open(trusted_key={1}),
+    "a bundle that is no path": _open(3),
     "ids that are none": _call([[5, None, "3"]]),
     "ids beyond 64 bits": _call([[2**70]]),
     "a role that is no text": _call([[{"role": None, "content": PROMPT}]]),

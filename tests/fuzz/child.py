@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import json
+import logging
 import os
 import resource
 import select
@@ -176,6 +177,7 @@ def _run(case: Case) -> int:
 
     try:
         if case.call:
+            logging.getLogger("dmoe_export").addHandler(logging.NullHandler())  # warnings are for the caller's log
             try:
                 print(json.dumps({"answers": [g.token_ids for g in case.call()]}))
             except DmoeError as error:

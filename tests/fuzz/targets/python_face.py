@@ -108,8 +108,10 @@ def calls(rng: random.Random, base: Base, folder: Path) -> Case:
     for _ in range(rng.choice([0, 0, 1, 2])):
         asked[rng.choice([*OPTIONS, "chat", "nope"])] = rng.choice([mutate.value(rng), _odd(rng)])
 
+    path = base.bundle if rng.random() < 0.97 else _odd(rng)
+
     def call() -> Any:
-        return Generator.open(base.bundle, **opened).generate(prompts, **asked)
+        return Generator.open(path, **opened).generate(prompts, **asked)
 
     return Case(f"open({_shown(opened)}).generate({_shown(prompts)}, {_shown(asked)})", [], call)
 
