@@ -9,7 +9,7 @@ from collections.abc import Generator as Results
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 from weakref import WeakSet
 
 from typing_extensions import Unpack
