@@ -20,10 +20,15 @@ RUNTIME_SETTINGS: dict[RoutingMode, tuple[str, ...]] = {
 """Which routing settings a mode lets a request change: graph inputs of the bundle."""
 
 
+MOST_LAYERS = 10_000  # names of tensors are listed layer by layer before any is looked for
+MOST_POSITIONS = 2**24  # memory of a request is asked for by positions
+_SIZE = 2**31 - 1  # beyond, shapes overflow
+
+
 class Frozen(BaseModel):
     """Immutable, and strict about unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ExpertQuantisation(Frozen):
@@ -41,12 +46,12 @@ class ExpertQuantisation(Frozen):
 class MoeDescription(Frozen):
     """The mixture-of-experts part; symbols as in the dMoE paper (arXiv 2605.30876, section 3)."""
 
-    num_experts: int = Field(gt=0, description="E")
-    experts_per_token: int = Field(gt=0, description="k")
-    expert_width: int = Field(gt=0, description="I, inner width of one expert")
+    num_experts: int = Field(gt=0, le=_SIZE, description="E")
+    experts_per_token: int = Field(gt=0, le=_SIZE, description="k")
+    expert_width: int = Field(gt=0, le=_SIZE, description="I, inner width of one expert")
     shared_width: int = Field(ge=0, description="inner width of the shared experts together; 0 = none")
-    num_groups: int = Field(gt=0, description="G")
-    groups_kept: int = Field(gt=0, description="Kg")
+    num_groups: int = Field(gt=0, le=_SIZE, description="G")
+    groups_kept: int = Field(gt=0, le=_SIZE, description="Kg")
     routed_scaling: float = Field(gt=0, description="γ")
     score_function: Literal["sigmoid", "softmax"] = "sigmoid"
     renormalise: bool = True
@@ -63,19 +68,19 @@ class ModelDescription(Frozen):
 
     family: str
     architecture: str
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=_SIZE)
+    hidden_size: int = Field(gt=0, le=_SIZE)
+    num_layers: int = Field(gt=0, le=MOST_LAYERS)
+    num_heads: int = Field(gt=0, le=_SIZE)
+    num_kv_heads: int = Field(gt=0, le=_SIZE)
+    head_dim: int = Field(gt=0, le=_SIZE)
     dense_width: int = Field(ge=0, description="inner width of the dense feed-forward layers")
     moe: MoeDescription | None = Field(description="null for a dense model")
     qk_norm: bool
     rope_theta: float = Field(gt=0)
-    rotary_dim: int = Field(gt=0)
+    rotary_dim: int = Field(gt=0, le=_SIZE)
     rms_eps: float = Field(gt=0)
-    max_positions: int = Field(gt=0)
+    max_positions: int = Field(gt=0, le=MOST_POSITIONS)
     tie_embeddings: bool
     mask_id: int = Field(ge=0)
     eos_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, description="each of them ends an answer; "

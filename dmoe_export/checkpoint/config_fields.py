@@ -7,11 +7,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..description import MOST_LAYERS, MOST_POSITIONS
 from ..errors import CheckpointError
 from .harmless_fields import HARMLESS
 
+__all__ = ["MOST_LAYERS", "MOST_POSITIONS", "Fields", "shown", "token_ids"]
+
 T = TypeVar("T", int, float, bool, str)
-MOST_LAYERS = 10_000  # names of tensors are listed layer by layer before any is looked for
 _MOST = 2**31 - 1  # no size, id or count of a model is larger; beyond, shapes and lists overflow
 _LEAST, _LARGEST = 2.0**-126, 2.0**128 * (1 - 2.0**-24)  # of float32
 MOST_SHOWN = 60  # characters of a value in a sentence

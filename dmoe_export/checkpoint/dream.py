@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..description import ModelDescription
-from .config_fields import MOST_LAYERS, Fields
+from .config_fields import MOST_LAYERS, MOST_POSITIONS, Fields
 from .layout import Layout, below, split_qkv, swiglu, weights
 from .rope import whole_heads
 
@@ -51,7 +51,8 @@ class Dream:
             num_layers=f.positive("num_hidden_layers", most=MOST_LAYERS),
             dense_width=f.positive("intermediate_size"), moe=None, qk_norm=False,
             rope_theta=theta, rotary_dim=rotary,
-            rms_eps=f.get("rms_norm_eps", float, 1e-6), max_positions=f.positive("max_position_embeddings"),
+            rms_eps=f.get("rms_norm_eps", float, 1e-6),
+            max_positions=f.positive("max_position_embeddings", most=MOST_POSITIONS),
             tie_embeddings=f.get("tie_word_embeddings", bool, False), attention="full", logit_shift=True,
             qkv_bias=True, **f.ids(vocab, _PUBLISHED))
         f.refuse_unread(_WITHOUT_MEANING)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..description import ModelDescription
-from .config_fields import MOST_LAYERS, Fields
+from .config_fields import MOST_LAYERS, MOST_POSITIONS, Fields
 from .harmless_fields import words
 from .layout import Layout, below, split_qkv, weights
 from .rope import whole_heads
@@ -53,7 +53,8 @@ class Llada:
             num_layers=f.positive("n_layers", most=MOST_LAYERS), **heads, moe=None, qk_norm=False,
             dense_width=f.positive("mlp_hidden_size", f.positive("mlp_ratio", 4) * hidden),
             rope_theta=theta, rotary_dim=rotary,
-            rms_eps=f.get("rms_norm_eps", float, 1e-5), max_positions=f.positive("max_sequence_length"),
+            rms_eps=f.get("rms_norm_eps", float, 1e-5),
+            max_positions=f.positive("max_sequence_length", most=MOST_POSITIONS),
             tie_embeddings=f.get("weight_tying", bool), attention="full",
             qkv_bias=f.get("include_qkv_bias", bool, False), **f.ids(vocab, _PUBLISHED))
         f.refuse_unread(_WITHOUT_MEANING)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..description import ModelDescription, MoeDescription
-from .config_fields import MOST_LAYERS, Fields
+from .config_fields import MOST_LAYERS, MOST_POSITIONS, Fields
 from .harmless_fields import words
 from .layout import Layout, below, swiglu, weights
 from .rope import read_rotary
@@ -71,7 +71,8 @@ class Llada2Moe:
             num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
             dense_width=f.positive("intermediate_size"), moe=self._moe(f, dense),
             qk_norm=f.get("use_qk_norm", bool, True), rope_theta=theta, rotary_dim=rotary,
-            rms_eps=f.get("rms_norm_eps", float), max_positions=f.positive("max_position_embeddings"),
+            rms_eps=f.get("rms_norm_eps", float),
+            max_positions=f.positive("max_position_embeddings", most=MOST_POSITIONS),
             tie_embeddings=f.get("tie_word_embeddings", bool, False), **f.ids(vocab, _PUBLISHED))
         f.refuse_unread(_ELSEWHERE)
         return description

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..description import ModelDescription, MoeDescription
-from .config_fields import MOST_LAYERS, Fields
+from .config_fields import MOST_LAYERS, MOST_POSITIONS, Fields
 from .layout import Layout, below, split_qkv, swiglu, weights
 from .rope import read_rotary
 
@@ -59,7 +59,7 @@ class LladaMoe:
             dense_width=f.positive("dense_intermediate_size") if dense else 0, moe=self._moe(f, dense),
             qk_norm=f.get("qk_layernorm", bool), rope_theta=theta,
             rotary_dim=rotary, rms_eps=f.get("rms_norm_eps", float, 1e-5),
-            max_positions=f.positive("max_position_embeddings"),
+            max_positions=f.positive("max_position_embeddings", most=MOST_POSITIONS),
             tie_embeddings=f.get("tie_word_embeddings", bool, False), attention="full",
             **f.ids(vocab, _PUBLISHED))
         f.refuse_unread(("dense_intermediate_size",))  # of layers without experts, of which there may be none

@@ -9,9 +9,11 @@ import time
 
 import pytest
 from conftest import SAMPLE
+from pydantic import ValidationError
 
 from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.checkpoint.text import read_text_side
+from dmoe_export.description import ModelDescription
 from dmoe_export.errors import CheckpointError
 from dmoe_export.export.licence import front_matter
 from dmoe_export.regular_file import MOST_CONFIG, MOST_TABLE, read_regular
@@ -111,6 +113,23 @@ def test_sizes_that_are_none(folder, name, value):
     text = json.dumps(CONFIG | {name: 5050 if number else value})
     clear(folder, "config.json").write_text(text.replace("5050", number) if number else text)
     refused(folder, name if number is None else "cannot be read as JSON")
+
+
+@pytest.mark.parametrize("value", [10**7 * 2, 2**31 - 1])
+def test_positions_that_no_memory_holds(folder, value):
+    """Memory of a request is asked for by positions, so a checkpoint must not choose them freely."""
+    clear(folder, "config.json").write_text(json.dumps(CONFIG | {"max_position_embeddings": value}))
+    refused(folder, f"max_position_embeddings is {value}, which is more than 16777216")
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("max_positions", 2**31), ("num_layers", 2**62), ("vocab_size", 2**31), ("rope_theta", float("nan")),
+    ("rms_eps", float("inf")), ("head_dim", 2**62)])
+def test_a_description_has_the_same_bounds(folder, field, value):
+    """It is also what a bundle's manifest says of its model."""
+    good = Checkpoint(folder).description.model_dump()
+    with pytest.raises(ValidationError, match=field):
+        ModelDescription.model_validate(good | {field: value})
 
 
 @pytest.mark.parametrize("name", ["rope_theta", "rms_norm_eps", "routed_scaling_factor", "core_threshold"])
