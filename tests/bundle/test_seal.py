@@ -18,6 +18,7 @@ from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.bundle.seal import SIGNATURE_NAME, manifest_sha256
 from dmoe_export.cli import main
 from dmoe_export.errors import BundleError, RequestError
+from dmoe_export.extras import pip_install
 from dmoe_export.generator import Generator
 
 
@@ -175,7 +176,7 @@ def test_without_the_library_a_sentence_says_what_to_install(copy):
     code = "from dmoe_export.cli import main; main(['inspect', sys.argv[1], '--trusted-key', 'key.pem'])"
     found = python_without(code, copy, blocked=("cryptography",))
     assert found.returncode == 3 and found.stderr == (
-        "dmoe-export: A trusted key needs cryptography; run: pip install 'dmoe-export[sign]'.\n")
+        f"dmoe-export: A trusted key needs cryptography; run: {pip_install('sign')}.\n")
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="the system has no openssl")
