@@ -26,7 +26,7 @@ DEFECTS = (
 )
 MACHINE = ("command line", "Python face")  # what may ask for what this machine lacks; files must not be blamed on it
 # A refusal's line, and all that a command may print on stderr: sentences, warnings, the summary of an answer.
-_SAID = re.compile(r"^dmoe-export: (?!warning:)")
+_SAID = re.compile(r"^dmoe-export: (?!warning:|.* s so far$)")
 _EXPECTED = re.compile(
     r"^(dmoe-export: |\[.*\]$|Usage: |Try 'dmoe-export |Error: |The bundle .* was exported and is complete|$)"
 )
