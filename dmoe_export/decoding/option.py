@@ -107,7 +107,7 @@ def options_of(settings: type) -> dict[str, Option]:
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
-    """Raise RequestError unless `value` is an int, a float (integers are, too), a bool, a text or a path (a text is one).
+    """Raise RequestError unless `value` is an int, a float (integers are, too), a bool, text or a path (text is one).
 
     Numbers of numpy are as good.
     """
