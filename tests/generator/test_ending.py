@@ -299,7 +299,7 @@ def test_closing_frees_the_files(tiny_bundle, our_kernels, tmp_path, options):
     assert next(first).token_ids and used[-1].finish_reason and mapped(folder)
     generator.close()
     generator.close()
-    assert not mapped(folder) and threading.active_count() == threads
+    assert not mapped(folder) and threading.active_count() <= threads  # a worker of asyncio may just have ended
     for call in (lambda: next(first), lambda: generator.stream([[1]]), lambda: generator.generate([[1]]),
                  lambda: asyncio.run(anext(generator.astream([[1]])))):
         with pytest.raises(RequestError, match=r"^The generator of .*bundle was closed; open the bundle again.$"):
