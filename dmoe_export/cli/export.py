@@ -81,6 +81,6 @@ def export(checkpoint: str, out: Path, coreset_top_p: float | None, force: bool,
         return
     routing = f"routing {manifest.routing.mode} ({manifest.routing.reason})" if manifest.model.moe else "no experts"
     say(f"Exported {count(manifest.model.num_layers, 'layer')} of {manifest.model.architecture} in "
-               f"{manifest.precision_in_words}, {routing}, block {manifest.routing.block_length}: {bundle.folder} "
-               f"({size(total)}, {time.perf_counter() - start:.1f} s)\n"
-               f"sha256 of its manifest.json: {bundle.sha256}")
+        f"{manifest.precision_in_words}, {routing}, block {manifest.routing.block_length}: {bundle.folder} "
+        f"({size(total)}, {time.perf_counter() - start:.1f} s)")
+    say(f"sha256 of its manifest.json: {bundle.sha256}")
