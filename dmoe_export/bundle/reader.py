@@ -137,6 +137,7 @@ def _parsed(path: Path, content: bytes) -> dict[str, Any]:
     try:
         raw: Any = json.loads(content.decode("utf-8"))
         wrong = not_finite(raw)
+        json.dumps(raw, ensure_ascii=False).encode()  # half a character (a surrogate) is no text that could be shown
         if not isinstance(raw, dict) or "schema_version" not in raw:
             wrong = f"it has no schema_version, so it is none of {MANIFEST_NAME}"
     except ValueError as error:

@@ -142,6 +142,9 @@ REPRODUCERS: dict[str, Reproducer] = {
         f"a file of a bundle called {name!r}": _bundle(_called("chat_template.jinja", name))
         for name in ("\ud800", "a\nb", "a\0b", "\x1b[2J", "x" * 5000)
     },
+    "half a character in a manifest": _bundle(
+        _json("manifest.json", lambda m: m.update(created_by="\ud800")), "inspect"
+    ),
     "experts called with a NUL, to be built": _bundle(_called("experts.bin", "experts.bin\0"), *_PLAN),
     "a template that makes two megabytes": _bundle(_sealed("chat_template.jinja", lambda b: b"{{ 'a,' * 1000000 }}")),
     "output to a link to itself": _loop,

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,7 +114,8 @@ def pristine(folder: Path) -> Base:
     name = folder / f"base-{sources.hexdigest()[:12]}"
     if not name.is_dir():
         for old in folder.glob("base-*"):
-            shutil.rmtree(old)
+            if time.time() - old.stat().st_mtime > 3600:  # a run beside this one may use it
+                shutil.rmtree(old)
         unfinished = folder / "base-unfinished"
         process = os.fork()  # sessions and threads stay out of the process that forks all cases
         if process == 0:
