@@ -19,7 +19,7 @@ from pydantic import Field
 from ..description import Frozen
 from ..errors import RequestError
 from ..generator import Generation, Generator
-from ..numerals import integer, real
+from ..guards.numerals import integer, real
 from ..text.prompts import Prompt
 
 Key = tuple[str, str, str]

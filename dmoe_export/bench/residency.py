@@ -23,7 +23,7 @@ from ..bundle.reader import Bundle
 from ..description import Frozen
 from ..errors import RequestError
 from ..generator import Generator
-from ..numerals import real
+from ..guards.numerals import real
 from ..runtime.cpu.backend import OnnxRuntimeBackend
 from ..runtime.cpu.mapped_memory import FileIdentity, file_backed_bytes
 from ..runtime.cpu.resident import expert_file, open_resident

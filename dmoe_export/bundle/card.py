@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from ..regular_file import read_regular
+from ..guards.regular_file import read_regular
 from .manifest import Manifest
 from .writer import write_text
 

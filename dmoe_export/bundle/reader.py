@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 
 from ..errors import BundleError, RequestError
+from ..guards.regular_file import read_regular
 from ..hub import blobs_of
-from ..regular_file import read_regular
 from .finite import not_finite
 from .manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest
 from .seal import MOST_BYTES, check_seal, sha256_of

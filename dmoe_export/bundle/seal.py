@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import BundleError, MissingRequirementError, RequestError
 from ..extras import pip_install
-from ..regular_file import read_regular
+from ..guards.regular_file import read_regular
 from .manifest import MANIFEST_NAME
 
 SIGNATURE_NAME = f"{MANIFEST_NAME}.sig"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..regular_file import MOST_CONFIG, read_regular
+from ..guards.regular_file import MOST_CONFIG, read_regular
 
 
 def read_json(path: Path, most: int = MOST_CONFIG) -> dict[str, Any]:

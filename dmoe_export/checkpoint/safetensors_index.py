@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from ..regular_file import MOST_TABLE, check_regular
+from ..guards.regular_file import MOST_TABLE, check_regular
 from ..words import count
 from .config_fields import shown
 from .json_file import read_json

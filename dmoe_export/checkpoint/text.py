@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from ..description import ModelDescription
 from ..errors import CheckpointError
-from ..regular_file import MOST_TABLE
-from ..tokenizer_guard import GuardedTokenizer, no_panics
+from ..guards.regular_file import MOST_TABLE
+from ..guards.tokenizer import GuardedTokenizer, no_panics
 from ..words import count
 from .chat_template import chat_template
 from .tokenizer_conversion import add_ends, convert

@@ -13,9 +13,9 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ..errors import CheckpointError
-from ..regular_file import MOST_TABLE
-from ..tokenizer_guard import GuardedTokenizer, no_panics
-from ..tokenizer_limits import check_tokenizer
+from ..guards.regular_file import MOST_TABLE
+from ..guards.tokenizer import GuardedTokenizer, no_panics
+from ..guards.tokenizer_limits import check_tokenizer
 from .config_fields import shown
 from .tokenizer_files import TokenizerFiles, read_object, read_text
 

@@ -13,8 +13,8 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ..errors import CheckpointError
-from ..regular_file import MOST_CONFIG, MOST_TABLE, read_regular
-from ..tokenizer_limits import MOST_PIECE
+from ..guards.regular_file import MOST_CONFIG, MOST_TABLE, read_regular
+from ..guards.tokenizer_limits import MOST_PIECE
 from .config_fields import shown
 from .json_file import read_json
 

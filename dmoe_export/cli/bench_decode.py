@@ -16,7 +16,7 @@ from .. import __version__
 from ..bench.decode import DecodeBench, Question, SettingResult, run, settings
 from ..errors import RequestError
 from ..generator import Generator
-from ..regular_file import read_regular
+from ..guards.regular_file import read_regular
 from ..words import count
 from .bench_common import outcome
 from .help import SETTINGS, Verb, option

@@ -16,7 +16,7 @@ from ..bench.residency import ResidencyBench, run, settings
 from ..bundle.hub import resolve_bundle
 from ..bundle.reader import open_bundle
 from ..errors import RequestError
-from ..numerals import integer
+from ..guards.numerals import integer
 from ..runtime.cpu.resident import check_experts
 from ..words import count, size
 from .bench_common import outcome

@@ -13,8 +13,8 @@ from ..bundle.reader import read_manifest
 from ..decoding.answer import Generation, generation_of
 from ..errors import BundleError, RequestError
 from ..generator import Generator
-from ..numerals import integer
-from ..regular_file import read_regular
+from ..guards.numerals import integer
+from ..guards.regular_file import read_regular
 from ..text.prompts import Prompt
 from ..words import count, size, visible
 from .help import SETTINGS, Verb, option

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..bundle.writer import BundleWriter
 from ..checkpoint.links import leaves
-from ..regular_file import MOST_CONFIG, read_regular
+from ..guards.regular_file import MOST_CONFIG, read_regular
 
 _FILE = re.compile(r"(LICEN[SC]E|NOTICE|COPYING)([.-].*)?", re.IGNORECASE)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..bundle.reader import Bundle
 from ..errors import BundleError, RequestError
-from ..regular_file import MOST_CONFIG, MOST_TABLE, read_regular
-from ..tokenizer_guard import GuardedTokenizer, no_panics, one_request
+from ..guards.regular_file import MOST_CONFIG, MOST_TABLE, read_regular
+from ..guards.tokenizer import GuardedTokenizer, no_panics, one_request
 from .literal import LiteralEncoder
 from .messages import Message, check_text, plain_messages
 from .own_tokens import OwnTokens

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ..errors import RequestError
-from ..tokenizer_guard import GuardedTokenizer
+from ..guards.tokenizer import GuardedTokenizer
 
 FIRST, LAST = 0x100000, 0x10FFFD  # private-use plane 16
 _TRIES = 16  # rounds of cuts in one text

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from dmoe_export.cli import main
-from dmoe_export.numerals import integer, real
+from dmoe_export.guards.numerals import integer, real
 
 GENERATE = ("generate", "BUNDLE", "--prompt-ids", "5,6", "--max-new-tokens", "4")
 

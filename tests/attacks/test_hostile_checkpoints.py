@@ -16,7 +16,7 @@ from dmoe_export.checkpoint.text import read_text_side
 from dmoe_export.description import ModelDescription
 from dmoe_export.errors import CheckpointError
 from dmoe_export.export.licence import front_matter
-from dmoe_export.regular_file import MOST_CONFIG, MOST_TABLE, read_regular
+from dmoe_export.guards.regular_file import MOST_CONFIG, MOST_TABLE, read_regular
 
 CONFIGS = ("config.json", "generation_config.json", "quantize_config.json", "model.safetensors.index.json")
 TEXTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -12,11 +12,11 @@ import time
 import pytest
 from conftest import SAMPLE
 
-from dmoe_export import tokenizer_guard
 from dmoe_export.checkpoint.text import read_text_side
 from dmoe_export.errors import BundleError, CheckpointError, DmoeError, RequestError
+from dmoe_export.guards import tokenizer as tokenizer_guard
+from dmoe_export.guards.tokenizer import GuardedTokenizer, no_panics, within
 from dmoe_export.text.codec import TextCodec
-from dmoe_export.tokenizer_guard import GuardedTokenizer, no_panics, within
 
 BASE = json.loads((SAMPLE / "tokenizer.json").read_text(encoding="utf-8"))
 BPE = {"type": "BPE", "dropout": None, "unk_token": None, "end_of_word_suffix": None, "fuse_unk": False,
@@ -66,6 +66,7 @@ NOT_OPENED = {
         "id": "<e>", "ids": [1] * 10_000, "tokens": ["<e>"] * 10_000}}), "post_processor adds"),
     "a prefix of pieces that panics": ({"model": BPE | {"continuing_subword_prefix": "##"}, "added_tokens": []},
                                        "slice index|out of range"),
+    "merges at random": ({"model": BPE | {"dropout": 0.1}, "added_tokens": []}, "drops pieces at random .dropout 0.1"),
     "a pattern that is none": ({"pre_tokenizer": regex("(")}, "Oniguruma"),
     "lists in lists": (None, "recursion")}
 

@@ -1,7 +1,7 @@
 """What a tokenizer.json may ask for: tokenizers come with checkpoints, and their library trusts them with all memory.
 
 Limits are far above what published tokenizers have. They bound what one prompt can become; how long that takes is
-bounded by `tokenizer_guard`.
+bounded by `guards/tokenizer.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ def check_tokenizer(content: Any) -> int:
     if not isinstance(content, dict):
         raise ValueError("it is no JSON object")
     _check_vocabulary(content)
+    model = content.get("model")
+    if isinstance(model, dict) and model.get("dropout"):
+        raise ValueError(f"its model drops pieces at random (dropout {str(model['dropout'])[:20]}), which is for "
+                         "training; set dropout to null")
     sections = [[part for part in _parts(content.get(name))] for name in _SECTIONS]
     count = sum(map(len, sections))
     if count > MOST_PARTS:

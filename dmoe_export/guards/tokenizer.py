@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from .errors import DmoeError, RequestError
+from ..errors import DmoeError, RequestError
 from .tokenizer_limits import check_tokenizer, has_pattern
 
 SECONDS = 5.0  # for one call; 100 000 tokens take half a second
