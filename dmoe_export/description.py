@@ -28,10 +28,10 @@ _SIZE = 2**31 - 1  # beyond, shapes overflow
 class Frozen(BaseModel):
     """Immutable, and strict about unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ExpertQuantisation(Frozen):
+class ExpertQuantisation(Frozen, allow_inf_nan=False):
     """How routed experts are stored as integers: weights alone, symmetric, a scale per group (ops/experts)."""
 
     bits: Literal[8, 4]
@@ -43,7 +43,7 @@ class ExpertQuantisation(Frozen):
         return "int8" if self.bits == 8 else "int4"
 
 
-class MoeDescription(Frozen):
+class MoeDescription(Frozen, allow_inf_nan=False):
     """The mixture-of-experts part; symbols as in the dMoE paper (arXiv 2605.30876, section 3)."""
 
     num_experts: int = Field(gt=0, le=_SIZE, description="E")
@@ -63,7 +63,7 @@ class MoeDescription(Frozen):
         return min(self.experts_per_token + self.num_groups - self.groups_kept, self.num_experts)
 
 
-class ModelDescription(Frozen):
+class ModelDescription(Frozen, allow_inf_nan=False):
     """Everything needed to rebuild a masked-diffusion transformer, without its weights."""
 
     family: str
@@ -116,7 +116,7 @@ class ModelDescription(Frozen):
         return self.moe
 
 
-class RoutingDescription(Frozen):
+class RoutingDescription(Frozen, allow_inf_nan=False):
     """How experts are chosen, and the defaults of what a request may change (a dense model: only `block_length`)."""
 
     mode: RoutingMode

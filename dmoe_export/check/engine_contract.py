@@ -106,7 +106,7 @@ def wrong_counts(bundle: Bundle, entry: EngineEntry) -> str | None:
     if counted != entry.plugin_nodes:
         return f"its network had {count(counted, 'plugin')}, the manifest says {entry.plugin_nodes}"
     if entry.plugin_nodes + entry.fallback_nodes != wanted:
-        return (f"{count(entry.plugin_nodes, 'plugin')} and {entry.fallback_nodes} as ONNX bodies are not the graph's "
+        return (f"{count(entry.plugin_nodes, 'plugin')} and {entry.fallback_nodes} ONNX bodies are not the graph's "
                 f"{count(wanted, 'custom node')}")
     return None
 

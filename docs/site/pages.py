@@ -15,7 +15,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 REPOSITORY = Path(__file__).parents[2]
-FOLDERS = ("benchmarks", "engines", "plugins", "samples")
+FOLDERS = ("benchmarks", "engines", "plugins", "samples", "tests/attacks", "tests/fuzz")
 _LINK = re.compile(r"(?<=\]\()[^)\s#]+(?=[)#])")
 
 

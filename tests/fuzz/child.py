@@ -30,9 +30,10 @@ _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 TRACEBACK, MUTATOR, DESCRIBED = 70, 71, 72  # exit statuses of a child, beside those of the command
 
 
-def peak_of_this_process() -> int:
-    """Bytes; a child starts with what its parent has."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory_of_this_process() -> int:
+    """Bytes that a child starts with: neither those of a peak before, nor those of mapped files."""
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("RssAnon:") + 1]) * 1024
 
 
 @dataclass

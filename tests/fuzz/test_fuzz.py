@@ -56,7 +56,7 @@ def run(tmp_path, monkeypatch):
     """The verdict on a call, run as a case."""
     (tmp_path / "base").mkdir()
     monkeypatch.setattr(child, "SECONDS", 2)
-    monkeypatch.setattr("fuzz.verdict.BYTES", child.peak_of_this_process() + (200 << 20))
+    monkeypatch.setattr("fuzz.verdict.BYTES", child.memory_of_this_process() + (200 << 20))
 
     def verdict(call, **more):
         monkeypatch.setitem(

@@ -6,10 +6,12 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from dmoe_export.bundle.manifest import EngineEntry, NetworkEntry
+from dmoe_export.bundle.manifest import EngineEntry, NetworkEntry, ProfileEntry
 
+PROFILES = [ProfileEntry(name=name, batch=(1, 1, 1), tokens=(1, 1, 1), past=(1, 1, 1), rows=(1, 1, 1))
+            for name in ("prefill", "denoise")]
 ENGINE = EngineEntry(file="denoiser.test.engine", flavour="tensorrt", version="1", targets=[], precision="fp32",
-                     experts="inline", experts_op="onnx", profiles=[], plugin_build=None, plugin_nodes=0,
+                     experts="inline", experts_op="onnx", profiles=PROFILES, plugin_build=None, plugin_nodes=0,
                      fallback_nodes=0, weight_inputs=[], expert_pools=[], flags=[], made_from={"denoiser.onnx": "0"},
                      network=NetworkEntry(inputs=[], outputs=[], profiles=[], layers={}))
 

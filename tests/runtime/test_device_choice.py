@@ -33,7 +33,7 @@ class CudaSession:
     cudart: FakeCudart
     provider, changed, elsewhere = PROVIDER, {}, ()
 
-    def __init__(self, path, settings, providers):
+    def __init__(self, path, settings, providers, enable_fallback):
         ((name, self._options),) = providers
         assert name == PROVIDER
         self._real = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
