@@ -1,34 +1,20 @@
-"""Ending an answer, and a generator: stop strings, time limits, cancelling, asyncio, closing, copies."""
+"""Ending an answer: stop strings, time limits, cancelling, asyncio."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import doctest
 import json
-import multiprocessing
-import pickle
-import shutil
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from ending_helpers import LONG, QUESTION, in_thread
 
 import dmoe_export
 from dmoe_export import Generation, Generator, RequestError, Stream
 from dmoe_export.cli import main
-from dmoe_export.runtime.backend import ForwardInputs
-
-QUESTION = "what is 2 plus 3?"
-LONG = {"max_new_tokens": 160, "eos_id": -1}
-
-
-@pytest.fixture(scope="module")
-def generator(sample_bundle):
-    with Generator.open(sample_bundle.folder, backend="onnxruntime", threads=1) as generator:
-        yield generator
 
 
 def joined(stream):
@@ -128,53 +114,6 @@ def test_a_time_limit_ends_what_takes_too_long(generator):
     assert [(answer.finish_reason, answer.token_ids, answer.text) for answer in late] == [("timeout", [], "")] * 2
     in_time = generator.generate([QUESTION] * 2, time_limit=600, **LONG)
     assert [answer.token_ids for answer in in_time] == [answer.token_ids for answer in whole]
-
-
-class Slow:
-    """Another backend, that waits before a forward until it is let."""
-
-    def __init__(self, backend):
-        self._backend, self.turns, self.began = backend, threading.Semaphore(0), threading.Event()
-        self.forwards, self.free = 0, False
-
-    def __getattr__(self, name):
-        return getattr(self._backend, name)
-
-    def forward(self, inputs: ForwardInputs, cache):
-        self.began.set()
-        assert self.free or self.turns.acquire(timeout=60)
-        self.forwards += 1
-        return self._backend.forward(inputs, cache)
-
-
-@pytest.fixture
-def slow(generator):
-    backend = Slow(generator.backend)
-    yield Generator(generator.bundle, backend)
-    backend.free = True
-    backend.turns.release(1000)
-
-
-def in_thread(work):
-    """Run it; join() gives its result or raises its error."""
-    found = []
-
-    def call():
-        try:
-            found.append(work())
-        except BaseException as error:
-            found.append(error)
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-
-    def join():
-        thread.join(60)
-        assert not thread.is_alive()
-        if isinstance(found[0], BaseException):
-            raise found[0]
-        return found[0]
-    return join
 
 
 def test_another_thread_cancels_an_answer(slow):
@@ -282,107 +221,3 @@ def test_leaving_the_loop_of_asyncio_leaves_nothing_running(slow):
         assert time.monotonic() < over
         time.sleep(0.001)
     assert slow.backend.forwards == seen < 100
-
-
-def mapped(folder: Path) -> list[str]:
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder.resolve()) in line]
-
-
-@pytest.mark.parametrize("options", [{}, {"experts_per_layer": 8}], ids=["plain", "budget"])
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
-def test_closing_frees_the_files(tiny_bundle, our_kernels, tmp_path, options):
-    """Also while a stream is held, and with streams that were taken from."""
-    folder = shutil.copytree(tiny_bundle.folder, tmp_path / "bundle")
-    threads = threading.active_count()
-    generator = Generator.open(folder, backend="onnxruntime", threads=1, **options)
-    first, used = generator.stream([[1, 2, 3]], **LONG), list(generator.stream([[1, 2, 3]], max_new_tokens=4))
-    assert next(first).token_ids and used[-1].finish_reason and mapped(folder)
-    generator.close()
-    generator.close()
-    assert not mapped(folder) and threading.active_count() <= threads  # a worker of asyncio may just have ended
-    for call in (lambda: next(first), lambda: generator.stream([[1]]), lambda: generator.generate([[1]]),
-                 lambda: asyncio.run(anext(generator.astream([[1]])))):
-        with pytest.raises(RequestError, match=r"^The generator of .*bundle was closed; open the bundle again.$"):
-            call()
-    with pytest.raises(RequestError, match=r"^Backend onnxruntime was closed; open the bundle again.$"):
-        generator.backend.forward(*[None] * 2)
-
-
-def test_with_closes_and_errors_pass(sample_bundle):
-    with pytest.raises(ZeroDivisionError), Generator.open(sample_bundle.folder, verify="sizes") as generator:
-        raise ZeroDivisionError
-    with pytest.raises(RequestError, match="was closed"):
-        generator.generate(QUESTION)
-
-
-def test_closing_waits_for_a_forward_and_ends_the_answer(slow):
-    join = in_thread(lambda: slow.generate(QUESTION, **LONG))
-    assert slow.backend.began.wait(60)
-    slow.backend._backend = Kept(slow.backend._backend)
-    closing = in_thread(slow.close)
-    time.sleep(0.05)
-    assert not slow.backend._backend.closed
-    slow.backend.turns.release(1000)
-    closing()
-    assert slow.backend._backend.closed and slow.backend.forwards == 1
-    with pytest.raises(RequestError, match="was closed"):
-        join()
-
-
-class Kept:
-    """A backend that other tests need, too."""
-
-    def __init__(self, backend):
-        self._backend, self.closed = backend, False
-
-    def __getattr__(self, name):
-        return getattr(self._backend, name)
-
-    def close(self):
-        self.closed = True
-
-
-@pytest.mark.parametrize("path", [None, 5, b"bundle", {"a"}, ["bundle"], True])
-def test_what_is_no_path(sample_bundle, path):
-    with pytest.raises(RequestError, match=r"^path is .*, it must be a path\.$"):
-        Generator.open(path)
-    if path is not None:
-        with pytest.raises(RequestError, match=r"^trusted_key is .*, it must be a path\.$"):
-            Generator.open(sample_bundle.folder, trusted_key=path)
-        with pytest.raises(RequestError, match=r"^expect_sha256 is .*, it must be text\.$"):
-            Generator.open(sample_bundle.folder, expect_sha256=path)
-
-
-def test_two_threads_may_take_from_one_stream(generator):
-    free = [block.token_ids for block in generator.stream(QUESTION, **LONG)]
-    stream, found = generator.stream(QUESTION, **LONG), []
-    joins = [in_thread(lambda: [found.append(block.token_ids) for block in stream]) for _ in range(3)]
-    for join in joins:
-        join()
-    assert sorted(found) == sorted(free)
-
-
-def test_threads_share_a_budget(tiny_bundle, our_kernels):
-    """Forwards take turns, so hits and misses are counted whole, and every answer is as it would be alone."""
-    prompts = [[1, 2, 3], [4] * 9, [7] * 5, [9, 8]]
-    with Generator.open(tiny_bundle.folder, backend="onnxruntime", threads=1, experts_per_layer=8,
-                        expert_refresh_interval=2) as generator:
-        alone = [generator.generate([p], max_new_tokens=24, eos_id=-1)[0].token_ids for p in prompts]
-        before = generator.backend.statistics()
-        joins = [in_thread(lambda p=p: [generator.generate([p], max_new_tokens=24, eos_id=-1)[0].token_ids
-                                        for _ in range(4)]) for p in prompts]
-        assert [join() for join in joins] == [[ids] * 4 for ids in alone]
-        done = generator.backend.statistics().since(before)
-    assert done.hits + done.misses == 4 * (before.hits + before.misses)
-
-
-@pytest.mark.parametrize("make", [pickle.dumps, copy.copy, copy.deepcopy])
-def test_a_generator_cannot_be_copied(generator, make):
-    with pytest.raises(TypeError, match="cannot be pickled or copied; in each process, open the bundle with"):
-        make(generator)
-
-
-def test_a_pool_of_processes_says_so(generator):
-    pool = multiprocessing.get_context("spawn").Pool(1)
-    with pool, pytest.raises(TypeError, match="cannot be pickled or copied"):
-        pool.apply(Generator.generate, (generator, QUESTION))
