@@ -6,10 +6,8 @@ import importlib
 import math
 import re
 import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 from urllib.parse import unquote
 
 import check_reports as given_by
@@ -20,7 +18,7 @@ from hypothesis import strategies as st
 import dmoe_export.check
 from dmoe_export.check import plots
 from dmoe_export.check.answers import MOST_GENERATIONS, SHOWN_TEXT, compared
-from dmoe_export.check.digest import gate_groups, key_numbers, number, percent
+from dmoe_export.check.digest import key_numbers
 from dmoe_export.check.report import render_report, write_report
 from dmoe_export.check.result import ConfidencePoint, Gate
 from dmoe_export.errors import MissingRequirementError, OutputError
@@ -292,43 +290,6 @@ def test_ids_stand_in_for_text_and_an_end_is_marked():
     assert (right.before, right.mark, right.after) == ("100 101 ", "(ends here)", "")
 
 
-LIMITS = st.sampled_from(["at least", "at most", "equal"])
-VALUES = st.floats(allow_nan=True, allow_infinity=True)
-
-
-@given(st.lists(st.builds(Gate, name=st.sampled_from(["cosine", "norm"]), where=st.just("layer 1"), value=VALUES,
-                          limit=st.sampled_from([0.9, 1.0]), comparison=LIMITS, passed=st.booleans()), max_size=20))
-def test_gates_are_grouped_without_loss(gates):
-    groups = gate_groups(gates)
-    assert sum(g.total for g in groups) == len(gates)
-    assert sum(g.failed for g in groups) == sum(not g.passed for g in gates)
-    assert all(g.closest.passed is (g.failed == 0) for g in groups)
-    assert [bool(g.failed) for g in groups] == sorted((bool(g.failed) for g in groups), reverse=True)
-
-
-def test_the_nearest_gate_is_shown():
-    gates = [Gate(name="cosine", where=f"layer {at}", value=value, limit=0.9, comparison="at least", passed=True)
-             for at, value in enumerate([0.99, 0.91, 0.95])]
-    assert gate_groups(gates)[0].closest.where == "layer 1"
-    gates.append(gates[0].model_copy(update={"value": math.nan, "passed": False, "where": "layer 3"}))
-    gates.append(gates[0].model_copy(update={"value": 0.1, "passed": False, "where": "layer 4"}))
-    assert gate_groups(gates)[0].closest.where == "layer 3"
-
-
-@given(st.one_of(st.floats(0.9, 1.1), st.floats(allow_nan=False), st.just(1.0)))
-def test_only_one_reads_as_one(value):
-    assert (number(value) == "1") == (value == 1)
-    if 0 <= value <= 1:
-        assert (percent(value) == "100 %") == (value == 1)
-
-
-@pytest.mark.parametrize("value,text", [
-    (0.99998712, "0.999987"), (1.0000004, "1 + 4.0e-07"), (math.nan, "not a number"), (-math.inf, "−infinite"),
-    (12.3456, "12.35"), (128.0, "128"), (-2.0, "−2")])
-def test_numbers_read_well(value, text):
-    assert number(value) == text
-
-
 def test_the_file_is_put_in_place_whole(tmp_path):
     target = tmp_path / "new" / "report.html"
     write_report(given_by.report(backends=[]), target)
@@ -356,50 +317,3 @@ def test_without_matplotlib_the_fix_is_named_before_anything_is_checked(monkeypa
     with pytest.raises(MissingRequirementError, match=re.escape("draws with matplotlib")) as caught:
         importlib.import_module("dmoe_export.check.report")
     assert caught.value.exit_code == 3
-
-
-CHROMIUM = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-            "--allow-file-access-from-files", "--virtual-time-budget=3000"]
-WIDE = """<iframe id=page src="r.html" style="border:0;width:{width}px;height:2000px"></iframe>
-<pre id=said></pre><script>
-onload = () => {{
-  const page = document.getElementById("page").contentDocument, wide = [];
-  for (const one of page.querySelectorAll("main *")) {{
-    let inside = false;
-    for (let above = one.parentElement; above; above = above.parentElement)
-      inside ||= ["auto", "scroll"].includes(page.defaultView.getComputedStyle(above).overflowX);
-    if (!inside && one.getBoundingClientRect().right > {width} + .5) wide.push(one.tagName);
-  }}
-  document.getElementById("said").textContent = page.documentElement.scrollWidth + " " + wide.join(" ");
-}}</script>"""
-
-
-def _browse(tmp_path, *arguments):
-    return subprocess.run([*CHROMIUM, f"--user-data-dir={tmp_path / 'profile'}", *arguments], check=True, text=True,
-                          capture_output=True, timeout=120).stdout
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("make", [given_by.report, given_by.failing, REPORTS["64 layers, two backends"]])
-def test_nothing_is_wider_than_the_window(tmp_path, width, make):
-    """A telephone's and a screen's; tables scroll inside their cards."""
-    write_report(make(), tmp_path / "r.html")
-    (tmp_path / "frame.html").write_text(WIDE.format(width=width))
-    said = _browse(tmp_path, "--dump-dom", (tmp_path / "frame.html").as_uri())
-    assert re.search(r'<pre id="said">(.*?)</pre>', said)[1].strip() == str(width)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-@pytest.mark.parametrize("width", [500, 1280])
-@pytest.mark.parametrize("make,colour", [(given_by.report, (11, 107, 58)), (given_by.failing, (176, 0, 32))])
-def test_a_browser_shows_the_verdict(tmp_path: Path, width, make, colour):
-    image = pytest.importorskip("PIL.Image")
-    write_report(make(), tmp_path / "r.html")
-    picture, page = tmp_path / "r.png", (tmp_path / "r.html").as_uri()
-    _browse(tmp_path, f"--screenshot={picture}", f"--window-size={width},900", page)
-    with image.open(picture) as shot:
-        pixels = shot.convert("RGB").tobytes()
-    assert pixels.count(bytes(colour)) > width * 40  # the banner
