@@ -7,6 +7,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from ..description import MOST_POSITIONS
 from ..errors import RequestError
 from .codec import Message, TextCodec
 from .messages import short
@@ -14,6 +15,7 @@ from .messages import short
 Prompt = str | Sequence[int] | Sequence[Message]
 Prompts = str | Sequence[int | Message | Prompt]
 """One prompt or a list of them; a list of ids, or of messages, is one. (Type checkers get lost in unions of lists.)"""
+_MOST_PROMPTS = 2**16  # a list need not hold what it counts: a range of a trillion has no items
 _WRONG = "neither text, nor token ids, nor chat messages"
 
 
@@ -26,6 +28,8 @@ def batch_of(prompts: Prompts) -> list[Prompt]:
         return [several]
     if not len(prompts):
         raise RequestError("No prompt was given; give at least one.")
+    if len(prompts) > _MOST_PROMPTS:
+        raise RequestError(f"{len(prompts)} prompts are more than {_MOST_PROMPTS}; give fewer at a time.")
     return list(several)
 
 
@@ -41,6 +45,9 @@ def encode(prompt: Prompt, chat: bool, text: TextCodec | None, folder: Path) -> 
         raise RequestError(f"Prompt {short(prompt)} is {_WRONG}.")
     content: Any = prompt
     if not isinstance(prompt, str) and len(prompt) and not isinstance(prompt[0], dict):
+        if len(prompt) > MOST_POSITIONS:
+            raise RequestError(f"Prompt of {len(prompt)} token ids is longer than {MOST_POSITIONS}, which no model "
+                               "takes; give a shorter one.")
         for i in content:
             if not isinstance(i, Integral) or isinstance(i, bool):
                 raise RequestError(f"Prompt with {short(i)} is {_WRONG}.")

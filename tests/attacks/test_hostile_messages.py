@@ -55,6 +55,24 @@ def test_what_is_no_list_of_prompts(prompts):
     assert len(str(caught.value)) < 400
 
 
+class Endless:
+    """A list of as many prompts as it likes, none of which it holds."""
+
+    def __len__(self):
+        return 2**62
+
+    def __getitem__(self, i):
+        return "what"
+
+
+def test_a_length_costs_nothing_to_say(codec):
+    for ids in (range(10**12), range(2**24 + 1)):
+        with pytest.raises(RequestError, match=f"^Prompt of {len(ids)} token ids is longer than"):
+            encode(ids, True, codec, Path("b"))
+    with pytest.raises(RequestError, match=f"^{2**62} prompts are more than"):
+        batch_of(Endless())
+
+
 def nested(depth):
     inner = []
     for _ in range(depth):
