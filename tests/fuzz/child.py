@@ -134,6 +134,7 @@ class Runner:
                 HOME=str(self.folder / "home"),
                 TMPDIR=str(self.folder / "temporary"),
                 HF_HUB_OFFLINE="1",
+                RUST_BACKTRACE="0",
                 TORCHINDUCTOR_CACHE_DIR=str(self.folder / "torch"),
                 MPLCONFIGDIR=str(self.folder / "plots"),
             )
