@@ -18,7 +18,8 @@ def _bundle(folder, name, precision):
     return export_checkpoint(folder / "c", folder / "b", precision=precision, block_length=16).folder
 
 
-@pytest.mark.parametrize(("name", "precision"), [("llada-tiny", "fp32"), ("dream-tiny", "fp16")])
+@pytest.mark.parametrize(("name", "precision"), [
+    pytest.param("llada-tiny", "fp32", marks=pytest.mark.slow), ("dream-tiny", "fp16")])
 def test_dense_engine_needs_no_plugin(tmp_path, monkeypatch, name, precision):
     monkeypatch.setattr(build, "find_library", lambda path=None: pytest.fail("nobody asked for plugins"))
     bundle = _bundle(tmp_path, name, precision)

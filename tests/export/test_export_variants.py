@@ -64,6 +64,7 @@ def test_first_layers(golden, exported):
     np.testing.assert_allclose(got["logits"], want, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_shared_trace_is_the_trace(tiny_checkpoint, exported, tmp_path, monkeypatch):
     """The tests' exports may share one (conftest.py); tracing anew gives the same bytes."""
     options = {"precision": "int4", "dense_precision": "fp16", "group_size": 32}

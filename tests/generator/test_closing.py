@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ending_helpers import LONG, QUESTION, in_thread
+from ending_helpers import LONG, QUESTION, in_thread, of_the_sample, that_waits  # noqa: F401 - fixtures
 
 from dmoe_export import Generator, RequestError
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from click.testing import CliRunner
-from ending_helpers import LONG, QUESTION, in_thread
+from ending_helpers import LONG, QUESTION, in_thread, of_the_sample, that_waits  # noqa: F401 - fixtures
 
 import dmoe_export
 from dmoe_export import Generation, Generator, RequestError, Stream

@@ -1,9 +1,12 @@
-"""What tests of ending need: a backend that waits to be let, and work in another thread."""
+"""What tests of ending need: a generator, one whose forwards wait to be let, and work in another thread."""
 
 from __future__ import annotations
 
 import threading
 
+import pytest
+
+from dmoe_export import Generator
 from dmoe_export.runtime.backend import ForwardInputs
 
 QUESTION = "what is 2 plus 3?"
@@ -25,6 +28,20 @@ class Slow:
         assert self.free or self.turns.acquire(timeout=60)
         self.forwards += 1
         return self._backend.forward(inputs, cache)
+
+
+@pytest.fixture(scope="module", name="generator")
+def of_the_sample(sample_bundle):
+    with Generator.open(sample_bundle.folder, backend="onnxruntime", threads=1) as generator:
+        yield generator
+
+
+@pytest.fixture(name="slow")
+def that_waits(generator):
+    backend = Slow(generator.backend)
+    yield Generator(generator.bundle, backend)
+    backend.free = True
+    backend.turns.release(1000)
 
 
 def in_thread(work):

@@ -91,7 +91,8 @@ def test_split_rows_become_one_parameter(checkpoints, name):
         assert qkv.bias is None
 
 
-@pytest.mark.parametrize("mode", [None, pytest.param("top_p", marks=pytest.mark.slow), "top_c"])
+@pytest.mark.parametrize("mode", [pytest.param(None, marks=pytest.mark.slow),
+                                  pytest.param("top_p", marks=pytest.mark.slow), "top_c"])
 def test_softmax_router_in_every_mode(checkpoints, exported, mode):
     """Votes are then the probabilities; eager and exported agree. Unasked, it is the routing of its training."""
     folder = checkpoints["llada-moe-tiny"]
