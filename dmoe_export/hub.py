@@ -28,10 +28,15 @@ def hub_id(source: str | Path) -> str | None:
 
 
 def blobs_of(folder: Path) -> Path | None:
-    """Where the hub's cache keeps the files of a snapshot's folder; None of any other folder."""
+    """Where the hub's cache keeps the files of a snapshot's folder; None of any other folder.
+
+    The place need not exist: where a system has no links, files lie in the snapshot itself.
+    """
     home = folder.resolve()
-    blobs = home.parent.parent / "blobs"
-    return blobs if home.parent.name == "snapshots" and blobs.is_dir() else None
+    repository = home.parent.parent
+    blobs = repository / "blobs"
+    ours = home.parent.name == "snapshots" and (blobs.is_dir() or repository.name.startswith("models--"))
+    return blobs if ours else None
 
 
 def fetch(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:

@@ -28,7 +28,7 @@ def check_tokenizer(content: Any) -> int:
     if isinstance(model, dict) and model.get("dropout"):
         raise ValueError(f"its model drops pieces at random (dropout {str(model['dropout'])[:20]}), which is for "
                          "training; set dropout to null")
-    sections = [[part for part in _parts(content.get(name))] for name in _SECTIONS]
+    sections = [list(_parts(content.get(name))) for name in _SECTIONS]
     count = sum(map(len, sections))
     if count > MOST_PARTS:
         raise ValueError(f"it has {count} normalizers, splitters, processors and decoders, more than {MOST_PARTS}")

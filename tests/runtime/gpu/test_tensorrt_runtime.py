@@ -204,4 +204,6 @@ def test_a_hub_s_engine_runs_only_for_who_vouches_for_it(monkeypatch, engines, l
     with pytest.raises(MissingRequirementError, match=r"native code from a hub.*--expect-sha256 or --trusted-key"):
         Generator.open(folder, backend="tensorrt")
     [checked] = check_engines(open_bundle(folder), setup.device)
+    without_links = shutil.copytree(folder, tmp_path / "models--org--c" / "snapshots" / "abc")  # links become files
+    assert not open_bundle(without_links).vouched and open_bundle(listed).vouched
     assert not made and any("vouch" in finding.detail for finding in checked.findings)
