@@ -13,17 +13,23 @@ constexpr int32_t kDotRows = 64; // of a piece
 
 class Call {
 public:
-    Call(Linear const& l, std::atomic<bool>& lost) : l(l), set(instructionSet()), half(l.format == Format::kHalf), lost(lost) {}
+    Call(Linear const& l, std::atomic<bool>& lost) : l(l), set(instructionSet()), half(l.values == Format::kHalf), lost(lost) {}
 
     void run(Parallel parallel, void* pool)
     {
-        thread_local std::vector<float> inMemory, panelMemory;
+        thread_local std::vector<float> inMemory, orderMemory, panelMemory;
         auto const* from = static_cast<float const*>(l.x);
         if (half) {
             int64_t const count = int64_t{l.tokens} * l.columns;
             float* const wide = room(inMemory, count);
             set.fromHalf(static_cast<uint16_t const*>(l.x), count, wide);
             from = wide;
+        }
+        if (l.weights == Format::kInt4) { // wants the values in its own order
+            ordered = room(orderMemory, size_t(l.tokens) * l.columns);
+            plain = from;
+            from = ordered;
+            parallel(pool, l.tokens, [](void* call, size_t t) { static_cast<Call*>(call)->order(t); }, this);
         }
         x.resize(l.tokens);
         for (int32_t t = 0; t < l.tokens; ++t) {
@@ -39,6 +45,13 @@ public:
     }
 
 private:
+    void order(size_t token)
+    {
+        for (int32_t i = 0; i < l.columns; ++i) {
+            ordered[token * l.columns + placeInt4(i)] = plain[token * l.columns + i];
+        }
+    }
+
     void pack(size_t index) { set.packPanel(x.data(), l.tokens, l.columns, static_cast<int32_t>(index), panels); }
 
     void piece(size_t index)
@@ -47,7 +60,7 @@ private:
             return;
         }
         LostPages const watch(lost);
-        thread_local std::vector<float> unpackedMemory, outMemory;
+        thread_local std::vector<float> unpackedMemory, scaleMemory, outMemory;
         thread_local std::vector<float*> y;
         int32_t const first = static_cast<int32_t>(index) * chunk, rows = std::min(chunk, l.rows - first);
         float* const wide = half ? room(outMemory, size_t(l.tokens) * rows) : nullptr;
@@ -55,13 +68,20 @@ private:
         for (int32_t t = 0; t < l.tokens; ++t) {
             y[t] = half ? wide + int64_t{t} * rows : static_cast<float*>(l.y) + int64_t{t} * l.rows + first;
         }
-        Matrix const matrix{static_cast<uint8_t const*>(l.weight), nullptr, l.format, 0, l.columns,
-            rowBytes(l.format, l.columns)};
+        int64_t const bytes = rowBytes(l.weights, l.columns), groups = l.columns >> l.groupShift;
+        Matrix matrix{static_cast<uint8_t const*>(l.weight) + first * bytes, nullptr, l.weights, l.groupShift, l.columns, bytes};
+        if (l.scales && half) {
+            float* const scales = room(scaleMemory, rows * groups);
+            set.fromHalf(static_cast<uint16_t const*>(l.scales) + first * groups, rows * groups, scales);
+            matrix.scales = scales;
+        } else if (l.scales) {
+            matrix.scales = static_cast<float const*>(l.scales) + first * groups;
+        }
         if (panels) {
-            float* const unpacked = half ? room(unpackedMemory, size_t{kPanelRows} * l.columns) : nullptr;
-            set.panelProduct(matrix, first, first + rows, panels, l.tokens, unpacked, y.data());
+            float* const unpacked = l.weights != Format::kFloat ? room(unpackedMemory, size_t{kPanelRows} * l.columns) : nullptr;
+            set.panelProduct(matrix, 0, rows, panels, l.tokens, unpacked, y.data());
         } else {
-            set.product(matrix, first, first + rows, x.data(), l.tokens, y.data());
+            set.product(matrix, 0, rows, x.data(), l.tokens, y.data());
         }
         finish(first, rows, y.data());
     }
@@ -89,6 +109,8 @@ private:
     bool half;
     std::atomic<bool>& lost;
     std::vector<float const*> x;
+    float const* plain = nullptr; // x where int4 has it in another order
+    float* ordered = nullptr;
     float* panels = nullptr; // where there are more tokens than a vector has lanes
     int32_t chunk = 0; // rows of a piece
 };

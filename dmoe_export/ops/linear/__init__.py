@@ -6,7 +6,8 @@ bfloat16: its values are exact in float32, and so are products as with a float32
 
 `DmoeQuantisedLinear` has w packed and scaled as quantised experts are (`ops/experts/__init__.py`): value =
 (u − 2^(bits − 1)) · scale, G values along K for a scale, G a power of two from 32 on that divides K; of 4 bits the even
-index is in the low nibble. Its body is `com.microsoft.MatMulNBits`, which must be told K and M: `in_features`, `out_features`.
+index is in the low nibble. Its body is `com.microsoft.MatMulNBits`, which must be told K and M: `in_features`,
+`out_features`.
 """
 
 from ..schema import OpSchema
