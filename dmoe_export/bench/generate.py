@@ -20,7 +20,7 @@ from ..errors import RequestError
 from ..generator import Generation, Generator
 from ..runtime.cpu.backend import OnnxRuntimeBackend
 from ..runtime.cpu.library import CpuOps
-from ..runtime.library import Kernels
+from ..runtime.cpu.products import Products
 from .limits import Limits, measure_limits
 from .record import Spread
 from .watch import Watch, watched
@@ -76,6 +76,7 @@ class GenerateBench(Frozen):
     precision: str
     routing: str
     cpu_ops: bool = Field(description="weights' products are computed by our CPU kernels, not by ONNX Runtime's ops")
+    products: str = Field(description="what ours multiplies weights with, such as 'exact (float32)'")
     block_length: int
     max_new_tokens: int
     steps: int
@@ -118,7 +119,7 @@ def routing_options(bundle: Bundle, coreset: str) -> dict[str, Any]:
 
 
 def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps: int, rounds: int, threads: int,
-        seed: int, peers: Sequence[str], cpu_ops: CpuOps = "auto",
+        seed: int, peers: Sequence[str], cpu_ops: CpuOps = "auto", cpu_products: Products = "exact",
         advance: Callable[[str, int, int], None] = lambda what, done, of: None) -> GenerateBench:
     """Measure all settings; what is compared takes turns, round by round, after a short answer that warms up.
 
@@ -134,7 +135,7 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
                          "temperature": 0.0,  # whatever the bundle's own default is
                          **routing_options(bundle, setting.coreset)} for setting in chosen}
     limits = measure_limits(threads)
-    ours, kernels = _ours(bundle, threads, cpu_ops)
+    ours, backend = _ours(bundle, threads, cpu_ops, cpu_products)
     sides = {"ours": ours} | {name: _peer(name, bundle, threads) for name in peers}
     turns: dict[tuple[str, Setting], list[_Turn]] = {(side, setting): [] for side in sides for setting in chosen}
     total, done = len(turns) * (rounds + 1), 0
@@ -149,7 +150,7 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
             advance(f"{side}, {setting.prompt_tokens} prompt tokens, coreset {setting.coreset}", done, total)
     return GenerateBench(
         model=manifest.model.architecture, layers=manifest.model.num_layers, precision=manifest.precision_in_words,
-        routing=manifest.routing.mode, cpu_ops=not kernels.missing,
+        routing=manifest.routing.mode, cpu_ops=not backend.kernels.missing, products=backend.products,
         block_length=manifest.routing.block_length, max_new_tokens=max_new_tokens,
         steps=steps, rounds=rounds, limits=limits,
         results=[_result(setting, turns["ours", setting], {name: turns[name, setting] for name in peers})
@@ -164,11 +165,11 @@ def random_prompt(bundle: Bundle, tokens: int, seed: int) -> list[int]:
     return ids.tolist()
 
 
-def _ours(bundle: Bundle, threads: int, cpu_ops: CpuOps) -> tuple[Answer, Kernels]:
+def _ours(bundle: Bundle, threads: int, cpu_ops: CpuOps, products: Products) -> tuple[Answer, OnnxRuntimeBackend]:
     with watched() as watch:
-        backend = OnnxRuntimeBackend(bundle, threads, cpu_ops=cpu_ops)
+        backend = OnnxRuntimeBackend(bundle, threads, cpu_ops=cpu_ops, products=products)
     generator = Generator(bundle, backend)
-    return lambda prompt, options: _generated(generator, watch, prompt, options), backend.kernels
+    return lambda prompt, options: _generated(generator, watch, prompt, options), backend
 
 
 def _peer(name: str, bundle: Bundle, threads: int) -> Answer:
@@ -178,7 +179,7 @@ def _peer(name: str, bundle: Bundle, threads: int) -> Answer:
         generator = Generator(bundle, Peer(bundle, threads))
         return lambda prompt, options: _generated(generator, None, prompt, options)
     if name == "onnxruntime":  # ours without our kernels
-        return _ours(bundle, threads, "off")[0]
+        return _ours(bundle, threads, "off", "exact")[0]
     if name != "diffusers":
         raise RequestError(f"Peer {name!r} is not known; known: eager, diffusers, onnxruntime, none.")
     from .peer_diffusers import DiffusersPeer

@@ -15,10 +15,11 @@ from . import library
 from .backend import OnnxRuntimeBackend, check_precision
 from .expert_layout import expert_tensors
 from .mapped_experts import MappedExperts
+from .products import Products
 
 
 def open_resident(bundle: Bundle, budget: ExpertBudget, interval: Interval,
-                  threads: int | None = None) -> ResidentBackend:
+                  threads: int | None = None, products: Products = "exact") -> ResidentBackend:
     """ONNX Runtime's CPU provider under a budget.
 
     Raises MissingRequirementError where that is not possible: see `check_experts`.
@@ -27,7 +28,7 @@ def open_resident(bundle: Bundle, budget: ExpertBudget, interval: Interval,
     model = bundle.manifest.model
     tier = MappedExperts(library.INSTALLED, expert_file(bundle), expert_tensors(bundle.manifest), budget.bytes)
     weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in tier.weights.items()}
-    backend = OnnxRuntimeBackend(bundle, threads, cpu_ops="on", source=tier.source, weights=weights)
+    backend = OnnxRuntimeBackend(bundle, threads, cpu_ops="on", source=tier.source, weights=weights, products=products)
     residency = Residency(len(model.moe_layers), model.experts.num_experts, budget.residents, interval)
     return ResidentBackend(backend, residency, tier, budget)
 
