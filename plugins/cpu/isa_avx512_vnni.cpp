@@ -5,5 +5,5 @@
 #define DMOE_PANEL_ROWS 6
 #define DMOE_ROWS 4
 #define DMOE_TOKENS 4
-#define DMOE_FEW 6
+#define DMOE_FEW 4
 #include "integer.inc"
