@@ -79,12 +79,15 @@ def _check(settings: BuildSettings, manifest: Manifest) -> None:
                          "the model's positions.")
     if settings.optimization_level is not None and not 0 <= settings.optimization_level <= 5:
         raise InputError(f"--builder-optimization-level {settings.optimization_level} is outside 0 … 5.")
+    if manifest.only_on_cpus:
+        raise InputError(f"The bundle is {manifest.precision_in_words}, which CPUs alone read; for a GPU run: "
+                         "dmoe-export build CHECKPOINT --out BUNDLE --precision fp16.")
     if manifest.model.moe and settings.experts_op == "plugin" and manifest.precision == "fp32":
         if manifest.quantisation:
             raise InputError("The experts plugin computes in fp16 or bf16, and all but the experts of this bundle is "
-                             "fp32; export with --dense-precision fp16.")
+                             "fp32; export with --compute fp16 --dense-precision fp16.")
         raise InputError("The experts plugin computes in fp16 or bf16 and the bundle is fp32; export with --precision "
-                         "fp16, or build with --experts-op onnx.")
+                         "fp16 --compute fp16, or build with --experts-op onnx.")
     if manifest.quantisation and (settings.experts_op == "onnx" or settings.allow_fallback):
         raise InputError(f"{manifest.quantisation.name} experts need the experts plugin, which alone reads them; leave "
                          "--experts-op onnx and --allow-fallback out.")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import SAMPLE
+from dmoe_export.export.quantisation import choose_precision
 from quantised_helpers import values
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +25,6 @@ from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.description import ExpertQuantisation
 from dmoe_export.errors import CheckpointError, InputError, MissingRequirementError
 from dmoe_export.export.conversion import Conversion, padded_width
-from dmoe_export.export.quantisation import choose_precision
 from dmoe_export.runtime.cpu.library import INSTALLED
 from dmoe_export.runtime.cpu.session import open_session
 from dmoe_export.runtime.gpu.onnxruntime import open_onnxruntime_cuda

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
 from dmoe_export.description import ExpertQuantisation
 from dmoe_export.ops.experts.quantised import dequantise, quantise
+from dmoe_export.ops.linear import QUANTISED_SCHEMA, SCHEMA
 from dmoe_export.ops.schema import DOMAIN, OPSET
 
 TOLERANCE = 1e-6  # of Σ |x · w|, beyond a result's rounding: sums of some thousand products in float32, in any order
@@ -41,19 +43,27 @@ ALL = KINDS | QUANTISED
 
 def linear_model(bias: bool, kind: str = "float", group: int = 32) -> bytes:
     """One node whose weights are inputs."""
-    values, weights, bits = ALL[kind]
-    names = ["x", "w", *(["scales"] if bits else []), *(["b"] if bias else [])]
-    types = {name: _elem(weights if name == "w" else values) for name in names}
-    attributes: dict[str, Any] = {"bits": bits, "group_size": group} if bits else {}
-    node = helper.make_node("DmoeQuantisedLinear" if bits else "DmoeLinear", names, ["y"], domain=DOMAIN, **attributes)
+    values, weights, _ = ALL[kind]
+    node = linear_node(bias, kind, group=group)
+    types = {name: elem_type(weights if name == "w" else values) for name in node.input}
     graph = helper.make_graph([node], "one",
                               [helper.make_tensor_value_info(name, elem, None) for name, elem in types.items()],
-                              [helper.make_tensor_value_info("y", _elem(values), None)])
+                              [helper.make_tensor_value_info("y", elem_type(values), None)])
     return helper.make_model(graph, ir_version=10, opset_imports=[
         helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]).SerializeToString()
 
 
-def _elem(dtype: type) -> TensorProto.DataType:
+def linear_node(bias: bool, kind: str, rows: int = 0, columns: int = 0, group: int = 32) -> onnx.NodeProto:
+    """The node, with the inputs' names of the schema; rows and columns are for the body of the quantised one."""
+    bits = ALL[kind].bits
+    schema = QUANTISED_SCHEMA if bits else SCHEMA
+    attributes = {"bits": bits, "group_size": group, "in_features": columns, "out_features": rows} if bits else {}
+    names = schema.inputs if bias else schema.inputs[:-1]
+    return helper.make_node(schema.name, names, schema.outputs, domain=DOMAIN, **attributes)
+
+
+def elem_type(dtype: type) -> TensorProto.DataType:
+    """The tensor type of a numpy type."""
     return TensorProto.BFLOAT16 if dtype == ml_dtypes.bfloat16 else helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
 

@@ -110,7 +110,8 @@ def test_wrong_inputs_are_refused(change, words):
     (lambda f: f.update(w=f["w"][:, 1:].copy()), r"w has shape \[9, 31\] where \[any, 32\]"),
     (lambda f: f.update(scales=f["scales"][:, 1:].copy()), r"scales has shape \[9, 1\] where \[9, 2\]"),
     (lambda f: f.update(b=f["b"][1:].copy()), r"b has shape \[8\] where \[9\]"),
-    (lambda f: f.update(x=f["x"][:, :40].copy(), w=f["w"][:, :20].copy()), "group_size 32 does not divide the columns 40"),
+    (lambda f: f.update(x=f["x"][:, :40].copy(), w=f["w"][:, :20].copy()),
+     "group_size 32 does not divide the columns 40"),
 ])
 def test_wrong_quantised_inputs_are_refused(change, words):
     feeds = case(5, 64, 9, bias=True, kind="int4")
