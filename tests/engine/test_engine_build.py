@@ -175,7 +175,7 @@ def test_bad_requests(bundle, options, sentence):
 
 def test_fp32_needs_standard_ops(sample_bundle, tmp_path):
     result = dmoe("build", sample_bundle.folder, "--out", tmp_path / "b")
-    assert result.exit_code == 2 and "export with --precision fp16, or build with --experts-op onnx" in result.stderr
+    assert result.exit_code == 2 and "export with --precision fp16 --compute fp16, or build with" in result.stderr
     assert not (tmp_path / "b").exists()
     assert built(sample_bundle.folder, "--out", tmp_path / "b", "--targets", "sm89", "--experts-op", "onnx")["engines"]
 

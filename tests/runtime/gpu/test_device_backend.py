@@ -75,7 +75,7 @@ def test_sampling_brings_logits_home(golden_bundle, cpu, prompts):
 
 
 def test_half_precision(golden, exported, prompts):
-    bundle = exported(golden / "model", precision="fp16")
+    bundle = exported(golden / "model", precision="fp16", compute="fp16")
     options = {"max_new_tokens": 40, "threshold": 0.5, "steps": 6, "eos_id": -1}
     plain = OnnxRuntimeBackend(bundle, cpu_ops="off")  # as the device's half does
     want = decode(plain, prompts[:3], **options)
