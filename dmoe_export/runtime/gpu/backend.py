@@ -111,8 +111,8 @@ class DeviceBackend:
                                 **self._layers("past_", cache.slab)},
                         {**results.tensors(places[1]), "logits": logits, **self._layers("", new)})
 
-        # What repeats: steps of a block, alone or with the block before it (where logits are shifted, the place before),
-        # and of a whole canvas.
+        # What repeats: steps of a block, alone or with what lies before it (a block; shifted logits: a place), and of
+        # a whole canvas.
         if self.graphs is not None and (sizes.tokens <= 2 * block or d.attention == "full"):
             self.graphs.run((sizes, *places, cache.slab.address, new.address), call, self._stream)
         else:
