@@ -80,13 +80,14 @@ def _show(result: GenerateBench) -> None:
               f"{count(result.rounds, 'round')}, products by "
               f"{computed_by(result.cpu_ops)}\nlimits: read {limits.read_gb_per_s:.1f} GB/s, "
               f"copy {limits.copy_gb_per_s:.1f} GB/s, product {limits.gflop_per_s:.0f} GFLOP/s")
-    table = Table("prompt", "cache", "coreset", "experts", "forwards", "who", "tokens/s", "ms per step", "outside",
-                  "ratio", "of steps", "same", title="median (quartiles); ratio = peer's time / ours")
+    table = Table("prompt", "cache", "coreset", "experts", "forwards", "ran", "who", "tokens/s", "ms per step",
+                  "outside", "ratio", "of steps", "same", title="median (quartiles); ratio = peer's time / ours")
     for r in result.results:
-        table.add_row(str(r.prompt_tokens), r.cache, r.coreset, f"{r.unique_experts:.1f}", str(r.forwards), "ours",
+        table.add_row(str(r.prompt_tokens), r.cache, r.coreset, f"{r.unique_experts:.1f}", str(r.forwards),
+                      str(r.executed_forwards), "ours",
                       *_speed(r.ours), f"{r.host_share.median:.2%}")
         for name, side in r.peers.items():
-            table.add_row(*[""] * 5, name, *_speed(side), "", f"{side.ratio:.2f}×", f"{side.step_ratio:.2f}×",
+            table.add_row(*[""] * 6, name, *_speed(side), "", f"{side.ratio:.2f}×", f"{side.step_ratio:.2f}×",
                           "yes" if side.same_tokens else "NO")
     out.print(table)
 
