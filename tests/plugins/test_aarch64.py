@@ -28,6 +28,7 @@ def test_products_on_aarch64(processor, integers, tmp_path):
         subprocess.run([COMPILER, *FLAGS, *dotprod, "-c", str(source), "-o", objects[-1]], check=True, timeout=200)
     program = str(tmp_path / "check")
     subprocess.run([COMPILER, "-static", *objects, "-o", program], check=True, timeout=60)
-    done = subprocess.run([EMULATOR, "-cpu", processor, program], capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run([EMULATOR, "-cpu", processor, program], capture_output=True, text=True, timeout=200,
+                          check=False)
     assert done.returncode == 0, done.stdout
     assert done.stdout.split("\n") == ["float32", "float32", *["float32", integers] * 2, "float32", "float32", ""]
