@@ -148,7 +148,8 @@ def test_bundles_give_the_same_tokens_with_and_without(options, installed, golde
 
 
 @pytest.mark.parametrize("options", [
-    {"precision": "fp16"}, pytest.param({"precision": "int8", "dense_precision": "fp16"}, marks=pytest.mark.slow)],
+    {"precision": "fp16", "compute": "fp16"},
+    pytest.param({"precision": "int8", "dense_precision": "fp16", "compute": "fp16"}, marks=pytest.mark.slow)],
     ids=["fp16", "int8"])
 def test_half_bundle_runs_on_the_kernels(options, installed, sample_bundle, tmp_path):
     """ONNX Runtime's own ops would turn all weights into float32 first."""
