@@ -40,7 +40,7 @@ def count(layers: int, work: Path) -> dict[str, Any]:
 
     environment = prepare(ROOT / "build" / "cuda-stubs")
     write_synthetic(work / "model", GEOMETRIES["llada2.0-mini"] | SMALL | {"num_hidden_layers": layers}, merged=True)
-    bundle = export_checkpoint(work / "model", work / "model.bundle", precision="fp16", routing="top_p")
+    bundle = export_checkpoint(work / "model", work / "model.bundle", precision="fp16", compute="fp16", routing="top_p")
     subprocess.run([sys.executable, STUBS / "drive.py", bundle.folder, "--out", work / "found.json"], check=True,
                    env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
     return json.loads((work / "found.json").read_text())

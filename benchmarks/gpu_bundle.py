@@ -60,6 +60,7 @@ def random_bundle(work: Path, geometry: str, layers: int, precision: Any) -> tup
         write_checkpoint(checkpoint, GEOMETRIES[geometry] | {"num_hidden_layers": layers}, dtype)
     written = time.perf_counter()
     bundle = export_checkpoint(checkpoint, folder, routing="top_p", precision=precision, overwrite=True,
+                               compute="fp32" if precision == "fp32" else "fp16",
                                dense_precision="fp16" if precision in ("int8", "int4") else None)
     return bundle, {"reused": False, "checkpoint_seconds": written - start,
                     "export_seconds": time.perf_counter() - written}

@@ -138,6 +138,9 @@ class Generator:
         cache: What is kept between forward passes, to save work: block (exact; for models whose blocks see no later
             ones), prefix or dual (for full-canvas models; dual keeps more, is faster and less exact; Fast-dLLM) or
             none; auto is block, or prefix for full-canvas models [default: auto].
+        schedule: Which forward passes run with cache block: merged (a finished block, and the end of the prompt, enter
+            the cache in the first pass over the next block: fewer passes, the same tokens) or reference (each in a pass
+            of its own; salient steps always) [default: merged].
         acceptance: Which tokens a step keeps: threshold (all that are probable enough), fixed (the same number in every
             step; LLaDA2), factor (the more, the surer the best are; Fast-dLLM), hierarchy (also the best of every gap;
             dInfer) or credit (sooner what was the best choice before; CreditDecoding) [default: threshold].

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-import torch
 from bundles import GOLDEN_GUARD
 from cpu_ops_helpers import built
 from hypothesis import HealthCheck, settings
@@ -87,13 +86,14 @@ def golden_token_bundle(golden: Path, exported: Callable[..., Bundle]) -> Bundle
 
 @pytest.fixture(scope="session")
 def sample_bundle(exported: Callable[..., Bundle]) -> Bundle:
-    return exported(SAMPLE)
+    """In fp32, though the sample is stored in bf16."""
+    return exported(SAMPLE, precision="fp32")
 
 
 @pytest.fixture(scope="session")
 def half_sample_bundle(exported: Callable[..., Bundle]) -> Bundle:
     """In fp16: 4 layers, the first dense, 32 experts."""
-    return exported(SAMPLE, precision="fp16")
+    return exported(SAMPLE, precision="fp16", compute="fp16")
 
 
 @pytest.fixture(scope="session")
@@ -125,8 +125,8 @@ def _add_salient(tiny_bundle: Bundle, target: Path) -> None:
             shutil.copyfile(tiny_bundle.folder / entry.path, writer.folder / entry.path)
             writer.add_file(entry.path)
         assert manifest.experts
-        salient = export_salient(ir.load(tiny_bundle.denoiser_path), manifest.model, manifest.routing, torch.float32,
-                                 manifest.experts.stored_width, (), writer)
+        salient = export_salient(ir.load(tiny_bundle.denoiser_path), manifest.model, manifest.routing, "fp32",
+                                 manifest.formats, manifest.experts.stored_width, (), writer)
         writer.seal(manifest.model_copy(update={"salient": salient, "files": writer.entries}))
 
 

@@ -65,8 +65,9 @@ class GenerateResult(Frozen):
     cache: str
     coreset: str
     new_tokens: int
-    forwards: int
-    forwards_by_phase: dict[str, int]
+    forwards: int = Field(description="model forwards (NFE)")
+    executed_forwards: int = Field(description="forwards that ran")
+    forwards_by_phase: dict[str, int] = Field(description="model forwards")
     unique_experts: float = Field(description="per MoE layer and denoise forward, mean")
     ours: Side
     host_share: Spread = Field(description="of the whole answer, outside ONNX Runtime's calls")
@@ -232,9 +233,7 @@ def _generated(generator: Generator, watch: Watch | None, prompt: list[int], opt
     start = time.perf_counter()
     (answer,) = generator.generate([prompt], **options)
     seconds, stats = time.perf_counter() - start, answer.stats
-    phase: Any = "denoise" if stats.forwards_by_phase["denoise"] else "full"  # full: without a cache
-    return _Turn(seconds, stats.seconds_by_phase[phase] / stats.forwards_by_phase[phase], answer.token_ids,
-                 (watch.seconds if watch else 0.0) - before, answer)
+    return _Turn(seconds, stats.step_seconds, answer.token_ids, (watch.seconds if watch else 0.0) - before, answer)
 
 
 def _side(turns: list[_Turn]) -> Side:
@@ -259,7 +258,8 @@ def _result(setting: Setting, ours: list[_Turn], peers: dict[str, list[_Turn]],
     stats, seconds = ours[0].answer.stats, median(turn.seconds for turn in ours)
     return GenerateResult(
         prompt_tokens=setting.prompt_tokens, cache=setting.cache, coreset=setting.coreset, new_tokens=stats.new_tokens,
-        forwards=stats.forwards, forwards_by_phase={str(phase): n for phase, n in stats.forwards_by_phase.items()},
+        forwards=stats.forwards, executed_forwards=stats.executed_forwards,
+        forwards_by_phase={str(phase): n for phase, n in stats.forwards_by_phase.items()},
         unique_experts=stats.unique_experts, ours=_side(ours),
         host_share=Spread.of([1 - turn.inside / turn.seconds for turn in ours]),
         expert_gb_per_s=stats.expert_bytes_touched / seconds / 1e9,

@@ -21,7 +21,7 @@ from pydantic import Field
 from ..bundle.graph_file import load_graph
 from ..bundle.reader import Bundle
 from ..decoding.telemetry import unique_experts
-from ..description import Frozen
+from ..description import ITEMSIZES, ExportPrecision, Frozen
 from ..errors import CheckError, MissingRequirementError, RequestError
 from ..runtime.backend import ForwardInputs, ForwardOutputs
 from ..runtime.cpu.backend import OnnxRuntimeBackend
@@ -250,12 +250,19 @@ def _profiles(bundle: Bundle, cases: list[_Case], options: StepOptions) -> list[
 
 
 def _sizes(bundle: Bundle) -> Callable[[Product], float]:
-    """Bytes of one number of a product's right-hand side; an expert's with its scales."""
-    manifest, d = bundle.manifest, bundle.manifest.model
-    dense = 4 if manifest.precision == "fp32" else 2
-    expert = (manifest.bytes_per_expert / (3 * d.hidden_size * manifest.experts.stored_width) if manifest.experts
-              else dense)
-    return lambda product: 4 if product.part == "router" else expert if product.part == "experts" else dense
+    """Bytes of one number of a product's right-hand side; a quantised one's with its scales."""
+    formats, cache = bundle.manifest.formats, ITEMSIZES[bundle.manifest.precision]
+
+    def per_value(stored: ExportPrecision | None) -> float:
+        how = formats.quantisation(stored)
+        return how.bits / 8 + cache / how.group_size if how else ITEMSIZES[stored or "fp32"]
+
+    def size(product: Product) -> float:
+        if product.part == "router" or product.kind != "weight":
+            return 4 if product.part == "router" else cache
+        return per_value({"experts": formats.experts, "head": formats.head}.get(product.part, formats.dense))
+
+    return size
 
 
 def _result(case: _Case, products: list[Product], profile: Profile, limits: Limits,

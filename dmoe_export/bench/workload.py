@@ -10,7 +10,7 @@ from typing import Any
 
 from ..bundle.reader import Bundle, open_bundle, read_manifest
 from ..bundle.writer import BundleWriter, write_manifest
-from ..description import ModelDescription, RoutingChoice
+from ..description import ModelDescription, Precision, RoutingChoice
 from ..errors import BundleError, MissingRequirementError
 from ..extras import pip_install
 
@@ -20,7 +20,8 @@ _MADE_BY = "made-by.txt"
 
 
 def generated_bundle(work: Path, geometry: str, *, layers: int | None, precision: str, routing: str | None, seed: int,
-                     block_length: int | None = None, report: Report | None = None) -> Bundle:
+                     block_length: int | None = None, compute: Precision = "fp32",
+                     report: Report | None = None) -> Bundle:
     """The bundle of a geometry in folder `work`; a finished one from before is used again.
 
     `routing` None: `measured_routing`.
@@ -33,7 +34,7 @@ def generated_bundle(work: Path, geometry: str, *, layers: int | None, precision
     except ImportError as error:
         raise MissingRequirementError(f"--geometry needs the exporter ({error}); install it with: "
                                       f"{pip_install('export')}, or give a bundle.") from None
-    name = "-".join(str(part) for part in (geometry, layers or "all", precision, routing or "default",
+    name = "-".join(str(part) for part in (geometry, layers or "all", precision, compute, routing or "default",
                                            block_length or "default", seed))
     folder, made_by = work / f"{name}.bundle", sources_digest()
     try:
@@ -46,8 +47,9 @@ def generated_bundle(work: Path, geometry: str, *, layers: int | None, precision
             return open_bundle(folder, "sizes")
         shutil.rmtree(folder)
     source = GeneratedCheckpoint(geometry, layers, seed)
-    options: dict[str, Any] = {"precision": precision, "routing": routing or measured_routing(source.description),
-                               "block_length": block_length, "report": report}
+    options: dict[str, Any] = {"precision": precision, "compute": compute, "block_length": block_length,
+                               "report": report,
+                               "routing": routing or measured_routing(source.description)}
     export_checkpoint(source, folder, **options)
     (folder / _MADE_BY).write_text(made_by, encoding="utf-8")
     return open_bundle(folder, "sizes")
@@ -72,7 +74,6 @@ def _retraced(folder: Path) -> bool:
     """Put a graph of today's exporter over the data files; False when its weights are not those in the files."""
     import onnx_ir as ir
 
-    from ..export.exporter import DTYPES
     from ..export.graph_file import save_graph
     from ..export.trace import trace_denoiser
 
@@ -81,8 +82,7 @@ def _retraced(folder: Path) -> bool:
         return False
     width = manifest.experts.stored_width if manifest.experts else 0
     old = ir.load(folder / manifest.denoiser.file).graph.initializers
-    model = trace_denoiser(manifest.model, manifest.routing, DTYPES[manifest.precision], width,
-                           manifest.quantisation)
+    model = trace_denoiser(manifest.model, manifest.routing, manifest.precision, manifest.formats, width)
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
             continue

@@ -6,7 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..description import ModelDescription, RoutingDescription
+from ..description import (
+    ITEMSIZES,
+    ExpertQuantisation,
+    ModelDescription,
+    Precision,
+    RoutingDescription,
+    WeightFormats,
+)
 from .contract import GraphKind, Tensor, how_many, inputs_of, outputs_of
 
 if TYPE_CHECKING:
@@ -40,16 +47,46 @@ def check_numbers(model: ModelDescription, routing: RoutingDescription) -> None:
         raise ValueError("heads and groups do not divide evenly")
 
 
-def check_dense_size(model: ModelDescription, itemsize: int, file: str, size: int | None) -> None:
+def check_formats(formats: WeightFormats, compute: Precision, experts: bool, how: ExpertQuantisation | None) -> None:
+    """Raise ValueError where the formats of weights are not those of the experts, or nothing computes with them."""
+    if (formats.experts is not None) != experts or formats.quantisation(formats.experts) != how:
+        raise ValueError(f"weights say experts {formats.experts} in groups of {formats.group_size}, and experts are "
+                         f"{f'{how.name} in groups of {how.group_size}' if how else 'not quantised'}")
+    for part, stored in formats.parts.items():
+        if compute != "fp32" and stored in ITEMSIZES and stored != compute:
+            raise ValueError(f"{part} weights are {stored}, which {compute} cannot be computed with")
+
+
+def check_dense_size(model: ModelDescription, formats: WeightFormats, compute: Precision, file: str,
+                     size: int | None) -> None:
     """Raise ValueError where a file of dense weights is too small for the model; `size` None: it is not listed."""
-    d, moe = model, model.moe
-    heads = (2 * d.num_heads + 2 * d.num_kv_heads) * d.head_dim  # fused QKV, and back
-    dense = d.num_layers - len(d.moe_layers)
-    values = d.hidden_size * (d.vocab_size * (1 if d.tie_embeddings else 2) + d.num_layers * heads
-                              + 3 * dense * d.dense_width + 3 * len(d.moe_layers) * (moe.shared_width if moe else 0))
-    if size is not None and values * itemsize > size:
-        raise ValueError(f"a model of these sizes has {_short(values * itemsize)} bytes of dense weights or more, "
-                         f"{file} has {size}")
+    needed = dense_bytes(model, formats, compute)
+    if size is not None and needed > size:
+        raise ValueError(f"a model of these sizes has {_short(needed)} bytes of dense weights or more, {file} has "
+                         f"{size}")
+
+
+def dense_bytes(model: ModelDescription, formats: WeightFormats, compute: Precision) -> int:
+    """Bytes of all matrices but the routed experts and the routers."""
+    d, moe, hidden = model, model.moe, model.hidden_size
+    heads, both, mixed = d.num_heads * d.head_dim, (d.num_heads + 2 * d.num_kv_heads) * d.head_dim, len(d.moe_layers)
+    widths = [(d.num_layers - mixed, d.dense_width), (mixed, moe.shared_width if moe else 0)]
+    matrices = [(1, "embed.weight", d.vocab_size, hidden),
+                (0 if d.tie_embeddings else 1, "lm_head.weight", d.vocab_size, hidden),
+                (d.num_layers, ".attention.qkv.weight", both, hidden),
+                (d.num_layers, ".attention.out.weight", hidden, heads),
+                *((2 * count, ".ffn.up.weight", width, hidden) for count, width in widths),
+                *((count, ".ffn.down.weight", hidden, width) for count, width in widths)]
+    return sum(count * _matrix_bytes(formats, compute, name, rows, inner) for count, name, rows, inner in matrices)
+
+
+def _matrix_bytes(formats: WeightFormats, compute: Precision, name: str, rows: int, inner: int) -> int:
+    """Of one parameter [rows, inner], with its scales."""
+    stored = formats.of(name, inner, compute)
+    how = formats.quantisation(stored)
+    if how is None:
+        return rows * inner * ITEMSIZES[stored]
+    return rows * (inner * how.bits // 8 + inner // how.group_size * ITEMSIZES[compute])
 
 
 def check_graphs(manifest: Manifest) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from ..description import ExpertQuantisation, Frozen, ModelDescription
+from ..description import ITEMSIZES, ExpertQuantisation, Frozen, ModelDescription, Precision, WeightFormats
 
 
 class ExpertLayer(Frozen):
@@ -25,7 +25,7 @@ class ExpertsEntry(Frozen):
     gate_up_slab_bytes: int
     down_slab_bytes: int
     layers: list[ExpertLayer]
-    quantisation: ExpertQuantisation | None = Field(None, description="null: weights are in the bundle's precision")
+    quantisation: ExpertQuantisation | None = Field(None, description="null: weights are floats")
     gate_up_scales_slab_bytes: int = 0
     down_scales_slab_bytes: int = 0
 
@@ -46,14 +46,15 @@ class ExpertsEntry(Frozen):
                 + self.down_scales_slab_bytes)
 
 
-def check_expert_layout(entry: ExpertsEntry, model: ModelDescription, itemsize: int, file_size: int | None) -> None:
+def check_expert_layout(entry: ExpertsEntry, model: ModelDescription, formats: WeightFormats, compute: Precision,
+                        file_size: int | None) -> None:
     """Raise ValueError unless slabs are as large as the format says and lie in the file, none over another.
 
-    `itemsize`: bytes of a value that is not quantised; `file_size` None: of a file that is not listed.
+    `file_size` None: of a file that is not listed.
     """
     values, how = model.hidden_size * entry.stored_width, entry.quantisation  # of down; gate_up has twice as many
-    weight = values * how.bits // 8 if how else values * itemsize
-    scale = values // how.group_size * itemsize if how else 0
+    weight = values * how.bits // 8 if how else values * ITEMSIZES[formats.experts or compute]
+    scale = values // how.group_size * ITEMSIZES[compute] if how else 0
     slabs = (entry.gate_up_slab_bytes, entry.down_slab_bytes, entry.gate_up_scales_slab_bytes,
              entry.down_scales_slab_bytes)
     if slabs != (2 * weight, weight, 2 * scale, scale) or values <= 0:

@@ -14,8 +14,9 @@ from ..description import (
     ModelDescription,
     Precision,
     RoutingDescription,
+    WeightFormats,
 )
-from .consistent import check_dense_size, check_engine, check_graphs, check_numbers, check_once
+from .consistent import check_dense_size, check_engine, check_formats, check_graphs, check_numbers, check_once
 from .layout import ExpertsEntry, check_expert_layout
 
 SCHEMA_VERSION = 2
@@ -210,7 +211,9 @@ class Manifest(Frozen):
     created_by: str
     model: ModelDescription
     routing: RoutingDescription
-    precision: Precision
+    precision: Precision = Field(description="compute type: of activations, caches, norms and biases")
+    weights: WeightFormats | None = Field(None, description="null in older bundles: all in `precision`, and experts as "
+                                          "`experts.quantisation` says")
     checkpoint: CheckpointEntry
     denoiser: GraphEntry
     salient: SalientEntry | None = Field(description="null without --salient")
@@ -225,16 +228,19 @@ class Manifest(Frozen):
     @model_validator(mode="after")
     def _numbers_agree(self) -> Manifest:
         """The manifest has no hash of its own, and who maps the expert file trusts these."""
-        model, entry, itemsize = self.model, self.experts, 4 if self.precision == "fp32" else 2
+        model, entry = self.model, self.experts
         sizes = {file.path: file.size for file in self.files}
         check_numbers(model, self.routing)
         check_graphs(self)
         if [layer.layer for layer in entry.layers] != list(model.moe_layers) if entry else len(model.moe_layers):
             raise ValueError("experts are not those of the model's layers")
+        if self.weights:
+            check_formats(self.weights, self.precision, bool(entry), self.quantisation)
+        formats = self.formats
         if entry:
-            check_expert_layout(entry, model, itemsize, sizes.get(entry.file))
+            check_expert_layout(entry, model, formats, self.precision, sizes.get(entry.file))
         data = f"{self.denoiser.file}.data"
-        check_dense_size(model, itemsize, data, sizes.get(data))
+        check_dense_size(model, formats, self.precision, data, sizes.get(data))
         check_once((str(PurePosixPath(file.path)) for file in self.files), "file")
         check_once((engine.file for engine in self.engines), "engine")
         for engine in self.engines:
@@ -252,12 +258,27 @@ class Manifest(Frozen):
         return self.experts.quantisation if self.experts else None
 
     @property
+    def formats(self) -> WeightFormats:
+        """How weights are stored, of older bundles too."""
+        if self.weights:
+            return self.weights
+        formats, how = WeightFormats.all_as(self.precision, self.experts is not None), self.quantisation
+        return formats.model_copy(update={"experts": how.name, "group_size": how.group_size}) if how else formats
+
+    @property
     def export_precision(self) -> ExportPrecision:
-        """What `export --precision` said."""
-        return self.quantisation.name if self.quantisation else self.precision
+        """What `export --precision` said: of experts, or of a dense model's linear layers."""
+        return self.formats.experts or self.formats.dense
 
     @property
     def precision_in_words(self) -> str:
-        """Such as "fp32" or "fp32, experts int4 in groups of 64"."""
-        how = self.quantisation
-        return self.precision + (f", experts {how.name} in groups of {how.group_size}" if how else "")
+        """Such as "fp32", "fp32, weights bf16" or "fp32, experts int4, in groups of 64"."""
+        return self.formats.in_words(self.precision)
+
+    @property
+    def only_on_cpus(self) -> bool:
+        """Whether weights are stored in a way that kernels of GPUs do not read: dense parts in other types than what
+        is computed with, or experts in other floats."""
+        formats = self.formats
+        return (any(stored != self.precision for part, stored in formats.parts.items() if part != "experts")
+                or (formats.experts not in (None, self.precision) and not self.quantisation))

@@ -7,6 +7,7 @@ from typing import Any
 from .. import words
 from ..bundle.reader import Bundle
 from ..checkpoint.family import Checkpoint
+from ..description import WeightFormats
 from ..export.conversion import Conversion, Digests, identity
 from .result import IdentityCheck
 
@@ -42,10 +43,9 @@ def check_identity(bundle: Bundle, checkpoint: Checkpoint, layers: int | None,
 
 def read_digests(checkpoint: Checkpoint, layers: int) -> Digests:
     """Digests of trunk and first layers, which reads them all."""
-    import torch
-
     width = checkpoint.description.moe.expert_width if checkpoint.description.moe else 0
-    conversion = Conversion(checkpoint, torch.float32, width, layers)
+    formats = WeightFormats.all_as("fp32", checkpoint.description.moe is not None)
+    conversion = Conversion(checkpoint, formats, "fp32", width, layers)
     for tensors in (conversion.dense(), conversion.experts()):
         for tensor in tensors:
             for _ in tensor.chunks:

@@ -26,7 +26,7 @@ from .generation import ReferenceTokens
 from .inputs import CheckInputs, make_inputs
 from .instrument import first_layers, open_layers
 from .judge import Judge
-from .quantisation import QuantisedWeights, compare_quantised
+from .quantisation import RoundedWeights, compare_quantised
 from .reference import Reference
 from .result import BackendCheck, InputsUsed, QuantisationCheck
 from .runners import Arrays, LayersRunner, ReferenceRunner, SequenceRunner, streams_feeds
@@ -83,8 +83,8 @@ def check_numbers(bundle: Bundle, source: WeightSource, names: Sequence[BackendN
 
 def _rounding(bundle: Bundle, source: WeightSource, feeds: list[Arrays], seen: list[Arrays],
               limits: Limits) -> QuantisationCheck | None:
-    """What the reference would have computed without quantisation; None where that is not known or not asked."""
-    if not isinstance(source, QuantisedWeights):
+    """What the reference would have computed with the checkpoint's own weights; None where these are not rounded."""
+    if not isinstance(source, RoundedWeights):
         return None
     original = ReferenceRunner(Reference(source.original, bundle.manifest.routing, keep=False), feeds)
     run = Comparator.run([original], feeds)

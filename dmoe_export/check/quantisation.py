@@ -1,7 +1,7 @@
-"""Quantised experts in a check: the reference takes the quantised values, and what they cost is said beside it.
+"""Weights that an export rounds, in a check: the reference takes the stored values, and their cost is said beside it.
 
-So the gates stay those of the bundle's precision: they hold the backend against what the bundle stores, and the error
-that quantisation itself makes is a number of the report, not a gate.
+So the gates stay those of the compute type: they hold the backend against what the bundle stores, and the error that
+rounding the weights itself makes is a number of the report, not a gate.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bundle.manifest import Manifest
-from ..export.exporter import DTYPES
+from ..checkpoint.family import Checkpoint
+from ..description import ExportPrecision
+from ..export.conversion import DTYPES
+from ..export.formats import stored_precision
 from ..ops.experts.quantised import dequantise, quantise
 from .compare import row_errors, tensor_error
 from .gates import Limits
@@ -22,39 +25,46 @@ from .sources import WeightSource
 Arrays = dict[str, np.ndarray]
 
 
-class QuantisedWeights:
-    """Another source's weights with the routed experts rounded as the bundle's export rounded them."""
+class RoundedWeights:
+    """Another source's weights as the bundle's export stored them, where that is not in the compute type."""
 
     def __init__(self, source: WeightSource, manifest: Manifest) -> None:
-        """Of a manifest whose experts are quantised."""
-        assert manifest.experts and manifest.experts.quantisation
         self.description, self.original = source.description, source
-        self._how, self._dtype = manifest.experts.quantisation, DTYPES[manifest.precision]
-        self._width = manifest.experts.stored_width
+        self._formats, self._compute = manifest.formats, manifest.precision
+        self._width = manifest.experts.stored_width if manifest.experts else 0
 
     def dense(self, name: str, rows: slice | None = None) -> Tensor:
         """As in WeightSource."""
-        return self.original.dense(name, rows)
+        weight = self.original.dense(name, rows)
+        return self._rounded(weight, self._formats.of(name, weight.shape[-1], self._compute))
 
     def gate_up(self, layer: int, expert: int) -> Tensor:
         """As in WeightSource."""
-        return self._rounded(self.original.gate_up(layer, expert))
+        return self._rounded(self.original.gate_up(layer, expert), self._formats.experts)
 
     def down(self, layer: int, expert: int) -> Tensor:
         """As in WeightSource."""
         slab = self.original.down(layer, expert)
         padded = F.pad(slab, (0, self._width - slab.shape[-1]))  # groups run along the stored width
-        return self._rounded(padded)[:, :slab.shape[-1]]
+        return self._rounded(padded, self._formats.experts)[:, :slab.shape[-1]]
 
-    def _rounded(self, weight: Tensor) -> Tensor:
-        return dequantise(*quantise(weight, self._how, self._dtype), self._how.bits)
+    def _rounded(self, weight: Tensor, stored: ExportPrecision | None) -> Tensor:
+        how = self._formats.quantisation(stored)
+        if how:
+            return dequantise(*quantise(weight, how, DTYPES[self._compute]), how.bits)
+        return weight if stored in (None, self._compute) else weight.to(DTYPES[stored]).float()
+
+
+def is_rounded(manifest: Manifest, checkpoint: Checkpoint) -> bool:
+    """Whether some weights are stored in another type than is computed with, and not exactly."""
+    exact, formats = stored_precision(checkpoint.weights.matrix_types)[0], manifest.formats
+    return any(stored not in (manifest.precision, exact) for stored in formats.parts.values())
 
 
 def compare_quantised(manifest: Manifest, original: list[Arrays], quantised: list[Arrays],
                       limits: Limits) -> QuantisationCheck:
     """The reference with the checkpoint's own weights against the reference with the quantised ones, same forwards."""
-    how = manifest.quantisation
-    assert how
+    formats = manifest.formats
     logits, divergences, same_tokens, same_experts = [], list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
     for theirs, ours in zip(original, quantised, strict=True):
         wanted, valid = theirs["logit_rows"] >= 0, theirs["position_ids"] >= 0
@@ -68,10 +78,10 @@ def compare_quantised(manifest: Manifest, original: list[Arrays], quantised: lis
     error = tensor_error(logits)
     known = not error.not_finite
     return QuantisationCheck(
-        bits=how.bits, group_size=how.group_size, logits=error,
+        weights=formats.in_words(manifest.precision), group_size=formats.group_size, logits=error,
         divergence=float(np.concatenate(divergences).mean()) if known else None,
         same_best_token=float(np.concatenate(same_tokens).mean()) if known else None,
-        same_experts=float(np.concatenate(same_experts).mean()))
+        same_experts=float(np.concatenate(same_experts).mean()) if same_experts else None)
 
 
 def _divergence(expected: np.ndarray, got: np.ndarray) -> np.ndarray:

@@ -32,10 +32,9 @@ class _Slab:
     def __init__(self, read: Callable[[], Tensor]) -> None:
         self._read = read
 
-    @property
-    def T(self) -> Tensor:
-        """The transposed matrix."""
-        return self._read().T
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The matrix."""
+        return self._read().to(dtype)
 
 
 class _Slabs:

@@ -167,16 +167,17 @@ class EngineCheck(Frozen):
 
 
 class QuantisationCheck(Frozen):
-    """What quantising the experts itself does: the float32 reference with the checkpoint's own weights against the one
-    with the quantised values. No gate: the backends are held against the latter."""
+    """What rounding the weights itself does: the float32 reference with the checkpoint's own weights against the one
+    with the stored values. No gate: the backends are held against the latter."""
 
-    bits: Literal[8, 4]
-    group_size: int = Field(description="weights that share a scale")
+    weights: str = Field(description="how they are stored")
+    group_size: int | None = Field(description="weights that share a scale; null = none are integers")
     logits: TensorError
     divergence: float | None = Field(description="Kullback-Leibler divergence of the next-token distributions, mean, "
                                      "in nats; null = not known, as numbers are not finite")
     same_best_token: float | None = Field(description="share of positions with the same best token; null likewise")
-    same_experts: float = Field(description="share of tokens and MoE layers with the same experts")
+    same_experts: float | None = Field(description="share of tokens and MoE layers with the same experts; null = a "
+                                       "dense model")
 
 
 class InputsUsed(Frozen):
@@ -197,7 +198,8 @@ class CheckReport(Frozen):
     reference: str
     reference_kind: Literal["checkpoint", "bundle weights"]
     family: str
-    precision: Precision
+    precision: Precision = Field(description="compute type")
+    stored: str = Field(description="compute type and how weights are stored, in words")
     routing: str
     block_length: int
     layers_checked: int
@@ -218,5 +220,5 @@ class CheckReport(Frozen):
     seconds: float
     reference_not_finite: str | None = Field(None, description="the part of the reference that first computes NaN or "
                                              "infinity; null = none")
-    quantisation: QuantisationCheck | None = Field(None, description="null where experts are not quantised or no "
+    quantisation: QuantisationCheck | None = Field(None, description="null where no weights are rounded or no "
                                                    "checkpoint was given")

@@ -10,12 +10,13 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
+from ..bundle.consistent import dense_bytes
 from ..bundle.hub import resolve_bundle
 from ..bundle.manifest import Manifest
 from ..bundle.reader import Bundle, Verify, open_bundle
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.hub import resolve_checkpoint
-from ..description import RUNTIME_SETTINGS
+from ..description import RUNTIME_SETTINGS, WeightFormats
 from ..engine.recipe import Tolerances, load_recipe
 from ..errors import CheckError, InputError, MissingRequirementError
 from ..runtime.choose import BackendName
@@ -23,7 +24,7 @@ from .engines import check_engines
 from .gates import limits_for
 from .identity import check_identity
 from .numeric import Tell, check_numbers
-from .quantisation import QuantisedWeights
+from .quantisation import RoundedWeights, is_rounded
 from .result import CheckReport, IdentityCheck, WeightsCheck
 from .sources import BundleWeights, CheckpointWeights, WeightSource
 from .verdict import judged, where_it_ends
@@ -71,9 +72,10 @@ def check_bundle(folder: str | Path, reference: str | Path | None = None, *, bac
     bad, passed, verdict = judged(identity, weights_check, numeric, engines, manifest.precision)
     return CheckReport(
         bundle=str(folder), reference=str(reference) if checkpoint else "the bundle's own weights" + (
-            f" (experts {manifest.quantisation.name} as stored)" if manifest.quantisation else ""),
+            f" ({manifest.precision_in_words}, as stored)" if manifest.formats.group_size else ""),
         reference_kind="checkpoint" if checkpoint else "bundle weights", family=manifest.model.family,
-        precision=manifest.precision, routing=_routing(manifest), block_length=manifest.routing.block_length,
+        precision=manifest.precision, stored=manifest.precision_in_words,
+        routing=_routing(manifest), block_length=manifest.routing.block_length,
         layers_checked=kept, layers_total=manifest.model.num_layers, experts_exercised=numeric.experts_exercised,
         num_experts=manifest.model.moe.num_experts if manifest.model.moe else 0, inputs=numeric.inputs,
         identity=identity, weights=weights_check, backends=numeric.backends, engines=engines, first_bad_layer=bad,
@@ -135,17 +137,15 @@ def _source(bundle: Bundle, checkpoint: Checkpoint | None, layers: int, identity
                 theirs.moe.num_experts, theirs.moe.experts_per_token)):
         raise CheckError(identity.note)
     source = CheckpointWeights(checkpoint)
-    return QuantisedWeights(source, bundle.manifest) if bundle.manifest.quantisation else source
+    return RoundedWeights(source, bundle.manifest) if is_rounded(bundle.manifest, checkpoint) else source
 
 
 def _check_memory(bundle: Bundle) -> None:
     """The reference decodes with all weights in float32; say so before the machine swaps."""
-    manifest = bundle.manifest
-    wider = 1 if manifest.precision == "fp32" else 2
-    expert_file = manifest.experts.file if manifest.experts and manifest.quantisation else None
-    per_value = 32 // manifest.quantisation.bits if manifest.quantisation else wider  # of the experts' file
-    needed = sum((per_value if entry.path == expert_file else wider) * entry.size for entry in manifest.files
-                 if not entry.path.endswith(".engine"))
+    model, entry = bundle.manifest.model, bundle.manifest.experts
+    needed = dense_bytes(model, WeightFormats.all_as("fp32", model.moe is not None), "fp32")
+    if entry:
+        needed += 4 * 3 * model.experts.num_experts * model.hidden_size * entry.stored_width * len(entry.layers)
     try:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):

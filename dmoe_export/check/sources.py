@@ -74,27 +74,26 @@ class BundleWeights:
     def __init__(self, bundle: Bundle, description: ModelDescription) -> None:
         """Raises BundleError for weights that do not lie beside the graph as external data."""
         self.description = description
-        self._folder, self._quantisation = bundle.folder, bundle.manifest.quantisation
+        self._folder, self._group_size = bundle.folder, bundle.manifest.formats.group_size
         graph = load_graph(bundle).graph
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
 
     def dense(self, name: str, rows: slice | None = None) -> Tensor:
         """As in WeightSource."""
-        return self._read(name, rows).float()
+        stored = self._read(name, rows)
+        if stored.dtype != torch.uint8:
+            return stored.float()
+        scales = self._read(f"{name}_scales", rows)
+        assert self._group_size
+        return dequantise(stored, scales, 8 * stored.shape[-1] // (scales.shape[-1] * self._group_size))
 
     def gate_up(self, layer: int, expert: int) -> Tensor:
         """As in WeightSource."""
-        return self._expert(f"layers.{layer}.ffn.gate_up", expert)
+        return self.dense(f"layers.{layer}.ffn.gate_up", slice(expert, expert + 1))[0]
 
     def down(self, layer: int, expert: int) -> Tensor:
         """As in WeightSource."""
-        return self._expert(f"layers.{layer}.ffn.down", expert)
-
-    def _expert(self, name: str, expert: int) -> Tensor:
-        rows = slice(expert, expert + 1)
-        if self._quantisation is None:
-            return self._read(name, rows)[0].float()
-        return dequantise(self._read(name, rows)[0], self._read(f"{name}_scales", rows)[0], self._quantisation.bits)
+        return self.dense(f"layers.{layer}.ffn.down", slice(expert, expert + 1))[0]
 
     def _read(self, name: str, rows: slice | None) -> Tensor:
         tensor = self._tensors.get(name)

@@ -34,22 +34,22 @@ def show_identity(identity: IdentityCheck, stderr: bool) -> None:
 
 
 def quantisation_in_words(found: QuantisationCheck) -> str:
-    """One sentence: what rounding the experts alone did to the reference."""
+    """One sentence: what rounding the weights alone did to the reference."""
     if found.divergence is None or found.same_best_token is None:
-        return (f"what experts of {found.bits} bits in groups of {found.group_size} cost is not known: "
-                f"{found.logits.not_finite} of {found.logits.rows} positions have NaN or infinity.")
+        return (f"what storing {found.weights} costs is not known: {found.logits.not_finite} of {found.logits.rows} "
+                "positions have NaN or infinity.")
     mean, worst = 1 - found.logits.cosine_mean, 1 - found.logits.cosine_worst
-    return (f"experts of {found.bits} bits in groups of {found.group_size} move the reference's own logits by "
-            f"1 − cosine {mean:.1e} (worst row {worst:.1e}), {found.divergence:.1e} nats; best token equal at "
-            f"{found.same_best_token:.1%}, experts at {found.same_experts:.1%}. No gate: backends are held against the "
-            "quantised weights.")
+    experts = "" if found.same_experts is None else f", experts at {found.same_experts:.1%}"
+    return (f"storing {found.weights} moves the reference's own logits by 1 − cosine {mean:.1e} (worst row "
+            f"{worst:.1e}), {found.divergence:.1e} nats; best token equal at "
+            f"{found.same_best_token:.1%}{experts}. No gate: backends are held against the stored weights.")
 
 
 def show(report: CheckReport) -> None:
     """Everything but the last line."""
     console = Console()
     where = f"{report.layers_checked} of {count(report.layers_total, 'layer')}"
-    _say(f"{report.bundle} ({report.family}, {report.precision}, {where}) against {report.reference} in float32: "
+    _say(f"{report.bundle} ({report.family}, {report.stored}, {where}) against {report.reference} in float32: "
                f"{count(report.inputs.rows, 'row')}, {count(report.inputs.tokens, 'token')}, "
                f"{report.inputs.masked} masked, from {report.inputs.source}")
     if report.experts_exercised:

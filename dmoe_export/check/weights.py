@@ -15,7 +15,6 @@ from ..bundle.graph_file import load_graph
 from ..bundle.reader import Bundle
 from ..checkpoint.family import Checkpoint
 from ..export.conversion import Conversion, Digests, StoredTensor
-from ..export.exporter import DTYPES
 from .identity import compared_layers, describe_difference, first_difference
 from .result import WeightsCheck
 
@@ -70,7 +69,7 @@ def check_weights_and_digest(bundle: Bundle, checkpoint: Checkpoint, layers: int
     manifest, tally = bundle.manifest, _Tally()
     count = compared_layers(bundle, checkpoint, layers)
     width = manifest.experts.stored_width if manifest.experts else 0
-    conversion = Conversion(checkpoint, DTYPES[manifest.precision], width, count, manifest.quantisation)
+    conversion = Conversion(checkpoint, manifest.formats, manifest.precision, width, count)
     places = _places(bundle)
     kept = [name for name in places if (_layer(name) or 0) < count]
     total = sum(places[name].length for name in kept)

@@ -44,6 +44,10 @@ class GeneratedReader(TensorReader):
     def _pool(self) -> Tensor:
         return torch.from_numpy(np.random.default_rng(self._seed).standard_normal(_POOL, np.float32))
 
+    def stored_type(self, name: str) -> str:
+        """As in TensorReader."""
+        return "F32"
+
     def close(self) -> None:
         """Nothing is open."""
 

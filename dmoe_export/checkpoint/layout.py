@@ -142,8 +142,14 @@ class StoredWeights:
                 used.add(tensor)
         bases = {layer: f"{layout.prefix(layer)}{layout.experts}" for layer in description.moe_layers}
         self._experts = StoredExperts(description, reader, bases)
+        matrices = {tensor for ours, tensors in expected.items() if ".router." not in ours
+                    for tensor, shape in tensors.items() if len(shape) > 1}
         for layer in description.moe_layers:
-            used |= self._experts.check(layer)
+            found = self._experts.check(layer)
+            used |= found
+            matrices |= found
+        self.matrix_types = frozenset(map(reader.stored_type, matrices))
+        """In which types its matrices are stored, routers aside."""
         self._refuse_strangers(used, stored_layers or description.num_layers)
 
     def _refuse_strangers(self, used: set[str], stored_layers: int) -> None:

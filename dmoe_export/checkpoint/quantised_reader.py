@@ -54,6 +54,10 @@ class DequantisingReader(TensorReader):
             self._shapes[name] = tensor.shape
         self._shapes |= {name: made.shape for name, made in found.made.items()}
 
+    def stored_type(self, name: str) -> str:
+        """As in TensorReader: quantised weights come as float32."""
+        return "F32" if name in self._made else self._stored.stored_type(name)
+
     def close(self) -> None:
         """Unmap the open shard."""
         self._stored.close()

@@ -54,6 +54,10 @@ class TensorReader(ABC):
         """One tensor, or its part along the first axis (an int drops the axis), on the CPU."""
 
     @abstractmethod
+    def stored_type(self, name: str) -> str:
+        """The type its values come in, by safetensors' name: F32, F16, BF16, F64."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give back what is open; reading opens it again."""
 
@@ -100,6 +104,10 @@ class CheckpointReader(TensorReader):
         tensor = self.raw(name) if index is None else self.raw(name, index)
         self.refuse_not_finite(name, tensor, self.stored[name].file)
         return tensor
+
+    def stored_type(self, name: str) -> str:
+        """As in TensorReader."""
+        return self.stored[name].dtype
 
     def raw(self, name: str, *index: int | slice) -> Tensor:
         """A tensor or its part along the first axes, as stored, whatever its type and values."""

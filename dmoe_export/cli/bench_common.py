@@ -23,7 +23,7 @@ from .progress import byte_bar
 
 _QUIET = 0.05  # of the processor's time
 F = TypeVar("F", bound=Callable[..., Any])
-_OF_GEOMETRY = ("layers", "precision", "routing", "block_length", "work")
+_OF_GEOMETRY = ("layers", "precision", "compute", "routing", "block_length", "work")
 _SEAL = ("expect_sha256", "trusted_key")
 _NAMES = ("bundle", "geometry", "verify", *_OF_GEOMETRY, *_SEAL)
 
@@ -53,8 +53,10 @@ def bundle_options(command: F) -> F:
                    help="Instead of BUNDLE: a published size with generated weights, such as llada2.0-mini"),
             option("--layers", type=click.IntRange(min=1), group="bundle", shown="all",
                    help="The first so many of the geometry"),
-            option("--precision", type=click.Choice(["fp32", "fp16", "int8", "int4"]), group="bundle", shown="fp32",
-                   help="Of the geometry's bundle"),
+            option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), group="bundle",
+                   shown="fp32", help="How the geometry's bundle stores weights"),
+            option("--compute", type=click.Choice(["fp32", "fp16"]), group="bundle", shown="fp32",
+                   help="Type of activations and caches of the geometry's bundle"),
             option("--routing", type=click.Choice(["auto", "token", "top_p", "top_c"]), group="bundle",
                    shown="top_p for block diffusion with experts, else auto", help="Of the geometry's bundle"),
             option("--block-length", type=click.IntRange(min=1), group="bundle", shown="32",
@@ -84,7 +86,8 @@ def opened(options: dict[str, Any], quiet: bool) -> Iterator[Bundle]:
         raise RequestError("--expect-sha256 and --trusted-key belong to a BUNDLE; leave them out with --geometry.")
     with tempfile.TemporaryDirectory() as temporary, byte_bar("bundle", 0, shown=not quiet) as report:
         yield generated_bundle(chosen["work"] or Path(temporary), chosen["geometry"], layers=chosen["layers"],
-                               precision=chosen["precision"] or "fp32", routing=chosen["routing"],
+                               precision=chosen["precision"] or "fp32", compute=chosen["compute"] or "fp32",
+                               routing=chosen["routing"],
                                block_length=chosen["block_length"], seed=options["seed"], report=report)
 
 

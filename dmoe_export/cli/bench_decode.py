@@ -39,6 +39,8 @@ _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
         help="Acceptance rules, each name or name:value, separated by commas")
 @option("--salient", "salients", default="off", metavar="X,…", group="compared",
         help="Thresholds of salient steps, separated by commas; off is without")
+@option("--schedule", "schedules", default="merged", metavar="NAME,…", group="compared",
+        help="Schedules of forward passes to compare, separated by commas: merged, reference")
 @option("--prompt", "prompts", multiple=True, metavar="TEXT", group="prompt", help="A prompt; may be given again")
 @option("--prompts-file", type=click.Path(path_type=Path), metavar="FILE", group="prompt",
         help='JSON lines with "question" and, for the accuracy, "answer"')
@@ -61,11 +63,11 @@ _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
 @OUT
 @PLOT
 @JSON
-def decode(bundle: Path, caches: str, acceptances: str, salients: str, prompts: tuple[str, ...],
-           prompts_file: Path | None, random_prompt: int | None, limit: int | None, rounds: int, seed: int,
-           backend: Any, threads: int | None, verify: Any, expect_sha256: str | None,
+def decode(bundle: Path, caches: str, acceptances: str, salients: str, schedules: str,
+           prompts: tuple[str, ...], prompts_file: Path | None, random_prompt: int | None, limit: int | None,
+           rounds: int, seed: int, backend: Any, threads: int | None, verify: Any, expect_sha256: str | None,
            trusted_key: Path | None, out: Path | None, plot: Path | None, as_json: bool, **options: Any) -> None:
-    """Compare decoding settings of BUNDLE on the same prompts: cache × acceptance × salient steps.
+    """Compare decoding settings of BUNDLE on the same prompts: cache × schedule × acceptance × salient steps.
 
     Speed-up, agreement and equal answers are against cache `none` with the same acceptance.
     """
@@ -75,7 +77,7 @@ def decode(bundle: Path, caches: str, acceptances: str, salients: str, prompts: 
     common = {name: value for name, value in options.items() if value is not None}
     salient_only: dict[str, Any] = {name: common.pop(name) for name in ("full_steps", "refresh_interval")
                                     if name in common}
-    chosen = settings(_list(caches), _list(acceptances), _list(salients), common)
+    chosen = settings(_list(caches), _list(acceptances), _list(salients), _list(schedules), common)
     for setting in chosen:
         if setting.salient != "off":
             setting.options.update(salient_only)
@@ -133,8 +135,8 @@ def _questions(generator: Generator, prompts: tuple[str, ...], file: Path | None
 
 
 def _show(result: DecodeBench) -> None:
-    table = Table("cache", "acceptance", "salient", "tokens/s", "speed-up", "forwards", "tokens/fwd", "agreement",
-                  "experts", "accuracy",
+    table = Table("cache", "schedule", "acceptance", "salient", "tokens/s", "speed-up", "over reference", "forwards",
+                  "ran", "tokens/fwd", "agreement", "experts", "accuracy",
                   title=f"{count(result.prompts, 'prompt')}, {count(result.max_new_tokens, 'new token')}, "
                         f"{count(result.rounds, 'round')}")
     refused: dict[str, list[SettingResult]] = {}
@@ -142,8 +144,10 @@ def _show(result: DecodeBench) -> None:
         if r.refused:
             refused.setdefault(r.refused, []).append(r)
             continue
-        table.add_row(r.cache, r.acceptance, r.salient, f"{r.tokens_per_second:.1f}", _or_dash(r.speedup, "×"),
-                      f"{r.forwards:.1f}", f"{r.tokens_per_forward:.2f}", _or_dash(r.agreement),
+        over = r.over_reference
+        table.add_row(r.cache, r.schedule, r.acceptance, r.salient, f"{r.tokens_per_second:.1f}",
+                      _or_dash(r.speedup, "×"), _or_dash(over.median if over else None, "×"), f"{r.forwards:.1f}",
+                      f"{r.executed_forwards:.1f}", f"{r.tokens_per_forward:.2f}", _or_dash(r.agreement),
                       f"{r.unique_experts:.1f}", _or_dash(r.accuracy))
     console().print(table)
     for reason, them in refused.items():

@@ -22,7 +22,7 @@ from ..errors import DmoeError, InputError, MissingRequirementError
 from ..extras import pip_install
 from ..hub import hub_id
 from ..words import count, size
-from .export import DENSE_PRECISIONS, PRECISIONS, ROUTINGS, as_number, warn
+from .export import COMPUTE_TYPES, PRECISIONS, ROUTINGS, as_number, warn
 from .help import SETTINGS, Verb, folders, option
 from .options import JSON, VERIFY, seal_options
 from .output import say
@@ -79,7 +79,7 @@ EXPORT = "export of a checkpoint"
         help="TensorRT only, with --experts inline: weights can be replaced later")
 @option("--precision", type=click.Choice(PRECISIONS), group=EXPORT, shown="fp16",
         help="How weights are stored; int8 and int4: those of the routed experts alone; a bundle keeps its own")
-@option("--dense-precision", type=click.Choice(DENSE_PRECISIONS), group=EXPORT, shown="fp16",
+@option("--dense-precision", type=click.Choice(COMPUTE_TYPES), group=EXPORT, shown="fp16",
         help="With int8 or int4: how everything else is stored")
 @option("--group-size", type=click.Choice(["32", "64", "128"]), callback=as_number, group=EXPORT,
         shown="64, or 32 where that does not fit", help="With int8 or int4: weights that share a scale")
@@ -199,6 +199,10 @@ def _export(source: str, out: Path, precision: Any, options: dict[str, Any], for
     chosen = {EXPORT_OPTIONS[name]: value for name, value in options.items() if value is not None}
     if precision in ("int8", "int4"):
         chosen.setdefault("dense_precision", "fp16")
+    elif chosen.get("dense_precision"):
+        raise InputError(f"--dense-precision belongs to precision int8 or int4, and the precision is {precision}; "
+                         "leave it out.")
+    chosen["compute"] = chosen.get("dense_precision", precision)  # kernels of GPUs take weights in no other floats
     with byte_bar("read", 0, shown=not as_json) as report:
         bundle = export_checkpoint(source, out, precision=precision, overwrite=force, report=report, **chosen)
     warn(bundle)

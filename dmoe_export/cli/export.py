@@ -17,7 +17,7 @@ from .options import JSON
 from .output import say
 from .progress import byte_bar
 
-PRECISIONS, DENSE_PRECISIONS, ROUTINGS = get_args(ExportPrecision), get_args(Precision), get_args(RoutingChoice)
+PRECISIONS, COMPUTE_TYPES, ROUTINGS = get_args(ExportPrecision), get_args(Precision), get_args(RoutingChoice)
 
 
 def as_number(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -39,10 +39,16 @@ def warn(bundle: Bundle) -> None:
         help="Folder of the bundle to write; needed")
 @option("--force", is_flag=True, group="output", help="Replace an existing bundle")
 @JSON
-@option("--precision", type=click.Choice(PRECISIONS), default="fp32", group="numbers",
-        help="How weights are stored; int8 and int4: those of the routed experts alone")
-@option("--dense-precision", type=click.Choice(DENSE_PRECISIONS), group="numbers", shown="fp32",
-        help="With int8 or int4: how everything else is stored")
+@option("--precision", type=click.Choice(PRECISIONS), group="numbers", shown="as the checkpoint stores them, else fp32",
+        help="How weights are stored; bf16 and fp16 are exact for checkpoints of that type")
+@option("--compute", type=click.Choice(COMPUTE_TYPES), default="fp32", group="numbers",
+        help="Type of activations and caches; fp32 is for CPUs, whatever is stored; for GPUs give the weights' own")
+@option("--dense-precision", type=click.Choice(PRECISIONS), group="numbers", shown="as --precision",
+        help="How linear layers are stored, all but the routed experts'")
+@option("--head-precision", type=click.Choice(PRECISIONS), group="numbers",
+        shown="as --dense-precision, int8 where that is int4", help="How the vocabulary head is stored")
+@option("--embedding-precision", type=click.Choice(PRECISIONS), group="numbers", shown="as --dense-precision",
+        help="How the embedding is stored")
 @option("--group-size", type=click.Choice(["32", "64", "128"]), callback=as_number, group="numbers",
         shown="64, or 32 where that does not fit",
         help="With int8 or int4: weights that share a scale; more is smaller and less exact")
@@ -80,7 +86,9 @@ def export(checkpoint: str, out: Path, coreset_top_p: float | None, force: bool,
                                "seconds": time.perf_counter() - start, "manifest": manifest.model_dump(mode="json")}))
         return
     routing = f"routing {manifest.routing.mode} ({manifest.routing.reason})" if manifest.model.moe else "no experts"
+    reason = manifest.formats.reason if options["precision"] is None else ""
+    because = f" ({reason})" if reason else ""
     say(f"Exported {count(manifest.model.num_layers, 'layer')} of {manifest.model.architecture} in "
-        f"{manifest.precision_in_words}, {routing}, block {manifest.routing.block_length}: {bundle.folder} "
+        f"{manifest.precision_in_words}{because}, {routing}, block {manifest.routing.block_length}: {bundle.folder} "
         f"({size(total)}, {time.perf_counter() - start:.1f} s)")
     say(f"sha256 of its manifest.json: {bundle.sha256}")

@@ -122,6 +122,7 @@ def _summary(result: Generation, generator: Generator, options: dict[str, Any]) 
     defaults = f"; by the bundle's decode defaults: {taken}" if taken else ""
     stats = result.stats
     phases = ", ".join(f"{count} {phase}" for phase, count in stats.forwards_by_phase.items() if count)
+    ran = f" in {stats.executed_forwards} that ran" if stats.executed_forwards < stats.forwards else ""
     seconds = sum(stats.seconds_by_phase.values())
     experts = (f"{stats.unique_experts:.1f} of {moe.num_experts} experts per layer in a denoise forward, "
                f"{size(stats.expert_bytes_touched)} of expert weights touched, ") if moe else ""
@@ -132,7 +133,7 @@ def _summary(result: Generation, generator: Generator, options: dict[str, Any]) 
         experts += (f"{r['hit_rate']:.0%} of uses resident, {size(r['brought_bytes'])} of experts brought in "
                     f"ahead, at most {size(r['peak_bytes'])} in memory, ")
     return (f"[{result.finish_reason}: {count(stats.new_tokens, 'token')}, "
-            f"{count(stats.forwards, 'forward pass', 'es')} ({phases}), {experts}{seconds:.2f} s "
+            f"{count(stats.forwards, 'forward pass', 'es')} ({phases}){ran}, {experts}{seconds:.2f} s "
             f"on {generator.backend.name}: {generator.backend_choice}{defaults}]")
 
 

@@ -79,12 +79,15 @@ def _check(settings: BuildSettings, manifest: Manifest) -> None:
                          "the model's positions.")
     if settings.optimization_level is not None and not 0 <= settings.optimization_level <= 5:
         raise InputError(f"--builder-optimization-level {settings.optimization_level} is outside 0 … 5.")
+    if manifest.only_on_cpus:
+        raise InputError(f"The bundle is {manifest.precision_in_words}, which CPUs alone read; for a GPU run: "
+                         "dmoe-export build CHECKPOINT --out BUNDLE --precision fp16.")
     if manifest.model.moe and settings.experts_op == "plugin" and manifest.precision == "fp32":
         if manifest.quantisation:
             raise InputError("The experts plugin computes in fp16 or bf16, and all but the experts of this bundle is "
-                             "fp32; export with --dense-precision fp16.")
+                             "fp32; export with --compute fp16 --dense-precision fp16.")
         raise InputError("The experts plugin computes in fp16 or bf16 and the bundle is fp32; export with --precision "
-                         "fp16, or build with --experts-op onnx.")
+                         "fp16 --compute fp16, or build with --experts-op onnx.")
     if manifest.quantisation and (settings.experts_op == "onnx" or settings.allow_fallback):
         raise InputError(f"{manifest.quantisation.name} experts need the experts plugin, which alone reads them; leave "
                          "--experts-op onnx and --allow-fallback out.")
@@ -110,12 +113,16 @@ def _check(settings: BuildSettings, manifest: Manifest) -> None:
 
 
 def profiles(settings: BuildSettings, manifest: Manifest) -> tuple[ProfileEntry, ProfileEntry]:
-    """Prefill (index 0) and denoise (index 1), of resolved settings; least, usual and largest size per dimension."""
+    """Prefill (index 0) and denoise (index 1), of resolved settings; least, usual and largest size per dimension.
+
+    A step of a block may take the block before along; where everything sees the whole canvas none does.
+    """
     assert settings.max_prefill and settings.max_context
     n = manifest.routing.block_length
+    steps = n if manifest.model.attention == "full" else min(2 * n, manifest.model.max_positions)
     batch = (1, 1, settings.max_batch)
     past = (1, max(1, settings.max_context // 4), settings.max_context)
     return (
         ProfileEntry(name="prefill", batch=batch, tokens=(n, settings.max_prefill, settings.max_prefill), past=past,
                      rows=(1, n, n)),
-        ProfileEntry(name="denoise", batch=batch, tokens=(n, n, n), past=past, rows=(1, n, n)))
+        ProfileEntry(name="denoise", batch=batch, tokens=(n, n, steps), past=past, rows=(1, n, n)))

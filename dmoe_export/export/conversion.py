@@ -15,11 +15,12 @@ from torch import Tensor
 from ..bundle.writer import PAGE
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.reader import all_finite
-from ..description import ExpertQuantisation
+from ..description import ExpertQuantisation, Precision, WeightFormats
 from ..errors import CheckpointError
 from ..model.load import interleave
 from ..ops.experts.quantised import quantise
 
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DENSE_FILE, EXPERTS_FILE = "denoiser.onnx.data", "experts.bin"
 
 
@@ -76,82 +77,97 @@ def identity(checkpoint: Checkpoint, parts: list[str]) -> str:
 class Conversion:
     """Reads trunk and first layers of a checkpoint tensor by tensor: one chunk or one expert is in memory at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, stored_width: int,
-                 layers: int | None = None, quantisation: ExpertQuantisation | None = None) -> None:
-        """`layers` None: all that the checkpoint object keeps."""
-        self._checkpoint, self._dtype, self._width = checkpoint, dtype, stored_width
-        self._how = quantisation
+    def __init__(self, checkpoint: Checkpoint, formats: WeightFormats, compute: Precision, stored_width: int,
+                 layers: int | None = None) -> None:
+        """`compute`: type of norms, biases and scales. `layers` None: all that the checkpoint object keeps."""
+        self._checkpoint, self._formats, self._compute, self._width = checkpoint, formats, compute, stored_width
         self._layers = checkpoint.description.num_layers if layers is None else layers
         self.digests = Digests(self._layers)
 
     def dense(self) -> Iterator[StoredTensor]:
-        """Everything but the routed experts; the router stays float32."""
+        """Everything but the routed experts; the router stays float32. Quantised ones each before its scales."""
         reader = self._checkpoint.reader
         for ours, tensors in self._checkpoint.weights.dense.items():
             match = re.match(r"layers\.(\d+)\.", ours)
             layer = int(match[1]) if match else None
             if layer is not None and layer >= self._layers:
                 continue
-            dtype = torch.float32 if ".router." in ours else self._dtype
             shapes = [reader.shape(tensor) for tensor in tensors]
             shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])  # one below the other
-            yield StoredTensor(ours, layer, dtype, shape, self._dense_chunks(tensors, layer, dtype))
+            stored = self._formats.of(ours, shape[-1], self._compute)
+            how = self._formats.quantisation(stored)
+            dtype = torch.float32 if how else DTYPES[stored]
+            chunks = self._dense_chunks(ours, tensors, layer, dtype)
+            if how:
+                yield from self._quantised(ours, layer, shape, chunks, how)
+            else:
+                yield StoredTensor(ours, layer, dtype, shape, map(raw_bytes, chunks))
 
     def experts(self) -> Iterator[StoredTensor]:
         """Routed experts: per layer [E, 2I', H] interleaved, then [E, H, I']; quantised, each before its scales."""
-        d, width = self._checkpoint.description, self._width
+        d, width, stored = self._checkpoint.description, self._width, self._formats.experts
+        how = self._formats.quantisation(stored)
         for layer in d.moe_layers:
             if layer >= self._layers:
                 return
             number, pad = d.experts.num_experts, width - d.experts.expert_width
+            assert stored, "the formats of a dense model"
+            dtype = torch.float32 if how else DTYPES[stored]
             for part, shape, padding in (("gate_up", (number, 2 * width, d.hidden_size), (0, 0, 0, 2 * pad)),
                                          ("down", (number, d.hidden_size, width), (0, pad))):
-                name, slabs = f"layers.{layer}.ffn.{part}", self._slabs(layer, part, padding)
-                if self._how is None:
-                    yield StoredTensor(name, layer, self._dtype, shape, (raw_bytes(slab) for slab in slabs))
+                name, slabs = f"layers.{layer}.ffn.{part}", self._slabs(layer, part, dtype, padding)
+                if how:
+                    yield from self._quantised(name, layer, shape, slabs, how)
                 else:
-                    yield from self._quantised(name, layer, shape, slabs, self._how)
+                    yield StoredTensor(name, layer, dtype, shape, map(raw_bytes, slabs))
 
-    def _dense_chunks(self, tensors: tuple[str, ...], layer: int | None, dtype: torch.dtype) -> Iterator[memoryview]:
+    def _dense_chunks(self, ours: str, tensors: tuple[str, ...], layer: int | None,
+                      dtype: torch.dtype) -> Iterator[Tensor]:
         for tensor in tensors:
             self.digests.update(layer, tensor.encode())
             for chunk in self._checkpoint.reader.chunks(tensor):
-                yield raw_bytes(self._converted(chunk, layer, dtype, tensor))
+                yield self._converted(chunk, layer, dtype, tensor, self._option(ours))
 
-    def _quantised(self, name: str, layer: int, shape: tuple[int, ...], slabs: Iterator[Tensor],
+    def _quantised(self, name: str, layer: int | None, shape: tuple[int, ...], slabs: Iterator[Tensor],
                    how: ExpertQuantisation) -> Iterator[StoredTensor]:
-        """Packed weights, then their scales, which wait in memory meanwhile: bits / 2G of a layer's tensor in fp32."""
+        """Packed weights, then their scales, which wait in memory meanwhile: bits / 2G of the tensor in fp32."""
         scales: list[Tensor] = []
+        scale_type = DTYPES[self._compute]
 
         def packed() -> Iterator[memoryview]:
             for slab in slabs:
-                integers, slab_scales = quantise(slab, how, self._dtype)
+                integers, slab_scales = quantise(slab, how, scale_type)
                 if not all_finite(slab_scales):
                     raise CheckpointError(f"Tensor {name} from {self._checkpoint.folder} has values that no scale in "
-                                          "float16 reaches; use --dense-precision bf16 or fp32.")
+                                          "float16 reaches; use --compute fp32, or with build --dense-precision bf16.")
                 scales.append(slab_scales)
                 yield raw_bytes(integers)
 
         *rows, inner = shape
         yield StoredTensor(name, layer, torch.uint8, (*rows, inner * how.bits // 8), packed())
-        yield StoredTensor(f"{name}_scales", layer, self._dtype, (*rows, inner // how.group_size),
+        yield StoredTensor(f"{name}_scales", layer, scale_type, (*rows, inner // how.group_size),
                            (raw_bytes(slab) for slab in scales))
 
-    def _slabs(self, layer: int, part: str, padding: tuple[int, ...]) -> Iterator[Tensor]:
+    def _slabs(self, layer: int, part: str, dtype: torch.dtype, padding: tuple[int, ...]) -> Iterator[Tensor]:
         weights = self._checkpoint.weights
         self.digests.update(layer, part.encode())
         for expert in range(self._checkpoint.description.experts.num_experts):
             slab = interleave(*weights.gate_up(layer, expert)) if part == "gate_up" else weights.down(layer, expert)
-            dtype = torch.float32 if self._how else self._dtype
-            yield self._converted(slab, layer, dtype, f"of layer {layer}'s experts", padding)
+            yield self._converted(slab, layer, dtype, f"of layer {layer}'s experts", "--precision", padding)
 
-    def _converted(self, tensor: Tensor, layer: int | None, dtype: torch.dtype, name: str,
+    def _option(self, parameter: str) -> str:
+        """What decides how a parameter is stored."""
+        if len(set(self._formats.parts.values())) == 1:
+            return "--precision"
+        return {"embed.weight": "--embedding-precision", "lm_head.weight": "--head-precision"}.get(
+            parameter, "--dense-precision")
+
+    def _converted(self, tensor: Tensor, layer: int | None, dtype: torch.dtype, name: str, option: str,
                    padding: tuple[int, ...] = ()) -> Tensor:
         self.digests.update(layer, raw_bytes(tensor))  # before type and padding: digests are the checkpoint's alone
         out = F.pad(tensor.to(dtype), padding)
         if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not all_finite(out):
             wider = {torch.float16: "bf16 or fp32", torch.bfloat16: "fp32"}.get(dtype)
-            option = "--dense-precision" if self._how else "--precision"
             advice = f"use {option} {wider}" if wider else "no bundle holds such numbers"
             raise CheckpointError(f"Tensor {name} in {self._checkpoint.folder} has values beyond "
                                   f"{str(dtype).removeprefix('torch.')}; {advice}.")

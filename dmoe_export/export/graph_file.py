@@ -19,8 +19,9 @@ def save_graph(model: ir.Model, writer: BundleWriter, name: str) -> GraphEntry:
     onnx.checker.check_model(str(path), full_check=True)
     writer.add_file(name)
     counts = custom_node_counts(model)
-    ops = [OpEntry(name=op.SCHEMA.name, domain=DOMAIN, version=op.SCHEMA.version, count=counts[op.SCHEMA.name])
-           for op in (block_route, experts, linear) if counts[op.SCHEMA.name]]
+    schemas = (block_route.SCHEMA, experts.SCHEMA, linear.SCHEMA, linear.QUANTISED_SCHEMA)
+    ops = [OpEntry(name=op.name, domain=DOMAIN, version=op.version, count=counts[op.name])
+           for op in schemas if counts[op.name]]
     return GraphEntry(file=name, opset=OPSET, inputs=[_entry(v) for v in model.graph.inputs],
                       outputs=[_entry(v) for v in model.graph.outputs], ops=ops)
 

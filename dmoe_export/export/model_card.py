@@ -69,11 +69,14 @@ def model_card(manifest: Manifest, licence: Licence) -> str:
 
 def export_command(manifest: Manifest) -> str:
     """The command that makes this bundle, defaults spelled out."""
-    routing, how, moe = manifest.routing, manifest.quantisation, manifest.model.moe
+    routing, formats, moe = manifest.routing, manifest.formats, manifest.model.moe
     words = ["dmoe-export", "export", manifest.checkpoint.source, "--out", "BUNDLE",
-             "--precision", manifest.export_precision]
-    if how:
-        words += ["--dense-precision", manifest.precision, "--group-size", str(how.group_size)]
+             "--precision", manifest.export_precision, "--compute", manifest.precision]
+    if len(set(formats.parts.values())) > 1:
+        words += ["--dense-precision", formats.dense, "--head-precision", formats.head,
+                  "--embedding-precision", formats.embedding]
+    if formats.group_size:
+        words += ["--group-size", str(formats.group_size)]
     words += ["--block-length", str(routing.block_length)]
     if moe:
         asked = not routing.reason or routing.reason.startswith("asked for")

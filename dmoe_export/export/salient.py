@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 
 import onnx_ir as ir
-import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..bundle.manifest import CapacityEntry, GraphEntry, SalientEntry
 from ..bundle.writer import BundleWriter
-from ..description import ExpertQuantisation, ModelDescription, RoutingDescription
+from ..description import ModelDescription, Precision, RoutingDescription, WeightFormats
 from ..errors import InputError
 from ..model.denoiser import Denoiser
 from ..model.salient import Capacity
+from .conversion import DTYPES
 from .graph_file import save_graph
 from .salient_graph import SalientGraph, example_inputs, input_names, output_names
 from .trace import trace_graph
@@ -30,16 +30,16 @@ def check_capacities(d: ModelDescription, routing: RoutingDescription, capacitie
                              "64 are usual.")
 
 
-def export_salient(main: ir.Model, d: ModelDescription, routing: RoutingDescription, dtype: torch.dtype,
-                   stored_width: int, capacities: tuple[int, ...], writer: BundleWriter,
-                   quantisation: ExpertQuantisation | None = None) -> SalientEntry:
+def export_salient(main: ir.Model, d: ModelDescription, routing: RoutingDescription, compute: Precision,
+                   formats: WeightFormats, stored_width: int, capacities: tuple[int, ...],
+                   writer: BundleWriter) -> SalientEntry:
     """Write the graphs beside `main`, whose initializers already point at the bundle's data files."""
 
     def save(model: ir.Model, name: str) -> GraphEntry:
         return save_graph(model, writer, f"denoiser.salient.{name}onnx")
 
     def traced(capacity: Capacity) -> ir.Model:
-        model = trace_salient(d, routing, dtype, stored_width, capacity, quantisation)
+        model = trace_salient(d, routing, compute, formats, stored_width, capacity)
         share_weights(model, main, d)
         return model
 
@@ -73,15 +73,16 @@ def with_capacity(model: ir.Model, capacity: int) -> ir.Model:
     return fixed
 
 
-def trace_salient(d: ModelDescription, routing: RoutingDescription, dtype: torch.dtype, stored_width: int,
-                  capacity: Capacity, quantisation: ExpertQuantisation | None = None) -> ir.Model:
+def trace_salient(d: ModelDescription, routing: RoutingDescription, compute: Precision, formats: WeightFormats,
+                  stored_width: int, capacity: Capacity) -> ir.Model:
     """A salient graph whose weight initializers carry no data yet; ensures what `trace_denoiser` does."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        denoiser = Denoiser(d, routing, dtype, stored_width, quantisation).eval()
+        denoiser = Denoiser(d, routing, DTYPES[compute], stored_width,
+                            formats.quantisation(formats.experts)).eval()
         inputs, axes = example_inputs(denoiser, routing.mode, capacity)
         module = SalientGraph(denoiser, capacity)
     return trace_graph(module, inputs, axes, input_names(routing.mode, d.num_layers, capacity),
-                       output_names(d.num_layers, bool(d.moe_layers), capacity))
+                       output_names(d.num_layers, bool(d.moe_layers), capacity), compute, formats)
 
 
 def share_weights(model: ir.Model, main: ir.Model, d: ModelDescription) -> None:

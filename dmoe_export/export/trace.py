@@ -15,7 +15,7 @@ import onnxscript
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..description import ExpertQuantisation, ModelDescription, MoeDescription, RoutingDescription
+from ..description import ModelDescription, MoeDescription, Precision, RoutingDescription, WeightFormats
 from ..model.denoiser import Denoiser
 from ..model.salient import SalientDenoiser
 from ..ops import block_route as route_op
@@ -24,32 +24,36 @@ from ..ops import linear as linear_op
 from ..ops.block_route.attributes import RouteAttributes
 from ..ops.block_route.onnx_body import block_route_body
 from ..ops.experts.onnx_body import experts_body
-from ..ops.linear.onnx_body import linear_body
+from ..ops.linear.onnx_body import linear_body, quantised_linear_body
 from ..ops.schema import DOMAIN, OPSET
+from .conversion import DTYPES
 from .graph import DenoiserGraph, example_inputs, input_names, output_names
 from .linear_nodes import name_linear_layers
 from .salient_graph import SalientGraph
+from .stored_formats import store_weights
 
 _PARAMETER_PREFIX = "denoiser."
 
 
-def trace_denoiser(description: ModelDescription, routing: RoutingDescription, dtype: torch.dtype,
-                   stored_width: int, quantisation: ExpertQuantisation | None = None) -> ir.Model:
+def trace_denoiser(description: ModelDescription, routing: RoutingDescription, compute: Precision,
+                   formats: WeightFormats, stored_width: int) -> ir.Model:
     """The denoiser as an ONNX model whose weight initializers carry no data yet.
 
-    Ensures: inputs and outputs named as in graph.py; initializers named as the eager model's parameters; each custom
-    op is one node with plugin attributes and one function body.
+    Ensures: inputs and outputs named as in graph.py; initializers named as the eager model's parameters, integers
+    beside their scales, in the stored types; each custom op is one node with plugin attributes and one function body.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        denoiser = Denoiser(description, routing, dtype, stored_width, quantisation).eval()
+        denoiser = Denoiser(description, routing, DTYPES[compute], stored_width,
+                            formats.quantisation(formats.experts)).eval()
         inputs, axes = example_inputs(denoiser, routing.mode)
     layers = description.num_layers
     return trace_graph(DenoiserGraph(denoiser), inputs, axes, input_names(routing.mode, layers),
-                       output_names(layers, bool(description.moe_layers)))
+                       output_names(layers, bool(description.moe_layers)), compute, formats)
 
 
 def trace_graph(graph: DenoiserGraph | SalientGraph, inputs: tuple[Any, ...], axes: tuple[Any, ...],
-                inputs_named: list[str], outputs_named: list[str]) -> ir.Model:
+                inputs_named: list[str], outputs_named: list[str], compute: Precision,
+                formats: WeightFormats) -> ir.Model:
     """A module over fake parameters as an ONNX model; see `trace_denoiser`."""
     denoiser = graph.denoiser
     description = denoiser.description
@@ -71,10 +75,13 @@ def trace_graph(graph: DenoiserGraph | SalientGraph, inputs: tuple[Any, ...], ax
             value.name = name
     _name_dimensions(model)
     _strip_metadata(model)
-    if denoiser.dtype != torch.bfloat16:  # no kernels of ours take it
-        _add_body(model, linear_body(bias=name_linear_layers(model)))
+    if compute != "bf16":  # no kernels of ours take it
+        biased = name_linear_layers(model)
+        store_weights(model, formats, compute)
+        _add_linear_bodies(model, biased)
     if description.moe is not None:
-        _add_routed_bodies(model, description.moe, denoiser)
+        _add_routed_bodies(model, description.moe, denoiser,
+                           formats.experts != compute and not denoiser.quantisation)
     return model
 
 
@@ -124,14 +131,27 @@ def _strip_metadata(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _add_routed_bodies(model: ir.Model, moe: MoeDescription, denoiser: Denoiser | SalientDenoiser) -> None:
+def _add_routed_bodies(model: ir.Model, moe: MoeDescription, denoiser: Denoiser | SalientDenoiser,
+                       narrow: bool) -> None:
+    """`narrow`: experts are floats of another type than what is computed with."""
     elem = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16,
             torch.bfloat16: onnx.TensorProto.BFLOAT16}[denoiser.dtype]
     hidden, routing = denoiser.description.hidden_size, denoiser.routing
     attributes = RouteAttributes.of(moe, routing.mode, routing.block_length)
     _add_body(model, block_route_body(attributes, moe.num_experts))
     _add_body(model, experts_body(moe.num_experts, moe.experts_per_token, hidden, elem, denoiser.quantisation,
-                                  denoiser.stored_width))
+                                  denoiser.stored_width, narrow))
+
+
+def _add_linear_bodies(model: ir.Model, biased: bool) -> None:
+    """Of the linear layers that the graph has; `biased`: some have a bias."""
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    plain = [node for node in nodes if node.op_type == linear_op.SCHEMA.name]
+    if plain:
+        narrow = any(node.inputs[0].dtype != node.inputs[1].dtype for node in plain)
+        _add_body(model, linear_body(biased, narrow))
+    if any(node.op_type == linear_op.QUANTISED_SCHEMA.name for node in nodes):
+        _add_body(model, quantised_linear_body())
 
 
 def _add_body(model: ir.Model, body: onnx.FunctionProto) -> None:

@@ -11,7 +11,7 @@ import torch
 from ..bundle.layout import ExpertLayer, ExpertsEntry
 from ..bundle.writer import PAGE, BundleWriter, DataFile
 from ..checkpoint.family import Checkpoint
-from ..description import ExpertQuantisation
+from ..description import Precision, WeightFormats
 from .conversion import DENSE_FILE, EXPERTS_FILE, Conversion, StoredTensor
 
 _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
@@ -23,11 +23,11 @@ Progress = Callable[[int], None]
 class WeightStream:
     """Moves all weights of a checkpoint into a bundle and points the model's initializers at them."""
 
-    def __init__(self, checkpoint: Checkpoint, writer: BundleWriter, model: ir.Model, dtype: torch.dtype,
-                 stored_width: int, progress: Progress, quantisation: ExpertQuantisation | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, writer: BundleWriter, model: ir.Model, formats: WeightFormats,
+                 compute: Precision, stored_width: int, progress: Progress) -> None:
         self._checkpoint, self._writer, self._model = checkpoint, writer, model
-        self._width, self._progress, self._how = stored_width, progress, quantisation
-        self._conversion = Conversion(checkpoint, dtype, stored_width, quantisation=quantisation)
+        self._width, self._progress, self._formats = stored_width, progress, formats
+        self._conversion = Conversion(checkpoint, formats, compute, stored_width)
 
     @property
     def parts(self) -> list[str]:
@@ -55,7 +55,8 @@ class WeightStream:
         self._writer.finish_data_file(file)
         layers = [ExpertLayer(layer=layer, **{f"{part}_offset": offsets[f"layers.{layer}.ffn.{part}"]
                                               for part in slabs}) for layer in d.moe_layers]
-        return ExpertsEntry(file=EXPERTS_FILE, stored_width=self._width, layers=layers, quantisation=self._how,
+        return ExpertsEntry(file=EXPERTS_FILE, stored_width=self._width, layers=layers,
+                            quantisation=self._formats.quantisation(self._formats.experts),
                             **{f"{part}_slab_bytes": size for part, size in slabs.items()})
 
     def _write(self, file: DataFile, name: str, tensor: StoredTensor, alignment: int) -> int:

@@ -51,7 +51,7 @@ class LibrarySession:
             raise _unusable(self._path, error) from error
 
     def kernels(self, op: str) -> int:
-        """Kernels the library has made for nodes of this op ("DmoeExperts", "DmoeLinear", "DmoeBlockRoute")."""
+        """Kernels the library has made for nodes of this op, such as "DmoeExperts"."""
         return int(self._library.dmoe_session_kernels(self._address, op.encode()))
 
     @property

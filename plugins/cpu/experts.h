@@ -9,7 +9,7 @@ struct DmoeSession;
 
 namespace dmoe::cpu {
 
-enum class Format : int32_t { kFloat, kHalf, kInt8, kInt4 };
+enum class Format : int32_t { kFloat, kHalf, kInt8, kInt4, kBFloat }; // dmoe_cpu_products knows them by number, too
 
 // One weight matrix of one expert: rows of K values. Quantised values are unsigned around the middle of their range, in
 // groups of 2^groupShift along K, value = (u − offset) · scale; int4 has the even index in the low four bits.
@@ -27,7 +27,8 @@ static inline int64_t rowBytes(Format format, int64_t columns)
 {
     switch (format) {
     case Format::kFloat: return 4 * columns;
-    case Format::kHalf: return 2 * columns;
+    case Format::kHalf:
+    case Format::kBFloat: return 2 * columns;
     case Format::kInt8: return columns;
     default: return columns / 2;
     }
@@ -73,12 +74,9 @@ struct Experts {
     bool halfScales;
     Format format;
     int32_t groupShift; // group = 1 << groupShift
+    bool fast; // integer or bfloat16 products are allowed, where there are any
     float* mixed; // [N, H]
 };
-
-// Panels that so many tokens make, and tokens that have room in them.
-inline int32_t panelCount(InstructionSet const& set, int32_t tokens) { return (tokens + 2 * set.lanes - 1) / (2 * set.lanes); }
-inline int32_t panelRoom(InstructionSet const& set, int32_t tokens) { return panelCount(set, tokens) * 2 * set.lanes; }
 
 // Runs work(context, 0 … count − 1), on as many threads as the caller likes.
 using Parallel = void (*)(void* pool, size_t count, void (*work)(void*, size_t), void* context);

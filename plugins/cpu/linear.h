@@ -5,12 +5,16 @@
 
 namespace dmoe::cpu {
 
-// All arrays in one format, kFloat or kHalf; sums are in float32.
+// Sums are in float32.
 struct Linear {
-    Format format;
+    Format values; // of x, scales, bias and y: kFloat or kHalf
+    Format weights;
+    int32_t groupShift; // of quantised weights: group = 1 << groupShift
+    bool fast; // integer or bfloat16 products are allowed, where there are any
     int32_t tokens, columns, rows;
     void const* x; // [tokens, columns]
-    void const* weight; // [rows, columns]
+    void const* weight; // [rows, columns], quantised ones packed as in dmoe_export/ops/experts/__init__.py
+    void const* scales; // [rows, columns / group], or null
     void const* bias; // [rows], or null
     void* y; // [tokens, rows]
 };

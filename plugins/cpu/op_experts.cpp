@@ -7,7 +7,6 @@ namespace dmoe {
 namespace {
 
 constexpr char kName[] = "DmoeExperts";
-constexpr int64_t kLargestGroup = 1 << 20;
 constexpr size_t kScales = 5; // gate_up_scales, down_scales: of quantised experts only
 
 struct Kinds {
@@ -23,12 +22,7 @@ public:
             Ort::ConstKernelInfo const facts(info);
             mBits = facts.GetAttribute<int64_t>("bits");
             mGroup = facts.GetAttribute<int64_t>("group_size");
-            if ((mBits != 8 && mBits != 4) || mGroup < 32 || mGroup > kLargestGroup
-                || (mGroup & (mGroup - 1)) != 0) {
-                throw std::runtime_error("bits " + std::to_string(mBits) + " and group_size " + std::to_string(mGroup)
-                    + " are not offered; bits are 8 or 4, group_size is a power of two from 32 to "
-                    + std::to_string(kLargestGroup) + ".");
-            }
+            checkQuantisation(mBits, mGroup);
         }
     }
 
@@ -54,8 +48,8 @@ private:
         call.gateUp = gateUp.data<void>();
         call.down = down.data<void>();
         bool const half = mKinds.hidden == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-        call.format = mBits == 8 ? cpu::Format::kInt8 : mBits == 4 ? cpu::Format::kInt4
-            : mKinds.weights == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? cpu::Format::kHalf : cpu::Format::kFloat;
+        call.format = weightFormat(mKinds.weights, mBits);
+        call.fast = fastProducts(mSession);
         down.expect({-1, call.hidden, -1});
         call.experts = down.size(0);
         call.width = static_cast<int32_t>(mBits == 4 ? 2 * int64_t{down.size(2)} : down.size(2));
@@ -141,10 +135,10 @@ struct Op : SessionOp<Op, Kernel> {
 void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session)
 {
     constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
-                   kByte = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+                   kBFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, kByte = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
     // Scales are of the dense parts' precision.
-    for (Kinds const kinds : {Kinds{kFloat, kFloat, kFloat}, {kHalf, kHalf, kFloat}, {kFloat, kByte, kFloat},
-             {kHalf, kByte, kHalf}}) {
+    for (Kinds const kinds : {Kinds{kFloat, kFloat, kFloat}, {kFloat, kHalf, kFloat}, {kFloat, kBFloat, kFloat},
+             {kHalf, kHalf, kFloat}, {kFloat, kByte, kFloat}, {kHalf, kByte, kHalf}}) {
         domain.Add(new Op(session, kinds));
     }
 }

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr std::array<char const*, 3> kOps = {"DmoeBlockRoute", "DmoeExperts", "DmoeLinear"};
+constexpr std::array<char const*, 4> kOps = {"DmoeBlockRoute", "DmoeExperts", "DmoeLinear", "DmoeQuantisedLinear"};
 
 // Its place among the ops; kOps.size() for another op.
 size_t placeOf(char const* op)
@@ -43,6 +43,7 @@ struct DmoeSession {
     DmoeRelease release;
     void* context;
     std::array<std::atomic<int64_t>, kOps.size()> kernels{};
+    std::atomic<bool> fast{false};
 };
 
 DmoeSession* dmoe_session_create(DmoeAcquire acquire, DmoeRelease release, void* context)
@@ -61,6 +62,8 @@ int64_t dmoe_session_kernels(DmoeSession const* session, char const* op)
     size_t const place = placeOf(op);
     return place < kOps.size() ? session->kernels[place].load() : 0;
 }
+
+void dmoe_session_set_products(DmoeSession* session, int32_t fast) { session->fast = fast != 0; }
 
 namespace dmoe {
 
@@ -81,6 +84,8 @@ void countKernel(DmoeSession* session, char const* op)
         session->kernels.at(placeOf(op)) += 1;
     }
 }
+
+bool fastProducts(DmoeSession const* session) { return session != nullptr && session->fast; }
 
 HeldExperts::HeldExperts(DmoeSession const* session, void const* gateUp, int32_t* begin, int32_t* end)
     : mSession(session != nullptr && session->acquire != nullptr ? session : nullptr), mGateUp(gateUp), mBegin(begin),

@@ -190,7 +190,7 @@ def test_quantised_experts_count_with_their_scales_and_are_traced_anew(tiny_bund
     arguments = ("step", "--geometry", "tiny", "--precision", "int8", "--cached", 0, "--active-experts", 8,
                  "--work", tmp_path, *QUICK)
     found = bench_json(*arguments)
-    assert found["precision"] == "fp32, experts int8 in groups of 32"
+    assert found["precision"] == "fp32, weights int8 in groups of 32"
     whole = bench_json("step", tiny_bundle.folder, "--cached", 0, "--active-experts", 8, *QUICK)
     saved = whole["results"][0]["bytes_touched"] - found["results"][0]["bytes_touched"]
     # Stored in groups of 32: one byte a weight and four a scale, instead of four bytes a weight.

@@ -209,7 +209,7 @@ def test_a_link_as_target_stays_a_link(tiny_checkpoint, copy, tmp_path):
 
 def test_identity_is_the_checkpoint_s_alone(tiny_checkpoint, tiny_bundle, tmp_path):
     """Other precision, other padding, other routing settings: the same checkpoint."""
-    other = export_checkpoint(tiny_checkpoint, tmp_path / "b", precision="fp16", min_experts=9)
+    other = export_checkpoint(tiny_checkpoint, tmp_path / "b", precision="fp16", compute="fp16", min_experts=9)
     assert other.manifest.experts.stored_width != tiny_bundle.manifest.experts.stored_width
     assert other.manifest.checkpoint == tiny_bundle.manifest.checkpoint
 

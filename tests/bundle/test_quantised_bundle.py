@@ -1,12 +1,12 @@
-"""Bundles with quantised experts: their layout, their answers, what `check` says of them, what is refused."""
+"""Bundles with quantised weights: their layout, their answers, what `check` says of them, what is refused."""
 
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from conftest import SAMPLE
 from quantised_helpers import values
@@ -17,14 +17,13 @@ from dmoe_export.bundle.manifest import ExpertsEntry
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.check.run import check_bundle
 from dmoe_export.checkpoint.family import Checkpoint
-from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
 from dmoe_export.cli import main
 from dmoe_export.decoding.loop import BlockDiffusion
 from dmoe_export.decoding.settings import DecodeSettings
-from dmoe_export.description import ExpertQuantisation
+from dmoe_export.description import ExpertQuantisation, WeightFormats
 from dmoe_export.errors import CheckpointError, InputError, MissingRequirementError
 from dmoe_export.export.conversion import Conversion, padded_width
-from dmoe_export.export.quantisation import choose_precision
+from dmoe_export.export.formats import choose_formats
 from dmoe_export.runtime.cpu.library import INSTALLED
 from dmoe_export.runtime.cpu.session import open_session
 from dmoe_export.runtime.gpu.onnxruntime import open_onnxruntime_cuda
@@ -40,14 +39,14 @@ def bundles(tiny_checkpoint, exported, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantised")
     result = CliRunner().invoke(main, ["export", str(tiny_checkpoint), "--out", str(folder / "int8"), "--precision",
                                        "int8", "--group-size", "32"])
-    assert result.exit_code == 0 and "in fp32, experts int8 in groups of 32" in result.output
+    assert result.exit_code == 0 and "in fp32, weights int8 in groups of 32" in result.output
     return {"int8": open_bundle(folder / "int8"),
             "int4": exported(tiny_checkpoint, precision="int4", salient=True)}
 
 
 @pytest.fixture(scope="module")
 def sample(exported):
-    return exported(SAMPLE, precision="int4", dense_precision="fp16")
+    return exported(SAMPLE, precision="int4", dense_precision="fp16", compute="fp16")
 
 
 def _slab(bundle: Bundle, layer: int, part: str, expert: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +124,7 @@ def test_check_passes_and_says_what_quantisation_costs(bundles, tiny_checkpoint,
     assert report.passed, report.verdict
     layers = len(bundles[precision].manifest.model.moe_layers)
     assert report.weights.compared and report.weights.experts == 4 * 16 * layers
-    assert report.precision == "fp32" and report.quantisation.bits == BITS[precision]
+    assert report.precision == "fp32" and report.quantisation.group_size == 32
     cost, rounding = 1 - report.quantisation.logits.cosine_mean, 1 - report.backends[0].logits.cosine_mean
     assert cost > 20 * abs(rounding) and 0 < report.quantisation.divergence < {"int8": 1e-2, "int4": 1}[precision]
     alone = check_bundle(bundles[precision].folder, backends=["onnxruntime"])
@@ -204,9 +203,11 @@ def test_older_versions_of_onnxruntime_are_refused(bundles, monkeypatch):
             open_session(bundle.manifest.denoiser, bundle, 1)
 
 
-def test_cuda_needs_the_custom_ops(bundles, monkeypatch):
+def test_cuda_needs_the_custom_ops(bundles, tiny_checkpoint, exported, monkeypatch):
     monkeypatch.setattr("dmoe_export.runtime.gpu.onnxruntime.has_provider", lambda: True)
     with pytest.raises(MissingRequirementError, match=r"by our custom ops alone, and .* no fp32 kernels"):
+        open_onnxruntime_cuda(exported(tiny_checkpoint, precision="int4", dense_precision="fp32"))
+    with pytest.raises(MissingRequirementError, match="weights int8 in groups of 32, which the CPU provider alone"):
         open_onnxruntime_cuda(bundles["int8"])
 
 
@@ -218,28 +219,51 @@ def test_scales_and_quantisation_go_together(bundles):
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
-    (("fp16", "fp32", None), "dense_precision belongs to precision int8 or int4, and the precision is fp16"),
-    (("fp32", None, 64), "group_size belongs to precision int8 or int4"),
-    (("int8", "fp64", None), "Dense precision 'fp64' is not known"),
-    (("int8", None, 64), "Group size 64 does not divide the hidden size 32, or is not 32, 64 or 128; use 32"),
-    (("int4", None, 16), "Group size 16 does not divide the hidden size 32, or is not")])
+    ({"precision": "bf16", "compute": "fp16"}, "Weights in bf16 cannot be computed with in fp16; use --compute fp32"),
+    ({"precision": "fp32", "compute": "fp16"}, "Weights in fp32 cannot be computed with in fp16"),
+    ({"precision": "int8", "compute": "bf16"}, "dense weights cannot be integers where bf16 is computed with"),
+    ({"precision": "int8", "compute": "fp8"}, "Compute type 'fp8' is not known"),
+    ({"precision": "fp32", "group_size": 64}, "group_size belongs to precision int8 or int4"),
+    ({"precision": "int8", "dense": "fp64"}, "Dense precision 'fp64' is not known"),
+    ({"precision": "int8", "head": "fp64"}, "Head precision 'fp64' is not known"),
+    ({"precision": "int8", "group_size": 64}, "Group size 64 does not divide the hidden size 32, or is not 32, 64 or"),
+    ({"precision": "int4", "group_size": 16}, "Group size 16 does not divide the hidden size 32, or is not"),
+    ({"precision": "int4", "hidden_size": 40}, "Groups of 32, 64 and 128 do not divide the hidden size 40"),
+    ({"precision": "int4", "tie_embeddings": True, "head": "int8", "embedding": "int4"}, "cannot be int4 and int8")])
 def test_precisions_that_make_no_sense(tiny_bundle, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
-        choose_precision(tiny_bundle.manifest.model, *arguments)
+        _chosen(tiny_bundle, **arguments)
 
 
-def test_no_group_size_fits(tiny_bundle):
-    odd = tiny_bundle.manifest.model.model_copy(update={"hidden_size": 40})
-    with pytest.raises(InputError, match="Groups of 32, 64 and 128 do not divide the hidden size 40"):
-        choose_precision(odd, "int4", None, None)
+def _chosen(bundle, precision, compute="fp32", **changes):
+    """Formats of a checkpoint of the bundle's model, some of its numbers changed."""
+    d = bundle.manifest.model
+    model = {name: changes.pop(name) for name in list(changes) if name in type(d).model_fields}
+    source = SimpleNamespace(description=d.model_copy(update=model))
+    return choose_formats(source, precision, compute, **changes)
 
 
-def test_a_dense_model_has_nothing_to_quantise(tmp_path):
-    write_synthetic(tmp_path / "c", GEOMETRIES["llada-tiny"])
-    result = CliRunner().invoke(main, ["export", str(tmp_path / "c"), "--out", str(tmp_path / "b"), "--precision",
-                                       "int8"])
-    assert result.exit_code == 2 and "quantises routed experts alone; use --precision fp16 or fp32" in result.output
-    assert not (tmp_path / "b").exists()
+@pytest.mark.parametrize(("arguments", "dense", "head", "embedding", "experts"), [
+    ({"precision": "int8"}, "int8", "int8", "int8", "int8"),
+    ({"precision": "int4"}, "int4", "int8", "int4", "int4"),
+    ({"precision": "int4", "dense": "fp32"}, "fp32", "fp32", "fp32", "int4"),
+    ({"precision": "bf16", "dense": "int4", "embedding": "bf16"}, "int4", "int8", "bf16", "bf16"),
+    ({"precision": "int4", "tie_embeddings": True}, "int4", "int8", "int8", "int4"),
+    ({"precision": "int8", "head": "fp16", "tie_embeddings": True}, "int8", "fp16", "fp16", "int8")])
+def test_parts_follow_one_another(tiny_bundle, arguments, dense, head, embedding, experts):
+    formats, _ = _chosen(tiny_bundle, **arguments)
+    assert formats == WeightFormats(dense=dense, head=head, embedding=embedding, experts=experts, group_size=32,
+                                    reason="asked for")
+
+
+def test_the_group_is_the_one_that_leaves_least_behind(tiny_bundle):
+    wide = {"precision": "int4", "hidden_size": 128, "num_heads": 16, "dense_width": 192}
+    for width, size, left in ((64, 64, 0), (96, 32, 0), (24, 64, 1)):
+        moe = tiny_bundle.manifest.model.moe.model_copy(update={"shared_width": width})
+        formats, said = _chosen(tiny_bundle, moe=moe, **wide)
+        assert formats.group_size == size and len(said) == left
+        assert formats.of("layers.1.ffn.shared.down.weight", width, "fp32") == ("fp32" if left else "int4")
+    assert said == ["Groups of 64 do not divide 24, the inner width of the shared experts' down, so it stays in fp32."]
 
 
 def test_weights_beyond_their_scales_are_refused(tiny_checkpoint, tmp_path):
@@ -250,11 +274,11 @@ def test_weights_beyond_their_scales_are_refused(tiny_checkpoint, tmp_path):
             if name.endswith("experts.3.down_proj.weight"):
                 tensors[name][0, 0] = 1e7
         save_file(tensors, shard)
-    how = ExpertQuantisation(bits=8, group_size=32)
-    for dtype in (torch.float32, torch.bfloat16):
-        list(_read(Conversion(Checkpoint(tmp_path / "c"), dtype, 128, quantisation=how)))
-    with pytest.raises(CheckpointError, match=r"ffn.down from .* no scale in float16 reaches; use --dense-precision"):
-        list(_read(Conversion(Checkpoint(tmp_path / "c"), torch.float16, 128, quantisation=how)))
+    formats = WeightFormats(dense="int8", head="int8", embedding="int8", experts="int8", group_size=32)
+    for compute in ("fp32", "bf16"):
+        list(_read(Conversion(Checkpoint(tmp_path / "c"), formats, compute, 128)))
+    with pytest.raises(CheckpointError, match=r"ffn.down from .* no scale in float16 reaches; use --compute fp32"):
+        list(_read(Conversion(Checkpoint(tmp_path / "c"), formats, "fp16", 128)))
 
 
 def _read(conversion):
@@ -263,8 +287,8 @@ def _read(conversion):
 
 def test_shown_on_the_command_line(bundles, tiny_checkpoint):
     out = str(bundles["int4"].folder)
-    assert "int4 in groups of 32" in CliRunner().invoke(main, ["inspect", out]).output
+    assert "int4, head int8, in groups of 32" in CliRunner().invoke(main, ["inspect", out]).output
     checked = CliRunner().invoke(main, ["check", out, "--reference", str(tiny_checkpoint), "--layers", "2"])
-    assert checked.exit_code == 0 and "Quantisation: experts of 4 bits in groups of 32 move" in checked.output
+    assert checked.exit_code == 0 and "Quantisation: storing fp32, weights int4, head int8, in" in checked.output
     refused = CliRunner().invoke(main, ["build", out, "--precision", "int8"])
     assert refused.exit_code == 2 and "is int4, not int8; precision is decided at export" in refused.output

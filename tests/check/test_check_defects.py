@@ -20,7 +20,7 @@ from dmoe_export.checkpoint.family import Checkpoint
 def right(request, golden, golden_bundle, exported):
     if request.param == "fp32":
         return golden_bundle
-    return exported(golden / "model", precision="fp16", min_experts=GOLDEN_GUARD)
+    return exported(golden / "model", precision="fp16", compute="fp16", min_experts=GOLDEN_GUARD)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_right_bundle_passes(right, golden):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_sample_passes(precision, exported):
-    bundle = exported(SAMPLE, precision=precision)
+    bundle = exported(SAMPLE, precision=precision, compute=precision)
     report = check_bundle(bundle.folder, SAMPLE, prompts=["what is the sum of 3 4 5?"])
     assert report.passed, report.verdict
     assert report.inputs.source == "prompts"

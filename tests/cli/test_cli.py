@@ -117,9 +117,10 @@ def test_no_bundle_and_no_checkpoint(tmp_path):
 
 
 def test_bf16_needs_another_backend(tiny_checkpoint, tmp_path):
-    assert run("export", tiny_checkpoint, "--out", tmp_path / "b", "--precision", "bf16").exit_code == 0
+    made = run("export", tiny_checkpoint, "--out", tmp_path / "b", "--precision", "bf16", "--compute", "bf16")
+    assert made.exit_code == 0
     result = run("generate", tmp_path / "b", "--prompt-ids", "1")
-    assert result.exit_code == 3 and "export with --precision fp32 or fp16" in result.stderr
+    assert result.exit_code == 3 and "export with --compute fp32" in result.stderr
 
 
 STOPPED = """

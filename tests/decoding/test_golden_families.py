@@ -64,7 +64,7 @@ def test_exported_forward(case):
 
 
 def test_half_precision(case, exported):
-    bundle = exported(case.folder / "model", precision="fp16")
+    bundle = exported(case.folder / "model", precision="fp16", compute="fp16")
     out = full_forward(cpu_session(bundle.denoiser_path), case.ids, case.positions)
     assert out["key.0"].dtype == np.float16 and np.abs(case.data["logits"]).max() > 3
     assert np.abs(out["logits"] - case.data["logits"]).max() < _HALF[case.folder.name]

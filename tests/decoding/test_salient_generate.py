@@ -124,13 +124,14 @@ def test_refused(llada, tiny_bundle):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision, dense", [("fp16", None), ("int8", "fp16"), ("int4", "fp32")])
+@pytest.mark.parametrize("precision, dense", [("fp16", "fp16"), ("int8", "fp16"), ("int4", None),
+                                                              ("bf16", None)])
 def test_under_an_expert_budget_in_every_format(precision, dense, tmp_path, monkeypatch):
     monkeypatch.setattr(library, "INSTALLED", built())
     config = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 2}
     write_synthetic(tmp_path / "checkpoint", GEOMETRIES["tiny"] | config)
     bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision=precision,
-                               dense_precision=dense, salient=True)
+                               dense_precision=dense, salient=True, compute=dense or "fp32")
     options = {"salient_threshold": 0.99, "full_steps": 1}
     whole, half = (Generator.open(bundle.folder, backend="onnxruntime", threads=1, verify="sizes", expert_budget=budget)
                    for budget in (None, "50%"))

@@ -15,7 +15,7 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not install
 
 def _bundle(folder, name, precision):
     write_synthetic(folder / "c", GEOMETRIES[name])
-    return export_checkpoint(folder / "c", folder / "b", precision=precision, block_length=16).folder
+    return export_checkpoint(folder / "c", folder / "b", precision=precision, compute=precision, block_length=16).folder
 
 
 @pytest.mark.parametrize(("name", "precision"), [

@@ -26,7 +26,7 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not install
 def bundle(tiny_checkpoint, exported, tmp_path_factory):
     """One's own, to build into."""
     plugin_library()
-    made = exported(tiny_checkpoint, precision="fp16")
+    made = exported(tiny_checkpoint, precision="fp16", compute="fp16")
     return open_bundle(shutil.copytree(made.folder, tmp_path_factory.mktemp("e") / "tiny16"))
 
 

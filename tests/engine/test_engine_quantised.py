@@ -33,7 +33,7 @@ def bundles(tiny_checkpoint, exported, tmp_path_factory):
     plugin_library()
     made = {}
     for kind in KINDS:
-        bundle = exported(tiny_checkpoint, precision=kind, dense_precision="fp16", group_size=32)
+        bundle = exported(tiny_checkpoint, precision=kind, dense_precision="fp16", compute="fp16", group_size=32)
         folder = shutil.copytree(bundle.folder, tmp_path_factory.mktemp("q") / kind)
         for experts in ("external", "resident"):
             built(folder, "--targets", "sm89", "--experts", experts)

@@ -20,7 +20,7 @@ def bundle(tiny_checkpoint, exported, tmp_path_factory):
     """The tiny model in fp16 with an engine of each kind."""
     plugin_library()
     folder = tmp_path_factory.mktemp("e") / "tiny16"
-    shutil.copytree(exported(tiny_checkpoint, precision="fp16").folder, folder)
+    shutil.copytree(exported(tiny_checkpoint, precision="fp16", compute="fp16").folder, folder)
     for experts in ("external", "resident"):
         built(folder, "--targets", "sm89", "--experts", experts)
     return open_bundle(folder)

@@ -23,7 +23,8 @@ def mini(tmp_path_factory):
     """3 GB, removed at the end."""
     folder = tmp_path_factory.mktemp("mini")
     write_synthetic(folder / "checkpoint", GEOMETRIES["llada2.0-mini"] | {"num_hidden_layers": 2}, dtype=torch.float16)
-    bundle = export_checkpoint(folder / "checkpoint", folder / "bundle", precision="fp16", routing="top_p")
+    bundle = export_checkpoint(folder / "checkpoint", folder / "bundle", precision="fp16", compute="fp16",
+                               routing="top_p")
     shutil.rmtree(folder / "checkpoint")
     yield bundle
     shutil.rmtree(folder)

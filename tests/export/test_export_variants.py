@@ -38,7 +38,7 @@ def test_modes_with_settings_changed_at_run_time(tiny_checkpoint, exported, mode
 
 def test_half_precision(golden, exported):
     """Against the float32 reference: cosine, norm ratio and the share of tokens with the same experts."""
-    bundle = exported(golden / "model", precision="fp16", min_experts=16)
+    bundle = exported(golden / "model", precision="fp16", compute="fp16", min_experts=16)
     data = np.load(golden / "forward.npz")
     got = full_forward(cpu_session(bundle.denoiser_path), data["full.input_ids"], np.arange(96)[None], top_p=0.6,
                        min_experts=16)
@@ -67,7 +67,7 @@ def test_first_layers(golden, exported):
 @pytest.mark.slow
 def test_a_shared_trace_is_the_trace(tiny_checkpoint, exported, tmp_path, monkeypatch):
     """The tests' exports may share one (conftest.py); tracing anew gives the same bytes."""
-    options = {"precision": "int4", "dense_precision": "fp16", "group_size": 32}
+    options = {"precision": "int4", "dense_precision": "fp16", "compute": "fp16", "group_size": 32}
     assert isinstance(exporter.trace_denoiser, partial)
     monkeypatch.setattr(exporter, "trace_denoiser", exporter.trace_denoiser.args[1])
     anew, shared = export_checkpoint(tiny_checkpoint, tmp_path / "b", **options), exported(tiny_checkpoint, **options)

@@ -31,7 +31,7 @@ def bundle(request, synthetic, exported):
     named = {"whole": "tiny_bundle", "half, dense first": "half_sample_bundle", "salient, experts": "salient_block",
              "salient, dense, fixed": "salient_llada"}
     if request.param == "bias":
-        return exported(synthetic("dream-tiny"), precision="fp16", block_length=16)
+        return exported(synthetic("dream-tiny"), precision="fp16", compute="fp16", block_length=16)
     return request.getfixturevalue(named[request.param])
 
 
@@ -61,7 +61,7 @@ def test_every_product_with_a_matrix_is_a_node_of_ours(bundle, tmp_path):
 
 def test_bfloat16_keeps_gemm(tiny_checkpoint, exported):
     """Its float32 router, too: the kernels do not serve such a graph."""
-    (entry, model), = _graphs(exported(tiny_checkpoint, precision="bf16", routing="top_c"))
+    (entry, model), = _graphs(exported(tiny_checkpoint, precision="bf16", compute="bf16", routing="top_c"))
     assert {op for _, op in _users(model.graph)} == {"Gemm", "Gather"}
     assert {op.name for op in entry.ops} == {f.name for f in model.functions} == {"DmoeBlockRoute", "DmoeExperts"}
 

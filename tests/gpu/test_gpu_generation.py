@@ -33,7 +33,7 @@ MARGINS = {"fp32": 0.02, "fp16": 0.1, "int8": 0.1, "int4": 0.1}
 def bundle(request, exported) -> Bundle:
     """Shared with the other workers, and not to be changed."""
     dense = {"dense_precision": "fp16"} if request.param.startswith("int") else {}
-    return exported(SAMPLE, precision=request.param, **dense)
+    return exported(SAMPLE, precision=request.param, compute="fp32" if request.param == "fp32" else "fp16", **dense)
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
 from builds import build
+from linear_helpers import on_onnxruntime
 from onnx import TensorProto, helper
 
 from dmoe_export.description import ExpertQuantisation
@@ -25,9 +27,11 @@ from dmoe_export.ops.experts.eager import experts
 from dmoe_export.ops.experts.quantised import quantise
 from dmoe_export.ops.schema import DOMAIN, OPSET
 
-FORMATS: dict[str, tuple[int, type]] = {"float": (0, np.float32), "half": (0, np.float16), "int8": (8, np.float32),
-                                        "int4": (4, np.float32), "int8 half": (8, np.float16),
-                                        "int4 half": (4, np.float16)}
+FORMATS: dict[str, tuple[int, type]] = {
+    "float": (0, np.float32), "half": (0, np.float16), "half weights": (0, np.float32),
+    "bfloat weights": (0, np.float32), "int8": (8, np.float32), "int4": (4, np.float32), "int8 half": (8, np.float16),
+    "int4 half": (4, np.float16)}
+_NARROW = {"half weights": np.float16, "bfloat weights": ml_dtypes.bfloat16}  # than the values
 TOLERANCE = {name: 2e-6 if dtype == np.float32 else 2e-3 for name, (_, dtype) in FORMATS.items()}  # of the largest
 
 
@@ -47,6 +51,8 @@ def model(kind: str, group: int = 32) -> bytes:
     bits, dtype = FORMATS[kind]
     elem = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     stored = TensorProto.UINT8 if bits else elem
+    if kind in _NARROW:
+        stored = TensorProto.BFLOAT16 if kind == "bfloat weights" else TensorProto.FLOAT16
     kinds = [elem, TensorProto.INT32, TensorProto.FLOAT, stored, stored, *([elem, elem] if bits else [])]
     names = QUANTISED_SCHEMA.inputs[:len(kinds)]
     attributes: dict[str, Any] = {"bits": bits, "group_size": group} if bits else {}
@@ -78,7 +84,7 @@ def case(kind: str, tokens: int, k: int, count: int, hidden: int, width: int, gr
     feeds: dict[str, np.ndarray] = {"hidden": rng.normal(size=(tokens, hidden)).astype(dtype), "expert_ids": ids,
                                     "expert_weights": rng.random((tokens, k)).astype(np.float32) * 3}
     if not bits:
-        return feeds | {name: matrix.astype(dtype) for name, matrix in matrices.items()}
+        return feeds | {name: matrix.astype(_NARROW.get(kind, dtype)) for name, matrix in matrices.items()}
     how = ExpertQuantisation(bits=bits, group_size=group)
     scales = torch.float16 if dtype == np.float16 else torch.float32
     made = {name: quantise(torch.from_numpy(m), how, scales) for name, m in matrices.items()}
@@ -88,13 +94,20 @@ def case(kind: str, tokens: int, k: int, count: int, hidden: int, width: int, gr
 
 def eager(feeds: dict[str, np.ndarray]) -> np.ndarray:
     """The eager op on the same arrays; halves in float32, as our kernel computes."""
-    given = [torch.from_numpy(feeds[name]) for name in QUANTISED_SCHEMA.inputs if name in feeds]
-    return experts(*(x.float() if x.dtype == torch.float16 else x for x in given)).numpy()
+    wide = {np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
+    given = [feeds[name] for name in QUANTISED_SCHEMA.inputs if name in feeds]
+    return experts(*(torch.from_numpy(x.astype(np.float32) if x.dtype in wide else x) for x in given)).numpy()
+
+
+def run(library: Path, kind: str, feeds: dict[str, np.ndarray], group: int = 32) -> np.ndarray:
+    """The mixed output [N, H]."""
+    values = {name: on_onnxruntime(value) for name, value in feeds.items()}
+    return session(library, kind, group).run_with_ort_values(None, values)[0].numpy()
 
 
 def error(library: Path, kind: str, feeds: dict[str, np.ndarray], group: int = 32) -> float:
     """Largest difference to the eager op, of its largest output."""
-    got, want = session(library, kind, group).run(None, feeds)[0].astype(np.float32), eager(feeds)
+    got, want = run(library, kind, feeds, group).astype(np.float32), eager(feeds)
     assert got.shape == want.shape
     return float(np.abs(got - want).max(initial=0) / max(np.abs(want).max(initial=0), 1e-3))
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
-from dmoe_export.description import ModelDescription, RoutingDescription
+from dmoe_export.description import ModelDescription, RoutingDescription, WeightFormats
 
 
 @contextmanager
@@ -74,6 +74,7 @@ def shared_trace(folder: Path, trace: Callable[..., ir.Model], *arguments: Any) 
 
 
 _OUTSIDE: dict[type, dict[str, Any]] = {
+    WeightFormats: {"reason": ""},
     RoutingDescription: {"reason": "", "top_p": 0.5, "min_experts": 1, "coreset_size": 1},
     ModelDescription: {"eos_ids": (0,), "pad_id": 0}}
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -81,6 +82,21 @@ def test_onnx_body_in_half_precision(tmp_path):
     want = _definition(hidden, ids, weights, *_weights())
     assert np.abs(want).max() > 1  # fp16 com.microsoft.MoE can return zeros without a word (spec engines.md)
     np.testing.assert_allclose(got.astype(float), want, atol=0.02)
+
+
+@pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float16])
+def test_onnx_body_with_narrow_weights(stored, tmp_path):
+    """As with the same values in float32, and so is the eager op."""
+    narrow = [weight.astype(stored) for weight in _weights()]
+    wide = [weight.astype(np.float32) for weight in narrow]
+    session = cpu_session(write_expert_model(tmp_path, E, K, H, I, np.float32, narrow, stored))
+    hidden, ids, weights = _case("padding rows")
+    got = session.run(None, {"hidden": hidden, "expert_ids": ids, "expert_weights": weights})[0]
+    want = experts(*map(torch.from_numpy, (hidden, ids, weights, *wide)))
+    np.testing.assert_allclose(got, want.numpy(), atol=1e-5)
+    types = {ml_dtypes.bfloat16: torch.bfloat16, np.float16: torch.float16}
+    tensors = [torch.from_numpy(weight).to(types[stored]) for weight in wide]
+    np.testing.assert_array_equal(experts(*map(torch.from_numpy, (hidden, ids, weights)), *tensors), want)
 
 
 def test_gradients_flow_to_used_experts_only():

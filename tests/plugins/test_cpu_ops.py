@@ -21,6 +21,7 @@ from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.runtime.cpu import library as cpu_ops
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 
+NARROW = ["half weights", "bfloat weights"]
 QUANTISED = [name for name, (bits, _) in FORMATS.items() if bits]
 
 
@@ -39,10 +40,19 @@ def test_every_instruction_set_equals_eager(isa):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.sampled_from(["float", "half"]), st.integers(0, 40), st.integers(1, 4), st.integers(4, 9),
+@given(st.sampled_from(["float", "half", *NARROW]), st.integers(0, 40), st.integers(1, 4), st.integers(4, 9),
        st.integers(1, 70), st.integers(1, 150), st.integers(0, 99))
 def test_any_size(kind, tokens, k, count, hidden, width, seed):
     assert error(built(), kind, case(kind, tokens, k, count, hidden, width, seed=seed)) < TOLERANCE[kind]
+
+
+@pytest.mark.parametrize("kind", NARROW)
+@pytest.mark.parametrize("tokens", [1, 5, 40, 130])
+def test_narrow_weights_are_exact(kind, tokens):
+    """The same bits as with these weights in float32."""
+    feeds = case(kind, tokens, 2, 5, 75, 41, seed=tokens)
+    wide = feeds | {name: feeds[name].astype(np.float32) for name in ("gate_up", "down")}
+    np.testing.assert_array_equal(helpers.run(built(), kind, feeds), helpers.run(built(), "float", wide))
 
 
 @settings(deadline=None, max_examples=25)
@@ -58,16 +68,17 @@ def test_any_group(kind, group, tokens, hidden, width, seed):
 def test_a_token_does_not_depend_on_its_neighbours(kind, tokens):
     """Bit for bit: residency may compute any experts in one call, as long as each has all its tokens, in any order."""
     feeds, names = case(kind, tokens, 4, 6, 96, 64), ("hidden", "expert_ids", "expert_weights")
-    run, ids = helpers.session(built(), kind).run, feeds["expert_ids"]
-    want = run(None, feeds)[0]
-    turned = run(None, feeds | {name: feeds[name][::-1].copy() for name in names})[0]
+    ids = feeds["expert_ids"]
+    want = helpers.run(built(), kind, feeds)
+    turned = helpers.run(built(), kind, feeds | {name: feeds[name][::-1].copy() for name in names})
     np.testing.assert_array_equal(turned[::-1], want)
     once = np.ones((1, 1), np.float32)
     pairs = {}
     for group in ([0, 4], [1, 2, 3], [5]):
         token, place = np.isin(ids, group).nonzero()
-        rows = run(None, feeds | {"hidden": feeds["hidden"][token], "expert_ids": ids[token, place][:, None],
-                                  "expert_weights": np.repeat(once, len(token), 0)})[0]
+        rows = helpers.run(built(), kind, feeds | {
+            "hidden": feeds["hidden"][token], "expert_ids": ids[token, place][:, None],
+            "expert_weights": np.repeat(once, len(token), 0)})
         pairs |= dict(zip(zip(token.tolist(), place.tolist(), strict=True), rows, strict=True))
     if want.dtype == np.float16:
         return  # rounded between, so not the same sums
@@ -137,7 +148,8 @@ def test_bundles_give_the_same_tokens_with_and_without(options, installed, golde
 
 
 @pytest.mark.parametrize("options", [
-    {"precision": "fp16"}, pytest.param({"precision": "int8", "dense_precision": "fp16"}, marks=pytest.mark.slow)],
+    {"precision": "fp16", "compute": "fp16"},
+    pytest.param({"precision": "int8", "dense_precision": "fp16", "compute": "fp16"}, marks=pytest.mark.slow)],
     ids=["fp16", "int8"])
 def test_half_bundle_runs_on_the_kernels(options, installed, sample_bundle, tmp_path):
     """ONNX Runtime's own ops would turn all weights into float32 first."""

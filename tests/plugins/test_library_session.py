@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from cpu_ops_helpers import FORMATS, built, case
+from linear_helpers import on_onnxruntime
 from ort_ops_helpers import CPU, library, route_model
 from source_helpers import as_source
 
@@ -53,11 +54,11 @@ def opened(model: bytes, path: Path, source=None) -> tuple[ort.InferenceSession,
 @pytest.mark.parametrize("tokens", [3, 90])
 def test_any_grouping_gives_the_same_bits(kind, tokens):
     feeds = case(kind, tokens, 4, 9, 96, 64)
-    want = helpers.session(built(), kind).run(None, feeds)[0]
+    want = helpers.run(built(), kind, feeds)
     source = Source()
     session, _ = opened(helpers.model(kind), built(), source)
-    weights = ort.OrtValue.ortvalue_from_numpy(feeds["gate_up"])  # its address names the layer
-    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()} | {"gate_up": weights}
+    values = {name: on_onnxruntime(array) for name, array in feeds.items()}
+    weights = values["gate_up"]  # its address names the layer
     needed = set(feeds["expert_ids"].ravel().tolist()) - {-1}
     for _ in range(8):
         source.log.clear()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import linear_helpers as helpers
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -14,7 +15,7 @@ import pytest
 from cpu_ops_helpers import built
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_helpers import KINDS, TOLERANCE, case, error, run
+from linear_helpers import ALL, KINDS, QUANTISED, TOLERANCE, case, error, run
 from onnx import TensorProto
 
 from dmoe_export import export_checkpoint
@@ -37,7 +38,34 @@ def test_every_instruction_set(isa):
 @given(st.integers(0, 100), st.integers(1, 300), st.integers(1, 260), st.booleans(), st.integers(0, 99),
        st.sampled_from(list(KINDS)))
 def test_any_size(tokens, columns, rows, bias, seed, kind):
-    assert error(built(), case(tokens, columns, rows, bias, seed, kind)) < TOLERANCE
+    assert error(built(), case(tokens, columns, rows, bias, seed, kind), kind) < TOLERANCE
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 130), st.integers(1, 5), st.integers(1, 200), st.booleans(), st.integers(0, 99),
+       st.sampled_from(list(QUANTISED)), st.sampled_from([32, 64, 128]))
+def test_any_group(tokens, groups, rows, bias, seed, kind, group):
+    feeds = case(tokens, groups * group, rows, bias, seed, kind, group)
+    assert error(built(), feeds, kind, group) < TOLERANCE
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 130), st.integers(1, 200), st.integers(1, 200), st.booleans(), st.integers(0, 99),
+       st.sampled_from(["half weights", "bfloat weights"]))
+def test_narrow_weights_are_exact(tokens, columns, rows, bias, seed, kind):
+    """The same bits as with these weights in float32."""
+    feeds = case(tokens, columns, rows, bias, seed, kind)
+    got = run(built(), feeds, kind)
+    np.testing.assert_array_equal(got, run(built(), feeds | {"w": feeds["w"].astype(np.float32)}))
+
+
+def test_every_bfloat16():
+    """Subnormal numbers, infinities and NaN, too."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16)[:, None]
+    want = every.astype(np.float32)[:, 0]
+    for tokens in (1, 40):  # one column: no sum is in the way; x · w + 0
+        got = run(built(), {"x": np.ones((tokens, 1), np.float32), "w": every}, "bfloat weights")
+        np.testing.assert_array_equal(got, np.tile(want, (tokens, 1)))
 
 
 def test_half_precision_at_its_ends():
@@ -51,19 +79,19 @@ def test_half_precision_at_its_ends():
     with np.errstate(over="ignore", invalid="ignore"):
         want = (w.astype(np.float32) @ x.astype(np.float32)).astype(np.float16)
     for tokens in (1, 40):
-        got = run(built(), {"x": np.tile(x, (tokens, 1)), "w": w})
+        got = run(built(), {"x": np.tile(x, (tokens, 1)), "w": w}, "half")
         np.testing.assert_array_equal(got, np.tile(want, (tokens, 1)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("tokens", [17, 64, 100])
 def test_a_token_does_not_depend_on_the_others(tokens, kind):
     """Bit for bit, as long as there are more of them than a vector has lanes."""
-    feeds = case(tokens, 200, 130, kind=kind)
-    want = run(built(), feeds)
-    np.testing.assert_array_equal(run(built(), feeds | {"x": feeds["x"][::-1].copy()})[::-1], want)
+    feeds = case(tokens, 192, 130, kind=kind)
+    want = run(built(), feeds, kind)
+    np.testing.assert_array_equal(run(built(), feeds | {"x": feeds["x"][::-1].copy()}, kind)[::-1], want)
     feeds["x"][1:] = np.nan
-    np.testing.assert_array_equal(run(built(), feeds)[0], want[0])
+    np.testing.assert_array_equal(run(built(), feeds, kind)[0], want[0])
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -76,6 +104,26 @@ def test_wrong_inputs_are_refused(change, words):
     change(feeds)
     with pytest.raises(Exception, match=words):
         run(built(), feeds)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda f: f.update(w=f["w"][:, 1:].copy()), r"w has shape \[9, 31\] where \[any, 32\]"),
+    (lambda f: f.update(scales=f["scales"][:, 1:].copy()), r"scales has shape \[9, 1\] where \[9, 2\]"),
+    (lambda f: f.update(b=f["b"][1:].copy()), r"b has shape \[8\] where \[9\]"),
+    (lambda f: f.update(x=f["x"][:, :40].copy(), w=f["w"][:, :20].copy()),
+     "group_size 32 does not divide the columns 40"),
+])
+def test_wrong_quantised_inputs_are_refused(change, words):
+    feeds = case(5, 64, 9, bias=True, kind="int4")
+    change(feeds)
+    with pytest.raises(Exception, match=words):
+        run(built(), feeds, "int4")
+
+
+def test_wrong_groups_are_refused():
+    for group in (20, 0, -32, 2**31, 2**62):
+        with pytest.raises(Exception, match=f"bits 8 and group_size {group} are not offered"):
+            helpers.session(built(), False, "int8", group)
 
 
 @pytest.mark.parametrize("tokens", [3, 40])

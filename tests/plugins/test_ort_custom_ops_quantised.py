@@ -70,13 +70,13 @@ def test_an_fp32_rest_is_refused(tiny_bundle):
     how = ExpertQuantisation(bits=4, group_size=32)
     experts = tiny_bundle.manifest.experts.model_copy(update={"quantisation": how})
     bundle = Bundle(tiny_bundle.folder, tiny_bundle.manifest.model_copy(update={"experts": experts}))
-    with pytest.raises(MissingRequirementError, match="export with --dense-precision fp16 or bf16"):
+    with pytest.raises(MissingRequirementError, match="export with --compute fp16 --dense-precision fp16"):
         prepare_session(bundle, ort.SessionOptions(), library())
 
 
 def test_bundle_equals_its_bodies(tiny_checkpoint, exported):
     """A model with fp16 dense parts: one forward of two rows, one of them padded."""
-    bundle = exported(tiny_checkpoint, precision="int4", dense_precision="fp16", group_size=32)
+    bundle = exported(tiny_checkpoint, precision="int4", dense_precision="fp16", compute="fp16", group_size=32)
     options = ort.SessionOptions()
     kernels = prepare_session(bundle, options, library())
     loaded = ort.InferenceSession(bundle.denoiser_path, options, providers=[CPU])

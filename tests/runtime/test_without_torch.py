@@ -63,7 +63,7 @@ def test_whole_command_line_imports_without_torch(tiny_bundle):
 def test_engines_are_built_without_torch(tiny_checkpoint, exported, tmp_path):
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed (pip install '.[rtx]')")
     plugin_library()
-    folder = shutil.copytree(exported(tiny_checkpoint, precision="fp16").folder, tmp_path / "b")
+    folder = shutil.copytree(exported(tiny_checkpoint, precision="fp16", compute="fp16").folder, tmp_path / "b")
     code = "from dmoe_export.cli import main\nmain(['build', sys.argv[1], '--targets', 'sm89'])"
     result = python_without(code, folder, blocked=("torch", "onnx_ir", "onnxscript"))
     assert result.returncode == 0, result.stderr

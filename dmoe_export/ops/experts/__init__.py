@@ -3,6 +3,7 @@
 `output[t] = Σ_j weight[t, j] · down[e] · (silu(gate[e] · h) ⊙ (up[e] · h))`, e = ids[t, j]; id −1 adds nothing.
 `gate_up [E, 2I, H]` holds gate and up rows interleaved (row 2i = gate i, row 2i + 1 = up i), `down [E, H, I]`; so one
 expert is two contiguous slabs. Products in the hidden state's precision, the weighted sum in float32.
+With a float32 hidden state, weights may be float16 or bfloat16, whose values float32 holds exactly.
 Only experts that occur in `expert_ids` are read.
 
 Quantised experts (`QUANTISED_SCHEMA`: the same op with two more inputs and two attributes) are integers of `bits` bits
@@ -18,7 +19,7 @@ _INPUTS = (
     "hidden",  # [N, H], N tokens
     "expert_ids",  # [N, k] int32, −1 = none
     "expert_weights",  # [N, k] float32
-    "gate_up",  # [E, 2I, H], or packed
+    "gate_up",  # [E, 2I, H], type of hidden, narrower floats, or packed
     "down",  # [E, H, I], or packed
 )
 _OUTPUTS = ("mixed",)  # [N, H], type of hidden

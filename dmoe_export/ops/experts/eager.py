@@ -43,4 +43,4 @@ def _slabs(weights: Tensor, scales: Tensor | None) -> Iterator[tuple[Tensor, Ten
 
 def _matrix(slab: Tensor, scales: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
     """An expert's matrix as it is multiplied with."""
-    return slab if scales is None else dequantise(slab, scales, bits).to(dtype)
+    return (slab if scales is None else dequantise(slab, scales, bits)).to(dtype)

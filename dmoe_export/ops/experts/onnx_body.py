@@ -24,15 +24,18 @@ _SWIGLU = ('k = 1, activation_type = "swiglu", swiglu_fusion = 1, activation_alp
 
 
 def experts_body(num_experts: int, experts_per_token: int, hidden_size: int, elem_type: int,
-                 quantisation: ExpertQuantisation | None = None, width: int = 0) -> onnx.FunctionProto:
+                 quantisation: ExpertQuantisation | None = None, width: int = 0,
+                 narrow: bool = False) -> onnx.FunctionProto:
     """The function body for these sizes; `elem_type` is the hidden state's onnx.TensorProto type.
 
-    `width`: I as stored, asked for with `quantisation` only.
+    `width`: I as stored, asked for with `quantisation` only. `narrow`: weights are floats of another type than the
+    hidden state. ONNX Runtime casts constant ones when it loads the graph, all experts, and keeps the result: without
+    our kernels they take the memory of the hidden state's type.
     """
     schema = QUANTISED_SCHEMA if quantisation else SCHEMA
     attributes = ", ".join(("plugin_namespace", "plugin_version", *schema.attributes))
     product = (_quantised_product(quantisation, num_experts, hidden_size, width) if quantisation
-               else f"row_out = com.microsoft.MoE <{_SWIGLU}> (rows, probs, gate_up, , down)")
+               else _product(narrow))
     text = f"""
     <opset_import: ["" : {OPSET}, "com.microsoft" : 1], domain: "{DOMAIN}">
     {schema.name} <{attributes}> ({", ".join(schema.inputs)}) => ({", ".join(schema.outputs)})
@@ -70,6 +73,17 @@ def experts_body(num_experts: int, experts_per_token: int, hidden_size: int, ele
     }}
     """
     return onnx.parser.parse_function(text)
+
+
+def _product(narrow: bool) -> str:
+    """`row_out` from weights of the hidden state's type, or cast to it."""
+    if not narrow:
+        return f"row_out = com.microsoft.MoE <{_SWIGLU}> (rows, probs, gate_up, , down)"
+    return f"""
+      gate_up_cast = CastLike (gate_up, hidden)
+      down_cast = CastLike (down, hidden)
+      row_out = com.microsoft.MoE <{_SWIGLU}> (rows, probs, gate_up_cast, , down_cast)
+"""
 
 
 def _quantised_product(how: ExpertQuantisation, experts: int, hidden: int, width: int) -> str:

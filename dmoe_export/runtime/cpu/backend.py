@@ -27,8 +27,8 @@ def check_precision(bundle: Bundle) -> None:
     precision = bundle.manifest.precision
     if precision not in _CACHE_DTYPES:
         raise MissingRequirementError(
-            f"{bundle.folder} has precision {precision}, for which ONNX Runtime's CPU provider has no kernels; export "
-            "with --precision fp32 or fp16.")
+            f"{bundle.folder} computes in {precision}, for which ONNX Runtime's CPU provider has no kernels; export "
+            "with --compute fp32, which takes weights in bf16, too.")
 
 
 class OnnxRuntimeBackend:

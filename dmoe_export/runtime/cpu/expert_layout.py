@@ -9,6 +9,9 @@ import numpy as np
 
 from ...bundle.manifest import Manifest
 
+_DTYPES: dict[str | None, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}  # bfloat16 as its bits
+
 
 @dataclass(frozen=True)
 class ExpertTensor:
@@ -26,7 +29,8 @@ def expert_tensors(manifest: Manifest) -> list[list[ExpertTensor]]:
     entry, model = manifest.experts, manifest.model
     assert entry is not None, "a dense model has no experts"
     experts, hidden, width = model.experts.num_experts, model.hidden_size, entry.stored_width
-    dense, how = np.dtype(np.float16 if manifest.precision == "fp16" else np.float32), entry.quantisation
+    stored, how = manifest.formats.experts, entry.quantisation
+    dense = _DTYPES[stored if stored in _DTYPES else manifest.precision]  # of weights, or of integers' scales
     parts: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
         "gate_up": (dense, (experts, 2 * width, hidden)), "down": (dense, (experts, hidden, width))}
     if how:

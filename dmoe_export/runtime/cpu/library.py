@@ -1,6 +1,6 @@
 """Our kernels for ONNX Runtime's CPU provider, experts and linear layers: used where they can be, and told.
 
-Without them the bodies of these ops run (com.microsoft.MoE, Gemm), with the same tokens, slower.
+Without them the bodies of these ops run (com.microsoft.MoE and QMoE, Gemm, MatMulNBits), with the same tokens, slower.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from ..library import ExpertSource, LibrarySession
 from ..ort import ort
 
 INSTALLED = library("libdmoe_cpu.so")
-SERVED = {experts.SCHEMA.name: "experts", linear.SCHEMA.name: "linear layers"}
+SERVED = {experts.SCHEMA.name: "experts", linear.SCHEMA.name: "linear layers",
+          linear.QUANTISED_SCHEMA.name: "quantised linear layers"}
 
 CpuOps = Literal["auto", "on", "off"]
 

@@ -16,6 +16,7 @@ from .backend import OnnxRuntimeBackend, check_precision
 from .expert_layout import expert_tensors
 from .mapped_experts import MappedExperts
 
+_BFLOAT16 = 16  # of onnx.TensorProto; numpy has no such type
 
 def open_resident(bundle: Bundle, budget: ExpertBudget, interval: Interval,
                   threads: int | None = None) -> ResidentBackend:
@@ -26,7 +27,9 @@ def open_resident(bundle: Bundle, budget: ExpertBudget, interval: Interval,
     check_experts(bundle)
     model = bundle.manifest.model
     tier = MappedExperts(library.INSTALLED, expert_file(bundle), expert_tensors(bundle.manifest), budget.bytes)
-    weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in tier.weights.items()}
+    bits = _BFLOAT16 if bundle.manifest.formats.experts == "bf16" else None
+    weights = {name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, bits) if bits
+               else ort.OrtValue.ortvalue_from_numpy(array) for name, array in tier.weights.items()}
     backend = OnnxRuntimeBackend(bundle, threads, cpu_ops="on", source=tier.source, weights=weights)
     residency = Residency(len(model.moe_layers), model.experts.num_experts, budget.residents, interval)
     return ResidentBackend(backend, residency, tier, budget)

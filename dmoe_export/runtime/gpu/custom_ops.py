@@ -87,5 +87,5 @@ def _check_precision(bundle: Bundle) -> None:
         option = "--dense-precision" if bundle.manifest.quantisation else "--precision"
         raise MissingRequirementError(
             f"{bundle.folder} has precision fp32, for which the custom op {experts.SCHEMA.name} has no kernels; export "
-            f"with {option} fp16 or bf16, or leave the custom ops off.")
+            f"with --compute fp16 {option} fp16, or leave the custom ops off.")
 

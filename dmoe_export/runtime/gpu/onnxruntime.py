@@ -185,11 +185,16 @@ def open_onnxruntime_cuda(bundle: Bundle, device: Device | None = None, cuda_gra
         raise MissingRequirementError(
             f"ONNX Runtime {ort.__version__} here was built without {PROVIDER}; run: {UNINSTALL} && "
             f"{pip_install('gpu')}, {CPU_INSTEAD}.")
+    if bundle.manifest.only_on_cpus:
+        raise MissingRequirementError(
+            f"{bundle.folder} is {bundle.manifest.precision_in_words}, which the CPU provider alone reads; export "
+            f"with --precision fp16 --compute fp16, {CPU_INSTEAD}.")
     library, reason = choose_custom_ops(bundle, custom_ops)
     if bundle.manifest.quantisation and library is None:  # QMoE on CUDA takes weights in another layout
         raise MissingRequirementError(
             f"{bundle.folder} has {bundle.manifest.quantisation.name} experts, which {PROVIDER} computes by our custom "
-            f"ops alone, and {reason}; export with --dense-precision fp16 and run `make ort-ops`, {CPU_INSTEAD}.")
+            f"ops alone, and {reason}; export with --compute fp16 --dense-precision fp16 and run `make ort-ops`, "
+            f"{CPU_INSTEAD}.")
     device = device or CudaDevice.open()
     load_nvidia_libraries()
     ort.set_default_logger_severity(FATAL)

@@ -42,19 +42,20 @@ def test_sample_answers_are_the_same(half_sample_bundle, answers, budget, interv
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("model", ["sample", "golden"])
 def test_every_bit_is_the_same(model, budget, threads, half_sample_bundle, golden, exported):
-    same_bits(half_sample_bundle if model == "sample" else exported(golden / "model", precision="fp16",
+    same_bits(half_sample_bundle if model == "sample" else exported(golden / "model", precision="fp16", compute="fp16",
                                                                     min_experts=GOLDEN_GUARD), budget, threads)
 
 
 @pytest.mark.parametrize("config, routing", [("llada2", "top_c"), ("llada-moe", "token")])
 def test_every_bit_of_other_models_is_the_same(config, routing, tmp_path):
     write_synthetic(tmp_path / "checkpoint", _CONFIGS[config])
-    bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision="fp16", routing=routing)
+    bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision="fp16", compute="fp16",
+                               routing=routing)
     for budget in BUDGETS[:3]:
         same_bits(bundle, budget, 2)
 
 
 def test_what_no_kernel_computes_is_refused(half_sample_bundle):
     other = half_sample_bundle.manifest.model_copy(update={"precision": "bf16"})
-    with pytest.raises(MissingRequirementError, match="has precision bf16, for which ONNX Runtime's CPU"):
+    with pytest.raises(MissingRequirementError, match="computes in bf16, for which ONNX Runtime's CPU"):
         open_resident(Bundle(half_sample_bundle.folder, other), ExpertBudget(10**6, 1), "auto")

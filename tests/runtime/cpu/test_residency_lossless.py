@@ -77,12 +77,12 @@ def test_every_bit_is_the_same(golden_bundle, budget, threads):
 
 
 @pytest.mark.parametrize("precision, dense", [
-    pytest.param("int8", "fp32", marks=pytest.mark.slow), ("int4", "fp32"), ("int8", "fp16")])
-def test_every_bit_of_quantised_experts_is_the_same(precision, dense, tmp_path):
+    pytest.param("int8", None, marks=pytest.mark.slow), ("int4", "fp32"), ("int8", "fp16"), ("bf16", None)])
+def test_every_bit_of_other_formats_is_the_same(precision, dense, tmp_path):
     config = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 2}
     write_synthetic(tmp_path / "checkpoint", GEOMETRIES["tiny"] | config)
     bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision=precision,
-                               dense_precision=dense)
+                               dense_precision=dense, compute="fp16" if dense == "fp16" else "fp32")
     for budget in BUDGETS[:3]:
         same_bits(bundle, budget, 2)
 

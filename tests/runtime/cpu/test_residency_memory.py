@@ -110,7 +110,7 @@ def test_resident_memory_obeys_the_budget(wide_bundle, plain, budget, interval):
 @pytest.mark.alone
 def test_resident_memory_of_half_precision_obeys_the_budget(wide_bundle):
     folder, budget = wide_bundle.folder.parent, 55 << 20
-    bundle = export_checkpoint(folder / "checkpoint", folder / "half", precision="fp16")
+    bundle = export_checkpoint(folder / "checkpoint", folder / "half", precision="fp16", compute="fp16")
     assert bundle.manifest.bytes_per_expert == EXPERT // 2
     tokens = _run(bundle)[0]["tokens"]
     answer, peak = _run(bundle, expert_budget=budget, expert_refresh_interval="1")

@@ -112,7 +112,7 @@ def test_a_bundle_of_links_is_opened_too(driven, half_sample_bundle, tmp_path):
 @pytest.mark.parametrize("family", ["llada_dense", "dream", "llada_moe"])
 def test_other_families_are_recorded_too(driven, golden, exported, family):
     """Biases and shifted logits (Dream), whole canvases, experts without groups; exports of test_golden_families.py."""
-    found = driven(exported(golden.parent / family / "model", precision="fp16"), "--no-bodies")
+    found = driven(exported(golden.parent / family / "model", precision="fp16", compute="fp16"), "--no-bodies")
     for run in (*found["runs"].values(), found["batch"]):
         assert run["cpu_ops"].keys() <= SHAPE_OPS and run["violations"] == []
     assert found["runs"]["custom ops, recorded"]["graphs"]["off"] == ""

@@ -71,7 +71,8 @@ def sample_subject(sample_bundle, tmp_path_factory):
 @pytest.fixture(scope="module")
 def quantised_subject(tiny_checkpoint, tmp_path_factory):
     """Experts of 4 bits, whose scales move with them."""
-    bundle = export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("q") / "int4", precision="int4")
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("q") / "int4", precision="int4",
+                               dense_precision="fp32")
     return Subject(bundle, tmp_path_factory.mktemp("q") / "b", [[5, 9, 40, 7, 77, 12], [30] * 40])
 
 
