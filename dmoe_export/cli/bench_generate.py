@@ -59,8 +59,9 @@ def generate(prompt_tokens: str, cache: str, coreset: str, peers: str, out: Path
     chosen = settings(integers("--prompt-tokens", prompt_tokens), words(cache), words(coreset))
     names = [name for name in words(peers) if name != "none"]
     model = Work(Path(), *(options[name] for name in ("geometry", "layers", "seed", "threads")))
+    usual = PAIRS[options["precision"] or "fp32"][0]
     with opened(options, as_json) as bundle, step_bar("generate", shown=not as_json) as report:
-        gguf = {name: _gguf(name, model, bundle) for name in names if name.split(":")[0] == "llama-cpp"}
+        gguf = {name: _gguf(name, usual, model, bundle) for name in names if name.split(":")[0] == "llama-cpp"}
         started = Started("bench generate")
         result = run(bundle, chosen, **options, advance=report, peers=names, gguf=gguf)
 
@@ -78,13 +79,13 @@ def generate(prompt_tokens: str, cache: str, coreset: str, peers: str, out: Path
                                  "can do that, so try another --seed before you suspect the model.")
 
 
-def _gguf(peer: str, model: Work, bundle: Bundle) -> Path:
-    """The file that a peer `llama-cpp` or `llama-cpp:TYPE` runs, beside the geometry's bundle."""
+def _gguf(peer: str, usual: str, model: Work, bundle: Bundle) -> Path:
+    """The file that a peer `llama-cpp` (of the usual type) or `llama-cpp:TYPE` runs, beside the geometry's bundle."""
     if not model.geometry:
         raise RequestError("The peer llama-cpp gets its weights from --geometry; leave BUNDLE out, or the peer.")
     from ..bench.peer_llama_cpp import TYPES
 
-    kind = peer.partition(":")[2] or PAIRS[bundle.manifest.precision_in_words][0]
+    kind = peer.partition(":")[2] or usual
     if kind not in TYPES:
         raise RequestError(f"Peer {peer!r} is not known; types of llama-cpp are {', '.join(TYPES)}.")
     return replace(model, folder=bundle.folder.parent).gguf(kind)
