@@ -104,10 +104,11 @@ def child(arguments: list[str]) -> tuple[Child, Any]:
 
     Raises an error of the kind that the verb's exit code stands for.
     """
-    return _watched([sys.executable, "-m", "dmoe_export", *arguments, "--json"], f"dmoe-export {arguments[0]}")
+    return watched_process([sys.executable, "-m", "dmoe_export", *arguments, "--json"], f"dmoe-export {arguments[0]}")
 
 
-def _watched(command: list[str], name: str) -> tuple[Child, Any]:
+def watched_process(command: list[str], name: str) -> tuple[Child, Any]:
+    """Run a command and watch its memory; what it printed comes as the second value. Raises as `child` does."""
     peak, anonymous = 0, 0
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
@@ -163,7 +164,7 @@ def run_export(work: Path, geometry: str, layers: int | None, precision: str, te
     """Write a checkpoint of generated weights, measure its export and an answer of 60 tokens; both stay in `work`."""
     checkpoint, bundle = work / "checkpoint", work / "exported.bundle"
     tell("checkpoint")
-    _, routing = _watched([sys.executable, "-c", _WRITE, str(checkpoint), geometry, str(layers or 0), "float32"],
+    _, routing = watched_process([sys.executable, "-c", _WRITE, str(checkpoint), geometry, str(layers or 0), "float32"],
                           "Writing the checkpoint")
     limits = disk_limits(work)
     tell("export")
@@ -184,7 +185,7 @@ def run_build(work: Path, geometry: str, layers: int | None, targets: str, varia
               tell: Tell) -> BuildBench:
     """Build engines of a bundle in fp16 with generated weights; needs a TensorRT flavour, but no GPU."""
     tell("bundle")
-    _, folder = _watched([sys.executable, "-c", _EXPORT, str(work), geometry, str(layers or 0), "fp16"],
+    _, folder = watched_process([sys.executable, "-c", _EXPORT, str(work), geometry, str(layers or 0), "fp16"],
                          "Exporting the bundle")
     builds, target = [], work / "built.bundle"
     for variant in variants:

@@ -1,8 +1,8 @@
-"""Decoding settings compared in one process: cache × acceptance × salient steps over the same prompts.
+"""Decoding settings compared in one process: cache × schedule × acceptance × salient steps over the same prompts.
 
 Every setting is one `generate` call per prompt and round; rounds go over all settings in turn, so that a machine that
 slows down slows all of them. Figures are medians over rounds. Agreement is with the setting's own baseline: the same
-acceptance without a cache (`none`) and without salient steps.
+acceptance without a cache (`none`) and without salient steps; `over_reference` is against the schedule `reference`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from ..errors import RequestError
 from ..generator import Generation, Generator
 from ..guards.numerals import integer, real
 from ..text.prompts import Prompt
+from .record import Spread
 
-Key = tuple[str, str, str]
+Key = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Setting:
     cache: str
     acceptance: str
     salient: str
+    schedule: str
     options: dict[str, Any]
 
 
@@ -49,14 +51,19 @@ class SettingResult(Frozen):
     cache: str
     acceptance: str
     salient: str
+    schedule: str
     refused: str | None = Field(None, description="why the model does not take this combination; the rest is then 0")
     tokens: int = 0
     seconds: float = 0.0
     spread: float = Field(0.0, description="(slowest − fastest round) / median")
     tokens_per_second: float = 0.0
     speedup: float | None = Field(None, description="baseline's seconds / these seconds; null without a baseline")
-    forwards: float = 0.0
-    tokens_per_forward: float = 0.0
+    over_reference: Spread | None = Field(None, description="seconds of schedule reference / these seconds, of the "
+                                          "same rounds; null for it and without it")
+    as_reference: float | None = Field(None, description="share of prompts with exactly its tokens")
+    forwards: float = Field(0.0, description="model forwards (NFE)")
+    executed_forwards: float = Field(0.0, description="forwards that ran")
+    tokens_per_forward: float = Field(0.0, description="per model forward")
     unique_experts: float = Field(0.0, description="mean over MoE layers and denoise forwards")
     salient_rows: float | None = Field(None, description="mean over layers and sparse steps; null without sparse steps")
     agreement: float | None = Field(None, description="share of the baseline's tokens that are the same")
@@ -74,12 +81,12 @@ class DecodeBench(Frozen):
     results: list[SettingResult]
 
 
-def settings(caches: Sequence[str], acceptances: Sequence[str], salients: Sequence[str],
+def settings(caches: Sequence[str], acceptances: Sequence[str], salients: Sequence[str], schedules: Sequence[str],
              common: dict[str, Any]) -> list[Setting]:
     """Every combination. An acceptance is `name` or `name:value`, a salient setting `off` or a threshold."""
-    return [Setting(cache, acceptance, salient, {**common, "cache": cache, **_acceptance(acceptance),
-                                                 **_salient(salient)})
-            for acceptance, cache, salient in itertools.product(acceptances, caches, salients)]
+    return [Setting(cache, acceptance, salient, schedule, {**common, "cache": cache, "schedule": schedule,
+                                                           **_acceptance(acceptance), **_salient(salient)})
+            for acceptance, cache, salient, schedule in itertools.product(acceptances, caches, salients, schedules)]
 
 
 def _acceptance(text: str) -> dict[str, Any]:
@@ -142,7 +149,7 @@ def run(generator: Generator, questions: Sequence[Question], chosen: Sequence[Se
 
 
 def _key(setting: Setting) -> Key:
-    return setting.cache, setting.acceptance, setting.salient
+    return setting.cache, setting.acceptance, setting.salient, setting.schedule
 
 
 def _answer(generator: Generator, questions: Sequence[Question], setting: Setting,
@@ -157,18 +164,26 @@ def _answer(generator: Generator, questions: Sequence[Question], setting: Settin
 def _result(setting: Setting, questions: Sequence[Question], answers: dict[Key, list[Generation]],
             seconds: dict[Key, list[float]], refused: dict[Key, str]) -> SettingResult:
     key = _key(setting)
-    names = {"cache": setting.cache, "acceptance": setting.acceptance, "salient": setting.salient}
+    names = {"cache": setting.cache, "acceptance": setting.acceptance, "salient": setting.salient,
+             "schedule": setting.schedule}
     if key in refused:
         return SettingResult(**names, refused=refused[key])
     mine, times, count = answers[key], seconds[key], len(questions)
     middle, tokens = median(times), sum(generation.stats.new_tokens for generation in mine)
-    base = ("none", setting.acceptance, "off")
+    # Without a cache all schedules are one.
+    base = next((k for k in seconds if k[:3] == ("none", setting.acceptance, "off")), ("",) * 4)
+    own = (*key[:3], "reference")
+    compared = own in seconds and own != key
     known = [(q.answer, g.text) for q, g in zip(questions, mine, strict=True) if q.answer is not None]
     rows = [value for g in mine if (value := g.stats.as_dict().get("salient_rows")) is not None]
     return SettingResult(
         **names, tokens=tokens, seconds=middle, spread=(max(times) - min(times)) / middle,
         tokens_per_second=tokens / middle, speedup=median(seconds[base]) / middle if base in seconds else None,
+        over_reference=Spread.of([b / a for a, b in zip(times, seconds[own], strict=True)]) if compared else None,
+        as_reference=(sum(a.token_ids == b.token_ids for a, b in zip(mine, answers[own], strict=True)) / count
+                      if compared else None),
         forwards=sum(g.stats.forwards for g in mine) / count,
+        executed_forwards=sum(g.stats.executed_forwards for g in mine) / count,
         tokens_per_forward=tokens / max(1, sum(g.stats.forwards for g in mine)),
         unique_experts=sum(g.stats.unique_experts for g in mine) / count,
         salient_rows=sum(rows) / len(rows) if rows else None,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,12 +19,16 @@ from ..decoding.settings import DecodeSettings
 from ..description import Frozen
 from ..errors import RequestError
 from ..generator import Generation, Generator
+from ..runtime.backend import ForwardInputs
 from ..runtime.cpu.backend import OnnxRuntimeBackend
 from ..runtime.cpu.library import CpuOps
-from ..runtime.library import Kernels
+from ..runtime.cpu.products import Products
+from .forward import ALIKE, SAME, distance, random_text, require_same
 from .limits import Limits, measure_limits
 from .record import Spread
 from .watch import Watch, watched
+
+_CHECKED = 16  # tokens of the forward in which llama.cpp's logits are compared with ours
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class PeerSide(Side):
 
     ratio: float = Field(description="median over rounds of the peer's seconds / ours of the same round")
     step_ratio: float = Field(description="the same of the seconds per step alone")
+    must_agree: bool = Field(True, description="tokens must be ours; llama.cpp rounds keys, values or weights in its "
+                             "own way, and is held to our logits before anything is timed")
     same_tokens: bool = Field(description="in every round")
     first_difference: int | None = Field(description="place in the answer")
 
@@ -59,8 +66,9 @@ class GenerateResult(Frozen):
     cache: str
     coreset: str
     new_tokens: int
-    forwards: int
-    forwards_by_phase: dict[str, int]
+    forwards: int = Field(description="model forwards (NFE)")
+    executed_forwards: int = Field(description="forwards that ran")
+    forwards_by_phase: dict[str, int] = Field(description="model forwards")
     unique_experts: float = Field(description="per MoE layer and denoise forward, mean")
     ours: Side
     host_share: Spread = Field(description="of the whole answer, outside ONNX Runtime's calls")
@@ -76,6 +84,7 @@ class GenerateBench(Frozen):
     precision: str
     routing: str
     cpu_ops: bool = Field(description="weights' products are computed by our CPU kernels, not by ONNX Runtime's ops")
+    products: str = Field(description="what ours multiplies weights with, such as 'exact (float32)'")
     block_length: int
     max_new_tokens: int
     steps: int
@@ -118,12 +127,14 @@ def routing_options(bundle: Bundle, coreset: str) -> dict[str, Any]:
 
 
 def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps: int, rounds: int, threads: int,
-        seed: int, peers: Sequence[str], cpu_ops: CpuOps = "auto",
+        seed: int, peers: Sequence[str], cpu_ops: CpuOps = "auto", cpu_products: Products = "exact",
+        gguf: Mapping[str, Path] | None = None,
         advance: Callable[[str, int, int], None] = lambda what, done, of: None) -> GenerateBench:
     """Measure all settings; what is compared takes turns, round by round, after a short answer that warms up.
 
-    `peers`: eager, diffusers, onnxruntime. Raises RequestError for settings the bundle or a peer does not take,
-    MissingRequirementError when a peer cannot run here.
+    `peers`: eager, diffusers, onnxruntime, and the names in `gguf`: llama.cpp on such a file. Raises RequestError for
+    settings the bundle or a peer does not take, MissingRequirementError when a peer cannot run here, CheckError for a
+    file that is not the bundle's model.
     """
     manifest = bundle.manifest
     for setting in chosen:  # before any prompt is made
@@ -133,9 +144,13 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
     options = {setting: {"max_new_tokens": max_new_tokens, "steps": steps, "eos_id": -1, "cache": setting.cache,
                          "temperature": 0.0,  # whatever the bundle's own default is
                          **routing_options(bundle, setting.coreset)} for setting in chosen}
+    gguf = gguf or {}
+    if gguf and any(setting.cache != "none" for setting in chosen):
+        raise RequestError("llama.cpp keeps no keys and values of diffusion models; use --cache none with it.")
     limits = measure_limits(threads)
-    ours, kernels = _ours(bundle, threads, cpu_ops)
-    sides = {"ours": ours} | {name: _peer(name, bundle, threads) for name in peers}
+    ours, backend = _ours(bundle, threads, cpu_ops, cpu_products)
+    sides = {"ours": ours} | {name: _llama_cpp(bundle, backend, gguf[name], threads, seed) if name in gguf else
+                              _peer(name, bundle, threads) for name in peers}
     turns: dict[tuple[str, Setting], list[_Turn]] = {(side, setting): [] for side in sides for setting in chosen}
     total, done = len(turns) * (rounds + 1), 0
     for turn in range(-1, rounds):
@@ -149,11 +164,11 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
             advance(f"{side}, {setting.prompt_tokens} prompt tokens, coreset {setting.coreset}", done, total)
     return GenerateBench(
         model=manifest.model.architecture, layers=manifest.model.num_layers, precision=manifest.precision_in_words,
-        routing=manifest.routing.mode, cpu_ops=not kernels.missing,
+        routing=manifest.routing.mode, cpu_ops=not backend.kernels.missing, products=backend.products,
         block_length=manifest.routing.block_length, max_new_tokens=max_new_tokens,
         steps=steps, rounds=rounds, limits=limits,
-        results=[_result(setting, turns["ours", setting], {name: turns[name, setting] for name in peers})
-                 for setting in chosen])
+        results=[_result(setting, turns["ours", setting], {name: turns[name, setting] for name in peers},
+                         gguf) for setting in chosen])
 
 
 def random_prompt(bundle: Bundle, tokens: int, seed: int) -> list[int]:
@@ -164,11 +179,11 @@ def random_prompt(bundle: Bundle, tokens: int, seed: int) -> list[int]:
     return ids.tolist()
 
 
-def _ours(bundle: Bundle, threads: int, cpu_ops: CpuOps) -> tuple[Answer, Kernels]:
+def _ours(bundle: Bundle, threads: int, cpu_ops: CpuOps, products: Products) -> tuple[Answer, OnnxRuntimeBackend]:
     with watched() as watch:
-        backend = OnnxRuntimeBackend(bundle, threads, cpu_ops=cpu_ops)
+        backend = OnnxRuntimeBackend(bundle, threads, cpu_ops=cpu_ops, products=products)
     generator = Generator(bundle, backend)
-    return lambda prompt, options: _generated(generator, watch, prompt, options), backend.kernels
+    return lambda prompt, options: _generated(generator, watch, prompt, options), backend
 
 
 def _peer(name: str, bundle: Bundle, threads: int) -> Answer:
@@ -178,9 +193,9 @@ def _peer(name: str, bundle: Bundle, threads: int) -> Answer:
         generator = Generator(bundle, Peer(bundle, threads))
         return lambda prompt, options: _generated(generator, None, prompt, options)
     if name == "onnxruntime":  # ours without our kernels
-        return _ours(bundle, threads, "off")[0]
+        return _ours(bundle, threads, "off", "exact")[0]
     if name != "diffusers":
-        raise RequestError(f"Peer {name!r} is not known; known: eager, diffusers, onnxruntime, none.")
+        raise RequestError(f"Peer {name!r} is not known; known: eager, diffusers, onnxruntime, llama-cpp, none.")
     from .peer_diffusers import DiffusersPeer
 
     peer = DiffusersPeer(bundle, threads)
@@ -196,14 +211,32 @@ def _peer(name: str, bundle: Bundle, threads: int) -> Answer:
     return answer
 
 
+def _llama_cpp(bundle: Bundle, ours: OnnxRuntimeBackend, path: Path, threads: int, seed: int) -> Answer:
+    """Our loop around its forwards, once it is seen to run the same model."""
+    from .peer_llama_cpp import LlamaCppBackend
+
+    backend = LlamaCppBackend(bundle, path, threads)
+    text, places = random_text(bundle, _CHECKED, seed), np.arange(_CHECKED)[None]
+    mine = ours.forward(ForwardInputs(np.array([text]), places, places, {}, want_logits=True), ours.new_cache(1)).logits
+    assert mine is not None  # they were asked for
+    wide = bundle.manifest.precision_in_words == "fp32" and path.name.endswith("-f32.gguf")
+    require_same({_CHECKED: distance(backend.model.logits(text, flash=False), mine[0])}, SAME if wide else ALIKE)
+    generator = Generator(bundle, backend)
+
+    def answer(prompt: list[int], options: dict[str, Any]) -> _Turn:  # a step is its forward, without choosing tokens
+        backend.seconds, backend.forwards = 0.0, 0
+        turn = _generated(generator, None, prompt, options)
+        return replace(turn, step=backend.seconds / backend.forwards)
+
+    return answer
+
+
 def _generated(generator: Generator, watch: Watch | None, prompt: list[int], options: dict[str, Any]) -> _Turn:
     before = watch.seconds if watch else 0.0
     start = time.perf_counter()
     (answer,) = generator.generate([prompt], **options)
     seconds, stats = time.perf_counter() - start, answer.stats
-    phase: Any = "denoise" if stats.forwards_by_phase["denoise"] else "full"  # full: without a cache
-    return _Turn(seconds, stats.seconds_by_phase[phase] / stats.forwards_by_phase[phase], answer.token_ids,
-                 (watch.seconds if watch else 0.0) - before, answer)
+    return _Turn(seconds, stats.step_seconds, answer.token_ids, (watch.seconds if watch else 0.0) - before, answer)
 
 
 def _side(turns: list[_Turn]) -> Side:
@@ -212,22 +245,25 @@ def _side(turns: list[_Turn]) -> Side:
                 step_milliseconds=Spread.of([1e3 * turn.step for turn in turns]))
 
 
-def _against(ours: list[_Turn], peer: list[_Turn]) -> PeerSide:
+def _against(ours: list[_Turn], peer: list[_Turn], must_agree: bool) -> PeerSide:
     pairs = list(zip(ours, peer, strict=True))
     places = [place for a, b in pairs for place, (mine, theirs) in enumerate(
         itertools.zip_longest(a.tokens, b.tokens)) if mine != theirs]
     return PeerSide(**_side(peer).model_dump(), ratio=median(b.seconds / a.seconds for a, b in pairs),
-                    step_ratio=median(b.step / a.step for a, b in pairs), same_tokens=not places,
-                    first_difference=min(places, default=None))
+                    step_ratio=median(b.step / a.step for a, b in pairs), must_agree=must_agree,
+                    same_tokens=not places, first_difference=min(places, default=None))
 
 
-def _result(setting: Setting, ours: list[_Turn], peers: dict[str, list[_Turn]]) -> GenerateResult:
+def _result(setting: Setting, ours: list[_Turn], peers: dict[str, list[_Turn]],
+            others: Iterable[str]) -> GenerateResult:
+    """`others`: peers whose tokens need not be ours."""
     assert ours[0].answer is not None
     stats, seconds = ours[0].answer.stats, median(turn.seconds for turn in ours)
     return GenerateResult(
         prompt_tokens=setting.prompt_tokens, cache=setting.cache, coreset=setting.coreset, new_tokens=stats.new_tokens,
-        forwards=stats.forwards, forwards_by_phase={str(phase): n for phase, n in stats.forwards_by_phase.items()},
+        forwards=stats.forwards, executed_forwards=stats.executed_forwards,
+        forwards_by_phase={str(phase): n for phase, n in stats.forwards_by_phase.items()},
         unique_experts=stats.unique_experts, ours=_side(ours),
         host_share=Spread.of([1 - turn.inside / turn.seconds for turn in ours]),
         expert_gb_per_s=stats.expert_bytes_touched / seconds / 1e9,
-        peers={name: _against(ours, turns) for name, turns in peers.items()})
+        peers={name: _against(ours, turns, name not in others) for name, turns in peers.items()})

@@ -24,12 +24,13 @@ def plot_decode(bench: DecodeBench, path: Path) -> None:
         figure = new_picture(10, 1.9 + 0.36 * len(shown))
         columns = figure.subplots(1, 3, sharey=True)
         for axes, label, values in zip(columns, (
-                "speed, new tokens per second", "new tokens per forward", "tokens equal to no cache, share"), (
+                "speed, new tokens per second", "new tokens per model forward", "tokens equal to no cache, share"), (
                 [r.tokens_per_second for r in shown], [r.tokens_per_forward for r in shown],
                 [r.agreement or 0 for r in shown]), strict=True):
             bars(axes, values, [kinds[kind] for kind in mine], label)
         columns[0].set_yticks(range(len(shown))[::-1], [
-            f"{r.cache} · {r.acceptance}" + ("" if r.salient == "off" else f" · {r.salient}") for r in shown])
+            f"{r.cache} · {r.acceptance}" + ("" if r.salient == "off" else f" · {r.salient}")
+            + ("" if r.schedule == "merged" else f" · {r.schedule}") for r in shown])
         columns[0].set_ylabel("cache · acceptance (· salient)")
         least, most = bench.prompt_tokens
         tokens = f"{least} tokens" if least == most else f"{least} to {most} tokens"

@@ -55,7 +55,8 @@ class ResidencyResult(Frozen):
     residents_per_layer: int | None
     last_interval: int | None = Field(description="in force at the end; 0 = never")
     tokens: int
-    forwards: int
+    forwards: int = Field(description="model forwards (NFE)")
+    executed_forwards: int = Field(description="forwards that ran")
     unique_experts: float
     seconds: list[float] = Field(description="of each round")
     tokens_per_second: float
@@ -165,6 +166,7 @@ def _measure(bundle: Bundle, backend: Any, prompt: Prompt, setting: Setting,
              "missed_bytes", "dropped_bytes", "change_per_step", "bring_cost", "miss_cost")
     row = {name: getattr(done, name) if done else None for name in names}
     row |= {"tokens": answer.stats.new_tokens, "forwards": answer.stats.forwards,
+            "executed_forwards": answer.stats.executed_forwards,
             "unique_experts": answer.stats.unique_experts, "read_bytes": _read_bytes() - read,
             "peak_expert_bytes": done.peak_bytes if done else peak[0]}
     return seconds, row, answer.token_ids, answer.stats.prompt_tokens

@@ -88,6 +88,9 @@ def dense_llada(layers: int = 8, hidden: int = 1024, vocab: int = 4096, position
                      "eos_token_id": vocab - 2}
 
 
+GEOMETRIES["llada-8x1024"] = dense_llada()  # no published size: small enough for every type side by side
+
+
 def write_synthetic(folder: Path, config: dict[str, Any], *, seed: int = 0, dtype: torch.dtype = torch.float32,
                     merged: bool = False, shard_bytes: int = 2 << 30) -> None:
     """Write config.json and seeded random safetensors shards.

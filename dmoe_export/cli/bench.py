@@ -10,6 +10,7 @@ MEMBERS = {
     "decode": ("bench_decode:decode", "Decoding settings compared on the same prompts."),
     "generate": ("bench_generate:generate", "Whole answers on the CPU, against PyTorch with the same tokens."),
     "step": ("bench_step:step", "One forward pass on the CPU, against its products and the machine's limits."),
+    "forward": ("bench_forward:forward", "One forward pass on the CPU, against llama.cpp on the same weights."),
     "residency": ("bench_residency:residency", "What it costs to keep only a part of the experts in memory."),
     "export": ("bench_memory:export", "Time and peak memory of an export."),
     "build": ("bench_memory:build", "Time and peak memory of building engines."),

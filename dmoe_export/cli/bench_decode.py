@@ -20,7 +20,7 @@ from ..guards.regular_file import read_regular
 from ..words import count
 from .bench_common import outcome
 from .help import SETTINGS, Verb, option
-from .options import BACKEND, JSON, OUT, PLOT, THREADS, VERIFY, request_option, seal_options
+from .options import BACKEND, CPU_PRODUCTS, JSON, OUT, PLOT, THREADS, VERIFY, request_option, seal_options
 from .output import console, say
 from .progress import step_bar
 
@@ -39,6 +39,8 @@ _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
         help="Acceptance rules, each name or name:value, separated by commas")
 @option("--salient", "salients", default="off", metavar="X,…", group="compared",
         help="Thresholds of salient steps, separated by commas; off is without")
+@option("--schedule", "schedules", default="merged", metavar="NAME,…", group="compared",
+        help="Schedules of forward passes to compare, separated by commas: merged, reference")
 @option("--prompt", "prompts", multiple=True, metavar="TEXT", group="prompt", help="A prompt; may be given again")
 @option("--prompts-file", type=click.Path(path_type=Path), metavar="FILE", group="prompt",
         help='JSON lines with "question" and, for the accuracy, "answer"')
@@ -56,26 +58,28 @@ _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
         help="Timed repetitions; more is slower and steadier")
 @BACKEND
 @THREADS
+@CPU_PRODUCTS
 @VERIFY
 @seal_options
 @OUT
 @PLOT
 @JSON
-def decode(bundle: Path, caches: str, acceptances: str, salients: str, prompts: tuple[str, ...],
-           prompts_file: Path | None, random_prompt: int | None, limit: int | None, rounds: int, seed: int,
-           backend: Any, threads: int | None, verify: Any, expect_sha256: str | None,
-           trusted_key: Path | None, out: Path | None, plot: Path | None, as_json: bool, **options: Any) -> None:
-    """Compare decoding settings of BUNDLE on the same prompts: cache × acceptance × salient steps.
+def decode(bundle: Path, caches: str, acceptances: str, salients: str, schedules: str,
+           prompts: tuple[str, ...], prompts_file: Path | None, random_prompt: int | None, limit: int | None,
+           rounds: int, seed: int, backend: Any, threads: int | None, cpu_products: Any, verify: Any,
+           expect_sha256: str | None, trusted_key: Path | None, out: Path | None, plot: Path | None, as_json: bool,
+           **options: Any) -> None:
+    """Compare decoding settings of BUNDLE on the same prompts: cache × schedule × acceptance × salient steps.
 
     Speed-up, agreement and equal answers are against cache `none` with the same acceptance.
     """
-    generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify, expect_sha256=expect_sha256,
-                               trusted_key=trusted_key)
+    generator = Generator.open(bundle, backend=backend, threads=threads, cpu_products=cpu_products, verify=verify,
+                               expect_sha256=expect_sha256, trusted_key=trusted_key)
     questions = _questions(generator, prompts, prompts_file, random_prompt, limit, seed)
     common = {name: value for name, value in options.items() if value is not None}
     salient_only: dict[str, Any] = {name: common.pop(name) for name in ("full_steps", "refresh_interval")
                                     if name in common}
-    chosen = settings(_list(caches), _list(acceptances), _list(salients), common)
+    chosen = settings(_list(caches), _list(acceptances), _list(salients), _list(schedules), common)
     for setting in chosen:
         if setting.salient != "off":
             setting.options.update(salient_only)
@@ -90,7 +94,8 @@ def decode(bundle: Path, caches: str, acceptances: str, salients: str, prompts: 
         result = run(generator, questions, chosen, rounds, advance)
     document = {"what": "bench decode", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "bundle": bundle.name, "family": generator.backend.description.family,
-                "backend": generator.backend.name, "threads": threads, "program": f"dmoe-export {__version__}",
+                "backend": generator.backend.name, "threads": threads,
+                "products": getattr(generator.backend, "products", None), "program": f"dmoe-export {__version__}",
                 "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
                 **result.model_dump(mode="json")}
 
@@ -133,8 +138,8 @@ def _questions(generator: Generator, prompts: tuple[str, ...], file: Path | None
 
 
 def _show(result: DecodeBench) -> None:
-    table = Table("cache", "acceptance", "salient", "tokens/s", "speed-up", "forwards", "tokens/fwd", "agreement",
-                  "experts", "accuracy",
+    table = Table("cache", "schedule", "acceptance", "salient", "tokens/s", "speed-up", "over reference", "forwards",
+                  "ran", "tokens/fwd", "agreement", "experts", "accuracy",
                   title=f"{count(result.prompts, 'prompt')}, {count(result.max_new_tokens, 'new token')}, "
                         f"{count(result.rounds, 'round')}")
     refused: dict[str, list[SettingResult]] = {}
@@ -142,8 +147,10 @@ def _show(result: DecodeBench) -> None:
         if r.refused:
             refused.setdefault(r.refused, []).append(r)
             continue
-        table.add_row(r.cache, r.acceptance, r.salient, f"{r.tokens_per_second:.1f}", _or_dash(r.speedup, "×"),
-                      f"{r.forwards:.1f}", f"{r.tokens_per_forward:.2f}", _or_dash(r.agreement),
+        over = r.over_reference
+        table.add_row(r.cache, r.schedule, r.acceptance, r.salient, f"{r.tokens_per_second:.1f}",
+                      _or_dash(r.speedup, "×"), _or_dash(over.median if over else None, "×"), f"{r.forwards:.1f}",
+                      f"{r.executed_forwards:.1f}", f"{r.tokens_per_forward:.2f}", _or_dash(r.agreement),
                       f"{r.unique_experts:.1f}", _or_dash(r.accuracy))
     console().print(table)
     for reason, them in refused.items():

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.table import Table
 
+from ..bench.forward import PAIRS, Work
 from ..bench.generate import GenerateBench, Side, run, settings
 from ..bench.record import Started
-from ..errors import CheckError
+from ..bundle.reader import Bundle
+from ..errors import CheckError, RequestError
 from ..runtime.cpu.session import MOST_THREADS
 from ..words import count
 from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
 from .help import SETTINGS, Verb, option
-from .options import JSON, OUT, PLOT
+from .options import CPU_PRODUCTS, JSON, OUT, PLOT
 from .output import console
 from .progress import step_bar
 
@@ -32,7 +35,8 @@ from .progress import step_bar
         help="Experts a block may use, separated by commas: numbers, default (the bundle's rule), all (token routing)")
 @option("--peer", "peers", default="eager", metavar="NAME,…", group="compared",
         help="Compare with, separated by commas: eager (PyTorch), diffusers (its LLaDA2Pipeline), onnxruntime (ours "
-        "without our kernels), none")
+        "without our kernels), llama-cpp (with --geometry and --cache none; of the type that fits --precision, or "
+        "llama-cpp:q4_k_s and the like), none")
 @option("--max-new-tokens", type=click.IntRange(min=1), default=64, group="decoding", help="Tokens of an answer")
 @option("--steps", type=click.IntRange(min=1), default=16, group="decoding",
         help="Forward passes that fill one block; random weights always take all of them")
@@ -42,6 +46,7 @@ from .progress import step_bar
         help="Whether our kernels compute experts and linear layers; auto: where they are installed")
 @option("--threads", type=click.IntRange(1, MOST_THREADS), default=2, group="bundle and machine",
         values="between 1 and 8 per CPU", help="Threads per operator")
+@CPU_PRODUCTS
 @OUT
 @PLOT
 @JSON
@@ -49,13 +54,16 @@ def generate(prompt_tokens: str, cache: str, coreset: str, peers: str, out: Path
              as_json: bool, **options: Any) -> None:
     """Answers to a random prompt on the CPU: of BUNDLE, or of --geometry with generated weights.
 
-    Peers must give the same tokens, else the exit code is 1.
+    Peers must give the same tokens, else the exit code is 1; not with --cpu-products fast, whose rounding no peer has.
     """
     chosen = settings(integers("--prompt-tokens", prompt_tokens), words(cache), words(coreset))
+    names = [name for name in words(peers) if name != "none"]
+    model = Work(Path(), *(options[name] for name in ("geometry", "layers", "seed", "threads")))
+    usual = PAIRS[options["precision"] or "fp32"][0]
     with opened(options, as_json) as bundle, step_bar("generate", shown=not as_json) as report:
+        gguf = {name: _gguf(name, usual, model, bundle) for name in names if name.split(":")[0] == "llama-cpp"}
         started = Started("bench generate")
-        result = run(bundle, chosen, **options, advance=report,
-                     peers=[name for name in words(peers) if name != "none"])
+        result = run(bundle, chosen, **options, advance=report, peers=names, gguf=gguf)
 
     def draw(path: Path) -> None:
         from ..bench.plots_generate import plot_generate
@@ -63,12 +71,24 @@ def generate(prompt_tokens: str, cache: str, coreset: str, peers: str, out: Path
         plot_generate(result, path)
 
     outcome(started.document(result), out, as_json, lambda: _show(result), draw, plot)
-    for r in result.results:
+    for r in result.results if options["cpu_products"] == "exact" else ():
         for name, side in r.peers.items():
-            if not side.same_tokens:
+            if side.must_agree and not side.same_tokens:
                 raise CheckError(f"The answer of peer {name} differs from ours at place {side.first_difference} "
                                  f"({r.prompt_tokens} prompt tokens, cache {r.cache}, coreset {r.coreset}); near-ties "
                                  "can do that, so try another --seed before you suspect the model.")
+
+
+def _gguf(peer: str, usual: str, model: Work, bundle: Bundle) -> Path:
+    """The file that a peer `llama-cpp` (of the usual type) or `llama-cpp:TYPE` runs, beside the geometry's bundle."""
+    if not model.geometry:
+        raise RequestError("The peer llama-cpp gets its weights from --geometry; leave BUNDLE out, or the peer.")
+    from ..bench.peer_llama_cpp import TYPES
+
+    kind = peer.partition(":")[2] or usual
+    if kind not in TYPES:
+        raise RequestError(f"Peer {peer!r} is not known; types of llama-cpp are {', '.join(TYPES)}.")
+    return replace(model, folder=bundle.folder.parent).gguf(kind)
 
 
 def _show(result: GenerateBench) -> None:
@@ -78,16 +98,17 @@ def _show(result: GenerateBench) -> None:
               f"{count(result.max_new_tokens, 'new token')} in blocks of {result.block_length}, "
               f"{count(result.steps, 'step')} each, {count(limits.threads, 'thread')}, "
               f"{count(result.rounds, 'round')}, products by "
-              f"{computed_by(result.cpu_ops)}\nlimits: read {limits.read_gb_per_s:.1f} GB/s, "
+              f"{computed_by(result.cpu_ops)}, {result.products}\nlimits: read {limits.read_gb_per_s:.1f} GB/s, "
               f"copy {limits.copy_gb_per_s:.1f} GB/s, product {limits.gflop_per_s:.0f} GFLOP/s")
-    table = Table("prompt", "cache", "coreset", "experts", "forwards", "who", "tokens/s", "ms per step", "outside",
-                  "ratio", "of steps", "same", title="median (quartiles); ratio = peer's time / ours")
+    table = Table("prompt", "cache", "coreset", "experts", "forwards", "ran", "who", "tokens/s", "ms per step",
+                  "outside", "ratio", "of steps", "same", title="median (quartiles); ratio = peer's time / ours")
     for r in result.results:
-        table.add_row(str(r.prompt_tokens), r.cache, r.coreset, f"{r.unique_experts:.1f}", str(r.forwards), "ours",
+        table.add_row(str(r.prompt_tokens), r.cache, r.coreset, f"{r.unique_experts:.1f}", str(r.forwards),
+                      str(r.executed_forwards), "ours",
                       *_speed(r.ours), f"{r.host_share.median:.2%}")
         for name, side in r.peers.items():
-            table.add_row(*[""] * 5, name, *_speed(side), "", f"{side.ratio:.2f}×", f"{side.step_ratio:.2f}×",
-                          "yes" if side.same_tokens else "NO")
+            table.add_row(*[""] * 6, name, *_speed(side), "", f"{side.ratio:.2f}×", f"{side.step_ratio:.2f}×",
+                          "yes" if side.same_tokens else "NO" if side.must_agree else "no")
     out.print(table)
 
 

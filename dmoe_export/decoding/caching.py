@@ -4,6 +4,9 @@ The graph's mask follows from positions and a forward never writes the cache, so
 step: which positions are queries, which of them enter the cache afterwards, whether the row's cache is dropped first.
 A position is never a query and cached at once (its key would count twice).
 
+Under block-causal attention finished tokens see nothing of the block after them, so the forward that caches them may be
+a part of the one that decodes that block: it rides along.
+
 Sources: `block` LLaDA2.X, dMoE; `none` LLaDA; `prefix`, `dual` Fast-dLLM (arXiv 2505.22618, section 3.2).
 """
 
@@ -35,6 +38,23 @@ class Plan:
     clear: bool = False  # the row's cache is dropped before the forward
     salient: SalientStep | None = None  # not a forward of the denoiser graph but a salient step
     if_unchanged: bool = False  # commit only if the forward changed no token: then its keys and values are final
+    rides: Phase | None = None  # the phase of the model forward that the first, committed queries alone would be
+
+    @property
+    def width(self) -> int:
+        """Queries."""
+        return self.stop - self.start
+
+    @property
+    def ridden(self) -> int:
+        """Queries of the forward that rides along."""
+        return int(self.commit.sum()) if self.rides and self.commit is not None else 0
+
+    def apart(self) -> Plan:
+        """The forward that rides along as one of its own; the plan itself where none does."""
+        if self.rides is None:
+            return self
+        return Plan(self.rides, self.start, self.start + self.ridden, np.ones(self.ridden, bool))
 
     @property
     def decodes(self) -> bool:
@@ -45,16 +65,29 @@ class Plan:
 Policy = Callable[[Row], Plan | None]  # None: the active block needs nothing more, go to the next
 
 
-def block(row: Row, chunk: int) -> Plan | None:
-    """Prompt blocks in chunks, denoise steps of the block, its commit: exact under block-causal attention."""
+@dataclass(frozen=True)
+class Widths:
+    """Most tokens of a row in one forward of the block cache. 0: nothing rides, each forward is one of its own."""
+
+    chunk: int  # a prefill; whole blocks
+    prefill_rides: int  # a prefill with the first step of the first block
+    commit_rides: int  # the commit of a block with the first step of the next
+
+
+def block(row: Row, widths: Widths) -> Plan | None:
+    """Prompt blocks in chunks, the block before, denoise steps of the block: exact under block-causal attention."""
+    if row.settled:
+        return None  # its commit is the next block's affair: the last block needs none
     start, stop = row.span.start, row.span.stop
-    if row.cached < row.prefill_length:
-        to = min(row.cached + chunk, row.prefill_length)
-        return Plan("prefill", row.cached, to, np.ones(to - row.cached, bool))
-    if not row.settled:
-        looks_over = not row.masked[row.span].any()  # an edit pass: if nothing changes, it was the commit
-        return Plan("denoise", start, stop, np.ones(row.n, bool) if looks_over else None, if_unchanged=looks_over)
-    return Plan("commit", start, stop, np.ones(row.n, bool)) if row.cached < stop else None
+    if row.cached < start:
+        rides: Phase = "prefill" if row.cached < row.prefill_length else "commit"
+        most = widths.prefill_rides if rides == "prefill" else widths.commit_rides
+        if start - row.cached <= widths.chunk and stop - row.cached <= most:
+            return Plan("denoise", row.cached, stop, np.arange(row.cached, stop) < start, rides=rides)
+        to = min(row.cached + widths.chunk, start)
+        return Plan(rides, row.cached, to, np.ones(to - row.cached, bool))
+    looks_over = not row.masked[row.span].any()  # an edit pass: if nothing changes, it was the commit
+    return Plan("denoise", start, stop, np.ones(row.n, bool) if looks_over else None, if_unchanged=looks_over)
 
 
 def none(row: Row) -> Plan | None:
@@ -83,10 +116,10 @@ def _refreshed(row: Row, stop: int) -> Plan | None:
     return Plan("full", 0, row.horizon, (positions < start) | (positions >= stop), clear=True)
 
 
-def policy(description: ModelDescription, name: CacheName, chunk: int) -> Policy:
+def policy(description: ModelDescription, name: CacheName, widths: Widths) -> Policy:
     """The policy of a name; "auto" is `block` for block-causal models, else `prefix`, the more accurate of the two.
 
-    `chunk`: most tokens of a prefill forward. Raises RequestError for a cache that makes no sense with the model.
+    Raises RequestError for a cache that makes no sense with the model.
     """
     if description.attention == "block_causal":
         if name in ("prefix", "dual"):
@@ -95,7 +128,7 @@ def policy(description: ModelDescription, name: CacheName, chunk: int) -> Policy
         if name != "none" and description.logit_shift:
             raise RequestError(f"Cache {name} is not offered for block-causal models with shifted logits such as "
                                f"{description.family}; use none.")
-        return none if name == "none" else partial(block, chunk=chunk)
+        return none if name == "none" else partial(block, widths=widths)
     if name == "block":
         raise RequestError(f"Cache block is exact only where blocks see no later ones, and family {description.family} "
                            "attends to the whole canvas: use none, prefix or dual.")

@@ -17,7 +17,7 @@ from ..description import Precision
 from ..errors import RequestError
 from ..runtime.backend import Backend, Cache, ForwardInputs, Ints, Limits
 from ..runtime.salient import SalientBackend, SalientGraphs, SalientSteps
-from .caching import Plan, policy
+from .caching import Plan, Widths, policy
 from .limits import check_forwards
 from .outcome import Outcome, asked_places
 from .routing import routing_inputs
@@ -63,16 +63,19 @@ class BlockDiffusion:
         if n != bundled and backend.description.attention == "block_causal":
             raise RequestError(f"block_length {n} differs from the bundle's {bundled}; attention, routing and decoding "
                                "share one grid, so export with --block-length to change it.")
-        limit = (backend.limits or Limits()).max_tokens
+        limits = backend.limits or Limits()
+        limit = limits.max_tokens
         if limit is not None and limit < n:
             raise RequestError(f"The engine takes at most {limit} tokens in one forward, a block has {n}; build "
                                f"one with: dmoe-export build {bundle} --max-prefill {n}.")
         chunk = max(1, min(PREFILL_TOKENS, limit or PREFILL_TOKENS) // n) * n
+        merged = settings.schedule == "merged"
+        widths = Widths(chunk, (limit or chunk + n) * merged, (limits.step_tokens or limit or 2 * n) * merged)
         self._graphs: SalientGraphs | None = None
         if settings.salient_threshold is None:
-            self._plan_of = policy(backend.description, settings.cache, chunk)
+            self._plan_of = policy(backend.description, settings.cache, widths)
         else:
-            self._plan_of = salient_policy(backend.description, settings, chunk)
+            self._plan_of = salient_policy(backend.description, settings, widths)
             if not isinstance(backend, SalientBackend):
                 raise RequestError(f"Backend {backend.name} runs no salient steps; use backend onnxruntime, or leave "
                                    "salient_threshold out.")
@@ -137,7 +140,7 @@ class BlockDiffusion:
         for i, (row, plan) in enumerate(zip(rows, plans, strict=True)):
             if plan is None:
                 continue
-            row.statistics.record(plan.phase, outputs.expert_ids[:, i], seconds)
+            row.statistics.record(plan.phase, outputs.expert_ids[:, i], seconds, plan.rides, plan.ridden)
             row.statistics.record_salient(recomputed[i])
             changed = plan.decodes and self._outcome.apply(row, asked[i], outputs, i)
             if plan.clear:
@@ -158,14 +161,14 @@ class BlockDiffusion:
 
     def _inputs(self, rows: list[Row], plans: list[Plan | None], asked: list[Ints]) -> ForwardInputs:
         """The planned queries of all rows, padded at position −1; `asked`: places whose prediction is wanted."""
-        width = max(plan.stop - plan.start for plan in plans if plan is not None)
+        width = max(plan.width for plan in plans if plan is not None)
         ids = np.zeros((len(rows), width), np.int64)
         positions = np.full((len(rows), width), -1, np.int64)
         wanted = np.full((len(rows), max(1, *(len(places) for places in asked))), -1, np.int64)
         for i, (row, plan) in enumerate(zip(rows, plans, strict=True)):
             if plan is not None:
-                ids[i, :plan.stop - plan.start] = row.canvas[plan.start:plan.stop]
-                positions[i, :plan.stop - plan.start] = np.arange(plan.start, plan.stop)
+                ids[i, :plan.width] = row.canvas[plan.start:plan.stop]
+                positions[i, :plan.width] = np.arange(plan.start, plan.stop)
                 wanted[i, :len(asked[i])] = asked[i] + row.span.start - row.shift - plan.start
         return ForwardInputs(
             ids, positions, wanted, self._routing,
@@ -189,7 +192,19 @@ def _turn(plans: list[Plan]) -> list[Plan | None]:
     A forward is as wide as its widest row, so rows wait for each other where waiting saves a wide forward.
     """
     for phases in (("prefill",), ("denoise", "commit"), ("full",)):
-        if any(plan.phase in phases for plan in plans):
+        turn = [plan if plan.apart().phase in phases else None for plan in plans]
+        if any(turn):
             break
-    exact = any(plan.phase in phases and plan.salient is None for plan in plans)  # a commit does not mix with a step
-    return [plan if plan.phase in phases and not (exact and plan.salient) else None for plan in plans]
+    exact = any(plan is not None and plan.salient is None for plan in turn)  # a commit does not mix with a step
+    return _riding([None if plan and exact and plan.salient else plan for plan in turn])
+
+
+def _riding(plans: list[Plan | None]) -> list[Plan | None]:
+    """Forwards ride along where that makes the batch's forward no wider, or where at least half of its rows want it.
+
+    Else they come first, as forwards of their own: padding of many rows would cost more than one row's forward.
+    """
+    mine = [plan for plan in plans if plan is not None]
+    narrow = max(plan.apart().width for plan in mine)
+    many = 2 * sum(plan.rides is not None for plan in mine) >= len(mine)
+    return [plan if plan is None or many or plan.width <= narrow else plan.apart() for plan in plans]

@@ -2,7 +2,8 @@
 
 Full-canvas models: the first `full_steps` are dense and cover the canvas; after that every fourth step covers prompt
 and response, the others the response alone. Block diffusion, which the paper does not have: the active block alone,
-whose first `full_steps` are dense; prefill and commit stay exact forwards of the ordinary graph.
+whose first `full_steps` are dense; prefill and commit stay exact forwards of the ordinary graph, each of its own, as a
+salient step runs another graph.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..description import ModelDescription
 from ..errors import RequestError
 from ..runtime.salient import SalientStep
 from . import caching
-from .caching import Plan
+from .caching import Plan, Widths
 from .row import Row
 from .settings import DecodeSettings
 
@@ -23,8 +24,8 @@ WHOLE_EVERY = 4  # the reference's: one step in four covers the prompt, too
 FULL_STEPS = {"full": 4, "block_causal": 1}  # a block takes few steps, and its first has nothing to start from
 
 
-def policy(description: ModelDescription, settings: DecodeSettings, chunk: int) -> Callable[[Row], Plan | None]:
-    """The plans of such a request; `chunk` as in `caching.policy`.
+def policy(description: ModelDescription, settings: DecodeSettings, widths: Widths) -> Callable[[Row], Plan | None]:
+    """The plans of such a request; of `widths` the chunk counts: nothing rides.
 
     Raises RequestError for a cache that makes no sense with it: salient steps bring their own.
     """
@@ -34,7 +35,7 @@ def policy(description: ModelDescription, settings: DecodeSettings, chunk: int) 
                            f"{description.family} keep their own state; use cache auto or {own}.")
     if description.attention == "full":
         return partial(full_canvas, settings=settings)
-    plain = caching.policy(description, "block", chunk)
+    plain = caching.policy(description, "block", Widths(widths.chunk, 0, 0))
     return lambda row: active_block(plain(row), row, settings)
 
 

@@ -11,8 +11,10 @@ from .option import AT_LEAST_0, AT_LEAST_1, FINITE, SHARE, UP_TO_1000, Rule, Tol
 
 AcceptanceName = Literal["threshold", "fixed", "factor", "hierarchy", "credit"]
 CacheName = Literal["auto", "block", "none", "prefix", "dual"]
+ScheduleName = Literal["merged", "reference"]
 ACCEPTANCES: tuple[AcceptanceName, ...] = get_args(AcceptanceName)
 CACHES: tuple[CacheName, ...] = get_args(CacheName)
+SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 
 
 def _ids(value: Any) -> tuple[int, ...]:
@@ -56,6 +58,10 @@ class DecodeSettings:
         "What is kept between forward passes, to save work: block (exact; for models whose blocks see no later ones), "
         "prefix or dual (for full-canvas models; dual keeps more, is faster and less exact; Fast-dLLM) or none; auto "
         "is block, or prefix for full-canvas models", one_of(CACHES), group=_SAVING)] = "auto"
+    schedule: Annotated[ScheduleName, Told(
+        "Which forward passes run with cache block: merged (a finished block, and the end of the prompt, enter the "
+        "cache in the first pass over the next block: fewer passes, the same tokens) or reference (each in a pass of "
+        "its own; salient steps always)", one_of(SCHEDULES), group=_SAVING)] = "merged"
     acceptance: Annotated[AcceptanceName, Told(
         "Which tokens a step keeps: threshold (all that are probable enough), fixed (the same number in every step; "
         "LLaDA2), factor (the more, the surer the best are; Fast-dLLM), hierarchy (also the best of every gap; dInfer) "
@@ -158,6 +164,7 @@ class GenerateOptions(TypedDict, total=False):
     block_length: int | None
     steps: int | None
     cache: CacheName | None
+    schedule: ScheduleName | None
     acceptance: AcceptanceName | None
     threshold: float | None
     factor: float | None

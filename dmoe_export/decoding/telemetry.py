@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from ..runtime.salient import SalientResult
 
 Phase = Literal["prefill", "full", "denoise", "commit"]
 PHASES: tuple[Phase, ...] = get_args(Phase)  # full: a decoding forward of all that the active block can see
+Executed = Literal["prefill", "full", "denoise", "commit", "prefill+denoise", "commit+denoise"]
+EXECUTED: tuple[Executed, ...] = get_args(Executed)  # with a plus: two model forwards in one
 
 
 def unique_experts(expert_ids: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -21,7 +23,11 @@ def unique_experts(expert_ids: NDArray[np.int32]) -> NDArray[np.int64]:
 
 @dataclass
 class Statistics:
-    """Counts of one request. `forwards` is the NFE: every forward this row took part in."""
+    """Counts of one request: of the forwards this row took part in.
+
+    `forwards` counts model forwards, the NFE of the papers. `executed_forwards` counts what ran: a prefill or a commit
+    that rode in a denoise step is one with it. Seconds and bytes of experts are of what ran, each counted once.
+    """
 
     prompt_tokens: int
     bytes_per_expert: int
@@ -29,20 +35,33 @@ class Statistics:
     blocks: int = 0
     edits: int = 0
     forwards_by_phase: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
-    seconds_by_phase: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    executed_by_phase: dict[Executed, int] = field(default_factory=lambda: dict.fromkeys(EXECUTED, 0))
+    seconds_by_phase: dict[Executed, float] = field(default_factory=lambda: dict.fromkeys(EXECUTED, 0.0))
     unique_by_phase: dict[Phase, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
     expert_bytes_touched: int = 0
     salient_by_step: list[list[int]] = field(default_factory=list)  # per sparse step: salient rows of each layer
     salient_overflows: int = 0  # steps made dense because more rows were salient than the capacity
     residency: dict[str, Any] | None = None  # of the whole batch, where experts live under a budget
+    products: str | None = None  # what weights were multiplied with on the CPU, such as "exact (float32)"
 
-    def record(self, phase: Phase, expert_ids: NDArray[np.int32], seconds: float) -> None:
-        """Count one forward with this row's expert ids [L, T, k]."""
+    def record(self, phase: Phase, expert_ids: NDArray[np.int32], seconds: float, rides: Phase | None = None,
+               ridden: int = 0) -> None:
+        """Count one forward with this row's expert ids [L, T, k]; the first `ridden` tokens are a forward that rides.
+
+        A model forward's unique experts are those of its own tokens; bytes are counted over all.
+        """
+        ran = cast(Executed, f"{rides}+{phase}" if rides else phase)
+        self.executed_by_phase[ran] += 1
+        self.seconds_by_phase[ran] += seconds
+        self.expert_bytes_touched += int(unique_experts(expert_ids).sum()) * self.bytes_per_expert
+        if rides:
+            self._count(rides, expert_ids[:, :ridden])
+        self._count(phase, expert_ids[:, ridden:])
+
+    def _count(self, phase: Phase, expert_ids: NDArray[np.int32]) -> None:
         unique = unique_experts(expert_ids)
         self.forwards_by_phase[phase] += 1
-        self.seconds_by_phase[phase] += seconds
         self.unique_by_phase[phase].append(float(unique.mean()) if unique.size else 0.0)
-        self.expert_bytes_touched += int(unique.sum()) * self.bytes_per_expert
 
     def record_salient(self, result: SalientResult | None) -> None:
         """Count a salient step; None was none."""
@@ -58,25 +77,40 @@ class Statistics:
 
     @property
     def forwards(self) -> int:
-        """All forwards of this row (NFE)."""
+        """Model forwards of this row (NFE)."""
         return sum(self.forwards_by_phase.values())
 
     @property
+    def executed_forwards(self) -> int:
+        """Forwards that ran."""
+        return sum(self.executed_by_phase.values())
+
+    @property
     def unique_experts(self) -> float:
-        """Unique experts of a denoise forward: mean over MoE layers, then over forwards; full ones if no other."""
+        """Unique experts of a denoise model forward: mean over MoE layers, then forwards; full ones if no other."""
         values = self.unique_by_phase["denoise"] or self.unique_by_phase["full"]
         return float(np.mean(values)) if values else 0.0
 
     @property
     def tokens_per_forward(self) -> float:
-        """New tokens per forward."""
+        """New tokens per model forward, as the papers count."""
         return self.new_tokens / self.forwards if self.forwards else 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean seconds of a decoding step in which nothing rode; of those with riders, then full ones, if no other."""
+        for ran in ("denoise", "commit+denoise", "prefill+denoise", "full"):
+            if self.executed_by_phase[ran]:
+                return self.seconds_by_phase[ran] / self.executed_by_phase[ran]
+        return 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         raw = asdict(self)
         del raw["unique_by_phase"]
-        if self.residency is None:
-            del raw["residency"]
-        return {**raw, "forwards": self.forwards, "tokens_per_forward": self.tokens_per_forward,
+        for name in ("residency", "products"):
+            if raw[name] is None:
+                del raw[name]
+        return {**raw, "forwards": self.forwards, "executed_forwards": self.executed_forwards,
+                "tokens_per_forward": self.tokens_per_forward,
                 "unique_experts": self.unique_experts, "salient_rows": self.salient_rows}

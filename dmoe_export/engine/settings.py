@@ -113,12 +113,16 @@ def _check(settings: BuildSettings, manifest: Manifest) -> None:
 
 
 def profiles(settings: BuildSettings, manifest: Manifest) -> tuple[ProfileEntry, ProfileEntry]:
-    """Prefill (index 0) and denoise (index 1), of resolved settings; least, usual and largest size per dimension."""
+    """Prefill (index 0) and denoise (index 1), of resolved settings; least, usual and largest size per dimension.
+
+    A step of a block may take the block before along; where everything sees the whole canvas none does.
+    """
     assert settings.max_prefill and settings.max_context
     n = manifest.routing.block_length
+    steps = n if manifest.model.attention == "full" else min(2 * n, manifest.model.max_positions)
     batch = (1, 1, settings.max_batch)
     past = (1, max(1, settings.max_context // 4), settings.max_context)
     return (
         ProfileEntry(name="prefill", batch=batch, tokens=(n, settings.max_prefill, settings.max_prefill), past=past,
                      rows=(1, n, n)),
-        ProfileEntry(name="denoise", batch=batch, tokens=(n, n, n), past=past, rows=(1, n, n)))
+        ProfileEntry(name="denoise", batch=batch, tokens=(n, n, steps), past=past, rows=(1, n, n)))

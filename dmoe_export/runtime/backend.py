@@ -45,6 +45,7 @@ class Limits:
 
     max_batch: int | None = None  # B
     max_tokens: int | None = None  # T of one forward
+    step_tokens: int | None = None  # T of a forward that is as fast as a step; wider ones run as prefills
     max_context: int | None = None  # positions of a sequence, prompt and answer
 
 

@@ -2,6 +2,7 @@
 #include "experts.h"
 #include "../onnxruntime/session.h"
 #include "lost_pages.h"
+#include "products.h"
 #include "scratch.h"
 
 #include <algorithm>
@@ -18,24 +19,23 @@ namespace {
 
 constexpr int32_t kWidthChunk = 64; // intermediate values of one piece of gate and up
 constexpr int32_t kHiddenChunk = 256; // outputs of one piece of down
-constexpr int64_t kFew = -1; // where a group's panels would be
-
 // The pairs (token, place) of each expert that has any, in token order.
 struct Group {
     int32_t expert, begin, end; // range of `pairs`
-    int64_t panels; // in tokens from the first group's; kFew: no more tokens than a vector has lanes
+    int64_t panels; // in tokens from the first group's
     bool taken; // held, now or before
 };
 
 struct Scratch {
-    std::vector<float> permuted, activated, products, panels;
+    std::vector<float> hidden, activated, products, narrowed, panels;
 };
 
 class Call {
 public:
     Call(Experts const& e, DmoeSession const* session, Parallel parallel, void* pool, Scratch& scratch,
         std::atomic<bool>& lost)
-        : e(e), session(session), set(instructionSet()), parallel(parallel), pool(pool), scratch(scratch), lost(lost)
+        : e(e), session(session), set(instructionSet()), p(productsOf(e.format, e.fast)), parallel(parallel), pool(pool),
+          scratch(scratch), lost(lost), hidden(shape(e.hidden)), width(shape(e.width))
     {
     }
 
@@ -46,7 +46,8 @@ public:
         auto const pairs = static_cast<size_t>(order.size());
         activated = room(scratch.activated, pairs * e.width);
         products = room(scratch.products, pairs * e.hidden);
-        panels = room(scratch.panels, static_cast<size_t>(packed) * std::max(e.hidden, e.width));
+        narrowed = p.narrow ? roomForBytes(scratch.narrowed, pairs * p.tokenBytes(width)) : nullptr;
+        panels = roomForBytes(scratch.panels, packed * std::max(p.tokenBytes(hidden), p.tokenBytes(width)));
         std::vector<int32_t> wanted(groups.size());
         std::transform(groups.begin(), groups.end(), wanted.begin(), [](Group const& g) { return g.expert; });
         int32_t* const end = wanted.data() + wanted.size();
@@ -66,15 +67,26 @@ private:
     // Of the groups that are held, with all their tokens.
     void bothProducts()
     {
-        pack(e.hidden);
+        prepare(hidden, false, [](int32_t) {});
         pieces(e.width, kWidthChunk, [this](Group const& g, int32_t first, int32_t last) { gateUp(g, first, last); });
-        for (Group const* g : held) {
-            for (int32_t pair = g->begin; pair < g->end; ++pair) {
-                x[pair] = activated + static_cast<size_t>(pair) * e.width;
-            }
-        }
-        pack(e.width);
+        prepare(width, true, [this](int32_t pair) {
+            float const* const row = activated + static_cast<size_t>(pair) * e.width;
+            x[pair] = narrowed ? static_cast<void const*>(narrow(width, row, pair, narrowed)) : row;
+        });
         pieces(e.hidden, kHiddenChunk, [this](Group const& g, int32_t first, int32_t last) { down(g, first, last); });
+    }
+
+    Matrix shape(int32_t columns) const
+    {
+        return {nullptr, nullptr, e.format, e.groupShift, columns, rowBytes(e.format, columns)};
+    }
+
+    // Into the place of token `index`.
+    uint8_t* narrow(Matrix const& m, float const* from, size_t index, uint8_t* to) const
+    {
+        uint8_t* const place = to + index * p.tokenBytes(m);
+        p.narrow(m, from, place);
+        return place;
     }
 
     Group const* take(int32_t expert)
@@ -104,8 +116,8 @@ private:
         for (int32_t i = 0; i < e.experts; ++i) {
             if (count[i] < count[i + 1]) {
                 int32_t const tokens = count[i + 1] - count[i];
-                groups.push_back({i, count[i], count[i + 1], tokens > set.lanes ? packed : kFew, false});
-                packed += tokens > set.lanes ? panelRoom(set, tokens) : 0;
+                groups.push_back({i, count[i], count[i + 1], packed, false});
+                packed += panelRoom(p, tokens);
             }
         }
         order.resize(count[e.experts]);
@@ -118,47 +130,50 @@ private:
         }
     }
 
-    // Addresses of each pair's hidden state, in the order of its expert; int4 wants the values in its own order.
+    // Addresses of each pair's hidden state, in the order of its expert; narrowed once for all its experts.
     void inputs()
     {
-        float const* from = e.x;
-        if (e.format == Format::kInt4) {
-            float* const permuted = room(scratch.permuted, static_cast<size_t>(e.tokens) * e.hidden);
-            each(e.tokens, [this, permuted](size_t token) {
-                for (int32_t i = 0; i < e.hidden; ++i) {
-                    permuted[token * e.hidden + placeInt4(i)] = e.x[token * e.hidden + i];
-                }
-            });
-            from = permuted;
+        int64_t const bytes = p.narrow ? p.tokenBytes(hidden) : 4 * int64_t{e.hidden};
+        auto const* from = reinterpret_cast<uint8_t const*>(e.x);
+        if (p.narrow) {
+            uint8_t* const all = roomForBytes(scratch.hidden, e.tokens * bytes);
+            each(e.tokens, [this, all](size_t token) { narrow(hidden, e.x + token * e.hidden, token, all); });
+            from = all;
         }
         x.resize(order.size());
-        std::transform(order.begin(), order.end(), x.begin(), [&](int32_t token) {
-            return from + static_cast<size_t>(token) * e.hidden;
-        });
+        std::transform(order.begin(), order.end(), x.begin(), [&](int32_t token) { return from + token * bytes; });
     }
 
-    // The held groups of many tokens into panels.
-    void pack(int32_t columns)
+    // Of the held groups: what each pair needs first (`every`), then panels where there are more than few tokens.
+    template <class First>
+    void prepare(Matrix const& m, bool every, First first)
     {
         std::vector<std::pair<Group const*, int32_t>> todo;
         for (Group const* g : held) {
-            for (int32_t i = 0; g->panels != kFew && i < panelCount(set, g->end - g->begin); ++i) {
+            for (int32_t i = 0; i < std::max<int32_t>(every, panelCount(p, g->end - g->begin)); ++i) {
                 todo.emplace_back(g, i);
             }
         }
         each(todo.size(), [&](size_t i) {
             auto const [g, index] = todo[i];
-            set.packPanel(x.data() + g->begin, g->end - g->begin, columns, index, panels + g->panels * columns);
+            bool const few = panelCount(p, g->end - g->begin) == 0;
+            int32_t const begin = g->begin + index * p.panelTokens;
+            for (int32_t pair = begin; pair < (few ? g->end : std::min(g->end, begin + p.panelTokens)); ++pair) {
+                first(pair);
+            }
+            if (!few) {
+                p.pack(m, x.data() + g->begin, g->end - g->begin, index, panels + g->panels * p.tokenBytes(m));
+            }
         });
     }
 
     // Rows first … last − 1 of the group's expert, out of `rows` of each expert, with its tokens.
-    void product(Group const& g, void const* values, void const* scales, int64_t rows, int32_t columns, int32_t first,
+    void product(Group const& g, void const* values, void const* scales, int64_t rows, Matrix m, int32_t first,
         int32_t last, float* const* out) const
     {
         thread_local std::vector<float> scaleMemory, rowMemory;
-        int64_t const row = g.expert * rows + first, bytes = rowBytes(e.format, columns), groups = columns >> e.groupShift;
-        Matrix m{static_cast<uint8_t const*>(values) + row * bytes, nullptr, e.format, e.groupShift, columns, bytes};
+        int64_t const row = g.expert * rows + first, groups = m.columns >> e.groupShift;
+        m.values = static_cast<uint8_t const*>(values) + row * m.rowBytes;
         if (scales && e.halfScales) {
             int64_t const count = (last - first) * groups;
             float* const wide = room(scaleMemory, count);
@@ -167,36 +182,28 @@ private:
         } else if (scales) {
             m.scales = static_cast<float const*>(scales) + row * groups;
         }
-        if (g.panels == kFew) {
-            set.product(m, 0, last - first, x.data() + g.begin, g.end - g.begin, out);
+        int32_t const tokens = g.end - g.begin;
+        if (panelCount(p, tokens) == 0) {
+            p.product(m, 0, last - first, x.data() + g.begin, tokens, out);
             return;
         }
-        float* const unpacked = e.format == Format::kFloat ? nullptr : room(rowMemory, size_t{kPanelRows} * columns);
-        set.panelProduct(m, 0, last - first, panels + g.panels * columns, g.end - g.begin, unpacked, out);
+        uint8_t* const unpacked = roomForBytes(rowMemory, int64_t{p.rowBlock} * p.unpackedBytes * m.columns);
+        p.panelProduct(m, 0, last - first, panels + g.panels * p.tokenBytes(m), tokens, unpacked, out);
     }
 
     void gateUp(Group const& g, int32_t first, int32_t last)
     {
         int32_t const tokens = g.end - g.begin, rows = 2 * (last - first);
-        thread_local std::vector<float> both, line;
+        thread_local std::vector<float> both;
         thread_local std::vector<float*> out;
         float* const begin = room(both, static_cast<size_t>(tokens) * rows);
-        line.resize(kWidthChunk);
         out.resize(tokens);
         for (int32_t t = 0; t < tokens; ++t) {
             out[t] = begin + static_cast<size_t>(t) * rows;
         }
-        product(g, e.gateUp, e.gateUpScales, 2 * int64_t{e.width}, e.hidden, 2 * first, 2 * last, out.data());
+        product(g, e.gateUp, e.gateUpScales, 2 * int64_t{e.width}, hidden, 2 * first, 2 * last, out.data());
         for (int32_t t = 0; t < tokens; ++t) {
-            float* const row = activated + static_cast<size_t>(g.begin + t) * e.width;
-            if (e.format != Format::kInt4) {
-                set.swiglu(out[t], last - first, row + first);
-                continue;
-            }
-            set.swiglu(out[t], last - first, line.data());
-            for (int32_t i = first; i < last; ++i) {
-                row[placeInt4(i)] = line[i - first];
-            }
+            set.swiglu(out[t], last - first, activated + static_cast<size_t>(g.begin + t) * e.width + first);
         }
     }
 
@@ -208,7 +215,7 @@ private:
         for (int32_t t = 0; t < tokens; ++t) {
             out[t] = products + static_cast<size_t>(g.begin + t) * e.hidden + first;
         }
-        product(g, e.down, e.downScales, e.hidden, e.width, first, last, out.data());
+        product(g, e.down, e.downScales, e.hidden, width, first, last, out.data());
     }
 
     // The weighted sum in the order of the places, whatever the experts are.
@@ -252,18 +259,21 @@ private:
     Experts const& e;
     DmoeSession const* session;
     InstructionSet const& set;
+    Products const& p;
     Parallel parallel;
     void* pool;
     Scratch& scratch;
     std::atomic<bool>& lost;
+    Matrix const hidden, width; // what both products are like, without their weights
     float* activated = nullptr; // [pairs, I]
     float* products = nullptr; // [pairs, H]
-    float* panels = nullptr; // [packed, H], then [packed, I]
+    uint8_t* narrowed = nullptr; // of activated; null: they stay as they are
+    uint8_t* panels = nullptr; // of H values, then of I
     int64_t packed = 0; // tokens that the panels of all groups have room for
     std::vector<Group> groups; // in the order of their experts
     std::vector<Group const*> held;
     std::vector<int32_t> order, place; // token of each pair sorted by expert; where each pair went, −1 = nowhere
-    std::vector<float const*> x; // of each pair: its hidden state, then its activated values
+    std::vector<void const*> x; // of each pair: its hidden state, then its activated values
 };
 
 } // namespace

@@ -78,10 +78,6 @@ struct Experts {
     float* mixed; // [N, H]
 };
 
-// Panels that so many tokens make, and tokens that have room in them.
-inline int32_t panelCount(InstructionSet const& set, int32_t tokens) { return (tokens + 2 * set.lanes - 1) / (2 * set.lanes); }
-inline int32_t panelRoom(InstructionSet const& set, int32_t tokens) { return panelCount(set, tokens) * 2 * set.lanes; }
-
 // Runs work(context, 0 … count − 1), on as many threads as the caller likes.
 using Parallel = void (*)(void* pool, size_t count, void (*work)(void*, size_t), void* context);
 

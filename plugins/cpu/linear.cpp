@@ -1,6 +1,7 @@
 // A linear layer over the instruction set's products, in what pieces it is done.
 #include "linear.h"
 #include "lost_pages.h"
+#include "products.h"
 #include "scratch.h"
 
 #include <algorithm>
@@ -9,50 +10,50 @@
 namespace dmoe::cpu {
 namespace {
 
-constexpr int32_t kDotRows = 64; // of a piece
+constexpr int32_t kDotRows = 64; // of a piece of few tokens
 
 class Call {
 public:
-    Call(Linear const& l, std::atomic<bool>& lost) : l(l), set(instructionSet()), half(l.values == Format::kHalf), lost(lost) {}
+    Call(Linear const& l, std::atomic<bool>& lost)
+        : l(l), set(instructionSet()), p(productsOf(l.weights, l.fast)), half(l.values == Format::kHalf),
+          matrix{static_cast<uint8_t const*>(l.weight), nullptr, l.weights, l.groupShift, l.columns,
+              rowBytes(l.weights, l.columns)},
+          lost(lost)
+    {
+    }
 
     void run(Parallel parallel, void* pool)
     {
-        thread_local std::vector<float> inMemory, orderMemory, panelMemory;
-        auto const* from = static_cast<float const*>(l.x);
+        thread_local std::vector<float> inMemory, narrowMemory, panelMemory;
+        wide = static_cast<float const*>(l.x);
         if (half) {
             int64_t const count = int64_t{l.tokens} * l.columns;
-            float* const wide = room(inMemory, count);
-            set.fromHalf(static_cast<uint16_t const*>(l.x), count, wide);
-            from = wide;
+            float* const floats = room(inMemory, count);
+            set.fromHalf(static_cast<uint16_t const*>(l.x), count, floats);
+            wide = floats;
         }
-        if (l.weights == Format::kInt4) { // wants the values in its own order
-            ordered = room(orderMemory, size_t(l.tokens) * l.columns);
-            plain = from;
-            from = ordered;
-            parallel(pool, l.tokens, [](void* call, size_t t) { static_cast<Call*>(call)->order(t); }, this);
+        int64_t const bytes = p.tokenBytes(matrix);
+        if (p.narrow) {
+            narrowed = roomForBytes(narrowMemory, l.tokens * bytes);
+            parallel(pool, l.tokens, [](void* call, size_t t) { static_cast<Call*>(call)->narrow(t); }, this);
         }
         x.resize(l.tokens);
         for (int32_t t = 0; t < l.tokens; ++t) {
-            x[t] = from + int64_t{t} * l.columns;
+            x[t] = narrowed ? static_cast<void const*>(narrowed + t * bytes) : wide + int64_t{t} * l.columns;
         }
         chunk = kDotRows;
-        if (l.tokens > set.lanes) {
-            chunk = kPanelRows;
-            panels = room(panelMemory, size_t(panelRoom(set, l.tokens)) * l.columns);
-            parallel(pool, panelCount(set, l.tokens), [](void* call, size_t i) { static_cast<Call*>(call)->pack(i); }, this);
+        if (int32_t const count = panelCount(p, l.tokens)) {
+            chunk = p.rowBlock;
+            panels = roomForBytes(panelMemory, panelRoom(p, l.tokens) * bytes);
+            parallel(pool, count, [](void* call, size_t i) { static_cast<Call*>(call)->pack(i); }, this);
         }
         parallel(pool, (l.rows + chunk - 1) / chunk, [](void* call, size_t i) { static_cast<Call*>(call)->piece(i); }, this);
     }
 
 private:
-    void order(size_t token)
-    {
-        for (int32_t i = 0; i < l.columns; ++i) {
-            ordered[token * l.columns + placeInt4(i)] = plain[token * l.columns + i];
-        }
-    }
+    void narrow(size_t token) { p.narrow(matrix, wide + token * l.columns, narrowed + token * p.tokenBytes(matrix)); }
 
-    void pack(size_t index) { set.packPanel(x.data(), l.tokens, l.columns, static_cast<int32_t>(index), panels); }
+    void pack(size_t index) { p.pack(matrix, x.data(), l.tokens, static_cast<int32_t>(index), panels); }
 
     void piece(size_t index)
     {
@@ -63,25 +64,26 @@ private:
         thread_local std::vector<float> unpackedMemory, scaleMemory, outMemory;
         thread_local std::vector<float*> y;
         int32_t const first = static_cast<int32_t>(index) * chunk, rows = std::min(chunk, l.rows - first);
-        float* const wide = half ? room(outMemory, size_t(l.tokens) * rows) : nullptr;
+        float* const results = half ? room(outMemory, size_t(l.tokens) * rows) : nullptr;
         y.resize(l.tokens);
         for (int32_t t = 0; t < l.tokens; ++t) {
-            y[t] = half ? wide + int64_t{t} * rows : static_cast<float*>(l.y) + int64_t{t} * l.rows + first;
+            y[t] = half ? results + int64_t{t} * rows : static_cast<float*>(l.y) + int64_t{t} * l.rows + first;
         }
-        int64_t const bytes = rowBytes(l.weights, l.columns), groups = l.columns >> l.groupShift;
-        Matrix matrix{static_cast<uint8_t const*>(l.weight) + first * bytes, nullptr, l.weights, l.groupShift, l.columns, bytes};
+        Matrix m = matrix;
+        m.values += first * m.rowBytes;
+        int64_t const groups = l.columns >> l.groupShift;
         if (l.scales && half) {
             float* const scales = room(scaleMemory, rows * groups);
             set.fromHalf(static_cast<uint16_t const*>(l.scales) + first * groups, rows * groups, scales);
-            matrix.scales = scales;
+            m.scales = scales;
         } else if (l.scales) {
-            matrix.scales = static_cast<float const*>(l.scales) + first * groups;
+            m.scales = static_cast<float const*>(l.scales) + first * groups;
         }
         if (panels) {
-            float* const unpacked = l.weights != Format::kFloat ? room(unpackedMemory, size_t{kPanelRows} * l.columns) : nullptr;
-            set.panelProduct(matrix, 0, rows, panels, l.tokens, unpacked, y.data());
+            uint8_t* const unpacked = roomForBytes(unpackedMemory, int64_t{p.rowBlock} * p.unpackedBytes * l.columns);
+            p.panelProduct(m, 0, rows, panels, l.tokens, unpacked, y.data());
         } else {
-            set.product(matrix, 0, rows, x.data(), l.tokens, y.data());
+            p.product(m, 0, rows, x.data(), l.tokens, y.data());
         }
         finish(first, rows, y.data());
     }
@@ -106,12 +108,14 @@ private:
 
     Linear const& l;
     InstructionSet const& set;
+    Products const& p;
     bool half;
+    Matrix const matrix; // all of it, scales not yet in float32
     std::atomic<bool>& lost;
-    std::vector<float const*> x;
-    float const* plain = nullptr; // x where int4 has it in another order
-    float* ordered = nullptr;
-    float* panels = nullptr; // where there are more tokens than a vector has lanes
+    float const* wide = nullptr; // [tokens, columns]
+    uint8_t* narrowed = nullptr; // null: x as it lies
+    uint8_t* panels = nullptr; // where there are more than few tokens
+    std::vector<void const*> x;
     int32_t chunk = 0; // rows of a piece
 };
 

@@ -18,4 +18,9 @@ inline float* room(std::vector<float>& memory, size_t count)
     return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
 }
 
+inline uint8_t* roomForBytes(std::vector<float>& memory, int64_t bytes)
+{
+    return reinterpret_cast<uint8_t*>(room(memory, static_cast<size_t>(bytes + 3) / 4));
+}
+
 } // namespace dmoe::cpu

@@ -22,37 +22,40 @@ def generator(sample_bundle):
 
 
 def test_settings_are_every_combination():
-    chosen = settings(["none", "block"], ["threshold:0.9", "fixed"], ["off", "0.99"], COMMON)
-    assert len(chosen) == 8
-    assert chosen[0].options == {"max_new_tokens": 32, "cache": "none", "acceptance": "threshold", "threshold": 0.9}
+    chosen = settings(["none", "block"], ["threshold:0.9", "fixed"], ["off", "0.99"], ["merged", "reference"], COMMON)
+    assert len(chosen) == 16
+    assert chosen[0].options == {"max_new_tokens": 32, "cache": "none", "schedule": "merged",
+                                 "acceptance": "threshold", "threshold": 0.9}
     assert chosen[-1].options["salient_threshold"] == 0.99 and chosen[-1].options["acceptance"] == "fixed"
 
 
 @pytest.mark.parametrize("acceptance, salient", [("threshold:x", "off"), ("nothing:1", "off"), ("fixed", "much")])
 def test_settings_that_mean_nothing(acceptance, salient):
     with pytest.raises(RequestError):
-        settings(["none"], [acceptance], [salient], COMMON)
+        settings(["none"], [acceptance], [salient], ["merged"], COMMON)
 
 
 def test_block_cache_agrees_with_none_and_needs_other_forwards(generator):
     row = json.loads((SAMPLE / "held_out.jsonl").read_text().splitlines()[0])
     questions = [Question(row["question"], row["answer"]), Question("what is the capital of france?", "not this")]
     heard = []
-    result = run(generator, questions, settings(["none", "block", "prefix"], ["threshold"], ["off"], COMMON), 2,
-                 heard.append)
-    none, block, prefix = result.results
+    chosen = settings(["none", "block", "prefix"], ["threshold"], ["off"], ["merged", "reference"], COMMON)
+    result = run(generator, questions, [*chosen[:1], *chosen[2:5]], 2, heard.append)
+    none, block, reference, prefix = result.results
     assert block.agreement == block.same_answers == 1 and block.tokens == none.tokens > 0
     assert none.speedup == 1 and block.speedup == pytest.approx(none.seconds / block.seconds)
     assert block.accuracy == none.accuracy == 0.5
     assert prefix.refused and not prefix.tokens
-    assert len(heard) == 2 * (2 * 2 + 1)
+    assert len(heard) == 3 * (2 * 2 + 1)
+    assert block.forwards == reference.forwards == reference.executed_forwards > block.executed_forwards
+    assert block.as_reference == 1 and block.over_reference and reference.over_reference is None
     assert block.unique_experts > 1 and block.tokens_per_forward == pytest.approx(
         block.tokens / (block.forwards * len(questions)))
 
 
 def test_all_refused_is_an_error(generator):
     with pytest.raises(RequestError, match="No setting of this comparison fits"):
-        run(generator, [Question("hello")], settings(["prefix", "dual"], ["threshold"], ["off"], COMMON), 1)
+        run(generator, [Question("hello")], settings(["prefix", "dual"], ["threshold"], ["off"], ["merged"], COMMON), 1)
 
 
 def test_command_writes_json_and_plot(sample_bundle, tmp_path):

@@ -100,7 +100,8 @@ def test_peer_computes_what_the_bundle_does(geometry, tmp_path, tiny_bundle):
     (("--coreset", "17"), "min_experts is 17, it must be between 1 and 16."),
     (("--cache", "dual"), "Cache dual is an approximation"),
     (("--prompt-tokens", "0"), "Prompt 0 is empty"),
-    (("--peer", "mine"), "Peer 'mine' is not known; known: eager, diffusers, onnxruntime, none."),
+    (("--peer", "mine"), "Peer 'mine' is not known; known: eager, diffusers, onnxruntime, llama-cpp, none."),
+    (("--peer", "llama-cpp"), "The peer llama-cpp gets its weights from --geometry; leave BUNDLE out, or the peer."),
 ])
 def test_settings_that_make_no_sense(tiny_bundle, arguments, said):
     result = bench("generate", tiny_bundle.folder, "--prompt-tokens", "5", *QUICK, *arguments)

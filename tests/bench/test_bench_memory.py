@@ -30,7 +30,7 @@ def test_export_is_measured_and_nothing_stays(tmp_path, monkeypatch):
 
 def test_build_says_why_it_cannot(tmp_path, monkeypatch):
     """The child's sentence and exit code; what is built is tested with the builder."""
-    monkeypatch.setattr(children, "_watched", _no_export(children._watched))
+    monkeypatch.setattr(children, "watched_process", _no_export(children.watched_process))
     result = bench("build", "--geometry", "tiny", "--layers", 2, "--targets", "sm9", "--work", tmp_path)
     assert result.exit_code == 2
     assert "dmoe-export build failed with exit code 2: Target 'sm9' is no compute capability" in result.output
@@ -38,7 +38,7 @@ def test_build_says_why_it_cannot(tmp_path, monkeypatch):
 
 def test_a_child_without_a_command_line_says_the_same():
     with pytest.raises(InputError, match=r"it failed with exit code 2: --layers 9 is not between 2 .* and 2"):
-        children._watched([sys.executable, "-c", children._WRITE, "nowhere", "tiny", "9", "float32"], "it")
+        children.watched_process([sys.executable, "-c", children._WRITE, "nowhere", "tiny", "9", "float32"], "it")
 
 
 def _no_export(watched):
@@ -46,12 +46,12 @@ def _no_export(watched):
 
 
 def test_a_child_s_memory_and_time_are_its_own():
-    held, text = children._watched([sys.executable, "-c", "import time; x = b'1' * (200 << 20); time.sleep(0.3);"
+    held, text = children.watched_process([sys.executable, "-c", "import time; x = b'1' * (200 << 20); time.sleep(0.3);"
                                                           "print('{\"a\": 1}')"], "it")
     assert text == {"a": 1} and held.seconds > 0.3
     assert 200 << 20 < held.peak_anonymous_bytes <= held.peak_rss_bytes < 260 << 20
     with pytest.raises(InputError, match="it failed with exit code 2: it said nothing"):
-        children._watched([sys.executable, "-c", "raise SystemExit(2)"], "it")
+        children.watched_process([sys.executable, "-c", "raise SystemExit(2)"], "it")
 
 
 def test_written_checkpoint_is_the_generated_one(tmp_path):

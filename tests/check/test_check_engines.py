@@ -138,8 +138,8 @@ def test_a_smaller_profile_than_the_manifest_says(engines):
     assert set(said) == {"profiles"}
     assert ("profile prefill has [3, 497] as largest shape of past_positions, the manifest says [3, 4096]"
             in said["profiles"])
-    wider = denoise.model_copy(update={"tokens": (32, 32, 64)})
-    assert "profile denoise has [3, 32] as largest shape of input_ids" in _failed(
+    wider = denoise.model_copy(update={"tokens": (32, 32, 96)})
+    assert "profile denoise has [3, 64] as largest shape of input_ids" in _failed(
         _only(engines, profiles=[prefill, wider]))["profiles"]
     assert "it has 2 profiles, the manifest says 1" in _failed(_only(engines, profiles=[prefill]))["profiles"]
 

@@ -77,7 +77,7 @@ def test_credit_decodes_earlier_and_starts_anew_with_every_block():
     options = {"max_new_tokens": 7, "threshold": 0.85, "steps": 32, "eos_id": -1}
     plain = decode(Script(steady), [[7]], **options)[1][0].statistics.forwards_by_phase["denoise"]
     toy = Script(steady)
-    tokens, last = decode(toy, [[7]], acceptance="credit", **options)
+    tokens, last = decode(toy, [[7]], acceptance="credit", schedule="reference", **options)
     assert tokens == [[10] * 7]
     assert plain == 7
     places = [(i.position_ids[0, 0], (i.logit_rows >= 0).sum()) for i in toy.seen if (i.logit_rows >= 0).any()]

@@ -82,8 +82,8 @@ def test_length_end_and_no_tail():
     statistics = last[0].statistics
     assert statistics.forwards_by_phase == {"prefill": 1, "full": 0, "denoise": 2, "commit": 1}
     assert statistics.unique_experts == 4.0
-    assert statistics.expert_bytes_touched == 4 * 4 * 10
-    assert statistics.tokens_per_forward == 5 / 4
+    assert statistics.expert_bytes_touched == 2 * 4 * 10  # of forwards that ran: the prefill and the commit rode along
+    assert statistics.tokens_per_forward == 5 / 4 and statistics.executed_forwards == 2
 
 
 def test_eos_ends_and_is_not_returned():
@@ -114,7 +114,7 @@ def test_eos_in_the_prompt_is_text():
 
 def test_mask_id_in_the_prompt_is_text():
     backend = Scripted()
-    tokens, _ = run(backend, [[7, 7, 7, 7, MASK]], max_new_tokens=3)
+    tokens, _ = run(backend, [[7, 7, 7, 7, MASK]], max_new_tokens=3, schedule="reference")
     assert tokens == [answer(5, 3)]
     assert backend.seen[1].input_ids[0, 0] == MASK  # still there when its block is denoised
 
@@ -162,10 +162,13 @@ def test_low_confidence_follows_the_schedule():
 
 def test_only_masked_places_ask_for_a_vocabulary_row():
     backend = Scripted(confidence=lambda p: 0.99 if p % 2 else 0.1)
-    run(backend, [[7] * 5], max_new_tokens=3)
+    run(backend, [[7] * 5], max_new_tokens=3, schedule="reference")
     assert backend.seen[0].logit_rows.tolist() == [[-1]]  # prefill
     assert backend.seen[1].logit_rows.tolist() == [[1, 2, 3]]
     assert backend.seen[2].logit_rows.tolist() == [[2]]
+    backend.seen.clear()
+    run(backend, [[7] * 5], max_new_tokens=3)
+    assert [inputs.logit_rows.tolist() for inputs in backend.seen] == [[[5, 6, 7]], [[2]]]  # the prompt's block rides
 
 
 def test_batch_of_rows_in_different_phases():

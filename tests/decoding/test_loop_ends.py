@@ -55,8 +55,9 @@ def test_a_last_block_may_hold_an_end_too():
     assert told[-1].finish_reason == "stop" and ids(told) == ids(free[:-1]) + free[-1].token_ids[:1]
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 9])
-def test_cancelling_is_asked_between_forwards(after):
+@pytest.mark.parametrize("after, schedule", [(0, "merged"), (1, "merged"), (3, "merged"), (5, "reference"),
+                                             (9, "reference")])
+def test_cancelling_is_asked_between_forwards(after, schedule):
     """The rows then end with the blocks they have: those of an answer that nobody cancelled."""
     free, backend, asked = blocks_of(Toy(), PROMPTS, threshold=0.1), Toy(), []
 
@@ -64,7 +65,7 @@ def test_cancelling_is_asked_between_forwards(after):
         asked.append(len(backend.seen))
         return len(backend.seen) == after
 
-    found = blocks_of(backend, PROMPTS, cancelled, threshold=0.1)
+    found = blocks_of(backend, PROMPTS, cancelled, threshold=0.1, schedule=schedule)
     assert asked == list(range(after + 1)) and len(backend.seen) == after
     for mine, whole in zip(found, free, strict=True):
         assert mine[-1].finish_reason == "cancelled" and mine[-1].token_ids == []

@@ -43,7 +43,7 @@ def test_sample_for_four_targets_in_place(copy):
     (entry,) = opened.manifest.engines
     assert entry.file in {f.path for f in opened.manifest.files}
     assert [p.name for p in entry.profiles] == ["prefill", "denoise"]
-    assert entry.profiles[1].tokens == (32, 32, 32) and entry.profiles[0].past[2] == 512
+    assert entry.profiles[1].tokens == (32, 32, 64) and entry.profiles[0].past[2] == 512
     after = {f.name: f.read_bytes() for f in copy.iterdir()}
     assert after.keys() - before.keys() == {entry.file}
     assert {name for name, data in before.items() if after[name] != data} == {"manifest.json", "README.md"}
@@ -126,7 +126,7 @@ def test_from_a_checkpoint(tiny_checkpoint, tmp_path):
     manifest = open_bundle(out).manifest
     assert manifest.precision == "fp16" and manifest.routing.mode == "token"
     assert report["engines"][0]["plugin_nodes"] == 2
-    assert manifest.engines[0].profiles[1].tokens == (16, 16, 16)
+    assert manifest.engines[0].profiles[1].tokens == (16, 16, 32)
     assert manifest.engines[0].profiles[0].tokens == (16, 256, 256)  # no more than the model's positions
 
 

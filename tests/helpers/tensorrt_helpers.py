@@ -20,7 +20,7 @@ from dmoe_export.runtime.gpu.tensorrt import open_tensorrt
 from dmoe_export.runtime.residency.budget import plan_budget
 
 PROFILES = [ProfileEntry(name="prefill", batch=(1, 1, 4), tokens=(32, 96, 96), past=(1, 128, 600), rows=(1, 1, 32)),
-            ProfileEntry(name="denoise", batch=(1, 1, 4), tokens=(32, 32, 32), past=(1, 256, 620), rows=(1, 32, 32))]
+            ProfileEntry(name="denoise", batch=(1, 1, 4), tokens=(32, 32, 64), past=(1, 256, 620), rows=(1, 32, 32))]
 
 
 def bundle_with_engine(golden_bundle, folder):

@@ -111,8 +111,9 @@ class DeviceBackend:
                                 **self._layers("past_", cache.slab)},
                         {**results.tensors(places[1]), "logits": logits, **self._layers("", new)})
 
-        # What repeats: steps of a block (with the place before it, where logits are shifted), and of a whole canvas.
-        if self.graphs is not None and (sizes.tokens <= block + d.logit_shift or d.attention == "full"):
+        # What repeats: steps of a block, alone or with what lies before it (a block; shifted logits: a place), and of
+        # a whole canvas.
+        if self.graphs is not None and (sizes.tokens <= 2 * block or d.attention == "full"):
             self.graphs.run((sizes, *places, cache.slab.address, new.address), call, self._stream)
         else:
             self._executor.execute(call(), self._stream)

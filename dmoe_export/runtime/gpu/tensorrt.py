@@ -244,7 +244,8 @@ def _within(profile: ProfileEntry, sizes: Sizes) -> dict[str, bool]:
 def _limits(entry: EngineEntry) -> Limits:
     steps = min(entry.profiles, key=lambda p: p.tokens[2])  # the profile of denoise steps
     return Limits(max_batch=min(p.batch[2] for p in entry.profiles),
-                  max_tokens=max(p.tokens[2] for p in entry.profiles), max_context=steps.past[2])
+                  max_tokens=max(p.tokens[2] for p in entry.profiles), step_tokens=steps.tokens[2],
+                  max_context=steps.past[2])
 
 
 def open_tensorrt(bundle: Bundle, device: Device | None = None, cuda_graphs: bool = True) -> DeviceBackend:

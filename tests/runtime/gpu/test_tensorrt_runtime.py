@@ -8,7 +8,7 @@ import linked_layouts
 import numpy as np
 import pytest
 from device_helpers import decode
-from tensorrt_helpers import Setup, bundle_with_engine, changed
+from tensorrt_helpers import PROFILES, Setup, bundle_with_engine, changed
 
 from dmoe_export import Generator
 from dmoe_export.bundle.manifest import FileEntry
@@ -51,7 +51,8 @@ def _same(got, want):
 def test_generation_equals_the_cpu(monkeypatch, engines, cpu, prompts, graphs, rtx):
     setup = Setup(monkeypatch, engines, graphs, rtx)
     backend = setup.open()
-    assert (backend.limits.max_batch, backend.limits.max_tokens, backend.limits.max_context) == (4, 96, 620)
+    limits = backend.limits
+    assert (limits.max_batch, limits.max_tokens, limits.step_tokens, limits.max_context) == (4, 96, 64, 620)
     _same(decode(backend, prompts, **OPTIONS), decode(cpu, prompts, **OPTIONS))
     for prompt in prompts[:2]:
         _same(decode(backend, [prompt], **OPTIONS), decode(cpu, [prompt], **OPTIONS))
@@ -61,6 +62,18 @@ def test_generation_equals_the_cpu(monkeypatch, engines, cpu, prompts, graphs, r
     if rtx:  # only contexts that are recorded wait for the kernels of their shapes
         kinds = [(c.profile, c.kernels.name) for c in setup.trt.contexts]
         assert kinds[:2].count((1, "LAZY")) <= 1 and all(k == "EAGER" for _, k in kinds[2:])
+
+
+def test_an_engine_whose_steps_take_one_block(monkeypatch, engines, cpu, prompts):
+    """As all were before commits rode along: they run by themselves, what fits a prefill rides."""
+    narrow = PROFILES[1].model_copy(update={"tokens": (32, 32, 32)})
+    backend = Setup(monkeypatch, changed(engines, profiles=[PROFILES[0], narrow])).open()
+    options = {**OPTIONS, "eos_id": -1}
+    for prompt in prompts[:2]:
+        got, want = decode(backend, [prompt], **options), decode(cpu, [prompt], **options)
+        _same(got, want)
+        assert got[1][0].statistics.executed_by_phase["commit"] == want[1][0].statistics.forwards_by_phase["commit"] > 0
+        assert got[1][0].statistics.executed_by_phase["commit+denoise"] == 0
 
 
 def test_long_prompts_go_in_chunks_the_engine_takes(monkeypatch, engines, cpu, prompts):
