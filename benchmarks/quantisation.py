@@ -1,4 +1,4 @@
-"""What rounded weights, and products in integers, cost in accuracy and save in bytes: the sample's questions, logits, weights; as JSON.
+"""What rounded weights and integer products cost in accuracy and save in bytes: questions, logits, weights; as JSON.
 
     python benchmarks/quantisation.py --out benchmarks/results/quantisation_2core_cpu_2026-11-21.json
 
