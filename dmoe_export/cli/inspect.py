@@ -88,10 +88,12 @@ def sizes(manifest: Manifest) -> dict[str, int]:
     model = manifest.model
     return {
         "bundle_bytes": sum(entry.size for entry in manifest.files),
-        **{f"{part}_bytes": size for part, size in part_bytes(model, manifest.formats, manifest.precision).items()},
+        **{f"{part}_bytes": value for part, value in part_bytes(
+            model, manifest.formats, manifest.precision).items()},
         "bytes_per_expert": manifest.bytes_per_expert,
         "expert_bytes": manifest.bytes_per_expert * (model.moe.num_experts if model.moe else 0) * len(model.moe_layers),
-        "cache_bytes_per_token": 2 * model.num_layers * model.num_kv_heads * model.head_dim * ITEMSIZES[manifest.precision],
+        "cache_bytes_per_token": (2 * model.num_layers * model.num_kv_heads * model.head_dim
+                                  * ITEMSIZES[manifest.precision]),
     }
 
 

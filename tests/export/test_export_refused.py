@@ -115,7 +115,7 @@ def test_values_beyond_half_precision_are_refused(tiny_checkpoint, tmp_path):
         export_checkpoint(big, tmp_path / "b", precision="fp16", compute="fp16")
     tensors["lm_head.weight"][3, 4] = 1e6
     save_file(tensors, shard)
-    with pytest.raises(CheckpointError, match="lm_head.weight in .* beyond float16; use --head-precision bf16"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight in .* beyond float16; use --head-precision bf16"):
         export_checkpoint(big, tmp_path / "b", precision="fp32", head_precision="fp16")
 
 
