@@ -149,7 +149,7 @@ def _show(result: DecodeBench) -> None:
                       _or_dash(r.speedup, "×"), _or_dash(over.median if over else None, "×"), f"{r.forwards:.1f}",
                       f"{r.executed_forwards:.1f}", f"{r.tokens_per_forward:.2f}", _or_dash(r.agreement),
                       f"{r.unique_experts:.1f}", _or_dash(r.accuracy))
-    console().print(table)
+    console(140).print(table)
     for reason, them in refused.items():
         first = f"{them[0].cache} · {them[0].acceptance} · salient {them[0].salient}"
         say(first + (f" and {len(them) - 1} more" if len(them) > 1 else "") + f": {reason}")
