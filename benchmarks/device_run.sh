@@ -143,7 +143,7 @@ run() {  # the steps of these names
             --dist worksteal $gpu/test_gpu_generation.py -k onnxruntime" ;;
         generate-fp16) generate fp16 --profile 3 ;;
         generate-int8 | generate-int4) generate "${name#generate-}" ;;
-        cli-export) step "$name" 60 "$PYTHON" -m dmoe_export export samples/tiny-dmoe --precision fp16 --force \
+        cli-export) step "$name" 60 "$PYTHON" -m dmoe_export export samples/tiny-dmoe --precision fp16 --compute fp16 --force \
             --out "$STASH/sample.bundle" ;;
         # As a user would: nothing names CUDA's libraries but the package itself.
         cli-generate) PROOF='[a-z]' step "$name" 60 env LD_LIBRARY_PATH="$DRIVER_PATH" "$PYTHON" -m dmoe_export \

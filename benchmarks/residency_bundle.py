@@ -17,7 +17,6 @@ from pathlib import Path
 import click
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from dmoe_export import __version__
 from dmoe_export.bundle.layout import ExpertLayer, ExpertsEntry
@@ -25,7 +24,7 @@ from dmoe_export.bundle.manifest import CheckpointEntry, FileEntry, Manifest
 from dmoe_export.bundle.writer import PAGE, BundleWriter
 from dmoe_export.checkpoint.family import family_of
 from dmoe_export.checkpoint.synthetic import GEOMETRIES
-from dmoe_export.description import RoutingDescription
+from dmoe_export.description import RoutingDescription, WeightFormats
 from dmoe_export.export.conversion import padded_width
 from dmoe_export.export.exporter import GRAPH_FILE
 from dmoe_export.export.graph_file import save_graph
@@ -54,7 +53,7 @@ def main(geometry: str, layers: int | None, distinct: int, out: Path) -> None:
     d = family_of(config, Path("config.json")).describe(config, Path("config.json"))
     routing = RoutingDescription.default(d.moe, "top_p")
     width = padded_width(d.hidden_size, d.experts.expert_width, 4)
-    model = trace_denoiser(d, routing, torch.float32, width)
+    model = trace_denoiser(d, routing, "fp32", WeightFormats.all_as("fp32", True), width)
     with BundleWriter(out) as writer:
         dense = writer.data_file(DENSE_FILE)
         for place, (name, value) in enumerate(model.graph.initializers.items()):

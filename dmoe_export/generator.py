@@ -26,6 +26,7 @@ from .decoding.stream import Life, Stream
 from .errors import RequestError
 from .runtime.backend import Backend
 from .runtime.choose import BACKENDS, BackendName, open_backend, open_under_budget
+from .runtime.cpu.products import Products, check_products
 from .runtime.cpu.session import MOST_THREADS
 from .runtime.residency.backend import ResidentBackend, parse_interval
 from .runtime.residency.budget import plan_budget
@@ -54,7 +55,7 @@ class Generator:
     @classmethod
     def open(cls, path: str | Path, *, backend: BackendName = "auto", threads: int | None = None,
              expert_budget: str | int | None = None, experts_per_layer: int | None = None,
-             expert_refresh_interval: str | int = "auto", verify: Verify = "full",
+             expert_refresh_interval: str | int = "auto", cpu_products: Products = "exact", verify: Verify = "full",
              expect_sha256: str | None = None, trusted_key: str | Path | None = None,
              progress: Callable[[int], None] | None = None) -> Generator:
         """Open and verify a bundle: a folder, or the hub id (`org/name`) of one, which is fetched first.
@@ -69,6 +70,8 @@ class Generator:
         experts_per_layer: The same, as experts kept per layer [at least 1; default: all].
         expert_refresh_interval: Denoise steps between changes of the experts kept: auto, never or a number [default:
             auto].
+        cpu_products: What weights are multiplied with on the CPU: exact (float32) or fast (integers for int8 and int4,
+            bfloat16 for bf16, where the processor has them; rounds activations) [default: exact].
         verify: What is compared with the manifest before use: full (sizes and hashes) or sizes [default: full].
         expect_sha256: Use the bundle only if its manifest has this sha256, as export and inspect print it [default:
             any].
@@ -90,13 +93,14 @@ class Generator:
         for name, value, kind in (("trusted_key", trusted_key, Path), ("expect_sha256", expect_sha256, str)):
             if value is not None:
                 check_kind(name, value, kind)
+        products = check_products(cpu_products)
         interval = parse_interval(expert_refresh_interval)
         bundle = open_bundle(resolve_bundle(path), verify, progress, expect_sha256=expect_sha256,
                              trusted_key=trusted_key)
         budget = plan_budget(bundle.manifest, expert_budget, experts_per_layer)
         if budget is None:
-            return cls(bundle, *open_backend(bundle, backend, threads))
-        return cls(bundle, *open_under_budget(bundle, budget, interval, backend, threads))
+            return cls(bundle, *open_backend(bundle, backend, threads, products))
+        return cls(bundle, *open_under_budget(bundle, budget, interval, backend, threads, products))
 
     def __enter__(self) -> Generator:
         return self
@@ -246,7 +250,9 @@ class Generator:
 
         resident = self.backend if isinstance(self.backend, ResidentBackend) else None
         start = resident.statistics() if resident else None
+        products = getattr(self.backend, "products", None)
         for block in loop.decode(encoded, asked, ends):
+            block.statistics.products = products
             if resident and start and block.finish_reason:
                 block.statistics.residency = resident.statistics().since(start).as_dict()
             yield Block(block.index, block.token_ids, piece, block.finish_reason, block.statistics)

@@ -149,7 +149,7 @@ def run(work: Work, precisions: Sequence[str], products: Sequence[str], tokens: 
         advance(f"{precision} models")
         bundle, files = work.bundle(precision), {kind: work.gguf(kind) for kind in kinds}
         ways = [way for way in products if way == "exact" or precision not in ("fp32", "fp16")]
-        results += _timed(bundle, files, ways, texts, wide, work.threads, repeats, advance)
+        results += _timed(precision, bundle, files, ways, texts, wide, work.threads, repeats, advance)
         advance(f"{precision} memory")
         models.append(_model("ours", precision, bundle.folder, max(tokens), work))
         models += [_model("llama-cpp", kind, file, max(tokens), work, bytes_by_type(file))
@@ -209,11 +209,11 @@ def _ours(bundle: Bundle, threads: int, products: str) -> tuple[OnnxRuntimeBacke
     return backend, logits
 
 
-def _timed(bundle: Bundle, files: dict[str, Path], ways: Sequence[str], texts: dict[int, list[int]],
+def _timed(precision: str, bundle: Bundle, files: dict[str, Path], ways: Sequence[str], texts: dict[int, list[int]],
            wide: dict[int, Any], threads: int, repeats: int, advance: Advance) -> list[ForwardResult]:
     from .peer_llama_cpp import LlamaCpp
 
-    precision, results = bundle.manifest.precision_in_words, []
+    results = []
     ours = {way: _ours(bundle, threads, way) for way in ways}
     peers = {kind: LlamaCpp(file, threads) for kind, file in files.items()}
     sides: dict[str, Logits] = {way: logits for way, (_, logits) in ours.items()}

@@ -22,6 +22,7 @@ from ..generator import Generation, Generator
 from ..runtime.backend import ForwardInputs
 from ..runtime.cpu.backend import OnnxRuntimeBackend
 from ..runtime.cpu.library import CpuOps
+from ..runtime.cpu.products import Products
 from .forward import ALIKE, SAME, distance, random_text, require_same
 from .limits import Limits, measure_limits
 from .record import Spread
@@ -83,6 +84,7 @@ class GenerateBench(Frozen):
     precision: str
     routing: str
     cpu_ops: bool = Field(description="weights' products are computed by our CPU kernels, not by ONNX Runtime's ops")
+    products: str = Field(description="what ours multiplies weights with, such as 'exact (float32)'")
     block_length: int
     max_new_tokens: int
     steps: int
@@ -125,7 +127,8 @@ def routing_options(bundle: Bundle, coreset: str) -> dict[str, Any]:
 
 
 def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps: int, rounds: int, threads: int,
-        seed: int, peers: Sequence[str], cpu_ops: CpuOps = "auto", gguf: Mapping[str, Path] | None = None,
+        seed: int, peers: Sequence[str], cpu_ops: CpuOps = "auto", cpu_products: Products = "exact",
+        gguf: Mapping[str, Path] | None = None,
         advance: Callable[[str, int, int], None] = lambda what, done, of: None) -> GenerateBench:
     """Measure all settings; what is compared takes turns, round by round, after a short answer that warms up.
 
@@ -145,7 +148,7 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
     if gguf and any(setting.cache != "none" for setting in chosen):
         raise RequestError("llama.cpp keeps no keys and values of diffusion models; use --cache none with it.")
     limits = measure_limits(threads)
-    ours, backend = _ours(bundle, threads, cpu_ops)
+    ours, backend = _ours(bundle, threads, cpu_ops, cpu_products)
     sides = {"ours": ours} | {name: _llama_cpp(bundle, backend, gguf[name], threads, seed) if name in gguf else
                               _peer(name, bundle, threads) for name in peers}
     turns: dict[tuple[str, Setting], list[_Turn]] = {(side, setting): [] for side in sides for setting in chosen}
@@ -161,7 +164,7 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
             advance(f"{side}, {setting.prompt_tokens} prompt tokens, coreset {setting.coreset}", done, total)
     return GenerateBench(
         model=manifest.model.architecture, layers=manifest.model.num_layers, precision=manifest.precision_in_words,
-        routing=manifest.routing.mode, cpu_ops=not backend.kernels.missing,
+        routing=manifest.routing.mode, cpu_ops=not backend.kernels.missing, products=backend.products,
         block_length=manifest.routing.block_length, max_new_tokens=max_new_tokens,
         steps=steps, rounds=rounds, limits=limits,
         results=[_result(setting, turns["ours", setting], {name: turns[name, setting] for name in peers},
@@ -176,9 +179,9 @@ def random_prompt(bundle: Bundle, tokens: int, seed: int) -> list[int]:
     return ids.tolist()
 
 
-def _ours(bundle: Bundle, threads: int, cpu_ops: CpuOps) -> tuple[Answer, OnnxRuntimeBackend]:
+def _ours(bundle: Bundle, threads: int, cpu_ops: CpuOps, products: Products) -> tuple[Answer, OnnxRuntimeBackend]:
     with watched() as watch:
-        backend = OnnxRuntimeBackend(bundle, threads, cpu_ops=cpu_ops)
+        backend = OnnxRuntimeBackend(bundle, threads, cpu_ops=cpu_ops, products=products)
     generator = Generator(bundle, backend)
     return lambda prompt, options: _generated(generator, watch, prompt, options), backend
 
@@ -190,7 +193,7 @@ def _peer(name: str, bundle: Bundle, threads: int) -> Answer:
         generator = Generator(bundle, Peer(bundle, threads))
         return lambda prompt, options: _generated(generator, None, prompt, options)
     if name == "onnxruntime":  # ours without our kernels
-        return _ours(bundle, threads, "off")[0]
+        return _ours(bundle, threads, "off", "exact")[0]
     if name != "diffusers":
         raise RequestError(f"Peer {name!r} is not known; known: eager, diffusers, onnxruntime, llama-cpp, none.")
     from .peer_diffusers import DiffusersPeer

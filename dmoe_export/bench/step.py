@@ -26,6 +26,7 @@ from ..errors import CheckError, MissingRequirementError, RequestError
 from ..runtime.backend import ForwardInputs, ForwardOutputs
 from ..runtime.cpu.backend import OnnxRuntimeBackend
 from ..runtime.cpu.library import CpuOps
+from ..runtime.cpu.products import Products
 from ..runtime.edited import EditedGraph
 from .limits import Limits, measure_limits
 from .parts import PARTS, Profile, name_by_part
@@ -50,6 +51,7 @@ class StepOptions:
     warmup: int = 2
     seed: int = 0
     cpu_ops: CpuOps = "auto"
+    cpu_products: Products = "exact"
 
 
 class OpTime(Frozen):
@@ -92,6 +94,7 @@ class StepBench(Frozen):
     precision: str
     routing: str
     cpu_ops: bool = Field(description="weights' products are computed by our CPU kernels, not by ONNX Runtime's ops")
+    products: str = Field(description="what weights were multiplied with, such as 'exact (float32)'")
     tokens: int
     rows: int
     phase: Phase
@@ -105,7 +108,7 @@ class _Case:
     def __init__(self, bundle: Bundle, backend: OnnxRuntimeBackend, watch: Watch, active: int | None, cached: int,
                  options: StepOptions) -> None:
         self.active, self.cached, self._backend, self._watch = active, cached, backend, watch
-        self.kernels = backend.kernels
+        self.kernels, self.kind = backend.kernels, backend.products
         d, rng, tokens = bundle.manifest.model, np.random.default_rng(options.seed), options.tokens
         ids = rng.integers(0, d.vocab_size, (1, tokens))
         ids[np.isin(ids, [d.mask_id, *d.eos_ids, d.pad_id])] = 0
@@ -173,7 +176,8 @@ def run(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], opt
     for count in active:
         graph = _graph(bundle, count, options.tokens)
         with watched() as watch:
-            backend = OnnxRuntimeBackend(bundle, options.threads, graph, cpu_ops=options.cpu_ops)
+            backend = OnnxRuntimeBackend(bundle, options.threads, graph, cpu_ops=options.cpu_ops,
+                                         products=options.cpu_products)
         cases += [_Case(bundle, backend, watch, count, length, options) for length in cached]
         tell("open")
     rows = cases[0]._inputs.logit_rows.shape[1]
@@ -200,6 +204,7 @@ def run(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], opt
         tell("profile")
     return StepBench(model=d.architecture, layers=d.num_layers, precision=manifest.precision_in_words,
                      routing=manifest.routing.mode, cpu_ops=not cases[0].kernels.missing,
+                     products=cases[0].kind,
                      tokens=options.tokens, rows=rows, phase=options.phase, limits=limits, results=results)
 
 
@@ -241,7 +246,7 @@ def _profiles(bundle: Bundle, cases: list[_Case], options: StepOptions) -> list[
             with watched(Path(folder) / f"profile-{case.cached}") as watch:
                 backend = OnnxRuntimeBackend(bundle, options.threads,
                                              _graph(bundle, case.active, options.tokens, named=True),
-                                             cpu_ops=options.cpu_ops)
+                                             cpu_ops=options.cpu_ops, products=options.cpu_products)
             profiled = _Case(bundle, backend, watch, case.active, case.cached, options)
             for _ in range(options.warmup + _PROFILED):
                 profiled.run()

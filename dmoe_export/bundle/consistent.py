@@ -47,11 +47,14 @@ def check_numbers(model: ModelDescription, routing: RoutingDescription) -> None:
         raise ValueError("heads and groups do not divide evenly")
 
 
-def check_formats(formats: WeightFormats, compute: Precision, experts: bool, how: ExpertQuantisation | None) -> None:
+def check_formats(formats: WeightFormats, compute: Precision, experts: bool, how: ExpertQuantisation | None,
+                  tied: bool) -> None:
     """Raise ValueError where the formats of weights are not those of the experts, or nothing computes with them."""
     if (formats.experts is not None) != experts or formats.quantisation(formats.experts) != how:
         raise ValueError(f"weights say experts {formats.experts} in groups of {formats.group_size}, and experts are "
                          f"{f'{how.name} in groups of {how.group_size}' if how else 'not quantised'}")
+    if tied and formats.embedding != formats.head:
+        raise ValueError(f"embedding and head are one tensor, and weights say {formats.embedding} and {formats.head}")
     for part, stored in formats.parts.items():
         if compute != "fp32" and stored in ITEMSIZES and stored != compute:
             raise ValueError(f"{part} weights are {stored}, which {compute} cannot be computed with")

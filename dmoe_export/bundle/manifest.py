@@ -235,7 +235,7 @@ class Manifest(Frozen):
         if [layer.layer for layer in entry.layers] != list(model.moe_layers) if entry else len(model.moe_layers):
             raise ValueError("experts are not those of the model's layers")
         if self.weights:
-            check_formats(self.weights, self.precision, bool(entry), self.quantisation)
+            check_formats(self.weights, self.precision, bool(entry), self.quantisation, model.tie_embeddings)
         formats = self.formats
         if entry:
             check_expert_layout(entry, model, formats, self.precision, sizes.get(entry.file))

@@ -18,6 +18,7 @@ from ..runtime.backend import Backend
 from ..runtime.backend import Limits as BackendLimits
 from ..runtime.choose import BackendName, open_backend
 from ..runtime.cpu.backend import OnnxRuntimeBackend
+from ..runtime.cpu.products import Products
 from ..runtime.ort import ort
 from ..text.codec import TextCodec
 from .compare import CompareForward, first_not_finite
@@ -48,15 +49,16 @@ class NumericResult:
 
 
 def check_numbers(bundle: Bundle, source: WeightSource, names: Sequence[BackendName], limits: Limits, *, cut: bool,
-                  prompts: list[str], seed: int, tell: Tell) -> NumericResult:
+                  products: Products, prompts: list[str], seed: int, tell: Tell) -> NumericResult:
     """Compare backends with the eager model of `source`, whose description may be the bundle's, cut to fewer layers.
 
-    `cut`: few-layer mode, nothing is decoded and weights are not kept. Raises what opening a backend raises.
+    `products`: of the CPU. `cut`: few-layer mode, nothing is decoded and weights are not kept. Raises what opening a
+    backend raises.
     """
     d, manifest = source.description, bundle.manifest
     here = Bundle(bundle.folder, manifest.model_copy(update={
         "model": manifest.model.model_copy(update={"num_layers": d.num_layers})}))
-    backends = _open(bundle, names, cut)
+    backends = _open(bundle, names, cut, products)
     text = TextCodec.of(bundle)
     inputs = make_inputs(d, manifest.routing, text, prompts, seed, _longest(backends))
     reference = Reference(source, manifest.routing, keep=not cut)
@@ -73,7 +75,7 @@ def check_numbers(bundle: Bundle, source: WeightSource, names: Sequence[BackendN
                 answers = ReferenceTokens(reference.backend, inputs.prompts, _new_tokens(here, inputs), text)
             except NotFiniteError:
                 ended = None, "an answer of it"
-        compared = _Compared(bundle, here, reference, expected, seen, limits)
+        compared = _Compared(bundle, here, reference, expected, seen, limits, products)
         checks = []
         for number, backend in enumerate(backends or [None]):
             tell("backend", number, max(1, len(backends)))
@@ -95,8 +97,9 @@ class _Compared:
     """Backends against one run of the reference."""
 
     def __init__(self, bundle: Bundle, here: Bundle, reference: Reference, expected: Any, seen: list[Arrays],
-                 limits: Limits) -> None:
+                 limits: Limits, products: Products) -> None:
         self._bundle, self._here, self._expected, self._seen, self._limits = bundle, here, expected, seen, limits
+        self._products = products
         self._compare = CompareForward(reference, limits)
         self._judge = Judge(here.manifest.model, limits)
 
@@ -104,7 +107,8 @@ class _Compared:
         """One backend (None: the cut graph): in sequence, its answers, its layers alone where that is possible."""
         start, manifest = time.perf_counter(), self._here.manifest
         backend = opened or OnnxRuntimeBackend(
-            self._here, graph=first_layers(self._bundle, manifest.model.num_layers))
+            self._here, graph=first_layers(self._bundle, manifest.model.num_layers),
+            products=self._products)
         name, what_ran, alone = backend.name, _what_ran(self._here, backend), None
         has_layers = isinstance(backend, OnnxRuntimeBackend)
         sequence = self._against(SequenceRunner(backend, manifest.precision, feeds), feeds)
@@ -116,6 +120,7 @@ class _Compared:
                                    unanswered)
 
     def _layers_alone(self) -> list[Any]:
+        """On ONNX Runtime's own ops: exact, whatever the products are."""
         manifest, routing = self._here.manifest, self._here.manifest.routing
         feeds = streams_feeds(self._seen)
         settings = {"top_p": np.array([routing.top_p], np.float32), "min_experts": np.array([routing.min_experts]),
@@ -130,7 +135,7 @@ class _Compared:
         return list(accuracy[0]["reference", runner.name])
 
 
-def _open(bundle: Bundle, names: Sequence[BackendName], cut: bool) -> list[Backend]:
+def _open(bundle: Bundle, names: Sequence[BackendName], cut: bool, products: Products) -> list[Backend]:
     """The named backends, each once; none named: ONNX Runtime on the CPU, and what `auto` would take.
 
     None at all in few-layer mode, where the only one there can be is opened when it runs.
@@ -140,7 +145,8 @@ def _open(bundle: Bundle, names: Sequence[BackendName], cut: bool) -> list[Backe
         raise InputError(f"--layers cuts the graph, which only --backend onnxruntime can run, not {others[0]}.")
     if cut:
         return []
-    opened = [open_backend(bundle, name)[0] for name in dict.fromkeys(names or ("onnxruntime", "auto"))]
+    opened = [open_backend(bundle, name, products=products)[0]
+              for name in dict.fromkeys(names or ("onnxruntime", "auto"))]
     return list({backend.name: backend for backend in opened}.values())
 
 
@@ -166,4 +172,6 @@ def _what_ran(bundle: Bundle, backend: Backend) -> str:
     if backend.name == "tensorrt":
         return "an engine of the bundle on TensorRT"
     where = "CUDA" if backend.name == "onnxruntime-cuda" else "CPU"
+    products = getattr(backend, "products", "exact")
+    where += "" if products.startswith("exact") else f", products {products}"
     return f"{Path(bundle.manifest.denoiser.file).name} on ONNX Runtime {ort.__version__}, {where}"

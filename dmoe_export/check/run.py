@@ -20,6 +20,7 @@ from ..description import RUNTIME_SETTINGS, WeightFormats
 from ..engine.recipe import Tolerances, load_recipe
 from ..errors import CheckError, InputError, MissingRequirementError
 from ..runtime.choose import BackendName
+from ..runtime.cpu.products import Products, check_products
 from .engines import check_engines
 from .gates import limits_for
 from .identity import check_identity
@@ -35,13 +36,15 @@ _VERSIONS = ("dmoe-export", "polygraphy", "torch", "onnx", "onnxruntime", "onnxr
 
 
 def check_bundle(folder: str | Path, reference: str | Path | None = None, *, backends: Sequence[BackendName] = (),
+                 cpu_products: Products = "exact",
                  layers: int | None = None, atol: float | None = None, cosine: float | None = None,
                  recipe: str | Path | None = None, prompts: Sequence[str] = (), seed: int = 0, weights: bool = True,
                  verify: Verify = "full", expect_sha256: str | None = None, trusted_key: str | Path | None = None,
                  announce: Callable[[IdentityCheck], None] | None = None, tell: Tell | None = None) -> CheckReport:
     """Check a bundle against the eager float32 model of a checkpoint (each a folder or hub id), or of its own weights.
 
-    `backends`: none = ONNX Runtime on the CPU and the best of this machine. `layers`: compare the first N layers only,
+    `backends`: none = ONNX Runtime on the CPU and the best of this machine. `cpu_products`: as in `Generator.open`; the
+    limits stay what they are. `layers`: compare the first N layers only,
     in little memory; nothing is decoded. `atol`, `cosine` replace limits of `gates.LIMITS`, and a `recipe` those of
     layers alone. `verify`, `expect_sha256`, `trusted_key`: as in `open_bundle`. `weights`: also compare
     all bytes with the checkpoint. `announce` is told the identity before anything is computed.
@@ -49,6 +52,7 @@ def check_bundle(folder: str | Path, reference: str | Path | None = None, *, bac
     the checkpoint's sizes are not the bundle's.
     """
     start, tell = time.perf_counter(), tell or (lambda phase, done, of: None)
+    products = check_products(cpu_products)
     bundle = open_bundle(resolve_bundle(folder), verify, expect_sha256=expect_sha256, trusted_key=trusted_key)
     manifest = bundle.manifest
     _check_options(manifest, layers, atol, cosine)
@@ -63,7 +67,7 @@ def check_bundle(folder: str | Path, reference: str | Path | None = None, *, bac
         if layers is None:
             _check_memory(bundle)
         numeric = check_numbers(bundle, source, backends, limits_for(manifest.precision, cosine, atol, tolerances),
-                                cut=layers is not None, prompts=list(prompts), seed=seed, tell=tell)
+                                cut=layers is not None, products=products, prompts=list(prompts), seed=seed, tell=tell)
     finally:
         if checkpoint:
             checkpoint.reader.close()

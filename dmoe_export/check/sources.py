@@ -84,8 +84,12 @@ class BundleWeights:
         if stored.dtype != torch.uint8:
             return stored.float()
         scales = self._read(f"{name}_scales", rows)
-        assert self._group_size
-        return dequantise(stored, scales, 8 * stored.shape[-1] // (scales.shape[-1] * self._group_size))
+        values = scales.shape[-1] * (self._group_size or 0)  # of a row
+        bits = 8 * stored.shape[-1] // max(values, 1)
+        if bits not in (8, 4) or stored.shape != (*scales.shape[:-1], values * bits // 8):
+            raise BundleError(f"{self._folder} has a weight {name} of {list(stored.shape)} bytes with scales of "
+                              f"{list(scales.shape)}, which are not those of its manifest; export the bundle again.")
+        return dequantise(stored, scales, bits)
 
     def gate_up(self, layer: int, expert: int) -> Tensor:
         """As in WeightSource."""

@@ -20,7 +20,7 @@ from ..guards.regular_file import read_regular
 from ..words import count
 from .bench_common import outcome
 from .help import SETTINGS, Verb, option
-from .options import BACKEND, JSON, OUT, PLOT, THREADS, VERIFY, request_option, seal_options
+from .options import BACKEND, CPU_PRODUCTS, JSON, OUT, PLOT, THREADS, VERIFY, request_option, seal_options
 from .output import console, say
 from .progress import step_bar
 
@@ -58,6 +58,7 @@ _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
         help="Timed repetitions; more is slower and steadier")
 @BACKEND
 @THREADS
+@CPU_PRODUCTS
 @VERIFY
 @seal_options
 @OUT
@@ -65,14 +66,15 @@ _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
 @JSON
 def decode(bundle: Path, caches: str, acceptances: str, salients: str, schedules: str,
            prompts: tuple[str, ...], prompts_file: Path | None, random_prompt: int | None, limit: int | None,
-           rounds: int, seed: int, backend: Any, threads: int | None, verify: Any, expect_sha256: str | None,
-           trusted_key: Path | None, out: Path | None, plot: Path | None, as_json: bool, **options: Any) -> None:
+           rounds: int, seed: int, backend: Any, threads: int | None, cpu_products: Any, verify: Any,
+           expect_sha256: str | None, trusted_key: Path | None, out: Path | None, plot: Path | None, as_json: bool,
+           **options: Any) -> None:
     """Compare decoding settings of BUNDLE on the same prompts: cache × schedule × acceptance × salient steps.
 
     Speed-up, agreement and equal answers are against cache `none` with the same acceptance.
     """
-    generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify, expect_sha256=expect_sha256,
-                               trusted_key=trusted_key)
+    generator = Generator.open(bundle, backend=backend, threads=threads, cpu_products=cpu_products, verify=verify,
+                               expect_sha256=expect_sha256, trusted_key=trusted_key)
     questions = _questions(generator, prompts, prompts_file, random_prompt, limit, seed)
     common = {name: value for name, value in options.items() if value is not None}
     salient_only: dict[str, Any] = {name: common.pop(name) for name in ("full_steps", "refresh_interval")
@@ -92,7 +94,8 @@ def decode(bundle: Path, caches: str, acceptances: str, salients: str, schedules
         result = run(generator, questions, chosen, rounds, advance)
     document = {"what": "bench decode", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "bundle": bundle.name, "family": generator.backend.description.family,
-                "backend": generator.backend.name, "threads": threads, "program": f"dmoe-export {__version__}",
+                "backend": generator.backend.name, "threads": threads,
+                "products": getattr(generator.backend, "products", None), "program": f"dmoe-export {__version__}",
                 "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
                 **result.model_dump(mode="json")}
 

@@ -18,7 +18,7 @@ from ..runtime.cpu.session import MOST_THREADS
 from ..words import count
 from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
 from .help import SETTINGS, Verb, option
-from .options import JSON, OUT, PLOT
+from .options import CPU_PRODUCTS, JSON, OUT, PLOT
 from .output import console
 from .progress import step_bar
 
@@ -46,6 +46,7 @@ from .progress import step_bar
         help="Whether our kernels compute experts and linear layers; auto: where they are installed")
 @option("--threads", type=click.IntRange(1, MOST_THREADS), default=2, group="bundle and machine",
         values="between 1 and 8 per CPU", help="Threads per operator")
+@CPU_PRODUCTS
 @OUT
 @PLOT
 @JSON
@@ -53,13 +54,14 @@ def generate(prompt_tokens: str, cache: str, coreset: str, peers: str, out: Path
              as_json: bool, **options: Any) -> None:
     """Answers to a random prompt on the CPU: of BUNDLE, or of --geometry with generated weights.
 
-    Peers must give the same tokens, else the exit code is 1.
+    Peers must give the same tokens, else the exit code is 1; not with --cpu-products fast, whose rounding no peer has.
     """
     chosen = settings(integers("--prompt-tokens", prompt_tokens), words(cache), words(coreset))
     names = [name for name in words(peers) if name != "none"]
     model = Work(Path(), *(options[name] for name in ("geometry", "layers", "seed", "threads")))
+    usual = PAIRS[options["precision"] or "fp32"][0]
     with opened(options, as_json) as bundle, step_bar("generate", shown=not as_json) as report:
-        gguf = {name: _gguf(name, model, bundle) for name in names if name.split(":")[0] == "llama-cpp"}
+        gguf = {name: _gguf(name, usual, model, bundle) for name in names if name.split(":")[0] == "llama-cpp"}
         started = Started("bench generate")
         result = run(bundle, chosen, **options, advance=report, peers=names, gguf=gguf)
 
@@ -69,7 +71,7 @@ def generate(prompt_tokens: str, cache: str, coreset: str, peers: str, out: Path
         plot_generate(result, path)
 
     outcome(started.document(result), out, as_json, lambda: _show(result), draw, plot)
-    for r in result.results:
+    for r in result.results if options["cpu_products"] == "exact" else ():
         for name, side in r.peers.items():
             if side.must_agree and not side.same_tokens:
                 raise CheckError(f"The answer of peer {name} differs from ours at place {side.first_difference} "
@@ -77,13 +79,13 @@ def generate(prompt_tokens: str, cache: str, coreset: str, peers: str, out: Path
                                  "can do that, so try another --seed before you suspect the model.")
 
 
-def _gguf(peer: str, model: Work, bundle: Bundle) -> Path:
-    """The file that a peer `llama-cpp` or `llama-cpp:TYPE` runs, beside the geometry's bundle."""
+def _gguf(peer: str, usual: str, model: Work, bundle: Bundle) -> Path:
+    """The file that a peer `llama-cpp` (of the usual type) or `llama-cpp:TYPE` runs, beside the geometry's bundle."""
     if not model.geometry:
         raise RequestError("The peer llama-cpp gets its weights from --geometry; leave BUNDLE out, or the peer.")
     from ..bench.peer_llama_cpp import TYPES
 
-    kind = peer.partition(":")[2] or PAIRS[bundle.manifest.precision_in_words][0]
+    kind = peer.partition(":")[2] or usual
     if kind not in TYPES:
         raise RequestError(f"Peer {peer!r} is not known; types of llama-cpp are {', '.join(TYPES)}.")
     return replace(model, folder=bundle.folder.parent).gguf(kind)
@@ -96,7 +98,7 @@ def _show(result: GenerateBench) -> None:
               f"{count(result.max_new_tokens, 'new token')} in blocks of {result.block_length}, "
               f"{count(result.steps, 'step')} each, {count(limits.threads, 'thread')}, "
               f"{count(result.rounds, 'round')}, products by "
-              f"{computed_by(result.cpu_ops)}\nlimits: read {limits.read_gb_per_s:.1f} GB/s, "
+              f"{computed_by(result.cpu_ops)}, {result.products}\nlimits: read {limits.read_gb_per_s:.1f} GB/s, "
               f"copy {limits.copy_gb_per_s:.1f} GB/s, product {limits.gflop_per_s:.0f} GFLOP/s")
     table = Table("prompt", "cache", "coreset", "experts", "forwards", "ran", "who", "tokens/s", "ms per step",
                   "outside", "ratio", "of steps", "same", title="median (quartiles); ratio = peer's time / ours")

@@ -15,7 +15,7 @@ from ..runtime.cpu.session import MOST_THREADS
 from ..words import count
 from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
 from .help import SETTINGS, Verb, option
-from .options import JSON, OUT, PLOT
+from .options import CPU_PRODUCTS, JSON, OUT, PLOT
 from .output import console
 from .progress import step_bar
 
@@ -40,6 +40,7 @@ from .progress import step_bar
         help="Whether our kernels compute experts and linear layers; auto: where they are installed")
 @option("--threads", type=click.IntRange(1, MOST_THREADS), default=2, group="bundle and machine",
         values="between 1 and 8 per CPU", help="Threads per operator")
+@CPU_PRODUCTS
 @option("--ops", type=click.IntRange(min=0), default=0, group="output", help="Show so many of the slowest ops")
 @OUT
 @PLOT
@@ -70,7 +71,7 @@ def _show(result: StepBench, ops: int) -> None:
     out.print(f"{result.model}, {count(result.layers, 'layer')}, {result.precision}, {result.routing}: "
               f"{count(result.tokens, 'token')}, {count(result.rows, 'vocabulary row')}, "
               f"{count(limits.threads, 'thread')}, products by "
-              f"{computed_by(result.cpu_ops)}\nlimits: read "
+              f"{computed_by(result.cpu_ops)}, {result.products}\nlimits: read "
               f"{limits.read_gb_per_s:.1f} GB/s, copy {limits.copy_gb_per_s:.1f} GB/s, product "
               f"{limits.gflop_per_s:.0f} GFLOP/s")
     table = Table("experts", "cached", "step ms", "products ms", "ratio", "of least", "limit", "GB/s", "GFLOP/s",

@@ -80,7 +80,7 @@ EXPORT = "export of a checkpoint"
 @option("--precision", type=click.Choice(PRECISIONS), group=EXPORT, shown="fp16",
         help="How weights are stored; int8 and int4: those of the routed experts alone; a bundle keeps its own")
 @option("--dense-precision", type=click.Choice(COMPUTE_TYPES), group=EXPORT, shown="fp16",
-        help="With int8 or int4: how everything else is stored")
+        help="With int8 or int4: type of everything else")
 @option("--group-size", type=click.Choice(["32", "64", "128"]), callback=as_number, group=EXPORT,
         shown="64, or 32 where that does not fit", help="With int8 or int4: weights that share a scale")
 @option("--layers", type=int, group=EXPORT, values="at least 1", shown="all",
@@ -142,7 +142,7 @@ def build(context: click.Context, source: str | None, recipe_name: str | None, l
         check_target(out, force)
         if dry_run:
             raise InputError(f"--dry-run plans from a bundle; export {source} first with: dmoe-export export {source} "
-                             f"--out {out} --precision {precision or 'fp16'}.")
+                             f"--out {out} {_for_gpus(precision or 'fp16', export_options['dense_precision'])}.")
         bundle = _export(source, out, precision or "fp16", export_options, force, as_json)
         place: Any = contextlib.nullcontext(bundle.folder)
     else:
@@ -191,6 +191,13 @@ def _fetched(source: str, out: Path | None, dry_run: bool) -> str:
         raise InputError(f"{source} is a bundle on the hub, and engines are not put into the hub's cache; give --out "
                          "BUNDLE.")
     return str(folder) if folder else source
+
+
+def _for_gpus(precision: Any, dense: Any) -> str:
+    """The options of `export` that make a bundle as `build` would."""
+    compute = dense or ("fp16" if precision in ("int8", "int4") else precision)
+    kept = f" --dense-precision {compute}" if precision in ("int8", "int4") else ""
+    return f"--precision {precision}{kept} --compute {compute}"
 
 
 def _export(source: str, out: Path, precision: Any, options: dict[str, Any], force: bool, as_json: bool) -> Bundle:

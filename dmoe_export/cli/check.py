@@ -12,7 +12,7 @@ from ..errors import MissingRequirementError
 from ..extras import pip_install
 from ..runtime.choose import BACKENDS
 from .help import SETTINGS, Verb, folders, option
-from .options import VERIFY, seal_options
+from .options import CPU_PRODUCTS, VERIFY, seal_options
 from .output import reader_may_leave, say
 from .progress import step_bar
 from .recipes import complete_recipe
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         help="Folder or hub id of the checkpoint")
 @option("--backend", "backends", type=click.Choice(BACKENDS), multiple=True, group="what is compared",
         shown="onnxruntime, and auto's choice", help="What to check; may be given again")
+@CPU_PRODUCTS
 @option("--layers", type=int, group="what is compared", values="at least 1", shown="all",
         help="Check the first so many layers only: little memory, nothing is decoded")
 @option("--prompt", "prompts", multiple=True, metavar="TEXT", group="what is compared",

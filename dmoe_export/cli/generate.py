@@ -18,7 +18,7 @@ from ..guards.regular_file import read_regular
 from ..text.prompts import Prompt
 from ..words import count, size, visible
 from .help import SETTINGS, Verb, option
-from .options import BACKEND, THREADS, VERIFY, request_options, seal_options
+from .options import BACKEND, CPU_PRODUCTS, THREADS, VERIFY, request_options, seal_options
 from .output import say
 from .progress import byte_bar
 
@@ -44,6 +44,7 @@ _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
         help="Denoise steps between changes of the experts kept: auto, never or a number")
 @BACKEND
 @THREADS
+@CPU_PRODUCTS
 @VERIFY
 @seal_options
 @option("--stream", is_flag=True, group="output", help="Print blocks as they are finished")
@@ -51,7 +52,7 @@ _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
         help="Print one JSON object (with --stream: one per block first)")
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
              as_json: bool, backend: Any, threads: int | None, verify: Any, expert_budget: str | None,
-             experts_per_layer: int | None, expert_refresh_interval: str, expect_sha256: str | None,
+             experts_per_layer: int | None, expert_refresh_interval: str, cpu_products: Any, expect_sha256: str | None,
              trusted_key: Path | None, **options: Any) -> None:
     """Answer one prompt with BUNDLE, a folder or a hub id.
 
@@ -71,7 +72,7 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
 
         generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify, progress=progress,
                                    expert_budget=expert_budget, experts_per_layer=experts_per_layer,
-                                   expert_refresh_interval=expert_refresh_interval,
+                                   expert_refresh_interval=expert_refresh_interval, cpu_products=cpu_products,
                                    expect_sha256=expect_sha256, trusted_key=trusted_key)
     if not stream:
         result = generator.generate([given], **options)[0]
@@ -132,9 +133,10 @@ def _summary(result: Generation, generator: Generator, options: dict[str, Any]) 
         r = stats.residency
         experts += (f"{r['hit_rate']:.0%} of uses resident, {size(r['brought_bytes'])} of experts brought in "
                     f"ahead, at most {size(r['peak_bytes'])} in memory, ")
+    products = f"; products {stats.products}" if stats.products else ""
     return (f"[{result.finish_reason}: {count(stats.new_tokens, 'token')}, "
             f"{count(stats.forwards, 'forward pass', 'es')} ({phases}){ran}, {experts}{seconds:.2f} s "
-            f"on {generator.backend.name}: {generator.backend_choice}{defaults}]")
+            f"on {generator.backend.name}: {generator.backend_choice}{products}{defaults}]")
 
 
 def _shown(result: Generation) -> str:

@@ -14,6 +14,7 @@ from ..bundle.hub import resolve_bundle
 from ..bundle.manifest import Manifest
 from ..bundle.reader import open_bundle
 from ..description import RUNTIME_SETTINGS
+from ..runtime.cpu.products import told_products
 from ..runtime.residency.budget import plan_budget
 from ..words import visible
 from .help import SETTINGS, Verb, option
@@ -36,6 +37,7 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool,
     summary, moe = sizes(manifest) | prediction(manifest, expert_budget), manifest.model.moe
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle), "verified": verify, "sha256": opened.sha256, "sizes": summary,
+                               "cpu_products": told_products(manifest),
                                "manifest": manifest.model_dump(mode="json")}))
         return
     out = console()
@@ -65,6 +67,7 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool,
     for sentence in manifest.warnings:
         say(f"Warning of the export: {sentence}")
     out.print(_table("Sizes", {name.replace("_", " "): f"{value:,}" for name, value in summary.items()}))
+    out.print(_table("Products on this CPU, --cpu-products", told_products(manifest)))
     ops = Table("op", "domain", "version", "nodes", title="Custom ops")
     for op in manifest.denoiser.ops:
         ops.add_row(_cell(op.name), _cell(op.domain), str(op.version), str(op.count))

@@ -11,6 +11,7 @@ import click
 from ..bundle.reader import Verify
 from ..decoding.settings import OPTIONS
 from ..runtime.choose import BACKENDS
+from ..runtime.cpu.products import PRODUCTS
 from ..runtime.cpu.session import MOST_THREADS
 from .help import GroupedOption, metavar, option
 
@@ -24,6 +25,10 @@ BACKEND = option(
 THREADS = option("--threads", type=click.IntRange(1, MOST_THREADS), group="bundle and machine",
                  help="Threads per operator on the CPU", values="between 1 and 8 per CPU",
                  shown="ONNX Runtime's choice")
+CPU_PRODUCTS = option(
+    "--cpu-products", type=click.Choice(PRODUCTS), default="exact", group="bundle and machine",
+    help="What weights are multiplied with on the CPU: exact (float32) or fast (integers for int8 and int4, bfloat16 "
+    "for bf16, where the processor has them; rounds activations)")
 VERIFY = option(
     "--verify", type=click.Choice(get_args(Verify)), default="full", group="bundle and machine",
     help="What is compared with the manifest before use: full (sizes and hashes) or sizes")

@@ -42,6 +42,7 @@ class Statistics:
     salient_by_step: list[list[int]] = field(default_factory=list)  # per sparse step: salient rows of each layer
     salient_overflows: int = 0  # steps made dense because more rows were salient than the capacity
     residency: dict[str, Any] | None = None  # of the whole batch, where experts live under a budget
+    products: str | None = None  # what weights were multiplied with on the CPU, such as "exact (float32)"
 
     def record(self, phase: Phase, expert_ids: NDArray[np.int32], seconds: float, rides: Phase | None = None,
                ridden: int = 0) -> None:
@@ -107,8 +108,9 @@ class Statistics:
         """For JSON."""
         raw = asdict(self)
         del raw["unique_by_phase"]
-        if self.residency is None:
-            del raw["residency"]
+        for name in ("residency", "products"):
+            if raw[name] is None:
+                del raw[name]
         return {**raw, "forwards": self.forwards, "executed_forwards": self.executed_forwards,
                 "tokens_per_forward": self.tokens_per_forward,
                 "unique_experts": self.unique_experts, "salient_rows": self.salient_rows}

@@ -8,6 +8,7 @@ from ..bundle.reader import Bundle
 from ..errors import MissingRequirementError, as_clause
 from .backend import Backend
 from .cpu.backend import OnnxRuntimeBackend
+from .cpu.products import Products, on_cpus_only
 from .cpu.resident import open_resident
 from .gpu.backend import DeviceBackend
 from .gpu.onnxruntime import has_provider, open_onnxruntime_cuda
@@ -23,19 +24,24 @@ BackendName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt"]
 BACKENDS: tuple[BackendName, ...] = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt")
 
 
-def open_backend(bundle: Bundle, name: BackendName = "auto", threads: int | None = None) -> tuple[Backend, str]:
+def open_backend(bundle: Bundle, name: BackendName = "auto", threads: int | None = None,
+                 products: Products = "exact") -> tuple[Backend, str]:
     """The backend, and a short sentence why it is this one.
 
     "auto" takes TensorRT when the bundle has an engine that runs here, else ONNX Runtime's CUDA provider when there is
-    one and a GPU, else the CPU; a name means that one or an error. `threads`: of one operator on the CPU. Raises
-    MissingRequirementError, BundleError.
+    one and a GPU, else the CPU; a name means that one or an error. `threads`: of one operator on the CPU. `products`:
+    fast ones are the CPU's, so "auto" then takes it. Raises MissingRequirementError, BundleError, RequestError.
     """
+    on_cpus_only(products, name)
     if name == "tensorrt":
         return open_tensorrt(bundle), "as asked for"
     if name == "onnxruntime-cuda":
         return _with_kernels(open_onnxruntime_cuda(bundle), "as asked for")
     if name == "onnxruntime":
-        return _with_kernels(OnnxRuntimeBackend(bundle, threads), "as asked for")
+        return _with_kernels(OnnxRuntimeBackend(bundle, threads, products=products), "as asked for")
+    if products == "fast":
+        return _with_kernels(OnnxRuntimeBackend(bundle, threads, products=products),
+                             "fast products of the CPU were asked for")
     reasons = []
     if not bundle.manifest.engines:
         reasons.append("the bundle holds no engine")
@@ -59,15 +65,18 @@ def open_backend(bundle: Bundle, name: BackendName = "auto", threads: int | None
 
 
 def open_under_budget(bundle: Bundle, budget: ExpertBudget, interval: Interval, name: BackendName = "auto",
-                      threads: int | None = None) -> tuple[ResidentBackend, str]:
+                      threads: int | None = None, products: Products = "exact") -> tuple[ResidentBackend, str]:
     """The backend that keeps a budget here, and why it is this one.
 
     "auto" takes TensorRT when the bundle has an engine with expert pools that runs here, else ONNX Runtime on the CPU.
-    Raises as `open_tensorrt_under_budget` and `open_resident`.
+    `products`: as in `open_backend`. Raises as `open_tensorrt_under_budget`, `open_resident` and `open_backend`.
     """
+    on_cpus_only(products, name)
     if name == "tensorrt":
         return open_tensorrt_under_budget(bundle, budget, interval), "as asked for"
     why = "the bundle has no engine with expert pools" if name == "auto" else "as asked for"
+    if products == "fast" and name == "auto":
+        why, name = "fast products of the CPU were asked for", "onnxruntime"
     if name == "auto" and any(entry.expert_pools for entry in bundle.manifest.engines):
         try:
             return (open_tensorrt_under_budget(bundle, budget, interval),
@@ -77,7 +86,7 @@ def open_under_budget(bundle: Bundle, budget: ExpertBudget, interval: Interval, 
     if name not in ("auto", "onnxruntime"):
         raise MissingRequirementError(f"An expert budget works with backend onnxruntime, not yet with {name}; choose "
                                       "--backend onnxruntime.")
-    return _with_kernels(open_resident(bundle, budget, interval, threads), why)
+    return _with_kernels(open_resident(bundle, budget, interval, threads, products), why)
 
 
 def _with_kernels(backend: _Told, why: str) -> tuple[_Told, str]:

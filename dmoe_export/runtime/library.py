@@ -34,10 +34,12 @@ class LibrarySession:
     def __init__(self, path: Path, source: ExpertSource | None = None) -> None:
         """Raises MissingRequirementError where library or ONNX Runtime does not take the other."""
         self._path = path
-        self._library = load(path, "dmoe_session_create", "dmoe_session_kernels")
+        self._library = load(path, "dmoe_session_create", "dmoe_session_kernels", "dmoe_session_set_products")
         create, kernels = self._library.dmoe_session_create, self._library.dmoe_session_kernels
+        choose = self._library.dmoe_session_set_products
         create.restype, create.argtypes = ctypes.c_void_p, [ctypes.c_void_p] * 3
         kernels.restype, kernels.argtypes = ctypes.c_int64, [ctypes.c_void_p, ctypes.c_char_p]
+        choose.restype, choose.argtypes = None, [ctypes.c_void_p, ctypes.c_int32]
         self._address = create(*(source or (None, None, None)))
         assert self._address, f"{path.name} asks no expert source"
         self.register(ort.SessionOptions())
@@ -53,6 +55,10 @@ class LibrarySession:
     def kernels(self, op: str) -> int:
         """Kernels the library has made for nodes of this op, such as "DmoeExperts"."""
         return int(self._library.dmoe_session_kernels(self._address, op.encode()))
+
+    def set_fast(self, fast: bool) -> None:
+        """Whether products may round activations to the integers or bfloat16 of faster instructions, from now on."""
+        self._library.dmoe_session_set_products(self._address, fast)
 
     @property
     def rebuild(self) -> str:
@@ -92,7 +98,8 @@ def kernels_of(session: LibrarySession | None, ops: Mapping[str, int], words: Ma
         why_not = f"{ours} serve " + " and ".join(f"{made[op]} of {ops[op]} {op} nodes" for op in missing)
     sides = {ours: [words[op] for op in made if op not in missing],
              f"ONNX Runtime's own ops ({why_not})": [words[op] for op in missing]}
-    return Kernels(missing, ", ".join(f"{' and '.join(what)} on {side}" for side, what in sides.items() if what))
+    said = [f"{' and '.join(dict.fromkeys(what))} on {side}" for side, what in sides.items() if what]
+    return Kernels(missing, ", ".join(said))
 
 
 def _check_whole(library: Path) -> None:

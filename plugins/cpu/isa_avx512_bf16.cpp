@@ -22,13 +22,13 @@ inline Vector dot(Vector sums, __m512i a, __m512i b)
         _mm512_dpbf16_ps(reinterpret_cast<__m512>(sums), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 }
 
-// A narrowed token: K values, then zeros.
+// A narrowed token: K values, then zeros to the end of a vector.
 int64_t tokenBytes(Matrix const& m) { return oddLines(2 * int64_t{m.columns}); }
 
 void narrow(Matrix const& m, float const* x, uint8_t* narrowed)
 {
-    for (int32_t k = 0; k < m.columns; k += kLanes) {
-        int32_t const some = m.columns - k < kLanes ? m.columns - k : kLanes;
+    for (int32_t k = 0; k < (m.columns + kStep - 1) / kStep * kStep; k += kLanes) {
+        int32_t const left = m.columns - k, some = left > kLanes ? kLanes : left > 0 ? left : 0;
         __m256bh const rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(loadSome(x + k, some)));
         std::memcpy(narrowed + 2 * k, &rounded, sizeof rounded);
     }

@@ -17,7 +17,7 @@ from dmoe_export.checkpoint.dequantise import awq_integers, gptq_weights, gptq_z
 from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.checkpoint.quantised_reader import open_tensors
 from dmoe_export.checkpoint.quantised_storage import read_storage
-from dmoe_export.description import ExpertQuantisation
+from dmoe_export.description import ExpertQuantisation, WeightFormats
 from dmoe_export.errors import CheckpointError
 from dmoe_export.export.conversion import Conversion, padded_width
 
@@ -157,10 +157,10 @@ def test_a_quantised_checkpoint_becomes_a_quantised_bundle(tiny_checkpoint, tmp_
     made = Checkpoint(write(tmp_path / "c", config | {"quantization_config": GPTQ}, {FILE: stored}))
     as_floats = Checkpoint(write(tmp_path / "floats", config, {FILE: twin}))
     width = padded_width(32, 24, 4, how)
-    first, second = ([(t.name, t.dtype, t.shape, b"".join(t.chunks))
-                      for t in Conversion(source, torch.float32, width, quantisation=how).experts()]
-                     for source in (made, as_floats))
-    assert first == second and len(first) == 4
+    formats = WeightFormats(dense="int4", head="int8", embedding="fp32", experts="int4", group_size=32)
+    first, second = ([(t.name, t.dtype, t.shape, b"".join(t.chunks)) for tensors in (read.dense(), read.experts())
+                      for t in tensors] for read in (Conversion(c, formats, "fp32", width) for c in (made, as_floats)))
+    assert first == second and [t[0] for t in first].count("lm_head.weight_scales") == 1 and len(first) == 38
 
 
 REFUSED_CONFIGS = [

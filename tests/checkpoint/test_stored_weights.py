@@ -14,6 +14,7 @@ from dmoe_export.check.identity import read_digests
 from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.checkpoint.quantised_reader import open_tensors
 from dmoe_export.checkpoint.reader import CheckpointReader
+from dmoe_export.description import WeightFormats
 from dmoe_export.errors import CheckpointError
 from dmoe_export.export.conversion import Conversion
 
@@ -108,7 +109,7 @@ def test_float64_is_read_and_what_float32_cannot_hold_is_refused(tiny_checkpoint
     wide = Checkpoint(write(tmp_path / "wide", config_of(tiny_checkpoint), {A: stored}))
 
     def data(checkpoint):
-        conversion = Conversion(checkpoint, torch.float32, 24)
+        conversion = Conversion(checkpoint, WeightFormats.all_as("fp32", True), "fp32", 24)
         return [bytes(chunk) for tensor in (*conversion.dense(), *conversion.experts()) for chunk in tensor.chunks]
 
     assert data(wide) == data(Checkpoint(tiny_checkpoint))
@@ -118,8 +119,9 @@ def test_float64_is_read_and_what_float32_cannot_hold_is_refused(tiny_checkpoint
         data(beyond)
     with pytest.raises(CheckpointError, match=r"beyond bfloat16; use --precision fp32"):
         stored["lm_head.weight"][3, 4] = 3.4e38
-        list(next(t for t in Conversion(Checkpoint(write(tmp_path / "b", config_of(tiny_checkpoint), {A: stored})),
-                                        torch.bfloat16, 24).dense() if t.name == "lm_head.weight").chunks)
+        conversion = Conversion(Checkpoint(write(tmp_path / "b", config_of(tiny_checkpoint), {A: stored})),
+                                WeightFormats.all_as("bf16", True), "fp32", 24)
+        list(next(tensor for tensor in conversion.dense() if tensor.name == "lm_head.weight").chunks)
 
 
 def _fused(stored, prefix, count, suffix=""):

@@ -52,14 +52,14 @@ def traces_shared(folder: Path, traced_anew: bool = True, keep: bool = False) ->
         yield
 
 
-def _converted(source: Any, description: Any, routing: Any, dtype: Any, width: int, how: Any) -> None:
+def _converted(source: Any, description: Any, routing: Any, compute: Any, formats: Any, width: int) -> None:
     """Convert all weights, and compute one forward of the eager model."""
     from dmoe_export.export.conversion import Conversion
     from dmoe_export.model.backend import EagerBackend
     from dmoe_export.model.load import load_denoiser
     from dmoe_export.runtime.backend import ForwardInputs
 
-    conversion = Conversion(source, dtype, width, quantisation=how)
+    conversion = Conversion(source, formats, compute, width)
     for tensors in (conversion.dense(), conversion.experts()):
         for tensor in tensors:
             for _ in tensor.chunks:

@@ -27,6 +27,8 @@ FORMATS = ["float", "half", "int8", "int4", "bfloat"]  # by number, as dmoe_cpu_
 TOLERANCE = linear_helpers.TOLERANCE  # of Σ |x · w|
 FLIPPED = 5e-3  # of the largest output: a value between two products that was rounded to the next integer
 LINEAR = ["int8", "int4", "int8 half", "int4 half", "bfloat weights"]  # kinds of linear_helpers.ALL
+SIZES = [(1, 64, 40), (2, 2048, 7), (3, 96, 33), (4, 160, 9), (5, 32, 14), (7, 192, 50), (12, 130, 30), (13, 67, 25),
+         (17, 96, 41), (33, 2048, 50), (64, 160, 13), (70, 97, 24)]
 EXPERTS = ["int8", "int4", "int8 half", "int4 half", "bfloat weights"]  # of cpu_ops_helpers.FORMATS
 
 
@@ -127,8 +129,7 @@ def main() -> None:
     """Sizes that meet every tile and tail; prints the products."""
     library = Path(sys.argv[1])
     for kind in LINEAR:
-        for tokens, columns, rows in [(1, 64, 40), (2, 2048, 7), (3, 96, 33), (4, 160, 9), (5, 32, 14), (7, 192, 50),
-                                      (12, 130, 30), (13, 67, 25), (17, 96, 41), (33, 2048, 50), (64, 160, 13), (70, 97, 24)]:
+        for tokens, columns, rows in SIZES:
             for group in (32, 64, 128) if "int" in kind else (1,):
                 whole = -(-columns // group) * group
                 feeds = linear_helpers.case(tokens, whole, rows, tokens % 2 == 1, tokens, kind, group)

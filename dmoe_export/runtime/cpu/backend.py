@@ -16,6 +16,7 @@ from ..cache import HostCache
 from ..edited import EditedGraph
 from ..library import ExpertSource
 from .library import CpuOps
+from .products import Products, products_of
 from .salient import OnnxRuntimeSalient
 from .session import CpuSession, open_session
 
@@ -39,22 +40,25 @@ class OnnxRuntimeBackend:
 
     def __init__(self, bundle: Bundle, threads: int | None = None, graph: EditedGraph | None = None,
                  cpu_ops: CpuOps = "auto", source: ExpertSource | None = None,
-                 weights: Mapping[str, Any] | None = None) -> None:
+                 weights: Mapping[str, Any] | None = None, products: Products = "exact") -> None:
         """Load the graph; `threads` limits the threads of one operator (default: ONNX Runtime's choice).
 
-        `graph`: one in place of the bundle's (checks). `cpu_ops`, `source`, `weights`: see `open_session`; `kernels`
-        says what it came to.
+        `graph`: one in place of the bundle's (checks). `cpu_ops`, `source`, `weights`, `products`: see `open_session`;
+        `kernels` and `products` say what it came to.
         """
         check_precision(bundle)
         manifest = bundle.manifest
         self.description, self.routing = manifest.model, manifest.routing
         self._bundle = bundle
-        opening = partial(open_session, bundle=bundle, threads=threads, cpu_ops=cpu_ops, source=source, weights=weights)
+        opening = partial(open_session, bundle=bundle, threads=threads, cpu_ops=cpu_ops, source=source, weights=weights,
+                          products=products)
         self._open: Callable[[GraphEntry | EditedGraph], CpuSession] | None = opening  # None once closed
         self._salient: dict[int | None, OnnxRuntimeSalient] = {}
         self._dtype = np.dtype(_CACHE_DTYPES[manifest.precision])
         self._session: CpuSession | None = opening(graph or manifest.denoiser)
         self.kernels = self._session.kernels
+        on = "ONNX Runtime's own ops" if self.kernels.missing else products_of(manifest, products)
+        self.products = f"{products} ({on})"  # fast ones have no kernels missing
         given = {entry.name for entry in manifest.denoiser.inputs}
         defaults: dict[str, Any] = {
             "top_p": np.array([self.routing.top_p], np.float32),

@@ -15,7 +15,7 @@ from ..ort import ort
 
 INSTALLED = library("libdmoe_cpu.so")
 SERVED = {experts.SCHEMA.name: "experts", linear.SCHEMA.name: "linear layers",
-          linear.QUANTISED_SCHEMA.name: "quantised linear layers"}
+          linear.QUANTISED_SCHEMA.name: "linear layers"}
 
 CpuOps = Literal["auto", "on", "off"]
 

@@ -15,11 +15,12 @@ from . import library
 from .backend import OnnxRuntimeBackend, check_precision
 from .expert_layout import expert_tensors
 from .mapped_experts import MappedExperts
+from .products import Products
 
 _BFLOAT16 = 16  # of onnx.TensorProto; numpy has no such type
 
 def open_resident(bundle: Bundle, budget: ExpertBudget, interval: Interval,
-                  threads: int | None = None) -> ResidentBackend:
+                  threads: int | None = None, products: Products = "exact") -> ResidentBackend:
     """ONNX Runtime's CPU provider under a budget.
 
     Raises MissingRequirementError where that is not possible: see `check_experts`.
@@ -30,7 +31,7 @@ def open_resident(bundle: Bundle, budget: ExpertBudget, interval: Interval,
     bits = _BFLOAT16 if bundle.manifest.formats.experts == "bf16" else None
     weights = {name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, bits) if bits
                else ort.OrtValue.ortvalue_from_numpy(array) for name, array in tier.weights.items()}
-    backend = OnnxRuntimeBackend(bundle, threads, cpu_ops="on", source=tier.source, weights=weights)
+    backend = OnnxRuntimeBackend(bundle, threads, cpu_ops="on", source=tier.source, weights=weights, products=products)
     residency = Residency(len(model.moe_layers), model.experts.num_experts, budget.residents, interval)
     return ResidentBackend(backend, residency, tier, budget)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...bundle.manifest import GraphEntry
 from ...bundle.reader import Bundle
-from ...errors import BundleError, MissingRequirementError
+from ...errors import BundleError, MissingRequirementError, RequestError
 from ...ops import experts
 from ..edited import EditedGraph
 from ..graph_errors import not_loaded, not_run
@@ -16,6 +16,7 @@ from ..graph_fits import Results, check_declared
 from ..library import ExpertSource, Kernels, LibrarySession, kernels_of
 from ..ort import EXTERNAL_FOLDER, FATAL, ort
 from .library import SERVED, CpuOps, open_library
+from .products import Products
 
 MOST_THREADS = 8 * (os.cpu_count() or 1)  # ONNX Runtime starts as many as it is told, whatever becomes of the machine
 _QUANTISED_FROM = 1, 25
@@ -57,13 +58,14 @@ class CpuSession:
 
 def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int | None = None,
                  cpu_ops: CpuOps = "auto", source: ExpertSource | None = None,
-                 weights: Mapping[str, Any] | None = None) -> CpuSession:
+                 weights: Mapping[str, Any] | None = None, products: Products = "exact") -> CpuSession:
     """A session over a graph of the bundle, from its file as it is, or over an edited one.
 
     `threads`: of one operator. `cpu_ops`: whether our kernels compute experts and linear layers ("auto": where they
     can, "on": that or an error). `source`: who holds experts while our kernels read them. `weights`: initializers by
-    name, as OrtValues, in place of what lies in the data files. Raises BundleError for a graph that is none, or not the
-    manifest's, MissingRequirementError where this ONNX Runtime, or the machine's memory, cannot load it.
+    name, as OrtValues, in place of what lies in the data files. `products`: fast ones need our kernels.
+    Raises BundleError for a graph that is none, or not the manifest's, MissingRequirementError where this ONNX Runtime,
+    or the machine's memory, cannot load it.
     """
     options = ort.SessionOptions()
     options.log_severity_level = FATAL
@@ -77,9 +79,13 @@ def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int |
     else:
         model = name = str(bundle.folder / graph.file)
         ops = {op.name: op.count for op in graph.ops}
-    library, why_not = open_library(cpu_ops, options, source)
+    if products == "fast" and cpu_ops == "off":
+        raise RequestError("Fast products are those of our CPU kernels, which are off; leave --cpu-products fast out.")
+    library, why_not = open_library("on" if products == "fast" else cpu_ops, options, source)
     if library is None:
         _check_version(bundle)
+    else:
+        library.set_fast(products == "fast")
     for weight, value in (weights or {}).items():
         options.add_initializer(weight, value)
     try:
@@ -89,7 +95,7 @@ def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int |
         folder = None if isinstance(graph, EditedGraph) else bundle.folder
         raise not_loaded(error, name, folder, bundle.manifest.denoiser.opset) from error
     kernels = kernels_of(library, ops, SERVED, "our CPU kernels", why_not)
-    if library and kernels.missing and cpu_ops == "on":
+    if library and kernels.missing and (cpu_ops == "on" or products == "fast"):
         raise MissingRequirementError(f"Our CPU kernels do not fit {name}, which would run with {kernels.sentence}; "
                                       f"{library.rebuild}.")
     if experts.SCHEMA.name in kernels.missing:

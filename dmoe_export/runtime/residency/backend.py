@@ -95,6 +95,11 @@ class ResidentBackend:
         """Whose kernels run, where the other backend tells."""
         return getattr(self._backend, "kernels", Kernels([], ""))
 
+    @property
+    def products(self) -> str | None:
+        """What products the other backend takes, where it tells."""
+        return getattr(self._backend, "products", None)
+
     def salient_graphs(self, capacity: int | None) -> ResidentSalient:
         """The other backend's, under the same budget. Raises RequestError where it has none."""
         if not isinstance(self._backend, SalientBackend):
