@@ -126,15 +126,19 @@ def test_wrong_groups_are_refused():
             helpers.session(built(), False, "int8", group)
 
 
-@pytest.mark.parametrize("tokens", [3, 40])
-def test_weight_file_cut_short_while_it_is_read(tokens, tiny_bundle, tmp_path):
+@pytest.mark.parametrize(("tokens", "kind"), [(3, "float"), (40, "float"), (3, "bfloat weights"), (40, "int4")])
+def test_weight_file_cut_short_while_it_is_read(tokens, kind, tiny_bundle, tmp_path):
     """Neither a crash nor a number, then and later."""
-    weights = np.ones((4096, 64), np.float32)
+    feeds = {"x": np.ones((tokens, 64), np.float32)}
+    weights = np.ones((16384, 64), helpers.ALL[kind].weights)
+    if kind == "int4":
+        weights = np.full((16384, 32), 0x99, np.uint8)  # 1 and 1
+        feeds["scales"] = np.ones((16384, 2), np.float32)
     weights.tofile(tmp_path / "w.bin")
-    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=weights.shape,
+    tensor = TensorProto(name="w", data_type=helpers.elem_type(weights.dtype.type), dims=weights.shape,
                          data_location=TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value="w.bin")
-    model = onnx.load_from_string(helpers.linear_model(bias=False))
+    model = onnx.load_from_string(helpers.linear_model(bias=False, kind=kind))
     model.graph.initializer.append(tensor)
     del model.graph.input[1]
     onnx.save(model, tmp_path / "model.onnx")
@@ -143,7 +147,6 @@ def test_weight_file_cut_short_while_it_is_read(tokens, tiny_bundle, tmp_path):
     options.register_custom_ops_library(str(built()))
     raw = ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
     session = CpuSession(raw, "denoiser.onnx", tiny_bundle, None, Kernels([], ""), None)
-    feeds = {"x": np.ones((tokens, 64), np.float32)}
     assert (session.run(["y"], feeds)[0] == 64).all()
     os.truncate(tmp_path / "w.bin", 8192)
     for _ in range(2):
