@@ -2,7 +2,9 @@
 #include "products.h"
 
 #include <cstdlib>
+#include <initializer_list>
 #include <string>
+#include <utility>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -14,9 +16,14 @@ namespace dmoe::cpu {
 extern InstructionSet const kGeneric;
 #if defined(__x86_64__)
 extern InstructionSet const kAvx2, kAvx512;
-extern Products const kAvx2Integer, kAvxVnni, kAvx512Vnni, kAvx512Bf16;
+#endif
+
+// Null where the compiler was too old for their file (CMakeLists.txt).
+#define DMOE_OPTIONAL extern __attribute__((weak)) Products const
+#if defined(__x86_64__)
+DMOE_OPTIONAL kAvx2Integer, kAvxVnni, kAvx512Vnni, kAvx512Bf16;
 #elif defined(__aarch64__)
-extern Products const kNeonDotprod;
+DMOE_OPTIONAL kNeonDotprod;
 #endif
 
 namespace {
@@ -85,14 +92,22 @@ InstructionSet const& instructionSet()
 
 Products const* fastProducts(Format format)
 {
+    [[maybe_unused]] auto const first = [](std::initializer_list<std::pair<Level, Products const*>> all) -> Products const* {
+        for (auto const& [level, products] : all) {
+            if (products && has(level)) {
+                return products;
+            }
+        }
+        return nullptr;
+    };
     bool const integers = format == Format::kInt8 || format == Format::kInt4;
 #if defined(__x86_64__)
     if (integers) {
-        return has(kHasAvx512Vnni) ? &kAvx512Vnni : has(kHasAvxVnni) ? &kAvxVnni : has(kHasAvx2) ? &kAvx2Integer : nullptr;
+        return first({{kHasAvx512Vnni, &kAvx512Vnni}, {kHasAvxVnni, &kAvxVnni}, {kHasAvx2, &kAvx2Integer}});
     }
-    return format == Format::kBFloat && has(kHasAvx512Bf16) ? &kAvx512Bf16 : nullptr;
+    return format == Format::kBFloat ? first({{kHasAvx512Bf16, &kAvx512Bf16}}) : nullptr;
 #elif defined(__aarch64__)
-    return integers && has(kHasDotprod) ? &kNeonDotprod : nullptr;
+    return integers ? first({{kHasDotprod, &kNeonDotprod}}) : nullptr;
 #else
     static_cast<void>(integers);
     return nullptr;

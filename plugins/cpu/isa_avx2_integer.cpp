@@ -5,5 +5,5 @@
 #define DMOE_PANEL_ROWS 3
 #define DMOE_ROWS 2
 #define DMOE_TOKENS 2
-#define DMOE_FEW 4
+#define DMOE_FEW 2
 #include "integer.inc"

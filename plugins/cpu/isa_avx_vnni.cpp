@@ -4,6 +4,6 @@
 #define DMOE_LANES 8
 #define DMOE_PANEL_ROWS 3
 #define DMOE_ROWS 2
-#define DMOE_TOKENS 3
-#define DMOE_FEW 4
+#define DMOE_TOKENS 2
+#define DMOE_FEW 2
 #include "integer.inc"

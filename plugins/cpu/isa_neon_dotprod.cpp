@@ -4,6 +4,6 @@
 #define DMOE_LANES 4
 #define DMOE_PANEL_ROWS 6
 #define DMOE_ROWS 2
-#define DMOE_TOKENS 4
-#define DMOE_FEW 3
+#define DMOE_TOKENS 2
+#define DMOE_FEW 2
 #include "integer.inc"

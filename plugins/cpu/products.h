@@ -17,7 +17,8 @@ namespace dmoe::cpu {
 //   int8, int4: every group of a token to q = round(x · 127 / max|x|), −127 … 127, and a scale max|x| / 127 in float32; sums
 //     of a group are exact, those over groups in float32. A group with a value that is not finite is NaN.
 //   bfloat16: to nearest, ties to even; sums in float32. Subnormal numbers count as zero.
-// Each result is one sum in a fixed order: it depends on the other tokens only by whether there are more than `few`.
+// Each result is one sum in a fixed order, which one depends on the number of tokens alone: on whether there are more than
+// `few`, and with integers than a quarter and half of the lanes of a vector.
 struct Products {
     char const* name;
     int32_t few; // up to so many tokens meet a matrix one by one; more in panels, in which they lie side by side
