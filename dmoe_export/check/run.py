@@ -44,10 +44,10 @@ def check_bundle(folder: str | Path, reference: str | Path | None = None, *, bac
     """Check a bundle against the eager float32 model of a checkpoint (each a folder or hub id), or of its own weights.
 
     `backends`: none = ONNX Runtime on the CPU and the best of this machine. `cpu_products`: as in `Generator.open`;
-    with fast ones, layers alone run exactly and what is in sequence is held to bfloat16's limits. `layers`: compare the
-    first N layers only, in little memory; nothing is decoded. `atol`, `cosine` replace limits of `gates.LIMITS`, and a
-    `recipe` those of layers alone. `verify`, `expect_sha256`, `trusted_key`: as in `open_bundle`. `weights`: also compare
-    all bytes with the checkpoint. `announce` is told the identity before anything is computed.
+    with fast ones, layers alone run exactly and what is in sequence is held to bfloat16's limits. `layers`: compare
+    the first N layers only, in little memory; nothing is decoded. `atol`, `cosine` replace limits of `gates.LIMITS`,
+    and a `recipe` those of layers alone. `verify`, `expect_sha256`, `trusted_key`: as in `open_bundle`. `weights`:
+    also compare all bytes with the checkpoint. `announce` is told the identity before anything is computed.
     Raises InputError for what cannot be read, MissingRequirementError for a machine that cannot run it, CheckError when
     the checkpoint's sizes are not the bundle's.
     """
