@@ -93,7 +93,10 @@ def build(bundle: Any, target: str, context: int) -> Any:
 
 def measure(bundle: Any, backend: Any, prompt_tokens: int, blocks: int, steps: int,
             settings: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of prefill, denoise and commit forwards, as the loop sees them: copies and waiting included."""
+    """Milliseconds of each kind of forward that ran, as the loop sees them: copies and waiting included.
+
+    `denoise_ms` is a step in which nothing rides, `commit+denoise_ms` one that takes the block before it along.
+    """
     from dmoe_export.generator import Generator
 
     generator = Generator(bundle, backend)
@@ -105,8 +108,8 @@ def measure(bundle: Any, backend: Any, prompt_tokens: int, blocks: int, steps: i
     before = (graphs.recorded, graphs.replayed) if graphs else (0, 0)
     generator.generate([prompt], **options, **settings)  # warms up: shapes, graphs, kernels
     stats = generator.generate([prompt], **options, **settings)[0].stats
-    forwards, seconds = stats.forwards_by_phase, stats.seconds_by_phase
-    return {"forwards": dict(forwards), "unique_experts": stats.unique_experts,
+    forwards, seconds = stats.executed_by_phase, stats.seconds_by_phase
+    return {"forwards": dict(forwards), "model_forwards": stats.forwards, "unique_experts": stats.unique_experts,
             "expert_bytes_touched": stats.expert_bytes_touched,
             "placement": getattr(backend, "placement", {}),
             "graphs": graphs and {"recorded": graphs.recorded - before[0], "replayed": graphs.replayed - before[1],
@@ -195,8 +198,10 @@ def line(r: dict[str, Any]) -> str:
             return f"{head} {why}: {r[why]}"
     if "profile" in r:
         return f"{head} {r['profile']['nodes_us']:.0f} us of nodes"
-    text = (f"{head} denoise {r['denoise_ms']:7.2f} ms, commit {r.get('commit_ms', float('nan')):7.2f}, prefill "
-            f"{r.get('prefill_ms', float('nan')):7.2f}, {r['unique_experts']:.1f} experts, nodes {r['placement']}")
+    others = ", ".join(f"{ran} {r[f'{ran}_ms']:.2f}" for ran, count in r["forwards"].items()
+                       if count and ran != "denoise")
+    text = (f"{head} denoise {r['denoise_ms']:7.2f} ms, {others}, {r['unique_experts']:.1f} experts, "
+            f"nodes {r['placement']}")
     if "placement_on_stubs" in r:
         expected = r["placement_on_stubs"]
         text += " (as on stubs)" if expected == r["placement"] else f" (on stubs {expected})"
@@ -224,7 +229,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp16", "fp32", "int8", "int4"], default="fp16")
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens [128]")
     parser.add_argument("--blocks", type=int, default=3, help="blocks to generate [3]")
-    parser.add_argument("--steps", type=int, default=16, help="denoise steps per block [16]")
+    parser.add_argument("--steps", type=int, default=16, help="denoise steps per block, 2 or more [16]")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="profile N denoise steps, by kind of node")
     parser.add_argument("--work", type=Path, help="scratch folder, needs twice the model's size [a temporary one]; "
                                                   "bundles that are there already are used again")

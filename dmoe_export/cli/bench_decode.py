@@ -52,6 +52,9 @@ _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
         help="Most tokens of an answer")
 @request_option("steps")
 @request_option("eos_id")
+@request_option("coreset_top_p")
+@request_option("min_experts")
+@request_option("coreset_size")
 @request_option("full_steps")
 @request_option("refresh_interval")
 @option("--rounds", type=click.IntRange(1, 1000), default=3, group="measuring",
@@ -152,7 +155,7 @@ def _show(result: DecodeBench) -> None:
                       _or_dash(r.speedup, "×"), _or_dash(over.median if over else None, "×"), f"{r.forwards:.1f}",
                       f"{r.executed_forwards:.1f}", f"{r.tokens_per_forward:.2f}", _or_dash(r.agreement),
                       f"{r.unique_experts:.1f}", _or_dash(r.accuracy))
-    console().print(table)
+    console(140).print(table)
     for reason, them in refused.items():
         first = f"{them[0].cache} · {them[0].acceptance} · salient {them[0].salient}"
         say(first + (f" and {len(them) - 1} more" if len(them) > 1 else "") + f": {reason}")

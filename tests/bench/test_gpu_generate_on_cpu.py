@@ -93,7 +93,9 @@ def test_every_backend_has_its_entries(measured, tiny_bundle, monkeypatch, capsy
         ("onnxruntime-cuda ops", "any"), ("tensorrt", "any")]
     first, both, none, tensorrt = entries
     assert first["placement"] == {"CPUExecutionProvider": first["placement"]["CPUExecutionProvider"]}
-    assert first["graphs"]["replayed"] > 0 and first["graphs"]["off"] == "" and first["forwards"]["denoise"] == 8
+    assert first["graphs"]["replayed"] > 0 and first["graphs"]["off"] == "" and first["forwards"]["denoise"] == 6
+    assert first["forwards"]["prefill+denoise"] == first["forwards"]["commit+denoise"] == 1
+    assert first["model_forwards"] == 10 and "commit+denoise " in gpu_generate.line(first)
     assert first["unique_experts"] <= 15 and both["settings"]["min_experts"] == 16 and first["denoise_ms"] > 0
     assert none["missing"] == "There is none." and tensorrt["missing"] == "TensorRT cannot build for it."
     text = gpu_generate.table(entries)

@@ -9,7 +9,7 @@ import pytest
 from bundles import eager
 
 from dmoe_export.decoding.loop import BlockDiffusion
-from dmoe_export.decoding.settings import DecodeSettings
+from dmoe_export.decoding.settings import SCHEDULES, DecodeSettings
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 
 
@@ -27,14 +27,15 @@ def _decode(backend, prompts, settings):
     return tokens, last
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["eager", "onnxruntime"])
 @pytest.mark.parametrize("run", range(8))
-def test_generation_equals_reference(golden, backends, run, name):
+def test_generation_equals_reference(golden, backends, run, name, schedule):
     meta = json.loads((golden / "generate.json").read_text())[run]
     data = np.load(golden / "generate.npz")
     settings = DecodeSettings(
         max_new_tokens=meta["gen"], steps=meta["steps"], threshold=meta["thr"], early_stop=meta["eos"],
-        eos_id=meta.get("eos_id", None if meta["eos"] else -1))
+        eos_id=meta.get("eos_id", None if meta["eos"] else -1), schedule=schedule)
     tokens, last = _decode(backends[name], [data[f"{run}.prompt"][0].tolist()], settings)
     want = data[f"{run}.tokens"][0].tolist()
     if meta["contains_prompt"]:
@@ -48,6 +49,8 @@ def test_generation_equals_reference(golden, backends, run, name):
     assert got == want
     statistics = last[0].statistics
     assert statistics.forwards == meta["forwards"]
+    rode = statistics.forwards_by_phase["commit"] + (statistics.forwards_by_phase["prefill"] > 0)  # the last chunk
+    assert statistics.executed_forwards == meta["forwards"] - rode * (schedule == "merged")
     assert statistics.unique_experts == pytest.approx(meta["avg_unique_experts"], abs=1e-6)
     assert statistics.new_tokens == len(tokens[0])
 

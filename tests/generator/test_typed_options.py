@@ -77,7 +77,7 @@ def test_opening_a_bundle_is_told_in_the_same_words():
 def test_other_commands_that_share_an_option_share_its_words():
     shared = [param for param in decode.params if param.name in OPTIONS and param.name not in (
         "max_new_tokens", "seed")]  # of the benchmark: with another default, of the random prompt
-    assert len(shared) == 4 and all(param.help == SHOWN[param.name].help for param in shared)
+    assert len(shared) == 7 and all(param.help == SHOWN[param.name].help for param in shared)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
