@@ -40,10 +40,18 @@ LIMITS: dict[Precision, Limits] = {
 }
 
 
+_IN_SEQUENCE = ("sequence_cosine", "sequence_norm", "agreement", "tie", "equal_tokens")
+
+
 def limits_for(precision: Precision, cosine: float | None, atol: float | None,
-               recipe: Tolerances | None = None) -> Limits:
-    """The table's limits, under a recipe's for the layers alone, under what the user asked for."""
+               recipe: Tolerances | None = None, fast: bool = False) -> Limits:
+    """The table's limits, under a recipe's for the layers alone, under what the user asked for.
+
+    `fast`: the backend rounds values to 8 bits, so in sequence it is held to bfloat16's; layers alone run exactly.
+    """
     limits = LIMITS[precision]
+    if fast:
+        limits = replace(limits, **{name: getattr(LIMITS["bf16"], name) for name in _IN_SEQUENCE})
     if recipe is not None:
         limits = replace(limits, cosine=recipe.cosine, norm=recipe.norm_ratio,
                          atol=limits.atol if recipe.atol is None else recipe.atol)

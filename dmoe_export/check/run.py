@@ -43,11 +43,11 @@ def check_bundle(folder: str | Path, reference: str | Path | None = None, *, bac
                  announce: Callable[[IdentityCheck], None] | None = None, tell: Tell | None = None) -> CheckReport:
     """Check a bundle against the eager float32 model of a checkpoint (each a folder or hub id), or of its own weights.
 
-    `backends`: none = ONNX Runtime on the CPU and the best of this machine. `cpu_products`: as in `Generator.open`; the
-    limits stay what they are. `layers`: compare the first N layers only,
-    in little memory; nothing is decoded. `atol`, `cosine` replace limits of `gates.LIMITS`, and a `recipe` those of
-    layers alone. `verify`, `expect_sha256`, `trusted_key`: as in `open_bundle`. `weights`: also compare
-    all bytes with the checkpoint. `announce` is told the identity before anything is computed.
+    `backends`: none = ONNX Runtime on the CPU and the best of this machine. `cpu_products`: as in `Generator.open`;
+    with fast ones, layers alone run exactly and what is in sequence is held to bfloat16's limits. `layers`: compare
+    the first N layers only, in little memory; nothing is decoded. `atol`, `cosine` replace limits of `gates.LIMITS`,
+    and a `recipe` those of layers alone. `verify`, `expect_sha256`, `trusted_key`: as in `open_bundle`. `weights`:
+    also compare all bytes with the checkpoint. `announce` is told the identity before anything is computed.
     Raises InputError for what cannot be read, MissingRequirementError for a machine that cannot run it, CheckError when
     the checkpoint's sizes are not the bundle's.
     """
@@ -66,8 +66,9 @@ def check_bundle(folder: str | Path, reference: str | Path | None = None, *, bac
         source = _source(bundle, checkpoint, kept, identity)
         if layers is None:
             _check_memory(bundle)
-        numeric = check_numbers(bundle, source, backends, limits_for(manifest.precision, cosine, atol, tolerances),
-                                cut=layers is not None, products=products, prompts=list(prompts), seed=seed, tell=tell)
+        limits = limits_for(manifest.precision, cosine, atol, tolerances, fast=products == "fast")
+        numeric = check_numbers(bundle, source, backends, limits, cut=layers is not None, products=products,
+                                prompts=list(prompts), seed=seed, tell=tell)
     finally:
         if checkpoint:
             checkpoint.reader.close()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dmoe_export.check.compare import row_errors, tensor_error
-from dmoe_export.check.gates import LIMITS
+from dmoe_export.check.gates import LIMITS, limits_for
 from dmoe_export.check.generation import _near_tie
 from dmoe_export.check.inputs import PROMPTS, forward_inputs, make_inputs
 from dmoe_export.check.instrument import open_layers
@@ -37,6 +37,13 @@ def forwards(backend, feeds):
         out = backend.forward(inputs, cache)
         yield out
         cache.commit(inputs, out, feed.commit)
+
+
+def test_fast_products_widen_what_is_in_sequence_alone():
+    exact, fast = limits_for("fp32", None, None), limits_for("fp32", None, None, fast=True)
+    assert exact == LIMITS["fp32"] and not fast.equal_tokens
+    assert (fast.cosine, fast.norm, fast.atol) == (exact.cosine, exact.norm, exact.atol)  # layers alone run exactly
+    assert fast.sequence_cosine == LIMITS["bf16"].sequence_cosine < exact.sequence_cosine
 
 
 @pytest.mark.parametrize("keep", [True, False])

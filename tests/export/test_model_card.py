@@ -60,7 +60,7 @@ def test_of_a_hub_s_checkpoint(sample_bundle):
 
 def test_the_command_makes_the_same_again(sample_bundle, salient_llada):
     assert export_command(salient_llada.manifest).endswith(
-        " --precision fp32 --block-length 8 --salient --salient-capacity 8")
+        " --precision fp32 --compute fp32 --block-length 8 --salient --salient-capacity 8")
     route = RoutingDescription(mode="top_c", block_length=16, top_p=1, min_experts=6, coreset_size=12,
                                reason="asked for; trained with token")
     manifest = sample_bundle.manifest.model_copy(update={"routing": route})

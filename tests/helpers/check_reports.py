@@ -76,7 +76,8 @@ def backend(layers: int = 8, bad: int | None = None, router: bool = True, **chan
 def report(**changes: Any) -> CheckReport:
     fields: dict[str, Any] = dict(
         bundle="llada2-mini-fp16.bundle", reference="inclusionAI/LLaDA2.0-mini", reference_kind="checkpoint",
-        family="llada2_moe", precision="fp16", routing="block top-p", block_length=32, layers_checked=8, layers_total=8,
+        family="llada2_moe", precision="fp16", stored="fp16", routing="block top-p", block_length=32, layers_checked=8,
+        layers_total=8,
         experts_exercised={at: 14 + at % 3 for at in range(1, 8)}, num_experts=16,
         inputs=InputsUsed(source="prompts", rows=4, tokens=512, masked=128, seed=0),
         identity=IdentityCheck(same=True, bundle="sha256:8d1f0c…", reference="sha256:8d1f0c…",
