@@ -1,4 +1,4 @@
-"""What quantised experts cost in accuracy and save in bytes: the sample's questions, logits, weights; as JSON.
+"""What rounded weights and integer products cost in accuracy and save in bytes: questions, logits, weights; as JSON.
 
     python benchmarks/quantisation.py --out benchmarks/results/quantisation_2core_cpu_2026-11-21.json
 
@@ -22,6 +22,7 @@ from dmoe_export import Generator, export_checkpoint
 from dmoe_export.bundle.reader import Bundle
 from dmoe_export.check.sources import BundleWeights
 from dmoe_export.runtime.backend import ForwardInputs
+from dmoe_export.runtime.cpu.products import PRODUCTS
 
 REPOSITORY = Path(__file__).parents[1]
 SAMPLE = REPOSITORY / "samples" / "tiny-dmoe"
@@ -32,9 +33,14 @@ ROUTINGS = {"p = 0.6": MIN_EXPERTS, "token": ALL_EXPERTS}
 
 
 def widths(groups: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """Name → options of the export."""
-    return {"fp32": {}} | {f"{precision} G {size}": {"precision": precision, "group_size": size}
-                           for precision in ("int8", "int4") for size in groups}
+    """Name → options of the export: every part, and routed experts or the head in other ways at the usual group."""
+    usual = {"group_size": groups[min(1, len(groups) - 1)]}
+    return ({"fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}}
+            | {f"{precision} G {size}": {"precision": precision, "group_size": size}
+               for precision in ("int8", "int4") for size in groups}
+            | {f"{precision} experts alone": {"precision": precision, "dense_precision": "fp32", **usual}
+               for precision in ("int8", "int4")}
+            | {"int4 head too": {"precision": "int4", "head_precision": "int4", **usual}})
 
 
 def canvases(generator: Generator, questions: list[str]) -> Iterator[np.ndarray]:
@@ -107,20 +113,23 @@ def compared(checkpoint: Path, groups: tuple[int, ...], questions: list[dict[str
     reference: Any = None
     for name, options in widths(groups).items():
         bundle = export_checkpoint(checkpoint, folder / name.replace(" ", "-"), routing="top_p", **options)
-        generator = Generator.open(bundle.folder, backend="onnxruntime")
-        inputs = list(canvases(generator, [row["question"] for row in questions]))
-        logits, texts = logits_of(generator, inputs), {}
-        entry: dict[str, Any] = {"bytes_per_expert": bundle.manifest.bytes_per_expert}
-        if answers:
-            for routing, least in ROUTINGS.items():
-                texts[routing], entry[routing] = answered(generator, questions, least)
-        reference = reference or (bundle, logits, texts)
-        entry["weights_relative_rms"] = weight_error(bundle, reference[0])
-        entry["logits"] = logits_error(reference[1], logits)
-        for routing, theirs in reference[2].items():
-            entry[routing]["answers_changed"] = sum(a != b for a, b in zip(theirs, texts[routing], strict=True))
-        found[name] = entry
-        click.echo(f"{checkpoint.parent.name}/{checkpoint.name} {name}: {json.dumps(entry)}", err=True)
+        for products in PRODUCTS if name != "fp32" else PRODUCTS[:1]:
+            generator = Generator.open(bundle.folder, backend="onnxruntime", cpu_products=products)
+            inputs = list(canvases(generator, [row["question"] for row in questions]))
+            logits, texts = logits_of(generator, inputs), {}
+            entry: dict[str, Any] = {"weights": bundle.manifest.precision_in_words,
+                                     "bytes": sum(file.size for file in bundle.manifest.files),
+                                     "bytes_per_expert": bundle.manifest.bytes_per_expert}
+            if answers:
+                for routing, least in ROUTINGS.items():
+                    texts[routing], entry[routing] = answered(generator, questions, least)
+            reference = reference or (bundle, logits, texts)
+            entry["weights_relative_rms"] = weight_error(bundle, reference[0])
+            entry["logits"] = logits_error(reference[1], logits)
+            for routing, theirs in reference[2].items():
+                entry[routing]["answers_changed"] = sum(a != b for a, b in zip(theirs, texts[routing], strict=True))
+            found[f"{name}, {products}"] = entry
+            click.echo(f"{checkpoint.parent.name}/{checkpoint.name} {name}, {products}: {json.dumps(entry)}", err=True)
     return found
 
 

@@ -22,7 +22,9 @@ import click
 from measuring import machine, now, write_result
 
 from dmoe_export.bench.children import watched_process
+from dmoe_export.bench.generate import routing_options
 from dmoe_export.bench.record import Spread
+from dmoe_export.bundle.reader import open_bundle
 
 _EXPORT = """
 import json, pathlib, sys, time
@@ -56,6 +58,8 @@ print(json.dumps({"opening_seconds": opened, "first": found[0], "answers": found
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder that keeps the bundle.")
 @click.option("--budget", "budgets", default="none,4G", show_default=True, help="Expert budgets, none: no budget.")
 @click.option("--cpu-products", "products", default="exact", show_default=True, help="exact, fast or both.")
+@click.option("--coreset", "coresets", default="default,all", show_default=True,
+              help="Experts a block may use: default (the bundle's rule), all (token routing), or numbers.")
 @click.option("--prompt-tokens", type=int, default=128, show_default=True)
 @click.option("--max-new-tokens", type=int, default=64, show_default=True)
 @click.option("--steps", type=int, default=16, show_default=True, help="Per block.")
@@ -63,8 +67,9 @@ print(json.dumps({"opening_seconds": opened, "first": found[0], "answers": found
 @click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--device", help="Name of the machine for the result.")
 @click.option("--out", type=click.Path(path_type=Path))
-def main(geometry: str, layers: int, precision: str, work: Path, budgets: str, products: str, prompt_tokens: int,
-         max_new_tokens: int, steps: int, answers: int, threads: int, device: str | None, out: Path | None) -> None:
+def main(geometry: str, layers: int, precision: str, work: Path, budgets: str, products: str, coresets: str,
+         prompt_tokens: int, max_new_tokens: int, steps: int, answers: int, threads: int, device: str | None,
+         out: Path | None) -> None:
     """Measure all of it and write one JSON."""
     result: dict[str, Any] = {
         "what": "a whole model on this machine", "date": now(), "machine": device or machine(),
@@ -78,15 +83,17 @@ def main(geometry: str, layers: int, precision: str, work: Path, budgets: str, p
     bundle = Path(folder)
     result["export"] = export.model_dump() if bundle not in before else "the bundle was there already"
     result["bytes_on_disk"] = {file.name: file.stat().st_size for file in sorted(bundle.iterdir())}
-    decoding = json.dumps({"max_new_tokens": max_new_tokens, "steps": steps})
     result["answers"] = []
-    for budget, way in itertools.product(budgets.split(","), products.split(",")):
-        click.echo(f"answers, budget {budget}, {way}", err=True)
+    for budget, way, coreset in itertools.product(*(names.split(",") for names in (budgets, products, coresets))):
+        click.echo(f"answers, budget {budget}, {way}, coreset {coreset}", err=True)
+        decoding = json.dumps({"max_new_tokens": max_new_tokens, "steps": steps,
+                               **routing_options(open_bundle(bundle, "sizes"), coreset)})
         options = ({} if budget == "none" else {"expert_budget": budget}) | (
             {} if way == "exact" else {"cpu_products": way})
         child, printed = watched_process([sys.executable, "-c", _ANSWER, str(bundle), str(threads), json.dumps(options),
                                           str(prompt_tokens), decoding, str(answers)], "Answering")
-        result["answers"].append({"budget": budget, "products": way, **_summary(printed, max_new_tokens),
+        result["answers"].append({"budget": budget, "products": way, "coreset": coreset,
+                                  **_summary(printed, max_new_tokens),
                                   **child.model_dump(exclude={"seconds"})})
     result["steps_against_limits"] = {way: _step(bundle, way, prompt_tokens, threads) for way in products.split(",")}
     write_result(result, out)

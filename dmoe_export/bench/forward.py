@@ -23,9 +23,11 @@ from ..description import Frozen
 from ..errors import CheckError, RequestError
 from ..runtime.backend import ForwardInputs
 from ..runtime.cpu.backend import OnnxRuntimeBackend
+from ..runtime.cpu.products import Products
 from .children import Child, watched_process
 from .limits import Limits, measure_limits
 from .record import Spread
+from .workload import generated_bundle, random_prompt
 
 PAIRS = {"fp32": ("f32",), "fp16": ("f16",), "bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k_s")}
 """Our precisions, and llama.cpp's file types with as many bits a weight."""
@@ -36,7 +38,7 @@ _PAUSE = 0.03  # seconds between two sides: the last one's threads spin for a wh
 _CHILD = """
 import sys
 from dmoe_export.bench.forward import ours_alone, peer_alone
-(ours_alone if sys.argv[1] == "ours" else peer_alone)(*sys.argv[2:])
+(peer_alone if sys.argv[1] == "llama-cpp" else ours_alone)(*sys.argv[2:])
 """
 Advance = Callable[[str], None]
 Logits = Callable[[list[int]], Any]  # token ids → logits [T, V]
@@ -47,6 +49,7 @@ class Model(Frozen):
 
     who: str = Field(description="ours or llama-cpp")
     kind: str = Field(description="precision of the bundle, or file type")
+    products: str | None = Field(description="ours: exact or fast")
     disk_bytes: int = Field(description="bundle or GGUF file")
     bytes_by_type: dict[str, int] = Field(description="llama.cpp's mix of types in a file; empty for ours")
     alone: Child = Field(description="a process that opens it and runs three forwards of the widest kind")
@@ -65,7 +68,7 @@ class ForwardResult(Frozen):
 
     tokens: int
     precision: str
-    products: str
+    products: str = Field(description="such as 'exact (float32)'")
     peer_type: str
     ours: Side
     peer: Side
@@ -98,8 +101,6 @@ class Work:
 
     def bundle(self, precision: str) -> Bundle:
         """See `generated_bundle`."""
-        from .workload import generated_bundle
-
         return generated_bundle(self.folder, self.geometry, layers=self.layers, precision=precision, routing=None,
                                 seed=self.seed)
 
@@ -125,7 +126,7 @@ class Work:
         temporary.replace(path)
 
 
-def run(work: Work, precisions: Sequence[str], products: Sequence[str], tokens: Sequence[int], repeats: int,
+def run(work: Work, precisions: Sequence[str], products: Sequence[Products], tokens: Sequence[int], repeats: int,
         advance: Advance = lambda what: None) -> ForwardBench:
     """Check, then measure every pair at every number of tokens.
 
@@ -140,7 +141,7 @@ def run(work: Work, precisions: Sequence[str], products: Sequence[str], tokens: 
     if not tokens or not min(tokens) > 0 or max(tokens) > d.max_positions:
         raise RequestError(f"--tokens {','.join(map(str, tokens))} is not between 1 and the model's {d.max_positions} "
                            "positions.")
-    texts = {count: random_text(first, count, work.seed) for count in tokens}
+    texts = {count: random_prompt(first, count, work.seed) for count in tokens}
     limits = measure_limits(work.threads)
     wide, distances = float32_logits(work, first, texts)
     results, models = [], []
@@ -151,19 +152,11 @@ def run(work: Work, precisions: Sequence[str], products: Sequence[str], tokens: 
         ways = [way for way in products if way == "exact" or precision not in ("fp32", "fp16")]
         results += _timed(precision, bundle, files, ways, texts, wide, work.threads, repeats, advance)
         advance(f"{precision} memory")
-        models.append(_model("ours", precision, bundle.folder, max(tokens), work))
-        models += [_model("llama-cpp", kind, file, max(tokens), work, bytes_by_type(file))
+        models += [_model("ours", precision, way, bundle.folder, max(tokens), work) for way in ways]
+        models += [_model("llama-cpp", kind, None, file, max(tokens), work, bytes_by_type(file))
                    for kind, file in files.items()]
     return ForwardBench(model=d.architecture, layers=d.num_layers, repeats=repeats, peer=version(),
                         float32_distance=distances, limits=limits, models=models, results=results)
-
-
-def random_text(bundle: Bundle, tokens: int, seed: int) -> list[int]:
-    """Token ids of which every second is the mask, as while decoding."""
-    d = bundle.manifest.model
-    ids = np.random.default_rng(seed).integers(0, d.vocab_size, tokens)
-    ids[::2] = d.mask_id
-    return ids.tolist()
 
 
 def float32_logits(work: Work, bundle: Bundle, texts: dict[int, list[int]]) -> tuple[dict[int, Any], dict[int, float]]:
@@ -197,9 +190,8 @@ def distance(a: Any, b: Any) -> float:
     return float(1 - dot / np.sqrt(norm_a * norm_b))
 
 
-def _ours(bundle: Bundle, threads: int, products: str) -> tuple[OnnxRuntimeBackend, Logits]:
-    options: dict[str, Any] = {} if products == "exact" else {"products": products}
-    backend = OnnxRuntimeBackend(bundle, threads, **options)
+def _ours(bundle: Bundle, threads: int, products: Products) -> tuple[OnnxRuntimeBackend, Logits]:
+    backend = OnnxRuntimeBackend(bundle, threads, products=products)
 
     def logits(ids: list[int]) -> Any:
         places = np.arange(len(ids))[None]
@@ -209,8 +201,9 @@ def _ours(bundle: Bundle, threads: int, products: str) -> tuple[OnnxRuntimeBacke
     return backend, logits
 
 
-def _timed(precision: str, bundle: Bundle, files: dict[str, Path], ways: Sequence[str], texts: dict[int, list[int]],
-           wide: dict[int, Any], threads: int, repeats: int, advance: Advance) -> list[ForwardResult]:
+def _timed(precision: str, bundle: Bundle, files: dict[str, Path], ways: Sequence[Products],
+           texts: dict[int, list[int]], wide: dict[int, Any], threads: int, repeats: int,
+           advance: Advance) -> list[ForwardResult]:
     from .peer_llama_cpp import LlamaCpp
 
     results = []
@@ -232,7 +225,8 @@ def _timed(precision: str, bundle: Bundle, files: dict[str, Path], ways: Sequenc
         found = {name: Side(seconds=Spread.of(seconds[name]), distance=apart, same_best=best)
                  for name, (apart, best) in first.items()}
         results += [ForwardResult(
-            tokens=tokens, precision=precision, products=way, peer_type=kind, ours=found[way], peer=found[kind],
+            tokens=tokens, precision=precision, products=ours[way][0].products, peer_type=kind, ours=found[way],
+            peer=found[kind],
             ratio=median(b / a for a, b in zip(seconds[way], seconds[kind], strict=True)),
             ratio_of_least=min(seconds[kind]) / min(seconds[way])) for way, kind in itertools.product(ours, peers)]
     for backend, _ in ours.values():
@@ -246,20 +240,21 @@ def _near(logits: Any, wide: Any) -> tuple[float, float]:
     return distance(logits, wide), float(np.mean(logits.argmax(-1) == wide.argmax(-1)))
 
 
-def _model(who: str, kind: str, path: Path, tokens: int, work: Work, by_type: dict[str, int] | None = None) -> Model:
+def _model(who: str, kind: str, products: Products | None, path: Path, tokens: int, work: Work,
+           by_type: dict[str, int] | None = None) -> Model:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    alone, _ = watched_process([sys.executable, "-c", _CHILD, "ours" if who == "ours" else "peer", str(path),
-                                str(tokens), str(work.threads)], f"A process with {path.name}")
-    return Model(who=who, kind=kind, disk_bytes=sum(file.stat().st_size for file in files),
+    alone, _ = watched_process([sys.executable, "-c", _CHILD, who, str(path), str(tokens), str(work.threads),
+                                *([products] if products else [])], f"A process with {path.name}")
+    return Model(who=who, kind=kind, products=products, disk_bytes=sum(file.stat().st_size for file in files),
                  bytes_by_type=by_type or {}, alone=alone)
 
 
-def ours_alone(folder: str, tokens: str, threads: str) -> None:
+def ours_alone(folder: str, tokens: str, threads: str, products: Products) -> None:
     """Open a bundle and run three forwards; to be watched from outside."""
     bundle = open_bundle(Path(folder), "sizes")
-    _, logits = _ours(bundle, int(threads), "exact")
+    _, logits = _ours(bundle, int(threads), products)
     for _ in range(3):
-        logits(random_text(bundle, int(tokens), 0))
+        logits(random_prompt(bundle, int(tokens), 0))
 
 
 def peer_alone(path: str, tokens: str, threads: str) -> None:

@@ -23,10 +23,11 @@ from ..runtime.backend import ForwardInputs
 from ..runtime.cpu.backend import OnnxRuntimeBackend
 from ..runtime.cpu.library import CpuOps
 from ..runtime.cpu.products import Products
-from .forward import ALIKE, SAME, distance, random_text, require_same
+from .forward import ALIKE, SAME, distance, require_same
 from .limits import Limits, measure_limits
 from .record import Spread
 from .watch import Watch, watched
+from .workload import random_prompt
 
 _CHECKED = 16  # tokens of the forward in which llama.cpp's logits are compared with ours
 
@@ -171,14 +172,6 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
                          gguf) for setting in chosen])
 
 
-def random_prompt(bundle: Bundle, tokens: int, seed: int) -> list[int]:
-    """Token ids of no special token."""
-    d = bundle.manifest.model
-    ids = np.random.default_rng(seed).integers(0, d.vocab_size, tokens)
-    ids[np.isin(ids, [d.mask_id, *d.eos_ids, d.pad_id])] = 0
-    return ids.tolist()
-
-
 def _ours(bundle: Bundle, threads: int, cpu_ops: CpuOps, products: Products) -> tuple[Answer, OnnxRuntimeBackend]:
     with watched() as watch:
         backend = OnnxRuntimeBackend(bundle, threads, cpu_ops=cpu_ops, products=products)
@@ -216,7 +209,7 @@ def _llama_cpp(bundle: Bundle, ours: OnnxRuntimeBackend, path: Path, threads: in
     from .peer_llama_cpp import LlamaCppBackend
 
     backend = LlamaCppBackend(bundle, path, threads)
-    text, places = random_text(bundle, _CHECKED, seed), np.arange(_CHECKED)[None]
+    text, places = random_prompt(bundle, _CHECKED, seed), np.arange(_CHECKED)[None]
     mine = ours.forward(ForwardInputs(np.array([text]), places, places, {}, want_logits=True), ours.new_cache(1)).logits
     assert mine is not None  # they were asked for
     wide = bundle.manifest.precision_in_words == "fp32" and path.name.endswith("-f32.gguf")

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..bundle.reader import Bundle, open_bundle, read_manifest
 from ..bundle.writer import BundleWriter, write_manifest
 from ..description import ModelDescription, Precision, RoutingChoice
@@ -53,6 +55,14 @@ def generated_bundle(work: Path, geometry: str, *, layers: int | None, precision
     export_checkpoint(source, folder, **options)
     (folder / _MADE_BY).write_text(made_by, encoding="utf-8")
     return open_bundle(folder, "sizes")
+
+
+def random_prompt(bundle: Bundle, tokens: int, seed: int) -> list[int]:
+    """Token ids of no special token."""
+    d = bundle.manifest.model
+    ids = np.random.default_rng(seed).integers(0, d.vocab_size, tokens)
+    ids[np.isin(ids, [d.mask_id, *d.eos_ids, d.pad_id])] = 0
+    return ids.tolist()
 
 
 def measured_routing(description: ModelDescription) -> RoutingChoice:

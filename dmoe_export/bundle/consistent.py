@@ -63,24 +63,26 @@ def check_formats(formats: WeightFormats, compute: Precision, experts: bool, how
 def check_dense_size(model: ModelDescription, formats: WeightFormats, compute: Precision, file: str,
                      size: int | None) -> None:
     """Raise ValueError where a file of dense weights is too small for the model; `size` None: it is not listed."""
-    needed = dense_bytes(model, formats, compute)
+    needed = sum(part_bytes(model, formats, compute).values())
     if size is not None and needed > size:
         raise ValueError(f"a model of these sizes has {_short(needed)} bytes of dense weights or more, {file} has "
                          f"{size}")
 
 
-def dense_bytes(model: ModelDescription, formats: WeightFormats, compute: Precision) -> int:
-    """Bytes of all matrices but the routed experts and the routers."""
+def part_bytes(model: ModelDescription, formats: WeightFormats, compute: Precision) -> dict[str, int]:
+    """Bytes of the embedding's, the head's and the linear layers' matrices, with scales; routers are not among them."""
     d, moe, hidden = model, model.moe, model.hidden_size
     heads, both, mixed = d.num_heads * d.head_dim, (d.num_heads + 2 * d.num_kv_heads) * d.head_dim, len(d.moe_layers)
     widths = [(d.num_layers - mixed, d.dense_width), (mixed, moe.shared_width if moe else 0)]
-    matrices = [(1, "embed.weight", d.vocab_size, hidden),
-                (0 if d.tie_embeddings else 1, "lm_head.weight", d.vocab_size, hidden),
-                (d.num_layers, ".attention.qkv.weight", both, hidden),
-                (d.num_layers, ".attention.out.weight", hidden, heads),
-                *((2 * count, ".ffn.up.weight", width, hidden) for count, width in widths),
-                *((count, ".ffn.down.weight", hidden, width) for count, width in widths)]
-    return sum(count * _matrix_bytes(formats, compute, name, rows, inner) for count, name, rows, inner in matrices)
+    linear = [(d.num_layers, ".attention.qkv.weight", both, hidden),
+              (d.num_layers, ".attention.out.weight", hidden, heads),
+              *((2 * count, ".ffn.up.weight", width, hidden) for count, width in widths),
+              *((count, ".ffn.down.weight", hidden, width) for count, width in widths)]
+    return {
+        "embedding": _matrix_bytes(formats, compute, "embed.weight", d.vocab_size, hidden),
+        "head": 0 if d.tie_embeddings else _matrix_bytes(formats, compute, "lm_head.weight", d.vocab_size, hidden),
+        "linear_layers": sum(count * _matrix_bytes(formats, compute, name, rows, inner)
+                             for count, name, rows, inner in linear)}
 
 
 def _matrix_bytes(formats: WeightFormats, compute: Precision, name: str, rows: int, inner: int) -> int:

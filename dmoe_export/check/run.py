@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from ..bundle.consistent import dense_bytes
+from ..bundle.consistent import part_bytes
 from ..bundle.hub import resolve_bundle
 from ..bundle.manifest import Manifest
 from ..bundle.reader import Bundle, Verify, open_bundle
@@ -147,7 +147,7 @@ def _source(bundle: Bundle, checkpoint: Checkpoint | None, layers: int, identity
 def _check_memory(bundle: Bundle) -> None:
     """The reference decodes with all weights in float32; say so before the machine swaps."""
     model, entry = bundle.manifest.model, bundle.manifest.experts
-    needed = dense_bytes(model, WeightFormats.all_as("fp32", model.moe is not None), "fp32")
+    needed = sum(part_bytes(model, WeightFormats.all_as("fp32", model.moe is not None), "fp32").values())
     if entry:
         needed += 4 * 3 * model.experts.num_experts * model.hidden_size * entry.stored_width * len(entry.layers)
     try:

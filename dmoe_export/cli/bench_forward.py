@@ -12,6 +12,7 @@ from rich.table import Table
 from ..bench.forward import PAIRS, ForwardBench, Work, run
 from ..bench.record import Started
 from ..errors import RequestError
+from ..runtime.cpu.products import PRODUCTS
 from ..runtime.cpu.session import MOST_THREADS
 from ..words import count, size
 from .bench_common import integers, outcome, words
@@ -50,15 +51,15 @@ def forward(precisions: str, products: str, tokens: str, repeats: int, work: Pat
     Where float32 logits are not equal, nothing is timed and the exit code is 1.
     """
     for name, given, known in (("--precision", precisions, tuple(PAIRS)),
-                               ("--cpu-products", products, ("exact", "fast"))):
+                               ("--cpu-products", products, PRODUCTS)):
         wrong = next((word for word in words(given) if word not in known), None)
         if wrong is not None or not words(given):
             raise RequestError(f"{name} is {given!r}; give names separated by commas, of {', '.join(known)}.")
     with tempfile.TemporaryDirectory() as temporary:
         started = Started("bench forward")
-        result = run(Work(work or Path(temporary), **model), words(precisions), words(products),
-                     integers("--tokens", tokens), repeats,
-                     (lambda what: None) if as_json else lambda what: click.echo(what, err=True))
+        ways: Any = words(products)
+        result = run(Work(work or Path(temporary), **model), words(precisions), ways, integers("--tokens", tokens),
+                     repeats, (lambda what: None) if as_json else lambda what: click.echo(what, err=True))
     outcome(started.document(result), out, as_json, lambda: _show(result))
 
 
@@ -80,7 +81,7 @@ def _show(result: ForwardBench) -> None:
     out.print(table)
     models = Table("who", "type", "on disk", "peak memory", "without file pages", "bytes by type")
     for m in result.models:
-        models.add_row(m.who, m.kind, size(m.disk_bytes), size(m.alone.peak_rss_bytes),
-                       size(m.alone.peak_anonymous_bytes),
+        models.add_row(m.who, " ".join(filter(None, (m.kind, m.products))), size(m.disk_bytes),
+                       size(m.alone.peak_rss_bytes), size(m.alone.peak_anonymous_bytes),
                        ", ".join(f"{name} {size(held)}" for name, held in m.bytes_by_type.items()))
     out.print(models)

@@ -10,10 +10,11 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from ..bundle.consistent import part_bytes
 from ..bundle.hub import resolve_bundle
 from ..bundle.manifest import Manifest
 from ..bundle.reader import open_bundle
-from ..description import RUNTIME_SETTINGS
+from ..description import ITEMSIZES, RUNTIME_SETTINGS
 from ..runtime.cpu.products import told_products
 from ..runtime.residency.budget import plan_budget
 from ..words import visible
@@ -85,12 +86,14 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool,
 def sizes(manifest: Manifest) -> dict[str, int]:
     """Bytes a user plans with."""
     model = manifest.model
-    item = 4 if manifest.precision == "fp32" else 2
     return {
         "bundle_bytes": sum(entry.size for entry in manifest.files),
+        **{f"{part}_bytes": value for part, value in part_bytes(
+            model, manifest.formats, manifest.precision).items()},
         "bytes_per_expert": manifest.bytes_per_expert,
         "expert_bytes": manifest.bytes_per_expert * (model.moe.num_experts if model.moe else 0) * len(model.moe_layers),
-        "cache_bytes_per_token": 2 * model.num_layers * model.num_kv_heads * model.head_dim * item,
+        "cache_bytes_per_token": (2 * model.num_layers * model.num_kv_heads * model.head_dim
+                                  * ITEMSIZES[manifest.precision]),
     }
 
 

@@ -112,7 +112,11 @@ def test_values_beyond_half_precision_are_refused(tiny_checkpoint, tmp_path):
     tensors["model.norm.weight"] = torch.full((32,), 1e6)
     save_file(tensors, shard)
     with pytest.raises(CheckpointError, match="beyond float16; use --precision bf16 or fp32"):
-        export_checkpoint(big, tmp_path / "b", precision="fp16")
+        export_checkpoint(big, tmp_path / "b", precision="fp16", compute="fp16")
+    tensors["lm_head.weight"][3, 4] = 1e6
+    save_file(tensors, shard)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight in .* beyond float16; use --head-precision bf16"):
+        export_checkpoint(big, tmp_path / "b", precision="fp32", head_precision="fp16")
 
 
 @pytest.mark.parametrize("threshold", [2.0, "high"])

@@ -96,7 +96,7 @@ def test_integers_everywhere(name, precision, synthetic, exported):
     assert alone.passed and alone.reference.endswith("as stored)"), alone.verdict
     generator = Generator.open(bundle.folder, backend="onnxruntime", threads=1)
     plain, oracle = ([a.token_ids for a in generator.generate(PROMPTS, max_new_tokens=32, eos_id=-1, steps=4, **more)]
-                     for more in ({}, {"salient_threshold": 1.5, "exact_first_layer": True}))
+                     for more in ({"cache": "none"}, {"salient_threshold": 1.5, "refresh_interval": 1}))
     assert plain == oracle
 
 

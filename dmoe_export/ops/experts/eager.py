@@ -26,9 +26,9 @@ def experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up:
                      strict=True)
     for x, gate_up_slab, down_slab in per_expert:
         if len(x):
-            gate_and_up = x @ _transposed(*gate_up_slab, bits, hidden.dtype)
+            gate_and_up = x @ _matrix(*gate_up_slab, bits, hidden.dtype).T
             gate, up = gate_and_up.unflatten(-1, (-1, 2)).unbind(-1)  # [n, I] each
-            pieces.append((F.silu(gate) * up) @ _transposed(*down_slab, bits, hidden.dtype))
+            pieces.append((F.silu(gate) * up) @ _matrix(*down_slab, bits, hidden.dtype).T)
     mixed = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     if pieces:
         weighted = torch.cat(pieces).float() * expert_weights.reshape(-1)[order, None]
@@ -41,6 +41,6 @@ def _slabs(weights: Tensor, scales: Tensor | None) -> Iterator[tuple[Tensor, Ten
     return zip(weights.unbind(0), scales.unbind(0) if scales is not None else [None] * weights.shape[0], strict=True)
 
 
-def _transposed(slab: Tensor, scales: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
-    """An expert's matrix as it is multiplied with [C, R]; a slab may be one that is read by asking for its `.T`."""
-    return (slab if scales is None else dequantise(slab, scales, bits)).T.to(dtype)
+def _matrix(slab: Tensor, scales: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
+    """An expert's matrix as it is multiplied with."""
+    return (slab if scales is None else dequantise(slab, scales, bits)).to(dtype)
