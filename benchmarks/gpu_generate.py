@@ -198,9 +198,9 @@ def line(r: dict[str, Any]) -> str:
             return f"{head} {why}: {r[why]}"
     if "profile" in r:
         return f"{head} {r['profile']['nodes_us']:.0f} us of nodes"
-    others = ", ".join(f"{ran} {r[f'{ran}_ms']:.2f}" for ran, count in r["forwards"].items()
-                       if count and ran != "denoise")
-    text = (f"{head} denoise {r['denoise_ms']:7.2f} ms, {others}, {r['unique_experts']:.1f} experts, "
+    others = "".join(f"{key.removesuffix('_ms')} {ms:.2f}, " for key, ms in r.items()
+                     if key.endswith("_ms") and key != "denoise_ms")
+    text = (f"{head} denoise {r['denoise_ms']:7.2f} ms, {others}{r['unique_experts']:.1f} experts, "
             f"nodes {r['placement']}")
     if "placement_on_stubs" in r:
         expected = r["placement_on_stubs"]
