@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo cpu-ops check bench bench-decode test lint types plugins ort-ops sbom wheel engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs clean
+.PHONY: demo cpu-ops check bench bench-peer bench-decode test lint types plugins ort-ops sbom wheel engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
@@ -132,6 +132,16 @@ bench: $(READY) $(PLUGINS) $(CPU_OPS)
 	test -n "$(KEEP)" || rm -rf $(BENCH)/work
 	$(BIN)/dmoe-export bench export --layers 2 --work $(BENCH) --out $(BENCH)/export.json
 	$(BIN)/dmoe-export bench build --layers 2 --work $(BENCH) --out $(BENCH)/build.json
+
+# Against llama.cpp on the same weights, which is compiled first; 25 GB of disk and 20 GB of memory for a while.
+MIXTURE := --geometry llada-moe --layers 4 --precision int8,int4 --cpu-products exact,fast --tokens 32,128
+DENSE := --geometry llada-8x1024 --precision fp32,fp16,bf16,int8,int4 --cpu-products exact,fast --tokens 32,128,512
+
+bench-peer: $(READY) $(CPU_OPS)
+	$(BIN)/python -m pip install --quiet 'llama-cpp-python>=0.3.36' 'gguf>=0.19'
+	$(BIN)/dmoe-export bench forward $(DENSE) --work $(BENCH)/work --out $(BENCH)/forward-dense.json
+	$(BIN)/dmoe-export bench forward $(MIXTURE) --work $(BENCH)/work --out $(BENCH)/forward-mixture.json
+	test -n "$(KEEP)" || rm -rf $(BENCH)/work
 
 bench-export: $(READY)
 	$(BIN)/dmoe-export bench export --work out/bench --out out/bench/export-4.json

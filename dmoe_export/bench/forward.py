@@ -31,7 +31,7 @@ from .workload import generated_bundle, random_prompt
 
 PAIRS = {"fp32": ("f32",), "fp16": ("f16",), "bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k_s")}
 """Our precisions, and llama.cpp's file types with as many bits a weight."""
-SAME, ALIKE = 1e-8, 0.2
+SAME, ALIKE = 1e-8, 0.5
 """Most of 1 − cosine between two sides' logits: of the same float32 weights (other orders of sums give 2e-12), and of
 weights that each side rounded in its way."""
 _PAUSE = 0.03  # seconds between two sides: the last one's threads spin for a while before they sleep
