@@ -51,7 +51,7 @@ class SettingResult(Frozen):
     cache: str
     acceptance: str
     salient: str
-    schedule: str
+    schedule: str = "reference"  # of results before it was an option
     refused: str | None = Field(None, description="why the model does not take this combination; the rest is then 0")
     tokens: int = 0
     seconds: float = 0.0

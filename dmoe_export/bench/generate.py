@@ -68,7 +68,8 @@ class GenerateResult(Frozen):
     coreset: str
     new_tokens: int
     forwards: int = Field(description="model forwards (NFE)")
-    executed_forwards: int = Field(description="forwards that ran")
+    executed_forwards: int | None = Field(None, description="forwards that ran; null in results of before they were "
+                                          "counted")
     forwards_by_phase: dict[str, int] = Field(description="model forwards")
     unique_experts: float = Field(description="per MoE layer and denoise forward, mean")
     ours: Side
@@ -85,7 +86,7 @@ class GenerateBench(Frozen):
     precision: str
     routing: str
     cpu_ops: bool = Field(description="weights' products are computed by our CPU kernels, not by ONNX Runtime's ops")
-    products: str = Field(description="what ours multiplies weights with, such as 'exact (float32)'")
+    products: str | None = Field(description="what ours multiplies weights with, such as 'exact (float32)'")
     block_length: int
     max_new_tokens: int
     steps: int

@@ -56,7 +56,8 @@ class ResidencyResult(Frozen):
     last_interval: int | None = Field(description="in force at the end; 0 = never")
     tokens: int
     forwards: int = Field(description="model forwards (NFE)")
-    executed_forwards: int = Field(description="forwards that ran")
+    executed_forwards: int | None = Field(None, description="forwards that ran; null in results of before they were "
+                                          "counted")
     unique_experts: float
     seconds: list[float] = Field(description="of each round")
     tokens_per_second: float

@@ -94,7 +94,7 @@ class StepBench(Frozen):
     precision: str
     routing: str
     cpu_ops: bool = Field(description="weights' products are computed by our CPU kernels, not by ONNX Runtime's ops")
-    products: str = Field(description="what weights were multiplied with, such as 'exact (float32)'")
+    products: str | None = Field(description="what weights were multiplied with, such as 'exact (float32)'")
     tokens: int
     rows: int
     phase: Phase
@@ -265,7 +265,11 @@ def _sizes(bundle: Bundle) -> Callable[[Product], float]:
     def size(product: Product) -> float:
         if product.part == "router" or product.kind != "weight":
             return 4 if product.part == "router" else cache
-        return per_value({"experts": formats.experts, "head": formats.head}.get(product.part, formats.dense))
+        if product.part == "experts":
+            return per_value(formats.experts)
+        stored = formats.head if product.part == "head" else formats.dense
+        how = formats.quantisation(stored)
+        return cache if how and product.inner % how.group_size else per_value(stored)  # those stay as they are
 
     return size
 

@@ -112,7 +112,8 @@ def test_steps_are_recorded_once_and_replayed(golden_bundle, cpu, prompts):
     last = max(era for era, _ in backend.graphs._entries)  # the first commit that rode was the widest forward so far
     keys, recorded, calls = ([key for key in backend.graphs._entries if key[0] == last], backend.graphs.recorded,
                              len(backend.executor.sizes))
-    assert len(keys) == recorded == len({key[1][0] for key in keys})  # one graph a shape: addresses come back
+    assert len(keys) == len({key[1][0] for key in keys})  # one graph a shape: addresses come back
+    assert len(keys) <= recorded <= 2 * len(keys)  # what came before the widest forward is recorded anew
     tokens, _ = decode(backend, prompts[:1], **options)
     assert backend.graphs.recorded == recorded == backend.fake.calls["cudaGraphInstantiate"]
     assert len(backend.executor.sizes) == calls  # the executor was not needed any more
