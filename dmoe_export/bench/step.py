@@ -78,8 +78,7 @@ class StepResult(Frozen):
     ratio_of_least: float = Field(description="fastest step / fastest products")
     flop: int
     bytes_touched: int = Field(description="weights, keys and values as the bundle stores them, each read once")
-    limit_seconds: float = Field(description="sum over products of max(operations / rate, bytes / bandwidth); of fast "
-                                 "products bytes / bandwidth")
+    limit_seconds: float = Field(description="sum of max(operations / rate, bytes / bandwidth); fast products: bytes")
     limit_share: float = Field(description="limit_seconds / median step")
     gb_per_s: float
     gflop_per_s: float
@@ -205,8 +204,7 @@ def run(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], opt
         tell("profile")
     return StepBench(model=d.architecture, layers=d.num_layers, precision=manifest.precision_in_words,
                      routing=manifest.routing.mode, cpu_ops=not cases[0].kernels.missing,
-                     products=cases[0].kind,
-                     tokens=options.tokens, rows=rows, phase=options.phase, limits=limits, results=results)
+                     products=cases[0].kind, tokens=options.tokens, rows=rows, phase=options.phase, limits=limits, results=results)
 
 
 def _check(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], options: StepOptions) -> None:
