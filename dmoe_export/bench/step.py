@@ -203,8 +203,8 @@ def run(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], opt
                     for (case, products), profile in zip(mine, profiles, strict=True)]
         tell("profile")
     return StepBench(model=d.architecture, layers=d.num_layers, precision=manifest.precision_in_words,
-                     routing=manifest.routing.mode, cpu_ops=not cases[0].kernels.missing,
-                     products=cases[0].kind, tokens=options.tokens, rows=rows, phase=options.phase, limits=limits, results=results)
+                     routing=manifest.routing.mode, cpu_ops=not cases[0].kernels.missing, products=cases[0].kind,
+                     tokens=options.tokens, rows=rows, phase=options.phase, limits=limits, results=results)
 
 
 def _check(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], options: StepOptions) -> None:
