@@ -196,7 +196,9 @@ def _ours(bundle: Bundle, threads: int, products: Products) -> tuple[OnnxRuntime
     def logits(ids: list[int]) -> Any:
         places = np.arange(len(ids))[None]
         inputs = ForwardInputs(np.array([ids]), places, places, {}, want_logits=True)
-        return backend.forward(inputs, backend.new_cache(1)).logits[0]  # type: ignore[index]
+        found = backend.forward(inputs, backend.new_cache(1)).logits
+        assert found is not None, "they were asked for"
+        return found[0]
 
     return backend, logits
 
