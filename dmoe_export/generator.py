@@ -14,24 +14,25 @@ from weakref import WeakSet
 
 from typing_extensions import Unpack
 
+from .batch import Batch, Request
 from .bundle.hub import resolve_bundle
 from .bundle.reader import Bundle, Verify, open_bundle
 from .decoding.answer import Block, Generation, generation_of
 from .decoding.defaults import decode_defaults
-from .decoding.limits import check_prompts
-from .decoding.loop import BlockDiffusion
+from .decoding.limits import check_batch, check_prompt
 from .decoding.option import check_kind
 from .decoding.settings import OPTIONS, DecodeSettings, GenerateOptions
 from .decoding.stream import Life, Stream
+from .decoding.way import Way
 from .errors import RequestError
 from .runtime.backend import Backend
 from .runtime.choose import BACKENDS, BackendName, open_backend, open_under_budget
 from .runtime.cpu.products import Products, check_products
 from .runtime.cpu.session import MOST_THREADS
-from .runtime.residency.backend import ResidentBackend, parse_interval
+from .runtime.residency.backend import parse_interval
 from .runtime.residency.budget import plan_budget
-from .text.codec import TextCodec, TextStream
-from .text.prompts import Prompts, batch_of, encode
+from .text.codec import TextCodec
+from .text.prompts import Prompt, Prompts, batch_of, encode
 
 
 class Generator:
@@ -208,12 +209,10 @@ class Generator:
         `Stream.close()` ends it without more blocks.
         """
         self._life.check()
-        settings, manifest, folder = self._settings(options), self.bundle.manifest, str(self.bundle.folder)
-        encoded = [encode(prompt, chat, self.text, self.bundle.folder) for prompt in batch_of(prompts)]
-        loop = BlockDiffusion(self.backend, settings, manifest.bytes_per_expert, manifest.precision, folder)
-        check_prompts(encoded, settings.max_new_tokens, self.backend, folder)
-        loop.check(encoded)
-        stream = Stream(lambda asked: self._blocks(encoded, loop, settings.stops, asked), self._life, cancel)
+        way = self._way(options)
+        requests = [self._request(prompt, chat, way, i) for i, prompt in enumerate(batch_of(prompts))]
+        check_batch(len(requests), self.backend, str(self.bundle.folder))
+        stream = Stream(lambda asked: self._blocks(requests, asked), self._life, cancel)
         self._streams.add(stream)
         return stream
 
@@ -236,28 +235,40 @@ class Generator:
                 stream.cancel()
             worker.shutdown(wait=False)
 
-    def _blocks(self, encoded: list[list[int]], loop: BlockDiffusion, stops: tuple[str, ...],
-                asked: Callable[[], bool]) -> Results[Block, None, None]:
-        texts = [TextStream(self.text, stops) for _ in encoded] if self.text else None
-        piece: str | None = None
+    def request(self, prompt: Prompt, *, chat: bool = True, **options: Unpack[GenerateOptions]) -> Request:
+        """A prompt for `Batch.add`, encoded and checked: raises RequestError for what can never be answered."""
+        self._life.check()
+        return self._request(prompt, chat, self._way(options), 0)
 
-        def ends(index: int, ids: list[int], last: bool) -> int | None:
-            nonlocal piece
-            if texts is None:
-                return None
-            piece = texts[index].push(ids, last)
-            return texts[index].kept
+    def batch(self, slots: int = 8) -> Batch:
+        """A batch of at most so many rows, which requests join and leave at any step; see `Batch`.
 
-        resident = self.backend if isinstance(self.backend, ResidentBackend) else None
-        start = resident.statistics() if resident else None
-        products = getattr(self.backend, "products", None)
-        for block in loop.decode(encoded, asked, ends):
-            block.statistics.products = products
-            if resident and start and block.finish_reason:
-                block.statistics.residency = resident.statistics().since(start).as_dict()
-            yield Block(block.index, block.token_ids, piece, block.finish_reason, block.statistics)
+        Raises RequestError for more slots than an engine of the bundle takes rows.
+        """
+        self._life.check()
+        return Batch(self.bundle, self.backend, self.text, slots, self._life.check)
 
-    def _settings(self, options: GenerateOptions) -> DecodeSettings:
+    def _blocks(self, requests: list[Request], asked: Callable[[], bool]) -> Results[Block, None, None]:
+        batch = self.batch(len(requests))
+        rows = [batch.add(request, i) for i, request in enumerate(requests)]
+        while len(batch):
+            if asked():
+                for row in rows:
+                    batch.cancel(row)
+            events = batch.step()
+            error = next((event.error for event in events if event.error), None)
+            if error is not None:
+                raise error
+            for event in events:
+                if event.block:
+                    yield event.block
+
+    def _request(self, prompt: Prompt, chat: bool, way: Way, index: int) -> Request:
+        ids, folder = encode(prompt, chat, self.text, self.bundle.folder), str(self.bundle.folder)
+        check_prompt(ids, way.settings, self.backend, way.block_length, folder, index)
+        return Request(ids, way)
+
+    def _way(self, options: GenerateOptions) -> Way:
         unknown = options.keys() - OPTIONS.keys()
         if unknown:
             raise RequestError(f"Unknown generation option: {', '.join(sorted(unknown))}.")
@@ -265,4 +276,4 @@ class Generator:
         settings = DecodeSettings(**self._defaults | said)
         if settings.stops and self.text is None:
             raise RequestError(f"{self.bundle.folder} has no tokenizer to find a stop string in; leave stop out.")
-        return settings
+        return Way(self.backend, settings, self.bundle.manifest.precision, str(self.bundle.folder))

@@ -9,7 +9,7 @@ decoding is this package's loop, so tokens can be compared one by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,16 +66,22 @@ class PeerCache:
         self._layers = layers
         self.clear([0])
 
-    def clear(self, rows: list[int]) -> None:
+    def clear(self, rows: Sequence[int]) -> None:
         """Forget everything."""
         self.keys: list[Tensor | None] = [None] * self._layers
         self.values: list[Tensor | None] = [None] * self._layers
         self.positions = torch.zeros(0, dtype=torch.int64)
 
-    def keep(self, rows: list[int]) -> None:
-        """There is one row."""
+    def part(self, rows: Sequence[int]) -> PeerCache:
+        """The one row."""
+        return self
 
-    def commit(self, inputs: ForwardInputs, outputs: ForwardOutputs, take: Bools) -> None:
+    def leave(self, row: int, last: int) -> None:
+        """There is one row."""
+        self.clear([row])
+
+    def commit(self, inputs: ForwardInputs, outputs: ForwardOutputs, take: Bools,
+               rows: Sequence[int] | None = None) -> None:
         """Append the tokens marked in take [1, T]."""
         chosen = torch.from_numpy(take[0])
         for old, new in zip((self.keys, self.values), outputs.keys_values, strict=True):

@@ -128,13 +128,18 @@ class LlamaCpp:
 class _NoCache:
     """Nothing is kept: every forward sees all tokens."""
 
-    def clear(self, rows: list[int]) -> None:
+    def clear(self, rows: Sequence[int]) -> None:
         """There is nothing."""
 
-    def keep(self, rows: list[int]) -> None:
+    def part(self, rows: Sequence[int]) -> _NoCache:
+        """The one row."""
+        return self
+
+    def leave(self, row: int, last: int) -> None:
         """There is one row."""
 
-    def commit(self, inputs: ForwardInputs, outputs: ForwardOutputs, take: Bools) -> None:
+    def commit(self, inputs: ForwardInputs, outputs: ForwardOutputs, take: Bools,
+               rows: Sequence[int] | None = None) -> None:
         """Never asked for, as decoding without a cache commits nothing."""
         raise RequestError("llama.cpp keeps no keys and values of diffusion models; use --cache none with it.")
 

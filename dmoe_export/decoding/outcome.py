@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from ..description import Precision
@@ -18,6 +20,16 @@ def asked_places(row: Row) -> Ints:
     return np.append(row.gaps(), row.editable())
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What a forward said about places of the active block, and which of them it wrote."""
+
+    asked: Ints  # places [m], as `asked_places`
+    tokens: Ints  # [m] the best of each, or a sample
+    confidence: Reals  # [m]
+    changed: Ints  # places that were written
+
+
 class Outcome:
     """Writes the outcome of decoding forwards into rows, as the settings want it."""
 
@@ -27,8 +39,8 @@ class Outcome:
         self._accept = policy(settings)
         self.needs_logits = settings.temperature > 0 or settings.acceptance == "credit"
 
-    def apply(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> bool:
-        """Take row i of the outputs, predictions for `asked_places`; whether any token changed.
+    def apply(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> Chosen:
+        """Take row i of the outputs, predictions for `asked_places`.
 
         Raises NotFiniteError where these are NaN or infinite: one such logit makes the row's confidence NaN.
         """
@@ -37,6 +49,7 @@ class Outcome:
         tokens, confidence = self._choose(row, gaps, outputs, i)
         accepted = self._accepted(row, gaps, confidence)
         places, values = gaps[accepted], tokens[accepted]
+        said, certainty = tokens, confidence
         limit, decoded = self._settings.edit_threshold, asked[len(gaps):]
         if limit is not None and len(decoded):
             there = slice(len(gaps), len(asked))
@@ -44,8 +57,9 @@ class Outcome:
             edited = edits(best, certain, row.canvas[row.span.start + decoded], limit)
             places, values = np.append(places, decoded[edited]), np.append(values, best[edited])
             row.statistics.edits += int(edited.sum())
+            said, certainty = np.append(said, best), np.append(certainty, certain)
         row.write(places, values)
-        return len(places) > 0
+        return Chosen(asked[:len(said)], said, certainty, places)
 
     def _choose(self, row: Row, gaps: Ints, outputs: ForwardOutputs, i: int) -> tuple[Ints, Reals]:
         """Tokens [m] for the masked places and their confidences [m]."""

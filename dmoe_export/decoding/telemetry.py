@@ -45,10 +45,10 @@ class Statistics:
     products: str | None = None  # what weights were multiplied with on the CPU, such as "exact (float32)"
 
     def record(self, phase: Phase, expert_ids: NDArray[np.int32], seconds: float, rides: Phase | None = None,
-               ridden: int = 0) -> None:
+               ridden: int = 0) -> Executed:
         """Count one forward with this row's expert ids [L, T, k]; the first `ridden` tokens are a forward that rides.
 
-        A model forward's unique experts are those of its own tokens; bytes are counted over all.
+        A model forward's unique experts are those of its own tokens; bytes are counted over all. Returns what it was.
         """
         ran = cast(Executed, f"{rides}+{phase}" if rides else phase)
         self.executed_by_phase[ran] += 1
@@ -57,6 +57,7 @@ class Statistics:
         if rides:
             self._count(rides, expert_ids[:, :ridden])
         self._count(phase, expert_ids[:, ridden:])
+        return ran
 
     def _count(self, phase: Phase, expert_ids: NDArray[np.int32]) -> None:
         unique = unique_experts(expert_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,18 +51,23 @@ class Limits:
 
 
 class Cache(Protocol):
-    """Keys and values of earlier forwards; only the host decides what enters and when it leaves."""
+    """Keys and values of earlier forwards, in a fixed number of rows; the host decides what enters and leaves."""
 
-    def commit(self, inputs: ForwardInputs, outputs: ForwardOutputs, take: Bools) -> None:
-        """Append the tokens marked in take [B, T] to their rows."""
+    def part(self, rows: Sequence[int]) -> Any:
+        """These rows in this order, as `Backend.forward` takes them; good until the cache changes."""
         ...
 
-    def clear(self, rows: list[int]) -> None:
+    def commit(self, inputs: ForwardInputs, outputs: ForwardOutputs, take: Bools,
+               rows: Sequence[int] | None = None) -> None:
+        """Append the tokens marked in take [B, T] to the rows of the forward, by default all."""
+        ...
+
+    def clear(self, rows: Sequence[int]) -> None:
         """Forget everything these rows have cached."""
         ...
 
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows only, in this order."""
+    def leave(self, row: int, last: int) -> None:
+        """Free a row: the last one in use takes its place and becomes the free one."""
         ...
 
 
@@ -79,11 +85,11 @@ class Backend(Protocol):
     limits: Limits | None
 
     def new_cache(self, rows: int) -> Any:
-        """An empty cache (a Cache of this backend)."""
+        """A cache of so many empty rows (a Cache of this backend)."""
         ...
 
     def forward(self, inputs: ForwardInputs, cache: Any) -> ForwardOutputs:
-        """Run the denoiser; never changes the cache."""
+        """Run the denoiser over all rows of a cache, or of a part of one; never changes it."""
         ...
 
     def close(self) -> None:

@@ -1,54 +1,89 @@
-"""The key/value cache in host memory: arrays of bucketed length, unused rows at position −1."""
+"""The key/value cache in host memory: arrays of bucketed length, unused places at position −1."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .backend import Bools, ForwardInputs, ForwardOutputs
 
 BUCKET = 128  # lengths come in multiples of this, so that shapes repeat and copies are rare
 
 
+def bucketed(length: int) -> int:
+    """The length of the arrays that hold so many tokens; 1 for none, as no tensor is ever empty."""
+    return max(1, -(-length // BUCKET) * BUCKET)
+
+
 class HostCache:
-    """Per layer keys and values [B, Hkv, S, D] and positions [B, S]; S ≥ 1 even when nothing is cached."""
+    """Per layer keys and values [B, Hkv, S, D] and positions [B, S] of B rows."""
 
     def __init__(self, rows: int, layers: int, kv_heads: int, head_dim: int, dtype: np.dtype[Any]) -> None:
-        shape = (rows, kv_heads, 1, head_dim)
-        self.keys = [np.zeros(shape, dtype) for _ in range(layers)]
-        self.values = [np.zeros(shape, dtype) for _ in range(layers)]
+        self.keys = [np.zeros((rows, kv_heads, 1, head_dim), dtype) for _ in range(layers)]
+        self.values = [np.zeros((rows, kv_heads, 1, head_dim), dtype) for _ in range(layers)]
         self.positions = np.full((rows, 1), -1, np.int64)
         self.lengths = np.zeros(rows, np.int64)
 
-    def commit(self, inputs: ForwardInputs, outputs: ForwardOutputs, take: Bools) -> None:
-        """Append the tokens marked in take [B, T] to their rows."""
+    def part(self, rows: Sequence[int]) -> HostCache:
+        """These rows in this order, to be read by a forward: a view where they lie side by side, else a copy."""
+        first = rows[0]
+        beside = list(rows) == list(range(first, first + len(rows)))
+        place: slice | list[int] = slice(first, first + len(rows)) if beside else list(rows)
+        part = object.__new__(HostCache)
+        part.keys, part.values = [x[place] for x in self.keys], [x[place] for x in self.values]
+        part.positions, part.lengths = self.positions[place], self.lengths[place]
+        return part
+
+    def commit(self, inputs: ForwardInputs, outputs: ForwardOutputs, take: Bools,
+               rows: Sequence[int] | None = None) -> None:
+        """Append the tokens marked in take [B, T] to the rows of the forward, by default all."""
         new_keys, new_values = outputs.keys_values
         counts = take.sum(axis=1)
-        self._reserve(int((self.lengths + counts).max()))
-        for row in np.flatnonzero(counts):
-            where = slice(int(self.lengths[row]), int(self.lengths[row] + counts[row]))
+        places = np.arange(len(take)) if rows is None else np.asarray(rows)
+        self._reserve(int((self.lengths[places] + counts).max()))
+        for i in np.flatnonzero(counts):
+            row = int(places[i])
+            where = slice(int(self.lengths[row]), int(self.lengths[row] + counts[i]))
             for cached, new in zip((*self.keys, *self.values), (*new_keys, *new_values), strict=True):
-                cached[row, :, where] = new[row][:, take[row]]
-            self.positions[row, where] = inputs.position_ids[row, take[row]]
-        self.lengths += counts
+                cached[row, :, where] = new[i][:, take[i]]
+            self.positions[row, where] = inputs.position_ids[i, take[i]]
+            self.lengths[row] += counts[i]
 
-    def clear(self, rows: list[int]) -> None:
+    def clear(self, rows: Sequence[int]) -> None:
         """Forget everything these rows have cached; the arrays keep their length, so that shapes repeat."""
         self.positions[rows], self.lengths[rows] = -1, 0
 
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows only, in this order."""
-        self.keys = [x[rows] for x in self.keys]
-        self.values = [x[rows] for x in self.values]
-        self.positions, self.lengths = self.positions[rows], self.lengths[rows]
+    def leave(self, row: int, last: int) -> None:
+        """Free a row: the last one in use takes its place; arrays twice as long as the longest row needs shrink."""
+        used = int(self.lengths[last])
+        if row != last:
+            for x in (*self.keys, *self.values):
+                x[row, :, :used] = x[last, :, :used]
+            self.positions[row], self.lengths[row] = self.positions[last], self.lengths[last]
+        self.clear([last])
+        need = bucketed(int(self.lengths.max()))
+        if 2 * need <= self.positions.shape[1]:
+            self._resize(need)
 
     def _reserve(self, length: int) -> None:
-        have = self.positions.shape[1]
-        if length <= have:
-            return
-        grow = -(-length // BUCKET) * BUCKET - have
-        pad = ((0, 0), (0, 0), (0, grow), (0, 0))
-        self.keys = [np.pad(x, pad) for x in self.keys]
-        self.values = [np.pad(x, pad) for x in self.values]
-        self.positions = np.pad(self.positions, ((0, 0), (0, grow)), constant_values=-1)
+        if length > self.positions.shape[1]:
+            self._resize(bucketed(length))
+
+    def _resize(self, length: int) -> None:
+        """Arrays of another length; only what rows hold is copied, so that free rows take no memory."""
+        self.keys = [self._copy(x, length) for x in self.keys]
+        self.values = [self._copy(x, length) for x in self.values]
+        positions = np.full((len(self.positions), length), -1, np.int64)
+        both = min(length, self.positions.shape[1])
+        positions[:, :both] = self.positions[:, :both]
+        self.positions = positions
+
+    def _copy(self, x: NDArray[Any], length: int) -> NDArray[Any]:
+        rows, heads, _, width = x.shape
+        y = np.zeros((rows, heads, length, width), x.dtype)
+        for row, used in enumerate(self.lengths.tolist()):
+            y[row, :, :used] = x[row, :, :used]
+        return y

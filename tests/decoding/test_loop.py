@@ -18,7 +18,7 @@ MOE = MoeDescription(num_experts=4, experts_per_token=1, expert_width=4, shared_
                      routed_scaling=1, first_dense_layers=0)
 MODEL = ModelDescription(family="f", architecture="a", vocab_size=200, hidden_size=4, num_layers=1, num_heads=1,
                          num_kv_heads=1, head_dim=4, dense_width=4, moe=MOE, qk_norm=True, rope_theta=1e4, rotary_dim=4,
-                         rms_eps=1e-6, max_positions=1000, tie_embeddings=False, mask_id=MASK, eos_ids=(EOS,),
+                         rms_eps=1e-6, max_positions=2000, tie_embeddings=False, mask_id=MASK, eos_ids=(EOS,),
                          pad_id=EOS)
 
 
@@ -28,13 +28,18 @@ class ScriptedCache:
     def __init__(self, rows):
         self.positions = [[] for _ in range(rows)]
 
-    def commit(self, inputs, outputs, take):
-        assert inputs.want_keys_values
-        for row, mine in enumerate(take):
-            self.positions[row] += inputs.position_ids[row, mine].tolist()
+    def part(self, rows):
+        part = ScriptedCache(0)
+        part.positions = [self.positions[row] for row in rows]
+        return part
 
-    def keep(self, rows):
-        self.positions = [self.positions[r] for r in rows]
+    def commit(self, inputs, outputs, take, rows):
+        assert inputs.want_keys_values
+        for i, row in enumerate(rows):
+            self.positions[row] += inputs.position_ids[i, take[i]].tolist()
+
+    def leave(self, row, last):
+        self.positions[row], self.positions[last] = self.positions[last], []
 
 
 class Scripted:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from toy_backend import Toy
 
-from dmoe_export.decoding import loop as loop_module
+from dmoe_export.decoding import batch as batch_module
 from dmoe_export.decoding.loop import BlockDiffusion
 from dmoe_export.decoding.settings import DecodeSettings
 
@@ -86,7 +86,7 @@ def test_rows_that_have_ended_stay_so_when_the_rest_is_cancelled():
 def test_a_time_limit_is_looked_at_between_forwards(monkeypatch, seconds):
     """On a clock that goes on by a second with every forward."""
     free, backend = blocks_of(Toy(), PROMPTS), Toy()
-    monkeypatch.setattr(loop_module, "time", SimpleNamespace(
+    monkeypatch.setattr(batch_module, "time", SimpleNamespace(
         perf_counter=lambda: 0.0, monotonic=lambda: 100.0 + len(backend.seen)))
     found = blocks_of(backend, PROMPTS, time_limit=seconds)
     assert len(backend.seen) == -(-seconds // 1) or seconds == 1000

@@ -44,7 +44,7 @@ class Watched(SalientSteps):
 
 @pytest.fixture
 def seen(monkeypatch) -> list[tuple[int, int, int, bool]]:
-    monkeypatch.setattr("dmoe_export.decoding.loop.SalientSteps", Watched)
+    monkeypatch.setattr("dmoe_export.decoding.batch.SalientSteps", Watched)
     monkeypatch.setattr(Watched, "seen", [])
     return Watched.seen
 

@@ -20,20 +20,26 @@ class ToyCache:
     def __init__(self, rows):
         self.rows = [{} for _ in range(rows)]
 
-    def commit(self, inputs, outputs, take):
+    def part(self, rows):
+        part = ToyCache(0)
+        part.rows = [self.rows[row] for row in rows]
+        return part
+
+    def commit(self, inputs, outputs, take, rows=None):
         assert inputs.want_keys_values
-        for row, mine in enumerate(take):
+        for i, mine in enumerate(take):
+            row = i if rows is None else rows[i]
             for place in np.flatnonzero(mine):
-                position = int(inputs.position_ids[row, place])
+                position = int(inputs.position_ids[i, place])
                 assert position >= 0 and position not in self.rows[row]
-                self.rows[row][position] = outputs.keys_values[row][position]
+                self.rows[row][position] = outputs.keys_values[i][position]
 
     def clear(self, rows):
         for row in rows:
             self.rows[row] = {}
 
-    def keep(self, rows):
-        self.rows = [self.rows[row] for row in rows]
+    def leave(self, row, last):
+        self.rows[row], self.rows[last] = self.rows[last], {}
 
 
 class Toy:
@@ -48,7 +54,7 @@ class Toy:
         self.description = ModelDescription(
             family="toy", architecture="t", vocab_size=VOCAB, hidden_size=4, num_layers=1, num_heads=1, num_kv_heads=1,
             head_dim=4, dense_width=4, moe=None, qk_norm=True, rope_theta=1e4, rotary_dim=4, rms_eps=1e-6,
-            max_positions=1000, tie_embeddings=False, mask_id=MASK, eos_ids=(EOS,), pad_id=EOS, attention=attention,
+            max_positions=2000, tie_embeddings=False, mask_id=MASK, eos_ids=(EOS,), pad_id=EOS, attention=attention,
             logit_shift=shift)
         self.routing = RoutingDescription.default(None, block_length=N)
         self.limits = Limits(max_tokens=max_tokens)

@@ -1,0 +1,120 @@
+"""A batch of a bundle's requests that rows join at any step: what a server stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .bundle.reader import Bundle
+from .decoding.answer import Block
+from .decoding.batch import Handle, JoiningBatch
+from .decoding.settings import DecodeSettings
+from .decoding.watch import Watch
+from .decoding.way import Way
+from .runtime.backend import Backend
+from .runtime.residency.backend import ResidencyStatistics, ResidentBackend
+from .text.codec import TextCodec, TextStream
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and its settings, encoded and checked; made by `Generator.request`."""
+
+    token_ids: list[int]
+    way: Way
+
+    @property
+    def settings(self) -> DecodeSettings:
+        """What it asks for, with the bundle's defaults."""
+        return self.way.settings
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step came to for a row: a finished block, or the error that ended it."""
+
+    handle: Handle
+    block: Block | None
+    error: Exception | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether the row has left the batch."""
+        return self.block is None or self.block.finish_reason is not None
+
+
+class Batch:
+    """Rows of any requests, decoded together; made by `Generator.batch`.
+
+    >>> batch = generator.batch(slots=8)
+    >>> row = batch.add(generator.request("what is 2 plus 3?", max_new_tokens=32))
+    >>> while len(batch):
+    ...     for event in batch.step():
+    ...         print(event.block.text)
+
+    A row's answer does not depend on what joins or leaves beside it. One thread uses a batch; `cancel` may be called
+    from any.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, text: TextCodec | None, slots: int,
+                 check: Callable[[], None] = lambda: None) -> None:
+        """`check` raises once the bundle was closed. Raises RequestError for slots that the backend does not have."""
+        manifest = bundle.manifest
+        self._batch = JoiningBatch(backend, slots, manifest.bytes_per_expert, manifest.precision, str(bundle.folder))
+        self._text, self._check = text, check
+        self._pieces: dict[Handle, str | None] = {}
+        self._resident = backend if isinstance(backend, ResidentBackend) else None
+        self._starts: dict[Handle, ResidencyStatistics] = {}
+        self._products: str | None = getattr(backend, "products", None)
+
+    def __len__(self) -> int:
+        """Rows in it."""
+        return len(self._batch)
+
+    @property
+    def slots(self) -> int:
+        """Most rows at once."""
+        return self._batch.slots
+
+    @property
+    def free(self) -> int:
+        """Rows that may still join."""
+        return self._batch.free
+
+    def add(self, request: Request, index: int = 0, watch: Watch | None = None) -> Handle:
+        """A row joins and takes part from the next step on; its time limit begins.
+
+        `index`: which answer of several to the same request, which draws with seed + index. `watch`: called after each
+        forward of the row, with provisional tokens (`StepSeen`). Raises RequestError where no slot is free.
+        """
+        self._check()
+        stream = TextStream(self._text, request.settings.stops) if self._text else None
+
+        def ends(ids: list[int], last: bool) -> int | None:
+            if stream is None:
+                return None
+            self._pieces[handle] = stream.push(ids, last)
+            return stream.kept
+
+        handle = self._batch.add(request.token_ids, request.way, index, ends, watch)
+        if self._resident:
+            self._starts[handle] = self._resident.statistics()
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        """The row ends at the next step with finish_reason "cancelled"; nothing happens where it has ended."""
+        self._batch.cancel(handle)
+
+    def step(self) -> list[Event]:
+        """One forward: what it finished. Raises RequestError once the bundle was closed, else nothing."""
+        self._check()
+        events = []
+        for done in self._batch.step():
+            piece = self._pieces.pop(done.handle, None)
+            start = self._starts.pop(done.handle, None) if done.error or done.finish_reason else None
+            done.statistics.products = self._products
+            if start and self._resident:
+                done.statistics.residency = self._resident.statistics().since(start).as_dict()
+            events.append(Event(done.handle, None, done.error) if done.error else Event(done.handle, Block(
+                done.handle.row.index, done.token_ids, piece, done.finish_reason, done.statistics)))
+        return events

@@ -1,0 +1,258 @@
+"""A batch that rows join and leave between forwards; each row has its own settings, and its answer is its own.
+
+Every step is one forward: of the rows whose turn it is (turns.py), each with what its cache policy asks for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..description import Precision
+from ..errors import RequestError
+from ..runtime.backend import Backend, ForwardInputs, ForwardOutputs, Ints
+from ..runtime.salient import SalientResult, SalientSteps
+from ..words import count
+from .caching import Plan
+from .limits import check_batch, check_prompt
+from .outcome import asked_places
+from .row import FinishReason, Row
+from .settings import DecodeSettings
+from .telemetry import Statistics
+from .turns import Waiting, next_forward, riding
+from .watch import Watch, Watcher
+from .way import Way
+
+Ends = Callable[[list[int], bool], int | None]
+"""New tokens of a row's finished block, whether it is the last → how many of them stay, or None: all, and go on."""
+
+
+@dataclass(eq=False)
+class Handle:
+    """A row of a batch, for `JoiningBatch.cancel` and to know its blocks by."""
+
+    row: Row = field(repr=False)
+    way: Way = field(repr=False)
+    ends: Ends | None = field(repr=False)
+    watcher: Watcher | None = field(repr=False)
+    over: float  # when its time is over, by time.monotonic
+    serial: int
+    waited: int = 0  # forwards since its last
+    alone: bool = False  # a forward that it shared has failed: who is to blame?
+    cancelled: bool = False
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A finished block of a row; `finish_reason` is set on the last. With `error` the row has ended without one."""
+
+    handle: Handle
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    statistics: Statistics
+    error: Exception | None = None
+
+
+class JoiningBatch:
+    """Decodes up to `slots` rows together. One thread uses it; only `cancel` may be called from others."""
+
+    def __init__(self, backend: Backend, slots: int, bytes_per_expert: int = 0, precision: Precision | None = None,
+                 bundle: str = "BUNDLE") -> None:
+        """`bytes_per_expert` is for statistics, `precision` and `bundle` (its place) for the advice of errors.
+
+        Raises RequestError for more slots than an engine takes rows.
+        """
+        if slots < 1:
+            raise RequestError(f"slots is {slots}, it must be at least 1.")
+        check_batch(slots, backend, bundle)
+        self.slots = slots
+        self._backend, self._bytes, self._precision, self._bundle = backend, bytes_per_expert, precision, bundle
+        self._cache = backend.new_cache(slots)
+        self._rows: list[Handle] = []  # row i of the cache is the row's
+        self._salient: dict[int | None, SalientSteps] = {}  # by the capacity of their graphs
+        self._serial = itertools.count()
+
+    def __len__(self) -> int:
+        """Rows in it."""
+        return len(self._rows)
+
+    @property
+    def free(self) -> int:
+        """Rows that may still join."""
+        return self.slots - len(self._rows)
+
+    def way(self, settings: DecodeSettings) -> Way:
+        """See `Way`."""
+        return Way(self._backend, settings, self._precision, self._bundle)
+
+    def add(self, prompt: list[int], settings: DecodeSettings | Way, index: int = 0, ends: Ends | None = None,
+            watch: Watch | None = None) -> Handle:
+        """A row joins; it takes part in forwards from the next step on.
+
+        `index`: counts rows of one request, for errors; the row draws with seed + index. `ends` may end the row with
+        "stop"; it is asked once for every block. `watch` sees each forward of the row.
+        Raises RequestError where no slot is free, for what makes no sense with the model, and as `check_prompt`.
+        """
+        if not self.free:
+            raise RequestError(f"All {count(self.slots, 'slot')} of the batch are taken; wait until a row has left.")
+        way = settings if isinstance(settings, Way) else self.way(settings)
+        check_prompt(prompt, way.settings, self._backend, way.block_length, self._bundle, index)
+        row = Row(index, list(prompt), way.settings, self._backend.description, way.block_length, self._bytes)
+        handle = Handle(row, way, ends, Watcher(watch) if watch else None,
+                        time.monotonic() + (way.settings.time_limit or math.inf), next(self._serial))
+        self._rows.append(handle)
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        """The row ends at the next step, with the blocks it has; nothing happens where it has ended already."""
+        handle.cancelled = True
+
+    def step(self) -> list[Decoded]:
+        """One forward, if a row is there: the blocks that it finished, and rows that end at this look between forwards.
+
+        A forward that fails with several rows in it is repeated row by row, and the row that fails by itself ends with
+        the error, as does one whose numbers are NaN or infinite: the others do not notice.
+        """
+        done: list[Decoded] = []
+        now = time.monotonic()
+        for handle in self._rows:
+            if handle.cancelled or now >= handle.over:
+                handle.row.interrupt("cancelled" if handle.cancelled else "timeout")
+                done.append(self._finished(handle))
+        if not done and self._rows:
+            done = self._forward()
+        self._let_go()
+        return done
+
+    def _forward(self) -> list[Decoded]:
+        plans = [handle.way.plan(handle.row) for handle in self._rows]
+        chosen = next_forward([self._waiting(handle, plan) for handle, plan in zip(self._rows, plans, strict=True)])
+        for handle in self._rows:
+            handle.waited += 1
+        mine = [self._rows[i] for i in chosen]
+        for handle in mine:
+            handle.waited = 0
+        return self._run(chosen, mine, riding([plans[i] for i in chosen]))
+
+    def _waiting(self, handle: Handle, plan: Plan) -> Waiting:
+        graphs = handle.way.graphs
+        shares = (tuple(sorted(handle.way.routing.items())), graphs.capacity if plan.salient and graphs else None,
+                  handle.serial if handle.alone else None)
+        return Waiting(plan, shares, handle.waited, bool(handle.row.step or handle.row.block))
+
+    def _run(self, places: list[int], handles: list[Handle], plans: list[Plan]) -> list[Decoded]:
+        """One forward of these rows, which lie at these places of the cache."""
+        cleared = [place for place, plan in zip(places, plans, strict=True) if plan.clear]
+        if cleared:
+            self._cache.clear(cleared)
+            for handle, plan in zip(handles, plans, strict=True):
+                if plan.clear:
+                    handle.row.cached = 0
+        asked = [asked_places(handle.row) if plan.decodes else np.zeros(0, np.int64)
+                 for handle, plan in zip(handles, plans, strict=True)]
+        inputs = _inputs(handles, plans, asked)
+        start = time.perf_counter()
+        try:
+            outputs, recomputed = self._compute(inputs, places, handles, plans)
+        except Exception as error:  # no row has changed
+            if len(handles) == 1:
+                return [_failed(handles[0], error)]
+            for handle in handles:
+                handle.alone = True
+            return []
+        seconds = time.perf_counter() - start
+        take = np.zeros(inputs.input_ids.shape, bool)
+        failed: dict[int, Exception] = {}
+        for i, (handle, plan) in enumerate(zip(handles, plans, strict=True)):
+            row, chosen = handle.row, None
+            handle.alone = False
+            ran = row.statistics.record(plan.phase, outputs.expert_ids[:, i], seconds, plan.rides, plan.ridden)
+            row.statistics.record_salient(recomputed[i])
+            if plan.decodes:
+                try:
+                    chosen = handle.way.outcome.apply(row, asked[i], outputs, i)
+                except Exception as error:  # of this row's numbers
+                    failed[i] = error
+                    continue
+            if plan.commit is not None and not (plan.if_unchanged and chosen is not None and len(chosen.changed)):
+                take[i, :len(plan.commit)] = plan.commit
+                row.cached += int(plan.commit.sum())
+            if handle.watcher:
+                handle.watcher.see(row, chosen, ran, outputs.expert_ids[:, i, :plan.width], seconds)
+        if take.any():
+            try:
+                self._cache.commit(inputs, outputs, take, places)
+            except Exception as error:  # rows have changed, so what they lack now cannot be made up
+                failed |= {i: error for i in np.flatnonzero(take.any(axis=1)).tolist()}
+        return [done for i, handle in enumerate(handles)
+                for done in ([_failed(handle, failed[i])] if i in failed else self._finished_block(handle))]
+
+    def _compute(self, inputs: ForwardInputs, places: list[int], handles: list[Handle],
+                 plans: list[Plan]) -> tuple[ForwardOutputs, list[SalientResult | None]]:
+        part, graphs = self._cache.part(places), handles[0].way.graphs
+        if plans[0].salient is None or graphs is None:
+            return self._backend.forward(inputs, part), [None] * len(handles)
+        salient = self._salient.setdefault(graphs.capacity, SalientSteps(graphs))
+        return salient.forward(inputs, part, [handle.serial for handle in handles], [plan.salient for plan in plans])
+
+    def _finished_block(self, handle: Handle) -> list[Decoded]:
+        """What the row has new, if that is a block or the end."""
+        row = handle.row
+        if row.finish_reason or (row.settled and row.emitted < min(row.span.stop, row.end)):
+            return [self._finished(handle)]
+        return []
+
+    def _finished(self, handle: Handle) -> Decoded:
+        """What a row has new, up to where `ends` ends it."""
+        row = handle.row
+        tokens = row.take_new()
+        try:
+            kept = handle.ends(tokens, row.finish_reason is not None) if handle.ends else None
+        except Exception as error:  # of the caller's text
+            return _failed(handle, error)
+        if kept is not None:
+            row.stop(len(tokens) - kept)
+            tokens = tokens[:kept]
+        handle.finished = row.finish_reason is not None
+        return Decoded(handle, tokens, row.finish_reason, row.statistics)
+
+    def _let_go(self) -> None:
+        """Rows that have ended leave; the last row takes the place of each."""
+        for place in reversed(range(len(self._rows))):
+            handle = self._rows[place]
+            if handle.finished:
+                self._cache.leave(place, len(self._rows) - 1)
+                last = self._rows.pop()
+                if last is not handle:
+                    self._rows[place] = last
+                if handle.way.graphs is not None and handle.way.graphs.capacity in self._salient:
+                    self._salient[handle.way.graphs.capacity].forget(handle.serial)
+
+
+def _failed(handle: Handle, error: Exception) -> Decoded:
+    handle.finished = True
+    return Decoded(handle, [], None, handle.row.statistics, error)
+
+
+def _inputs(handles: list[Handle], plans: list[Plan], asked: list[Ints]) -> ForwardInputs:
+    """The planned queries of all rows, padded at position −1; `asked`: places whose prediction is wanted."""
+    width = max(plan.width for plan in plans)
+    ids = np.zeros((len(handles), width), np.int64)
+    positions = np.full((len(handles), width), -1, np.int64)
+    wanted = np.full((len(handles), max(1, max(len(places) for places in asked))), -1, np.int64)
+    for i, (handle, plan) in enumerate(zip(handles, plans, strict=True)):
+        row = handle.row
+        ids[i, :plan.width] = row.canvas[plan.start:plan.stop]
+        positions[i, :plan.width] = np.arange(plan.start, plan.stop)
+        wanted[i, :len(asked[i])] = asked[i] + row.span.start - row.shift - plan.start
+    needs_logits = any(handle.way.outcome.needs_logits and len(places)
+                       for handle, places in zip(handles, asked, strict=True))
+    return ForwardInputs(ids, positions, wanted, handles[0].way.routing, want_logits=needs_logits,
+                         want_keys_values=any(plan.commit is not None for plan in plans))
+

@@ -1,0 +1,68 @@
+"""How rows of the same settings are decoded on a backend: made once per request, refused where it makes no sense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..description import Precision
+from ..errors import RequestError
+from ..runtime.backend import Backend, Limits
+from ..runtime.salient import SalientBackend, SalientGraphs
+from .caching import Plan, Widths, policy
+from .outcome import Outcome
+from .routing import routing_inputs
+from .row import Row
+from .salient import policy as salient_policy
+from .settings import DecodeSettings
+
+PREFILL_TOKENS = 512  # most tokens of a row in one prefill forward; chunks are exact under block-causal attention
+
+
+class Way:
+    """A request's settings in the terms of a backend: its block length, routing inputs, cache policy and acceptance."""
+
+    def __init__(self, backend: Backend, settings: DecodeSettings, precision: Precision | None = None,
+                 bundle: str = "BUNDLE") -> None:
+        """`precision` of the model and `bundle`, its place, are for the advice of errors.
+
+        Raises RequestError for settings that make no sense with the backend's model.
+        """
+        self.settings = settings
+        self.routing = routing_inputs(settings, backend.routing.mode, backend.description.moe)
+        vocabulary = backend.description.vocab_size
+        beyond = next((i for i in settings.eos_ids or () if i >= vocabulary), None)
+        if beyond is not None:
+            raise RequestError(f"eos_id {beyond} is outside the vocabulary 0 … {vocabulary - 1}.")
+        bundled = backend.routing.block_length
+        n = self.block_length = settings.block_length or bundled
+        if n != bundled and backend.description.attention == "block_causal":
+            raise RequestError(f"block_length {n} differs from the bundle's {bundled}; attention, routing and decoding "
+                               "share one grid, so export with --block-length to change it.")
+        limits = backend.limits or Limits()
+        limit = limits.max_tokens
+        if limit is not None and limit < n:
+            raise RequestError(f"The engine takes at most {limit} tokens in one forward, a block has {n}; build "
+                               f"one with: dmoe-export build {bundle} --max-prefill {n}.")
+        chunk = max(1, min(PREFILL_TOKENS, limit or PREFILL_TOKENS) // n) * n
+        merged = settings.schedule == "merged"
+        widths = Widths(chunk, (limit or chunk + n) * merged, (limits.step_tokens or limit or 2 * n) * merged)
+        self.graphs: SalientGraphs | None = None
+        self._plan_of: Callable[[Row], Plan | None]
+        if settings.salient_threshold is None:
+            self._plan_of = policy(backend.description, settings.cache, widths)
+        else:
+            self._plan_of = salient_policy(backend.description, settings, widths)
+            if not isinstance(backend, SalientBackend):
+                raise RequestError(f"Backend {backend.name} runs no salient steps; use backend onnxruntime, or leave "
+                                   "salient_threshold out.")
+            self.graphs = backend.salient_graphs(settings.salient_capacity)
+        self.outcome = Outcome(settings, backend.description.mask_id, precision)
+
+    def plan(self, row: Row) -> Plan:
+        """What the row asks of its next forward; goes on to the next block where the active one needs nothing more."""
+        plan = self._plan_of(row)
+        if plan is None:
+            row.advance()
+            plan = self._plan_of(row)
+        assert plan is not None, "a fresh block asks for a forward"
+        return plan
