@@ -72,6 +72,7 @@ class Recorded:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand on, and write what came of it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         asked = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
