@@ -21,6 +21,7 @@ from .help import SETTINGS, Verb, option
 from .options import BACKEND, CPU_PRODUCTS, THREADS, VERIFY, request_options, seal_options
 from .output import say
 from .progress import byte_bar
+from .watch import watch as watched
 
 _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
 
@@ -50,8 +51,12 @@ _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
 @option("--stream", is_flag=True, group="output", help="Print blocks as they are finished")
 @option("--json", "as_json", is_flag=True, group="output",
         help="Print one JSON object (with --stream: one per block first)")
+@option("--watch", is_flag=True, group="output",
+        help="Show on standard error how the block fills in, step by step; in a file or pipe, a line for each step")
+@option("--watch-pause", type=click.FloatRange(0, 60), default=0.1, group="output",
+        help="Seconds that a terminal shows each step at least")
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
-             as_json: bool, backend: Any, threads: int | None, verify: Any, expert_budget: str | None,
+             as_json: bool, watch: bool, watch_pause: float, backend: Any, threads: int | None, verify: Any, expert_budget: str | None,
              experts_per_layer: int | None, expert_refresh_interval: str, cpu_products: Any, expect_sha256: str | None,
              trusted_key: Path | None, **options: Any) -> None:
     """Answer one prompt with BUNDLE, a folder or a hub id.
@@ -60,6 +65,8 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
     took to standard error.
     """
     given = _prompt(prompt, prompt_file, prompt_ids)
+    if watch and stream:
+        raise RequestError("--watch and --stream both show an answer while it grows; give one of them.")
     bundle = resolve_bundle(bundle)
     total = _bytes_to_verify(bundle)
     done = 0
@@ -75,7 +82,7 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
                                    expert_refresh_interval=expert_refresh_interval, cpu_products=cpu_products,
                                    expect_sha256=expect_sha256, trusted_key=trusted_key)
     if not stream:
-        result = generator.generate([given], **options)[0]
+        result = watched(generator, given, options, watch_pause) if watch else generator.generate([given], **options)[0]
         click.echo(_json(result, generator, options) if as_json else _shown(result))
     else:
         result = _stream(generator, given, as_json, options)
