@@ -1,0 +1,25 @@
+"""The application: routes behind the gate, inside the layer that records every request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from .. import __version__
+from . import errors
+from .gate import OPEN, Gate
+from .house import House
+from .record import Recorded
+from .routes import router
+
+
+def application(house: House, keys: Sequence[str] = (), most_body: int = 4 << 20,
+                hosts: Sequence[str] = ()) -> ASGIApp:
+    """`most_body` in bytes; `keys`, `hosts`: see `Gate`. No page with outside resources: /openapi.json is all."""
+    app = FastAPI(title="dmoe-export", version=__version__, docs_url=None, redoc_url=None)
+    app.state.house = house
+    errors.install(app)
+    app.include_router(router)
+    return Recorded(Gate(app, keys, most_body, hosts, OPEN), house.metrics)

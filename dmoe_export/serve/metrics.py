@@ -1,0 +1,58 @@
+"""What Prometheus reads at /metrics: counts, queues and times of the engines, in a registry of this server's own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ..decoding.telemetry import Statistics
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_STEPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_TOKENS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_EXPERTS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+
+
+class Metrics:
+    """All of them; each has the label `model`, which is empty where a request named none of the server's."""
+
+    def __init__(self) -> None:
+        r = self._registry = CollectorRegistry()
+        model = ["model"]
+        self.requests = Counter("dmoe_requests", "Requests by how they ended.", ["model", "outcome"], registry=r)
+        self.waiting = Gauge("dmoe_waiting_rows", "Rows that wait for a place in the batch.", model, registry=r)
+        self.running = Gauge("dmoe_running_rows", "Rows in the batch.", model, registry=r)
+        self.jobs = Gauge("dmoe_requests_in_progress", "Requests that wait, are encoded or decoded.", model, registry=r)
+        self.cached = Gauge("dmoe_cache_tokens", "Tokens whose keys and values rows of the batch hold.", model,
+                            registry=r)
+        self.queued = Histogram("dmoe_queue_seconds", "From a request's arrival until its first row joins the batch.",
+                                model, buckets=_SECONDS, registry=r)
+        self.first = Histogram("dmoe_time_to_first_block_seconds", "From a request's arrival to its first block.",
+                               model, buckets=_SECONDS, registry=r)
+        self.seconds = Histogram("dmoe_request_seconds", "From a request's arrival to its end.", model,
+                                 buckets=_SECONDS, registry=r)
+        self.step = Histogram("dmoe_step_seconds", "Of one step of the batch.", model, buckets=_STEPS, registry=r)
+        self.rows = Histogram("dmoe_step_rows", "Rows in the batch, per step.", model, buckets=_ROWS, registry=r)
+        self.prompt_tokens = Counter("dmoe_prompt_tokens", "Tokens of prompts of ended rows.", model, registry=r)
+        self.tokens = Counter("dmoe_committed_tokens", "Tokens of finished blocks.", model, registry=r)
+        self.per_forward = Histogram("dmoe_tokens_per_forward", "New tokens per model forward of an ended row.", model,
+                                     buckets=_TOKENS, registry=r)
+        self.experts = Histogram("dmoe_unique_experts", "Unique experts per layer in a denoise forward of an ended "
+                                 "row (mean).", model, buckets=_EXPERTS, registry=r)
+        self.expert_bytes = Counter("dmoe_expert_bytes", "Bytes of expert weights that ended rows' forwards read.",
+                                    model, registry=r)
+        self.hits = Counter("dmoe_prefix_hit_tokens", "Tokens of prompts taken from the prefix store.", model,
+                            registry=r)
+
+    def row(self, model: str, statistics: Statistics) -> None:
+        """Count a row that has ended."""
+        self.prompt_tokens.labels(model).inc(statistics.prompt_tokens)
+        self.expert_bytes.labels(model).inc(statistics.expert_bytes_touched)
+        if statistics.forwards:
+            self.per_forward.labels(model).observe(statistics.tokens_per_forward)
+        if statistics.unique_experts:
+            self.experts.labels(model).observe(statistics.unique_experts)
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)

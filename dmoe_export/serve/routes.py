@@ -1,0 +1,91 @@
+"""The endpoints of OpenAI's interface, health, metrics, and the end of a request by its id."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from .answers import Form, PlainForm, answer
+from .errors import ApiError
+from .house import House, enter
+from .messages import messages_of, prompts_of
+from .record import Record
+from .schema import ChatBody, CompletionBody
+
+router = APIRouter()
+
+
+def _house(request: Request) -> House:
+    house: House = request.app.state.house
+    return house
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatBody, request: Request) -> Response:
+    """An answer to messages, through the bundle's chat template."""
+    entered = await enter(request, body, [messages_of(body)], chat=True)
+    return await answer(request, body, entered, Form())
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionBody, request: Request) -> Response:
+    """What follows a text or token ids, without the chat template."""
+    entered = await enter(request, body, prompts_of(body), chat=False)
+    return await answer(request, body, entered, PlainForm())
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> JSONResponse:
+    """The bundles of this server."""
+    house = _house(request)
+    return JSONResponse({"object": "list", "data": [_model(house, name) for name in house.engines]})
+
+
+@router.get("/v1/models/{name}")
+async def model(name: str, request: Request) -> JSONResponse:
+    """One of them."""
+    house = _house(request)
+    return JSONResponse(_model(house, house.engine(name).name))
+
+
+def _model(house: House, name: str) -> dict[str, Any]:
+    engine = house.engines[name]
+    d = engine.generator.backend.description
+    limits = engine.generator.backend.limits
+    context = min(d.max_positions, (limits and limits.max_context) or d.max_positions)
+    return {"id": name, "object": "model", "created": house.started, "owned_by": "dmoe-export",
+            "max_model_len": context, "block_length": engine.generator.backend.routing.block_length}
+
+
+@router.delete("/v1/requests/{name}")
+async def cancel(name: str, request: Request) -> JSONResponse:
+    """End a request by the x-request-id of its answer, or by the id inside it; what it has finished stays its answer."""
+    record: Record = request.state.record
+    record.owner = getattr(request.state, "owner", -1)
+    key = (record.owner, name.removeprefix("chatcmpl-").removeprefix("cmpl-"))
+    for engine in _house(request).engines.values():
+        if job := engine.jobs.get(key):
+            engine.cancel(job, "cancelled")
+            return JSONResponse({"id": name, "object": "request", "cancelled": True})
+    raise ApiError(404, "No request of this id is in progress.", code="request_not_found")
+
+
+@router.get("/health/live")
+async def live() -> JSONResponse:
+    """Answers as long as the process does."""
+    return JSONResponse({"status": "live"})
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> JSONResponse:
+    """Whether requests are taken: 503 while the server is shutting down, or a model has failed."""
+    fine = _house(request).ready
+    return JSONResponse({"status": "ready" if fine else "not ready"}, 200 if fine else 503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    return Response(_house(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,98 @@
+"""What a body may hold: OpenAI's fields that mean something here, every option of a request, nothing unknown."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, create_model, model_validator
+
+from ..decoding.settings import OPTIONS
+
+MOST_CHOICES = 16  # of a prompt
+MOST_PROMPTS = 64  # of a request for completions, times its choices
+MOST_MESSAGES = 1000
+MOST_NAME = 200  # characters of a model's name
+
+# Fields of OpenAI that change nothing here: they are for its own accounts, caches and records.
+HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+            "prompt_cache_retention")
+# Fields of OpenAI that this server does not have, with the values that ask for nothing; others are refused by name.
+NOT_HERE: dict[str, tuple[Any, ...]] = {
+    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
+    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "logprobs": (False, 0),
+    "top_logprobs": (0,), "logit_bias": ({},), "presence_penalty": (0,), "frequency_penalty": (0,), "best_of": (1,),
+    "echo": (False,), "suffix": ("",), "modalities": (["text"],), "audio": (), "prediction": (),
+    "reasoning_effort": (), "verbosity": (), "web_search_options": ()}
+
+
+class StreamOptions(BaseModel):
+    """Of a stream: whether its last event tells the usage."""
+
+    model_config = ConfigDict(extra="forbid")
+    include_usage: StrictBool = False
+    include_obfuscation: StrictBool = False  # padding against listeners; never sent
+
+
+class Body(BaseModel):
+    """What chat completions and completions share; options of a request follow by name (`OPTIONS`)."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: Annotated[str, Field(max_length=MOST_NAME)]
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] | None = None
+    max_tokens: Any = Field(None, description="The same as max_new_tokens.")
+    max_completion_tokens: Any = Field(None, description="The same as max_new_tokens.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_here(cls, values: Any) -> Any:
+        """Take fields out that ask for nothing; refuse what this server does not have."""
+        if not isinstance(values, dict):
+            return values
+        kept = {name: value for name, value in values.items() if name not in HARMLESS}
+        for name in kept.keys() & NOT_HERE.keys():
+            value = kept.pop(name)
+            if value is not None and value not in NOT_HERE[name]:
+                raise ValueError(f"{name} is not offered here; leave it out")
+        return kept
+
+    @model_validator(mode="after")
+    def _usage_is_of_a_stream(self) -> Body:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options belongs to a stream; give stream: true, too")
+        return self
+
+    @property
+    def choices(self) -> int:
+        """Answers to a prompt."""
+        return self.n or 1
+
+    def options(self) -> dict[str, Any]:
+        """Options of the request by our names; those left out or null are not in it.
+
+        Raises ValueError where several names for the most tokens say different things.
+        """
+        given = {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
+        lengths = [one for one in (self.max_tokens, self.max_completion_tokens, given.get("max_new_tokens"))
+                   if one is not None]
+        if any(one != lengths[0] for one in lengths):
+            raise ValueError("max_tokens, max_completion_tokens and max_new_tokens are one setting and differ; give "
+                             "one of them.")
+        return given | ({"max_new_tokens": lengths[0]} if lengths else {})
+
+
+_SETTINGS: dict[str, Any] = {name: (Any, Field(None, description=one.help)) for name, one in OPTIONS.items()}
+_WithOptions = create_model("_WithOptions", __base__=Body, **_SETTINGS)
+
+
+class ChatBody(_WithOptions):  # type: ignore[misc, valid-type]
+    """POST /v1/chat/completions, and /v1/chat/denoising."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MOST_MESSAGES)]
+
+
+class CompletionBody(_WithOptions):  # type: ignore[misc, valid-type]
+    """POST /v1/completions: a text, a list of token ids, or a list of either."""
+
+    prompt: Any
