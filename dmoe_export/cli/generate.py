@@ -21,7 +21,7 @@ from .help import SETTINGS, Verb, option
 from .options import BACKEND, CPU_PRODUCTS, THREADS, VERIFY, request_options, seal_options
 from .output import say
 from .progress import byte_bar
-from .watch import watch as watched
+from .watch import watched
 
 _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
 
@@ -56,9 +56,9 @@ _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
 @option("--watch-pause", type=click.FloatRange(0, 60), default=0.1, group="output",
         help="Seconds that a terminal shows each step at least")
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
-             as_json: bool, watch: bool, watch_pause: float, backend: Any, threads: int | None, verify: Any, expert_budget: str | None,
-             experts_per_layer: int | None, expert_refresh_interval: str, cpu_products: Any, expect_sha256: str | None,
-             trusted_key: Path | None, **options: Any) -> None:
+             as_json: bool, watch: bool, watch_pause: float, backend: Any, threads: int | None, verify: Any,
+             expert_budget: str | None, experts_per_layer: int | None, expert_refresh_interval: str, cpu_products: Any,
+             expect_sha256: str | None, trusted_key: Path | None, **options: Any) -> None:
     """Answer one prompt with BUNDLE, a folder or a hub id.
 
     The prompt is exactly one of --prompt, --prompt-file and --prompt-ids. The answer goes to standard output, what it
@@ -82,7 +82,8 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
                                    expert_refresh_interval=expert_refresh_interval, cpu_products=cpu_products,
                                    expect_sha256=expect_sha256, trusted_key=trusted_key)
     if not stream:
-        result = watched(generator, given, options, watch_pause) if watch else generator.generate([given], **options)[0]
+        result = (watched(generator, given, options, watch_pause) if watch else
+                  generator.generate([given], **options)[0])
         click.echo(_json(result, generator, options) if as_json else _shown(result))
     else:
         result = _stream(generator, given, as_json, options)

@@ -21,11 +21,12 @@ _MASKED = "░▒▓"  # by the confidence of the best candidate
 _BARS = "▁▂▃▄▅▆▇█"
 _BEFORE = 600  # characters of finished blocks that stay in sight
 # Backgrounds of a decided place, by confidence; text on them is always light.
-_SHADES = ("white on rgb(40,50,62)", "white on rgb(30,66,108)", "white on rgb(18,80,145)", "bold white on rgb(11,92,173)")
+_SHADES = ("white on rgb(40,50,62)", "white on rgb(30,66,108)", "white on rgb(18,80,145)",
+           "bold white on rgb(11,92,173)")
 _NEW = "bold black on rgb(240,160,75)"
 
 
-def watch(generator: Generator, prompt: Prompt, options: dict[str, Any], pause: float) -> Generation:
+def watched(generator: Generator, prompt: Prompt, options: dict[str, Any], pause: float) -> Generation:
     """Answer one prompt and show every step: place by place in a terminal, else a line for each.
 
     `pause`: seconds that a terminal shows each step at least.

@@ -11,6 +11,7 @@ _HERE = Path(__file__).parent
 _KINDS = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
           ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
 FILES = {path.name: path for path in sorted(_HERE.iterdir()) if path.suffix in _KINDS}
+PATHS = ("/", *(f"/page/{name}" for name in FILES))  # without a key
 # Scripts, styles and connections of the own origin alone, and no other page may frame it: it holds an API key.
 HEADERS = {"Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}

@@ -75,7 +75,8 @@ function newAnswer() {
   live.setAttribute("aria-hidden", "true");
   row.append(committed, live, after);
   at("turns").append(row);
-  return { row, committed, live, after, states: [], text: "", started: performance.now() };
+  return { row, committed, live, after, states: [], active: null, frame: null, text: "",
+    started: performance.now() };
 }
 
 /** Runs `change`, and keeps the end in sight where it was. */
@@ -112,18 +113,28 @@ async function ask(question) {
   finish(answer, ended, question);
 }
 
+/** Draws the last state once per frame of the screen: steps can be faster. */
+function draw(answer) {
+  answer.frame ??= requestAnimationFrame(() => {
+    answer.frame = null;
+    if (answer.active) following(() => drawLive(answer.live, answer.active));
+    panel.grown(answer);
+  });
+}
+
 /** Takes an event into the answer; says how it ended, once it has. */
 function take(answer, event, data) {
   if (event === "step") {
     const state = withHistory(data, answer.states.at(-1));
     state.elapsed = (performance.now() - answer.started) / 1000;
     answer.states.push(state);
-    following(() => drawLive(answer.live, state));
-    panel.grown(answer);
+    answer.active = state;
+    draw(answer);
   } else if (event === "block") {
     following(() => {
       answer.text += data.text;
       answer.committed.append(data.text);
+      answer.active = null;
       answer.live.replaceChildren();
     });
   } else if (event === "error") {
@@ -135,20 +146,31 @@ function take(answer, event, data) {
   return "";
 }
 
-const ENDS = { length: "ended by max tokens", timeout: "out of time", cancelled: "cancelled", stopped: "stopped",
+const count = (amount, thing, ending = "s") => `${amount} ${thing}${amount === 1 ? "" : ending}`;
+
+const ENDS = { length: "ended by max_new_tokens", timeout: "out of time", cancelled: "cancelled", stopped: "stopped",
   failed: "failed" };
 
 function finish(answer, ended, question) {
+  const unused = [document.body, at("stop")].includes(document.activeElement);
   running = null;
   busy(false);
+  answer.active = null;
   answer.live.replaceChildren();
   if (answer.text || ended === "stop")
     turns.push({ role: "user", content: question }, { role: "assistant", content: answer.text });
+  following(() => after(answer, ended));
+  panel.ended(answer);
+  if (unused) at("message").focus(); // the button that had it is gone
+}
+
+/** The line below an answer: what it took, how it ended, and its steps again. */
+function after(answer, ended) {
   const last = answer.states.at(-1);
   if (last) {
     const tokens = answer.statistics?.new_tokens ?? last.start + decided(last);
-    const said = [`${tokens} tokens in ${last.forwards} forward passes, ${last.elapsed.toFixed(2)} s`];
-    answer.after.append(element("span", "", said[0]));
+    answer.after.append(element("span", "",
+      `${count(tokens, "token")} in ${count(last.forwards, "forward pass", "es")}, ${last.elapsed.toFixed(2)} s`));
   }
   if (ENDS[ended]) answer.after.append(element("span", ended === "failed" ? "bad" : "", ENDS[ended]));
   if (last) {
@@ -157,9 +179,6 @@ function finish(answer, ended, question) {
     again.addEventListener("click", () => panel.replay(answer));
     answer.after.append(again);
   }
-  panel.ended(answer);
-  following(() => {});
-  at("message").focus();
 }
 
 function busy(now) {

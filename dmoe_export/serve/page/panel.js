@@ -4,6 +4,7 @@ import { decided, drawPlaces } from "./block.js";
 import { byForward, byLayer } from "./plots.js";
 
 const at = id => document.getElementById(id);
+const PLAY = 300; // milliseconds of a step that is played
 const KEPT = 4; // answers whose steps stay in memory; older ones lose their "Step through"
 
 export class Panel {
@@ -11,9 +12,16 @@ export class Panel {
     this.answer = null; // whose steps the slider goes over
     this.live = true; // it shows each step as it comes
     this.kept = [];
-    at("step").addEventListener("input", () => this.go(Number(at("step").value)));
-    at("back").addEventListener("click", () => this.go(Number(at("step").value) - 1));
-    at("on").addEventListener("click", () => this.go(Number(at("step").value) + 1));
+    this.timer = null; // while steps are played
+    const now = () => Number(at("step").value);
+    for (const [id, event, to] of [["step", "input", now], ["back", "click", () => now() - 1],
+      ["on", "click", () => now() + 1]]) {
+      at(id).addEventListener(event, () => {
+        this.pause();
+        this.go(to());
+      });
+    }
+    at("play").addEventListener("click", () => (this.timer ? this.pause() : this.play()));
   }
 
   /** `facts`: experts of a layer, null for a model without. */
@@ -25,6 +33,7 @@ export class Panel {
 
   /** An answer begins; null for none. */
   follow(answer) {
+    this.pause();
     this.answer = answer;
     this.live = true;
     for (const id of ["f-forwards", "f-per-forward", "f-per-second", "f-experts"]) at(id).textContent = "–";
@@ -54,6 +63,22 @@ export class Panel {
     this.go(0);
     at("step").focus();
     at("show").scrollIntoView({ block: "nearest" });
+  }
+
+  /** From the step shown to the last one, or from the first. */
+  play() {
+    if (Number(at("step").value) >= this.answer.states.length - 1) this.go(0);
+    at("play").textContent = "Pause";
+    this.timer = setInterval(() => {
+      this.go(Number(at("step").value) + 1);
+      if (this.live) this.pause();
+    }, PLAY);
+  }
+
+  pause() {
+    clearInterval(this.timer);
+    this.timer = null;
+    at("play").textContent = "Play";
   }
 
   /** Show step `i`; the last one goes on with what comes. */
@@ -90,7 +115,7 @@ export class Panel {
 
   buttons() {
     const there = this.answer?.states.length ?? 0, i = Number(at("step").value);
-    at("step").disabled = there < 2;
+    at("step").disabled = at("play").disabled = there < 2;
     at("back").disabled = there < 2 || i <= 0;
     at("on").disabled = there < 2 || i >= there - 1;
   }
