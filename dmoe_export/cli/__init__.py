@@ -27,6 +27,7 @@ MEMBERS = {
     "export": ("export:export", "A checkpoint becomes a bundle: a folder that generates text without PyTorch."),
     "inspect": ("inspect:inspect", "Verify a bundle and show what it holds."),
     "generate": ("generate:generate", "Answer a prompt with a bundle."),
+    "serve": ("serve:serve", "Serve bundles to OpenAI's clients over HTTP."),
     "check": ("check:check", "Prove a bundle's numbers against its checkpoint, layer by layer."),
     "build": ("build:build", "Build TensorRT engine files into a bundle; needs no GPU."),
     "bench": ("bench:bench", "Measure speed and memory."),

@@ -8,19 +8,17 @@ from typing import Any
 
 import click
 
-from ..bundle.hub import resolve_bundle
-from ..bundle.reader import read_manifest
 from ..decoding.answer import Generation, generation_of
-from ..errors import BundleError, RequestError
+from ..errors import RequestError
 from ..generator import Generator
 from ..guards.numerals import integer
 from ..guards.regular_file import read_regular
 from ..text.prompts import Prompt
 from ..words import count, size, visible
 from .help import SETTINGS, Verb, option
-from .options import BACKEND, CPU_PRODUCTS, THREADS, VERIFY, request_options, seal_options
+from .opening import open_shown, opening_of, opening_options
+from .options import request_options
 from .output import say
-from .progress import byte_bar
 from .watch import watched
 
 _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
@@ -36,18 +34,7 @@ _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
 @option("--prompt-ids", metavar="IDS", group="prompt", help="Token ids, separated by commas; needs no tokenizer")
 @option("--chat/--no-chat", default=True, group="prompt", help="Wrap text in the chat template")
 @request_options
-@option("--expert-budget", metavar="SIZE", group="residency", shown="all",
-        help="Memory for experts, such as 4G, 25% or bytes; the others wait on disk (CPU) or in host memory (TensorRT "
-        "engine built with --experts resident)")
-@option("--experts-per-layer", type=int, group="residency", values="at least 1", shown="all",
-        help="The same, as experts kept per layer")
-@option("--expert-refresh-interval", default="auto", metavar="N", group="residency",
-        help="Denoise steps between changes of the experts kept: auto, never or a number")
-@BACKEND
-@THREADS
-@CPU_PRODUCTS
-@VERIFY
-@seal_options
+@opening_options
 @option("--stream", is_flag=True, group="output", help="Print blocks as they are finished")
 @option("--json", "as_json", is_flag=True, group="output",
         help="Print one JSON object (with --stream: one per block first)")
@@ -56,9 +43,7 @@ _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
 @option("--watch-pause", type=click.FloatRange(0, 60), default=0.1, group="output",
         help="Seconds that a terminal shows each step at least")
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
-             as_json: bool, watch: bool, watch_pause: float, backend: Any, threads: int | None, verify: Any,
-             expert_budget: str | None, experts_per_layer: int | None, expert_refresh_interval: str, cpu_products: Any,
-             expect_sha256: str | None, trusted_key: Path | None, **options: Any) -> None:
+             as_json: bool, watch: bool, watch_pause: float, **options: Any) -> None:
     """Answer one prompt with BUNDLE, a folder or a hub id.
 
     The prompt is exactly one of --prompt, --prompt-file and --prompt-ids. The answer goes to standard output, what it
@@ -67,20 +52,7 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
     given = _prompt(prompt, prompt_file, prompt_ids)
     if watch and stream:
         raise RequestError("--watch and --stream both show an answer while it grows; give one of them.")
-    bundle = resolve_bundle(bundle)
-    total = _bytes_to_verify(bundle)
-    done = 0
-    with byte_bar("verify", total, shown=total > 200e6 and not as_json) as report:
-
-        def progress(count: int) -> None:
-            nonlocal done
-            done += count
-            report("verify", done, total)
-
-        generator = Generator.open(bundle, backend=backend, threads=threads, verify=verify, progress=progress,
-                                   expert_budget=expert_budget, experts_per_layer=experts_per_layer,
-                                   expert_refresh_interval=expert_refresh_interval, cpu_products=cpu_products,
-                                   expect_sha256=expect_sha256, trusted_key=trusted_key)
+    generator = open_shown(bundle, opening_of(options), quiet=as_json)
     if not stream:
         result = (watched(generator, given, options, watch_pause) if watch else
                   generator.generate([given], **options)[0])
@@ -89,14 +61,6 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
         result = _stream(generator, given, as_json, options)
     if not as_json:
         say(_summary(result, generator, options), err=True)
-
-
-def _bytes_to_verify(bundle: Path) -> int:
-    """For a bar of progress; of what is no bundle, opening it says why, and whether its seal holds."""
-    try:
-        return sum(entry.size for entry in read_manifest(bundle).files)
-    except BundleError:
-        return 0
 
 
 def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[str, Any]) -> Generation:

@@ -68,7 +68,9 @@ class Engine:
                 rows += [Row(request, mine)] if alike else [Row(request, [one]) for one in mine]
         except BaseException as error:
             self._leave(key)
-            raise of_bundle(error, self.generator.bundle.folder, self.name) if isinstance(error, DmoeError) else error
+            if isinstance(error, DmoeError):
+                raise of_bundle(error, self.generator.bundle.folder, self.name) from None
+            raise
         job = Job(key, rows, timeout, seen, entered)
         with self._lock:
             self.jobs[key] = job
@@ -122,8 +124,8 @@ class Engine:
                                code="request_id_in_use")
             if len(self._admitted) >= self.slots + self.max_waiting:
                 after = math.ceil(self._usual * (1 + len(self._waiting) / self.slots))
-                raise ApiError(429, f"Model {self.name} has {len(self._admitted)} requests, the most it takes; try again "
-                               "later.", code="queue_full", headers={"retry-after": str(min(max(after, 1), 60))})
+                raise ApiError(429, f"Model {self.name} has {len(self._admitted)} requests, the most it takes; try "
+                               "again later.", code="queue_full", headers={"retry-after": str(min(max(after, 1), 60))})
             self._admitted.add(key)
             self._metrics.jobs.labels(self.name).set(len(self._admitted))
 

@@ -52,6 +52,7 @@ class EventStream(Response):
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Until all is sent, or nobody reads."""
         whole = False
         try:
             whole = await unless_gone(receive, self._talk(send)) or False

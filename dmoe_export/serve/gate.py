@@ -57,6 +57,7 @@ class Gate:
         self._keys = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or hand on."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
@@ -89,8 +90,8 @@ class Gate:
         with suppress(ValueError):
             ipaddress.ip_address(name)
             return
-        raise ApiError(400, f"Host {name[:100]} is not this server; start it with --allowed-host {name[:100]} if it is.",
-                       code="unknown_host")
+        raise ApiError(400, f"Host {name[:100]} is not this server; if it is, start it with --allowed-host "
+                       f"{name[:100]}.", code="unknown_host")
 
     def _check_length(self, headers: dict[bytes, bytes]) -> None:
         if int(headers.get(b"content-length", b"0")) > self._most:  # h11 has seen that it is a number

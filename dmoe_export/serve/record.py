@@ -21,7 +21,7 @@ from .metrics import Metrics
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OUTCOMES = {401: "unauthorised", 413: "too_large", 429: "queue_full", 503: "unavailable"}
-QUIET = ("/health/", "/metrics")  # asked every few seconds by machines: counted nowhere
+QUIET = ("/health/", "/metrics", "/page/")  # asked every few seconds by machines, or files: counted nowhere
 
 
 @dataclass
@@ -72,6 +72,7 @@ class Recorded:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand on, and write what came of it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         asked = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")

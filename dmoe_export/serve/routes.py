@@ -61,7 +61,7 @@ def _model(house: House, name: str) -> dict[str, Any]:
 
 @router.delete("/v1/requests/{name}")
 async def cancel(name: str, request: Request) -> JSONResponse:
-    """End a request by the x-request-id of its answer, or by the id inside it; what it has finished stays its answer."""
+    """End a request by its x-request-id, or the id inside its answer; what it has finished stays its answer."""
     record: Record = request.state.record
     record.owner = getattr(request.state, "owner", -1)
     key = (record.owner, name.removeprefix("chatcmpl-").removeprefix("cmpl-"))

@@ -86,13 +86,13 @@ _SETTINGS: dict[str, Any] = {name: (Any, Field(None, description=one.help)) for 
 _WithOptions = create_model("_WithOptions", __base__=Body, **_SETTINGS)
 
 
-class ChatBody(_WithOptions):  # type: ignore[misc, valid-type]
+class ChatBody(_WithOptions):
     """POST /v1/chat/completions, and /v1/chat/denoising."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MOST_MESSAGES)]
 
 
-class CompletionBody(_WithOptions):  # type: ignore[misc, valid-type]
+class CompletionBody(_WithOptions):
     """POST /v1/completions: a text, a list of token ids, or a list of either."""
 
     prompt: Any

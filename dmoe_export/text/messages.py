@@ -6,25 +6,38 @@ from typing import Any
 
 from ..errors import RequestError
 
-Message = dict[str, Any]  # role and content are texts; other fields are plain data, such as a name or tool calls
+Message = dict[str, Any]
+"""Role and content are texts, or content a list of parts `{"type": "text", "text": …}`; other fields are plain data."""
 
 _MOST_DEPTH = 50
+_BETWEEN_PARTS = "\n"  # as other servers join them for templates that take one text
 
 
 def plain_messages(messages: list[Message]) -> list[Message]:
-    """The messages without fields that are None, as transformers gives them to templates.
+    """The messages without fields that are None, as transformers gives them to templates; parts are one text, by lines.
 
-    Raises RequestError where role or content is no text, where half a character (a surrogate) is found, and for values
-    that are not plain data.
+    Raises RequestError where role or content is no text, for parts that are none, where half a character (a surrogate)
+    is found, and for values that are not plain data.
     """
     plain = []
-    for message in messages:
+    for message in map(_joined, messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise RequestError(f"Message {short(message)} needs the texts role and content; a content in parts is "
-                               "to be one text.")
+            raise RequestError(f"Message {short(message)} needs the texts role and content, or as content parts "
+                               "of text.")
         _check(message, message, 0)
         plain.append({key: value for key, value in message.items() if value is not None})
     return plain
+
+
+def _joined(message: Message) -> Message:
+    """With one text where content has parts."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return message
+    for part in message["content"]:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise RequestError(f"A message has a part of type {short(kind)}; only parts of type text are taken.")
+    return message | {"content": _BETWEEN_PARTS.join(part["text"] for part in message["content"])}
 
 
 def check_text(text: str) -> None:

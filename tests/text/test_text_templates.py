@@ -83,7 +83,7 @@ def test_every_error_is_one_sentence_soon(source, words):
 
 @pytest.mark.parametrize(("message", "words"), [
     ({"role": "user"}, "needs the texts role and content"), ({"role": "user", "content": None}, "needs the texts"),
-    ({"role": "user", "content": [{"type": "text", "text": "a"}]}, "content in parts is to be one text"),
+    ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "part of type 'image_url'"),
     ("hello", "needs the texts"), ({"role": "a\ud800", "content": "x"}, "half a character"),
     ({"role": "user", "content": "a\udfff"}, "half a character"),
     ({"role": "user", "content": "x", "name": "\ud800"}, "half a character"),

@@ -1,0 +1,107 @@
+"""`dmoe-export serve`: bundles behind OpenAI's HTTP interface."""
+
+from __future__ import annotations
+
+import ipaddress
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import MissingRequirementError, RequestError
+from ..extras import pip_install
+from ..generator import Generator
+from ..words import count
+from .help import SETTINGS, Verb, option
+from .opening import open_shown, opening_of, opening_options
+from .output import say
+
+_SLOTS = 8  # rows at once, where the backend has no limit of its own
+
+
+@click.command(cls=Verb, context_settings=SETTINGS, examples=(
+    "dmoe-export serve sample.bundle --threads 2",
+    "dmoe-export serve sample.bundle --port 8001 --max-batch 4 --max-new-tokens 256"))
+@click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@option("--host", default="127.0.0.1", metavar="ADDRESS", group="network", help="Address to listen on")
+@option("--port", type=click.IntRange(0, 65535), default=8000, group="network",
+        help="Port to listen on; 0 takes any that is free")
+@option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE", group="network", shown="no key is asked for",
+        help="File with API keys, one per line")
+@option("--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", group="network", shown="addresses, localhost",
+        help="Name by which clients without a key may call the server; may be given again")
+@option("--max-body", type=click.IntRange(1), default=4 << 20, group="network",
+        help="Most bytes of a request's body")
+@option("--name", "names", multiple=True, metavar="NAME", group="models", shown="its folder's name without .bundle",
+        help="What clients call a bundle; may be given again, once per bundle in their order")
+@option("--max-batch", type=click.IntRange(1, 1024), group="models", shown="the engine's, or 8",
+        help="Most answers of a bundle that are decoded at once")
+@option("--max-waiting", type=click.IntRange(0), default=64, group="requests",
+        help="Most requests of a bundle beyond --max-batch; more are refused")
+@option("--max-new-tokens", "most_new_tokens", type=click.IntRange(1), default=4096, group="requests",
+        help="Most tokens that an answer may ask for")
+@option("--timeout", type=click.FloatRange(0.1), default=600.0, group="requests",
+        help="Most seconds of a request, waiting included")
+@option("--drain-seconds", type=click.FloatRange(0), default=30.0, group="requests",
+        help="Seconds that requests have to end after SIGTERM or ctrl-C")
+@option("--log-prompts", is_flag=True, group="requests", help="Write prompts into the log, too")
+@opening_options
+def serve(bundles: tuple[Path, ...], host: str, port: int, api_key_file: Path | None, allowed_hosts: tuple[str, ...],
+          max_body: int, names: tuple[str, ...], max_batch: int | None, max_waiting: int, most_new_tokens: int,
+          timeout: float, drain_seconds: float, log_prompts: bool, **options: Any) -> None:
+    """Serve each BUNDLE, a folder or a hub id, to clients of OpenAI's interface.
+
+    It begins with a line per bundle and one with its address on standard error; then a JSON line per request. SIGTERM
+    and ctrl-C let requests end, then it exits with 0.
+    """
+    try:
+        from ..serve import app, engine, gate, house, metrics, process  # needs an extra
+    except ModuleNotFoundError as error:
+        raise MissingRequirementError(f"Serving needs {error.name}; run: {pip_install('serve')}.") from None
+    opening = opening_of(options)
+    called = _names(bundles, names, opening)
+    keys = gate.read_keys(api_key_file)
+    bound = process.listen(host, port)
+    counted, engines = metrics.Metrics(), dict[str, engine.Engine]()
+    try:
+        for bundle, name in zip(bundles, called, strict=True):
+            generator = open_shown(bundle, opening)
+            slots = max_batch or _slots(generator)
+            engines[name] = engine.Engine(name, generator, slots, max_waiting, counted)
+            say(f"dmoe-export: {name}: {generator.bundle.folder} on {generator.backend.name} "
+                f"({generator.backend_choice}), {count(slots, 'answer')} at once", err=True)
+        rooms = house.House(engines, counted, most_new_tokens, timeout, log_prompts)
+        outer = app.application(rooms, keys, max_body, allowed_hosts)
+        process.run(outer, rooms, bound, drain_seconds, lambda: _say_where(process.address(bound), bool(keys)))
+    finally:
+        bound.close()
+        for one in engines.values():
+            one.close()
+
+
+def _say_where(address: str, keys: bool) -> None:
+    say(f"dmoe-export: serving on {address}", err=True)
+    with suppress(ValueError):
+        if not keys and not ipaddress.ip_address(address.split("//")[1].rpartition(":")[0].strip("[]")).is_loopback:
+            say("dmoe-export: warning: other machines may reach it and no key is asked for (--api-key-file).", err=True)
+
+
+def _slots(generator: Generator) -> int:
+    """What an engine was built for, else a number that 2 cores and a small GPU take."""
+    limits = generator.backend.limits
+    return (limits and limits.max_batch) or _SLOTS
+
+
+def _names(bundles: tuple[Path, ...], names: tuple[str, ...], opening: dict[str, Any]) -> list[str]:
+    """What clients call each bundle."""
+    if names and len(names) != len(bundles):
+        raise RequestError(f"{count(len(names), '--name')} for {count(len(bundles), 'bundle')}; give one for each, or "
+                           "none.")
+    called = list(names) or [bundle.name.removesuffix(".bundle") for bundle in bundles]
+    twice = next((name for name in called if called.count(name) > 1), None)
+    if twice is not None:
+        raise RequestError(f"Two bundles are called {twice}; give each its own --name.")
+    if len(bundles) > 1 and opening["expect_sha256"]:
+        raise RequestError("--expect-sha256 is of one bundle, and several are given; sign them and use --trusted-key.")
+    return called
