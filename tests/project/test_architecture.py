@@ -6,16 +6,17 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "dmoe_export"
-FLOORS = {"cli": 7, "check": 6, "bench": 6, "serve": 6, "generator": 5, "batch": 5, "decoding": 4, "export": 3,
+FLOORS = {"cli": 7, "check": 6, "bench": 6, "serve": 6, "generator": 5, "batch": 4.5, "decoding": 4, "export": 3,
           "model/backend": 3, "model": 2, "runtime": 2, "text": 2, "engine": 2, "checkpoint": 1, "ops": 1, "bundle": 1,
-          "description": 0, "drawing": 0, "hub": 0, "libraries": 0, "guards": 0, "errors": -1, "extras": -1, "words": -1}
+          "description": 0, "drawing": 0, "hub": 0, "libraries": 0, "guards": 0, "errors": -1, "extras": -1,
+          "words": -1}
 # Inside runtime/: its own files but choose.py are below its folders.
 ROOMS = {"runtime/choose": 3, "runtime/cpu": 2, "runtime/gpu": 2, "runtime/residency": 1, "runtime": 0}
 TORCH_SIDE = {"export", "model", "checkpoint", "ops", "check"}
 DECLARATIONS = {"ops", "ops/schema", "ops/plugin_library"}  # what an op is, in words and names, and its built library
 
 
-def _floor(module: str) -> tuple[str, int] | None:
+def _floor(module: str) -> tuple[str, float] | None:
     """Longest known prefix of a path such as model/backend."""
     parts = module.split("/")
     for length in range(len(parts), 0, -1):

@@ -1,0 +1,233 @@
+"""The thread that owns a batch: order, limits, ends and failures, over a toy whose forwards the test lets through."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+
+import pytest
+from serving import Held, toy_generator
+from toy_backend import EOS
+
+from dmoe_export.serve.engine import Engine
+from dmoe_export.serve.errors import ApiError
+from dmoe_export.serve.job import Piece
+from dmoe_export.serve.metrics import Metrics
+
+LONG = {"max_new_tokens": 40, "eos_id": -1}
+
+
+@contextmanager
+def engine_of(slots=2, max_waiting=4):
+    backend = Held()
+    engine = Engine("toy", toy_generator(backend), slots, max_waiting, Metrics())
+    try:
+        yield engine, backend
+    finally:
+        backend.free.set()
+        engine.end_all()
+        engine.close()
+
+
+def submit(engine, name, prompt=(5, 6, 7), n=1, timeout=30.0, seen=None, **options):
+    return engine.submit((-1, name), [list(prompt)], False, LONG | options, n, timeout, seen)
+
+
+async def pieces(job):
+    return [item async for item in job.items()]
+
+
+async def answer(job):
+    """(tokens of each choice, finish reasons)"""
+    tokens, reasons = {}, {}
+    for piece in await pieces(job):
+        tokens.setdefault(piece.choice, []).extend(piece.token_ids)
+        if piece.finish_reason:
+            reasons[piece.choice] = piece.finish_reason
+    return tokens, reasons
+
+
+def offline(prompt=(5, 6, 7), index=0, **options):
+    backend = Held()
+    backend.free.set()
+    generator = toy_generator(backend)
+    return generator.generate([list(prompt)] * (index + 1), **LONG | options)[index].token_ids
+
+
+def metric(engine, name):
+    return next(float(line.split()[-1]) for line in engine._metrics.text().decode().splitlines()
+                if line.startswith(f"{name}{{"))
+
+
+def test_requests_beyond_the_slots_wait_and_join_in_order():
+    async def main(engine, backend):
+        jobs = [await submit(engine, f"{i}", prompt=(i + 3, 4)) for i in range(5)]
+        backend.free.set()
+        answers = await asyncio.gather(*map(answer, jobs))
+        for i, (tokens, reasons) in enumerate(answers):
+            assert tokens == {0: offline((i + 3, 4))} and reasons == {0: "length"}
+        begun = [job.began for job in jobs]
+        assert begun == sorted(begun) and begun[2] > min(job.first for job in jobs[:2])
+
+    with engine_of() as (engine, backend):
+        asyncio.run(main(engine, backend))
+        assert engine.busy == 0 and not engine.jobs and metric(engine, "dmoe_running_rows") == 0
+        assert max(len(inputs.input_ids) for inputs in backend.seen) == 2
+
+
+def test_a_full_queue_refuses_and_takes_requests_again_later():
+    async def main(engine, backend):
+        jobs = [await submit(engine, f"{i}") for i in range(3)]
+        with pytest.raises(ApiError, match="the most it takes") as caught:
+            await submit(engine, "late")
+        assert caught.value.status_code == 429 and 1 <= int(caught.value.headers["retry-after"]) <= 60
+        backend.free.set()
+        await asyncio.gather(*map(answer, jobs))
+        assert (await answer(await submit(engine, "late")))[1] == {0: "length"}
+
+    with engine_of(max_waiting=1) as (engine, backend):
+        asyncio.run(main(engine, backend))
+
+
+def test_choices_draw_as_rows_of_one_batch_do_and_without_chance_are_decoded_once():
+    async def main(engine, backend):
+        backend.free.set()
+        tokens, _ = await answer(await submit(engine, "a", n=3, temperature=1.0, seed=7))
+        assert tokens == {i: offline(index=i, temperature=1.0, seed=7) for i in range(3)}
+        assert len({tuple(one) for one in tokens.values()}) == 3
+        forwards = len(backend.seen)
+        one = await submit(engine, "b")
+        await answer(one)
+        alone = len(backend.seen) - forwards
+        same = await submit(engine, "c", n=3)
+        tokens, reasons = await answer(same)
+        assert len(same.rows) == 1 and tokens == dict.fromkeys(range(3), offline()) and len(reasons) == 3
+        assert len(backend.seen) - forwards == 2 * alone
+
+    with engine_of() as (engine, backend):
+        asyncio.run(main(engine, backend))
+
+
+def test_a_cancelled_request_ends_at_the_next_step_and_its_neighbour_does_not_notice():
+    async def main(engine, backend):
+        gone, stays, waiting = [await submit(engine, name) for name in ("gone", "stays", "waiting")]
+        engine.cancel(gone, "cancelled")
+        engine.cancel(waiting, "disconnected")
+        backend.free.set()
+        assert (await answer(gone))[1] == {0: "cancelled"}
+        assert (await answer(stays)) == ({0: offline()}, {0: "length"})
+        assert (await answer(waiting)) == ({0: []}, {0: "cancelled"})
+        engine.cancel(gone, "cancelled")  # of an ended one: nothing
+
+    with engine_of() as (engine, backend):
+        asyncio.run(main(engine, backend))
+        assert engine.busy == 0
+
+
+def test_time_runs_while_a_request_waits_and_while_it_is_decoded():
+    async def main(engine, backend):
+        running, waiting = await submit(engine, "running", timeout=0.2), await submit(engine, "waiting", timeout=0.2)
+        await asyncio.sleep(0.3)
+        backend.free.set()
+        assert (await answer(running))[1] == {0: "timeout"}
+        with pytest.raises(ApiError, match="No place in the batch") as caught:
+            await answer(waiting)
+        assert caught.value.status_code == 503 and caught.value.code == "timeout"
+
+    with engine_of(slots=1) as (engine, backend):
+        asyncio.run(main(engine, backend))
+
+
+def test_a_bad_request_is_refused_before_it_waits_and_names_no_folder():
+    async def main(engine, backend):
+        for prompt, options, words in (((99,), {}, "outside the vocabulary"), ((), {}, "is empty"),
+                                       ((5,), {"threshold": 3}, "threshold is 3"),
+                                       ((5,), {"max_new_tokens": 3000}, "positions"),
+                                       ((5,), {"stop": "x"}, "toy has no tokenizer")):
+            with pytest.raises(ApiError, match=words) as caught:
+                await submit(engine, "bad", prompt=prompt, **options)
+            assert caught.value.status_code == 400 and "somewhere" not in caught.value.detail
+        assert engine.busy == 0
+
+    with engine_of(max_waiting=0) as (engine, backend):
+        asyncio.run(main(engine, backend))
+
+
+def test_an_id_in_use_is_refused_even_while_its_request_is_encoded():
+    async def main(engine, backend):
+        both = await asyncio.gather(submit(engine, "x"), submit(engine, "x"), return_exceptions=True)
+        assert [isinstance(one, ApiError) for one in both] == [False, True]
+
+    with engine_of() as (engine, backend):
+        asyncio.run(main(engine, backend))
+
+
+def test_a_failed_forward_ends_its_requests_and_the_engine_goes_on(caplog):
+    async def main(engine, backend):
+        backend.fail = ValueError("the secret prompt")
+        backend.free.set()
+        for _ in range(2):
+            with pytest.raises(ApiError) as caught:
+                await answer(await submit(engine, "x", n=2, temperature=1.0))
+            assert caught.value.status_code == 500 and "secret" not in caught.value.detail
+        backend.fail = None
+        assert (await answer(await submit(engine, "y")))[0] == {0: offline()}
+
+    with engine_of() as (engine, backend):
+        asyncio.run(main(engine, backend))
+        assert engine.busy == 0 and engine.alive
+    assert "ValueError at serving.py:" in caplog.text and "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("second", [True, False], ids=["a new batch", "no new batch"])
+def test_a_batch_that_fails_as_a_whole_is_left(second, caplog):
+    async def main(engine, backend):
+        job, waiting = await submit(engine, "x"), await submit(engine, "waits")
+        make = engine.generator.batch
+        engine._batch.step = lambda: 1 / 0
+        if not second:
+            engine.generator.batch = lambda slots: 1 / 0
+        backend.free.set()
+        with pytest.raises(ApiError) as caught:
+            await answer(job)
+        assert caught.value.status_code == 500
+        if second:
+            assert (await answer(waiting))[0] == {0: offline()}
+        else:
+            with pytest.raises(ApiError) as caught:
+                await answer(waiting)
+            engine._thread.join(5)
+            assert caught.value.status_code == 503 and not engine.alive
+        engine.generator.batch = make
+
+    with engine_of(slots=1) as (engine, backend):
+        asyncio.run(main(engine, backend))
+        assert engine.busy == 0
+
+
+def test_a_draining_engine_takes_no_more_and_finishes_what_it_has():
+    async def main(engine, backend):
+        job = await submit(engine, "x")
+        engine.drain()
+        with pytest.raises(ApiError) as caught:
+            await submit(engine, "y")
+        assert caught.value.status_code == 503 and not engine.alive
+        backend.free.set()
+        assert (await answer(job))[1] == {0: "length"}
+
+    with engine_of() as (engine, backend):
+        asyncio.run(main(engine, backend))
+
+
+def test_steps_are_among_the_items_in_order():
+    async def main(engine, backend):
+        backend.free.set()
+        job = await submit(engine, "x", seen=lambda step: ("step", step.block), eos_id=EOS)
+        items = await pieces(job)
+        blocks = [item[1] if isinstance(item, tuple) else "block" for item in items]
+        assert isinstance(items[-1], Piece) and blocks[0] == 0 and set(blocks) > {0, "block"}
+        for number in {item for item in blocks if item != "block"} - {0}:
+            assert "block" in blocks[:blocks.index(number)]
+
+    with engine_of() as (engine, backend):
+        asyncio.run(main(engine, backend))
