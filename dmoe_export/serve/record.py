@@ -21,7 +21,7 @@ from .metrics import Metrics
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OUTCOMES = {401: "unauthorised", 413: "too_large", 429: "queue_full", 503: "unavailable"}
-QUIET = ("/health/", "/metrics")  # asked every few seconds by machines: counted nowhere
+QUIET = ("/health/", "/metrics", "/page/")  # asked every few seconds by machines, or files: counted nowhere
 
 
 @dataclass
