@@ -19,6 +19,7 @@ from .help import SETTINGS, Verb, option
 from .opening import open_shown, opening_of, opening_options
 from .options import request_options
 from .output import say
+from .watch import watched
 
 _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
 
@@ -37,17 +38,24 @@ _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
 @option("--stream", is_flag=True, group="output", help="Print blocks as they are finished")
 @option("--json", "as_json", is_flag=True, group="output",
         help="Print one JSON object (with --stream: one per block first)")
+@option("--watch", is_flag=True, group="output",
+        help="Show on standard error how the block fills in, step by step; in a file or pipe, a line for each step")
+@option("--watch-pause", type=click.FloatRange(0, 60), default=0.1, group="output",
+        help="Seconds that a terminal shows each step at least")
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
-             as_json: bool, **options: Any) -> None:
+             as_json: bool, watch: bool, watch_pause: float, **options: Any) -> None:
     """Answer one prompt with BUNDLE, a folder or a hub id.
 
     The prompt is exactly one of --prompt, --prompt-file and --prompt-ids. The answer goes to standard output, what it
     took to standard error.
     """
     given = _prompt(prompt, prompt_file, prompt_ids)
+    if watch and stream:
+        raise RequestError("--watch and --stream both show an answer while it grows; give one of them.")
     generator = open_shown(bundle, opening_of(options), quiet=as_json)
     if not stream:
-        result = generator.generate([given], **options)[0]
+        result = (watched(generator, given, options, watch_pause) if watch else
+                  generator.generate([given], **options)[0])
         click.echo(_json(result, generator, options) if as_json else _shown(result))
     else:
         result = _stream(generator, given, as_json, options)

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from .. import __version__
-from . import errors
+from . import denoising, errors, page
 from .gate import OPEN, Gate
 from .house import House
 from .record import Recorded
@@ -21,5 +21,6 @@ def application(house: House, keys: Sequence[str] = (), most_body: int = 4 << 20
     app = FastAPI(title="dmoe-export", version=__version__, docs_url=None, redoc_url=None)
     app.state.house = house
     errors.install(app)
-    app.include_router(router)
-    return Recorded(Gate(app, keys, most_body, hosts, OPEN), house.metrics)
+    for part in (router, denoising.router, page.router):
+        app.include_router(part)
+    return Recorded(Gate(app, keys, most_body, hosts, (*OPEN, *page.PATHS)), house.metrics)

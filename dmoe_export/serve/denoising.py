@@ -1,0 +1,64 @@
+"""Provisional states: how a block fills in, step by step. Nothing of it is in an answer of any other endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from ..decoding.watch import StepSeen
+from ..text.pieces import Pieces
+from .answers import finish, pieces_of, usage
+from .errors import ApiError
+from .events import COMMENT, QUIET_SECONDS, EventStream, event
+from .house import Entered, House, enter
+from .messages import messages_of
+from .schema import ChatBody
+from .seen import model_facts, state
+
+router = APIRouter()
+
+
+@router.get("/v1/chat/denoising")
+async def facts(request: Request) -> JSONResponse:
+    """The models, each with its experts and the options of a request: what the page shows."""
+    house: House = request.app.state.house
+    return JSONResponse({"models": [model_facts(name, engine.generator.bundle)
+                                    for name, engine in house.engines.items()]})
+
+
+@router.post("/v1/chat/denoising")
+async def denoising(body: ChatBody, request: Request) -> Response:
+    """Chat completions with every state in between, as server-sent events.
+
+    `step`: a state (`StepSeen`, and `pieces`: the text of each place). `block`: a finished block, committed text.
+    `done`: finish_reason, usage and statistics. `error`: in OpenAI's shape, the last event.
+    """
+    if body.stream is False:
+        raise ApiError(400, "stream is false, but /v1/chat/denoising answers with events; leave it out.",
+                       param="stream")
+    if body.choices > 1:
+        raise ApiError(400, f"n is {body.choices}, but /v1/chat/denoising shows one answer; leave it out.", param="n")
+    entered = await enter(request, body, [messages_of(body)], chat=True, seen=lambda seen: seen)
+    return EventStream(_events(entered), entered.leave)
+
+
+async def _events(entered: Entered) -> AsyncIterator[bytes]:
+    pieces, new = Pieces(entered.engine.generator.text), 0
+    done: dict[str, Any] = {}
+    try:
+        async for item in pieces_of(entered, QUIET_SECONDS):
+            if item is None:
+                yield COMMENT
+            elif isinstance(item, StepSeen):
+                yield event(state(item, pieces), "step")
+            else:
+                new += len(item.token_ids)
+                yield event({"text": item.text or "", "token_ids": item.token_ids}, "block")
+                if item.statistics:
+                    done = {"finish_reason": finish(item), "statistics": item.statistics.as_dict()}
+        yield event(done | {"usage": usage(entered, new)}, "done")
+    except ApiError as error:
+        yield event(error.body, "error")

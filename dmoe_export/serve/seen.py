@@ -1,0 +1,41 @@
+"""What the page is told: provisional states with the text of each place, and what a model's requests may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..bundle.reader import Bundle
+from ..decoding.option import Option
+from ..decoding.settings import OPTIONS
+from ..decoding.watch import StepSeen
+from ..text.pieces import Pieces
+
+
+def state(seen: StepSeen, pieces: Pieces) -> dict[str, Any]:
+    """The fields of `StepSeen`, rounded for the way, and `pieces`: the text of each place's `candidates`."""
+    return {**seen.as_dict(), "confidence": [round(c, 4) for c in seen.confidence], "seconds": round(seen.seconds, 6),
+            "pieces": pieces.of(seen.block, seen.candidates)}
+
+
+def model_facts(name: str, bundle: Bundle) -> dict[str, Any]:
+    """What the page needs to know of a model: experts of a layer, and options of a request with its defaults."""
+    moe = bundle.manifest.model.moe
+    return {"id": name, "experts": moe.num_experts if moe else None,
+            "block_length": bundle.manifest.routing.block_length,
+            "options": [_described(one, bundle.manifest.decode_defaults) for one in OPTIONS.values()]}
+
+
+def _described(one: Option, defaults: dict[str, Any]) -> dict[str, Any]:
+    kind, choices = _kind(one)
+    rule = f" ({one.told.rule.words})" if one.told.rule and not choices else ""
+    return {"name": one.name, "group": one.told.group, "help": f"{one.told.meaning}{rule}.", "kind": kind,
+            "choices": choices, "default": str(defaults.get(one.name, one.shown))}
+
+
+def _kind(one: Option) -> tuple[str, Sequence[str]]:
+    """integer, number, boolean, choice or text; the choices."""
+    if all(isinstance(value, str) for value in one.types):
+        return "choice", one.types
+    return next((word for kind, word in ((bool, "boolean"), (int, "integer"), (float, "number"))
+                 if kind in one.types), "text"), ()
