@@ -183,7 +183,7 @@ def test_fields_that_ask_for_nothing_are_taken(served):
     ("POST", "/v1/chat/completions", "[" * 50_000, 400), ("POST", "/v1/chat/completions", None, 400),
     ("POST", "/v1/chat/completions", '{"n": ' + "9" * 5000 + "}", 400), ("GET", "/v1/chat/completions", None, 405),
     ("POST", "/v1/chat/completions", "x" * 200_000, 413), ("POST", "/v1/embeddings", "{}", 404),
-    ("GET", "/v1/models/other", None, 404), ("DELETE", "/v1/requests/none", None, 404), ("PUT", "/", None, 404)])
+    ("GET", "/v1/models/other", None, 404), ("DELETE", "/v1/requests/none", None, 404), ("PUT", "/v1", None, 404)])
 def test_bodies_and_paths_that_are_none(served, method, path, sent, status):
     got, _, answer = served.ask(method, path, sent)
     assert got == status and answer["error"]["message"] and answer["error"]["type"] == "invalid_request_error"
