@@ -133,6 +133,9 @@ def test_models_are_listed(client, served):
 
 REFUSED = [
     ({"foo": 1, "bar": 2}, 400, "Unknown field: foo, bar.", "foo"),
+    ({"x\ud800": 1}, 400, "half a character", None),
+    ({"x\x1b\u202e": 1}, 400, "Unknown field: x\\x1b\\u202e.", "x\\x1b\\u202e"),
+    ({"model": "x\ud800"}, 400, "model: ", "model"),
     ({"model": "other"}, 404, "not served here", "model"),
     ({"messages": []}, 400, "messages: ", "messages"),
     ({"messages": user(None)}, 400, "needs the texts", None),
@@ -150,6 +153,8 @@ REFUSED = [
     ({"n": 17}, 400, "n: ", "n"),
     ({"n": True}, 400, "n: ", "n"),
     ({"max_tokens": 5000}, 400, "at most 4096", "max_tokens"),
+    ({"max_tokens": 10**4000}, 400, "at most 4096", "max_tokens"),
+    ({"max_tokens": True}, 400, "an integer", "max_new_tokens"),
     ({"max_tokens": 500}, 400, "positions", None),
     ({"max_tokens": 5, "max_new_tokens": 6}, 400, "differ", "max_tokens"),
     ({"tools": [{"type": "function"}]}, 400, "tools is not offered", "tools"),
