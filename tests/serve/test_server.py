@@ -299,7 +299,8 @@ def test_sigterm_lets_requests_end_and_refuses_new_ones(sample_bundle, offline):
         assert status == 503 and answer["error"]["code"] == "shutting_down" and headers["retry-after"]
         assert one.ask("GET", "/health/ready")[0] == 503 and one.ask("GET", "/health/live")[0] == 200
         events = list(stream)
-        assert "".join(event.choices[0].delta.content for event in events) == offline.generate(QUESTIONS[0], max_new_tokens=440, eos_id=-1, threshold=1.0)[0].text
+        wanted = offline.generate(QUESTIONS[0], max_new_tokens=440, eos_id=-1, threshold=1.0)[0]
+        assert "".join(event.choices[0].delta.content for event in events) == wanted.text
         assert one.process.wait(10) == 0
         assert one.record(events[0].id.removeprefix("chatcmpl-"))["prompt"] == [user(QUESTIONS[0])]
 
