@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -59,6 +60,15 @@ class Served:
         """The structured lines so far."""
         return [json.loads(line) for line in self.lines if line.startswith("{")]
 
+    def record(self, request_id, seconds=10):
+        """The structured line of a request; it is written after the answer."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := [one for one in self.records() if one["request"] == request_id]:
+                return found[0]
+            time.sleep(0.01)
+        raise AssertionError(f"no line of {request_id}")
+
     def idle(self, seconds=10):
         """Wait until no row and no request is in it; whether that came true."""
         end = time.monotonic() + seconds
@@ -97,6 +107,13 @@ def serving(*arguments, **environment):
         process.kill()
         process.wait()
         reader.join(5)
+
+
+def free_port():
+    """A port that nobody had a moment ago."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 class Held(Toy):
