@@ -10,8 +10,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /usr/src/dmoe-export
 COPY . .
-# export brings torch, for reading checkpoints; tensorrt alone builds and runs bundles.
-ARG EXTRAS=tensorrt,export,cpu
+# export brings torch, for reading checkpoints; tensorrt alone builds and runs bundles; serve is the HTTP server.
+ARG EXTRAS=tensorrt,export,cpu,serve
 ARG CODE=
 RUN samples/deploy/install.sh --venv /usr/local/dmoe-export --system-packages --extras "${EXTRAS}" ${CODE:+--code "${CODE}"}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .bundle.reader import Bundle
 from .decoding.answer import Block
 from .decoding.batch import Handle, JoiningBatch
+from .decoding.prefixes import PrefixStore
 from .decoding.settings import DecodeSettings
 from .decoding.watch import Watch
 from .decoding.way import Way
@@ -57,10 +58,11 @@ class Batch:
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, text: TextCodec | None, slots: int,
-                 check: Callable[[], None] = lambda: None) -> None:
-        """`check` raises once the bundle was closed. Raises RequestError for slots that the backend does not have."""
+                 check: Callable[[], None] = lambda: None, prefix_cache: str | int | None = None) -> None:
+        """`check` raises once the bundle was closed. Raises RequestError as `JoiningBatch`."""
         manifest = bundle.manifest
-        self._batch = JoiningBatch(backend, slots, manifest.bytes_per_expert, manifest.precision, str(bundle.folder))
+        self._batch = JoiningBatch(backend, slots, manifest.bytes_per_expert, manifest.precision, str(bundle.folder),
+                                   prefix_cache)
         self._text, self._check = text, check
         self._pieces: dict[Handle, str | None] = {}
         self._resident = backend if isinstance(backend, ResidentBackend) else None
@@ -80,6 +82,11 @@ class Batch:
     def free(self) -> int:
         """Rows that may still join."""
         return self._batch.free
+
+    @property
+    def prefixes(self) -> PrefixStore | None:
+        """Where blocks are kept for prompts that begin with them; None where the batch was made without."""
+        return self._batch.prefixes
 
     def add(self, request: Request, index: int = 0, watch: Watch | None = None) -> Handle:
         """A row joins and takes part from the next step on; its time limit begins.

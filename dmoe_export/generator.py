@@ -240,13 +240,16 @@ class Generator:
         self._life.check()
         return self._request(prompt, chat, self._way(options), 0)
 
-    def batch(self, slots: int = 8) -> Batch:
+    def batch(self, slots: int = 8, prefix_cache: str | int | None = None) -> Batch:
         """A batch of at most so many rows, which requests join and leave at any step; see `Batch`.
 
-        Raises RequestError for more slots than an engine of the bundle takes rows.
+        `prefix_cache`: memory such as 512M or bytes for keys and values of finished blocks; a prompt that begins with
+        the same blocks as an earlier one takes them from there, and its answer stays the same. None keeps nothing.
+        Raises RequestError for more slots than an engine of the bundle takes rows, for a size that is none, and for a
+        prefix cache of a model whose blocks see later ones.
         """
         self._life.check()
-        return Batch(self.bundle, self.backend, self.text, slots, self._life.check)
+        return Batch(self.bundle, self.backend, self.text, slots, self._life.check, prefix_cache)
 
     def _blocks(self, requests: list[Request], asked: Callable[[], bool]) -> Results[Block, None, None]:
         batch = self.batch(len(requests))

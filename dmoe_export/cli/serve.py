@@ -37,6 +37,8 @@ _SLOTS = 8  # rows at once, where the backend has no limit of its own
         help="What clients call a bundle; may be given again, once per bundle in their order")
 @option("--max-batch", type=click.IntRange(1, 1024), group="models", shown="the engine's, or 8",
         help="Most answers of a bundle that are decoded at once")
+@option("--prefix-cache", metavar="SIZE", group="models", shown="none is kept",
+        help="Memory of a bundle, such as 512M, for prompts that begin alike: their first blocks are computed once")
 @option("--max-waiting", type=click.IntRange(0), default=64, group="requests",
         help="Most requests of a bundle beyond --max-batch; more are refused")
 @option("--max-new-tokens", "most_new_tokens", type=click.IntRange(1), default=4096, group="requests",
@@ -48,8 +50,8 @@ _SLOTS = 8  # rows at once, where the backend has no limit of its own
 @option("--log-prompts", is_flag=True, group="requests", help="Write prompts into the log, too")
 @opening_options
 def serve(bundles: tuple[Path, ...], host: str, port: int, api_key_file: Path | None, allowed_hosts: tuple[str, ...],
-          max_body: int, names: tuple[str, ...], max_batch: int | None, max_waiting: int, most_new_tokens: int,
-          timeout: float, drain_seconds: float, log_prompts: bool, **options: Any) -> None:
+          max_body: int, names: tuple[str, ...], max_batch: int | None, prefix_cache: str | None, max_waiting: int,
+          most_new_tokens: int, timeout: float, drain_seconds: float, log_prompts: bool, **options: Any) -> None:
     """Serve each BUNDLE, a folder or a hub id, to clients of OpenAI's interface.
 
     It begins with a line per bundle and one with its address on standard error; then a JSON line per request. SIGTERM
@@ -68,7 +70,7 @@ def serve(bundles: tuple[Path, ...], host: str, port: int, api_key_file: Path | 
         for bundle, name in zip(bundles, called, strict=True):
             generator = open_shown(bundle, opening)
             slots = max_batch or _slots(generator)
-            engines[name] = engine.Engine(name, generator, slots, max_waiting, counted)
+            engines[name] = engine.Engine(name, generator, slots, max_waiting, counted, prefix_cache)
             say(f"dmoe-export: {name}: {generator.bundle.folder} on {generator.backend.name} "
                 f"({generator.backend_choice}), {count(slots, 'answer')} at once", err=True)
         rooms = house.House(engines, counted, most_new_tokens, timeout, log_prompts)

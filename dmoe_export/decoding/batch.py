@@ -21,6 +21,7 @@ from ..words import count
 from .caching import Plan
 from .limits import check_batch, check_prompt
 from .outcome import asked_places
+from .prefixes import RowPrefix, store_of
 from .row import FinishReason, Row
 from .settings import DecodeSettings
 from .telemetry import Statistics
@@ -40,6 +41,7 @@ class Handle:
     way: Way = field(repr=False)
     ends: Ends | None = field(repr=False)
     watcher: Watcher | None = field(repr=False)
+    prefix: RowPrefix | None = field(repr=False)
     over: float  # when its time is over, by time.monotonic
     serial: int
     waited: int = 0  # forwards since its last
@@ -63,10 +65,11 @@ class JoiningBatch:
     """Decodes up to `slots` rows together. One thread uses it; only `cancel` may be called from others."""
 
     def __init__(self, backend: Backend, slots: int, bytes_per_expert: int = 0, precision: Precision | None = None,
-                 bundle: str = "BUNDLE") -> None:
+                 bundle: str = "BUNDLE", prefix_cache: str | int | None = None) -> None:
         """`bytes_per_expert` is for statistics, `precision` and `bundle` (its place) for the advice of errors.
 
-        Raises RequestError for more slots than an engine takes rows.
+        `prefix_cache`: bytes for blocks of prompts and answers that later prompts may begin with; None keeps none.
+        Raises RequestError for more slots than an engine takes rows, and as `store_of`.
         """
         if slots < 1:
             raise RequestError(f"slots is {slots}, it must be at least 1.")
@@ -74,6 +77,7 @@ class JoiningBatch:
         self.slots = slots
         self._backend, self._bytes, self._precision, self._bundle = backend, bytes_per_expert, precision, bundle
         self._cache = backend.new_cache(slots)
+        self.prefixes = store_of(backend, self._cache, prefix_cache) if prefix_cache is not None else None
         self._rows: list[Handle] = []  # row i of the cache is the row's
         self._salient: dict[int | None, SalientSteps] = {}  # by the capacity of their graphs
         self._serial = itertools.count()
@@ -104,7 +108,8 @@ class JoiningBatch:
         way = settings if isinstance(settings, Way) else self.way(settings)
         check_prompt(prompt, way.settings, self._backend, way.block_length, self._bundle, index)
         row = Row(index, list(prompt), way.settings, self._backend.description, way.block_length, self._bytes)
-        handle = Handle(row, way, ends, Watcher(watch) if watch else None,
+        prefix = RowPrefix(self.prefixes, way, self._backend) if self.prefixes and way.caches_blocks else None
+        handle = Handle(row, way, ends, Watcher(watch) if watch else None, prefix,
                         time.monotonic() + (way.settings.time_limit or math.inf), next(self._serial))
         self._rows.append(handle)
         return handle
@@ -131,6 +136,9 @@ class JoiningBatch:
         return done
 
     def _forward(self) -> list[Decoded]:
+        failed = self._take_prefixes()
+        if failed:
+            return failed
         plans = [handle.way.plan(handle.row) for handle in self._rows]
         chosen = next_forward([self._waiting(handle, plan) for handle, plan in zip(self._rows, plans, strict=True)])
         for handle in self._rows:
@@ -139,6 +147,17 @@ class JoiningBatch:
         for handle in mine:
             handle.waited = 0
         return self._run(chosen, mine, riding([plans[i] for i in chosen]))
+
+    def _take_prefixes(self) -> list[Decoded]:
+        """Rows take what is kept of their prompts; those that could not."""
+        failed = []
+        for place, handle in enumerate(self._rows):
+            try:
+                if handle.prefix:
+                    handle.prefix.take(handle.row, self._cache, place)
+            except Exception as error:  # of the row's cache, such as no memory
+                failed.append(_failed(handle, error))
+        return failed
 
     def _waiting(self, handle: Handle, plan: Plan) -> Waiting:
         graphs = handle.way.graphs
@@ -190,6 +209,12 @@ class JoiningBatch:
                 self._cache.commit(inputs, outputs, take, places)
             except Exception as error:  # rows have changed, so what they lack now cannot be made up
                 failed |= {i: error for i in np.flatnonzero(take.any(axis=1)).tolist()}
+        for i, (handle, place) in enumerate(zip(handles, places, strict=True)):
+            if handle.prefix and i not in failed:
+                try:
+                    handle.prefix.keep(handle.row, self._cache, place)
+                except Exception as error:
+                    failed[i] = error
         return [done for i, handle in enumerate(handles)
                 for done in ([_failed(handle, failed[i])] if i in failed else self._finished_block(handle))]
 

@@ -33,6 +33,7 @@ class Statistics:
     bytes_per_expert: int
     new_tokens: int = 0
     blocks: int = 0
+    prefix_tokens: int = 0  # of the prompt, taken from a prefix store
     edits: int = 0
     forwards_by_phase: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     executed_by_phase: dict[Executed, int] = field(default_factory=lambda: dict.fromkeys(EXECUTED, 0))

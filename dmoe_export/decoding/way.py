@@ -28,6 +28,7 @@ class Way:
         Raises RequestError for settings that make no sense with the backend's model.
         """
         self.settings = settings
+        self.caches_blocks = backend.description.attention == "block_causal" and settings.cache != "none"
         self.routing = routing_inputs(settings, backend.routing.mode, backend.description.moe)
         vocabulary = backend.description.vocab_size
         beyond = next((i for i in settings.eos_ids or () if i >= vocabulary), None)

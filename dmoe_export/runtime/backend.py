@@ -53,6 +53,11 @@ class Limits:
 class Cache(Protocol):
     """Keys and values of earlier forwards, in a fixed number of rows; the host decides what enters and leaves."""
 
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        ...
+
     def part(self, rows: Sequence[int]) -> Any:
         """These rows in this order, as `Backend.forward` takes them; good until the cache changes."""
         ...
@@ -68,6 +73,14 @@ class Cache(Protocol):
 
     def leave(self, row: int, last: int) -> None:
         """Free a row: the last one in use takes its place and becomes the free one."""
+        ...
+
+    def read(self, row: int, start: int, stop: int) -> Any:
+        """A copy of a row's tokens at positions start … stop − 1, for `write`; the row has cached all before them."""
+        ...
+
+    def write(self, row: int, blocks: Sequence[Any]) -> None:
+        """Append blocks that `read` gave, whose positions follow what the row has cached."""
         ...
 
 

@@ -27,6 +27,12 @@ class HostCache:
         self.positions = np.full((rows, 1), -1, np.int64)
         self.lengths = np.zeros(rows, np.int64)
 
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        _, heads, _, width = self.keys[0].shape
+        return 2 * len(self.keys) * heads * width * self.keys[0].itemsize
+
     def part(self, rows: Sequence[int]) -> HostCache:
         """These rows in this order, to be read by a forward: a view where they lie side by side, else a copy."""
         first = rows[0]
@@ -67,6 +73,21 @@ class HostCache:
         need = bucketed(int(self.lengths.max()))
         if 2 * need <= self.positions.shape[1]:
             self._resize(need)
+
+    def read(self, row: int, start: int, stop: int) -> NDArray[Any]:
+        """Keys, then values of a row's tokens at positions start … stop − 1, all layers: [2L, Hkv, tokens, D]."""
+        assert (self.positions[row, start:stop] == np.arange(start, stop)).all(), "a row's places are its positions"
+        return np.stack([x[row, :, start:stop] for x in (*self.keys, *self.values)])
+
+    def write(self, row: int, blocks: Sequence[NDArray[Any]]) -> None:
+        """Append blocks that `read` gave, whose positions follow what the row has cached."""
+        start = int(self.lengths[row])
+        stop = start + sum(block.shape[2] for block in blocks)
+        self._reserve(stop)
+        for i, x in enumerate((*self.keys, *self.values)):
+            np.concatenate([block[i] for block in blocks], axis=1, out=x[row, :, start:stop])
+        self.positions[row, start:stop] = np.arange(start, stop)
+        self.lengths[row] = stop
 
     def _reserve(self, length: int) -> None:
         if length > self.positions.shape[1]:

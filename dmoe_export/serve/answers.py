@@ -62,9 +62,11 @@ def _text(pieces: list[Piece]) -> str:
 
 
 def usage(entered: Entered, new_tokens: int) -> dict[str, Any]:
-    """Tokens of the prompts, each once, and of the answers."""
+    """Tokens of the prompts, each once, and of the answers; those of prompts that the prefix store had."""
+    cached = {id(row.request): row.prefix_tokens for row in entered.job.rows}
     return {"prompt_tokens": entered.prompt_tokens, "completion_tokens": new_tokens,
-            "total_tokens": entered.prompt_tokens + new_tokens}
+            "total_tokens": entered.prompt_tokens + new_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(cached.values())}}
 
 
 async def answer(request: Request, body: Body, entered: Entered, form: Form) -> Response:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..batch import Batch
 from ..decoding.answer import Block
 from ..decoding.batch import Handle
 from ..decoding.telemetry import Statistics
@@ -34,7 +35,9 @@ class Engine:
     At most `slots` + `max_waiting` requests are in it, those being encoded included; more are refused (429).
     """
 
-    def __init__(self, name: str, generator: Generator, slots: int, max_waiting: int, metrics: Metrics) -> None:
+    def __init__(self, name: str, generator: Generator, slots: int, max_waiting: int, metrics: Metrics,
+                 prefix_cache: str | None = None) -> None:
+        """`prefix_cache`: see `Generator.batch`, whose errors it raises."""
         self.name, self.generator, self.slots, self.max_waiting = name, generator, slots, max_waiting
         self.jobs: dict[tuple[int, str], Job] = {}  # by owner and id, from arrival to end
         self._metrics, self._log = metrics, logging.getLogger("dmoe_export.serve")
@@ -44,7 +47,8 @@ class Engine:
         self._admitted = set[tuple[int, str]]()
         self._ended, self._draining, self._usual = False, False, 1.0  # usual: seconds of a request in the batch
         self._encoders = ThreadPoolExecutor(_ENCODERS, f"encode-{name}")
-        self._batch = generator.batch(slots=slots)
+        self._prefix_cache = prefix_cache
+        self._batch = self._new_batch()
         self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
         self._thread.start()
 
@@ -135,6 +139,9 @@ class Engine:
             self._metrics.jobs.labels(self.name).set(len(self._admitted))
 
     # In the engine's thread.
+
+    def _new_batch(self) -> Batch:
+        return self.generator.batch(slots=self.slots, prefix_cache=self._prefix_cache)
 
     def _run(self) -> None:
         while True:
@@ -262,7 +269,7 @@ class Engine:
             self._fail(job, ApiError(500, FAILED, code="internal_error"))
         self._running.clear()
         try:
-            self._batch = self.generator.batch(slots=self.slots)
+            self._batch = self._new_batch()
         except Exception as again:
             self._log.error("no new batch of %s: %s at %s", self.name, type(again).__name__, where(again))
             with self._lock:
@@ -274,6 +281,8 @@ class Engine:
         self._metrics.waiting.labels(self.name).set(len(self._waiting))
         self._metrics.running.labels(self.name).set(len(self._running))
         self._metrics.cached.labels(self.name).set(sum(handle.row.cached for handle in self._running))
+        if self._batch.prefixes:
+            self._metrics.kept.labels(self.name).set(self._batch.prefixes.statistics().bytes)
 
 
 def _watch(job: Job) -> Callable[[StepSeen], None] | None:

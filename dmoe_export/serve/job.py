@@ -32,6 +32,7 @@ class Row:
 
     request: Any  # of Generator.request
     choices: list[int]
+    prefix_tokens: int = 0  # of its prompt, taken from the prefix store; once it has ended
 
 
 @dataclass(eq=False)
@@ -74,6 +75,8 @@ class Job:
         reason: str | None = block.finish_reason
         if reason == "cancelled" and self.ending == "timeout":
             reason = "timeout"
+        if reason:
+            row.prefix_tokens = block.stats.prefix_tokens
         for choice in row.choices:
             self.put(Piece(choice, block.token_ids, block.text, reason, block.stats if reason else None))
 

@@ -43,10 +43,12 @@ class Metrics:
                                     model, registry=r)
         self.hits = Counter("dmoe_prefix_hit_tokens", "Tokens of prompts taken from the prefix store.", model,
                             registry=r)
+        self.kept = Gauge("dmoe_prefix_cache_bytes", "Of keys and values in the prefix store.", model, registry=r)
 
     def row(self, model: str, statistics: Statistics) -> None:
         """Count a row that has ended."""
         self.prompt_tokens.labels(model).inc(statistics.prompt_tokens)
+        self.hits.labels(model).inc(statistics.prefix_tokens)
         self.expert_bytes.labels(model).inc(statistics.expert_bytes_touched)
         if statistics.forwards:
             self.per_forward.labels(model).observe(statistics.tokens_per_forward)

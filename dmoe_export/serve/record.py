@@ -57,6 +57,7 @@ class Record:
             forwards = sum(one.forwards for one in stats)
             new = sum(one.new_tokens for one in stats)
             line |= {"new_tokens": new, "forwards": forwards,
+                     "prefix_tokens": sum(one.prefix_tokens for one in stats),
                      "tokens_per_forward": round(new / forwards, 3) if forwards else 0.0,
                      "queue_seconds": job.began and round(job.began - job.entered, 4),
                      "first_block_seconds": job.first and round(job.first - job.entered, 4)}

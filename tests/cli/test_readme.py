@@ -7,9 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from serving import free_port
 from test_help import ALL
 
 if sys.version_info >= (3, 11):
@@ -18,6 +20,7 @@ else:
     import tomli as tomllib
 
 REPOSITORY = Path(__file__).parents[2]
+PORT = free_port()  # where a page says 8000
 EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
 QUICK = {"inspect", "generate", "completion"}  # verbs whose examples take a second or two
@@ -30,7 +33,8 @@ def blocks(page, language):
 
 def lines(page):
     """Commands of a page's `sh` blocks, continued lines joined."""
-    text = "".join(blocks(page, "sh")).replace("\\\n", " ")
+    text = re.sub(r"-d '[^']*'", lambda found: " ".join(found[0].split()),
+                  "".join(blocks(page, "sh"))).replace("\\\n", " ")
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
@@ -44,20 +48,47 @@ def place(tmp_path_factory):
     command = folder / "bin" / "dmoe-export"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dmoe_export "$@"\n')
     command.chmod(0o755)
+    (folder / ".curlrc").write_text("fail\nsilent\nshow-error\nretry = 60\nretry-delay = 1\nretry-connrefused\n")
     return folder
 
 
 def run(place, words, shown):
     """Fails with what was run, and everything that it said."""
-    path = os.pathsep.join([str(place / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(words, cwd=place, env={**os.environ, "PATH": path}, text=True, check=False,
+    words = [word.replace("localhost:8000", f"localhost:{PORT}") for word in words]
+    done = subprocess.run(words, cwd=place, env=environment(place), text=True, check=False,
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, f"{shown}\nended with {done.returncode}:\n{done.stdout}"
     return done.stdout
 
 
+@contextmanager
+def beside(place, line):
+    """A server that runs in the background, as `&` leaves it; it must end well."""
+    with (place / "server.log").open("w") as log:
+        process = subprocess.Popen(["bash", "-c", f"exec {line.removesuffix('&')} --port {PORT}"], cwd=place,
+                                   env=environment(place), stdout=log, stderr=log)
+        try:
+            yield
+            assert process.poll() is None
+            process.terminate()
+            assert process.wait(60) == 0, (place / "server.log").read_text()
+        finally:
+            process.kill()
+
+
+def environment(place):
+    """Ours, with the command on the path, and a curl that waits for a server to begin and fails where it refuses."""
+    path = os.pathsep.join([str(place / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "CURL_HOME": str(place)}
+
+
 def run_page(place, page):
     """Its commands one after the other, then its programs."""
+    with ExitStack() as servers:
+        _run_page(place, page, servers)
+
+
+def _run_page(place, page, servers):
     for line in lines(page):
         first = line.split()[0]
         if first == "make":
@@ -65,6 +96,8 @@ def run_page(place, page):
         elif first == "pip":
             named = re.fullmatch(r"pip install '\.\[([\w,]+)\]'", line.partition("#")[0].strip())
             assert named and set(named[1].split(",")) <= EXTRAS.keys(), f"{line}: names no extra of pyproject.toml"
+        elif line.endswith(" &"):
+            servers.enter_context(beside(place, line))
         elif first != "source":
             run(place, ["bash", "-c", line], line)
     for program in blocks(page, "python"):
@@ -96,6 +129,8 @@ def test_examples_of_help_run(sample, line):
     written = re.search(r"--out (\S+)", line)
     if written and (sample / written[1]).exists():
         shutil.rmtree(sample / written[1])
+    if " serve " in line:  # until it is told to end
+        line = f"timeout --preserve-status 15 {line.partition(' --port')[0]} --port {PORT}"
     assert run(sample, ["bash", "-c", line], line)
 
 
@@ -109,3 +144,8 @@ def test_the_quick_start_runs_as_written(sample):
     shutil.copytree(sample / "sample.bundle", sample / "out" / "sample.bundle", dirs_exist_ok=True)
     assert len(lines("docs/quickstart.md")) > 4
     run_page(sample, "docs/quickstart.md")
+
+
+def test_the_page_of_the_server_runs_as_written(sample):
+    assert sum(line.startswith("curl ") for line in lines("docs/serving.md")) > 4
+    run_page(sample, "docs/serving.md")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -97,6 +98,13 @@ def serving(*arguments, **environment):
         process.kill()
         process.wait()
         reader.join(5)
+
+
+def free_port():
+    """A port that nobody had a moment ago."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 class Held(Toy):

@@ -41,6 +41,16 @@ class ToyCache:
     def leave(self, row, last):
         self.rows[row], self.rows[last] = self.rows[last], {}
 
+    token_bytes = 10
+
+    def read(self, row, start, stop):
+        return {position: self.rows[row][position] for position in range(start, stop)}
+
+    def write(self, row, blocks):
+        for block in blocks:
+            assert min(block) == len(self.rows[row])
+            self.rows[row] |= block
+
 
 class Toy:
     """Depth 1: keys are tokens, so a cached one is stale only if its token changed. Depth 2: keys are what tokens saw.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dmoe_export.cli import main
 
 DEPLOY = Path(__file__).parents[2] / "samples" / "deploy"
 TOOLS = ["bash", "sh", "basename", "mkdir", "tar", "rm", "mv", "test", "env"]
@@ -86,3 +89,17 @@ def test_the_program_answers(sample_bundle, tmp_path):
     assert "onnxruntime" in done.stderr and "forwards" in done.stderr
     wrong = _ask(tmp_path, "x")
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr and str(tmp_path) in wrong.stderr
+
+
+def test_the_systemd_unit_starts_a_server_and_gives_it_time_to_drain(tmp_path):
+    unit = (DEPLOY / "dmoe-export.service").read_text()
+    said = dict(re.findall(r"^(\w+)=(.*)$", unit, flags=re.MULTILINE))
+    program, verb, *words = said["ExecStart"].split()
+    options = {name for param in main.get_command(None, verb).params for name in param.opts}
+    assert program.endswith("/dmoe-export") and {word for word in words if word.startswith("--")} <= options
+    assert int(said["TimeoutStopSec"]) > int(words[words.index("--drain-seconds") + 1]) + 5
+    if shutil.which("systemd-analyze"):
+        (tmp_path / "dmoe-export.service").write_text(unit.replace(program, "/bin/true"))
+        done = subprocess.run(["systemd-analyze", "verify", "--man=no", tmp_path / "dmoe-export.service"],
+                              capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "dmoe-export.service" not in done.stderr, done.stderr

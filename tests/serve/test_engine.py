@@ -186,7 +186,7 @@ def test_a_batch_that_fails_as_a_whole_is_left(second, caplog):
         make = engine.generator.batch
         engine._batch.step = lambda: 1 / 0
         if not second:
-            engine.generator.batch = lambda slots: 1 / 0
+            engine.generator.batch = lambda **_: 1 / 0
         backend.free.set()
         with pytest.raises(ApiError) as caught:
             await answer(job)

@@ -61,14 +61,14 @@ def plan_budget(manifest: Manifest, expert_budget: str | int | None = None, expe
     return ExpertBudget(asked, residents)
 
 
-def parse_bytes(text: str | int, everything: int) -> int:
+def parse_bytes(text: str | int, everything: int, what: str = "Expert budget") -> int:
     """"4G", "4GiB", "512M", "25%" of `everything`, a number of bytes; units are powers of 1024. Raises RequestError."""
     found = re.fullmatch(r"\s*(-?[0-9]+(?:\.[0-9]+)?)\s*(?:(%)|([kmgt]?)(?:i?b)?)\s*", str(text), re.IGNORECASE)
     if not found:
-        raise RequestError(f"Expert budget {text!r} is no size; write it like 4G, 512M or 25%.")
+        raise RequestError(f"{what} {text!r} is no size; write it like 4G, 512M or 25%.")
     value = float(found[1]) * (everything / 100 if found[2] else _UNITS[found[3].lower()])
     if value <= 0:
-        raise RequestError(f"Expert budget {text!r} is not positive; write it like 4G, 512M or 25%.")
+        raise RequestError(f"{what} {text!r} is not positive; write it like 4G, 512M or 25%.")
     return int(min(value, 1 << 62))  # more digits than any machine has bytes
 
 
