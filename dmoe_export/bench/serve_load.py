@@ -171,13 +171,13 @@ class Server:
             connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             if response.status != 200:
-                raise CheckError(f"status {response.status}, {response.read(500).decode(errors='replace')}")
+                raise RuntimeError(f"status {response.status}, {response.read(500).decode(errors='replace')}")
             for line in response:
                 if not line.startswith(b"data: {"):
                     continue
                 event = json.loads(line[6:])
                 if "error" in event:
-                    raise CheckError(event["error"]["message"])
+                    raise RuntimeError(event["error"]["message"])
                 if over.is_set():
                     return
                 choice = event["choices"][0]

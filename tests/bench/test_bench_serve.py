@@ -10,9 +10,11 @@ from bench_helpers import bench, bench_json, check_head
 from dmoe_export.bench import serve_load
 from dmoe_export.bench.serve import Times
 from dmoe_export.bench.serve_load import Answered, Asked, in_batches, load, server
+from dmoe_export.errors import CheckError
 from dmoe_export.generator import Generator
 
-QUICK = ("--requests", 4, "--rounds", 1, "--steps", 2, "--prompt-tokens", "4-40", "--new-tokens", "4-70", "--threads", 1)
+QUICK = ("--requests", 4, "--rounds", 1, "--steps", 2, "--prompt-tokens", "4-40", "--new-tokens", "4-70", "--threads",
+         1)
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +82,12 @@ def test_what_it_refuses(tiny_bundle, arguments, sentence):
 
 
 def test_a_server_that_does_not_start_is_told(tmp_path):
-    from dmoe_export.errors import CheckError
-
     with pytest.raises(CheckError, match=r"The server of the benchmark did not start: .*none\.bundle"), \
             server(tmp_path / "none.bundle", []):
         pass
 
 
 def test_a_server_that_refuses_ends_the_benchmark(tiny_bundle):
-    from dmoe_export.errors import CheckError
-
     with server(tiny_bundle.folder, ["--threads", "1", "--max-new-tokens", "8"]) as served, \
-            pytest.raises(CheckError, match="did not answer a request of the load: .*at most 8 tokens"):
+            pytest.raises(CheckError, match=r"did not answer a request of the load: .*at most 8 tokens"):
         served.bear([Asked([5, 6], {"max_new_tokens": 9})], 2)
