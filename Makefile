@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo cpu-ops check bench bench-peer bench-decode test lint types plugins ort-ops sbom wheel engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs clean
+.PHONY: demo cpu-ops check bench bench-peer bench-decode test lint types plugins ort-ops sbom wheel engines test-slow test-page accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
@@ -113,6 +113,10 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+# Pictures of it are in out/page; needs chromium.
+test-page: $(READY)
+	PAGE_PICTURES=$(abspath out/page) $(BIN)/python -m pytest -m slow tests/serve/test_page_browser.py
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
