@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -271,4 +272,4 @@ def _runs(marks: Bools) -> list[tuple[int, int]]:
 def _consecutive(rows: Ints) -> list[tuple[int, int]]:
     """Stretches of rows one after the other, as [start, stop) of their indices."""
     edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
