@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException as AnyHttpError
 
 from ..decoding.settings import OPTIONS
 from ..errors import DmoeError, RequestError
+from ..words import visible
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _MOST_NAMED = 10  # unknown fields in one sentence
@@ -22,8 +23,8 @@ class ApiError(HTTPException):
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None,
                  headers: dict[str, str] | None = None) -> None:
-        super().__init__(status, message, headers)
-        self.param, self.code = param, code
+        super().__init__(status, visible(message), headers)  # names of strangers may hold what no JSON can
+        self.param, self.code = param and visible(param), code
 
     @property
     def body(self) -> dict[str, Any]:
@@ -79,7 +80,9 @@ def _of_body(errors: Any) -> ApiError:
     said = str(one["msg"]).removeprefix("Value error, ").rstrip(".")
     if one["type"] == "value_error":
         return ApiError(400, f"{said}.", param=said.split(" ", 1)[0].rstrip(","))
-    if not path or path == [""]:
+    if one["type"] == "string_unicode" and not path:
+        return ApiError(400, "A field's name holds half a character (a surrogate).")
+    if not path:
         return ApiError(400, "The body must be a JSON object, sent with content-type: application/json.")
     if one["type"] == "missing":
         return ApiError(400, f"{path[-1]} is missing.", param=path[0], code="missing_required_parameter")

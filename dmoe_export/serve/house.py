@@ -38,8 +38,8 @@ class House:
 
     @property
     def ready(self) -> bool:
-        """Whether every model takes requests."""
-        return all(engine.alive for engine in self.engines.values())
+        """Whether every model takes requests and has its files."""
+        return all(engine.ready for engine in self.engines.values())
 
     @property
     def busy(self) -> int:
@@ -95,6 +95,6 @@ def _options(body: Body, house: House, engine: Engine) -> dict[str, Any]:
         usual = engine.generator.bundle.manifest.decode_defaults.get("max_new_tokens")
         options["max_new_tokens"] = min(usual or OPTIONS["max_new_tokens"].default, most)
     elif isinstance(asked, int) and asked > most:
-        raise ApiError(400, f"max_tokens is {asked}, this server's answers have at most {most} tokens.",
+        raise ApiError(400, f"max_tokens is {str(asked)[:50]}, this server's answers have at most {most} tokens.",
                        param="max_tokens")
     return options

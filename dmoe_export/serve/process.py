@@ -26,6 +26,7 @@ _LAST_SECONDS = 2.0  # for answers of cancelled requests to be written
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket whose connections notice a peer that is gone; raises RequestError where it cannot be had."""
+    made: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
                                                                 flags=socket.AI_PASSIVE)[0]
@@ -38,6 +39,8 @@ def listen(host: str, port: int) -> socket.socket:
                 made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         made.bind(address)
     except OSError as error:
+        if made:
+            made.close()
         raise RequestError(f"Port {port} of {host} cannot be listened on: {error.strerror}; choose others with --host "
                            "and --port.") from None
     return made

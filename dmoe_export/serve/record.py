@@ -8,6 +8,7 @@ import re
 import sys
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,4 +111,5 @@ class Recorded:
         fault = "error" if record.status >= 500 else "refused" if record.status >= 400 else "answered"
         record.outcome = record.outcome or _OUTCOMES.get(record.status, fault)
         self._metrics.requests.labels(record.model, record.outcome).inc()
-        print(json.dumps(record.line()), file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody reads standard error any more
+            print(json.dumps(record.line()), file=sys.stderr, flush=True)

@@ -59,7 +59,7 @@ def test_answers_are_those_of_the_generator(served, client, offline):
         assert answer.choices[0].message.content == wanted.text and answer.choices[0].finish_reason == "stop"
         assert answer.usage.prompt_tokens == wanted.stats.prompt_tokens and answer.model == "sample"
         assert answer.usage.completion_tokens == len(wanted.token_ids) > 0
-    record = served.records()[-1]
+    record = served.record(answer.id.removeprefix("chatcmpl-"))
     assert record["outcome"] == "eos" and record["new_tokens"] == len(wanted.token_ids)
     assert record["forwards"] == wanted.stats.forwards and not any(q in "".join(served.lines) for q in QUESTIONS)
 
@@ -133,6 +133,9 @@ def test_models_are_listed(client, served):
 
 REFUSED = [
     ({"foo": 1, "bar": 2}, 400, "Unknown field: foo, bar.", "foo"),
+    ({"x\ud800": 1}, 400, "half a character", None),
+    ({"x\x1b\u202e": 1}, 400, "Unknown field: x\\x1b\\u202e.", "x\\x1b\\u202e"),
+    ({"model": "x\ud800"}, 400, "model: ", "model"),
     ({"model": "other"}, 404, "not served here", "model"),
     ({"messages": []}, 400, "messages: ", "messages"),
     ({"messages": user(None)}, 400, "needs the texts", None),
@@ -150,6 +153,8 @@ REFUSED = [
     ({"n": 17}, 400, "n: ", "n"),
     ({"n": True}, 400, "n: ", "n"),
     ({"max_tokens": 5000}, 400, "at most 4096", "max_tokens"),
+    ({"max_tokens": 10**4000}, 400, "at most 4096", "max_tokens"),
+    ({"max_tokens": True}, 400, "an integer", "max_new_tokens"),
     ({"max_tokens": 500}, 400, "positions", None),
     ({"max_tokens": 5, "max_new_tokens": 6}, 400, "differ", "max_tokens"),
     ({"tools": [{"type": "function"}]}, 400, "tools is not offered", "tools"),
@@ -173,7 +178,7 @@ def test_refused_in_openai_s_shape(served, more, status, words, param):
 
 def test_fields_that_ask_for_nothing_are_taken(served):
     nothing = {"user": "me", "metadata": {"a": "b"}, "store": True, "presence_penalty": 0, "frequency_penalty": 0.0,
-               "logprobs": False, "tools": [], "response_format": {"type": "text"}, "n": None, "stop": None,
+               "logprobs": False, "tools": [], "response_format": {"type": "text"}, "n": None, "stop": [],
                "temperature": None, "logit_bias": None, "seed": None, "stream": False, "stream_options": None}
     assert ask(served, **nothing)[2]["choices"] == ask(served)[2]["choices"]
 
@@ -183,7 +188,7 @@ def test_fields_that_ask_for_nothing_are_taken(served):
     ("POST", "/v1/chat/completions", "[" * 50_000, 400), ("POST", "/v1/chat/completions", None, 400),
     ("POST", "/v1/chat/completions", '{"n": ' + "9" * 5000 + "}", 400), ("GET", "/v1/chat/completions", None, 405),
     ("POST", "/v1/chat/completions", "x" * 200_000, 413), ("POST", "/v1/embeddings", "{}", 404),
-    ("GET", "/v1/models/other", None, 404), ("DELETE", "/v1/requests/none", None, 404), ("PUT", "/", None, 404)])
+    ("GET", "/v1/models/other", None, 404), ("DELETE", "/v1/requests/none", None, 404), ("PUT", "/v1", None, 404)])
 def test_bodies_and_paths_that_are_none(served, method, path, sent, status):
     got, _, answer = served.ask(method, path, sent)
     assert got == status and answer["error"]["message"] and answer["error"]["type"] == "invalid_request_error"
@@ -293,10 +298,11 @@ def test_sigterm_lets_requests_end_and_refuses_new_ones(sample_bundle, offline):
         status, headers, answer = ask(one)
         assert status == 503 and answer["error"]["code"] == "shutting_down" and headers["retry-after"]
         assert one.ask("GET", "/health/ready")[0] == 503 and one.ask("GET", "/health/live")[0] == 200
-        text = "".join(event.choices[0].delta.content for event in stream)
-        assert text == offline.generate(QUESTIONS[0], max_new_tokens=440, eos_id=-1, threshold=1.0)[0].text
+        events = list(stream)
+        wanted = offline.generate(QUESTIONS[0], max_new_tokens=440, eos_id=-1, threshold=1.0)[0]
+        assert "".join(event.choices[0].delta.content for event in events) == wanted.text
         assert one.process.wait(10) == 0
-        assert one.records()[-1]["prompt"] == [user(QUESTIONS[0])] or one.records()[-2]["prompt"]
+        assert one.record(events[0].id.removeprefix("chatcmpl-"))["prompt"] == [user(QUESTIONS[0])]
 
 
 def test_what_does_not_end_in_time_is_cancelled(sample_bundle):

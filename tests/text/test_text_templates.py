@@ -97,5 +97,13 @@ def test_messages_that_are_no_plain_texts(message, words):
         plain_messages([message])
 
 
+def test_a_content_in_parts_is_one_text():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert plain_messages([{"role": "user", "content": parts}]) == [{"role": "user", "content": "a\nb"}]
+    for wrong in ([{"type": "text"}], [{"type": "text", "text": None}], ["a"], [{"type": "input_audio"}], [None]):
+        with pytest.raises(RequestError, match="A message has a part of type"):
+            plain_messages([{"role": "user", "content": wrong}])
+
+
 def test_fields_without_a_value_are_left_out():
     assert plain_messages([{"role": "user", "content": "x", "tool_calls": None}]) == [{"role": "user", "content": "x"}]
