@@ -60,6 +60,15 @@ class Served:
         """The structured lines so far."""
         return [json.loads(line) for line in self.lines if line.startswith("{")]
 
+    def record(self, request_id, seconds=10):
+        """The structured line of a request; it is written after the answer."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := [one for one in self.records() if one["request"] == request_id]:
+                return found[0]
+            time.sleep(0.01)
+        raise AssertionError(f"no line of {request_id}")
+
     def idle(self, seconds=10):
         """Wait until no row and no request is in it; whether that came true."""
         end = time.monotonic() + seconds

@@ -59,7 +59,7 @@ def test_answers_are_those_of_the_generator(served, client, offline):
         assert answer.choices[0].message.content == wanted.text and answer.choices[0].finish_reason == "stop"
         assert answer.usage.prompt_tokens == wanted.stats.prompt_tokens and answer.model == "sample"
         assert answer.usage.completion_tokens == len(wanted.token_ids) > 0
-    record = served.records()[-1]
+    record = served.record(answer.id.removeprefix("chatcmpl-"))
     assert record["outcome"] == "eos" and record["new_tokens"] == len(wanted.token_ids)
     assert record["forwards"] == wanted.stats.forwards and not any(q in "".join(served.lines) for q in QUESTIONS)
 
@@ -298,10 +298,11 @@ def test_sigterm_lets_requests_end_and_refuses_new_ones(sample_bundle, offline):
         status, headers, answer = ask(one)
         assert status == 503 and answer["error"]["code"] == "shutting_down" and headers["retry-after"]
         assert one.ask("GET", "/health/ready")[0] == 503 and one.ask("GET", "/health/live")[0] == 200
-        text = "".join(event.choices[0].delta.content for event in stream)
-        assert text == offline.generate(QUESTIONS[0], max_new_tokens=440, eos_id=-1, threshold=1.0)[0].text
+        events = list(stream)
+        wanted = offline.generate(QUESTIONS[0], max_new_tokens=440, eos_id=-1, threshold=1.0)[0]
+        assert "".join(event.choices[0].delta.content for event in events) == wanted.text
         assert one.process.wait(10) == 0
-        assert one.records()[-1]["prompt"] == [user(QUESTIONS[0])] or one.records()[-2]["prompt"]
+        assert one.record(events[0].id.removeprefix("chatcmpl-"))["prompt"] == [user(QUESTIONS[0])]
 
 
 def test_what_does_not_end_in_time_is_cancelled(sample_bundle):
