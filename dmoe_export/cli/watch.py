@@ -125,5 +125,6 @@ def _head(seen: StepSeen) -> str:
 
 def _shown(seen: StepSeen, pieces: Pieces) -> list[str]:
     """A text for each place, · for a token without any; of a masked place a shade, whatever its candidate is."""
-    return [visible(piece.replace("\n", "⏎")) or "·" if id_ >= 0 else _MASKED[min(2, int(3 * sure))] for id_, piece, sure in
+    return [visible(piece.replace("\n", "⏎")) or "·" if id_ >= 0 else _MASKED[min(2, int(3 * sure))]
+            for id_, piece, sure in
             zip(seen.token_ids, pieces.of(seen.block, seen.candidates), seen.confidence, strict=True)]
