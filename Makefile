@@ -6,6 +6,7 @@
 # make plugins  libdmoe_plugins.so for every GPU generation; needs no GPU and no TensorRT
 # make fuzz    5 500 hostile files, command lines and calls: the table of what became of them; under 30 minutes
 # make sanitize   the CPU kernels' tests under address and undefined-behaviour sanitizers
+# make lm-eval   lm-eval asks a server the sample's 400 held-out questions; installs it first
 # make docs   the documentation as a site, build/site; a broken link is an error
 # make sbom    what a wheel requires and holds, with licences (CycloneDX)
 # make wheel   dist/: one wheel with the libraries for CPU and GPU, to be installed on a device
@@ -16,7 +17,7 @@ READY := $(VENV)/.ready
 CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo cpu-ops check bench bench-peer bench-decode test lint types plugins ort-ops sbom wheel engines test-slow accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs clean
+.PHONY: demo cpu-ops check bench bench-peer bench-decode test lint types plugins ort-ops sbom wheel engines test-slow test-page accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs lm-eval clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
@@ -114,8 +115,23 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# Pictures of it are in out/page; needs chromium.
+test-page: $(READY)
+	PAGE_PICTURES=$(abspath out/page) $(BIN)/python -m pytest -m slow tests/serve/test_page_browser.py
+
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# The sample's held-out questions by lm-eval, against a server; it brings 0.8 GB and has an environment of its own.
+LM_EVAL := .venv-lm-eval
+
+$(LM_EVAL)/.ready:
+	$(PYTHON) -m venv $(LM_EVAL)
+	$(LM_EVAL)/bin/python -m pip install --quiet 'lm-eval[api]==0.4.13'
+	touch $@
+
+lm-eval: $(READY) $(LM_EVAL)/.ready
+	$(BIN)/python -m pytest -m slow tests/serve/test_lm_eval.py
 
 accuracy: out/sample.bundle/manifest.json
 	$(BIN)/python samples/evaluate.py out/sample.bundle --json out/accuracy.json

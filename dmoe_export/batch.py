@@ -44,6 +44,18 @@ class Event:
         return self.block is None or self.block.finish_reason is not None
 
 
+class _Ends:
+    """What a row's text says to a finished block. Knows no batch, so that nothing keeps a dropped one's cache alive."""
+
+    def __init__(self, stream: TextStream) -> None:
+        self._stream = stream
+        self.piece: str | None = None  # new text
+
+    def __call__(self, ids: list[int], last: bool) -> int | None:
+        self.piece = self._stream.push(ids, last)
+        return self._stream.kept
+
+
 class Batch:
     """Rows of any requests, decoded together; made by `Generator.batch`.
 
@@ -64,7 +76,6 @@ class Batch:
         self._batch = JoiningBatch(backend, slots, manifest.bytes_per_expert, manifest.precision, str(bundle.folder),
                                    prefix_cache)
         self._text, self._check = text, check
-        self._pieces: dict[Handle, str | None] = {}
         self._resident = backend if isinstance(backend, ResidentBackend) else None
         self._starts: dict[Handle, ResidencyStatistics] = {}
         self._products: str | None = getattr(backend, "products", None)
@@ -95,14 +106,7 @@ class Batch:
         forward of the row, with provisional tokens (`StepSeen`). Raises RequestError where no slot is free.
         """
         self._check()
-        stream = TextStream(self._text, request.settings.stops) if self._text else None
-
-        def ends(ids: list[int], last: bool) -> int | None:
-            if stream is None:
-                return None
-            self._pieces[handle] = stream.push(ids, last)
-            return stream.kept
-
+        ends = _Ends(TextStream(self._text, request.settings.stops)) if self._text else None
         handle = self._batch.add(request.token_ids, request.way, index, ends, watch)
         if self._resident:
             self._starts[handle] = self._resident.statistics()
@@ -117,7 +121,8 @@ class Batch:
         self._check()
         events = []
         for done in self._batch.step():
-            piece = self._pieces.pop(done.handle, None)
+            ends = done.handle.ends
+            piece = ends.piece if isinstance(ends, _Ends) else None
             start = self._starts.pop(done.handle, None) if done.error or done.finish_reason else None
             done.statistics.products = self._products
             if start and self._resident:

@@ -11,6 +11,7 @@ MEMBERS = {
     "generate": ("bench_generate:generate", "Whole answers on the CPU, against PyTorch with the same tokens."),
     "step": ("bench_step:step", "One forward pass on the CPU, against its products and the machine's limits."),
     "forward": ("bench_forward:forward", "One forward pass on the CPU, against llama.cpp on the same weights."),
+    "serve": ("bench_serve:serve", "A server under load, against closed batches and one request at a time."),
     "residency": ("bench_residency:residency", "What it costs to keep only a part of the experts in memory."),
     "export": ("bench_memory:export", "Time and peak memory of an export."),
     "build": ("bench_memory:build", "Time and peak memory of building engines."),

@@ -51,6 +51,8 @@ class Body(BaseModel):
         if not isinstance(values, dict):
             return values
         kept = {name: value for name, value in values.items() if name not in HARMLESS}
+        if kept.get("stop") == []:  # as lm-eval sends it
+            del kept["stop"]
         for name in kept.keys() & NOT_HERE.keys():
             value = kept.pop(name)
             if value is not None and value not in NOT_HERE[name]:

@@ -37,11 +37,17 @@ class Recorder:
         self.steps.append(("cache", rows))
         return _RecordedCache(self, self.backend.new_cache(rows))
 
-    def forward(self, inputs: ForwardInputs, cache: _RecordedCache) -> ForwardOutputs:
+    def forward(self, inputs: ForwardInputs, cache: _RecordedPart) -> ForwardOutputs:
         outputs = self.backend.forward(replace(inputs, want_logits=True), cache.inner)
         kept = replace(outputs, keys_values=None)
-        self.steps.append(("forward", (inputs, kept)))
+        self.steps.append(("forward", (inputs, kept, cache.rows)))
         return outputs
+
+
+@dataclass
+class _RecordedPart:
+    inner: Any
+    rows: list[int]
 
 
 @dataclass
@@ -49,13 +55,16 @@ class _RecordedCache:
     recorder: Recorder
     inner: Any
 
-    def commit(self, inputs: ForwardInputs, outputs: ForwardOutputs, take: np.ndarray) -> None:
-        self.recorder.steps.append(("commit", take.copy()))
-        self.inner.commit(inputs, outputs, take)
+    def part(self, rows: list[int]) -> _RecordedPart:
+        return _RecordedPart(self.inner.part(rows), list(rows))
 
-    def keep(self, rows: list[int]) -> None:
-        self.recorder.steps.append(("keep", rows))
-        self.inner.keep(rows)
+    def commit(self, inputs: ForwardInputs, outputs: ForwardOutputs, take: np.ndarray, rows: list[int]) -> None:
+        self.recorder.steps.append(("commit", (take.copy(), rows)))
+        self.inner.commit(inputs, outputs, take, rows)
+
+    def leave(self, row: int, last: int) -> None:
+        self.recorder.steps.append(("leave", (row, last)))
+        self.inner.leave(row, last)
 
 
 def decode(backend: Any, prompts: list[list[int]], **changes: Any) -> list[list[int]]:
@@ -73,13 +82,13 @@ def replay(steps: list[tuple[str, Any]], backend: Any) -> dict[str, Any]:
     for index, (kind, value) in enumerate(steps):
         if kind == "cache":
             cache = backend.new_cache(value)
-        elif kind == "keep":
-            cache.keep(value)
+        elif kind == "leave":
+            cache.leave(*value)
         elif kind == "commit":
-            cache.commit(inputs, outputs, value)
+            cache.commit(inputs, outputs, *value)
         else:
-            inputs, want = value
-            outputs = backend.forward(inputs, cache)
+            inputs, want, rows = value
+            outputs = backend.forward(inputs, cache.part(rows))
             real = inputs.position_ids >= 0
             same = np.sort(outputs.expert_ids, -1) == np.sort(want.expert_ids, -1)
             experts_seen += int(real.sum()) * same.shape[0]
@@ -154,8 +163,8 @@ ODD: dict[str, Any] = {"max_new_tokens": 200, "eos_id": -1}
 
 
 def ends(recording: Recording) -> int:
-    """How often rows left a batch while others stayed."""
-    return sum(kind == "keep" for kind, _ in recording.steps)
+    """How often a row left a batch while others stayed."""
+    return sum(kind == "leave" and value[1] > 0 for kind, value in recording.steps)
 
 
 def check(report: dict[str, Any], margin: float) -> None:

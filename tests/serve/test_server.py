@@ -178,7 +178,7 @@ def test_refused_in_openai_s_shape(served, more, status, words, param):
 
 def test_fields_that_ask_for_nothing_are_taken(served):
     nothing = {"user": "me", "metadata": {"a": "b"}, "store": True, "presence_penalty": 0, "frequency_penalty": 0.0,
-               "logprobs": False, "tools": [], "response_format": {"type": "text"}, "n": None, "stop": None,
+               "logprobs": False, "tools": [], "response_format": {"type": "text"}, "n": None, "stop": [],
                "temperature": None, "logit_bias": None, "seed": None, "stream": False, "stream_options": None}
     assert ask(served, **nothing)[2]["choices"] == ask(served)[2]["choices"]
 

@@ -13,7 +13,7 @@ from ...bundle.reader import Bundle
 from ...description import RUNTIME_SETTINGS
 from ..backend import ForwardInputs, ForwardOutputs, closed
 from ..library import Kernels
-from .cache import DeviceCache, Geometry, Slab
+from .cache import DeviceCache, DevicePart, Geometry, Positions, Slab
 from .call import ITEMSIZES, Call, Executor, Layout, Sizes, Tensor, round_up
 from .device import Device, Strided
 from .graphs import GraphCache
@@ -67,12 +67,12 @@ class DeviceBackend:
         capacity = self.limits.max_context if self.limits else None
         return DeviceCache(rows, self._geometry, self._pool, self._stream, self._lock, capacity)
 
-    def forward(self, inputs: ForwardInputs, cache: DeviceCache) -> ForwardOutputs:
+    def forward(self, inputs: ForwardInputs, cache: DeviceCache | DevicePart) -> ForwardOutputs:
         """One forward; raises RequestError past the engine's limits, DeviceError when the device fails."""
         with self._lock:
             if self._closed:
                 raise closed(self.name)
-            return self._forward(inputs, cache)
+            return self._forward(inputs, cache.whole if isinstance(cache, DeviceCache) else cache)
 
     def close(self) -> None:
         """See `Backend`; memory of caches that somebody still holds goes with the backend itself."""
@@ -89,14 +89,14 @@ class DeviceBackend:
             self._dropped = None
             self._pool.release()
 
-    def _forward(self, inputs: ForwardInputs, cache: DeviceCache) -> ForwardOutputs:
+    def _forward(self, inputs: ForwardInputs, past: DevicePart) -> ForwardOutputs:
         rows, tokens = inputs.input_ids.shape
         wanted = inputs.logit_rows.shape[1]
         d, block = self.description, self.routing.block_length
         # A forward that wants no vocabulary row keeps M = 1; all others come in multiples of the block length.
         step = block if (inputs.logit_rows >= 0).any() else 1
-        sizes = self._executor.fit(Sizes(rows, tokens, cache.slab.length, wanted), step)
-        staged, host = self._stage(inputs, cache, sizes)
+        sizes = self._executor.fit(Sizes(rows, tokens, past.length, wanted), step)
+        staged, host = self._stage(inputs, past.table, sizes)
         experts = (len(d.moe_layers), rows, sizes.tokens, d.moe.experts_per_token if d.moe else 0)
         results = Layout([("token_ids", (rows, sizes.rows), "int64"), ("confidence", (rows, sizes.rows), "fp32"),
                           *([("expert_ids", experts, "int32")] if d.moe else [])])
@@ -106,29 +106,29 @@ class DeviceBackend:
 
         def call() -> Call:
             logits = Tensor(places[2], (rows, sizes.rows, d.vocab_size), "fp32")
-            past = Tensor(cache.positions_address, (rows, cache.slab.length), "int64")
-            return Call(sizes, {**staged.tensors(places[0], host), "past_positions": past,
-                                **self._layers("past_", cache.slab)},
+            positions = Tensor(past.positions_address, (rows, past.length), "int64")
+            return Call(sizes, {**staged.tensors(places[0], host), "past_positions": positions,
+                                **self._layers("past_", past)},
                         {**results.tensors(places[1]), "logits": logits, **self._layers("", new)})
 
         # What repeats: steps of a block, alone or with what lies before it (a block; shifted logits: a place), and of
         # a whole canvas.
         if self.graphs is not None and (sizes.tokens <= 2 * block or d.attention == "full"):
-            self.graphs.run((sizes, *places, cache.slab.address, new.address), call, self._stream)
+            self.graphs.run((sizes, *places, past.address, past.slab.part_bytes, new.address), call, self._stream)
         else:
             self._executor.execute(call(), self._stream)
         fetched = self._host("results", results.size)
         self._device.copy(fetched.ctypes.data, places[1], results.size, self._stream)
         logits = self._fetch_logits(places[2], sizes, wanted) if inputs.want_logits else None
         self._device.synchronize(self._stream)
-        cache.stale = False
+        past.table.stale = False
         return ForwardOutputs(results.view(fetched, "token_ids")[:, :wanted].copy(),
                               results.view(fetched, "confidence")[:, :wanted].copy(),
                               results.view(fetched, "expert_ids")[:, :, :tokens].copy() if d.moe
                               else np.zeros((0, rows, tokens, 0), np.int32),
                               None if logits is None else logits.copy(), new if inputs.want_keys_values else None)
 
-    def _stage(self, inputs: ForwardInputs, cache: DeviceCache, sizes: Sizes) -> tuple[Layout, int]:
+    def _stage(self, inputs: ForwardInputs, table: Positions, sizes: Sizes) -> tuple[Layout, int]:
         """Enqueue what the host gives; its layout on the device, and the address of the host's copy."""
         layout = Layout([("input_ids", (sizes.batch, sizes.tokens), "int64"),
                          ("position_ids", (sizes.batch, sizes.tokens), "int64"),
@@ -143,11 +143,11 @@ class DeviceBackend:
         for name, default in self._settings.items():
             layout.view(block, name)[0] = inputs.settings.get(name, default)
         self._device.copy(self._buffer("staged", layout.size), block.ctypes.data, layout.size, self._stream)
-        if cache.stale:
-            size = cache.positions.nbytes
+        if table.stale:
+            size = table.values.nbytes
             positions = self._host("positions", size)
-            positions[:size].view(np.int64)[:] = cache.positions.ravel()
-            self._device.copy(cache.positions_address, positions.ctypes.data, size, self._stream)
+            positions[:size].view(np.int64)[:] = table.values.ravel()
+            self._device.copy(table.address, positions.ctypes.data, size, self._stream)
         return layout, block.ctypes.data
 
     def _fetch_logits(self, address: int, sizes: Sizes, wanted: int) -> NDArray[Any]:
@@ -168,7 +168,7 @@ class DeviceBackend:
             self._dropped = Slab(self._pool, self._geometry, rows, tokens)
         return self._dropped
 
-    def _layers(self, prefix: str, slab: Slab) -> dict[str, Tensor]:
+    def _layers(self, prefix: str, slab: Slab | DevicePart) -> dict[str, Tensor]:
         layers = self.description.num_layers
         return {f"{prefix}{part}.{layer}": Tensor(slab.part(i * layers + layer), slab.shape, self._executor.precision)
                 for i, part in enumerate(("key", "value")) for layer in range(layers)}

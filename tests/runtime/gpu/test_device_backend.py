@@ -61,11 +61,11 @@ def test_the_sample_answers_the_same(sample_bundle, graphs):
 
 def test_long_contexts_cross_buckets(sample_bundle):
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(10, 60, n).tolist() for n in (700, 40, 130)]
+    prompts = [rng.integers(10, 60, n).tolist() for n in (400, 40, 130)]
     backend, cpu = host_backend(sample_bundle, True), OnnxRuntimeBackend(sample_bundle)
     options = {"max_new_tokens": 80, "eos_id": -1, "threshold": 0.3}
     _same(decode(backend, prompts, **options), decode(cpu, prompts, **options))
-    assert {s.past for s in backend.executor.sizes} >= {1, 512, 768}
+    assert {s.past for s in backend.executor.sizes} >= {1, 384, 512}
     assert {s.rows for s in backend.executor.sizes} <= {1, backend.routing.block_length}
 
 

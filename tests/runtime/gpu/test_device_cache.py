@@ -36,8 +36,8 @@ class Pair:
         return [self.device.fake.view(slab.part(i), size).view(self.dtype).reshape(slab.shape)
                 for i in range(2 * LAYERS)]
 
-    def commit(self, take, rng, spare=0):
-        """`spare`: tokens the backend padded the forward with."""
+    def commit(self, take, rng, spare=0, into=None):
+        """`spare`: tokens the backend padded the forward with; `into`: the rows of the forward."""
         rows, tokens = take.shape
         slab = Slab(self.pool, self.geometry, rows, tokens + spare)
         new = [rng.random(slab.shape).astype(self.dtype) for _ in range(2 * LAYERS)]
@@ -48,28 +48,39 @@ class Pair:
         nothing = np.zeros((rows, 1))
         shown = [x[:, :, :tokens] for x in new]
         self.host.commit(inputs, ForwardOutputs(nothing, nothing, nothing, None, (shown[:LAYERS], shown[LAYERS:])),
-                         take)
-        self.cache.commit(inputs, ForwardOutputs(nothing, nothing, nothing, None, slab), take)
+                         take, into)
+        self.cache.commit(inputs, ForwardOutputs(nothing, nothing, nothing, None, slab), take, into)
 
-    def keep(self, rows):
-        self.host.keep(rows)
-        self.cache.keep(rows)
+    def leave(self, row, last):
+        self.host.leave(row, last)
+        self.cache.leave(row, last)
 
     def clear(self, rows):
         self.host.clear(rows)
         self.cache.clear(rows)
 
     def check(self):
+        assert self.cache.table.stale
+        self._same(self.cache.whole, self.host)
+
+    def part(self, rows):
+        got = self.cache.part(rows)
+        self._same(got, self.host.part(rows))
+        return got
+
+    def _same(self, got, want):
+        """A part of both, as a forward reads it."""
         self.device.synchronize(self.stream)
-        assert (self.cache.positions == self.host.positions).all() and self.cache.stale
+        rows = slice(got.first, got.first + got.rows)
+        assert (got.table.values[rows] == want.positions).all()
+        assert got.shape[2] == got.length == want.positions.shape[1]
+        held = (want.positions >= 0)[:, None, :, None]  # what a cleared row has left behind may differ
+        for i, (mine, theirs) in enumerate(zip(self.parts(got), (*want.keys, *want.values), strict=True)):
+            assert got.part(i) % 256 == 0
+            assert np.array_equal(np.where(held, mine, 0), np.where(held, theirs, 0))
+            assert np.isfinite(mine).all()  # an unseen key has weight 0, which must not meet a NaN
+        assert got.positions_address % 256 == 0
         assert (self.cache.lengths == self.host.lengths).all()
-        slab = self.cache.slab
-        assert slab.shape[2] == self.cache.positions.shape[1]
-        for i, (got, want) in enumerate(zip(self.parts(slab), (*self.host.keys, *self.host.values), strict=True)):
-            assert slab.part(i) % 256 == 0
-            held = (self.host.positions >= 0)[:, None, :, None]  # what a cleared row has left behind may differ
-            assert np.array_equal(np.where(held, got, 0), np.where(held, want, 0))
-            assert np.isfinite(got).all()  # an unseen key has weight 0, which must not meet a NaN
 
 
 @pytest.mark.parametrize("shape", [(3, 4, np.float16), (1, 1, np.float32), (4, 128, np.float16)])
@@ -102,10 +113,59 @@ def test_growth_over_buckets_and_back_to_one_row():
         pair.check()
     assert pair.cache.slab.length == 512
     pair.commit(np.ones((2, 3), bool), rng)
-    pair.keep([1])
+    pair.leave(0, 1)
     pair.check()
-    pair.commit(np.ones((1, 9), bool), rng)
+    assert pair.cache.slab.length == 128
+    pair.commit(np.ones((1, 9), bool), rng, into=[0])
     pair.check()
+    pair.leave(0, 0)
+    pair.check()
+    assert pair.cache.slab.length == 1
+
+
+def test_no_room_to_shrink_into_is_no_error():
+    pair = Pair(2)
+    pair.commit(np.ones((2, 400), bool), np.random.default_rng(0))
+    pair.pool.release()
+    pair.device.fake.memory = pair.device.fake.used
+    pair.cache.leave(1, 1)
+    pair.cache.leave(0, 0)
+    assert pair.cache.slab.length == 512 and (pair.cache.positions == -1).all()
+
+
+def test_a_window_or_rows_gathered_once():
+    """Side by side they are read where they lie; others are copied, and again only after the cache has changed."""
+    pair, rng = Pair(5), np.random.default_rng(0)
+    copies = lambda: pair.device.fake.calls["cudaMemcpy3DAsync"]  # noqa: E731
+    pair.part([1, 3])  # nothing to copy
+    pair.commit(rng.random((5, 90)) < 0.7, rng)
+    before = copies()
+    for rows in ([0, 1, 2, 3, 4], [0, 1], [3], [2, 3, 4]):
+        assert pair.part(rows).slab is pair.cache.slab
+    assert copies() == before
+    gathered = pair.part([0, 1, 3, 4])
+    assert copies() == before + 2 and gathered.slab is not pair.cache.slab and gathered.table.stale
+    assert pair.part([0, 1, 3, 4]) is gathered and copies() == before + 2
+    assert pair.part([4, 0, 2, 1]).address == gathered.address and copies() == before + 6
+    pair.commit(np.ones((4, 5), bool), rng, into=[4, 0, 2, 1])
+    assert pair.part([4, 0, 2, 1]).address == gathered.address
+    pair.clear([0])
+    pair.part([4, 0, 2, 1])
+    pair.leave(1, 4)
+    pair.part([3, 0])
+    pair.commit(np.ones((2, 100), bool), rng, into=[3, 0])
+    assert pair.part([0, 2]).length == 256
+
+
+def test_rows_that_lie_unaligned_are_gathered():
+    pair = Pair(3, heads=1, head_dim=4, capacity=140)  # rows of 140 · 4 · 2 bytes
+    pair.commit(np.ones((3, 140), bool), np.random.default_rng(0))
+    assert pair.cache.part([0, 1]).slab is pair.cache.slab
+    got, want = pair.cache.part([1, 2]), pair.host.part([1, 2])
+    assert got.slab is not pair.cache.slab and got.address % 256 == got.positions_address % 256 == 0
+    pair.device.synchronize(pair.stream)
+    assert all(np.array_equal(mine, theirs[:, :, :140])
+               for mine, theirs in zip(pair.parts(got), (*want.keys, *want.values), strict=True))
 
 
 def test_a_cleared_row_starts_anew_and_its_neighbours_stay():
@@ -120,7 +180,7 @@ def test_a_cleared_row_starts_anew_and_its_neighbours_stay():
     pair.commit(np.broadcast_to([[True], [False], [True]], (3, 90)), rng)
     pair.check()
     assert pair.cache.lengths.tolist() == [90, 100, 90] and pair.cache.slab.length == 128
-    pair.keep([2, 1])
+    pair.leave(0, 2)
     pair.check()
 
 
@@ -139,17 +199,19 @@ def test_whatever_is_done(data):
     rows = data.draw(st.integers(1, 4))
     pair = Pair(rows, data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9)),
                 data.draw(st.sampled_from([np.float16, np.float32])))
-    for _ in range(data.draw(st.integers(1, 6))):
+    last = rows - 1
+    for _ in range(data.draw(st.integers(1, 8))):
         if not data.draw(st.integers(0, 4)):
             pair.clear(sorted(data.draw(st.sets(st.integers(0, rows - 1)))))
         elif data.draw(st.integers(0, 3)):
             width = data.draw(st.sampled_from([1, 2, 7, 32, 130]))
             chance = data.draw(st.sampled_from([0.1, 0.5, 0.95, 1.1]))
-            pair.commit(rng.random((rows, width)) < chance, rng, data.draw(st.integers(0, 2)))
+            into = data.draw(st.permutations(range(rows)))[:data.draw(st.integers(1, rows))]
+            pair.part(into)
+            pair.commit(rng.random((len(into), width)) < chance, rng, data.draw(st.integers(0, 2)), into)
         else:
-            order = data.draw(st.permutations(range(rows)))[:data.draw(st.integers(1, rows))]
-            pair.keep(list(order))
-            rows = len(order)
+            pair.leave(data.draw(st.integers(0, last)), last)
+            last = max(0, last - 1)
         if data.draw(st.booleans()):
             pair.check()
     pair.check()
