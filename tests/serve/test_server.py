@@ -321,7 +321,7 @@ def test_bodies_that_are_much_work_leave_the_server_awake(sample_bundle):
     size = 1 << 20
     bodies = [("chat/completions", body(**{f"f{i}": 1 for i in range(size // 12)})),
               ("chat/completions", body([{"type": "text", "text": "a"}] * (size // 34))),
-              ("chat/completions", body("what is 2 plus 3? " * (size // 20))),
+              ("chat/completions", body("what is 2 plus 3? " * (size // 200))),
               ("chat/completions", body(stop=["x"] * (size // 5))),
               ("completions", {"model": "sample", "prompt": [5] * (size // 3)}),
               ("completions", {"model": "sample", "prompt": ["a"] * (size // 5)})]
