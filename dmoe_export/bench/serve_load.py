@@ -88,20 +88,24 @@ def load(bundle: Bundle, requests: int, prompt_tokens: tuple[int, int], new_toke
 
 
 def in_batches(generator: Generator, asked: Sequence[Asked], size: int) -> Borne:
-    """Closed batches: the next `size` requests begin when all of the former have ended; rows leave as they end."""
+    """Closed batches: the next `size` requests begin when all of the former have ended; rows leave as they end.
+
+    As with a server, a client sends its next request when it has its answer, and then waits for the next batch.
+    """
     answers: list[Answered] = []
     start = time.perf_counter()
+    sent = [start] * size
     for first in range(0, len(asked), size):
         batch, rows = generator.batch(slots=size), {}
         for number, one in enumerate(asked[first:first + size], first):
-            sent = time.perf_counter()
-            rows[batch.add(generator.request(one.prompt, **one.options))] = Answered(number, sent)
+            rows[batch.add(generator.request(one.prompt, **one.options))] = Answered(number, sent[number - first])
         while len(batch):
             for event in batch.step():
                 if event.error:
                     raise event.error
                 assert event.block is not None
                 _arrived(rows[event.handle], event.block)
+        sent[:len(rows)] = [answer.blocks[-1][0] for answer in rows.values()]
         answers += rows.values()
     return _borne(answers, start)
 

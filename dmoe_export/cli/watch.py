@@ -124,6 +124,7 @@ def _head(seen: StepSeen) -> str:
 
 
 def _shown(seen: StepSeen, pieces: Pieces) -> list[str]:
-    """A text for each place; of a masked one a shade, whatever its candidate is."""
-    return [visible(piece.replace("\n", "⏎")) if id_ >= 0 else _MASKED[min(2, int(3 * sure))] for id_, piece, sure in
+    """A text for each place, · for a token without any; of a masked place a shade, whatever its candidate is."""
+    return [visible(piece.replace("\n", "⏎")) or "·" if id_ >= 0 else _MASKED[min(2, int(3 * sure))]
+            for id_, piece, sure in
             zip(seen.token_ids, pieces.of(seen.block, seen.candidates), seen.confidence, strict=True)]

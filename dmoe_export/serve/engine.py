@@ -20,7 +20,7 @@ from ..decoding.answer import Block
 from ..decoding.batch import Handle
 from ..decoding.telemetry import Statistics
 from ..decoding.watch import StepSeen
-from ..errors import DmoeError
+from ..errors import BundleError, DmoeError
 from ..generator import Generator
 from .errors import FAILED, ApiError, of_bundle
 from .job import Ending, Job, Row
@@ -45,7 +45,8 @@ class Engine:
         self._running: dict[Handle, tuple[Job, Row]] = {}
         self._lock = threading.Condition()
         self._admitted = set[tuple[int, str]]()
-        self._ended, self._draining, self._usual = False, False, 1.0  # usual: seconds of a request in the batch
+        self._broken = self._ended = self._draining = False
+        self._usual = 1.0  # usual: seconds of a request in the batch
         self._encoders = ThreadPoolExecutor(_ENCODERS, f"encode-{name}")
         self._prefix_cache = prefix_cache
         self._batch = self._new_batch()
@@ -94,6 +95,11 @@ class Engine:
     def alive(self) -> bool:
         """Whether new requests are taken."""
         return self._thread.is_alive() and not self._draining
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are taken and can be answered: a lost file of the bundle stays lost."""
+        return self.alive and not self._broken
 
     @property
     def busy(self) -> int:
@@ -257,6 +263,7 @@ class Engine:
 
     def _told(self, error: Exception, job: Job) -> ApiError:
         """What a client reads; what it cannot know is in the log, without the words of an error that may quote it."""
+        self._broken |= isinstance(error, BundleError)
         if isinstance(error, DmoeError):
             return of_bundle(error, self.generator.bundle.folder, self.name)
         self._log.error("request %s failed: %s at %s", job.key[1], type(error).__name__, where(error))

@@ -38,8 +38,8 @@ class House:
 
     @property
     def ready(self) -> bool:
-        """Whether every model takes requests."""
-        return all(engine.alive for engine in self.engines.values())
+        """Whether every model takes requests and has its files."""
+        return all(engine.ready for engine in self.engines.values())
 
     @property
     def busy(self) -> int:

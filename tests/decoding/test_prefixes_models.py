@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from conftest import SAMPLE
+from device_helpers import host_backend
 
 from dmoe_export.generator import Generator
 
@@ -57,6 +58,19 @@ def test_a_shared_system_prompt(request, bundle, options):
         assert state.hit_blocks * 32 == sum(shared) + of_second.prefix_tokens and state.evicted_blocks == 0
         assert generator.batch(1).prefixes is None
         assert generator.generate([chat(0)])[0].stats.as_dict()["prefix_tokens"] == 0
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_on_a_device_blocks_never_pass_through_the_host(sample_bundle, graphs):
+    """On a stand-in for CUDA's memory the answers are the same."""
+    backend = host_backend(sample_bundle, graphs)
+    generator = Generator(sample_bundle, backend)
+    requests = [generator.request(chat(i), max_new_tokens=40) for i in range(4)]
+    wanted = [generator.generate([chat(i)], max_new_tokens=40)[0].token_ids for i in range(4)]
+    batch = generator.batch(2, prefix_cache=20 * 32 * backend.new_cache(1).token_bytes)
+    got, statistics = answers(batch, requests)
+    assert got == wanted and min(one.prefix_tokens for one in statistics[2:]) >= 4 * 32
+    assert batch.prefixes.statistics().blocks >= 8
 
 
 def test_what_a_row_takes_is_what_it_would_compute(sample_bundle):

@@ -236,6 +236,30 @@ class DeviceCache:
                 with contextlib.suppress(DeviceMemoryError):  # no room for both at once: the long one stays
                     self._resize(need)
 
+    @property
+    def token_bytes(self) -> int:
+        """See `Cache`."""
+        return self._geometry.parts * self._geometry.heads * self._geometry.row_bytes
+
+    def read(self, row: int, start: int, stop: int) -> Slab:
+        """See `Cache`: a slab of its own, filled by the device."""
+        with self._lock:
+            block = Slab(self._pool, self._geometry, 1, stop - start)
+            copy_tokens(self._pool, (block, 0, 0), (self.slab, row, start), 1, stop - start, self._stream)
+        return block
+
+    def write(self, row: int, blocks: Sequence[Slab]) -> None:
+        """See `Cache`: nothing passes through the host. Raises RequestError past the capacity, as `commit`."""
+        first = place = int(self.lengths[row])
+        with self._lock:
+            self._reserve(first + sum(block.length for block in blocks))
+            for block in blocks:
+                copy_tokens(self._pool, (self.slab, row, place), (block, 0, 0), 1, block.length, self._stream)
+                place += block.length
+        self.positions[row, first:place] = np.arange(first, place)
+        self.lengths[row] = place
+        self._changed()
+
     def _new(self, rows: int, length: int) -> tuple[Slab, Positions]:
         """An empty slab, and its positions behind it."""
         positions = np.full((rows, length), -1, np.int64)

@@ -36,14 +36,14 @@ class Pair:
         return [self.device.fake.view(slab.part(i), size).view(self.dtype).reshape(slab.shape)
                 for i in range(2 * LAYERS)]
 
-    def commit(self, take, rng, spare=0, into=None):
-        """`spare`: tokens the backend padded the forward with; `into`: the rows of the forward."""
+    def commit(self, take, rng, spare=0, into=None, ordered=False):
+        """`spare`: tokens the backend padded the forward with; `into`: its rows; `ordered`: at positions 0, 1, …"""
         rows, tokens = take.shape
         slab = Slab(self.pool, self.geometry, rows, tokens + spare)
         new = [rng.random(slab.shape).astype(self.dtype) for _ in range(2 * LAYERS)]
         for part, values in zip(self.parts(slab), new, strict=True):  # as a kernel would write it: in stream order
             self.device.fake.enqueue(self.stream, lambda part=part, values=values: np.copyto(part, values))
-        positions = rng.integers(0, 9999, (rows, tokens))
+        positions = np.tile(np.arange(tokens), (rows, 1)) if ordered else rng.integers(0, 9999, (rows, tokens))
         inputs = ForwardInputs(np.zeros((rows, tokens), np.int64), positions, np.full((rows, 1), -1), {})
         nothing = np.zeros((rows, 1))
         shown = [x[:, :, :tokens] for x in new]
@@ -121,6 +121,28 @@ def test_growth_over_buckets_and_back_to_one_row():
     pair.leave(0, 0)
     pair.check()
     assert pair.cache.slab.length == 1
+
+
+def test_blocks_are_read_and_written_by_the_device():
+    """Out of one row, after which that row changes; into others, over a bucket and past the capacity."""
+    pair, rng = Pair(3, heads=3, head_dim=4, capacity=300), np.random.default_rng(0)
+    pair.commit(np.ones((1, 120), bool), rng, into=[1], ordered=True)
+    waits = pair.device.fake.calls["cudaStreamSynchronize"]
+    blocks = [[cache.read(1, start, start + 30) for start in (0, 30, 60, 90)] for cache in (pair.host, pair.cache)]
+    for cache, mine in zip((pair.host, pair.cache), blocks, strict=True):
+        cache.clear([1])
+        cache.write(0, mine)
+        cache.write(2, mine[:1])
+        cache.write(2, mine[1:3])
+    assert pair.device.fake.calls["cudaStreamSynchronize"] == waits
+    pair.check()
+    pair.leave(0, 2)
+    pair.commit(np.ones((1, 50), bool), rng, into=[0])
+    pair.check()
+    assert pair.cache.token_bytes == pair.host.token_bytes == 2 * LAYERS * 3 * 4 * 2
+    with pytest.raises(RequestError, match="grown to 330 tokens, the engine was built for 300"):
+        pair.cache.write(1, blocks[1] * 2 + blocks[1][:3])
+    pair.check()
 
 
 def test_no_room_to_shrink_into_is_no_error():
