@@ -2,7 +2,7 @@
 
     python benchmarks/shared_prefix.py BUNDLE --out benchmarks/results/shared_prefix_<device>_<date>.json
 
-A bundle of generated weights: `dmoe-export bench serve --geometry llada2.0-mini --layers 4 --work WORK` leaves one in WORK.
+`dmoe-export bench serve --geometry llada2.0-mini --layers 4 --work WORK` leaves a bundle of generated weights in WORK.
 """
 
 from __future__ import annotations
