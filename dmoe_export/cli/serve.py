@@ -31,7 +31,7 @@ _SLOTS = 8  # rows at once, where the backend has no limit of its own
         help="File with API keys, one per line")
 @option("--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", group="network", shown="addresses, localhost",
         help="Name by which clients without a key may call the server; may be given again")
-@option("--max-body", type=click.IntRange(1), default=4 << 20, group="network",
+@option("--max-body", type=click.IntRange(1), default=2 << 20, group="network",
         help="Most bytes of a request's body")
 @option("--name", "names", multiple=True, metavar="NAME", group="models", shown="its folder's name without .bundle",
         help="What clients call a bundle; may be given again, once per bundle in their order")

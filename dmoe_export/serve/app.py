@@ -15,7 +15,7 @@ from .record import Recorded
 from .routes import router
 
 
-def application(house: House, keys: Sequence[str] = (), most_body: int = 4 << 20,
+def application(house: House, keys: Sequence[str] = (), most_body: int = 2 << 20,
                 hosts: Sequence[str] = ()) -> ASGIApp:
     """`most_body` in bytes; `keys`, `hosts`: see `Gate`. No page with outside resources: /openapi.json is all."""
     app = FastAPI(title="dmoe-export", version=__version__, docs_url=None, redoc_url=None)

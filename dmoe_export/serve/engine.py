@@ -38,7 +38,7 @@ class Engine:
         """`prefix_cache`: see `Generator.batch`, whose errors it raises."""
         self.name, self.generator, self.slots, self.max_waiting = name, generator, slots, max_waiting
         self.jobs: dict[tuple[int, str], Job] = {}  # by owner and id, from arrival to end
-        self._metrics, self._log = metrics, logging.getLogger("dmoe_export.serve")
+        self._metrics, self._log = metrics.of(name), logging.getLogger("dmoe_export.serve")
         self._waiting: deque[tuple[Job, Row]] = deque()
         self._running: dict[Handle, tuple[Job, Row]] = {}
         self._lock = threading.Condition()
@@ -135,12 +135,12 @@ class Engine:
                 raise ApiError(429, f"Model {self.name} has {len(self._admitted)} requests, the most it takes; try "
                                "again later.", code="queue_full", headers={"retry-after": str(min(max(after, 1), 60))})
             self._admitted.add(key)
-            self._metrics.jobs.labels(self.name).set(len(self._admitted))
+            self._metrics.jobs.set(len(self._admitted))
 
     def _leave(self, key: tuple[int, str]) -> None:
         with self._lock:
             self._admitted.discard(key)
-            self._metrics.jobs.labels(self.name).set(len(self._admitted))
+            self._metrics.jobs.set(len(self._admitted))
 
     # In the engine's thread.
 
@@ -207,14 +207,14 @@ class Engine:
             self._running[handle] = job, row
             if job.began is None:
                 job.began = time.monotonic()
-                self._metrics.queued.labels(self.name).observe(job.began - job.entered)
+                self._metrics.queued.observe(job.began - job.entered)
         self._count()
 
     def _step(self) -> None:
         start, rows = time.perf_counter(), len(self._batch)
         events = self._batch.step()
-        self._metrics.step.labels(self.name).observe(time.perf_counter() - start)
-        self._metrics.rows.labels(self.name).observe(rows)
+        self._metrics.step.observe(time.perf_counter() - start)
+        self._metrics.rows.observe(rows)
         for event in events:
             if event.handle not in self._running:
                 continue  # of a job that has failed meanwhile
@@ -224,9 +224,9 @@ class Engine:
             if event.block is None:
                 self._fail(job, self._told(event.error or RuntimeError("a row ended without a block"), job))
                 continue
-            self._metrics.tokens.labels(self.name).inc(len(event.block.token_ids))
+            self._metrics.tokens.inc(len(event.block.token_ids))
             if job.first is None:
-                self._metrics.first.labels(self.name).observe(time.monotonic() - job.entered)
+                self._metrics.first.observe(time.monotonic() - job.entered)
             job.post(row, event.block)
             if event.last:
                 self._row_ended(job, event.block.stats)
@@ -236,7 +236,7 @@ class Engine:
         """`statistics`: None of a row that never joined."""
         if statistics:
             job.statistics.append(statistics)
-            self._metrics.row(self.name, statistics)
+            self._metrics.row(statistics)
         job.left -= 1
         if not job.left:
             self._over(job, None)
@@ -256,7 +256,7 @@ class Engine:
             self.jobs.pop(job.key, None)
             self._usual = 0.9 * self._usual + 0.1 * (job.over - (job.began or job.over))
         self._leave(job.key)
-        self._metrics.seconds.labels(self.name).observe(job.over - job.entered)
+        self._metrics.seconds.observe(job.over - job.entered)
         job.put(error)
 
     def _told(self, error: Exception, job: Job) -> ApiError:
@@ -283,11 +283,11 @@ class Engine:
                 self._fail(job, ApiError(503, f"Model {self.name} has failed.", code="model_failed"))
 
     def _count(self) -> None:
-        self._metrics.waiting.labels(self.name).set(len(self._waiting))
-        self._metrics.running.labels(self.name).set(len(self._running))
-        self._metrics.cached.labels(self.name).set(sum(handle.row.cached for handle in self._running))
+        self._metrics.waiting.set(len(self._waiting))
+        self._metrics.running.set(len(self._running))
+        self._metrics.cached.set(sum(handle.row.cached for handle in self._running))
         if self._batch.prefixes:
-            self._metrics.kept.labels(self.name).set(self._batch.prefixes.statistics().bytes)
+            self._metrics.kept.set(self._batch.prefixes.statistics().bytes)
 
 
 def _watch(job: Job) -> Callable[[StepSeen], None] | None:

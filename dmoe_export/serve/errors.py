@@ -16,7 +16,6 @@ from ..errors import DmoeError, RequestError
 from ..words import visible
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
-_MOST_NAMED = 10  # unknown fields in one sentence
 FAILED = "The server failed on this request; its log has the request's id and the reason."
 
 
@@ -77,19 +76,15 @@ def install(app: FastAPI) -> None:
 
 def _of_body(errors: Any) -> ApiError:
     """The first thing wrong with a body; never its text, which may be a prompt."""
-    unknown = [str(one["loc"][-1])[:100] for one in errors if one["type"] == "extra_forbidden"]
-    if unknown:
-        names = ", ".join(unknown[:_MOST_NAMED]) + ("" if len(unknown) <= _MOST_NAMED else ", …")
-        return ApiError(400, f"Unknown field: {names}.", param=unknown[0], code="unknown_parameter")
     one = errors[0]
+    if one["type"] == "unknown_field":
+        return ApiError(400, one["msg"], param=one["ctx"]["first"], code="unknown_parameter")
     path = [str(part) for part in one["loc"] if part != "body"]
     if one["type"] == "json_invalid":
         return ApiError(400, "The body is not JSON.")
     said = str(one["msg"]).removeprefix("Value error, ").rstrip(".")
     if one["type"] == "value_error":
         return ApiError(400, f"{said}.", param=said.split(" ", 1)[0].rstrip(","))
-    if one["type"] == "string_unicode" and not path:
-        return ApiError(400, "A field's name holds half a character (a surrogate).")
     if not path:
         return ApiError(400, "The body must be a JSON object, sent with content-type: application/json.")
     if one["type"] == "missing":

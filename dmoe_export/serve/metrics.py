@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..decoding.telemetry import Statistics
@@ -45,15 +47,23 @@ class Metrics:
                             registry=r)
         self.kept = Gauge("dmoe_prefix_cache_bytes", "Of keys and values in the prefix store.", model, registry=r)
 
-    def row(self, model: str, statistics: Statistics) -> None:
-        """Count a row that has ended."""
-        self.prompt_tokens.labels(model).inc(statistics.prompt_tokens)
-        self.hits.labels(model).inc(statistics.prefix_tokens)
-        self.expert_bytes.labels(model).inc(statistics.expert_bytes_touched)
+    def of(self, model: str) -> Metrics:
+        """Those of one model, without the label; they are 0 from now on."""
+        bound = copy(self)
+        for name, metric in vars(self).items():
+            if isinstance(metric, (Counter, Gauge, Histogram)) and metric is not self.requests:
+                setattr(bound, name, metric.labels(model))
+        return bound
+
+    def row(self, statistics: Statistics) -> None:
+        """Count a row that has ended; of `of`."""
+        self.prompt_tokens.inc(statistics.prompt_tokens)
+        self.hits.inc(statistics.prefix_tokens)
+        self.expert_bytes.inc(statistics.expert_bytes_touched)
         if statistics.forwards:
-            self.per_forward.labels(model).observe(statistics.tokens_per_forward)
+            self.per_forward.observe(statistics.tokens_per_forward)
         if statistics.unique_experts:
-            self.experts.labels(model).observe(statistics.unique_experts)
+            self.experts.observe(statistics.unique_experts)
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, create_model, model_validator
+from pydantic_core import PydanticCustomError
 
 from ..decoding.settings import OPTIONS
+from ..words import visible
 
 MOST_CHOICES = 16  # of a prompt
 MOST_PROMPTS = 64  # of a request for completions, times its choices
 MOST_MESSAGES = 1000
 MOST_NAME = 200  # characters of a model's name
+_MOST_NAMED, _MOST_NAME_SHOWN = 10, 100  # unknown fields in one sentence, and characters of each
 
 # Fields of OpenAI that change nothing here: they are for its own accounts, caches and records.
 HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -25,24 +29,49 @@ NOT_HERE: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (), "verbosity": (), "web_search_options": ()}
 
 
-class StreamOptions(BaseModel):
-    """Of a stream: whether its last event tells the usage."""
+class _Strict(BaseModel):
+    """No unknown fields: one error for all of them, as a body may hold a hundred thousand."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        names = cls._names()
+        unknown = [name for name in values if name not in names] if isinstance(values, dict) else []
+        if unknown:
+            shown = [visible(name[:_MOST_NAME_SHOWN]) for name in unknown[:_MOST_NAMED]]
+            more = ["…"] if len(unknown) > _MOST_NAMED else []
+            raise PydanticCustomError("unknown_field", "Unknown field: {shown}.", {
+                "shown": ", ".join([*shown, *more]), "first": shown[0]})
+        return values
+
+    @classmethod
+    def _names(cls) -> Collection[str]:
+        """Fields that may be given."""
+        return cls.model_fields
+
+
+class StreamOptions(_Strict):
+    """Of a stream: whether its last event tells the usage."""
+
     include_usage: StrictBool = False
     include_obfuscation: StrictBool = False  # padding against listeners; never sent
 
 
-class Body(BaseModel):
+class Body(_Strict):
     """What chat completions and completions share; options of a request follow by name (`OPTIONS`)."""
 
-    model_config = ConfigDict(extra="forbid")
     model: Annotated[str, Field(max_length=MOST_NAME)]
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] | None = None
     max_tokens: Any = Field(None, description="The same as max_new_tokens.")
     max_completion_tokens: Any = Field(None, description="The same as max_new_tokens.")
+
+    @classmethod
+    def _names(cls) -> Collection[str]:
+        return {*cls.model_fields, *HARMLESS, *NOT_HERE}
 
     @model_validator(mode="before")
     @classmethod
