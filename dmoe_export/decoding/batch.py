@@ -203,7 +203,10 @@ class JoiningBatch:
                 take[i, :len(plan.commit)] = plan.commit
                 row.cached += int(plan.commit.sum())
             if handle.watcher:
-                handle.watcher.see(row, chosen, ran, outputs.expert_ids[:, i, :plan.width], seconds)
+                try:
+                    handle.watcher.see(row, chosen, ran, outputs.expert_ids[:, i, :plan.width], seconds)
+                except Exception as error:  # of who watches
+                    failed[i] = error
         if take.any():
             try:
                 self._cache.commit(inputs, outputs, take, places)
