@@ -33,6 +33,9 @@ Ends = Callable[[list[int], bool], int | None]
 """New tokens of a row's finished block, whether it is the last → how many of them stay, or None: all, and go on."""
 
 
+_SERIAL = itertools.count()  # of all batches: what counts for several must tell their rows apart
+
+
 @dataclass(eq=False)
 class Handle:
     """A row of a batch, for `JoiningBatch.cancel` and to know its blocks by."""
@@ -80,7 +83,6 @@ class JoiningBatch:
         self.prefixes = store_of(backend, self._cache, prefix_cache) if prefix_cache is not None else None
         self._rows: list[Handle] = []  # row i of the cache is the row's
         self._salient: dict[int | None, SalientSteps] = {}  # by the capacity of their graphs
-        self._serial = itertools.count()
 
     def __len__(self) -> int:
         """Rows in it."""
@@ -110,7 +112,7 @@ class JoiningBatch:
         row = Row(index, list(prompt), way.settings, self._backend.description, way.block_length, self._bytes)
         prefix = RowPrefix(self.prefixes, way, self._backend) if self.prefixes and way.caches_blocks else None
         handle = Handle(row, way, ends, Watcher(watch) if watch else None, prefix,
-                        time.monotonic() + (way.settings.time_limit or math.inf), next(self._serial))
+                        time.monotonic() + (way.settings.time_limit or math.inf), next(_SERIAL))
         self._rows.append(handle)
         return handle
 
@@ -282,5 +284,6 @@ def _inputs(handles: list[Handle], plans: list[Plan], asked: list[Ints]) -> Forw
     needs_logits = any(handle.way.outcome.needs_logits and len(places)
                        for handle, places in zip(handles, asked, strict=True))
     return ForwardInputs(ids, positions, wanted, handles[0].way.routing, want_logits=needs_logits,
-                         want_keys_values=any(plan.commit is not None for plan in plans))
+                         want_keys_values=any(plan.commit is not None for plan in plans),
+                         sequences=tuple(handle.serial for handle in handles))
 
