@@ -7,12 +7,10 @@ import logging
 import math
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ..batch import Batch
@@ -22,7 +20,7 @@ from ..decoding.telemetry import Statistics
 from ..decoding.watch import StepSeen
 from ..errors import BundleError, DmoeError
 from ..generator import Generator
-from .errors import FAILED, ApiError, of_bundle
+from .errors import FAILED, ApiError, of_bundle, where
 from .job import Ending, Job, Row
 from .metrics import Metrics
 
@@ -295,9 +293,3 @@ class Engine:
 def _watch(job: Job) -> Callable[[StepSeen], None] | None:
     seen = job.seen
     return None if seen is None else lambda step: job.put(seen(step))
-
-
-def where(error: BaseException) -> str:
-    """The last three places of a traceback, innermost first: files and lines, no values."""
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames)) or "an unknown place"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -44,6 +46,12 @@ def of_bundle(error: DmoeError, folder: object, name: str) -> ApiError:
         return ApiError(500, sentence, code="model_error")
     first = sentence.split(" ", 1)[0]
     return ApiError(400, sentence, param=first if first in OPTIONS else None)
+
+
+def where(error: BaseException) -> str:
+    """The last three places of a traceback, innermost first: files and lines, no values."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames)) or "an unknown place"
 
 
 def install(app: FastAPI) -> None:

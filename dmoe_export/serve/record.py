@@ -15,8 +15,7 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .engine import where
-from .errors import FAILED, ApiError
+from .errors import FAILED, ApiError, where
 from .job import Job
 from .metrics import Metrics
 
