@@ -78,7 +78,7 @@ class Engine:
         with self._lock:
             self.jobs[key] = job
             self._waiting.extend((job, row) for row in rows)
-            self._count()
+            self._metrics.waiting.set(len(self._waiting))
             self._lock.notify()
         return job
 
