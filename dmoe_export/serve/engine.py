@@ -18,7 +18,7 @@ from ..decoding.answer import Block
 from ..decoding.batch import Handle
 from ..decoding.telemetry import Statistics
 from ..decoding.watch import StepSeen
-from ..errors import BundleError, DmoeError
+from ..errors import BundleError, DmoeError, RequestError
 from ..generator import Generator
 from .errors import FAILED, ApiError, of_bundle, where
 from .job import Ending, Job, Row
@@ -263,6 +263,8 @@ class Engine:
         """What a client reads; what it cannot know is in the log, without the words of an error that may quote it."""
         self._broken |= isinstance(error, BundleError)
         if isinstance(error, DmoeError):
+            if not isinstance(error, RequestError):  # it is not the client's
+                self._log.error("request %s failed: %s", job.key[1], error)
             return of_bundle(error, self.generator.bundle.folder, self.name)
         self._log.error("request %s failed: %s at %s", job.key[1], type(error).__name__, where(error))
         return ApiError(500, FAILED, code="internal_error")

@@ -9,6 +9,7 @@ import pytest
 from serving import Held, toy_generator
 from toy_backend import EOS
 
+from dmoe_export.errors import NotFiniteError
 from dmoe_export.serve.engine import Engine
 from dmoe_export.serve.errors import ApiError
 from dmoe_export.serve.job import Piece
@@ -160,6 +161,20 @@ def test_an_id_in_use_is_refused_even_while_its_request_is_encoded():
 
     with engine_of() as (engine, backend):
         asyncio.run(main(engine, backend))
+
+
+def test_numbers_that_are_not_finite_are_told_to_both_sides(caplog):
+    async def main(engine, backend):
+        backend.fail = NotFiniteError("Prompt 0 gets no answer.")
+        backend.free.set()
+        with pytest.raises(ApiError, match="gets no answer") as caught:
+            await answer(await submit(engine, "x"))
+        assert caught.value.status_code == 500 and caught.value.code == "model_error"
+
+    with engine_of() as (engine, backend):
+        asyncio.run(main(engine, backend))
+        assert engine.ready
+    assert "request x failed: Prompt 0 gets no answer." in caplog.text
 
 
 def test_a_failed_forward_ends_its_requests_and_the_engine_goes_on(caplog):
