@@ -124,7 +124,9 @@ class Engine:
 
     def _admit(self, key: tuple[int, str]) -> None:
         with self._lock:
-            if not self.alive:
+            if self._ended:
+                raise ApiError(503, f"Model {self.name} has failed.", code="model_failed")
+            if self._draining:
                 raise ApiError(503, f"Model {self.name} takes no more requests, the server is shutting down.",
                                code="shutting_down", headers={"retry-after": "5"})
             if key in self._admitted:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -10,6 +12,10 @@ from processes import python_without
 from serving import free_port
 
 from dmoe_export.cli import main
+from dmoe_export.serve.metrics import Metrics
+from dmoe_export.serve.schema import HARMLESS, NOT_HERE, Body
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def run(*arguments):
@@ -61,3 +67,18 @@ def test_key_files(tmp_path, keys, content, words):
 def test_without_the_extra_it_says_what_to_install(missing):
     done = python_without("from dmoe_export.cli import main; main(['serve', 'b'])", blocked=(missing,))
     assert done.returncode == 3 and f"Serving needs {missing}; run: pip install" in done.stderr
+
+
+def test_the_page_of_the_server_has_every_field_code_metric_and_default():
+    page = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text() for path in (REPOSITORY / "dmoe_export" / "serve").glob("*.py"))
+    codes = set(re.findall(r'code="(\w+)"', source))
+    metrics = set(re.findall(r"^# HELP (\w+) ", Metrics().text().decode(), flags=re.MULTILINE))
+    wanted = {*HARMLESS, *NOT_HERE, *Body.model_fields, *codes, *metrics} - {"tool_choice", "parallel_tool_calls",
+                                                                            "function_call", "top_logprobs"}
+    assert len(codes) > 10 and len(metrics) > 14
+    assert sorted(name for name in wanted if not re.search(rf"[`.]{name}[`{{.]", page)) == []
+    defaults = dict(re.findall(r"^\| `(--[\w-]+)` \| (\S+) \|", page, flags=re.MULTILINE))
+    options = {param.opts[0]: param.default for param in main.get_command(None, "serve").params}
+    assert len(defaults) > 4 and {name: float(value) for name, value in defaults.items()} == {
+        name: options[name] for name in defaults}

@@ -213,6 +213,8 @@ def test_a_batch_that_fails_as_a_whole_is_left(second, caplog):
                 await answer(waiting)
             engine._thread.join(5)
             assert caught.value.status_code == 503 and not engine.alive
+            with pytest.raises(ApiError, match="has failed"):
+                await submit(engine, "late")
         engine.generator.batch = make
 
     with engine_of(slots=1) as (engine, backend):
