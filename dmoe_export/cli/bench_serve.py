@@ -89,15 +89,16 @@ def _show(result: ServeBench) -> None:
               f"{_words(result.new_tokens)} new tokens, {count(result.steps, 'step')} a block, "
               f"{count(result.threads, 'thread')}, {count(result.rounds, 'round')}, products by "
               f"{computed_by(result.cpu_ops)}, {result.products}; {count(result.differing, 'answer')} differ")
-    table = Table("clients", "who", "tokens/s", "first block, s", "answer, s", "ratio to closed", "to one at a time",
-                  title="tokens/s: median (quartiles) of rounds; seconds: median, 95 of 100; ratio: median, least")
+    table = Table("clients", "who", "tokens/s", "a step", "rows", "first block, s", "answer, s", "to closed", "a step",
+                  "to one at a time", title="tokens/s: median (quartiles) of rounds; a step: tokens of all rows; "
+                  "seconds: median, 95 of 100; ratios: median, least")
     lone = result.overhead
-    table.add_row("1", "Generator", *_cells(lone.alone), "", "")
-    table.add_row("", "server", *_cells(lone.served), "", "")
+    table.add_row("1", "Generator", *_cells(lone.alone), "", "", "")
+    table.add_row("", "server", *_cells(lone.served), "", "", "")
     for at in result.results:
-        table.add_row(str(at.clients), "joining", *_cells(at.joining), f"{at.over_closed.median:.2f}×, "
-                      f"{at.over_closed.least:.2f}×", f"{at.over_one.median:.2f}×, {at.over_one.least:.2f}×")
-        table.add_row("", "closed", *_cells(at.closed), "", "")
+        table.add_row(str(at.clients), "joining", *_cells(at.joining), *(
+            f"{gain.median:.2f}×, {gain.least:.2f}×" for gain in (at.over_closed, at.steps_over_closed, at.over_one)))
+        table.add_row("", "closed", *_cells(at.closed), "", "", "")
     out.print(table)
     out.print(f"The server takes {lone.share:+.1%} of a request's time at one client ({lone.milliseconds:+.1f} ms; "
               f"medians of the same request in turns), {lone.share_of_all:+.1%} of all.")
@@ -107,8 +108,9 @@ def _words(lengths: tuple[int, int]) -> str:
     return f"{lengths[0]} to {lengths[1]}"
 
 
-def _cells(way: Way) -> tuple[str, str, str]:
+def _cells(way: Way) -> tuple[str, ...]:
     rate = way.tokens_per_second
     first = f"{way.first_block.half:.2f}, {way.first_block.most:.2f}"
-    return (rate.shown(digits=1 if rate.median < 1000 else 0), first,
+    return (rate.shown(digits=1 if rate.median < 1000 else 0),
+            f"{way.tokens_per_step:.1f}", f"{way.rows_per_step:.1f}", first,
             f"{way.answer.half:.2f}, {way.answer.most:.2f}")

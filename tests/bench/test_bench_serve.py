@@ -9,7 +9,7 @@ from bench_helpers import bench, bench_json, check_head
 
 from dmoe_export.bench import serve_load
 from dmoe_export.bench.serve import Times
-from dmoe_export.bench.serve_load import Answered, Asked, in_batches, load, server
+from dmoe_export.bench.serve_load import Answered, Asked, Counts, in_batches, load, server
 from dmoe_export.errors import CheckError
 from dmoe_export.generator import Generator
 
@@ -32,12 +32,17 @@ def test_result_has_every_way_and_equal_answers(found):
     assert [r["clients"] for r in found["results"]] == [1, 3] and found["slots"] == 3
     assert found["differing"] == 0
     lone = found["overhead"]
+    assert lone["alone"]["rows_per_step"] == 1 and lone["served"]["rows_per_step"] == 1
+    assert lone["alone"]["tokens_per_step"] == pytest.approx(lone["served"]["tokens_per_step"])
     assert lone["share"] > -1 and lone["alone"]["tokens_per_second"]["count"] == 1
     for r in found["results"]:
         for way in (r["joining"], r["closed"]):
             assert way["tokens_per_second"]["median"] > 0
             assert 0 < way["first_block"]["half"] <= way["first_block"]["most"] <= way["first_block"]["longest"]
             assert way["first_block"]["longest"] <= way["answer"]["longest"]
+        assert 0 < r["closed"]["rows_per_step"] <= r["clients"] >= r["joining"]["rows_per_step"] > 0
+        assert r["steps_over_closed"]["median"] == pytest.approx(
+            r["joining"]["tokens_per_step"] / r["closed"]["tokens_per_step"])
         assert r["over_closed"]["median"] == pytest.approx(
             r["joining"]["tokens_per_second"]["median"] / r["closed"]["tokens_per_second"]["median"])
 
@@ -55,6 +60,7 @@ def test_a_closed_batch_waits_for_its_longest(tiny_bundle):
     with Generator.open(tiny_bundle.folder, threads=1) as generator:
         borne = in_batches(generator, asked, 2)
         alone = [generator.generate([one.prompt], **one.options)[0].token_ids for one in asked]
+    assert borne.counts.tokens == 88 and borne.counts.steps < borne.counts.rows < 2 * borne.counts.steps
     *_, third, fourth = borne.answers
     assert [answer.token_ids for answer in borne.answers] == alone and borne.tokens == 88
     ends = [answer.blocks[-1][0] for answer in borne.answers]
@@ -65,7 +71,7 @@ def test_a_closed_batch_waits_for_its_longest(tiny_bundle):
 def test_what_arrives_after_the_end_does_not_count():
     ended = Answered(0, 0.0, [(1.0, [1, 2])], ended=True)
     running = Answered(1, 0.0, [(0.5, [3]), (2.0, [4, 5])])
-    borne = serve_load._borne([ended, running], 0.0)
+    borne = serve_load._borne([ended, running], 0.0, Counts(1, 1, 1))
     assert (borne.answers, borne.tokens, borne.seconds) == ([ended], 3, 1.0)
 
 
