@@ -85,7 +85,7 @@ class ServeBench(Frozen):
     rounds: int
     prompt_tokens: tuple[int, int] = Field(description="drawn evenly between these")
     new_tokens: tuple[int, int] = Field(description="drawn evenly between these")
-    steps: int
+    steps: tuple[int, int] = Field(description="that fill a block of an answer, drawn evenly between these")
     slots: int = Field(description="rows of the server's batch")
     cpu_ops: bool = Field(description="weights' products are computed by our CPU kernels")
     differing: int = Field(description="answers, of all ways, with other tokens than the request's alone")
@@ -102,7 +102,7 @@ class _Pair:
 
 
 def run(bundle: Bundle, *, clients: Sequence[int], requests: int, prompt_tokens: tuple[int, int],
-        new_tokens: tuple[int, int], steps: int, rounds: int, threads: int, seed: int, cpu_products: Products = "exact",
+        new_tokens: tuple[int, int], steps: tuple[int, int], rounds: int, threads: int, seed: int, cpu_products: Products = "exact",
         advance: Callable[[str, int, int], None] = lambda what, done, of: None) -> ServeBench:
     """Measure; what is compared takes turns, round by round, after a short request that warms up.
 

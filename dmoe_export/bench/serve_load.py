@@ -90,15 +90,14 @@ class Borne:
         return self.tokens / self.seconds
 
 
-def load(bundle: Bundle, requests: int, prompt_tokens: tuple[int, int], new_tokens: tuple[int, int], steps: int,
-         seed: int) -> list[Asked]:
-    """Random prompts whose lengths, and whose answers' lengths, are drawn evenly between two numbers of tokens."""
+def load(bundle: Bundle, requests: int, prompt_tokens: tuple[int, int], new_tokens: tuple[int, int],
+         steps: tuple[int, int], seed: int) -> list[Asked]:
+    """Random prompts; lengths of prompts and answers, and steps of a block, are drawn evenly between two numbers."""
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(prompt_tokens[0], prompt_tokens[1] + 1, requests)
-    answers = rng.integers(new_tokens[0], new_tokens[1] + 1, requests)
+    drawn = [rng.integers(low, high + 1, requests) for low, high in (prompt_tokens, new_tokens, steps)]
     return [Asked(random_prompt(bundle, int(length), seed + 1 + i), {
-        "max_new_tokens": int(answer), "steps": steps, "eos_id": -1, "temperature": 0.0})
-        for i, (length, answer) in enumerate(zip(lengths, answers, strict=True))]
+        "max_new_tokens": int(answer), "steps": int(forwards), "eos_id": -1, "temperature": 0.0})
+        for i, (length, answer, forwards) in enumerate(zip(*drawn, strict=True))]
 
 
 def in_batches(generator: Generator, asked: Sequence[Asked], size: int) -> Borne:

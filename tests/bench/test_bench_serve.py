@@ -13,7 +13,7 @@ from dmoe_export.bench.serve_load import Answered, Asked, Counts, in_batches, lo
 from dmoe_export.errors import CheckError
 from dmoe_export.generator import Generator
 
-QUICK = ("--requests", 4, "--rounds", 1, "--steps", 2, "--prompt-tokens", "4-40", "--new-tokens", "4-70", "--threads",
+QUICK = ("--requests", 4, "--rounds", 1, "--steps", "1-3", "--prompt-tokens", "4-40", "--new-tokens", "4-70", "--threads",
          1)
 
 
@@ -48,8 +48,8 @@ def test_result_has_every_way_and_equal_answers(found):
 
 
 def test_a_load_is_seeded_and_as_long_as_asked(tiny_bundle):
-    asked = load(tiny_bundle, 50, (4, 40), (4, 70), 2, 7)
-    assert asked == load(tiny_bundle, 50, (4, 40), (4, 70), 2, 7) != load(tiny_bundle, 50, (4, 40), (4, 70), 2, 8)
+    asked = load(tiny_bundle, 50, (4, 40), (4, 70), (1, 3), 7)
+    assert asked == load(tiny_bundle, 50, (4, 40), (4, 70), (1, 3), 7) != load(tiny_bundle, 50, (4, 40), (4, 70), (1, 3), 8)
     lengths, answers = {len(one.prompt) for one in asked}, {one.options["max_new_tokens"] for one in asked}
     assert min(lengths) >= 4 and max(lengths) <= 40 and len(lengths) > 15
     assert min(answers) >= 4 and max(answers) <= 70 and len(answers) > 20
@@ -81,7 +81,7 @@ def test_times_are_of_all_requests():
 
 
 @pytest.mark.parametrize("arguments,sentence", [
-    (("--prompt-tokens", "40-4"), "--prompt-tokens is '40-4'; give the shortest and the longest, such as 16-256."),
+    (("--prompt-tokens", "40-4"), "--prompt-tokens is '40-4'; give the least and the most, such as 16-256."),
     (("--clients", "0,2"), "--clients is '0,2'; each must be between 1 and 1000."),
     (("--new-tokens", "9999999"), "prompt and 9999999 new tokens are more than the model's")])
 def test_what_it_refuses(tiny_bundle, arguments, sentence):
