@@ -102,7 +102,8 @@ class _Pair:
 
 
 def run(bundle: Bundle, *, clients: Sequence[int], requests: int, prompt_tokens: tuple[int, int],
-        new_tokens: tuple[int, int], steps: tuple[int, int], rounds: int, threads: int, seed: int, cpu_products: Products = "exact",
+        new_tokens: tuple[int, int], steps: tuple[int, int], rounds: int, threads: int, seed: int,
+        cpu_products: Products = "exact",
         advance: Callable[[str, int, int], None] = lambda what, done, of: None) -> ServeBench:
     """Measure; what is compared takes turns, round by round, after a short request that warms up.
 

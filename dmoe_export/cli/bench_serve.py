@@ -33,7 +33,7 @@ from .progress import step_bar
         help="Shortest and longest random prompt")
 @option("--new-tokens", default="32-256", metavar="N-N", group="load", help="Shortest and longest answer")
 @option("--steps", default="4-12", metavar="N-N", group="load",
-        help="Fewest and most forward passes that fill a block, drawn for each request; random weights take all of them")
+        help="Fewest and most forward passes of a block, drawn for each request; random weights take all of them")
 @option("--rounds", type=click.IntRange(1, 1000), default=2, group="measuring",
         help="Timed repetitions; more is slower and steadier")
 @option("--threads", type=click.IntRange(1, MOST_THREADS), default=2, group="bundle and machine",
@@ -60,7 +60,8 @@ def serve(clients: str, prompt_tokens: str, new_tokens: str, steps: str, out: Pa
     forwards = _range("--steps", steps)
     with opened(options, as_json) as bundle, step_bar("serve", shown=not as_json) as report:
         started = Started("bench serve")
-        result = run(bundle, clients=at, prompt_tokens=prompts, new_tokens=answers, steps=forwards, **options, advance=report)
+        result = run(bundle, clients=at, prompt_tokens=prompts, new_tokens=answers, steps=forwards, **options,
+                     advance=report)
 
     def draw(path: Path) -> None:
         from ..bench.plots_serve import plot_serve

@@ -13,8 +13,8 @@ from dmoe_export.bench.serve_load import Answered, Asked, Counts, in_batches, lo
 from dmoe_export.errors import CheckError
 from dmoe_export.generator import Generator
 
-QUICK = ("--requests", 4, "--rounds", 1, "--steps", "1-3", "--prompt-tokens", "4-40", "--new-tokens", "4-70", "--threads",
-         1)
+QUICK = ("--requests", 4, "--rounds", 1, "--steps", "1-3", "--prompt-tokens", "4-40", "--new-tokens", "4-70",
+         "--threads", 1)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,8 @@ def test_result_has_every_way_and_equal_answers(found):
 
 def test_a_load_is_seeded_and_as_long_as_asked(tiny_bundle):
     asked = load(tiny_bundle, 50, (4, 40), (4, 70), (1, 3), 7)
-    assert asked == load(tiny_bundle, 50, (4, 40), (4, 70), (1, 3), 7) != load(tiny_bundle, 50, (4, 40), (4, 70), (1, 3), 8)
+    assert asked == load(tiny_bundle, 50, (4, 40), (4, 70), (1, 3), 7)
+    assert asked != load(tiny_bundle, 50, (4, 40), (4, 70), (1, 3), 8)
     lengths, answers = {len(one.prompt) for one in asked}, {one.options["max_new_tokens"] for one in asked}
     assert min(lengths) >= 4 and max(lengths) <= 40 and len(lengths) > 15
     assert min(answers) >= 4 and max(answers) <= 70 and len(answers) > 20
