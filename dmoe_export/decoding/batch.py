@@ -142,7 +142,7 @@ class JoiningBatch:
         if failed:
             return failed
         plans = [handle.way.plan(handle.row) for handle in self._rows]
-        chosen = next_forward([self._waiting(handle, plan) for handle, plan in zip(self._rows, plans, strict=True)])
+        chosen = self._once(next_forward([self._waiting(*pair) for pair in zip(self._rows, plans, strict=True)]))
         for handle in self._rows:
             handle.waited += 1
         mine = [self._rows[i] for i in chosen]
@@ -160,6 +160,14 @@ class JoiningBatch:
             except Exception as error:  # of the row's cache, such as no memory
                 failed.append(_failed(handle, error))
         return failed
+
+    def _once(self, chosen: list[int]) -> list[int]:
+        """Without rows whose next blocks an earlier one computes: they take them from the store at the next step."""
+        common: list[object] = []
+        for i in chosen:
+            handle = self._rows[i]
+            common.append((handle.prefix and handle.prefix.common(handle.row)) or handle)
+        return [i for number, i in enumerate(chosen) if common[number] not in common[:number]]
 
     def _waiting(self, handle: Handle, plan: Plan) -> Waiting:
         graphs = handle.way.graphs
