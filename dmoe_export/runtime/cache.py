@@ -105,12 +105,11 @@ class HostCache:
 
     def _resize(self, length: int) -> None:
         """Arrays of another length; only what rows hold is copied, so that free rows take no memory."""
-        self.keys = [self._copy(x, length) for x in self.keys]
-        self.values = [self._copy(x, length) for x in self.values]
+        keys, values = [self._copy(x, length) for x in self.keys], [self._copy(x, length) for x in self.values]
         positions = np.full((len(self.positions), length), -1, np.int64)
         both = min(length, self.positions.shape[1])
         positions[:, :both] = self.positions[:, :both]
-        self.positions, self._written = positions, self.lengths.copy()
+        self.keys, self.values, self.positions, self._written = keys, values, positions, self.lengths.copy()
 
     def _copy(self, x: NDArray[Any], length: int) -> NDArray[Any]:
         rows, heads, _, width = x.shape

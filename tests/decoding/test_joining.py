@@ -233,6 +233,20 @@ def test_text_that_cannot_be_had_ends_its_row_alone():
     check([well], Toy())
 
 
+def test_who_watches_ends_a_row_alone():
+    def broken(seen):
+        raise ValueError("a page's")
+
+    batch, well = JoiningBatch(Toy(), 2), Asked([7] * N, {"max_new_tokens": 3 * N})
+    ill = Asked([5] * N, {"max_new_tokens": 3 * N})
+    ill.handle = batch.add(ill.prompt, DecodeSettings(**ill.options), watch=broken)
+    well.join(batch)
+    while len(batch):
+        take(batch, [ill, well])
+    assert isinstance(ill.last.error, ValueError)
+    check([well], Toy())
+
+
 def test_many_rows_leave_nothing_behind():
     """What is held after 120 rows is what was held after 30."""
     import gc

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from device_helpers import host_backend
 from joining import Asked, check, live
+from residency_helpers import open_generator
 
 from dmoe_export.decoding.batch import JoiningBatch
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
@@ -69,6 +70,33 @@ def test_on_a_device(bundle_of, family):
     live(JoiningBatch(backend, 4), rows, random)
     assert backend.graphs.replayed
     check(rows, OnnxRuntimeBackend(bundle, cpu_ops="off"))
+
+
+@pytest.mark.parametrize("family", ["llada2_dmoe", "salient_block"])
+def test_under_an_expert_budget(bundle_of, family):
+    bundle, random = bundle_of(family), Random(family)
+    with open_generator(bundle, expert_budget="50%", expert_refresh_interval=2) as generator:
+        rows = requests(random, generator.backend, [{}, *FAMILIES[family]], 7)
+        live(JoiningBatch(generator.backend, 3), rows, random)
+        assert generator.backend.statistics().refreshes > 3
+    check(rows, OnnxRuntimeBackend(bundle))
+
+
+def test_statistics_of_residency_are_of_the_time_in_the_batch(golden_bundle):
+    """Another row's forwards count, too, while both are there: experts serve whoever asks."""
+    with open_generator(golden_bundle, expert_budget="50%", expert_refresh_interval=1) as generator:
+        batch, uses = generator.batch(2), {}
+        short, long = (generator.request([5, 6, 7], max_new_tokens=n, eos_id=-1, threshold=1.0, steps=4)
+                       for n in (32, 96))
+        rows = [batch.add(long), batch.add(short)]
+        while len(batch):
+            for event in batch.step():
+                if event.last:
+                    found = event.block.stats.residency
+                    uses[event.handle] = found["hits"] + found["misses"]
+        assert uses[rows[0]] > uses[rows[1]] > 0
+        total = generator.backend.statistics()
+        assert uses[rows[0]] == total.hits + total.misses
 
 
 class Poisoned:
