@@ -1,4 +1,4 @@
-"""Keys and values of tokens on the device, in one allocation, and copies between two of them."""
+"""Keys and values of rows on the device, as one block of memory that strided copies reach into."""
 
 from __future__ import annotations
 
