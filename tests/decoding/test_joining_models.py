@@ -103,7 +103,7 @@ def test_statistics_of_residency_are_of_the_time_in_the_batch(golden_bundle):
 
 @pytest.mark.slow
 def test_memory_is_flat_over_2000_rows(golden_bundle):
-    """Of every length, some cancelled, some with a fault: what the process has after 1 000 is what it has after 2 000."""
+    """Some cancelled, some with a fault: what the process has after 1 000 is what it has after 2 000."""
     random, batch = Random(0), JoiningBatch(Poisoned(OnnxRuntimeBackend(golden_bundle, 1), 7), 6)
     held = []
     for _ in range(4):
