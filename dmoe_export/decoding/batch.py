@@ -15,7 +15,7 @@ import numpy as np
 
 from ..description import Precision
 from ..errors import RequestError
-from ..runtime.backend import Backend, ForwardInputs, ForwardOutputs, Ints
+from ..runtime.backend import Backend, ForwardInputs, ForwardOutputs, Ints, Limits
 from ..runtime.salient import SalientResult, SalientSteps
 from ..words import count
 from .caching import Plan
@@ -25,12 +25,15 @@ from .prefixes import RowPrefix, store_of
 from .row import FinishReason, Row
 from .settings import DecodeSettings
 from .telemetry import Statistics
-from .turns import Waiting, next_forward, riding
+from .turns import Waiting, next_forward, shaped
 from .watch import Watch, Watcher
 from .way import Way
 
 Ends = Callable[[list[int], bool], int | None]
 """New tokens of a row's finished block, whether it is the last → how many of them stay, or None: all, and go on."""
+
+
+_SERIAL = itertools.count()  # of all batches: what counts for several must tell their rows apart
 
 
 @dataclass(eq=False)
@@ -76,11 +79,11 @@ class JoiningBatch:
         check_batch(slots, backend, bundle)
         self.slots = slots
         self._backend, self._bytes, self._precision, self._bundle = backend, bytes_per_expert, precision, bundle
+        self._fast, self._grid = (backend.limits or Limits()).step_tokens or 0, backend.routing.block_length
         self._cache = backend.new_cache(slots)
         self.prefixes = store_of(backend, self._cache, prefix_cache) if prefix_cache is not None else None
         self._rows: list[Handle] = []  # row i of the cache is the row's
         self._salient: dict[int | None, SalientSteps] = {}  # by the capacity of their graphs
-        self._serial = itertools.count()
 
     def __len__(self) -> int:
         """Rows in it."""
@@ -110,7 +113,7 @@ class JoiningBatch:
         row = Row(index, list(prompt), way.settings, self._backend.description, way.block_length, self._bytes)
         prefix = RowPrefix(self.prefixes, way, self._backend) if self.prefixes and way.caches_blocks else None
         handle = Handle(row, way, ends, Watcher(watch) if watch else None, prefix,
-                        time.monotonic() + (way.settings.time_limit or math.inf), next(self._serial))
+                        time.monotonic() + (way.settings.time_limit or math.inf), next(_SERIAL))
         self._rows.append(handle)
         return handle
 
@@ -140,13 +143,14 @@ class JoiningBatch:
         if failed:
             return failed
         plans = [handle.way.plan(handle.row) for handle in self._rows]
-        chosen = next_forward([self._waiting(handle, plan) for handle, plan in zip(self._rows, plans, strict=True)])
+        waiting = [self._waiting(*pair) for pair in zip(self._rows, plans, strict=True)]
+        chosen = self._once(next_forward(waiting, self._fast))
         for handle in self._rows:
             handle.waited += 1
         mine = [self._rows[i] for i in chosen]
         for handle in mine:
             handle.waited = 0
-        return self._run(chosen, mine, riding([plans[i] for i in chosen]))
+        return self._run(chosen, mine, shaped([plans[i] for i in chosen], self._grid, self._fast))
 
     def _take_prefixes(self) -> list[Decoded]:
         """Rows take what is kept of their prompts; those that could not."""
@@ -158,6 +162,14 @@ class JoiningBatch:
             except Exception as error:  # of the row's cache, such as no memory
                 failed.append(_failed(handle, error))
         return failed
+
+    def _once(self, chosen: list[int]) -> list[int]:
+        """Without rows whose next blocks an earlier one computes: they take them from the store at the next step."""
+        common: list[object] = []
+        for i in chosen:
+            handle = self._rows[i]
+            common.append((handle.prefix and handle.prefix.common(handle.row)) or handle)
+        return [i for number, i in enumerate(chosen) if common[number] not in common[:number]]
 
     def _waiting(self, handle: Handle, plan: Plan) -> Waiting:
         graphs = handle.way.graphs
@@ -203,7 +215,10 @@ class JoiningBatch:
                 take[i, :len(plan.commit)] = plan.commit
                 row.cached += int(plan.commit.sum())
             if handle.watcher:
-                handle.watcher.see(row, chosen, ran, outputs.expert_ids[:, i, :plan.width], seconds)
+                try:
+                    handle.watcher.see(row, chosen, ran, outputs.expert_ids[:, i, :plan.width], seconds)
+                except Exception as error:  # of who watches
+                    failed[i] = error
         if take.any():
             try:
                 self._cache.commit(inputs, outputs, take, places)
@@ -279,5 +294,6 @@ def _inputs(handles: list[Handle], plans: list[Plan], asked: list[Ints]) -> Forw
     needs_logits = any(handle.way.outcome.needs_logits and len(places)
                        for handle, places in zip(handles, asked, strict=True))
     return ForwardInputs(ids, positions, wanted, handles[0].way.routing, want_logits=needs_logits,
-                         want_keys_values=any(plan.commit is not None for plan in plans))
+                         want_keys_values=any(plan.commit is not None for plan in plans),
+                         sequences=tuple(handle.serial for handle in handles))
 

@@ -42,7 +42,7 @@ class Statistics:
     expert_bytes_touched: int = 0
     salient_by_step: list[list[int]] = field(default_factory=list)  # per sparse step: salient rows of each layer
     salient_overflows: int = 0  # steps made dense because more rows were salient than the capacity
-    residency: dict[str, Any] | None = None  # of the whole batch, where experts live under a budget
+    residency: dict[str, Any] | None = None  # of all forwards while the row was there, under an expert budget
     products: str | None = None  # what weights were multiplied with on the CPU, such as "exact (float32)"
 
     def record(self, phase: Phase, expert_ids: NDArray[np.int32], seconds: float, rides: Phase | None = None,

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from ..bundle.manifest import GraphEntry, OpEntry, TensorEntry
 from ..bundle.writer import BundleWriter
-from ..ops import block_route, experts, linear
+from ..ops import attention, block_route, experts, linear
 from ..ops.schema import DOMAIN, OPSET
 from .trace import custom_node_counts
 
@@ -19,7 +19,7 @@ def save_graph(model: ir.Model, writer: BundleWriter, name: str) -> GraphEntry:
     onnx.checker.check_model(str(path), full_check=True)
     writer.add_file(name)
     counts = custom_node_counts(model)
-    schemas = (block_route.SCHEMA, experts.SCHEMA, linear.SCHEMA, linear.QUANTISED_SCHEMA)
+    schemas = (block_route.SCHEMA, experts.SCHEMA, linear.SCHEMA, linear.QUANTISED_SCHEMA, attention.SCHEMA)
     ops = [OpEntry(name=op.name, domain=DOMAIN, version=op.version, count=counts[op.name])
            for op in schemas if counts[op.name]]
     return GraphEntry(file=name, opset=OPSET, inputs=[_entry(v) for v in model.graph.inputs],

@@ -18,9 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..description import ModelDescription, MoeDescription, Precision, RoutingDescription, WeightFormats
 from ..model.denoiser import Denoiser
 from ..model.salient import SalientDenoiser
+from ..ops import attention as attention_op
 from ..ops import block_route as route_op
 from ..ops import experts as experts_op
 from ..ops import linear as linear_op
+from ..ops.attention.onnx_body import attention_body
 from ..ops.block_route.attributes import RouteAttributes
 from ..ops.block_route.onnx_body import block_route_body
 from ..ops.experts.onnx_body import experts_body
@@ -79,6 +81,8 @@ def trace_graph(graph: DenoiserGraph | SalientGraph, inputs: tuple[Any, ...], ax
         biased = name_linear_layers(model)
         store_weights(model, formats, compute)
         _add_linear_bodies(model, biased)
+        if custom_node_counts(model)[attention_op.SCHEMA.name]:  # salient graphs have their own attention
+            _add_body(model, attention_body(half=compute == "fp16"))
     if description.moe is not None:
         _add_routed_bodies(model, description.moe, denoiser,
                            formats.experts != compute and not denoiser.quantisation)
@@ -158,4 +162,4 @@ def _add_body(model: ir.Model, body: onnx.FunctionProto) -> None:
     function = ir.serde.deserialize_function(body)
     model.functions[function.identifier()] = function
     model.opset_imports.update(function.opset_imports)
-    model.opset_imports[DOMAIN] = max(op.SCHEMA.version for op in (route_op, experts_op, linear_op))
+    model.opset_imports[DOMAIN] = max(op.SCHEMA.version for op in (route_op, experts_op, linear_op, attention_op))

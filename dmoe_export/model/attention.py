@@ -1,4 +1,4 @@
-"""Grouped-query attention over cached and new keys; nothing is concatenated but the scores."""
+"""Grouped-query attention over cached and new keys."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..description import ModelDescription
+from ..ops.torch_ops import attention
 from .layers import rotate
 
 
@@ -36,10 +37,6 @@ class Attention(nn.Module):
         share = self.heads // self.kv_heads
         q = q.unflatten(2, (self.kv_heads, share)).permute(0, 2, 3, 1, 4)  # [B, Hkv, share, T, D]
         q = q.reshape(rows, self.kv_heads, share * tokens, self.head_dim)
-        scores = torch.cat([q @ past_key.transpose(2, 3), q @ key.transpose(2, 3)], dim=-1)
-        scores = scores.unflatten(2, (share, tokens)).float() + bias
-        probs = torch.softmax(scores, dim=-1).to(x.dtype).flatten(2, 3)  # [B, Hkv, share·T, S+T]
-        past_length = past_key.shape[2]
-        mixed = probs[..., :past_length] @ past_value + probs[..., past_length:] @ value
+        mixed = attention(q, key, value, past_key, past_value, bias)
         mixed = mixed.unflatten(2, (share, tokens)).permute(0, 3, 1, 2, 4)  # [B, T, Hkv, share, D]
         return self.out(mixed.reshape(rows * tokens, self.heads * self.head_dim)), key, value

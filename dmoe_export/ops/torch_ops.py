@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ..description import ExpertQuantisation
+from . import attention as attention_op
 from . import block_route as route_op
 from . import experts as experts_op
+from .attention.eager import attention as eager_attention
 from .block_route.attributes import RouteAttributes
 from .block_route.eager import block_route as eager_block_route
 from .experts.eager import experts as eager_experts
@@ -27,6 +29,16 @@ def block_route(router_logits: Tensor, expert_bias: Tensor, position_ids: Tensor
         dtypes=(torch.int32, torch.float32, torch.bool), shapes=(places, places, (rows, tokens, experts)),
         version=schema.version)
     return ids, weights, coreset
+
+
+def attention(q: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, bias: Tensor) -> Tensor:
+    """`DmoeAttention`; arguments and result as in ops/attention/__init__.py."""
+    inputs = (q, key, value, past_key, past_value, bias)
+    if not torch.onnx.is_in_onnx_export() or q.dtype == torch.bfloat16:  # no kernels of ours take that: plain nodes
+        return eager_attention(*inputs)
+    schema = attention_op.SCHEMA
+    return torch.onnx.ops.symbolic(schema.qualified_name, inputs, {}, dtype=q.dtype, shape=q.shape,
+                                   version=schema.version)
 
 
 def experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor,

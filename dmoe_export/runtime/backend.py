@@ -27,6 +27,7 @@ class ForwardInputs:
     settings: dict[str, float | int]  # routing settings to change from the bundle's defaults
     want_logits: bool = False
     want_keys_values: bool = False
+    sequences: tuple[int, ...] | None = None  # [B] whose rows these are, for who counts; None: always the same
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,17 @@ def bucketed(length: int) -> int:
 
 
 class HostCache:
-    """Per layer keys and values [B, Hkv, S, D] and positions [B, S] of B rows."""
+    """Per layer keys and values [B, Hkv, S, D] and positions [B, S] of B rows.
+
+    Rows that nobody has are all zero: a place that is not seen has weight 0, which must not meet another row's NaN.
+    """
 
     def __init__(self, rows: int, layers: int, kv_heads: int, head_dim: int, dtype: np.dtype[Any]) -> None:
         self.keys = [np.zeros((rows, kv_heads, 1, head_dim), dtype) for _ in range(layers)]
         self.values = [np.zeros((rows, kv_heads, 1, head_dim), dtype) for _ in range(layers)]
         self.positions = np.full((rows, 1), -1, np.int64)
         self.lengths = np.zeros(rows, np.int64)
+        self._written = np.zeros(rows, np.int64)  # places that may hold more than zeros: `clear` leaves them
 
     @property
     def token_bytes(self) -> int:
@@ -56,7 +60,7 @@ class HostCache:
             for cached, new in zip((*self.keys, *self.values), (*new_keys, *new_values), strict=True):
                 cached[row, :, where] = new[i][:, take[i]]
             self.positions[row, where] = inputs.position_ids[i, take[i]]
-            self.lengths[row] += counts[i]
+            self._reached(row, where.stop)
 
     def clear(self, rows: Sequence[int]) -> None:
         """Forget everything these rows have cached; the arrays keep their length, so that shapes repeat."""
@@ -64,12 +68,15 @@ class HostCache:
 
     def leave(self, row: int, last: int) -> None:
         """Free a row: the last one in use takes its place; arrays twice as long as the longest row needs shrink."""
-        used = int(self.lengths[last])
-        if row != last:
-            for x in (*self.keys, *self.values):
-                x[row, :, :used] = x[last, :, :used]
-            self.positions[row], self.lengths[row] = self.positions[last], self.lengths[last]
+        both, mine = int(self._written[[row, last]].max()), int(self._written[last])
+        for x in (*self.keys, *self.values):
+            if row != last:
+                x[row, :, :both] = x[last, :, :both]
+            x[last, :, :mine] = 0
+        for x in (self.positions, self.lengths, self._written):
+            x[row] = x[last]
         self.clear([last])
+        self._written[last] = 0
         need = bucketed(int(self.lengths.max()))
         if 2 * need <= self.positions.shape[1]:
             self._resize(need)
@@ -87,7 +94,10 @@ class HostCache:
         for i, x in enumerate((*self.keys, *self.values)):
             np.concatenate([block[i] for block in blocks], axis=1, out=x[row, :, start:stop])
         self.positions[row, start:stop] = np.arange(start, stop)
-        self.lengths[row] = stop
+        self._reached(row, stop)
+
+    def _reached(self, row: int, length: int) -> None:
+        self.lengths[row], self._written[row] = length, max(length, self._written[row])
 
     def _reserve(self, length: int) -> None:
         if length > self.positions.shape[1]:
@@ -95,12 +105,11 @@ class HostCache:
 
     def _resize(self, length: int) -> None:
         """Arrays of another length; only what rows hold is copied, so that free rows take no memory."""
-        self.keys = [self._copy(x, length) for x in self.keys]
-        self.values = [self._copy(x, length) for x in self.values]
+        keys, values = [self._copy(x, length) for x in self.keys], [self._copy(x, length) for x in self.values]
         positions = np.full((len(self.positions), length), -1, np.int64)
         both = min(length, self.positions.shape[1])
         positions[:, :both] = self.positions[:, :both]
-        self.positions = positions
+        self.keys, self.values, self.positions, self._written = keys, values, positions, self.lengths.copy()
 
     def _copy(self, x: NDArray[Any], length: int) -> NDArray[Any]:
         rows, heads, _, width = x.shape

@@ -18,7 +18,7 @@ from ..decoding.answer import Block
 from ..decoding.batch import Handle
 from ..decoding.telemetry import Statistics
 from ..decoding.watch import StepSeen
-from ..errors import BundleError, DmoeError
+from ..errors import BundleError, DmoeError, RequestError
 from ..generator import Generator
 from .errors import FAILED, ApiError, of_bundle, where
 from .job import Ending, Job, Row
@@ -78,7 +78,7 @@ class Engine:
         with self._lock:
             self.jobs[key] = job
             self._waiting.extend((job, row) for row in rows)
-            self._count()
+            self._metrics.waiting.set(len(self._waiting))
             self._lock.notify()
         return job
 
@@ -124,7 +124,9 @@ class Engine:
 
     def _admit(self, key: tuple[int, str]) -> None:
         with self._lock:
-            if not self.alive:
+            if self._ended:
+                raise ApiError(503, f"Model {self.name} has failed.", code="model_failed")
+            if self._draining:
                 raise ApiError(503, f"Model {self.name} takes no more requests, the server is shutting down.",
                                code="shutting_down", headers={"retry-after": "5"})
             if key in self._admitted:
@@ -263,6 +265,8 @@ class Engine:
         """What a client reads; what it cannot know is in the log, without the words of an error that may quote it."""
         self._broken |= isinstance(error, BundleError)
         if isinstance(error, DmoeError):
+            if not isinstance(error, RequestError):  # it is not the client's
+                self._log.error("request %s failed: %s", job.key[1], error)
             return of_bundle(error, self.generator.bundle.folder, self.name)
         self._log.error("request %s failed: %s at %s", job.key[1], type(error).__name__, where(error))
         return ApiError(500, FAILED, code="internal_error")

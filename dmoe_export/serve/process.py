@@ -118,7 +118,8 @@ async def _serve(app: ASGIApp, house: House, bound: socket.socket, drain_seconds
     serving = loop.create_task(server.serve(sockets=[bound]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
-    began()
+    if server.started:
+        began()
     asked = loop.create_task(signals.get())
     await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
     for engine in house.engines.values():

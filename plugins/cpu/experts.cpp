@@ -187,7 +187,7 @@ private:
             p.product(m, 0, last - first, x.data() + g.begin, tokens, out);
             return;
         }
-        uint8_t* const unpacked = roomForBytes(rowMemory, int64_t{p.rowBlock} * p.unpackedBytes * m.columns);
+        uint8_t* const unpacked = roomForBytes(rowMemory, int64_t{p.rowBlock + 1} * p.unpackedBytes * m.columns);
         p.panelProduct(m, 0, last - first, panels + g.panels * p.tokenBytes(m), tokens, unpacked, out);
     }
 

@@ -51,10 +51,16 @@ struct InstructionSet {
     void (*swiglu)(float const* gateUp, int32_t count, float* activated);
     void (*fromHalf)(uint16_t const* in, int64_t count, float* out);
     void (*toHalf)(float const* in, int64_t count, uint16_t* out);
-    // The same product for more tokens than `lanes`, in another order of sums; the tokens packed before into panels of
-    // 2 · lanes, one after the other: [tokens rounded up to panels, columns] floats. `unpacked` has room for kPanelRows rows
-    // in float32; rows that are in float32 do not need it.
-    void (*packPanel)(float const* const* x, int32_t tokens, int32_t columns, int32_t index, float* panels);
+    // Attention, with room for whole vectors: scores to e^(score − largest), returning their sum (a place may be hidden by
+    // leaving it out); and out[t] += Σ_r weights[t][r] · values[r], rows of `columns`, in the order of r.
+    float (*weigh)(float* scores, int32_t count);
+    void (*mix)(float const* const* weights, int32_t queries, float const* values, int32_t places, int32_t columns,
+        float* const* out);
+    // The same product, bit for bit, for more tokens than `lanes`; the tokens packed before into panels of
+    // 2 · lanes, one after the other: [tokens rounded up to panels, columns] floats. packPanel: the next one, for the first of
+    // `tokens` that are left `of` all; `unpacked` has room for kPanelRows rows in
+    // float32, and one more.
+    void (*packPanel)(Matrix const& matrix, float const* const* x, int32_t tokens, int32_t of, float* panel);
     void (*panelProduct)(Matrix const& matrix, int32_t first, int32_t last, float const* panels, int32_t tokens,
         float* unpacked, float* const* out);
 };

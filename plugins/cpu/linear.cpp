@@ -80,7 +80,7 @@ private:
             m.scales = static_cast<float const*>(l.scales) + first * groups;
         }
         if (panels) {
-            uint8_t* const unpacked = roomForBytes(unpackedMemory, int64_t{p.rowBlock} * p.unpackedBytes * l.columns);
+            uint8_t* const unpacked = roomForBytes(unpackedMemory, int64_t{p.rowBlock + 1} * p.unpackedBytes * l.columns);
             p.panelProduct(m, 0, rows, panels, l.tokens, unpacked, y.data());
         } else {
             p.product(m, 0, rows, x.data(), l.tokens, y.data());

@@ -150,6 +150,7 @@ void addOps(Ort::CustomOpDomain& domain, DmoeSession* session)
 {
     addExperts(domain, session);
     addLinear(domain, session);
+    addAttention(domain, session);
 }
 
 } // namespace dmoe

@@ -17,8 +17,8 @@ namespace dmoe::cpu {
 //   int8, int4: every group of a token to q = round(x · 127 / max|x|), −127 … 127, and a scale max|x| / 127 in float32; sums
 //     of a group are exact, those over groups in float32. A group with a value that is not finite is NaN.
 //   bfloat16: to nearest, ties to even; sums in float32. Subnormal numbers count as zero.
-// Each result is one sum in a fixed order, which one depends on the number of tokens alone: on whether there are more than
-// `few`, and with integers than a quarter and half of the lanes of a vector.
+// Each result is one sum in a fixed order. Exact products have the same for any number of tokens; of fast ones it depends on
+// that number: on whether there are more than `few`, and with integers than a quarter and half of the lanes of a vector.
 struct Products {
     char const* name;
     int32_t few; // up to so many tokens meet a matrix one by one; more in panels, in which they lie side by side
@@ -31,7 +31,7 @@ struct Products {
     void (*pack)(Matrix const& matrix, void const* const* narrowed, int32_t tokens, int32_t index, uint8_t* panels);
     void (*product)(Matrix const& matrix, int32_t first, int32_t last, void const* const* narrowed, int32_t tokens,
         float* const* out);
-    // `unpacked` has room for rowBlock rows of unpackedBytes.
+    // `unpacked` has room for rowBlock rows of unpackedBytes, and one more.
     void (*panelProduct)(Matrix const& matrix, int32_t first, int32_t last, uint8_t const* panels, int32_t tokens,
         uint8_t* unpacked, float* const* out);
 };

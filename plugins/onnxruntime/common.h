@@ -146,6 +146,7 @@ private:
 void addBlockRoute(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addLinear(Ort::CustomOpDomain& domain, DmoeSession* session);
+void addAttention(Ort::CustomOpDomain& domain, DmoeSession* session);
 
 void addOps(Ort::CustomOpDomain& domain, DmoeSession* session); // all of this library
 

@@ -11,7 +11,8 @@
 
 namespace {
 
-constexpr std::array<char const*, 4> kOps = {"DmoeBlockRoute", "DmoeExperts", "DmoeLinear", "DmoeQuantisedLinear"};
+constexpr std::array<char const*, 5> kOps = {
+    "DmoeAttention", "DmoeBlockRoute", "DmoeExperts", "DmoeLinear", "DmoeQuantisedLinear"};
 
 // Its place among the ops; kOps.size() for another op.
 size_t placeOf(char const* op)

@@ -123,3 +123,9 @@ if __name__ == "__main__":
             fitting = (sizes[0], -(-sizes[1] // 32) * 32, sizes[2]) if name in QUANTISED else sizes
             found = error(Path(sys.argv[1]), case(*fitting, bias=sizes[0] % 2 == 1, kind=name), name)
             assert found < TOLERANCE, f"{name} {sizes}: {found}"
+    for name in ALL:  # one order of sums, whatever the number of tokens
+        feeds = case(70, 160, 43, kind=name)
+        want = run(Path(sys.argv[1]), feeds, name)
+        for tokens in (1, 4, 5, 8, 9, 12, 13, 16, 17, 33, 65):
+            got = run(Path(sys.argv[1]), feeds | {"x": feeds["x"][:tokens].copy()}, name)
+            assert (got == want[:tokens]).all(), f"{name} with {tokens} tokens"

@@ -75,7 +75,7 @@ bool right(Format format, bool fast)
     Matrix const m{reinterpret_cast<uint8_t*>(words.data()), scales.data(), format, shift, columns, bytes};
     int64_t const each = p.tokenBytes(m);
     std::vector<uint8_t> narrowed(each * tokens + 1), panels(panelRoom(p, tokens) * each + 1);
-    std::vector<float> unpacked(p.rowBlock * columns);
+    std::vector<float> unpacked((p.rowBlock + 1) * columns);
     std::vector<void const*> in;
     std::vector<float*> out;
     for (int t = 0; t < tokens; ++t) {

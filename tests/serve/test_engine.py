@@ -9,6 +9,7 @@ import pytest
 from serving import Held, toy_generator
 from toy_backend import EOS
 
+from dmoe_export.errors import NotFiniteError
 from dmoe_export.serve.engine import Engine
 from dmoe_export.serve.errors import ApiError
 from dmoe_export.serve.job import Piece
@@ -162,6 +163,20 @@ def test_an_id_in_use_is_refused_even_while_its_request_is_encoded():
         asyncio.run(main(engine, backend))
 
 
+def test_numbers_that_are_not_finite_are_told_to_both_sides(caplog):
+    async def main(engine, backend):
+        backend.fail = NotFiniteError("Prompt 0 gets no answer.")
+        backend.free.set()
+        with pytest.raises(ApiError, match="gets no answer") as caught:
+            await answer(await submit(engine, "x"))
+        assert caught.value.status_code == 500 and caught.value.code == "model_error"
+
+    with engine_of() as (engine, backend):
+        asyncio.run(main(engine, backend))
+        assert engine.ready
+    assert "request x failed: Prompt 0 gets no answer." in caplog.text
+
+
 def test_a_failed_forward_ends_its_requests_and_the_engine_goes_on(caplog):
     async def main(engine, backend):
         backend.fail = ValueError("the secret prompt")
@@ -198,6 +213,8 @@ def test_a_batch_that_fails_as_a_whole_is_left(second, caplog):
                 await answer(waiting)
             engine._thread.join(5)
             assert caught.value.status_code == 503 and not engine.alive
+            with pytest.raises(ApiError, match="has failed"):
+                await submit(engine, "late")
         engine.generator.batch = make
 
     with engine_of(slots=1) as (engine, backend):

@@ -9,13 +9,13 @@ from typing import Literal
 
 from ...errors import MissingRequirementError, as_clause
 from ...libraries import library
-from ...ops import experts, linear
+from ...ops import attention, experts, linear
 from ..library import ExpertSource, LibrarySession
 from ..ort import ort
 
 INSTALLED = library("libdmoe_cpu.so")
 SERVED = {experts.SCHEMA.name: "experts", linear.SCHEMA.name: "linear layers",
-          linear.QUANTISED_SCHEMA.name: "linear layers"}
+          linear.QUANTISED_SCHEMA.name: "linear layers", attention.SCHEMA.name: "attention"}
 
 CpuOps = Literal["auto", "on", "off"]
 

@@ -73,9 +73,14 @@ class Slab:
         address = self.address + row * self.geometry.heads * self.pitch + token * self.geometry.row_bytes
         return Strided(address, self.pitch, self.height)
 
-    def clear(self, stream: int) -> None:
-        """All zero: the weight 0 of an unused place must not meet a NaN."""
-        self._pool.device.fill(self.address, 0, self.bytes, stream)
+    def clear(self, stream: int, row: int | None = None) -> None:
+        """All zero, or one row: the weight 0 of an unused place must not meet a NaN."""
+        if row is None:
+            self._pool.device.fill(self.address, 0, self.bytes, stream)
+            return
+        size = self.geometry.heads * self.pitch
+        for index in range(self.geometry.parts):
+            self._pool.device.fill(self.part(index) + row * size, 0, size, stream)
 
 
 def copy_tokens(pool: Pool, to: tuple[Slab, int, int], source: tuple[Slab, int, int], rows: int, tokens: int,
@@ -180,10 +185,9 @@ class DeviceCache:
                 slab, table = self._new(len(rows), self.slab.length)
                 place = self._gathered = DevicePart(slab, table, 0, len(rows))
             chosen = np.asarray(rows)
-            if used := int(self.lengths[chosen].max()):
-                for start, stop in _consecutive(chosen):
-                    copy_tokens(self._pool, (place.slab, start, 0), (self.slab, rows[start], 0), stop - start, used,
-                                self._stream)
+            for start, stop in _consecutive(chosen):
+                copy_tokens(self._pool, (place.slab, start, 0), (self.slab, rows[start], 0), stop - start,
+                            place.length, self._stream)
         place.table.values[:], place.table.stale = self.positions[chosen], True
         self._holds = list(rows)
         return place
@@ -224,12 +228,11 @@ class DeviceCache:
 
     def leave(self, row: int, last: int) -> None:
         """See `Cache`; a slab twice as long as the longest row needs shrinks."""
-        used = int(self.lengths[last])
         with self._lock:
             if row != last:
-                if used:
-                    copy_tokens(self._pool, (self.slab, row, 0), (self.slab, last, 0), 1, used, self._stream)
-                self.positions[row], self.lengths[row] = self.positions[last], used
+                copy_tokens(self._pool, (self.slab, row, 0), (self.slab, last, 0), 1, self.slab.length, self._stream)
+                self.positions[row], self.lengths[row] = self.positions[last], self.lengths[last]
+            self.slab.clear(self._stream, last)
             self.clear([last])
             need = bucketed(int(self.lengths.max()))
             if 2 * need <= self.slab.length:

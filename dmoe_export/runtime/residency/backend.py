@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import RequestError
-from ..backend import Backend, ForwardInputs, ForwardOutputs, Ints, closed
+from ..backend import Backend, ForwardInputs, ForwardOutputs, closed
 from ..library import Kernels
 from ..salient import Arrays, GraphName, SalientBackend, SalientGraphs
 from .budget import ExpertBudget
 from .policy import Costs, Interval, Residency, Tier
 
 Result = TypeVar("Result")
+_REMEMBERED = 1024  # sequences whose block is known; more than any batch has rows
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ResidentBackend:
         self._tier: Tier | None = tier  # None once closed
         self._figures: dict[str, float] = {}  # of the tier, once closed
         self._lock = threading.RLock()
-        self._blocks: Ints | None = None  # active block per row, of the last denoise step
+        self._blocks: dict[int, int] = {}  # active block of each sequence at its last denoise step, the latest last
         self._seconds = self._refresh_seconds = 0.0
         self._costs: Costs | None = None
         self._finalizer = weakref.finalize(self, tier.close)
@@ -87,7 +88,8 @@ class ResidentBackend:
 
     def new_cache(self, rows: int) -> Any:
         """The other backend's cache."""
-        self._blocks = None
+        for row in [key for key in self._blocks if key < 0]:  # rows that nobody names are others now
+            del self._blocks[row]
         return self._backend.new_cache(rows)
 
     @property
@@ -147,19 +149,25 @@ class ResidentBackend:
             tier.move(moves)
 
     def _step(self, inputs: ForwardInputs) -> tuple[bool, bool]:
-        """Whether a forward is a denoise step, and whether a row began another block with it.
+        """Whether a forward is a denoise step, and whether it is another block's for at least half of its sequences.
 
-        A denoise step asks for logits; its block is the one of the first place it asks for.
+        A denoise step asks for logits; its block is the one of the first place it asks for. Where rows join and leave,
+        one of them begins a block at almost every step, and what all of them use together changes little.
         """
         wanted = inputs.logit_rows.max(axis=1) >= 0
         if not wanted.any():
             return False, False
         first = np.where(inputs.logit_rows >= 0, inputs.logit_rows, np.iinfo(np.int64).max).min(axis=1)
         positions = np.take_along_axis(inputs.position_ids, np.where(wanted, first, 0)[:, None], axis=1)[:, 0]
-        blocks = np.where(wanted, positions // self.routing.block_length, -1)
-        before, self._blocks = self._blocks, blocks
-        same = before is not None and before.shape == blocks.shape and bool((before == blocks)[wanted].all())
-        return True, not same
+        names = inputs.sequences or range(-1, -1 - len(wanted), -1)
+        changed = 0
+        for row in np.flatnonzero(wanted).tolist():
+            block = int(positions[row]) // self.routing.block_length
+            changed += self._blocks.pop(names[row], None) != block
+            self._blocks[names[row]] = block
+        while len(self._blocks) > _REMEMBERED:
+            del self._blocks[next(iter(self._blocks))]
+        return True, 2 * changed >= int(wanted.sum())
 
     def _live(self) -> Tier:
         if self._tier is None:
