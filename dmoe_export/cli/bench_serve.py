@@ -27,12 +27,12 @@ from .progress import step_bar
 @bundle_options
 @option("--clients", default="1,2,4,8", metavar="N,…", group="load",
         help="Clients at a time, separated by commas; each has one request at a time")
-@option("--requests", type=click.IntRange(1, 10_000), default=32, group="load",
+@option("--requests", type=click.IntRange(1, 10_000), default=24, group="load",
         help="Requests until a measurement ends; clients begin again until then")
-@option("--prompt-tokens", default="16-256", metavar="N-N", group="load",
+@option("--prompt-tokens", default="16-128", metavar="N-N", group="load",
         help="Shortest and longest random prompt")
-@option("--new-tokens", default="32-256", metavar="N-N", group="load", help="Shortest and longest answer")
-@option("--steps", default="4-12", metavar="N-N", group="load",
+@option("--new-tokens", default="32-128", metavar="N-N", group="load", help="Shortest and longest answer")
+@option("--steps", default="2-6", metavar="N-N", group="load",
         help="Fewest and most forward passes of a block, drawn for each request; random weights take all of them")
 @option("--rounds", type=click.IntRange(1, 1000), default=2, group="measuring",
         help="Timed repetitions; more is slower and steadier")
