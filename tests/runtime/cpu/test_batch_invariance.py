@@ -109,3 +109,22 @@ def test_families(geometry: str, request: pytest.FixtureRequest, synthetic: Call
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "int8", "int4"])
 def test_stored_formats(precision: str, exported: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     assert_invariant(exported(SAMPLE, precision=precision), monkeypatch, 2)
+
+
+def test_prefill_chunks(sample_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt's last blocks have the same bits, whether those before are new with them or cached, in any pieces."""
+    monkeypatch.setattr(cpu_ops, "INSTALLED", built())
+    backend = OnnxRuntimeBackend(sample_bundle, 1, cpu_ops="on")
+    length, block = 5, sample_bundle.manifest.routing.block_length
+    whole = drawn(backend, np.random.default_rng(3), length * block, 0, length * block)
+    want = forward(backend, [whole], 0, len(whole.ids), 1, len(whole.ids))
+    for cuts in ([1, 4], [2], [1, 2, 3, 4]):
+        cached, start = whole.keys_values, 0
+        for stop in (*[cut * block for cut in cuts], len(whole.ids)):
+            row = Row(whole.ids[start:stop], start, cached, np.arange(stop - start))
+            got = forward(backend, [row], 0, stop - start, max(start, 1), stop - start)
+            np.testing.assert_array_equal(got.logits, want.logits[start:stop])
+            cached = [np.concatenate(pair, axis=1) for pair in zip(cached, got.keys_values, strict=True)]
+            start = stop
+        for one, other in zip(cached, want.keys_values, strict=True):
+            np.testing.assert_array_equal(one, other)
