@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypeVar
@@ -26,7 +27,10 @@ class GroupedOption(click.Option):
             if isinstance(self.type, (click.types.IntParamType, click.types.FloatParamType)) and (
                     isinstance(text, str) and not (text.isascii() and "_" not in text)):
                 raise click.BadParameter(f"{text[:100]!r} is no number in digits 0 to 9.", ctx, self)
-        return super().type_cast_value(ctx, value)
+        cast = super().type_cast_value(ctx, value)
+        if isinstance(self.type, click.FloatRange) and cast is not None and not math.isfinite(cast):
+            raise click.BadParameter(f"{cast} is no finite number.", ctx, self)  # nan is in every range
+        return cast
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Its help as it is: click would add a range and a default in its own way."""

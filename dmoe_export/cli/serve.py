@@ -12,6 +12,7 @@ import click
 from ..errors import MissingRequirementError, RequestError
 from ..extras import pip_install
 from ..generator import Generator
+from ..text.messages import half_character, short
 from ..words import count
 from .help import SETTINGS, Verb, option
 from .opening import open_shown, opening_of, opening_options
@@ -58,11 +59,11 @@ def serve(bundles: tuple[Path, ...], host: str, port: int, api_key_file: Path | 
     and ctrl-C let requests end, then it exits with 0.
     """
     try:
-        from ..serve import app, engine, gate, house, metrics, process  # needs an extra
+        from ..serve import app, engine, gate, house, metrics, process, schema  # needs an extra
     except ModuleNotFoundError as error:
         raise MissingRequirementError(f"Serving needs {error.name}; run: {pip_install('serve')}.") from None
     opening = opening_of(options)
-    called = _names(bundles, names, opening)
+    called = _names(bundles, names, opening, schema.MOST_NAME)
     keys = gate.read_keys(api_key_file)
     bound = process.listen(host, port)
     counted, engines = metrics.Metrics(), dict[str, engine.Engine]()
@@ -95,12 +96,16 @@ def _slots(generator: Generator) -> int:
     return (limits and limits.max_batch) or _SLOTS
 
 
-def _names(bundles: tuple[Path, ...], names: tuple[str, ...], opening: dict[str, Any]) -> list[str]:
-    """What clients call each bundle."""
+def _names(bundles: tuple[Path, ...], names: tuple[str, ...], opening: dict[str, Any], most: int) -> list[str]:
+    """What clients call each bundle, in at most so many characters."""
     if names and len(names) != len(bundles):
         raise RequestError(f"{count(len(names), '--name')} for {count(len(bundles), 'bundle')}; give one for each, or "
                            "none.")
-    called = list(names) or [bundle.name.removesuffix(".bundle") for bundle in bundles]
+    called = list(names) or [(bundle if bundle.name.strip(".") else bundle.resolve()).name.removesuffix(".bundle")
+                              for bundle in bundles]
+    for name in called:
+        if not 0 < len(name) <= most or half_character(name):
+            raise RequestError(f"Model name {short(name)} must have 1 to {most} characters; choose one with --name.")
     twice = next((name for name in called if called.count(name) > 1), None)
     if twice is not None:
         raise RequestError(f"Two bundles are called {twice}; give each its own --name.")

@@ -144,12 +144,11 @@ class JoiningBatch:
             return failed
         plans = [handle.way.plan(handle.row) for handle in self._rows]
         waiting = [self._waiting(*pair) for pair in zip(self._rows, plans, strict=True)]
-        chosen = self._once(next_forward(waiting, self._fast))
-        for handle in self._rows:
-            handle.waited += 1
+        turn = next_forward(waiting, self._fast)
+        for i, handle in enumerate(self._rows):
+            handle.waited = 0 if i in turn else handle.waited + 1  # who waits for another's blocks has its turn, too
+        chosen = self._once(turn)
         mine = [self._rows[i] for i in chosen]
-        for handle in mine:
-            handle.waited = 0
         return self._run(chosen, mine, shaped([plans[i] for i in chosen], self._grid, self._fast))
 
     def _take_prefixes(self) -> list[Decoded]:

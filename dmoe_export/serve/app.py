@@ -18,7 +18,8 @@ from .routes import router
 def application(house: House, keys: Sequence[str] = (), most_body: int = 2 << 20,
                 hosts: Sequence[str] = ()) -> ASGIApp:
     """`most_body` in bytes; `keys`, `hosts`: see `Gate`. No page with outside resources: /openapi.json is all."""
-    app = FastAPI(title="dmoe-export", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="dmoe-export", version=__version__, docs_url=None, redoc_url=None,
+                  redirect_slashes=False)  # a redirect would name this server as a proxy's clients do not
     app.state.house = house
     errors.install(app)
     for part in (router, denoising.router, page.router):

@@ -17,7 +17,6 @@ from ..batch import Batch
 from ..decoding.answer import Block
 from ..decoding.batch import Handle
 from ..decoding.telemetry import Statistics
-from ..decoding.watch import StepSeen
 from ..errors import BundleError, DmoeError, RequestError
 from ..generator import Generator
 from .errors import FAILED, ApiError, of_bundle, where
@@ -76,6 +75,9 @@ class Engine:
             raise
         job = Job(key, rows, timeout, seen, entered)
         with self._lock:
+            if self._ended:  # meanwhile
+                self._leave(key)
+                raise self._failed()
             self.jobs[key] = job
             self._waiting.extend((job, row) for row in rows)
             self._metrics.waiting.set(len(self._waiting))
@@ -125,7 +127,7 @@ class Engine:
     def _admit(self, key: tuple[int, str]) -> None:
         with self._lock:
             if self._ended:
-                raise ApiError(503, f"Model {self.name} has failed.", code="model_failed")
+                raise self._failed()
             if self._draining:
                 raise ApiError(503, f"Model {self.name} takes no more requests, the server is shutting down.",
                                code="shutting_down", headers={"retry-after": "5"})
@@ -133,11 +135,14 @@ class Engine:
                 raise ApiError(400, "x-request-id is that of a request in progress; leave it out or choose another.",
                                code="request_id_in_use")
             if len(self._admitted) >= self.slots + self.max_waiting:
-                after = math.ceil(self._usual * (1 + len(self._waiting) / self.slots))
+                after = min(max(math.ceil(self._usual * (1 + len(self._waiting) / self.slots)), 1), 60)
                 raise ApiError(429, f"Model {self.name} has {len(self._admitted)} requests, the most it takes; try "
-                               "again later.", code="queue_full", headers={"retry-after": str(min(max(after, 1), 60))})
+                               "again later.", code="queue_full", headers={"retry-after": str(after)})
             self._admitted.add(key)
             self._metrics.jobs.set(len(self._admitted))
+
+    def _failed(self) -> ApiError:
+        return ApiError(503, f"Model {self.name} has failed.", code="model_failed")
 
     def _leave(self, key: tuple[int, str]) -> None:
         with self._lock:
@@ -202,7 +207,7 @@ class Engine:
                     break
                 job, row = self._waiting.popleft()
             try:
-                handle = self._batch.add(row.request, index=row.choices[0], watch=_watch(job))
+                handle = self._batch.add(row.request, index=row.choices[0], watch=job.watch)
             except Exception as error:
                 self._fail(job, self._told(error, job))
                 continue
@@ -284,7 +289,7 @@ class Engine:
             with self._lock:
                 self._ended, jobs = True, list(self.jobs.values())
             for job in jobs:
-                self._fail(job, ApiError(503, f"Model {self.name} has failed.", code="model_failed"))
+                self._fail(job, self._failed())
 
     def _count(self) -> None:
         self._metrics.waiting.set(len(self._waiting))
@@ -292,8 +297,3 @@ class Engine:
         self._metrics.cached.set(sum(handle.row.cached for handle in self._running))
         if self._batch.prefixes:
             self._metrics.kept.set(self._batch.prefixes.statistics().bytes)
-
-
-def _watch(job: Job) -> Callable[[StepSeen], None] | None:
-    seen = job.seen
-    return None if seen is None else lambda step: job.put(seen(step))

@@ -94,6 +94,8 @@ class Gate:
                        f"{name[:100]}.", code="unknown_host")
 
     def _check_length(self, headers: dict[bytes, bytes]) -> None:
+        if b"transfer-encoding" in headers and b"content-length" in headers:  # a proxy may read the other one
+            raise ApiError(400, "The body has both a length and a transfer-encoding; send one.", code="two_lengths")
         if int(headers.get(b"content-length", b"0")) > self._most:  # h11 has seen that it is a number
             raise self._too_large()
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ..decoding.answer import Block
 from ..decoding.telemetry import Statistics
+from ..decoding.watch import StepSeen
 
 Ending = Literal["timeout", "cancelled", "disconnected"]
 
@@ -62,6 +63,12 @@ class Job:
     def deadline(self) -> float:
         """On the clock of time.monotonic."""
         return self.entered + self.timeout
+
+    @property
+    def watch(self) -> Callable[[StepSeen], None] | None:
+        """For its rows in the batch; None where nobody looks."""
+        seen = self.seen
+        return None if seen is None else lambda step: self.put(seen(step))
 
     def put(self, item: object) -> None:
         """From the engine's thread: a Piece, what `seen` gave, an Exception, or None for the end."""

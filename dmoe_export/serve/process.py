@@ -41,9 +41,13 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if made:
             made.close()
-        raise RequestError(f"Port {port} of {host} cannot be listened on: {error.strerror}; choose others with --host "
-                           "and --port.") from None
+        raise _taken(host, port, error) from None
     return made
+
+
+def _taken(host: str, port: int, error: OSError) -> RequestError:
+    return RequestError(f"Port {port} of {host} cannot be listened on: {error.strerror}; choose others with --host and "
+                        "--port.")
 
 
 def address(bound: socket.socket) -> str:
@@ -129,7 +133,11 @@ async def _serve(app: ASGIApp, house: House, bound: socket.socket, drain_seconds
         engine.end_all()
     await _emptied(house, _LAST_SECONDS, asyncio.Queue())
     server.should_exit = True
-    await serving
+    try:
+        await serving
+    except OSError as error:  # bound, but another server of this moment listened first
+        host, port = bound.getsockname()[:2]
+        raise _taken(host, port, error) from None
 
 
 async def _emptied(house: House, seconds: float, signals: asyncio.Queue[int]) -> None:

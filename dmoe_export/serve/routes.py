@@ -15,6 +15,7 @@ from .record import Record
 from .schema import ChatBody, CompletionBody
 
 router = APIRouter()
+READ = ["GET", "HEAD"]  # load balancers ask with HEAD; uvicorn sends the headers alone
 
 
 def _house(request: Request) -> House:
@@ -36,14 +37,14 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     return await answer(request, body, entered, PlainForm())
 
 
-@router.get("/v1/models")
+@router.api_route("/v1/models", methods=READ)
 async def models(request: Request) -> JSONResponse:
     """The bundles of this server."""
     house = _house(request)
     return JSONResponse({"object": "list", "data": [_model(house, name) for name in house.engines]})
 
 
-@router.get("/v1/models/{name}")
+@router.api_route("/v1/models/{name:path}", methods=READ)
 async def model(name: str, request: Request) -> JSONResponse:
     """One of them."""
     house = _house(request)
@@ -72,20 +73,20 @@ async def cancel(name: str, request: Request) -> JSONResponse:
     raise ApiError(404, "No request of this id is in progress.", code="request_not_found")
 
 
-@router.get("/health/live")
+@router.api_route("/health/live", methods=READ)
 async def live() -> JSONResponse:
     """Answers as long as the process does."""
     return JSONResponse({"status": "live"})
 
 
-@router.get("/health/ready")
+@router.api_route("/health/ready", methods=READ)
 async def ready(request: Request) -> JSONResponse:
     """Whether requests are taken: 503 while the server is shutting down, or a model has failed."""
     fine = _house(request).ready
     return JSONResponse({"status": "ready" if fine else "not ready"}, 200 if fine else 503)
 
 
-@router.get("/metrics")
+@router.api_route("/metrics", methods=READ)
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
     return Response(_house(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -26,7 +26,13 @@ NOT_HERE: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "logprobs": (False, 0),
     "top_logprobs": (0,), "logit_bias": ({},), "presence_penalty": (0,), "frequency_penalty": (0,), "best_of": (1,),
     "echo": (False,), "suffix": ("",), "modalities": (["text"],), "audio": (), "prediction": (),
-    "reasoning_effort": (), "verbosity": (), "web_search_options": ()}
+    "reasoning_effort": ("none",), "verbosity": ("medium",), "web_search_options": ()}
+# The same of other servers' fields, which their clients send whether they matter or not.
+OTHERS: dict[str, tuple[Any, ...]] = {
+    "min_p": (0,), "repetition_penalty": (1,), "repeat_penalty": (1,), "length_penalty": (1,), "min_tokens": (0,),
+    "ignore_eos": (False,), "use_beam_search": (False,), "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,), "add_generation_prompt": (True,), "continue_final_message": (False,),
+    "chat_template_kwargs": ({},)}
 
 
 class _Strict(BaseModel):
@@ -71,7 +77,7 @@ class Body(_Strict):
 
     @classmethod
     def _names(cls) -> Collection[str]:
-        return {*cls.model_fields, *HARMLESS, *NOT_HERE}
+        return {*cls.model_fields, *HARMLESS, *NOT_HERE, *OTHERS}
 
     @model_validator(mode="before")
     @classmethod
@@ -82,9 +88,13 @@ class Body(_Strict):
         kept = {name: value for name, value in values.items() if name not in HARMLESS}
         if kept.get("stop") == []:  # as lm-eval sends it
             del kept["stop"]
-        for name in kept.keys() & NOT_HERE.keys():
-            value = kept.pop(name)
-            if value is not None and value not in NOT_HERE[name]:
+        if kept.get("top_k") == -1:  # off, as other servers write it
+            del kept["top_k"]
+        if kept.get("best_of") == kept.get("n"):  # the best n of n
+            kept.pop("best_of", None)
+        for name, nothing in (NOT_HERE | OTHERS).items():
+            value = kept.pop(name, None)
+            if value is not None and value not in nothing:
                 raise ValueError(f"{name} is not offered here; leave it out")
         return kept
 

@@ -82,6 +82,28 @@ def test_batches_in_different_phases_are_single_rows(kind, options):
         assert stats.forwards_by_phase == own.forwards_by_phase
 
 
+def test_a_step_that_fails_is_made_up_as_if_it_had_not_been(monkeypatch):
+    """The first row of it was computed already, but its state is that of before."""
+    calls, fail_at = [0], 0
+
+    class Failing(SalientSteps):
+        def _run(self, *arguments):
+            calls[0] += 1
+            if calls[0] == fail_at:
+                raise MemoryError("once")
+            return super()._run(*arguments)
+
+    monkeypatch.setattr("dmoe_export.decoding.batch.SalientSteps", Failing)
+    options = {"salient_threshold": 0.995, "full_steps": 1, "steps": 6}
+    want = decode("dense", PROMPTS[:2], **options)
+    assert calls[0] > 12
+    for fail_at in (4, 6, 10):  # the second row's
+        calls[0] = 0
+        got = decode("dense", PROMPTS[:2], **options)
+        for (tokens, mine), (wanted, theirs) in zip(got, want, strict=True):
+            assert tokens == wanted and mine.salient_by_step == theirs.salient_by_step
+
+
 def test_schedule_of_a_full_canvas(seen):
     """Four dense steps over the canvas, then response only, every fourth step with the prompt."""
     decode("dense", [PROMPTS[0]], salient_threshold=0.99, max_new_tokens=16, steps=8)

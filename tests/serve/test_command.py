@@ -12,8 +12,12 @@ from processes import python_without
 from serving import free_port
 
 from dmoe_export.cli import main
+from dmoe_export.errors import RequestError
+from dmoe_export.serve import process
+from dmoe_export.serve.house import House
 from dmoe_export.serve.metrics import Metrics
-from dmoe_export.serve.schema import HARMLESS, NOT_HERE, Body
+from dmoe_export.serve.process import listen
+from dmoe_export.serve.schema import HARMLESS, NOT_HERE, OTHERS, Body
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -35,6 +39,35 @@ def test_names_of_bundles(tmp_path):
     assert code == 2 and "1 --name for 2 bundles; give one for each, or none." in said
     code, said = run("a", "b", "--expect-sha256", "0" * 64)
     assert code == 2 and "--expect-sha256 is of one bundle" in said
+
+
+@pytest.mark.parametrize("name", ["", "x" * 201, "a\ud800"], ids=["empty", "long", "half a character"])
+def test_names_that_no_client_can_send(tmp_path, name):
+    code, said = run(tmp_path, "--name", name)
+    assert code == 2 and "must have 1 to 200 characters; choose one with --name." in said
+
+
+def test_a_bundle_without_a_name_of_its_own_is_called_as_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "a.bundle" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a.bundle")
+    assert "Two bundles are called a;" in run(".", "b/a")[1] and "Two bundles are called a;" in run("inside/..", "a")[1]
+    assert "must have 1 to 200 characters" in run("/")[1]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("name", ["--timeout", "--drain-seconds"])
+def test_seconds_that_never_end(tmp_path, name, value):
+    code, said = run(tmp_path, name, value)
+    assert code == 2 and f"{value} is no finite number" in said
+
+
+def test_of_two_servers_that_begin_together_one_says_that_the_port_is_taken():
+    port = free_port()
+    first, second = listen("127.0.0.1", port), listen("127.0.0.1", port)
+    with first, second:
+        first.listen()
+        with pytest.raises(RequestError, match=f"Port {port} of 127.0.0.1 cannot be listened on: Address already"):
+            process.run(None, House({}, Metrics(), 1, 1.0), second, 0.0, lambda: None)
 
 
 def test_what_is_no_bundle(tmp_path):
@@ -74,8 +107,8 @@ def test_the_page_of_the_server_has_every_field_code_metric_and_default():
     source = "".join(path.read_text() for path in (REPOSITORY / "dmoe_export" / "serve").glob("*.py"))
     codes = set(re.findall(r'code="(\w+)"', source))
     metrics = set(re.findall(r"^# HELP (\w+) ", Metrics().text().decode(), flags=re.MULTILINE))
-    wanted = {*HARMLESS, *NOT_HERE, *Body.model_fields, *codes, *metrics} - {"tool_choice", "parallel_tool_calls",
-                                                                            "function_call", "top_logprobs"}
+    wanted = {*HARMLESS, *NOT_HERE, *OTHERS, *Body.model_fields, *codes, *metrics} - {
+        "tool_choice", "parallel_tool_calls", "function_call", "top_logprobs"}
     assert len(codes) > 10 and len(metrics) > 14
     assert sorted(name for name in wanted if not re.search(rf"[`.]{name}[`{{.]", page)) == []
     defaults = dict(re.findall(r"^\| `(--[\w-]+)` \| (\S+) \|", page, flags=re.MULTILINE))

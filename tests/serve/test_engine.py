@@ -222,6 +222,23 @@ def test_a_batch_that_fails_as_a_whole_is_left(second, caplog):
         assert engine.busy == 0
 
 
+def test_a_model_that_fails_while_a_request_is_encoded_does_not_keep_it():
+    async def main(engine, backend):
+        encode = engine.generator.request
+
+        def slow(*prompt, **options):
+            engine._ended = True
+            return encode(*prompt, **options)
+
+        engine.generator.request = slow
+        with pytest.raises(ApiError, match="has failed"):
+            await submit(engine, "x")
+        assert engine.busy == 0 and not engine.jobs
+
+    with engine_of() as (engine, backend):
+        asyncio.run(main(engine, backend))
+
+
 def test_a_draining_engine_takes_no_more_and_finishes_what_it_has():
     async def main(engine, backend):
         job = await submit(engine, "x")

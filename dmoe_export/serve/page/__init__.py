@@ -19,7 +19,7 @@ HEADERS = {"Content-Security-Policy": "default-src 'self'; base-uri 'none'; form
 router = APIRouter(include_in_schema=False)
 
 
-@router.get("/")
+@router.api_route("/", methods=["GET", "HEAD"])
 def index() -> Response:
     """The page; it needs no key, and asks for one where the endpoints do."""
     return _file("index.html")

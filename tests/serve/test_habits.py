@@ -1,0 +1,85 @@
+"""What clients, proxies and load balancers send by habit: what asks for nothing is taken, the rest is said."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+from page_helpers import ask, house_of, served
+
+from dmoe_export.serve.schema import OTHERS
+
+QUESTION = {"model": "sample", "messages": [{"role": "user", "content": "what is 2 plus 3?"}], "max_tokens": 32}
+
+
+@pytest.fixture(scope="module")
+def house(sample_bundle):
+    with house_of(sample_bundle) as house:
+        yield house
+
+
+@pytest.fixture(scope="module")
+def url(house):
+    with served(house) as url:
+        yield url
+
+
+def asked(url, **fields):
+    return ask(f"{url}/v1/chat/completions", QUESTION | fields)
+
+
+def test_other_servers_fields_are_taken_where_they_ask_for_nothing(url):
+    nothing = {name: values[0] for name, values in OTHERS.items()}
+    nothing |= {"top_k": -1, "stop": None, "logit_bias": None, "tools": [], "reasoning_effort": "none", "n": 1,
+                "best_of": 1, "verbosity": "medium", "stream_options": None}
+    assert asked(url, **nothing).json()["choices"] == asked(url).json()["choices"]
+    both = ask(f"{url}/v1/completions", {"model": "sample", "prompt": "what", "n": 2, "best_of": 2, "max_tokens": 4})
+    assert both.status == 200 and len(both.json()["choices"]) == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("min_p", 0.1), ("repetition_penalty", 1.1), ("ignore_eos", True), ("min_tokens", 3), ("best_of", 3), ("top_k", -2),
+    ("chat_template_kwargs", {"enable_thinking": False}), ("continue_final_message", True), ("verbosity", "low")])
+def test_and_refused_where_they_ask_for_something(url, name, value):
+    answer = asked(url, **{name: value})
+    assert answer.status == 400 and answer.json()["error"]["param"] == name
+
+
+def test_heads_are_asked_by_load_balancers(url):
+    for path in ("/health/live", "/health/ready", "/metrics", "/v1/models", "/"):
+        connection = http.client.HTTPConnection(urlsplit(url).netloc)
+        connection.request("HEAD", path)
+        answer = connection.getresponse()
+        assert answer.status == 200 and answer.read() == b"" and int(answer.headers["content-length"]) > 0, path
+        connection.close()
+
+
+def test_a_slash_too_many_is_404_and_no_redirect_to_a_name_of_the_client_s_choice(url):
+    for path in ("/v1/models/", "/health/live/", "/v1/chat/completions/"):
+        answer = ask(url + path)
+        assert answer.status == 404 and "location" not in answer.headers and "error" in answer.json(), path
+
+
+def test_a_model_s_name_may_have_slashes(url, house):
+    house.engines["org/sample"] = house.engines["sample"]
+    try:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        assert client.models.retrieve("org/sample").id == "sample"  # the engine's own
+    finally:
+        del house.engines["org/sample"]
+
+
+def test_a_body_of_two_lengths_is_refused_and_its_connection_closed(url):
+    sent = json.dumps(QUESTION).encode()
+    with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=10) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                           b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n"
+                           b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n" % (len(sent), sent))
+        got = b""
+        while piece := connection.recv(65_536):
+            got += piece
+    assert got.startswith(b"HTTP/1.1 400 ") and b"two_lengths" in got and b"live" not in got
