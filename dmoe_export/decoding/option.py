@@ -92,7 +92,10 @@ class Option:
 
 def _quoted(value: object) -> str:
     """A value in a sentence: names as they are, other text so that blanks in it are seen, nothing without end."""
-    text = str(value) if not isinstance(value, str) or value.isidentifier() else repr(value)
+    return _cut(str(value) if not isinstance(value, str) or value.isidentifier() else repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
@@ -113,6 +116,6 @@ def check_kind(name: str, value: object, kind: type) -> None:
     """
     wanted, words = _KINDS[kind]
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-        raise RequestError(f"{name} is {value!r}, it must be {words}.")
+        raise RequestError(f"{name} is {_cut(repr(value))}, it must be {words}.")
     if isinstance(value, Integral) and abs(int(value)) >= 2**128:  # arithmetic, and even words for it, would fail
         raise RequestError(f"{name} is an integer of {int(value).bit_length()} bits, it must have 128 at most.")

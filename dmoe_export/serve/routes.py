@@ -14,8 +14,7 @@ from .messages import messages_of, prompts_of
 from .record import Record
 from .schema import ChatBody, CompletionBody
 
-router = APIRouter()
-READ = ["GET", "HEAD"]  # load balancers ask with HEAD; uvicorn sends the headers alone
+router = APIRouter()  # load balancers ask with HEAD; uvicorn sends the headers alone
 
 
 def _house(request: Request) -> House:
@@ -37,14 +36,16 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     return await answer(request, body, entered, PlainForm())
 
 
-@router.api_route("/v1/models", methods=READ)
+@router.head("/v1/models", include_in_schema=False)
+@router.get("/v1/models")
 async def models(request: Request) -> JSONResponse:
     """The bundles of this server."""
     house = _house(request)
     return JSONResponse({"object": "list", "data": [_model(house, name) for name in house.engines]})
 
 
-@router.api_route("/v1/models/{name:path}", methods=READ)
+@router.head("/v1/models/{name:path}", include_in_schema=False)
+@router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> JSONResponse:
     """One of them."""
     house = _house(request)
@@ -73,20 +74,23 @@ async def cancel(name: str, request: Request) -> JSONResponse:
     raise ApiError(404, "No request of this id is in progress.", code="request_not_found")
 
 
-@router.api_route("/health/live", methods=READ)
+@router.head("/health/live", include_in_schema=False)
+@router.get("/health/live")
 async def live() -> JSONResponse:
     """Answers as long as the process does."""
     return JSONResponse({"status": "live"})
 
 
-@router.api_route("/health/ready", methods=READ)
+@router.head("/health/ready", include_in_schema=False)
+@router.get("/health/ready")
 async def ready(request: Request) -> JSONResponse:
     """Whether requests are taken: 503 while the server is shutting down, or a model has failed."""
     fine = _house(request).ready
     return JSONResponse({"status": "ready" if fine else "not ready"}, 200 if fine else 503)
 
 
-@router.api_route("/metrics", methods=READ)
+@router.head("/metrics", include_in_schema=False)
+@router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
     return Response(_house(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

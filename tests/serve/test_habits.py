@@ -11,6 +11,7 @@ import openai
 import pytest
 from page_helpers import ask, house_of, served
 
+from dmoe_export.serve.app import application
 from dmoe_export.serve.schema import OTHERS
 
 QUESTION = {"model": "sample", "messages": [{"role": "user", "content": "what is 2 plus 3?"}], "max_tokens": 32}
@@ -56,6 +57,18 @@ def test_heads_are_asked_by_load_balancers(url):
         answer = connection.getresponse()
         assert answer.status == 200 and answer.read() == b"" and int(answer.headers["content-length"]) > 0, path
         connection.close()
+
+
+def test_the_schema_has_each_operation_once(recwarn, house):
+    schema = application(house)._app._app.openapi()
+    assert {"/v1/models", "/v1/chat/completions", "/health/live"} <= schema["paths"].keys() and not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["edit_passes", "threshold", "cache", "eos_id", "early_stop", "stop"])
+def test_a_value_without_end_is_not_sent_back(url, name):
+    for value in ([1.5] * 5000, "x" * 30_000):
+        answer = asked(url, **{name: value})
+        assert answer.status == 400 and len(answer.text) < 500, answer.text[:300]
 
 
 def test_a_slash_too_many_is_404_and_no_redirect_to_a_name_of_the_client_s_choice(url):

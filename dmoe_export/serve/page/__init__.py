@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, HTTPException, Response
 from fastapi.responses import FileResponse
 
 _HERE = Path(__file__).parent
@@ -19,7 +19,8 @@ HEADERS = {"Content-Security-Policy": "default-src 'self'; base-uri 'none'; form
 router = APIRouter(include_in_schema=False)
 
 
-@router.api_route("/", methods=["GET", "HEAD"])
+@router.head("/")
+@router.get("/")
 def index() -> Response:
     """The page; it needs no key, and asks for one where the endpoints do."""
     return _file("index.html")
@@ -28,7 +29,9 @@ def index() -> Response:
 @router.get("/page/{name}")
 def file(name: str) -> Response:
     """A file of the page, by its name alone."""
-    return _file(name) if name in FILES else Response(status_code=404)
+    if name not in FILES:
+        raise HTTPException(404)
+    return _file(name)
 
 
 def _file(name: str) -> Response:

@@ -1,7 +1,7 @@
 """What is fuzzed: the name of each target, and its share of the cases."""
 
 from ..case import Make
-from . import bundle, checkpoint, command_line, found, python_face, text
+from . import bundle, checkpoint, command_line, found, python_face, server, text
 
 TARGETS: dict[str, tuple[Make, int]] = {
     "found": (found.again, 1),
@@ -17,4 +17,5 @@ TARGETS: dict[str, tuple[Make, int]] = {
     "chat template": (text.template, 6),
     "command line": (command_line.options, 10),
     "Python face": (python_face.calls, 4),
+    "request to the server": (server.requests, 4),
 }
