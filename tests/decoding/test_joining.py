@@ -60,13 +60,14 @@ def test_an_answer_is_that_of_the_request_alone(seed, kind):
 @settings(max_examples=30)
 @given(st.integers(0, 2**32))
 def test_narrow_forwards_of_an_engine(seed):
-    """Prefills come in chunks, and not all that could ride fits."""
+    """Prefills come in chunks or are cut beside steps, and not all that could ride fits."""
     random, width = Random(seed), N * Random(seed).randint(1, 3)
-    backend = Toy(max_tokens=width)
+    fast = random.choice([None, N, 2 * N + 1])
+    backend = Toy(max_tokens=width, step_tokens=fast)
     rows = [Asked(asked.prompt, {**asked.options, "cache": "block"}, asked.index) for asked in
             requests(random, "block_causal")]
     live(JoiningBatch(backend, random.randint(1, 4)), rows, random)
-    check(rows, Toy(max_tokens=width))
+    check(rows, Toy(max_tokens=width), prefills=fast is None)
     assert max(inputs.input_ids.shape[1] for inputs in backend.seen) <= width
 
 
