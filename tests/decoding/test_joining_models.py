@@ -82,7 +82,7 @@ def test_a_device_without_memory_for_a_long_row_goes_on_with_the_others(golden_b
     short.join(batch)
     while not short.handle.row.block:
         take(batch, [short])
-    backend.fake.memory = backend.fake.used + (1 << 17)  # for its forward, not for three rows of its length
+    backend.fake.memory = backend.fake.used + 400_000  # for its forward, not for three rows of its length
     long.join(batch)
     while len(batch):
         take(batch, [short, long])
