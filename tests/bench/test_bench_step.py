@@ -162,8 +162,8 @@ def test_every_node_near_a_weight_gets_its_part(tiny_bundle):
     assert used["layers.1.ffn.router.weight"][:2] == ["router", "1"]
     assert used["layers.1.ffn.gate_up"][:2] == ["experts", "1"]
     assert used["lm_head.weight"][0] == "head" and used["embed.weight"][0] == "other"
-    softmax = [node.name.split("|")[:2] for node in model.graph.node if node.op_type == "Softmax"]
-    assert softmax == [["attention", "0"], ["attention", "1"]]
+    attention = [node.name.split("|")[:2] for node in model.graph.node if node.op_type == "DmoeAttention"]
+    assert attention == [["attention", "0"], ["attention", "1"]]
     assert {node.name.split("|")[0] for function in model.functions for node in function.node} == {
         "router", "experts", "attention", "ffn", "head"}
 
