@@ -49,7 +49,8 @@ def test_result_has_every_setting_with_the_experts_asked_for(tiny_bundle, tmp_pa
         assert set(r["products_by_part"]) == {"attention", "router", "experts", "ffn", "head"}
         assert set(r["profile_milliseconds"]) == set(PARTS)
         assert all(r["profile_milliseconds"][part] > 0 for part in r["products_by_part"])
-        assert {"DmoeLinear" if INSTALLED.is_file() else "Gemm", "MatMul"} <= {op["op"] for op in r["profile_ops"]}
+        used = {"DmoeLinear", "DmoeAttention"} if INSTALLED.is_file() else {"Gemm", "MatMul"}
+        assert used <= {op["op"] for op in r["profile_ops"]}
         assert r["ratio"] > 0 and r["limit_share"] > 0
     by_count = {(r["active_experts"], r["cached"]): r for r in found["results"]}
     assert by_count[16, 0]["bytes_touched"] - by_count[4, 0]["bytes_touched"] == 12 * 3 * 32 * 24 * 4  # 12 experts
