@@ -50,6 +50,12 @@ def test_and_refused_where_they_ask_for_something(url, name, value):
     assert answer.status == 400 and answer.json()["error"]["param"] == name
 
 
+def test_agents_read_that_a_history_is_too_long(url):
+    for more in ({"max_tokens": 256, "messages": QUESTION["messages"] * 90}, {"messages": QUESTION["messages"] * 500}):
+        answer = asked(url, **more)
+        assert answer.status == 400 and answer.json()["error"]["code"] == "context_length_exceeded", answer.text
+
+
 def test_heads_are_asked_by_load_balancers(url):
     for path in ("/health/live", "/health/ready", "/metrics", "/v1/models", "/"):
         connection = http.client.HTTPConnection(urlsplit(url).netloc)
