@@ -21,6 +21,11 @@ def size(amount: float) -> str:
     return count(round(amount), "byte")
 
 
+def listed(things: list[str]) -> str:
+    """"a", "a and b", "a, b and c"; at least one."""
+    return " and ".join(part for part in (", ".join(things[:-1]), things[-1]) if part)
+
+
 def visible(text: str, keep: str = "") -> str:
     """Text in which nothing steers a terminal or breaks a line: such characters, but those of `keep`, as `\\x1b`."""
     return _UNSEEN.sub(lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(), text)

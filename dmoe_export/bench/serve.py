@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
@@ -15,7 +17,7 @@ from ..generator import Generator
 from ..runtime.cpu.backend import OnnxRuntimeBackend
 from ..runtime.cpu.products import Products
 from .record import Spread
-from .serve_load import Answered, Asked, Borne, Server, in_batches, load, server
+from .serve_load import Asked, Borne, Counts, Server, in_batches, load, server
 
 
 class Times(Frozen):
@@ -36,6 +38,9 @@ class Way(Frozen):
     """One way to answer the load."""
 
     tokens_per_second: Spread = Field(description="of answers, over rounds")
+    tokens_per_step: float = Field(description="of all rows, per step of the batch: median over rounds; what the "
+                                   "rate follows where a forward costs the same for few rows and many")
+    rows_per_step: float = Field(description="in the batch: median over rounds")
     first_block: Times
     answer: Times
 
@@ -53,6 +58,7 @@ class AtClients(Frozen):
     clients: int
     joining: Way = Field(description="the server, whose rows join and leave at any step")
     closed: Way = Field(description="Generator.batch: so many requests begin together, the next when all have ended")
+    steps_over_closed: Gain = Field(description="tokens per step of joining / of closed")
     over_closed: Gain = Field(description="tokens per second of joining / of closed")
     over_one: Gain = Field(description="tokens per second of joining / of one request at a time by Generator")
 
@@ -81,7 +87,7 @@ class ServeBench(Frozen):
     rounds: int
     prompt_tokens: tuple[int, int] = Field(description="drawn evenly between these")
     new_tokens: tuple[int, int] = Field(description="drawn evenly between these")
-    steps: int
+    steps: tuple[int, int] = Field(description="that fill a block of an answer, drawn evenly between these")
     slots: int = Field(description="rows of the server's batch")
     cpu_ops: bool = Field(description="weights' products are computed by our CPU kernels")
     differing: int = Field(description="answers, of all ways, with other tokens than the request's alone")
@@ -93,12 +99,13 @@ class ServeBench(Frozen):
 class _Pair:
     """One request by both."""
 
-    alone: Answered
-    served: Answered
+    alone: Borne
+    served: Borne
 
 
 def run(bundle: Bundle, *, clients: Sequence[int], requests: int, prompt_tokens: tuple[int, int],
-        new_tokens: tuple[int, int], steps: int, rounds: int, threads: int, seed: int, cpu_products: Products = "exact",
+        new_tokens: tuple[int, int], steps: tuple[int, int], rounds: int, threads: int, seed: int,
+        cpu_products: Products = "exact",
         advance: Callable[[str, int, int], None] = lambda what, done, of: None) -> ServeBench:
     """Measure; what is compared takes turns, round by round, after a short request that warms up.
 
@@ -123,7 +130,7 @@ def run(bundle: Bundle, *, clients: Sequence[int], requests: int, prompt_tokens:
         advance(what, done, total)
         done += 1
 
-    with Generator(bundle, backend) as generator, server(bundle.folder, options) as served:
+    with Generator(bundle, backend) as generator, server(bundle.folder, options) as served, _frozen():
         warm = [Asked(one.prompt, one.options | {"max_new_tokens": 1}) for one in asked[:slots]]
         in_batches(generator, warm, slots)
         served.bear(warm, slots)
@@ -137,11 +144,11 @@ def run(bundle: Bundle, *, clients: Sequence[int], requests: int, prompt_tokens:
                         joining[n].append(served.bear(asked, n))
                     else:
                         closed[n].append(in_batches(generator, asked, n))
-    alone = [_borne(pair.alone for pair in of_turn) for of_turn in pairs]
-    truth = [pair.alone.token_ids for pair in pairs[0]]
+    alone = [_one_at_a_time([pair.alone for pair in of_turn]) for of_turn in pairs]
+    truth = [pair.alone.answers[0].token_ids for pair in pairs[0]]
     loads = [borne for bornes in (*joining.values(), *closed.values()) for borne in bornes]
     others = [answer for borne in loads for answer in borne.answers]
-    others += [answer for of_turn in pairs for pair in of_turn for answer in (pair.alone, pair.served)]
+    others += [borne.answers[0] for of_turn in pairs for pair in of_turn for borne in (pair.alone, pair.served)]
     return ServeBench(
         model=manifest.model.architecture, layers=manifest.model.num_layers, precision=manifest.precision_in_words,
         routing=manifest.routing.mode, products=backend.products, block_length=manifest.routing.block_length,
@@ -149,42 +156,67 @@ def run(bundle: Bundle, *, clients: Sequence[int], requests: int, prompt_tokens:
         steps=steps, slots=slots, cpu_ops=not backend.kernels.missing,
         differing=sum(answer.token_ids != truth[answer.number] for answer in others),
         overhead=_overhead(pairs, alone), results=[AtClients(
-            clients=n, joining=_way(joining[n]), closed=_way(closed[n]), over_closed=_gain(joining[n], closed[n]),
+            clients=n, joining=_way(joining[n]), closed=_way(closed[n]),
+            steps_over_closed=_gain(joining[n], closed[n], _per_step), over_closed=_gain(joining[n], closed[n]),
             over_one=_gain(joining[n], alone)) for n in clients])
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """What this process holds beside the model, such as an exporter, is not looked through for garbage meanwhile.
+
+    It would be at every so many steps, and the server has none of it: that made this process up to 2.6 times slower.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _pair(generator: Generator, served: Server, asked: Sequence[Asked], number: int, served_first: bool) -> _Pair:
     """One request by both; which comes first changes, so that neither always has the warmer machine."""
-    one, found = [asked[number]], dict[bool, Answered]()
+    one, found = [asked[number]], dict[bool, Borne]()
     for by_server in (served_first, not served_first):
-        (answer,) = (served.bear(one, 1) if by_server else in_batches(generator, one, 1)).answers
-        answer.number = number
-        found[by_server] = answer
+        borne = served.bear(one, 1) if by_server else in_batches(generator, one, 1)
+        borne.answers[0].number = number
+        found[by_server] = borne
     return _Pair(found[False], found[True])
 
 
-def _borne(answers: Iterable[Answered]) -> Borne:
-    """Answers that came one at a time, as one load."""
-    found = list(answers)
-    return Borne(found, sum(len(answer.token_ids) for answer in found), sum(answer.seconds for answer in found))
+def _one_at_a_time(parts: Sequence[Borne]) -> Borne:
+    """Single requests as one load; what passed between them does not count."""
+    counts = [part.counts for part in parts]
+    return Borne([part.answers[0] for part in parts], sum(part.tokens for part in parts),
+                 sum(part.answers[0].seconds for part in parts),
+                 Counts(*(sum(getattr(one, name) for one in counts) for name in ("steps", "rows", "tokens"))))
+
+
+def _per_step(borne: Borne) -> float:
+    return borne.counts.tokens / borne.counts.steps
 
 
 def _way(turns: Sequence[Borne]) -> Way:
     answers = [answer for turn in turns for answer in turn.answers]
     return Way(tokens_per_second=Spread.of([turn.tokens_per_second for turn in turns]),
+               tokens_per_step=median(map(_per_step, turns)),
+               rows_per_step=median(turn.counts.rows / turn.counts.steps for turn in turns),
                first_block=Times.of(answer.first_block for answer in answers),
                answer=Times.of(answer.seconds for answer in answers))
 
 
-def _gain(ours: Sequence[Borne], theirs: Sequence[Borne]) -> Gain:
-    ratios = [a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, theirs, strict=True)]
+def _gain(ours: Sequence[Borne], theirs: Sequence[Borne], rate: Callable[[Borne], float] | None = None) -> Gain:
+    """Of `rate`, or of tokens per second, in the same round."""
+    rate = rate or (lambda borne: borne.tokens_per_second)
+    ratios = [rate(a) / rate(b) for a, b in zip(ours, theirs, strict=True)]
     return Gain(median=median(ratios), least=min(ratios))
 
 
 def _overhead(turns: Sequence[Sequence[_Pair]], alone: Sequence[Borne]) -> Overhead:
-    pairs = [pair for turn in turns for pair in turn]
+    pairs = [(pair.served.answers[0].seconds, pair.alone.answers[0].seconds) for turn in turns for pair in turn]
     return Overhead(
-        alone=_way(alone), served=_way([_borne(pair.served for pair in turn) for turn in turns]),
-        share=median(pair.served.seconds / pair.alone.seconds for pair in pairs) - 1,
-        share_of_all=sum(p.served.seconds for p in pairs) / sum(p.alone.seconds for p in pairs) - 1,
-        milliseconds=median(1e3 * (pair.served.seconds - pair.alone.seconds) for pair in pairs))
+        alone=_way(alone), served=_way([_one_at_a_time([pair.served for pair in turn]) for turn in turns]),
+        share=median(served / lone for served, lone in pairs) - 1,
+        share_of_all=sum(served for served, _ in pairs) / sum(lone for _, lone in pairs) - 1,
+        milliseconds=median(1e3 * (served - lone) for served, lone in pairs))

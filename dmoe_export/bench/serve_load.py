@@ -63,12 +63,26 @@ class Answered:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What a batch did: its steps, each a forward; rows in it, summed over steps; tokens of finished blocks."""
+
+    steps: int
+    rows: int
+    tokens: int
+
+    def since(self, start: Counts) -> Counts:
+        """What came after `start`."""
+        return Counts(self.steps - start.steps, self.rows - start.rows, self.tokens - start.tokens)
+
+
+@dataclass(frozen=True)
 class Borne:
-    """A load that was borne until all its requests were answered, by `until` (time.perf_counter)."""
+    """A load that was borne until all its requests were answered."""
 
     answers: list[Answered]  # those that ended in it
     tokens: int  # that arrived in it, those of answers that had not ended included
     seconds: float
+    counts: Counts
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,15 +90,14 @@ class Borne:
         return self.tokens / self.seconds
 
 
-def load(bundle: Bundle, requests: int, prompt_tokens: tuple[int, int], new_tokens: tuple[int, int], steps: int,
-         seed: int) -> list[Asked]:
-    """Random prompts whose lengths, and whose answers' lengths, are drawn evenly between two numbers of tokens."""
+def load(bundle: Bundle, requests: int, prompt_tokens: tuple[int, int], new_tokens: tuple[int, int],
+         steps: tuple[int, int], seed: int) -> list[Asked]:
+    """Random prompts; lengths of prompts and answers, and steps of a block, are drawn evenly between two numbers."""
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(prompt_tokens[0], prompt_tokens[1] + 1, requests)
-    answers = rng.integers(new_tokens[0], new_tokens[1] + 1, requests)
+    drawn = [rng.integers(low, high + 1, requests) for low, high in (prompt_tokens, new_tokens, steps)]
     return [Asked(random_prompt(bundle, int(length), seed + 1 + i), {
-        "max_new_tokens": int(answer), "steps": steps, "eos_id": -1, "temperature": 0.0})
-        for i, (length, answer) in enumerate(zip(lengths, answers, strict=True))]
+        "max_new_tokens": int(answer), "steps": int(forwards), "eos_id": -1, "temperature": 0.0})
+        for i, (length, answer, forwards) in enumerate(zip(*drawn, strict=True))]
 
 
 def in_batches(generator: Generator, asked: Sequence[Asked], size: int) -> Borne:
@@ -94,20 +107,22 @@ def in_batches(generator: Generator, asked: Sequence[Asked], size: int) -> Borne
     """
     answers: list[Answered] = []
     start = time.perf_counter()
-    sent = [start] * size
+    sent, steps, held, tokens = [start] * size, 0, 0, 0
     for first in range(0, len(asked), size):
         batch, rows = generator.batch(slots=size), {}
         for number, one in enumerate(asked[first:first + size], first):
             rows[batch.add(generator.request(one.prompt, **one.options))] = Answered(number, sent[number - first])
         while len(batch):
+            steps, held = steps + 1, held + len(batch)
             for event in batch.step():
                 if event.error:
                     raise event.error
                 assert event.block is not None
                 _arrived(rows[event.handle], event.block)
+                tokens += len(event.block.token_ids)
         sent[:len(rows)] = [answer.blocks[-1][0] for answer in rows.values()]
         answers += rows.values()
-    return _borne(answers, start)
+    return _borne(answers, start, Counts(steps, held, tokens))
 
 
 def _arrived(answer: Answered, block: Block) -> None:
@@ -115,11 +130,11 @@ def _arrived(answer: Answered, block: Block) -> None:
     answer.ended = block.finish_reason is not None
 
 
-def _borne(answers: list[Answered], start: float) -> Borne:
+def _borne(answers: list[Answered], start: float, counts: Counts) -> Borne:
     """Until the last of `answers` that ended."""
     over = max(answer.blocks[-1][0] for answer in answers if answer.ended)
-    return Borne([answer for answer in answers if answer.ended],
-                 sum(len(tokens) for answer in answers for at, tokens in answer.blocks if at <= over), over - start)
+    arrived = [len(tokens) for answer in answers for at, tokens in answer.blocks if at <= over]
+    return Borne([answer for answer in answers if answer.ended], sum(arrived), over - start, counts)
 
 
 class Server:
@@ -138,10 +153,11 @@ class Server:
         """
         answers, failures = list[Answered](), list[str]()
         over, lock = threading.Event(), threading.Lock()
-        ended = 0
+        ended, before = 0, self._counts()
+        after = before
 
         def client() -> None:
-            nonlocal ended
+            nonlocal ended, after
             try:
                 while not over.is_set():
                     with lock:
@@ -150,8 +166,9 @@ class Server:
                     self._ask(asked[answer.number], answer, over)
                     with lock:
                         ended += answer.ended
-                        if ended >= len(asked):
+                        if ended >= len(asked) and not over.is_set():
                             over.set()
+                            after = self._counts()
             except Exception as error:
                 failures.append(f"{type(error).__name__}: {error}")
                 over.set()
@@ -165,7 +182,26 @@ class Server:
         if failures:
             raise CheckError(f"The server did not answer a request of the load: {failures[0]}.")
         self._wait_until_idle()
-        return _borne(answers, start)
+        return _borne(answers, start, after.since(before))
+
+    def _counts(self) -> Counts:
+        """Of the server since it began."""
+        text = self._metrics()
+
+        def number(name: str) -> int:
+            found = re.search(rf"^{name}\{{.*\}} ([0-9.e+]+)$", text, re.MULTILINE)
+            return int(float(found[1])) if found else 0
+
+        return Counts(number("dmoe_step_rows_count"), number("dmoe_step_rows_sum"),
+                      number("dmoe_committed_tokens_total"))
+
+    def _metrics(self) -> str:
+        connection = http.client.HTTPConnection(*self._place, timeout=10)
+        try:
+            connection.request("GET", "/metrics")
+            return connection.getresponse().read().decode()
+        finally:
+            connection.close()
 
     def _ask(self, asked: Asked, answer: Answered, over: threading.Event) -> None:
         connection = http.client.HTTPConnection(*self._place, timeout=_START_SECONDS)
@@ -196,11 +232,7 @@ class Server:
         """Rows of clients that left are freed at the next step; the next load must not share forwards with them."""
         over = time.monotonic() + _IDLE_SECONDS
         while time.monotonic() < over:
-            connection = http.client.HTTPConnection(*self._place, timeout=10)
-            connection.request("GET", "/metrics")
-            text = connection.getresponse().read().decode()
-            connection.close()
-            if re.search(r'^dmoe_requests_in_progress\{.*\} 0\.0$', text, re.MULTILINE):
+            if re.search(r"^dmoe_requests_in_progress\{.*\} 0\.0$", self._metrics(), re.MULTILINE):
                 return
             time.sleep(0.02)
         raise CheckError("The server still has requests in progress, long after its clients have left.")

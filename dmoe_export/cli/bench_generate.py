@@ -43,7 +43,7 @@ from .progress import step_bar
 @option("--rounds", type=click.IntRange(1, 1000), default=3, group="measuring",
         help="Timed repetitions; more is slower and steadier")
 @option("--cpu-ops", type=click.Choice(["auto", "on", "off"]), default="auto", group="bundle and machine",
-        help="Whether our kernels compute experts and linear layers; auto: where they are installed")
+        help="Whether our kernels compute experts, linear layers and attention; auto: where they are installed")
 @option("--threads", type=click.IntRange(1, MOST_THREADS), default=2, group="bundle and machine",
         values="between 1 and 8 per CPU", help="Threads per operator")
 @CPU_PRODUCTS

@@ -37,7 +37,7 @@ from .progress import step_bar
         help="Timed repetitions; more is slower and steadier")
 @option("--warmup", type=click.IntRange(1, 1000), default=2, group="measuring", help="Repetitions that are not timed")
 @option("--cpu-ops", type=click.Choice(["auto", "on", "off"]), default="auto", group="bundle and machine",
-        help="Whether our kernels compute experts and linear layers; auto: where they are installed")
+        help="Whether our kernels compute experts, linear layers and attention; auto: where they are installed")
 @option("--threads", type=click.IntRange(1, MOST_THREADS), default=2, group="bundle and machine",
         values="between 1 and 8 per CPU", help="Threads per operator")
 @CPU_PRODUCTS

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..description import Precision
 from ..errors import RequestError
-from ..runtime.backend import Backend, ForwardInputs, ForwardOutputs, Ints
+from ..runtime.backend import Backend, ForwardInputs, ForwardOutputs, Ints, Limits
 from ..runtime.salient import SalientResult, SalientSteps
 from ..words import count
 from .caching import Plan
@@ -25,7 +25,7 @@ from .prefixes import RowPrefix, store_of
 from .row import FinishReason, Row
 from .settings import DecodeSettings
 from .telemetry import Statistics
-from .turns import Waiting, next_forward, riding
+from .turns import Waiting, next_forward, shaped
 from .watch import Watch, Watcher
 from .way import Way
 
@@ -79,6 +79,7 @@ class JoiningBatch:
         check_batch(slots, backend, bundle)
         self.slots = slots
         self._backend, self._bytes, self._precision, self._bundle = backend, bytes_per_expert, precision, bundle
+        self._fast, self._grid = (backend.limits or Limits()).step_tokens or 0, backend.routing.block_length
         self._cache = backend.new_cache(slots)
         self.prefixes = store_of(backend, self._cache, prefix_cache) if prefix_cache is not None else None
         self._rows: list[Handle] = []  # row i of the cache is the row's
@@ -142,13 +143,13 @@ class JoiningBatch:
         if failed:
             return failed
         plans = [handle.way.plan(handle.row) for handle in self._rows]
-        chosen = next_forward([self._waiting(handle, plan) for handle, plan in zip(self._rows, plans, strict=True)])
-        for handle in self._rows:
-            handle.waited += 1
+        waiting = [self._waiting(*pair) for pair in zip(self._rows, plans, strict=True)]
+        turn = next_forward(waiting, self._fast)
+        for i, handle in enumerate(self._rows):
+            handle.waited = 0 if i in turn else handle.waited + 1  # who waits for another's blocks has its turn, too
+        chosen = self._once(turn)
         mine = [self._rows[i] for i in chosen]
-        for handle in mine:
-            handle.waited = 0
-        return self._run(chosen, mine, riding([plans[i] for i in chosen]))
+        return self._run(chosen, mine, shaped([plans[i] for i in chosen], self._grid, self._fast))
 
     def _take_prefixes(self) -> list[Decoded]:
         """Rows take what is kept of their prompts; those that could not."""
@@ -160,6 +161,14 @@ class JoiningBatch:
             except Exception as error:  # of the row's cache, such as no memory
                 failed.append(_failed(handle, error))
         return failed
+
+    def _once(self, chosen: list[int]) -> list[int]:
+        """Without rows whose next blocks an earlier one computes: they take them from the store at the next step."""
+        common: list[object] = []
+        for i in chosen:
+            handle = self._rows[i]
+            common.append((handle.prefix and handle.prefix.common(handle.row)) or handle)
+        return [i for number, i in enumerate(chosen) if common[number] not in common[:number]]
 
     def _waiting(self, handle: Handle, plan: Plan) -> Waiting:
         graphs = handle.way.graphs

@@ -56,6 +56,12 @@ class Plan:
             return self
         return Plan(self.rides, self.start, self.start + self.ridden, np.ones(self.ridden, bool))
 
+    def cut(self, width: int) -> Plan:
+        """The first tokens of a prefill or a commit; a wider forward of another phase stays as it is."""
+        if self.width <= width or self.decodes or self.commit is None:
+            return self
+        return Plan(self.phase, self.start, self.start + width, self.commit[:width])
+
     @property
     def decodes(self) -> bool:
         """Tokens are chosen from this forward."""

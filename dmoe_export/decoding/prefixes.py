@@ -20,6 +20,7 @@ from ..runtime.residency.budget import machine_memory, parse_bytes
 from .row import Row
 from .way import Way
 
+WORTH_WAITING = 4  # blocks: fewer are computed twice sooner than a row has waited a forward for them
 Routing = tuple[tuple[str, float | int], ...]
 
 
@@ -138,6 +139,13 @@ class RowPrefix:
             row.cached += taken
             row.statistics.prefix_tokens += taken
             self._seen = row.cached
+
+    def common(self, row: Row) -> tuple[Node, Routing, bytes] | None:
+        """What two rows of a forward have in common if both would compute the same next blocks; None: nothing large."""
+        stop = row.cached + WORTH_WAITING * row.n
+        if self._node is None or stop > row.prefill_length:
+            return None
+        return self._node, self._routing, row.canvas[row.cached:stop].tobytes()
 
     def keep(self, row: Row, cache: Cache, place: int) -> None:
         """Leave the blocks that the row has committed since it was last here."""

@@ -6,6 +6,9 @@ forwards over everything come last, for they are as wide as their widest row, so
 one saves wide forwards. But a row waits only so long (`patience`, in forwards); then the kind that has waited longest
 is next. So a row waits at most its patience and one forward for every other kind: prefills and steps alternate as soon
 as a row that has begun its answer is there, and neither starves.
+
+A backend may say up to which width a forward is as fast as a step (`Limits.step_tokens`; TensorRT's profile of steps).
+There prefills do not alternate with steps: cut to that width, they share their forwards.
 """
 
 from __future__ import annotations
@@ -49,18 +52,28 @@ class Waiting:
         return self.waited >= (LONG_PATIENCE if gains else PATIENCE)
 
 
-def next_forward(rows: list[Waiting]) -> list[int]:
-    """The rows (at least one is given) that take part in the next forward, as indices in order."""
+def next_forward(rows: list[Waiting], fast: int = 0) -> list[int]:
+    """The rows (at least one is given) that take part in the next forward, as indices in order.
+
+    `fast`: most tokens of a row in a forward that is as fast as a step; 0 where every token costs.
+    """
     first = max(rows, key=lambda row: (row.overdue, row.waited if row.overdue else -_ORDER.index(row.turn),
                                        -_ORDER.index(row.turn), row.plan.salient is None, row.waited))
+    mixed = [i for i, row in enumerate(rows) if row.turn != "full" and row.kind[1:] == first.kind[1:]]
+    if fast and first.turn != "full" and any(rows[i].turn == "step" and rows[i].begun for i in mixed):
+        return mixed
     return [i for i, row in enumerate(rows) if row.kind == first.kind]
 
 
-def riding(plans: list[Plan]) -> list[Plan]:
-    """Forwards ride along where that makes the batch's forward no wider, or where at least half of its rows want it.
+def shaped(plans: list[Plan], block_length: int, fast: int = 0) -> list[Plan]:
+    """The plans of one forward, of which prefills beside steps are cut to `fast` tokens, a number of whole blocks.
 
-    Else they come first, as forwards of their own: padding of many rows would cost more than one row's forward.
+    Forwards ride along where that makes the batch's forward no slower, or where at least half of its rows want it. Else
+    they come first, as forwards of their own: padding of many rows would cost more than one row's forward.
     """
-    narrow = max(plan.apart().width for plan in plans)
+    fast = fast // block_length * block_length
+    if fast and len({_TURNS[plan.apart().phase] for plan in plans}) > 1:
+        plans = [plan if plan.width <= fast else plan.apart().cut(fast) for plan in plans]
+    narrow = max(fast, *(plan.apart().width for plan in plans))
     many = 2 * sum(plan.rides is not None for plan in plans) >= len(plans)
     return [plan if many or plan.width <= narrow else plan.apart() for plan in plans]

@@ -11,6 +11,7 @@ from ..bundle.graph_file import load_graph
 from ..bundle.manifest import ExpertPool, WeightInput
 from ..bundle.reader import Bundle
 from ..ops import experts, linear
+from ..ops.attention.onnx_body import inlined
 from ..ops.experts.onnx_capacity import DEFAULT_CAPACITY, experts_capacity_body
 from ..ops.linear.onnx_body import inline
 from ..ops.schema import DOMAIN
@@ -37,7 +38,7 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
 
     `library` None leaves the route node's body in (with `allow_fallback`).
     """
-    model = load_graph(bundle)
+    model = inlined(load_graph(bundle))  # TensorRT sees plain nodes, as in bundles without the op
     as_plugins = plugin_ops(settings.experts_op) if library else set()
     _set_bodies(model, bundle, settings, as_plugins)
     nodes = 0

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import MissingRequirementError
+from ..words import listed
 from .ort import ort
 
 
@@ -83,7 +84,7 @@ class Kernels:
     """Whose kernels compute a session's nodes of our ops."""
 
     missing: list[str]  # ops some of whose nodes run on their bodies, though a library of ours could serve them
-    sentence: str  # the end of one, such as "experts and linear layers on our CPU kernels"; may be empty
+    sentence: str  # the end of one, such as "experts, linear layers and attention on our CPU kernels"; may be empty
 
 
 def kernels_of(session: LibrarySession | None, ops: Mapping[str, int], words: Mapping[str, str], ours: str,
@@ -98,7 +99,7 @@ def kernels_of(session: LibrarySession | None, ops: Mapping[str, int], words: Ma
         why_not = f"{ours} serve " + " and ".join(f"{made[op]} of {ops[op]} {op} nodes" for op in missing)
     sides = {ours: [words[op] for op in made if op not in missing],
              f"ONNX Runtime's own ops ({why_not})": [words[op] for op in missing]}
-    said = [f"{' and '.join(dict.fromkeys(what))} on {side}" for side, what in sides.items() if what]
+    said = [f"{listed(list(dict.fromkeys(what)))} on {side}" for side, what in sides.items() if what]
     return Kernels(missing, ", ".join(said))
 
 

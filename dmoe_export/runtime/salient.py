@@ -93,7 +93,10 @@ class SalientSteps:
 
     def forward(self, inputs: ForwardInputs, cache: Any, keys: list[int], steps: list[SalientStep | None]
                 ) -> tuple[ForwardOutputs, list[SalientResult | None]]:
-        """One step of the sequences with a `SalientStep`, against their rows of a `HostCache`."""
+        """One step of the sequences with a `SalientStep`, against their rows of a `HostCache`.
+
+        Where one fails, no sequence has changed.
+        """
         rows, tokens = inputs.input_ids.shape
         asked = inputs.logit_rows.shape[1]
         d = self._graphs.description
@@ -102,10 +105,11 @@ class SalientSteps:
                              np.full((len(d.moe_layers), rows, tokens, k), -1, np.int32),
                              np.zeros((rows, asked, d.vocab_size), np.float32) if inputs.want_logits else None, None)
         results: list[SalientResult | None] = [None] * rows
+        states: dict[int, _State] = {}
         for i, step in enumerate(steps):
             if step is None:
                 continue
-            got, results[i] = self._row(inputs, cache, i, keys[i], step)
+            got, results[i], states[keys[i]] = self._row(inputs, cache, i, keys[i], step)
             m, t = got["token_ids"].shape[1], int((inputs.position_ids[i] >= 0).sum())
             out.token_ids[i, :m], out.confidence[i, :m] = got["token_ids"][0], got["confidence"][0]
             if k:
@@ -114,10 +118,11 @@ class SalientSteps:
                 out.logits[i, :m] = got["logits"][0]
         if isinstance(self._graphs, WatchesSteps):
             self._graphs.step_ends(inputs, out.expert_ids)
+        self._states |= states
         return out, results
 
     def _row(self, inputs: ForwardInputs, cache: Any, i: int, key: int, step: SalientStep
-             ) -> tuple[Arrays, SalientResult]:
+             ) -> tuple[Arrays, SalientResult, _State]:
         valid = inputs.position_ids[i] >= 0
         ids, positions = inputs.input_ids[i:i + 1, valid], inputs.position_ids[i:i + 1, valid]
         wanted = inputs.logit_rows[i:i + 1, :max(1, int((inputs.logit_rows[i] >= 0).sum()))]
@@ -140,11 +145,9 @@ class SalientSteps:
         new = {name: got[name] for name in self._names(*PARTS)}
         if state is not None and tail_only:
             seen = np.append(state.ids[:state.split - state.start], ids[0])
-            self._states[key] = replace(state, ids=seen, tail=new)
-        else:
-            head, tail = _cut(new, step.split - start)
-            self._states[key] = _State(start, step.split, ids[0], head, tail)
-        return got, result
+            return got, result, replace(state, ids=seen, tail=new)
+        head, tail = _cut(new, step.split - start)
+        return got, result, _State(start, step.split, ids[0], head, tail)
 
     def _run(self, feeds: Arrays, state: _State | None, tail_only: bool, step: SalientStep, inputs: ForwardInputs
              ) -> tuple[Arrays, SalientResult]:

@@ -47,9 +47,10 @@ void panelProduct(Matrix const& m, int32_t first, int32_t last, uint8_t const* p
         reinterpret_cast<float*>(unpacked), out);
 }
 
+// Sums are the same for more tokens than `few`: from there on panels are faster; earlier for int4, which is slow to unpack.
 Products exact(void (*narrow)(Matrix const&, float const*, uint8_t*))
 {
-    int32_t const lanes = instructionSet().lanes, few = lanes * 3 / 2; // sums are the same, so it is where panels are faster
+    int32_t const lanes = instructionSet().lanes, few = narrow ? lanes * 5 / 4 : lanes * 3 / 2;
     return {"float32", few, 2 * lanes, kPanelRows, 4, tokenBytes, narrow, pack, product, panelProduct};
 }
 

@@ -40,7 +40,7 @@ def test_manifest_tells_the_truth(tiny_bundle):
     assert {f.path for f in manifest.files} == {"denoiser.onnx", "denoiser.onnx.data", "experts.bin"}
     assert manifest.routing.min_experts == 2 + 4 - 2
     assert [(op.name, op.count) for op in manifest.denoiser.ops] == [
-        ("DmoeBlockRoute", 1), ("DmoeExperts", 1), ("DmoeLinear", 12)]
+        ("DmoeBlockRoute", 1), ("DmoeExperts", 1), ("DmoeLinear", 12), ("DmoeAttention", 2)]
     model = onnx.load(tiny_bundle.denoiser_path, load_external_data=False)
     assert [i.name for i in model.graph.input] == [i.name for i in manifest.denoiser.inputs]
     assert [o.name for o in model.graph.output] == [o.name for o in manifest.denoiser.outputs]

@@ -25,7 +25,7 @@ def offered(*words):
 @pytest.mark.parametrize(("words", "wanted"), [
     (("",), [("plain", name) for name in MEMBERS]),
     (("ge",), [("plain", "generate")]),
-    (("bench", "s"), [("plain", "step")]),
+    (("bench", "s"), [("plain", "step"), ("plain", "serve")]),
     (("generate", "--prompt-"), [("plain", "--prompt-file"), ("plain", "--prompt-ids")]),
     (("generate", "b", "--cache", "d"), [("plain", "dual")]),
     (("generate", "b"), [("file", "b")]),

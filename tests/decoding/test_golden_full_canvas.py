@@ -64,20 +64,6 @@ def test_generation_equals_the_reference(backend, runs, run, cache):
         assert statistics.forwards == forwards[cache]
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_a_batch_equals_each_row_alone(backend, runs, cache):
-    """Rows come to their blocks at different times, and leave at different times."""
-    prompts = [run[0] for run in runs]
-    options = {"max_new_tokens": 40, "block_length": 16, "threshold": 0.5, "eos_id": 471, "cache": cache}
-    together, ends = decode(backend, prompts, **options)
-    for i, prompt in enumerate(prompts):
-        alone, end = decode(backend, [prompt], **options)
-        assert together[i] == alone[0]
-        assert ends[i].finish_reason == end[0].finish_reason
-        assert ends[i].statistics.forwards_by_phase == end[0].statistics.forwards_by_phase
-    assert {end.finish_reason for end in ends} == {"eos", "length"}
-
-
 def test_shifted_logits_are_read_one_place_earlier(golden):
     """Dream, all masks taken at once: the recorded row of position i − 1 says what stands at i."""
     folder = golden.parent / "dream"

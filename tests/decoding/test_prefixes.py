@@ -123,6 +123,27 @@ def test_rows_in_prefill_take_what_others_computed_meanwhile():
     assert first.row.canvas.tolist() == second.row.canvas.tolist()
 
 
+def test_rows_that_join_together_compute_a_long_common_beginning_once():
+    """The others wait a forward for it; a beginning of few blocks is not worth that."""
+    for blocks, first in ((6, 1), (3, 3)):
+        backend = Toy()
+        batch, prompt = JoiningBatch(backend, 3, prefix_cache=100 * BLOCK), [4] * (blocks * N)
+        tails = [[5], [6, 7], [8, 9, 3, 3, 5]]
+        got, statistics = finish(batch, [prompt + tail for tail in tails])
+        assert got == [alone(prompt + tail, OPTIONS[1]) for tail in tails]
+        assert len(backend.seen[0].input_ids) == first
+        computed = sum((one.position_ids < blocks * N).sum() - (one.position_ids < 0).sum() for one in backend.seen)
+        assert computed == first * blocks * N
+        assert [one.prefix_tokens for one in statistics] == [0] + [blocks * N * (first == 1)] * 2
+
+
+def test_rows_wait_for_no_one_where_nothing_is_kept():
+    """The store is full of the first row's own: the others compute, one after the other."""
+    batch, prompt = JoiningBatch(Toy(), 3, prefix_cache=BLOCK), [4] * (6 * N)
+    got, _ = finish(batch, [[*prompt, tail] for tail in (5, 6, 7)])
+    assert got == [alone([*prompt, tail], OPTIONS[1]) for tail in (5, 6, 7)]
+
+
 def store(blocks):
     return PrefixStore(blocks * 10, 1, 10)
 

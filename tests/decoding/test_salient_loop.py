@@ -69,8 +69,8 @@ def test_block_oracle_is_the_plain_block_result():
         assert stats.salient_rows == 8 and stats.unique_experts == before.unique_experts
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe", "block"])
-@pytest.mark.parametrize("options", [{}, {"salient_capacity": 6}, {"acceptance": "factor", "factor": 2.0}])
+@pytest.mark.parametrize("kind, options", [
+    ("dense", {}), ("moe", {"salient_capacity": 6}), ("block", {"acceptance": "factor", "factor": 2.0})])
 def test_batches_in_different_phases_are_single_rows(kind, options):
     """Prompts of different lengths: other blocks, other ranges, other phases, in the same batch."""
     options = {"salient_threshold": 0.995, "full_steps": 2, **options}
@@ -80,6 +80,28 @@ def test_batches_in_different_phases_are_single_rows(kind, options):
         assert tokens == alone
         assert stats.salient_by_step == own.salient_by_step
         assert stats.forwards_by_phase == own.forwards_by_phase
+
+
+def test_a_step_that_fails_is_made_up_as_if_it_had_not_been(monkeypatch):
+    """The first row of it was computed already, but its state is that of before."""
+    calls, at = [0], [0]
+
+    class Failing(SalientSteps):
+        def _run(self, *arguments):
+            calls[0] += 1
+            if calls == at:
+                raise MemoryError("once")
+            return super()._run(*arguments)
+
+    monkeypatch.setattr("dmoe_export.decoding.batch.SalientSteps", Failing)
+    options = {"salient_threshold": 0.995, "full_steps": 1, "steps": 6}
+    want = decode("dense", PROMPTS[:2], **options)
+    assert calls[0] > 12
+    for second_row in (4, 6, 10):
+        calls[0], at[0] = 0, second_row
+        got = decode("dense", PROMPTS[:2], **options)
+        for (tokens, mine), (wanted, theirs) in zip(got, want, strict=True):
+            assert tokens == wanted and mine.salient_by_step == theirs.salient_by_step
 
 
 def test_schedule_of_a_full_canvas(seen):

@@ -12,7 +12,7 @@ from toy_backend import N, Toy
 
 from dmoe_export.decoding.batch import JoiningBatch
 from dmoe_export.decoding.caching import Plan
-from dmoe_export.decoding.turns import LONG_PATIENCE, PATIENCE, Waiting, next_forward
+from dmoe_export.decoding.turns import LONG_PATIENCE, PATIENCE, Waiting, next_forward, shaped
 from dmoe_export.runtime.salient import SalientStep
 
 PREFILL = Plan("prefill", 0, 8, np.ones(8, bool))
@@ -115,3 +115,60 @@ def test_no_row_of_a_batch_starves(seed):
     assert rows and max(asked.longest_wait for asked in rows) <= LONG_PATIENCE + 2
     begun = [asked for asked in rows if asked.handle.row.step or asked.handle.row.block]
     assert all(asked.handle.waited <= PATIENCE + 2 for asked in begun)
+
+
+def test_a_prompt_that_another_row_computes_starves_nobody():
+    """Its blocks come from the store while an earlier row prefills them: that must not look like waiting."""
+    batch = JoiningBatch(Toy(max_tokens=N), 3, prefix_cache=10**6)
+    stepping = Asked([5], {"max_new_tokens": 30 * N, "eos_id": -1, "acceptance": "fixed", "steps": N})
+    same = [Asked([6] * 20 * N, {"max_new_tokens": N, "eos_id": -1}) for _ in range(2)]
+    stepping.join(batch)
+    take(batch, [stepping])
+    for asked in same:
+        asked.join(batch)
+    while batch.free == 0:
+        take(batch, [stepping, *same])
+    assert stepping.longest_wait <= PATIENCE + 1
+    assert same[1].handle.row.statistics.prefix_tokens >= 16 * N
+
+
+def steps_of(backend, rows, slots, random):
+    """The requests in a batch, joined as soon as a slot is free; forwards it took."""
+    batch, waiting, inside = JoiningBatch(backend, slots), list(rows), []
+    while waiting or len(batch):
+        while waiting and batch.free:
+            waiting[0].join(batch)
+            inside.append(waiting.pop(0))
+        take(batch, inside)
+    return len(backend.seen)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**32))
+def test_where_a_wider_forward_is_as_fast_prefills_share_those_of_steps(seed):
+    """Fewer forwards, none wider beside a step, and the same answers."""
+    random = Random(seed)
+    rows = [([7 + i % 3] * random.randint(1, 9 * N), {"max_new_tokens": random.randint(1, 6 * N), "eos_id": -1,
+                                                     "steps": random.randint(1, N)}) for i in range(24)]
+    wide, plain = Toy(step_tokens=2 * N), Toy()
+    asked = [[Asked(*row) for row in rows] for _ in range(2)]
+    shared, apart = (steps_of(backend, mine, 4, random) for backend, mine in zip((wide, plain), asked, strict=True))
+    assert [one.tokens for one in asked[0]] == [one.tokens for one in asked[1]]
+    assert [one.last.statistics.forwards_by_phase["denoise"] for one in asked[0]] == [
+        one.last.statistics.forwards_by_phase["denoise"] for one in asked[1]]
+    assert shared <= apart
+    for inputs in wide.seen:
+        stepping = (inputs.logit_rows >= 0).any(axis=1) & ((inputs.position_ids >= 0).sum(axis=1) <= N)
+        assert inputs.input_ids.shape[1] <= 2 * N or not stepping.any()
+
+
+def test_a_prefill_beside_steps_is_cut_to_whole_blocks():
+    long, short = Plan("prefill", 0, 16, np.ones(16, bool)), Plan("denoise", 8, 12)
+    rides = Plan("denoise", 0, 12, np.arange(12) < 8, rides="prefill")
+    assert [plan.width for plan in shaped([long, short], 4, 10)] == [8, 4]
+    cut, _ = shaped([rides, short], 4, 10)
+    assert (cut.phase, cut.width, cut.commit.sum(), cut.rides) == ("prefill", 8, 8, None)
+    fits, _ = shaped([rides, short, short], 4, 12)[:2]
+    assert fits is rides
+    assert shaped([long, long], 4, 8) == [long, long]  # no step waits
+    assert [plan.width for plan in shaped([long, rides], 4, 0)] == [16, 12]

@@ -104,7 +104,7 @@ def error(library: Path | None, feeds: Feeds) -> float:
     wide = {name: value.astype(np.float64) for name, value in feeds.items()}
     keys = np.concatenate([wide["past_key"], wide["key"]], axis=2)
     values = np.concatenate([wide["past_value"], wide["value"]], axis=2)
-    rows, heads, stacked, columns = wide["q"].shape
+    rows, heads, stacked, _ = wide["q"].shape
     scores = (wide["q"] @ keys.swapaxes(2, 3)).reshape(rows, heads, -1, feeds["key"].shape[2], keys.shape[2])
     scores = scores + wide["bias"]
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))

@@ -12,6 +12,7 @@ from dmoe_export.runtime.cpu import library as cpu_ops
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 
 BUDGETS, INTERVALS = ("100%", "50%", "25%", "10%"), (1, 4, 32)
+PAIRS = [("100%", 4), ("50%", 1), ("25%", 32), ("10%", 4)]  # of the grid that test_residency_lossless.py goes through
 QUESTIONS = ["what is 2 plus 3?", "write the numbers 4 7 1 9 from last to first.", "what is the capital of france?"]
 ANSWER = {"max_new_tokens": 64, "threshold": 1.0, "steps": 12, "eos_id": -1}  # some 33 forwards of each row
 

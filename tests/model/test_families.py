@@ -119,7 +119,7 @@ def test_softmax_router_in_every_mode(checkpoints, exported, mode):
 def test_dense_bundle_says_so(dense_bundle):
     manifest = open_bundle(dense_bundle.folder).manifest
     assert manifest.model.moe is None and manifest.experts is None
-    assert [op.name for op in manifest.denoiser.ops] == ["DmoeLinear"]
+    assert [op.name for op in manifest.denoiser.ops] == ["DmoeLinear", "DmoeAttention"]
     assert {f.path for f in manifest.files} == {"denoiser.onnx", "denoiser.onnx.data"}
     assert "expert_ids" not in {o.name for o in manifest.denoiser.outputs}
     assert {i.name for i in manifest.denoiser.inputs if not i.name.startswith("past_")} == {

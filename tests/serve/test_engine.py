@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 from serving import Held, toy_generator
-from toy_backend import EOS
+from toy_backend import EOS, VOCAB
 
 from dmoe_export.errors import NotFiniteError
 from dmoe_export.serve.engine import Engine
@@ -192,6 +192,26 @@ def test_a_failed_forward_ends_its_requests_and_the_engine_goes_on(caplog):
         asyncio.run(main(engine, backend))
         assert engine.busy == 0 and engine.alive
     assert "ValueError at serving.py:" in caplog.text and "secret" not in caplog.text
+
+
+def test_a_row_whose_forward_fails_ends_alone():
+    """Three in one batch; every forward fails that has a token of the second one, which the others never hold."""
+    short = {"max_new_tokens": 12}
+    wanted = [offline((5, 6, 7), **short), offline((8, 6, 7), **short)]
+    bad = next(token for token in range(9, VOCAB) if token not in wanted[0] + wanted[1])
+
+    async def main():
+        with engine_of(slots=3) as (engine, backend):
+            inner = backend.forward
+            backend.forward = lambda inputs, cache: 1 / 0 if (inputs.input_ids == bad).any() else inner(inputs, cache)
+            jobs = [await submit(engine, f"r{token}", prompt=(token, 6, 7), **short) for token in (5, bad, 8)]
+            backend.free.set()
+            with pytest.raises(ApiError) as caught:
+                await pieces(jobs[1])
+            assert caught.value.status_code == 500 and caught.value.code == "internal_error"
+            return [(await answer(job))[0][0] for job in (jobs[0], jobs[2])]
+
+    assert asyncio.run(main()) == wanted
 
 
 @pytest.mark.parametrize("second", [True, False], ids=["a new batch", "no new batch"])

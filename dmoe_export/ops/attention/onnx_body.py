@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx
+import onnx.inliner
 import onnx.parser
 
 from ..schema import DOMAIN, OPSET, int64s
@@ -11,7 +12,8 @@ from . import SCHEMA
 
 def attention_body(half: bool) -> onnx.FunctionProto:
     """The function body, of any sizes; `half`: q is in half precision, the softmax is in float32 all the same."""
-    wide, probs = ("Cast <to = 1> (apart)", "CastLike (weights, q)") if half else ("Identity (apart)", "Identity (weights)")
+    wide, narrow = ("Cast <to = 1>", "CastLike") if half else ("Identity", "Identity")
+    as_q = "weights, q" if half else "weights"
     return onnx.parser.parse_function(f"""
     <opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
     {SCHEMA.name} ({", ".join(SCHEMA.inputs)}) => ({", ".join(SCHEMA.outputs)})
@@ -27,10 +29,10 @@ def attention_body(half: bool) -> onnx.FunctionProto:
       places = Shape <start = 3, end = 4> (scores)
       by_token = Concat <axis = 0> (rows_and_heads, share, tokens, places)
       apart = Reshape (scores, by_token)
-      wide = {wide}
+      wide = {wide} (apart)
       masked = Add (wide, bias)
       weights = Softmax <axis = -1> (masked)
-      narrow = {probs}
+      narrow = {narrow} ({as_q})
       stacked = Shape (scores)
       probs = Reshape (narrow, stacked)
       first = {int64s(0)}
@@ -44,3 +46,13 @@ def attention_body(half: bool) -> onnx.FunctionProto:
       mixed = Add (past_mixed, new_mixed)
     }}
     """)
+
+
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the body's nodes in place of each `DmoeAttention`, named after it."""
+    if not any(node.op_type == SCHEMA.name and node.domain == DOMAIN for node in model.graph.node):
+        return model
+    plain = onnx.inliner.inline_selected_functions(model, [(DOMAIN, SCHEMA.name)])
+    for i, node in enumerate(plain.graph.node):
+        node.name = node.name or f"{node.op_type}_{i}"
+    return plain

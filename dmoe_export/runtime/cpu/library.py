@@ -1,4 +1,4 @@
-"""Our kernels for ONNX Runtime's CPU provider, experts and linear layers: used where they can be, and told.
+"""Our kernels for ONNX Runtime's CPU provider, experts, linear layers and attention: used where they can be, and told.
 
 Without them the bodies of these ops run (com.microsoft.MoE and QMoE, Gemm, MatMulNBits), with the same tokens, slower.
 """

@@ -61,9 +61,9 @@ def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int |
                  weights: Mapping[str, Any] | None = None, products: Products = "exact") -> CpuSession:
     """A session over a graph of the bundle, from its file as it is, or over an edited one.
 
-    `threads`: of one operator. `cpu_ops`: whether our kernels compute experts and linear layers ("auto": where they
-    can, "on": that or an error). `source`: who holds experts while our kernels read them. `weights`: initializers by
-    name, as OrtValues, in place of what lies in the data files. `products`: fast ones need our kernels.
+    `threads`: of one operator. `cpu_ops`: whether our kernels compute experts, linear layers and attention ("auto":
+    where they can, "on": that or an error). `source`: who holds experts while our kernels read them. `weights`:
+    initializers by name, as OrtValues, in place of what lies in the data files. `products`: fast ones need our kernels.
     Raises BundleError for a graph that is none, or not the manifest's, MissingRequirementError where this ONNX Runtime,
     or the machine's memory, cannot load it.
     """

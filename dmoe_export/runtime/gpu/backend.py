@@ -13,11 +13,12 @@ from ...bundle.reader import Bundle
 from ...description import RUNTIME_SETTINGS
 from ..backend import ForwardInputs, ForwardOutputs, closed
 from ..library import Kernels
-from .cache import DeviceCache, DevicePart, Geometry, Positions, Slab
+from .cache import DeviceCache, DevicePart, Positions
 from .call import ITEMSIZES, Call, Executor, Layout, Sizes, Tensor, round_up
 from .device import Device, Strided
 from .graphs import GraphCache
 from .memory import Buffer, Pool
+from .slab import Geometry, Slab
 
 
 class DeviceBackend:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from bundles import GOLDEN_GUARD
-from residency_helpers import ANSWER, BUDGETS, INTERVALS, QUESTIONS, open_generator, same_bits
+from residency_helpers import ANSWER, BUDGETS, PAIRS, QUESTIONS, open_generator, same_bits
 
 from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle
@@ -15,10 +15,9 @@ from dmoe_export.runtime.residency.budget import ExpertBudget
 
 pytestmark = pytest.mark.usefixtures("our_kernels")
 
-_CONFIGS = {  # groups of experts, shared ones, two dense layers first · neither
-    "llada2": GEOMETRIES["tiny"] | {"num_hidden_layers": 4, "first_k_dense_replace": 2, "num_shared_experts": 3,
-                                    "num_experts_per_tok": 4, "moe_intermediate_size": 40},
-    "llada-moe": GEOMETRIES["llada-moe-tiny"] | {"num_experts_per_tok": 4}}
+# Groups of experts, shared ones, two dense layers first.
+_GROUPED = GEOMETRIES["tiny"] | {"num_hidden_layers": 4, "first_k_dense_replace": 2, "num_shared_experts": 3,
+                                 "num_experts_per_tok": 4, "moe_intermediate_size": 40}
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +25,7 @@ def answers(half_sample_bundle):
     return [g.token_ids for g in open_generator(half_sample_bundle).generate(QUESTIONS, **ANSWER)]
 
 
-@pytest.mark.parametrize("interval", INTERVALS)
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("budget, interval", PAIRS)
 def test_sample_answers_are_the_same(half_sample_bundle, answers, budget, interval):
     generator = open_generator(half_sample_bundle, expert_budget=budget, expert_refresh_interval=interval)
     got = generator.generate(QUESTIONS, **ANSWER)
@@ -46,11 +44,16 @@ def test_every_bit_is_the_same(model, budget, threads, half_sample_bundle, golde
                                                                     min_experts=GOLDEN_GUARD), budget, threads)
 
 
-@pytest.mark.parametrize("config, routing", [("llada2", "top_c"), ("llada-moe", "token")])
-def test_every_bit_of_other_models_is_the_same(config, routing, tmp_path):
-    write_synthetic(tmp_path / "checkpoint", _CONFIGS[config])
+def test_every_bit_of_groups_and_shared_experts_is_the_same(tmp_path):
+    write_synthetic(tmp_path / "checkpoint", _GROUPED)
     bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision="fp16", compute="fp16",
-                               routing=routing)
+                               routing="top_c")
+    for budget in BUDGETS[:3]:
+        same_bits(bundle, budget, 2)
+
+
+def test_every_bit_of_a_full_canvas_is_the_same(golden, exported):
+    bundle = exported(golden.parent / "llada_moe" / "model", precision="fp16", compute="fp16")
     for budget in BUDGETS[:3]:
         same_bits(bundle, budget, 2)
 

@@ -11,7 +11,7 @@ from dmoe_export.errors import MissingRequirementError
 from dmoe_export.runtime.cpu import library as cpu_ops
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 
-OURS = "experts and linear layers on our CPU kernels"
+OURS = "experts, linear layers and attention on our CPU kernels"
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +26,15 @@ def said(bundle, wanted="auto") -> str:
 def test_on_our_kernels(tiny_bundle, half_sample_bundle):
     for bundle in (tiny_bundle, half_sample_bundle):
         assert said(bundle) == said(bundle, "on") == OURS
-    assert said(tiny_bundle, "off") == "experts and linear layers on ONNX Runtime's own ops (our CPU kernels are off)"
+    assert said(tiny_bundle, "off") == ("experts, linear layers and attention on ONNX Runtime's own ops "
+                                        "(our CPU kernels are off)")
     assert Generator.open(tiny_bundle.folder, backend="onnxruntime").backend_choice == f"as asked for; {OURS}"
 
 
 def test_not_installed(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_ops, "INSTALLED", tmp_path / "libdmoe_cpu.so")
-    assert said(tiny_bundle) == ("experts and linear layers on ONNX Runtime's own ops (our CPU kernels are not "
-                                 "installed: pip install . in a checkout of dmoe-export, with a C++ compiler, "
+    assert said(tiny_bundle) == ("experts, linear layers and attention on ONNX Runtime's own ops (our CPU kernels "
+                                 "are not installed: pip install . in a checkout of dmoe-export, with a C++ compiler, "
                                  "brings them)")
     with pytest.raises(MissingRequirementError, match="do not exist; build them with `make cpu-ops`"):
         said(tiny_bundle, "on")
@@ -56,12 +57,13 @@ def test_a_library_that_cannot_be_loaded(tiny_bundle, tmp_path, monkeypatch, len
 
 
 def test_a_library_that_does_not_serve_every_node(half_sample_bundle, monkeypatch):
-    """The one for the CUDA provider, built for the CPU, has no linear layers: ONNX Runtime takes their bodies."""
+    """The one for the CUDA provider, built for the CPU, has neither linear layers nor attention: their bodies run."""
     monkeypatch.setattr(cpu_ops, "INSTALLED", library())
-    nodes = {op.name: op.count for op in half_sample_bundle.manifest.denoiser.ops}["DmoeLinear"]
-    sentence = ("experts on our CPU kernels, linear layers on ONNX Runtime's own ops (our CPU kernels serve 0 of "
-                f"{nodes} DmoeLinear nodes)")
-    assert nodes and said(half_sample_bundle) == sentence
+    nodes = {op.name: op.count for op in half_sample_bundle.manifest.denoiser.ops}
+    linear, attention = nodes["DmoeLinear"], nodes["DmoeAttention"]
+    sentence = ("experts on our CPU kernels, linear layers and attention on ONNX Runtime's own ops (our CPU kernels "
+                f"serve 0 of {linear} DmoeLinear nodes and 0 of {attention} DmoeAttention nodes)")
+    assert linear and attention and said(half_sample_bundle) == sentence
     with pytest.raises(MissingRequirementError) as raised:
         said(half_sample_bundle, "on")
     assert f"do not fit {half_sample_bundle.denoiser_path}, which would run with {sentence}; build" in str(raised.value)

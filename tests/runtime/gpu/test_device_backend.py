@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from bundles import GOLDEN_GUARD
 from conftest import SAMPLE
 from device_helpers import decode, host_backend
 
@@ -75,7 +76,7 @@ def test_sampling_brings_logits_home(golden_bundle, cpu, prompts):
 
 
 def test_half_precision(golden, exported, prompts):
-    bundle = exported(golden / "model", precision="fp16", compute="fp16")
+    bundle = exported(golden / "model", precision="fp16", compute="fp16", min_experts=GOLDEN_GUARD)
     options = {"max_new_tokens": 40, "threshold": 0.5, "steps": 6, "eos_id": -1}
     plain = OnnxRuntimeBackend(bundle, cpu_ops="off")  # as the device's half does
     want = decode(plain, prompts[:3], **options)

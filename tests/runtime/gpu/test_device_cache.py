@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from dmoe_export.errors import RequestError
 from dmoe_export.runtime.backend import ForwardInputs, ForwardOutputs
 from dmoe_export.runtime.cache import HostCache
-from dmoe_export.runtime.gpu.cache import DeviceCache, Geometry, Slab
+from dmoe_export.runtime.gpu.cache import DeviceCache
 from dmoe_export.runtime.gpu.memory import Pool
+from dmoe_export.runtime.gpu.slab import Geometry, Slab
 
 LAYERS = 2
 

@@ -15,9 +15,10 @@ from dmoe_export import Generator
 from dmoe_export.errors import MissingRequirementError
 from dmoe_export.runtime.backend import ForwardInputs, ForwardOutputs
 from dmoe_export.runtime.cache import HostCache
-from dmoe_export.runtime.gpu.cache import DeviceCache, Geometry, Slab
+from dmoe_export.runtime.gpu.cache import DeviceCache
 from dmoe_export.runtime.gpu.device import CudaDevice, DeviceError, DeviceMemoryError, Strided
 from dmoe_export.runtime.gpu.memory import Pool, upload
+from dmoe_export.runtime.gpu.slab import Geometry, Slab
 
 LAYERS, HEADS, HEAD_DIM = 2, 3, 16
 EVERYWHERE = ["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)]
