@@ -37,6 +37,10 @@ class RequestError(InputError):
     """A generation request contradicts the model: bad ids, too long a prompt, bad settings."""
 
 
+class LengthError(RequestError):
+    """A prompt and the answer asked for are together longer than the model or the engine takes."""
+
+
 class OutputError(InputError):
     """An output could not be written; nothing is left behind."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import RequestError
+from ..errors import LengthError, RequestError
 from ..runtime.backend import Backend, Limits
 from ..words import count
 from .caching import longest
@@ -28,16 +28,16 @@ def check_prompt(ids: Sequence[int], settings: DecodeSettings, backend: Backend,
     said = f"Prompt {index} of {count(len(ids), 'token')} and {new_tokens} new need"
     total = len(ids) + new_tokens
     if total > d.max_positions:
-        raise RequestError(f"{said} {total} positions, the model has {d.max_positions}; shorten one of them.")
+        raise LengthError(f"{said} {total} positions, the model has {d.max_positions}; shorten one of them.")
     most = limits.max_context
     if most is not None and total > most:
-        raise RequestError(f"{said} a context of {total} tokens, the engine was built for {most}; build one with: "
-                           f"dmoe-export build {bundle} --max-context {total}.")
+        raise LengthError(f"{said} a context of {total} tokens, the engine was built for {most}; build one with: "
+                          f"dmoe-export build {bundle} --max-context {total}.")
     tokens = longest(d, settings.cache, total, block_length)
     if limits.max_tokens is not None and tokens > limits.max_tokens:
         grid = backend.routing.block_length
-        raise RequestError(f"{said} forwards of {tokens} tokens, the engine takes at most {limits.max_tokens}; build "
-                           f"one with: dmoe-export build {bundle} --max-prefill {-(-tokens // grid) * grid}.")
+        raise LengthError(f"{said} forwards of {tokens} tokens, the engine takes at most {limits.max_tokens}; build "
+                          f"one with: dmoe-export build {bundle} --max-prefill {-(-tokens // grid) * grid}.")
 
 
 def check_batch(rows: int, backend: Backend, bundle: str) -> None:

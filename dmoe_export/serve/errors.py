@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as AnyHttpError
 
 from ..decoding.settings import OPTIONS
-from ..errors import DmoeError, RequestError
+from ..errors import DmoeError, LengthError, RequestError
 from ..words import visible
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -45,7 +45,9 @@ def of_bundle(error: DmoeError, folder: object, name: str) -> ApiError:
     if not isinstance(error, RequestError):
         return ApiError(500, sentence, code="model_error")
     first = sentence.split(" ", 1)[0]
-    return ApiError(400, sentence, param=first if first in OPTIONS else None)
+    about = "messages" if sentence.startswith(("Message ", "A message ")) else first if first in OPTIONS else None
+    too_long = isinstance(error, LengthError)  # agents look for OpenAI's word, and shorten their history
+    return ApiError(400, sentence, param=about, code="context_length_exceeded" if too_long else None)
 
 
 def where(error: BaseException) -> str:

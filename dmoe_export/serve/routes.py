@@ -67,11 +67,12 @@ async def cancel(name: str, request: Request) -> JSONResponse:
     record: Record = request.state.record
     record.owner = getattr(request.state, "owner", -1)
     key = (record.owner, name.removeprefix("chatcmpl-").removeprefix("cmpl-"))
-    for engine in _house(request).engines.values():
-        if job := engine.jobs.get(key):
-            engine.cancel(job, "cancelled")
-            return JSONResponse({"id": name, "object": "request", "cancelled": True})
-    raise ApiError(404, "No request of this id is in progress.", code="request_not_found")
+    found = [(engine, job) for engine in _house(request).engines.values() if (job := engine.jobs.get(key))]
+    if not found:
+        raise ApiError(404, "No request of this id is in progress.", code="request_not_found")
+    for engine, job in found:  # of each model one, where a client has used its id again
+        engine.cancel(job, "cancelled")
+    return JSONResponse({"id": name, "object": "request", "cancelled": True})
 
 
 @router.head("/health/live", include_in_schema=False)

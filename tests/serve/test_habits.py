@@ -5,13 +5,17 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import openai
 import pytest
 from page_helpers import ask, house_of, served
+from serving import Held, toy_generator
 
 from dmoe_export.serve.app import application
+from dmoe_export.serve.engine import Engine
 from dmoe_export.serve.schema import OTHERS
 
 QUESTION = {"model": "sample", "messages": [{"role": "user", "content": "what is 2 plus 3?"}], "max_tokens": 32}
@@ -50,6 +54,12 @@ def test_and_refused_where_they_ask_for_something(url, name, value):
     assert answer.status == 400 and answer.json()["error"]["param"] == name
 
 
+def test_agents_read_that_a_history_is_too_long(url):
+    for more in ({"max_tokens": 256, "messages": QUESTION["messages"] * 90}, {"messages": QUESTION["messages"] * 500}):
+        answer = asked(url, **more)
+        assert answer.status == 400 and answer.json()["error"]["code"] == "context_length_exceeded", answer.text
+
+
 def test_heads_are_asked_by_load_balancers(url):
     for path in ("/health/live", "/health/ready", "/metrics", "/v1/models", "/"):
         connection = http.client.HTTPConnection(urlsplit(url).netloc)
@@ -84,6 +94,39 @@ def test_a_model_s_name_may_have_slashes(url, house):
         assert client.models.retrieve("org/sample").id == "sample"  # the engine's own
     finally:
         del house.engines["org/sample"]
+
+
+def test_an_id_that_two_models_have_ends_both(url, house):
+    held = {name: Held() for name in ("one", "two")}
+    engines = {name: Engine(name, toy_generator(backend), 1, 1, house.metrics) for name, backend in held.items()}
+    house.engines |= engines
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            asked = [pool.submit(ask_named, url, {"model": name, "prompt": [5, 6, 7], "max_tokens": 40, "eos_id": -1})
+                     for name in engines]
+            while not all(engine.jobs for engine in engines.values()):
+                time.sleep(0.001)
+            connection = http.client.HTTPConnection(urlsplit(url).netloc)
+            connection.request("DELETE", "/v1/requests/mine")
+            assert connection.getresponse().status == 200
+            connection.close()
+            for backend in held.values():
+                backend.free.set()
+            assert [one.result()["choices"][0]["finish_reason"] for one in asked] == ["cancelled"] * 2
+    finally:
+        for name, engine in engines.items():
+            held[name].free.set()
+            del house.engines[name]
+            engine.close()
+
+
+def ask_named(url, body):
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps(body), {
+        "content-type": "application/json", "x-request-id": "mine"})
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    return answer
 
 
 def test_a_body_of_two_lengths_is_refused_and_its_connection_closed(url):
