@@ -25,6 +25,11 @@ struct Group {
     std::vector<Range> seen;
 };
 
+// Of a thread, which has a pointer to it: a library has little room for the threads' own variables.
+struct Memory {
+    std::vector<float> wide, in, packed, unpacked, scores, out;
+};
+
 // Queries of one key head with the same places.
 struct Piece {
     int32_t group, head, first, last; // of the group's share · tokens queries
@@ -102,19 +107,14 @@ private:
 
     void piece(size_t index) const
     {
-        struct Memory {
-            std::vector<float> wide, in, packed, unpacked, scores, out;
-        };
-        auto& memory = ofThread<Memory>(); // no structured binding: lambdas capture none in C++17
-        auto &wide = memory.wide, &inMemory = memory.in, &packed = memory.packed, &unpackedMemory = memory.unpacked;
-        auto &scoreMemory = memory.scores, &outMemory = memory.out;
+        auto& memory = ofThread<Memory>();
         Piece const& piece = pieces[index];
         Group const& g = groups[piece.group];
         int32_t const queries = piece.last - piece.first, tokens = g.end - g.begin;
         int32_t const length = (g.places + 15) / 16 * 16; // whole vectors of any instruction set
-        float* const in = room(inMemory, int64_t{kQueries} * a.columns);
-        float* const results = room(outMemory, int64_t{kQueries} * a.columns);
-        float* const all = room(scoreMemory, int64_t{kQueries} * length);
+        float* const in = room(memory.in, int64_t{kQueries} * a.columns);
+        float* const results = room(memory.out, int64_t{kQueries} * a.columns);
+        float* const all = room(memory.scores, int64_t{kQueries} * length);
         std::fill_n(results, int64_t{queries} * a.columns, 0.0f);
         void const* x[kQueries];
         float *scores[kQueries], *to[kQueries], *out[kQueries];
@@ -123,7 +123,7 @@ private:
             int32_t const query = piece.first + i;
             int64_t const row = int64_t{g.row} * a.heads + piece.head;
             where[i] = (row * a.share + query / tokens) * a.tokens + g.begin + query % tokens;
-            float const* const q = rows(a.q, where[i], 1, wide);
+            float const* const q = rows(a.q, where[i], 1, memory.wide);
             std::copy_n(q, a.columns, in + int64_t{i} * a.columns);
             x[i] = in + int64_t{i} * a.columns;
             scores[i] = all + int64_t{i} * length;
@@ -132,17 +132,18 @@ private:
         Matrix m{nullptr, nullptr, Format::kFloat, 0, a.columns, 4 * int64_t{a.columns}};
         uint8_t* panels = nullptr;
         if (int32_t const count = panelCount(p, queries)) {
-            panels = roomForBytes(packed, panelRoom(p, queries) * p.tokenBytes(m));
+            panels = roomForBytes(memory.packed, panelRoom(p, queries) * p.tokenBytes(m));
             for (int32_t i = 0; i < count; ++i) {
                 p.pack(m, x, queries, i, panels);
             }
         }
-        uint8_t* const unpacked = roomForBytes(unpackedMemory, int64_t{p.rowBlock + 1} * p.unpackedBytes * a.columns);
+        uint8_t* const unpacked = roomForBytes(memory.unpacked, int64_t{p.rowBlock + 1} * p.unpackedBytes * a.columns);
         auto const eachRange = [&](void const* cached, void const* fresh, auto work) {
             int32_t rank = 0;
             for (Range const& r : g.seen) {
                 int32_t const count = r.end - r.begin;
-                float const* const these = rows(r.begin < a.past ? cached : fresh, indexOf(g, piece.head, r.begin), count, wide);
+                void const* const tensor = r.begin < a.past ? cached : fresh;
+                float const* const these = rows(tensor, indexOf(g, piece.head, r.begin), count, memory.wide);
                 for (int32_t i = 0; i < queries; ++i) {
                     to[i] = scores[i] + rank;
                 }
