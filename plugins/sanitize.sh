@@ -18,6 +18,6 @@ rm -f "$log".*
 LD_PRELOAD="$asan:$ubsan" ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:log_path="$log" \
     UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path="$log" DMOE_CPU_PRESET=cpu-sanitized OMP_NUM_THREADS=1 \
     "$1" -m pytest -q -p no:cacheprovider tests/plugins/test_cpu_ops.py tests/plugins/test_linear_op.py tests/plugins/test_fast_products.py \
-    tests/plugins/test_library_session.py tests/runtime/cpu/test_residency_groups.py \
+    tests/plugins/test_attention_op.py tests/plugins/test_library_session.py tests/runtime/cpu/test_residency_groups.py \
     -k 'not tiny and not golden and not bundle and not counted and not sessions_may_end and not expert_file_cut' "${@:2}" \
     || { cat "$log".* 2> /dev/null; exit 1; }

@@ -102,7 +102,12 @@ private:
 
     void piece(size_t index) const
     {
-        thread_local std::vector<float> wide, inMemory, packed, unpackedMemory, scoreMemory, outMemory;
+        struct Memory {
+            std::vector<float> wide, in, packed, unpacked, scores, out;
+        };
+        auto& memory = ofThread<Memory>(); // no structured binding: lambdas capture none in C++17
+        auto &wide = memory.wide, &inMemory = memory.in, &packed = memory.packed, &unpackedMemory = memory.unpacked;
+        auto &scoreMemory = memory.scores, &outMemory = memory.out;
         Piece const& piece = pieces[index];
         Group const& g = groups[piece.group];
         int32_t const queries = piece.last - piece.first, tokens = g.end - g.begin;

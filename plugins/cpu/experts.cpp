@@ -171,7 +171,10 @@ private:
     void product(Group const& g, void const* values, void const* scales, int64_t rows, Matrix m, int32_t first,
         int32_t last, float* const* out) const
     {
-        thread_local std::vector<float> scaleMemory, rowMemory;
+        struct Memory {
+            std::vector<float> scales, rows;
+        };
+        auto& [scaleMemory, rowMemory] = ofThread<Memory>();
         int64_t const row = g.expert * rows + first, groups = m.columns >> e.groupShift;
         m.values = static_cast<uint8_t const*>(values) + row * m.rowBytes;
         if (scales && e.halfScales) {
@@ -194,8 +197,11 @@ private:
     void gateUp(Group const& g, int32_t first, int32_t last)
     {
         int32_t const tokens = g.end - g.begin, rows = 2 * (last - first);
-        thread_local std::vector<float> both;
-        thread_local std::vector<float*> out;
+        struct Memory {
+            std::vector<float> both;
+            std::vector<float*> out;
+        };
+        auto& [both, out] = ofThread<Memory>();
         float* const begin = room(both, static_cast<size_t>(tokens) * rows);
         out.resize(tokens);
         for (int32_t t = 0; t < tokens; ++t) {
@@ -210,7 +216,10 @@ private:
     void down(Group const& g, int32_t first, int32_t last)
     {
         int32_t const tokens = g.end - g.begin;
-        thread_local std::vector<float*> out;
+        struct Memory {
+            std::vector<float*> out;
+        };
+        std::vector<float*>& out = ofThread<Memory>().out;
         out.resize(tokens);
         for (int32_t t = 0; t < tokens; ++t) {
             out[t] = products + static_cast<size_t>(g.begin + t) * e.hidden + first;
@@ -280,9 +289,8 @@ private:
 
 void runExperts(Experts const& call, DmoeSession const* session, Parallel parallel, void* pool, std::atomic<bool>& lost)
 {
-    thread_local Scratch scratch;
     catchLostPages();
-    Call(call, session, parallel, pool, scratch, lost).run();
+    Call(call, session, parallel, pool, ofThread<Scratch>(), lost).run();
 }
 
 } // namespace dmoe::cpu

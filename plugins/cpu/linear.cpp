@@ -24,7 +24,10 @@ public:
 
     void run(Parallel parallel, void* pool)
     {
-        thread_local std::vector<float> inMemory, narrowMemory, panelMemory;
+        struct Memory {
+            std::vector<float> in, narrow, panels;
+        };
+        auto& [inMemory, narrowMemory, panelMemory] = ofThread<Memory>();
         wide = static_cast<float const*>(l.x);
         if (half) {
             int64_t const count = int64_t{l.tokens} * l.columns;
@@ -61,8 +64,11 @@ private:
             return;
         }
         LostPages const watch(lost);
-        thread_local std::vector<float> unpackedMemory, scaleMemory, outMemory;
-        thread_local std::vector<float*> y;
+        struct Memory {
+            std::vector<float> unpacked, scales, out;
+            std::vector<float*> y;
+        };
+        auto& [unpackedMemory, scaleMemory, outMemory, y] = ofThread<Memory>();
         int32_t const first = static_cast<int32_t>(index) * chunk, rows = std::min(chunk, l.rows - first);
         float* const results = half ? room(outMemory, size_t(l.tokens) * rows) : nullptr;
         y.resize(l.tokens);

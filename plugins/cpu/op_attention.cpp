@@ -64,7 +64,10 @@ struct Op : SessionOp<Op, Kernel> {
     char const* GetName() const { return "DmoeAttention"; }
     size_t GetInputTypeCount() const { return 6; }
     size_t GetOutputTypeCount() const { return 1; }
-    ONNXTensorElementDataType GetInputType(size_t index) const { return index == 5 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : values; }
+    ONNXTensorElementDataType GetInputType(size_t index) const
+    {
+        return index == 5 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : values;
+    }
     ONNXTensorElementDataType GetOutputType(size_t) const { return values; }
 
     Kernel* makeKernel(OrtKernelInfo const*) const { return new Kernel(values); }

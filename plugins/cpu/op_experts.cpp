@@ -2,6 +2,7 @@
 #include "op.h"
 
 #include "experts.h"
+#include "scratch.h"
 
 namespace dmoe {
 namespace {
@@ -75,7 +76,10 @@ private:
         if (values == 0) {
             return; // no tensor has an address then
         }
-        thread_local std::vector<float> in, out;
+        struct Memory {
+            std::vector<float> in, out;
+        };
+        auto& [in, out] = cpu::ofThread<Memory>();
         if (half) {
             in.resize(values);
             out.resize(values);

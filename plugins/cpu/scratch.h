@@ -3,9 +3,22 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace dmoe::cpu {
+
+// The calling thread's T. One pointer: the library lies in the little memory that a process has for thread-locals of
+// libraries opened later, so a few vectors more and a second copy of it could not be opened.
+template <typename T>
+T& ofThread()
+{
+    thread_local std::unique_ptr<T> mine;
+    if (!mine) {
+        mine = std::make_unique<T>();
+    }
+    return *mine;
+}
 
 // At least `count` floats at a cache line's begin: vectors that straddle two lines cost twice.
 inline float* room(std::vector<float>& memory, size_t count)

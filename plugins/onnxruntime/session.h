@@ -20,7 +20,7 @@ typedef void (*DmoeRelease)(void* context, void const* gate_up, int32_t const* e
 // long as the session of ONNX Runtime, and are called by the threads that run it.
 __attribute__((visibility("default"))) DmoeSession* dmoe_session_create(DmoeAcquire acquire, DmoeRelease release,
     void* context);
-// Kernels made for nodes of this op: "DmoeAttention", "DmoeBlockRoute", "DmoeExperts", "DmoeLinear", "DmoeQuantisedLinear". 0 for another.
+// Kernels made for nodes of this op, such as "DmoeLinear" (all: session.cpp). 0 for another.
 __attribute__((visibility("default"))) int64_t dmoe_session_kernels(DmoeSession const* session, char const* op);
 // Whether products of integers and of bfloat16 may round activations, from the next run of a kernel on; at first they may not.
 __attribute__((visibility("default"))) void dmoe_session_set_products(DmoeSession* session, int32_t fast);

@@ -49,7 +49,8 @@ def test_result_has_every_setting_with_the_experts_asked_for(tiny_bundle, tmp_pa
         assert set(r["products_by_part"]) == {"attention", "router", "experts", "ffn", "head"}
         assert set(r["profile_milliseconds"]) == set(PARTS)
         assert all(r["profile_milliseconds"][part] > 0 for part in r["products_by_part"])
-        assert {"DmoeLinear" if INSTALLED.is_file() else "Gemm", "MatMul"} <= {op["op"] for op in r["profile_ops"]}
+        used = {"DmoeLinear", "DmoeAttention"} if INSTALLED.is_file() else {"Gemm", "MatMul"}
+        assert used <= {op["op"] for op in r["profile_ops"]}
         assert r["ratio"] > 0 and r["limit_share"] > 0
     by_count = {(r["active_experts"], r["cached"]): r for r in found["results"]}
     assert by_count[16, 0]["bytes_touched"] - by_count[4, 0]["bytes_touched"] == 12 * 3 * 32 * 24 * 4  # 12 experts
@@ -162,8 +163,8 @@ def test_every_node_near_a_weight_gets_its_part(tiny_bundle):
     assert used["layers.1.ffn.router.weight"][:2] == ["router", "1"]
     assert used["layers.1.ffn.gate_up"][:2] == ["experts", "1"]
     assert used["lm_head.weight"][0] == "head" and used["embed.weight"][0] == "other"
-    softmax = [node.name.split("|")[:2] for node in model.graph.node if node.op_type == "Softmax"]
-    assert softmax == [["attention", "0"], ["attention", "1"]]
+    attention = [node.name.split("|")[:2] for node in model.graph.node if node.op_type == "DmoeAttention"]
+    assert attention == [["attention", "0"], ["attention", "1"]]
     assert {node.name.split("|")[0] for function in model.functions for node in function.node} == {
         "router", "experts", "attention", "ffn", "head"}
 

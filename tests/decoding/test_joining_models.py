@@ -9,11 +9,12 @@ from random import Random
 import numpy as np
 import pytest
 from device_helpers import host_backend
-from joining import Asked, check, live
+from joining import Asked, check, live, take
 from residency_helpers import open_generator
 
 from dmoe_export.decoding.batch import JoiningBatch
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
+from dmoe_export.runtime.gpu.device import DeviceMemoryError
 
 pytestmark = pytest.mark.usefixtures("our_kernels")
 
@@ -72,6 +73,22 @@ def test_on_a_device(bundle_of, family):
     live(JoiningBatch(backend, 4), rows, random)
     assert backend.graphs.replayed
     check(rows, OnnxRuntimeBackend(bundle, cpu_ops="off"))
+
+
+def test_a_device_without_memory_for_a_long_row_goes_on_with_the_others(golden_bundle):
+    backend, options = host_backend(golden_bundle), {"max_new_tokens": 60, "threshold": 0.5, "eos_id": -1, "steps": 8}
+    batch = JoiningBatch(backend, 3)
+    short, long, later = (Asked([5 + i] * n, options) for i, n in enumerate((33, 200, 40)))
+    short.join(batch)
+    while not short.handle.row.block:
+        take(batch, [short])
+    backend.fake.memory = backend.fake.used + 400_000  # for its forward, not for three rows of its length
+    long.join(batch)
+    while len(batch):
+        take(batch, [short, long])
+    assert isinstance(long.last.error, DeviceMemoryError) and "GB more are needed" in str(long.last.error)
+    live(batch, [later], Random(0), cancelling=0)
+    check([short, later], OnnxRuntimeBackend(golden_bundle, cpu_ops="off"))
 
 
 @pytest.mark.parametrize("family", ["llada2_dmoe", "salient_block"])

@@ -19,6 +19,7 @@ from .library import CpuOps
 from .products import Products, products_of
 from .salient import OnnxRuntimeSalient
 from .session import CpuSession, open_session
+from .wanted import Wanted
 
 _CACHE_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
@@ -86,8 +87,9 @@ class OnnxRuntimeBackend:
         session = self._session
         if session is None:
             raise closed(self.name)
+        head = Wanted(inputs.logit_rows, inputs.input_ids.shape[1])
         feeds: dict[str, Any] = {"input_ids": inputs.input_ids, "position_ids": inputs.position_ids,
-                                 "past_positions": cache.positions, "logit_rows": inputs.logit_rows}
+                                 "past_positions": cache.positions, "logit_rows": head.logit_rows}
         for name, default in self._defaults.items():
             feeds[name] = np.asarray([inputs.settings.get(name, default[0])], default.dtype)
         feeds.update(zip((f"past_{name}" for name in self._kv_names), (*cache.keys, *cache.values), strict=True))
@@ -99,9 +101,10 @@ class OnnxRuntimeBackend:
         results = dict(zip(wanted, session.run(wanted, feeds), strict=True))
         layers = self.description.num_layers
         new = [results[name] for name in self._kv_names] if inputs.want_keys_values else []
-        return ForwardOutputs(results["token_ids"], results["confidence"],
+        return ForwardOutputs(head.spread(results["token_ids"]), head.spread(results["confidence"]),
                               results.get("expert_ids", np.zeros((0, *inputs.input_ids.shape, 0), np.int32)),
-                              results.get("logits"), (new[:layers], new[layers:]) if new else None)
+                              head.spread(results["logits"]) if inputs.want_logits else None,
+                              (new[:layers], new[layers:]) if new else None)
 
     def close(self) -> None:
         """See `Backend`: a forward in progress keeps its session until it ends."""
