@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from ..errors import DmoeError, RequestError
+from ..errors import DmoeError, LengthError, RequestError
 from .tokenizer_limits import check_tokenizer, has_pattern
 
 SECONDS = 5.0  # for one call; 100 000 tokens take half a second
@@ -71,8 +71,8 @@ class GuardedTokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> Encoding:
         """The encoding of a text; raises RequestError where that does not work, or takes too long."""
         if len(text) > self.most_characters:
-            raise RequestError(f"Prompt of {len(text)} characters is longer than the {self.most_characters} that its "
-                               "tokenizer takes; give a shorter one.")
+            raise LengthError(f"Prompt of {len(text)} characters is longer than the {self.most_characters} that its "
+                              "tokenizer takes; give a shorter one.")
         with no_panics(lambda why: RequestError(f"The tokenizer cannot encode a prompt of {len(text)} characters: "
                                                 f"{why}.")):
             batch = self.raw.encode_batch  # the one that leaves other threads running

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..description import MOST_POSITIONS
-from ..errors import RequestError
+from ..errors import LengthError, RequestError
 from .codec import Message, TextCodec
 from .messages import short
 
@@ -46,8 +46,8 @@ def encode(prompt: Prompt, chat: bool, text: TextCodec | None, folder: Path) -> 
     content: Any = prompt
     if not isinstance(prompt, str) and len(prompt) and not isinstance(prompt[0], dict):
         if len(prompt) > MOST_POSITIONS:
-            raise RequestError(f"Prompt of {len(prompt)} token ids is longer than {MOST_POSITIONS}, which no model "
-                               "takes; give a shorter one.")
+            raise LengthError(f"Prompt of {len(prompt)} token ids is longer than {MOST_POSITIONS}, which no model "
+                              "takes; give a shorter one.")
         for i in content:
             if not isinstance(i, Integral) or isinstance(i, bool):
                 raise RequestError(f"Prompt with {short(i)} is {_WRONG}.")

@@ -55,7 +55,8 @@ def test_and_refused_where_they_ask_for_something(url, name, value):
 
 
 def test_agents_read_that_a_history_is_too_long(url):
-    for more in ({"max_tokens": 256, "messages": QUESTION["messages"] * 90}, {"messages": QUESTION["messages"] * 500}):
+    for more in ({"max_tokens": 256, "messages": QUESTION["messages"] * 90}, {"messages": QUESTION["messages"] * 500},
+                 {"messages": [{"role": "user", "content": "x" * 1_600_000}]}):
         answer = asked(url, **more)
         assert answer.status == 400 and answer.json()["error"]["code"] == "context_length_exceeded", answer.text
 
