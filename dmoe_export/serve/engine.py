@@ -1,4 +1,4 @@
-"""The thread that owns a bundle's batch: rows join it in the order of their arrival, whenever a place is free."""
+"""The thread that owns a bundle's batch: rows join it whenever a place is free, in the order of `Queue`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,6 +21,7 @@ from ..generator import Generator
 from .errors import FAILED, ApiError, of_bundle, where
 from .job import Ending, Job, Row
 from .metrics import Metrics
+from .queue import Queue
 
 _ENCODERS = 2  # threads that render templates and encode
 
@@ -38,7 +38,7 @@ class Engine:
         self.name, self.generator, self.slots, self.max_waiting = name, generator, slots, max_waiting
         self.jobs: dict[tuple[int, str], Job] = {}  # by owner and id, from arrival to end
         self._metrics, self._log = metrics.of(name), logging.getLogger("dmoe_export.serve")
-        self._waiting: deque[tuple[Job, Row]] = deque()
+        self._waiting = Queue()
         self._running: dict[Handle, tuple[Job, Row]] = {}
         self._lock = threading.Condition()
         self._admitted = set[tuple[int, str]]()
@@ -79,7 +79,7 @@ class Engine:
                 self._leave(key)
                 raise self._failed()
             self.jobs[key] = job
-            self._waiting.extend((job, row) for row in rows)
+            self._waiting.add(job, rows)
             self._metrics.waiting.set(len(self._waiting))
             self._lock.notify()
         return job
@@ -194,18 +194,16 @@ class Engine:
     def _not_wait(self, job: Job) -> list[Row]:
         """A job's rows that waited; they do no more."""
         with self._lock:
-            found = [row for one, row in self._waiting if one is job]
-            if found:
-                self._waiting = deque(pair for pair in self._waiting if pair[0] is not job)
-            return found
+            return self._waiting.drop(job)
 
     def _join(self) -> None:
-        """First come, first served; a row that the batch refuses ends its request alone."""
+        """Rows join as long as a place is free; one that the batch refuses ends its request alone."""
         while self._batch.free:
             with self._lock:
-                if not self._waiting:
-                    break
-                job, row = self._waiting.popleft()
+                found = self._waiting.next(job for job, _ in self._running.values())
+            if found is None:
+                break
+            job, row = found
             try:
                 handle = self._batch.add(row.request, index=row.choices[0], watch=job.watch)
             except Exception as error:

@@ -76,6 +76,22 @@ def test_requests_beyond_the_slots_wait_and_join_in_order():
         assert max(len(inputs.input_ids) for inputs in backend.seen) == 2
 
 
+def test_a_request_of_many_answers_leaves_places_to_those_that_came_after():
+    async def main(engine, backend):
+        many = await submit(engine, "many", n=9, temperature=1.0)
+        others = [await submit(engine, f"{i}", prompt=(i + 3, 4)) for i in range(2)]
+        backend.free.set()
+        tokens, _ = await answer(many)
+        assert tokens == {i: offline(index=i, temperature=1.0) for i in range(9)}
+        for i, job in enumerate(others):
+            assert await answer(job) == ({0: offline((i + 3, 4))}, {0: "length"})
+            assert job.over < many.over
+
+    with engine_of() as (engine, backend):
+        asyncio.run(main(engine, backend))
+        assert engine.busy == 0 and metric(engine, "dmoe_waiting_rows") == 0
+
+
 def test_a_full_queue_refuses_and_takes_requests_again_later():
     async def main(engine, backend):
         jobs = [await submit(engine, f"{i}") for i in range(3)]
