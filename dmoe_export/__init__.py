@@ -2,7 +2,7 @@
 
 `Generator` (run time, no torch) and `export_checkpoint` (needs the `export` extra) are the two public faces;
 `Generation`, `Block` and `Statistics` are what a generator answers, a `Stream` yields blocks, `GenerateOptions` is the
-type of its options, and `DmoeError` the base of all errors.
+type of its options, and `DmoeError` the base of all errors. `Batch` takes a `Request` at any step and gives `Event`s.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Block", "BundleError", "CheckError", "CheckpointError", "DmoeError", "GenerateOptions", "Generation",
-           "Generator", "InputError", "MissingRequirementError", "NotFiniteError", "OutputError", "RequestError",
-           "Statistics", "Stream", "export_checkpoint"]
+__all__ = ["Batch", "Block", "BundleError", "CheckError", "CheckpointError", "DmoeError", "Event", "GenerateOptions",
+           "Generation", "Generator", "InputError", "LengthError", "MissingRequirementError", "NotFiniteError",
+           "OutputError", "Request", "RequestError", "Statistics", "Stream", "export_checkpoint"]
 
 if TYPE_CHECKING:
+    from .batch import Batch, Event, Request
     from .decoding.answer import Block, Generation, Statistics
     from .decoding.stream import Stream
     from .errors import (
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         CheckpointError,
         DmoeError,
         InputError,
+        LengthError,
         MissingRequirementError,
         NotFiniteError,
         OutputError,
@@ -42,6 +44,10 @@ def __getattr__(name: str) -> Any:
         from . import generator
 
         return getattr(generator, name)
+    if name in ("Batch", "Event", "Request"):
+        from . import batch
+
+        return getattr(batch, name)
     if name in ("Block", "Generation", "Statistics"):
         from .decoding import answer
 

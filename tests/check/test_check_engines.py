@@ -102,15 +102,15 @@ def test_experts_that_silently_became_bodies(engines):
     """The second engine, under an entry that claims plugins: as if the parser had fallen back."""
     plugin, standard = engines.manifest.engines
     claims = _only(engines, 1, experts_op="plugin", plugin_nodes=6, network=_counted(standard, 6))
-    assert ("3 of 6 custom nodes are no plugins in profile prefill, first node__symbolic (DmoeExperts): they became "
-            "ONNX bodies") in _failed(claims)["plugins"]
+    assert ("3 of 6 custom nodes are no plugins in profile prefill, first node__symbolic_2 (DmoeExperts): they "
+            "became ONNX bodies") in _failed(claims)["plugins"]
     assert "its network had 3 plugins, the manifest says 6" in _failed(
         _only(engines, 1, experts_op="plugin", plugin_nodes=6))["plugins"]
     assert "3 plugins and 0 ONNX bodies are not the graph's 6 custom nodes" in _failed(
         _only(engines, 1, experts_op="plugin"))["plugins"]
     permitted = _only(engines, 1, experts_op="plugin", fallback_nodes=3)
     assert "plugins" not in _failed(permitted)
-    assert "it has a plugin node__symbolic in profile prefill" in _failed(
+    assert "it has a plugin node__symbolic_2 in profile prefill" in _failed(
         _only(engines, experts_op="onnx", plugin_nodes=3, network=_counted(plugin, 3)))["plugins"]
 
 

@@ -58,7 +58,7 @@ def test_generation_equals_the_cpu(monkeypatch, engines, cpu, prompts, graphs, r
         _same(decode(backend, [prompt], **OPTIONS), decode(cpu, [prompt], **OPTIONS))
     profiles = [context.profile for context in setup.trt.contexts]
     assert set(profiles) == {0, 1} and (graphs or len(profiles) == 2)
-    assert (setup.device.fake.calls["cudaGraphLaunch"] >= 5) == graphs
+    assert (setup.device.fake.calls["cudaGraphLaunch"] > 0) == graphs
     if rtx:  # only contexts that are recorded wait for the kernels of their shapes
         kinds = [(c.profile, c.kernels.name) for c in setup.trt.contexts]
         assert kinds[:2].count((1, "LAZY")) <= 1 and all(k == "EAGER" for _, k in kinds[2:])
