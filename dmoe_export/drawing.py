@@ -47,8 +47,11 @@ def save(figure: Any, path: Path) -> None:
     """Write the PNG whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def line_through(points: Sequence[Any], line: str) -> str:

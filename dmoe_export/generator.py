@@ -84,7 +84,7 @@ class Generator:
         Raises BundleError for a bad bundle, RequestError for a bad keyword, MissingRequirementError when this machine
         cannot run it.
         """
-        if backend not in BACKENDS:
+        if not isinstance(backend, str) or backend not in BACKENDS:
             raise RequestError(f"Backend {backend!r} is not known; known: {', '.join(BACKENDS)}.")
         if threads is not None:
             check_kind("threads", threads, int)

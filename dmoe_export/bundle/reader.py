@@ -50,7 +50,7 @@ def open_bundle(folder: str | Path, verify: Verify = "full", progress: Callable[
     BundleError, one sentence per failure, RequestError for another `verify` or what is no sha256 or key,
     MissingRequirementError where no signature can be verified.
     """
-    if verify not in get_args(Verify):
+    if not isinstance(verify, str) or verify not in get_args(Verify):
         raise RequestError(f"verify is {verify!r}, it must be {' or '.join(get_args(Verify))}.")
     if verify != "full" and (expect_sha256 is not None or trusted_key is not None):
         raise RequestError("An expected sha256 or a trusted key says nothing of a bundle's files with verify "

@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,12 +106,14 @@ def outcome(document: dict[str, Any], out: Path | None, as_json: bool, show: Cal
         click.echo(f"Other programs took {document['others_share']:.0%} of the processor meanwhile: measure again on a "
                    "quiet machine before you quote a figure.", err=True)
     if out:
+        temporary = out.with_name(f".{out.name}.tmp")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            temporary = out.with_name(f".{out.name}.tmp")
             temporary.write_text(json.dumps(document, indent=1) + "\n")
             temporary.replace(out)
         except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
             raise OutputError(f"{out} cannot be written ({error.strerror}).") from None
     if plot and draw:
         draw(plot)

@@ -111,7 +111,10 @@ def decode(bundle: Path, caches: str, acceptances: str, salients: str, schedules
 
 
 def _list(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not parts:
+        raise RequestError(f"The list {text!r} of what is compared is empty; give values separated by commas.")
+    return parts
 
 
 def _questions(generator: Generator, prompts: tuple[str, ...], file: Path | None, random_prompt: int | None,

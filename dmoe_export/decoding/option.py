@@ -33,7 +33,7 @@ SHARE = Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
 
 def one_of(names: Sequence[str]) -> Rule:
     """Exactly these values."""
-    return Rule(lambda value: value in names, f"{', '.join(names[:-1])} or {names[-1]}")
+    return Rule(lambda value: isinstance(value, str) and value in names, f"{', '.join(names[:-1])} or {names[-1]}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from onnx import ModelProto, TensorProto, helper
 from ..bundle.graph_file import load_graph
 from ..bundle.manifest import ExpertPool, WeightInput
 from ..bundle.reader import Bundle
+from ..errors import BundleError
 from ..ops import experts, linear
 from ..ops.attention.onnx_body import inlined
 from ..ops.experts.onnx_capacity import DEFAULT_CAPACITY, experts_capacity_body
@@ -38,7 +39,7 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
 
     `library` None leaves the route node's body in (with `allow_fallback`).
     """
-    model = inlined(load_graph(bundle))  # TensorRT sees plain nodes, as in bundles without the op
+    model = plain_attention(bundle)
     as_plugins = plugin_ops(settings.experts_op) if library else set()
     _set_bodies(model, bundle, settings, as_plugins)
     nodes = 0
@@ -59,6 +60,19 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
     weights = _externalise(model, bundle) if settings.experts != "inline" else []
     pools = add_pools(model, weights) if settings.experts == "resident" else []
     return PreparedNetwork(model, nodes, weights, pools)
+
+
+def plain_attention(bundle: Bundle) -> ModelProto:
+    """The bundle's graph with plain nodes for attention, as in bundles without the op.
+
+    Raises BundleError for a graph whose functions fit together in no model.
+    """
+    graph = load_graph(bundle)
+    try:
+        return inlined(graph)
+    except Exception as error:  # onnx raises its own kinds
+        raise BundleError(f"{bundle.denoiser_path} is no ONNX model ({type(error).__name__}); copy or export the "
+                          "bundle again.") from error
 
 
 def _set_bodies(model: ModelProto, bundle: Bundle, settings: BuildSettings, as_plugins: set[str]) -> None:

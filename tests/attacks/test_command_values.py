@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from dmoe_export import Generator, RequestError
 from dmoe_export.cli import main
+from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.guards.numerals import integer, real
 
 GENERATE = ("generate", "BUNDLE", "--prompt-ids", "5,6", "--max-new-tokens", "4")
@@ -73,3 +76,29 @@ def test_a_prompt_file_is_a_file_and_bounded(tiny_bundle, tmp_path):
     for path in ("/dev/zero", tmp_path / "fifo", tmp_path):
         found = run(tiny_bundle.folder, "generate", "BUNDLE", "--prompt-file", str(path))
         assert found.exit_code == 2 and "cannot be read as text: " in found.stderr
+
+
+def test_a_folder_as_the_place_of_a_file_leaves_nothing_beside_it(tiny_bundle, tmp_path):
+    (tmp_path / "out").mkdir()
+    found = run(tiny_bundle.folder, "bench", "decode", "BUNDLE", "--random-prompt", "3", "--max-new-tokens", "2",
+                "--rounds", "1", "--cache", "block", "--out", str(tmp_path / "out"))
+    assert found.exit_code == 2 and "cannot be written" in found.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_list_of_what_is_compared(tiny_bundle):
+    found = run(tiny_bundle.folder, "bench", "decode", "BUNDLE", "--random-prompt", "3", "--salient=")
+    assert found.exit_code == 2 and found.stderr == (
+        "dmoe-export: The list '' of what is compared is empty; give values separated by commas.\n")
+
+
+@pytest.mark.parametrize("options", [{"verify": np.array([[1, 2]])}, {"backend": np.array([1, 2])},
+                                     {"cpu_products": np.array([1, 2])}])
+def test_arrays_are_no_words(tiny_bundle, options):
+    with pytest.raises(RequestError, match=next(iter(options)).replace("backend", "Backend")):
+        Generator.open(tiny_bundle.folder, **options)
+
+
+def test_an_array_is_no_name_of_a_setting():
+    with pytest.raises(RequestError, match="cache is"):
+        DecodeSettings(cache=np.array([1, 2]))

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 
 from dmoe_export.bundle.graph_file import load_graph
 from dmoe_export.bundle.reader import open_bundle
+from dmoe_export.engine.network import plain_attention
 from dmoe_export.errors import BundleError
 from dmoe_export.generator import Generator
 
@@ -105,6 +106,13 @@ def test_what_is_no_graph(bundle, content):
     for use in (lambda: answer(bundle), lambda: load_graph(open_bundle(bundle)).graph.node[0]):
         with pytest.raises((BundleError, IndexError)):  # an empty file is an empty model to onnx
             use()
+
+
+def test_functions_that_fit_together_in_no_model(bundle):
+    """As build takes attention apart; found by the fuzzer: an opset below that of the bodies."""
+    edited(bundle, lambda model: model.opset_import[0].__setattr__("version", 1))
+    with pytest.raises(BundleError, match=r"denoiser\.onnx is no ONNX model \(RuntimeError\); copy or export"):
+        plain_attention(open_bundle(bundle))
 
 
 def test_python_reads_no_weights_outside_the_listed_files(bundle):

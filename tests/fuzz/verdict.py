@@ -28,7 +28,8 @@ MACHINE = ("command line", "Python face")  # what may ask for what this machine 
 # A refusal's line, and all that a command may print on stderr: sentences, warnings, the summary of an answer.
 _SAID = re.compile(r"^dmoe-export: (?!warning:|.* s so far$)")
 _EXPECTED = re.compile(
-    r"^(dmoe-export: |\[.*\]$|Usage: |Try 'dmoe-export |Error: |The bundle .* was exported and is complete|$)"
+    r"^(dmoe-export: |\[.*\]$|Usage: |Try 'dmoe-export |Error: |The bundle .* was exported and is complete|"
+    r"block \d+, step \d+, |$)"
 )
 # The library `tokenizers` prints its panics itself, before our sentence (docs/threat-model.md).
 _PANIC = re.compile(r"^\n?thread '[^'\n]*' (\(\d+\) )?panicked at .*\n.*\n(note: .*RUST_BACKTRACE.*\n)?", re.MULTILINE)

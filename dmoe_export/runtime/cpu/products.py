@@ -22,7 +22,7 @@ _PARTS = ("dense", "head", "experts")  # whose weights meet activations in produ
 
 def check_products(products: str) -> Products:
     """`products` itself; raises RequestError for what is none."""
-    if products not in PRODUCTS:
+    if not isinstance(products, str) or products not in PRODUCTS:
         raise RequestError(f"cpu_products is {products!r}, it must be one of {', '.join(PRODUCTS)}.")
     return products
 
