@@ -48,7 +48,9 @@ def folder(source: Path, target: Path) -> Path:
 
 
 def hard(source: Path, target: Path) -> Path:
-    return Path(shutil.copytree(source, target / "b", copy_function=os.link))
+    """Of a copy: another link to a shared export's experts is a change of it, to a test that reads them meanwhile."""
+    shutil.copytree(source, target / "own")
+    return Path(shutil.copytree(target / "own", target / "b", copy_function=os.link))
 
 
 def link_to_hub(source: Path, target: Path) -> Path:
