@@ -117,7 +117,7 @@ types: $(READY)
 
 # Pictures of it are in out/page; needs chromium.
 test-page: $(READY)
-	PAGE_PICTURES=$(abspath out/page) $(BIN)/python -m pytest -m slow tests/serve/test_page_browser.py
+	PAGE_PICTURES=$(abspath out/page) $(BIN)/python -m pytest -m slow tests/serving/test_page_browser.py
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -131,7 +131,7 @@ $(LM_EVAL)/.ready:
 	touch $@
 
 lm-eval: $(READY) $(LM_EVAL)/.ready
-	$(BIN)/python -m pytest -m slow tests/serve/test_lm_eval.py
+	$(BIN)/python -m pytest -m slow tests/serving/test_lm_eval.py
 
 accuracy: out/sample.bundle/manifest.json
 	$(BIN)/python samples/evaluate.py out/sample.bundle --json out/accuracy.json

@@ -28,6 +28,7 @@ MEMBERS = {
     "inspect": ("inspect:inspect", "Verify a bundle and show what it holds."),
     "generate": ("generate:generate", "Answer a prompt with a bundle."),
     "serve": ("serve:serve", "Serve bundles to OpenAI's clients over HTTP."),
+    "deploy": ("deploy:deploy", "Write the files with which Ray Serve, Triton or Kubernetes runs a bundle."),
     "check": ("check:check", "Prove a bundle's numbers against its checkpoint, layer by layer."),
     "build": ("build:build", "Build TensorRT engine files into a bundle; needs no GPU."),
     "bench": ("bench:bench", "Measure speed and memory."),

@@ -59,7 +59,7 @@ def serve(bundles: tuple[Path, ...], host: str, port: int, api_key_file: Path | 
     and ctrl-C let requests end, then it exits with 0.
     """
     try:
-        from ..serve import app, engine, gate, house, metrics, process, schema  # needs an extra
+        from ..serving import app, engine, gate, house, metrics, process, schema  # needs an extra
     except ModuleNotFoundError as error:
         raise MissingRequirementError(f"Serving needs {error.name}; run: {pip_install('serve')}.") from None
     opening = opening_of(options)

@@ -18,11 +18,11 @@ import uvicorn
 
 from dmoe_export.bundle.reader import Bundle
 from dmoe_export.generator import Generator
-from dmoe_export.serve.app import application
-from dmoe_export.serve.engine import Engine
-from dmoe_export.serve.house import House
-from dmoe_export.serve.metrics import Metrics
-from dmoe_export.serve.process import address, listen
+from dmoe_export.serving.app import application
+from dmoe_export.serving.engine import Engine
+from dmoe_export.serving.house import House
+from dmoe_export.serving.metrics import Metrics
+from dmoe_export.serving.process import address, listen
 
 CHAT = "/v1/chat/denoising"
 

@@ -51,7 +51,7 @@ def test_the_wheel_without_kernels(source, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith(".py")}
-    patterns = ("py.typed", "check/templates/*", "serve/page/*", "recipes/*.toml")
+    patterns = ("py.typed", "check/templates/*", "serving/page/*", "recipes/*.toml")
     data = {path.relative_to(ROOT).as_posix() for pattern in patterns
             for path in (ROOT / "dmoe_export").glob(pattern) if path.is_file() and path.suffix != ".py"}
     assert len(data) >= 8 and data == {name for name in names if name.startswith("dmoe_export/")}

@@ -14,11 +14,11 @@ from typing import Any
 from dmoe_export.decoding.settings import OPTIONS
 from dmoe_export.errors import RequestError
 from dmoe_export.generator import Generator
-from dmoe_export.serve.app import application
-from dmoe_export.serve.engine import Engine
-from dmoe_export.serve.house import House
-from dmoe_export.serve.metrics import Metrics
-from dmoe_export.serve.schema import HARMLESS, NOT_HERE, OTHERS
+from dmoe_export.serving.app import application
+from dmoe_export.serving.engine import Engine
+from dmoe_export.serving.house import House
+from dmoe_export.serving.metrics import Metrics
+from dmoe_export.serving.schema import HARMLESS, NOT_HERE, OTHERS
 
 from .. import mutate
 from ..case import IDS, PROMPT, Base, Case

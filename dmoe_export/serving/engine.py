@@ -37,7 +37,7 @@ class Engine:
         """`prefix_cache`: see `Generator.batch`, whose errors it raises."""
         self.name, self.generator, self.slots, self.max_waiting = name, generator, slots, max_waiting
         self.jobs: dict[tuple[int, str], Job] = {}  # by owner and id, from arrival to end
-        self._metrics, self._log = metrics.of(name), logging.getLogger("dmoe_export.serve")
+        self._metrics, self._log = metrics.of(name), logging.getLogger("dmoe_export.serving")
         self._waiting = Queue()
         self._running: dict[Handle, tuple[Job, Row]] = {}
         self._lock = threading.Condition()

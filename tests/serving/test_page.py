@@ -7,7 +7,7 @@ import re
 import pytest
 from page_helpers import ask, house_of, served
 
-from dmoe_export.serve import page
+from dmoe_export.serving import page
 
 SCRIPTS = {name: path.read_text() for name, path in page.FILES.items() if name.endswith(".js")}
 

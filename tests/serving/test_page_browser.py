@@ -10,7 +10,7 @@ import pytest
 from chromium import CHROMIUM, Page
 from page_helpers import house_of, served
 
-from dmoe_export.serve import denoising
+from dmoe_export.serving import denoising
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")]
 QUESTION = "there are 16 pens in a box. max gets 4 more pens and then max loses 14 of the pens. how many pens are left?"

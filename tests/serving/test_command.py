@@ -13,11 +13,11 @@ from serving import free_port
 
 from dmoe_export.cli import main
 from dmoe_export.errors import RequestError
-from dmoe_export.serve import process
-from dmoe_export.serve.house import House
-from dmoe_export.serve.metrics import Metrics
-from dmoe_export.serve.process import listen
-from dmoe_export.serve.schema import HARMLESS, NOT_HERE, OTHERS, Body
+from dmoe_export.serving import process
+from dmoe_export.serving.house import House
+from dmoe_export.serving.metrics import Metrics
+from dmoe_export.serving.process import listen
+from dmoe_export.serving.schema import HARMLESS, NOT_HERE, OTHERS, Body
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -104,7 +104,7 @@ def test_without_the_extra_it_says_what_to_install(missing):
 
 def test_the_page_of_the_server_has_every_field_code_metric_and_default():
     page = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
-    source = "".join(path.read_text() for path in (REPOSITORY / "dmoe_export" / "serve").glob("*.py"))
+    source = "".join(path.read_text() for path in (REPOSITORY / "dmoe_export" / "serving").glob("*.py"))
     codes = set(re.findall(r'code="(\w+)"', source))
     metrics = set(re.findall(r"^# HELP (\w+) ", Metrics().text().decode(), flags=re.MULTILINE))
     wanted = {*HARMLESS, *NOT_HERE, *OTHERS, *Body.model_fields, *codes, *metrics} - {

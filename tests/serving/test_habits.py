@@ -14,9 +14,9 @@ import pytest
 from page_helpers import ask, house_of, served
 from serving import Held, toy_generator
 
-from dmoe_export.serve.app import application
-from dmoe_export.serve.engine import Engine
-from dmoe_export.serve.schema import OTHERS
+from dmoe_export.serving.app import application
+from dmoe_export.serving.engine import Engine
+from dmoe_export.serving.schema import OTHERS
 
 QUESTION = {"model": "sample", "messages": [{"role": "user", "content": "what is 2 plus 3?"}], "max_tokens": 32}
 

@@ -10,10 +10,10 @@ from serving import Held, toy_generator
 from toy_backend import EOS, VOCAB
 
 from dmoe_export.errors import NotFiniteError
-from dmoe_export.serve.engine import Engine
-from dmoe_export.serve.errors import ApiError
-from dmoe_export.serve.job import Piece
-from dmoe_export.serve.metrics import Metrics
+from dmoe_export.serving.engine import Engine
+from dmoe_export.serving.errors import ApiError
+from dmoe_export.serving.job import Piece
+from dmoe_export.serving.metrics import Metrics
 
 LONG = {"max_new_tokens": 40, "eos_id": -1}
 

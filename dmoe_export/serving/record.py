@@ -98,7 +98,7 @@ class Recorded:
 
     async def _fail(self, error: Exception, record: Record, scope: Scope, receive: Receive, send: Send) -> None:
         if not isinstance(error, ApiError):
-            logging.getLogger("dmoe_export.serve").error("request %s failed: %s at %s", record.id,
+            logging.getLogger("dmoe_export.serving").error("request %s failed: %s at %s", record.id,
                                                          type(error).__name__, where(error))
             error = ApiError(500, FAILED, code="internal_error")
         if not record.status:

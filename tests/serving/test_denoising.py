@@ -8,7 +8,7 @@ import pytest
 from page_helpers import CHAT, ask, house_of, served
 
 from dmoe_export.decoding.settings import OPTIONS
-from dmoe_export.serve.schema import ChatBody
+from dmoe_export.serving.schema import ChatBody
 from dmoe_export.text.pieces import Pieces
 
 QUESTION = "there are 16 pens in a box. max gets 4 more pens and then max loses 14 of the pens. how many pens are left?"
