@@ -27,6 +27,10 @@ class ApiError(HTTPException):
         super().__init__(status, visible(message), headers)  # names of strangers may hold what no JSON can
         self.param, self.code = param and visible(param), code
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It crosses between processes."""
+        return _made, (self.status_code, self.detail, self.param, self.code, self.headers)
+
     @property
     def body(self) -> dict[str, Any]:
         """For JSON."""
@@ -37,6 +41,10 @@ class ApiError(HTTPException):
     def response(self) -> JSONResponse:
         """The same as an answer."""
         return JSONResponse(self.body, self.status_code, self.headers)
+
+
+def _made(status: int, message: str, param: str | None, code: str | None, headers: dict[str, str] | None) -> ApiError:
+    return ApiError(status, message, param=param, code=code, headers=headers)
 
 
 def of_bundle(error: DmoeError, folder: object, name: str) -> ApiError:
