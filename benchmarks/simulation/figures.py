@@ -81,7 +81,8 @@ def _figures(fleet: Fleet, found: Arrived | Borne, rate: float, window: tuple[fl
         tokens_per_second=rate, first_block=Times.of(answer.first_block for answer in answers),
         answer=Times.of(answer.seconds for answer in answers),
         utilisation=float(np.mean([_busy(member.busy, *window) for member in fleet.members])),
-        rows_per_step=sum(one.rows for one in counts) / steps, tokens_per_step=sum(one.tokens for one in counts) / steps,
+        rows_per_step=sum(one.rows for one in counts) / steps,
+        tokens_per_step=sum(one.tokens for one in counts) / steps,
         kept_up=kept_up, refused=fleet.refused, replica_hours_per_million_tokens=hours,
         cost_per_million_tokens=None if case.price_per_hour is None else hours * case.price_per_hour)
 

@@ -44,7 +44,7 @@ class Request:
 
 
 class Replica:
-    """A joining batch and the rows that wait for it, as `serving.engine.Engine`; its forwards take simulated seconds."""
+    """A joining batch and the rows that wait for it, as `serving.engine.Engine`, on simulated forwards."""
 
     def __init__(self, steps: StepTimes, slots: int) -> None:
         self._backend = TimedBackend(steps)

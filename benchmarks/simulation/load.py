@@ -68,12 +68,17 @@ class Arrived:
         return [answer for answer in self.answers if self.start <= answer.sent < self.stop]
 
 
+def arrival_times(requests: int, rate: float, seed: int) -> list[float]:
+    """Of a Poisson process, in seconds."""
+    return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, requests)).tolist()
+
+
 def arrivals(fleet: Fleet, asked: Sequence[Asked], rate: float, seed: int) -> Arrived:
     """Every request once, `rate` a second at random (Poisson), until all have ended.
 
     The window leaves out the first and the last tenth of the arrivals: the replicas fill up and run empty there.
     """
-    times = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, len(asked))).tolist()
+    times = arrival_times(len(asked), rate, seed)
     requests = [Request(one, Answered(number, 0.0)) for number, one in enumerate(asked)]
     for time, request in zip(times, requests, strict=True):
         fleet.at(time, lambda request=request: fleet.send(request))

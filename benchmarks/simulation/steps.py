@@ -61,6 +61,10 @@ class StepTimes(Frozen):
         does = work(inputs, self.routing.block_length, self.experts_of_block, self.experts)
         return float(does @ [self.seconds_per.get(name, 0.0) for name in WORK])
 
+    def scaled(self, by: float) -> StepTimes:
+        """Of a machine that takes `by` times as long."""
+        return self.model_copy(update={"seconds_per": {name: by * one for name, one in self.seconds_per.items()}})
+
 
 def fit(did: Sequence[Reals], seconds: Sequence[float], **about: Any) -> StepTimes:
     """Least squares without negative coefficients, over steps that did `did` and took `seconds`.
