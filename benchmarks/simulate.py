@@ -21,6 +21,7 @@ from simulation.check import Check, check
 from simulation.figures import Case, Figures, simulate
 from simulation.fleet import ROUTES
 from simulation.measure import Measured
+from simulation.shown import cell, markdown, plot
 from simulation.steps import StepTimes, predicted
 
 from dmoe_export import Generator
@@ -83,12 +84,14 @@ def measure(bundle: Path, rows: str, requests: int, backend: Any, threads: int |
 @click.option("--most-ongoing", type=int, help="requests of a replica; more are refused")
 @click.option("--requests", default=1000, show_default=True, help="of each case")
 @click.option("--price-per-hour", type=float, help="of a replica")
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="draw the cases that keep up; with --rates")
+@click.option("--markdown", "as_page", is_flag=True, help="print the tables of docs/simulation.md")
 @load_options
 @_OUT
 def run(steps_of: Path | None, gpu: str | None, backend: str, tflops: float | None, replicas: str, slots: int,
         rates: str | None, clients: str | None, route: Any, most_ongoing: int | None, requests: int,
-        price_per_hour: float | None, prompt_tokens: str, new_tokens: str, steps: str, seed: int,
-        out: Path | None) -> None:
+        price_per_hour: float | None, picture: Path | None, as_page: bool, prompt_tokens: str, new_tokens: str,
+        steps: str, seed: int, out: Path | None) -> None:
     """Simulate every number of replicas under every load."""
     if bool(steps_of) == bool(gpu) or bool(rates) == bool(clients):
         raise click.UsageError("Give one of --steps-of and --gpu, and one of --rates and --clients.")
@@ -109,6 +112,12 @@ def run(steps_of: Path | None, gpu: str | None, backend: str, tflops: float | No
             case = Case(replicas=int(count), **{"rate" if rates else "clients": load_of}, **shape)
             found.append((case, [simulate(one, case) for one in times]))
     _show(times, found)
+    if as_page:
+        for of, digits in ((lambda f: f.first_block.most, 2), (lambda f: f.answer.half, 1),
+                           (lambda f: 100 * f.utilisation, 0), (lambda f: f.replica_hours_per_million_tokens, 2)):
+            click.echo("\n" + markdown(found, of, digits))
+    if picture:
+        plot(found, _title(times), picture)
     cases = [{"case": case.model_dump(mode="json"), "figures": [one.model_dump(mode="json") for one in figures]}
              for case, figures in found]
     _write({"date": now(), "command": _command(), "assumptions": ASSUMPTIONS,
@@ -168,22 +177,27 @@ def _write(document: dict[str, Any], out: Path | None) -> None:
         out.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def _title(times: list[StepTimes]) -> str:
+    """What the steps are of; of two bounds once."""
+    return times[0].what.replace(", low prediction", ": predicted, low … high; never measured")
+
+
 def _show(times: list[StepTimes], found: list[tuple[Case, list[Figures]]]) -> None:
     """A row for each case; of predictions low … high."""
     table = Table("replicas", "load", "tokens/s", "first block p50, s", "p95", "answer p50, s", "p95", "in use", "rows",
                   "replica hours per 1M tokens", "cost per 1M tokens",
-                  title="; ".join(one.what for one in times) + "; *: does not keep up")
+                  title=f"{_title(times)}; *: does not keep up")
     for case, figures in found:
-        def cell(of: Any, digits: int, shown: list[Figures] = figures) -> str:
-            return " … ".join(dict.fromkeys(f"{of(one):.{digits}f}" for one in shown))
+        def told(of: Any, digits: int, figures: list[Figures] = figures) -> str:
+            return cell(figures, of, digits)
 
         table.add_row(
-            str(case.replicas), f"{case.rate:g}/s" if case.rate else f"{case.clients} clients",
-            cell(lambda f: f.tokens_per_second, 0) + ("" if all(f.kept_up for f in figures) else " *"),
-            cell(lambda f: f.first_block.half, 2), cell(lambda f: f.first_block.most, 2),
-            cell(lambda f: f.answer.half, 2), cell(lambda f: f.answer.most, 2), cell(lambda f: f.utilisation, 2),
-            cell(lambda f: f.rows_per_step, 1), cell(lambda f: f.replica_hours_per_million_tokens, 3),
-            cell(lambda f: f.cost_per_million_tokens, 3) if case.price_per_hour else "–")
+            str(case.replicas), case.load,
+            told(lambda f: f.tokens_per_second, 0) + ("" if all(f.kept_up for f in figures) else " *"),
+            told(lambda f: f.first_block.half, 2), told(lambda f: f.first_block.most, 2),
+            told(lambda f: f.answer.half, 2), told(lambda f: f.answer.most, 2), told(lambda f: f.utilisation, 2),
+            told(lambda f: f.rows_per_step, 1), told(lambda f: f.replica_hours_per_million_tokens, 3),
+            told(lambda f: f.cost_per_million_tokens, 3) if case.price_per_hour else "–")
     Console(width=170).print(table)
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from dmoe_export.bench.serve import Times
 from dmoe_export.bench.serve_load import Borne
 from dmoe_export.description import Frozen
+from dmoe_export.errors import RequestError
 
 from .fleet import Fleet, Route
 from .load import Arrived, Range, arrivals, clients, drawn
@@ -34,6 +35,11 @@ class Case(Frozen):
     price_per_hour: float | None = Field(None, gt=0, description="of a replica, in whatever money")
     seed: int = 0
 
+    @property
+    def load(self) -> str:
+        """In words."""
+        return f"{self.rate:g}/s" if self.rate else f"{self.clients} clients"
+
 
 class Figures(Frozen):
     """Of one case; seconds of requests count from their arrival."""
@@ -47,12 +53,14 @@ class Figures(Frozen):
     kept_up: bool = Field(description="no request was refused, and of the tokens asked for in the window at least "
                           f"{_KEPT_UP:.0%} were answered in it; else times grow with the number of requests")
     refused: int
+    host_milliseconds: float = Field(description="of a step, that the batch took around its forward where this was "
+                                     "simulated: real time, which measured steps have in them and predicted ones not")
     replica_hours_per_million_tokens: float
     cost_per_million_tokens: float | None = Field(description="in the money of price_per_hour")
 
 
 def simulate(times: StepTimes, case: Case) -> Figures:
-    """One case."""
+    """One case; raises RequestError where so few requests arrive so fast that none is answered in the window."""
     fleet = Fleet(times, case.replicas, case.slots, case.route, case.most_ongoing, case.seed)
     asked = drawn(case.requests, case.prompt_tokens, case.new_tokens, case.steps, case.seed)
     if case.rate is None:
@@ -63,6 +71,9 @@ def simulate(times: StepTimes, case: Case) -> Figures:
     wanted = sum(asked[answer.number].options["max_new_tokens"] for answer in found.seen)
     given = sum(len(tokens) for answer in found.answers for at, tokens in answer.blocks
                 if found.start <= at < found.stop)
+    if not given:
+        raise RequestError(f"{case.requests} requests at {case.rate:g} a second arrive before any of them is answered; "
+                           "give more --requests or smaller --rates.")
     kept_up = not fleet.refused and given >= _KEPT_UP * wanted
     return _figures(fleet, found, given / window, (found.start, found.stop), kept_up, case)
 
@@ -83,6 +94,7 @@ def _figures(fleet: Fleet, found: Arrived | Borne, rate: float, window: tuple[fl
         utilisation=float(np.mean([_busy(member.busy, *window) for member in fleet.members])),
         rows_per_step=sum(one.rows for one in counts) / steps,
         tokens_per_step=sum(one.tokens for one in counts) / steps,
+        host_milliseconds=1e3 * sum(member.host for member in fleet.members) / steps,
         kept_up=kept_up, refused=fleet.refused, replica_hours_per_million_tokens=hours,
         cost_per_million_tokens=None if case.price_per_hour is None else hours * case.price_per_hour)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -54,6 +55,7 @@ class Replica:
         self.stepping = False
         self.busy: list[tuple[float, float]] = []  # from, to: steps
         self.counts = Counts(0, 0, 0)
+        self.host = 0.0  # seconds that the batch took around its forwards, on this machine
 
     @property
     def ongoing(self) -> int:
@@ -66,15 +68,17 @@ class Replica:
 
     def step(self, now: float) -> tuple[float, list[tuple[Request, list[int], bool]]] | None:
         """Rows join, then one step: when it ends, and the blocks that it then has finished; None with nothing to do."""
-        while self._batch.free and (found := self._waiting.next(self._running.values())):
-            request = found[1]
+        while self._batch.free and (waiting := self._waiting.next(self._running.values())):
+            request = waiting[1]
             handle = self._batch.add(request.asked.prompt, DecodeSettings(**request.asked.options))
             self._running[handle] = request
         if not len(self._batch):
             return None
-        before, rows = self._backend.spent, len(self._batch)
-        blocks = []
-        for done in self._batch.step():
+        before, rows, blocks = self._backend.spent, len(self._batch), []
+        self.host -= time.perf_counter() - self._backend.real
+        found = self._batch.step()
+        self.host += time.perf_counter() - self._backend.real
+        for done in found:
             if done.error:
                 raise done.error
             blocks.append((self._running[done.handle], done.token_ids, done.finish_reason is not None))
@@ -107,9 +111,9 @@ class Fleet:
         self.members = [Replica(self.steps, self.slots) for _ in range(self.replicas)]
         self._rng, self._order = np.random.default_rng(self.seed), itertools.count()
 
-    def at(self, time: float, action: Callable[[], None]) -> None:
+    def at(self, when: float, action: Callable[[], None]) -> None:
         """Do something when the clock is there; what was asked for first is first."""
-        heapq.heappush(self._events, (time, next(self._order), action))
+        heapq.heappush(self._events, (when, next(self._order), action))
 
     def send(self, request: Request) -> None:
         """A request arrives now."""

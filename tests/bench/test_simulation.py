@@ -185,16 +185,22 @@ def test_the_program_measures_and_simulates(tiny_bundle, tmp_path):
     run = CliRunner().invoke(program.main, ["measure", str(tiny_bundle.folder), "--rows", "1,2", "--requests", "9",
                                             "--backend", "onnxruntime", "--threads", "1", *call, "--out", str(steps)])
     assert run.exit_code == 0, run.output
-    run = CliRunner().invoke(program.main, ["run", "--steps-of", str(steps), "--replicas", "1,2", "--rates", "2,1000",
-                                            "--requests", "20", "--price-per-hour", "3", *call, "--out", str(out)])
+    run = CliRunner().invoke(program.main, ["run", "--steps-of", str(steps), "--replicas", "1,2", "--rates", "2,40",
+                                            "--requests", "20", "--price-per-hour", "3", *call, "--out", str(out),
+                                            "--markdown", "--plot", str(tmp_path / "run.png")])
     assert run.exit_code == 0, run.output
     found = json.loads(out.read_text())
     assert len(found["cases"]) == 4 and found["assumptions"] and found["steps"][0]["source"] == "measured"
     assert found["cases"][0]["figures"][0]["cost_per_million_tokens"] > 0
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    page = [line for line in run.output.splitlines() if line.startswith("| ")]
+    assert page[0] == "| load | 1 | 2 |" and page[2].startswith("| 40/s |") and len(page) == 4 * 3
     for wrong, sentence in ((["run", "--replicas", "1"], "Give one of"), (["run", "--gpu", "H100", "--rates", "1"],
                                                                            "--tflops")):
         run = CliRunner().invoke(program.main, wrong)
         assert run.exit_code == 2 and sentence in run.output
+    run = CliRunner().invoke(program.main, ["run", "--steps-of", str(steps), "--rates", "1e9", "--requests", "9"])
+    assert isinstance(run.exception, RequestError) and "give more --requests" in str(run.exception)
     for text in ("x", "0", "1,inf"):
         with pytest.raises(RequestError):
             program._numbers(text)
