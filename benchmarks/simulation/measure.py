@@ -57,15 +57,15 @@ class Measured:
         self.seconds: list[float] = []
         self.experts: list[float] = []  # distinct ones, means over layers, of a row's block in steps of one block
 
-    def add(self, generator: Generator, asked: Sequence[Asked], rows: int, slots: int, first: int = 0) -> None:
-        """Bear a load without a server, `rows` requests at a time, each followed at once by the next of `asked`.
+    def add(self, generator: Generator, asked: Sequence[Asked], rows: int, slots: int) -> None:
+        """Bear a load without a server, `rows` requests at a time, each followed at once by the next, until all ended.
 
-        It begins with request `first` and ends when as many have joined as there are.
+        Raises what a request ends with.
         """
         with watched(generator) as backend:
             batch = generator.batch(slots=slots)
-            left = [asked[(first + i) % len(asked)] for i in range(len(asked))]
-            while left:
+            left = list(asked)
+            while left or len(batch):
                 while left and len(batch) < rows:
                     one = left.pop(0)
                     batch.add(generator.request(one.prompt, **one.options))
