@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .asked import Course
 from .errors import FAILED, ApiError, where
+from .gate import path_of
 from .metrics import Metrics
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -81,7 +82,7 @@ class Recorded:
             return await self._app(scope, receive, send)
         asked = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         known = bool(_ID.fullmatch(asked))
-        record = Record(asked if known else uuid.uuid4().hex, str(scope["path"])[:200])
+        record = Record(asked if known else uuid.uuid4().hex, path_of(scope)[:200])
         scope.setdefault("state", {})["record"] = record
 
         async def named(message: Message) -> None:
