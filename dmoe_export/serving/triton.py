@@ -1,7 +1,7 @@
-"""A bundle as a model of Triton Inference Server's Python backend; `dmoe-export deploy triton` writes what imports this.
+"""A bundle as a model of Triton's Python backend; `dmoe-export deploy triton` writes what imports this.
 
-An instance is a process: Triton calls `execute` in its main thread, answers are sent from an event loop in a second, and
-the engine decodes in a third, which asks before each forward whether a client has left.
+An instance is a process: Triton calls `execute` in its main thread, answers are sent from an event loop in a second,
+and the engine decodes in a third, which asks before each forward whether a client has left.
 """
 
 from __future__ import annotations

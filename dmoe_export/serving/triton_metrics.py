@@ -18,9 +18,15 @@ class TritonMetrics(Metrics):
         """`instance`: its name; raises TritonModelException where the server has no metrics."""
         super().__init__()
         self._labels = {"version": version, "instance": instance}
+        self._bound: Metrics | None = None
 
     def of(self, model: str) -> Metrics:
-        """Those of one model."""
+        """Those of the model; always the same: of two families of a name, the server crashes when one ends."""
+        if self._bound is None:
+            self._bound = self._of(model)
+        return self._bound
+
+    def _of(self, model: str) -> Metrics:
         bound, labels = copy(self), {"model": model, **self._labels}
         for name, metric in vars(self).items():
             if isinstance(metric, Counter) and metric is self.requests:

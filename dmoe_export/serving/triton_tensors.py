@@ -1,4 +1,4 @@
-"""What goes through Triton's Python backend: whether tensors arrive whole, inputs of a request, outputs of an answer."""
+"""What goes through Triton's Python backend: inputs of a request, outputs of an answer, and whether they arrive whole."""
 
 from __future__ import annotations
 
