@@ -1,4 +1,4 @@
-"""What goes through Triton's Python backend: inputs of a request, outputs of an answer, and whether they arrive whole."""
+"""What goes through the Python backend: inputs of a request, outputs of an answer, whether they arrive whole."""
 
 from __future__ import annotations
 
