@@ -19,6 +19,7 @@ from serving import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 PYTHON = REPOSITORY / ".venv-triton" / "bin" / "python"
+NUMPY_2 = REPOSITORY / ".venv-triton" / "numpy2"  # a folder that has it
 CLIENT = Path(__file__).with_name("triton_client.py")
 _UP = 60  # seconds for a server to begin
 
@@ -102,11 +103,25 @@ class Triton:
         return False
 
 
+def python_with(folder, first):
+    """An environment of `.venv-triton` in which a folder of modules comes first; its python."""
+    real = PYTHON.parent.parent
+    (packages,) = real.glob("lib/python3.*/site-packages")
+    mine = folder / packages.relative_to(real)
+    mine.mkdir(parents=True)
+    (mine / "first.pth").write_text(f"{first}\nimport site; site.addsitedir({str(packages)!r})\n")
+    shutil.copy(real / "pyvenv.cfg", folder)
+    (folder / "bin").mkdir()
+    for name in ("python", "python3"):
+        (folder / "bin" / name).symlink_to(PYTHON.resolve())
+    return folder / "bin" / "python"
+
+
 @contextmanager
-def triton_server(repository, folder, *options, python_path=None, environment=None):
+def triton_server(repository, folder, *options, python=PYTHON, ends_with=0, **environment):
     """A server over a repository, models loaded when they are asked for by `--load-model`; `folder` is for its files.
 
-    `python_path`: a folder that comes first in the path of modules of the model.
+    `python`: of the models; `ends_with`: its exit status after SIGTERM.
     """
     facts = json.loads(subprocess.run(
         [PYTHON, "-c", "import json, sys, sysconfig; print(json.dumps([sysconfig.get_paths()['purelib'], "
@@ -120,13 +135,11 @@ def triton_server(repository, folder, *options, python_path=None, environment=No
     command = [server / "bin" / "tritonserver", "--model-repository", repository, "--backend-directory", backend.parent,
                "--http-port", ports[0], "--grpc-port", ports[1], "--metrics-port", ports[2], "--http-address",
                "127.0.0.1", "--grpc-address", "127.0.0.1", "--metrics-address", "127.0.0.1", "--model-control-mode",
-               "explicit", "--exit-on-error", "false", "--exit-timeout-secs", "20", "--metrics-interval-ms", "100",
+               "explicit", "--exit-on-error", "false", "--exit-timeout-secs", "2" if ends_with else "30", "--metrics-interval-ms", "100",
                "--backend-config", f"python,shm-region-prefix-name=dmoe_{os.getpid()}_{ports[0]}", *options]
     known = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    known |= {"PATH": f"{PYTHON.parent}:{known['PATH']}", "OMP_NUM_THREADS": "1",
-              "LD_LIBRARY_PATH": f"{packages / 'nvidia_pytriton.libs'}:{facts[1]}", **(environment or {})}
-    if python_path:
-        known["PYTHONPATH"] = str(python_path)
+    known |= {"PATH": f"{python.parent}:{known['PATH']}", "OMP_NUM_THREADS": "1",
+              "LD_LIBRARY_PATH": f"{packages / 'nvidia_pytriton.libs'}:{facts[1]}", **environment}
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                errors="replace", cwd=folder, env=known)
     served, up = Triton(process, *ports), threading.Event()
@@ -145,7 +158,7 @@ def triton_server(repository, folder, *options, python_path=None, environment=No
         yield served
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0, "\n".join(served.lines[-50:])
+            assert process.wait(60) == ends_with, "\n".join(served.lines[-50:])
     finally:
         process.kill()
         process.wait()

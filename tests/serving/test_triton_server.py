@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
-from triton_server import PYTHON, triton_server
+from triton_server import NUMPY_2, PYTHON, python_with, triton_server
 
 from dmoe_export.generator import Generator
 
@@ -149,7 +150,7 @@ def test_errors_over_grpc_and_in_streams(server):
     assert server.generate("sample", text_input="what is 2 plus 3?", chat=True)[1]["text_output"] == "2 + 3 = 5"
 
 
-def test_more_requests_than_it_takes_are_refused_with_503(server):
+def test_more_requests_than_it_takes_are_refused(server):
     refused, done = [], []
 
     def ask():
@@ -214,3 +215,41 @@ def test_unloaded_and_loaded_again(server):
     assert server.generate("a.lone-1", input_ids=[5])[0] == 404
     assert server.ask("POST", "/v2/repository/models/a.lone-1/load")[0] == 200
     assert server.generate("a.lone-1", input_ids=[5], max_tokens=8)[0] == 200
+
+
+def test_what_cannot_be_loaded_is_unavailable_with_our_sentence(sample_bundle, tmp_path):
+    repository = tmp_path / "repository"
+    gone = tmp_path / "gone.bundle"
+    shutil.copytree(sample_bundle.folder, gone)
+    deploy(gone, repository)
+    deploy(sample_bundle.folder, repository, "--name", "there")
+    deploy(sample_bundle.folder, repository, "--name", "odd", "--prefix-cache", "1")
+    shutil.rmtree(gone)
+    # Of any model, a new instance that fails while the old one goes on keeps this server from ending in order.
+    with triton_server(repository, tmp_path, "--load-model", "gone", "--load-model", "there", ends_with=1) as server:
+        state, reason = server.state("gone")
+        assert state == "UNAVAILABLE" and f"TritonModelException: {gone} is no bundle: it does not exist" in reason
+        status, answer = server.generate("gone", input_ids=[5])
+        assert status == 404 and "no available versions" in answer["error"]
+        assert server.generate("there", input_ids=[5], max_tokens=8)[0] == 200
+        status, answer = server.ask("POST", "/v2/repository/models/odd/load")
+        assert status == 400 and "The prefix cache of 1 bytes must be between" in answer["error"]
+        shutil.copytree(sample_bundle.folder, gone)
+        assert server.ask("POST", "/v2/repository/models/gone/load")[0] == 200
+        assert server.generate("gone", input_ids=[5], max_tokens=8)[0] == 200
+        config = repository / "there" / "config.pbtxt"
+        config.write_text(config.read_text().replace('key: "threads"', 'key: "treads"'))
+        status, answer = server.ask("POST", "/v2/repository/models/there/load")
+        assert status == 400 and "Parameter treads of config.pbtxt is not known" in answer["error"]
+        assert server.generate("there", input_ids=[5], max_tokens=8)[0] == 200  # the old instance goes on
+
+
+@pytest.mark.skipif(not NUMPY_2.exists(), reason="NumPy 2 is not there: make test-triton")
+def test_numpy_2_is_refused_in_one_sentence(sample_bundle, tmp_path):
+    """With this server; it would turn [1, 2, 3] into [1, 1, 1], and a text ends its process."""
+    deploy(sample_bundle.folder, tmp_path / "repository", "--name", "sample")
+    python = python_with(tmp_path / "python", NUMPY_2)
+    with triton_server(tmp_path / "repository", tmp_path, "--load-model", "sample", python=python) as server:
+        state, reason = server.state("sample")
+        assert state == "UNAVAILABLE" and "TritonModelException: NumPy 2." in reason
+        assert "[1, 2, 3] arrives as [1, 1, 1]; in the Python of the server, run: pip install" in reason
