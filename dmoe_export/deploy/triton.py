@@ -16,13 +16,13 @@ Kind = Literal["cpu", "gpu"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _MARK = "# Written by dmoe-export deploy triton"
 # name, type, dimensions; all are optional, and the model says what is missing.
-_INPUTS = (("text_input", "STRING", 1), ("input_ids", "INT64", -1), ("messages", "STRING", 1), ("stream", "BOOL", 1),
+INPUTS = (("text_input", "STRING", 1), ("input_ids", "INT64", -1), ("messages", "STRING", 1), ("stream", "BOOL", 1),
            ("sampling_parameters", "STRING", 1), ("exclude_input_in_output", "BOOL", 1),
            ("return_finish_reason", "BOOL", 1), ("return_num_input_tokens", "BOOL", 1),
            ("return_num_output_tokens", "BOOL", 1))
-_OUTPUTS = (("text_output", "STRING", -1), ("output_ids", "INT64", -1), ("finish_reason", "STRING", -1),
+OUTPUTS = (("text_output", "STRING", -1), ("output_ids", "INT64", -1), ("finish_reason", "STRING", -1),
             ("num_input_tokens", "UINT32", 1), ("num_output_tokens", "UINT32", -1))
-_MODEL = f'''{_MARK}; the bundle and its options are in ../config.pbtxt.
+MODEL_FILE = f'''{_MARK}; the bundle and its options are in ../config.pbtxt.
 import sys
 
 try:
@@ -45,7 +45,7 @@ def model_config(name: str, parameters: Mapping[str, object], kind: Kind = "cpu"
     lines = [f"{_MARK}; --force writes it anew.", f"name: {_quoted(name)}", 'backend: "python"', "max_batch_size: 0",
              "model_transaction_policy { decoupled: true }",
              f"instance_group [ {{ kind: KIND_{kind.upper()} count: {instances} }} ]"]
-    for field, tensors, more in (("input", _INPUTS, " optional: true"), ("output", _OUTPUTS, "")):
+    for field, tensors, more in (("input", INPUTS, " optional: true"), ("output", OUTPUTS, "")):
         rows = [f"  {{ name: {_quoted(one)} data_type: TYPE_{type_} dims: [ {dims} ]{more} }}"
                 for one, type_, dims in tensors]
         lines += [f"{field} [", ",\n".join(rows), "]"]
@@ -70,7 +70,7 @@ def write_model(repository: Path, name: str, config: str, overwrite: bool = Fals
                               "--out or --name, or remove it.")
     try:
         (folder / "1").mkdir(parents=True, exist_ok=True)
-        _put(folder / "1" / "model.py", _MODEL)
+        _put(folder / "1" / "model.py", MODEL_FILE)
         _put(config_file, config)
     except OSError as error:
         raise OutputError(f"{error.filename or folder} cannot be written: {error.strerror}; choose another "

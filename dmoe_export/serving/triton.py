@@ -41,7 +41,7 @@ class TritonPythonModel:
             check_tensors()
             self._settings = settings = settings_of(parameters, kind)
             choose_device(kind, int(args["model_instance_device_id"]))
-            metrics = _metrics(args["model_version"], args["model_instance_name"])
+            metrics = _metrics(name, args["model_version"], args["model_instance_name"])
             self._engine = open_engine(name, settings.bundle, slots=settings.max_batch, metrics=metrics,
                                        max_waiting=settings.max_waiting, prefix_cache=settings.prefix_cache,
                                        **settings.opening)
@@ -106,10 +106,10 @@ class _ToTriton(logging.Handler):
         log(visible(f"dmoe-export: {record.getMessage()}"))
 
 
-def _metrics(version: str, instance: str) -> Metrics:
+def _metrics(model: str, version: str, instance: str) -> Metrics:
     """Triton's, unless the server was started without."""
     try:
-        return TritonMetrics(version, instance)
+        return TritonMetrics(model, version, instance)
     except pb_utils.TritonModelException as error:
         pb_utils.Logger.log_warn(f"dmoe-export: there are no metrics of {instance}: {error}")
         return Metrics()

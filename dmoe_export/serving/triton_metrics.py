@@ -12,28 +12,22 @@ from .metrics import Metrics
 
 
 class TritonMetrics(Metrics):
-    """Each metric of `Metrics`, with the labels `model`, `version` and `instance`."""
+    """Each metric of `Metrics` for one instance, with the labels `model`, `version` and `instance`."""
 
-    def __init__(self, version: str, instance: str) -> None:
-        """`instance`: its name; raises TritonModelException where the server has no metrics."""
+    def __init__(self, model: str, version: str, instance: str) -> None:
+        """Raises TritonModelException where the server has no metrics."""
         super().__init__()
-        self._labels = {"version": version, "instance": instance}
-        self._bound: Metrics | None = None
+        labels = {"model": model, "version": version, "instance": instance}
+        self._bound = copy(self)
+        for name, metric in vars(self).items():
+            if metric is self.requests:
+                setattr(self._bound, name, _Outcomes(self.requests, labels))
+            elif isinstance(metric, (Counter, Gauge, Histogram)):
+                setattr(self._bound, name, _of_triton(metric, labels))
 
     def of(self, model: str) -> Metrics:
-        """Those of the model; always the same: of two families of a name, the server crashes when one ends."""
-        if self._bound is None:
-            self._bound = self._of(model)
+        """Always the same ones: where a process has two families of a name, it crashes once one of them ends."""
         return self._bound
-
-    def _of(self, model: str) -> Metrics:
-        bound, labels = copy(self), {"model": model, **self._labels}
-        for name, metric in vars(self).items():
-            if isinstance(metric, Counter) and metric is self.requests:
-                setattr(bound, name, _Outcomes(metric, labels))
-            elif isinstance(metric, (Counter, Gauge, Histogram)):
-                setattr(bound, name, _of_triton(metric, labels))
-        return bound
 
 
 class _Metric:

@@ -10,13 +10,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..description import MOST_POSITIONS
 from .asked import Ask
 from .errors import ApiError, of_body
 from .house import options_of
 from .messages import messages_of
 from .model import Model
 from .schema import Body, ChatBody, CompletionBody
+from .triton_tensors import MOST_BYTES
 
 PROMPTS = ("text_input", "input_ids", "messages")
 # Of the vLLM backend; the first must be true, the others ask for outputs that are always sent.
@@ -92,9 +92,8 @@ def _json(name: str, text: str, kind: type, words: str) -> Any:
 
 
 def _ids(array: Any) -> list[int]:
-    if array.size > MOST_POSITIONS:
-        raise ApiError(400, f"input_ids has {array.size} token ids, more than any model takes.", param="input_ids",
-                       code="context_length_exceeded")
+    if array.nbytes > MOST_BYTES:
+        raise ApiError(400, f"input_ids has {array.nbytes} bytes, more than {MOST_BYTES}.", param="input_ids")
     ids: list[int] = array.reshape(-1).tolist()
     return ids
 

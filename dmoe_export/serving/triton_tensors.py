@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 from ..errors import MissingRequirementError
 from .errors import ApiError
 
-MOST_TEXT = 2 << 20  # bytes of a text, as of a body of `serve`
+MOST_BYTES = 2 << 20  # of an input, as of a body of `serve`
 _SENT = [1, 2, 3]
 
 
@@ -40,8 +40,8 @@ def _plain(name: str, array: Any) -> Any:
     if array.dtype != np.object_:
         return array
     content: bytes = _one(name, array)
-    if len(content) > MOST_TEXT:
-        raise ApiError(400, f"{name} has {len(content)} bytes, more than {MOST_TEXT}.", param=name)
+    if len(content) > MOST_BYTES:
+        raise ApiError(400, f"{name} has {len(content)} bytes, more than {MOST_BYTES}.", param=name)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,7 +1,7 @@
 """Runs in `.venv-triton`: streams of tritonclient's gRPC client; a JSON object on standard input, one on output.
 
 Asked: url, model, requests (a list of {inputs: {name: value}, parameters, cancel_after: responses or nothing}).
-Answered: a list of {parts: [{output: value}], seconds: [of each part], error, final: whether the last response said so}.
+Answered: a list of {parts: [{output: value}], seconds: [of each part], error, final: whether the last said so}.
 """
 
 from __future__ import annotations

@@ -135,7 +135,8 @@ def triton_server(repository, folder, *options, python=PYTHON, ends_with=0, **en
     command = [server / "bin" / "tritonserver", "--model-repository", repository, "--backend-directory", backend.parent,
                "--http-port", ports[0], "--grpc-port", ports[1], "--metrics-port", ports[2], "--http-address",
                "127.0.0.1", "--grpc-address", "127.0.0.1", "--metrics-address", "127.0.0.1", "--model-control-mode",
-               "explicit", "--exit-on-error", "false", "--exit-timeout-secs", "2" if ends_with else "30", "--metrics-interval-ms", "100",
+               "explicit", "--exit-on-error", "false", "--exit-timeout-secs", "2" if ends_with else "30",
+               "--metrics-interval-ms", "100",
                "--backend-config", f"python,shm-region-prefix-name=dmoe_{os.getpid()}_{ports[0]}", *options]
     known = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     known |= {"PATH": f"{python.parent}:{known['PATH']}", "OMP_NUM_THREADS": "1",
