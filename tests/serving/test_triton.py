@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from serving import Held, toy_generator
 
+from dmoe_export.decoding.settings import OPTIONS
 from dmoe_export.deploy.triton import INPUTS, MODEL_FILE, OUTPUTS
 from dmoe_export.errors import MissingRequirementError, NotFiniteError, RequestError
 from dmoe_export.serving.engine import Engine
@@ -223,6 +224,14 @@ def test_bad_requests_get_an_error_that_says_why(triton, monkeypatch, request_, 
         assert words in message and code == TritonError.INVALID_ARG and len(request_.sent) == 1
         assert len(good.parts()) == 1
         assert MetricFamily.made["dmoe_requests_total"].values[(*LABELS, ("outcome", "refused"))] == [1.0]
+
+
+def test_every_option_of_a_request_may_be_given(triton, monkeypatch):
+    with model_of(triton, monkeypatch) as model:
+        for name in OPTIONS:
+            odd = Request(input_ids=ids(), sampling_parameters=json.dumps({name: {"x": 1}}))
+            model.execute([odd])
+            assert odd.error()[0].startswith(f"{name} is "), odd.error()
 
 
 def test_a_client_that_leaves_frees_its_place(triton, monkeypatch):

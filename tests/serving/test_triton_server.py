@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import threading
 import time
 
 import pytest
-from triton_server import NUMPY_2, PYTHON, python_with, triton_server
+from triton_server import NUMPY_2, PYTHON, REPOSITORY, python_with, triton_server
 
+from dmoe_export.deploy.triton import model_config
 from dmoe_export.generator import Generator
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300),
@@ -34,12 +36,18 @@ def generator(sample_bundle):
 
 
 @pytest.fixture(scope="module")
-def server(sample_bundle, tmp_path_factory):
-    """Two models of one repository: `sample`, and `alone` with one place in its batch."""
-    folder = tmp_path_factory.mktemp("triton")
-    deploy(sample_bundle.folder, folder / "repository", "--name", "sample")
-    deploy(sample_bundle.folder, folder / "repository", "--name", "a.lone-1", "--max-batch", "1", "--max-waiting", "1")
-    with triton_server(folder / "repository", folder, "--load-model", "sample", "--load-model", "a.lone-1") as one:
+def repository(sample_bundle, tmp_path_factory):
+    """Of two models: `sample`, and `a.lone-1` with one place in its batch."""
+    folder = tmp_path_factory.mktemp("triton") / "repository"
+    deploy(sample_bundle.folder, folder, "--name", "sample")
+    deploy(sample_bundle.folder, folder, "--name", "a.lone-1", "--max-batch", "1", "--max-waiting", "1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(repository):
+    """Over both."""
+    with triton_server(repository, repository.parent, "--load-model", "sample", "--load-model", "a.lone-1") as one:
         yield one
 
 
@@ -145,6 +153,7 @@ def test_errors_over_grpc_and_in_streams(server):
         {"inputs": {"stream": True}}])
     told = ["Unknown field: treshold.", "text_input is no text in UTF-8.", "given: none."]
     assert all(words in answer["error"][0] and not answer["parts"] for words, answer in zip(told, answers, strict=True))
+    assert [answer["final"] for answer in answers] == [False] * 3  # an error has no parameters, and nothing follows
     status, events, _ = server.stream("sample", text_input="x", cache="nothing")
     assert status == 400 and len(events) == 1 and events[0]["error"].startswith("cache is nothing")
     assert server.generate("sample", text_input="what is 2 plus 3?", chat=True)[1]["text_output"] == "2 + 3 = 5"
@@ -206,6 +215,36 @@ def test_a_model_is_loaded_anew_while_it_answers(server, generator):
     while stubs() > before and time.monotonic() < end:
         time.sleep(0.1)
     assert stubs() == before
+
+
+def test_another_version_is_another_folder(server, repository):
+    shutil.copytree(repository / "a.lone-1" / "1", repository / "a.lone-1" / "2")
+    assert server.ask("POST", "/v2/repository/models/a.lone-1/load")[0] == 200
+    status, answer = server.generate("a.lone-1", input_ids=[5, 6], max_tokens=1, eos_id=-1)
+    assert (status, answer["model_version"]) == (200, "2") and isinstance(answer["output_ids"], int)
+
+
+def test_examples_of_the_page_run(server):
+    page = (REPOSITORY / "docs" / "deploy.md").read_text(encoding="utf-8")
+    asked = re.findall(r"^curl .*?localhost:8000(/\S+) (?:\\\n +)?-d '(.*)'$", page, flags=re.MULTILINE)
+    assert len(asked) == page.count("curl ") == 4
+    for path, body in asked:
+        status, answer = server.ask("POST", path, body)
+        assert status == 200 and "text_output" in str(answer), answer
+    (program,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    program = program.replace("localhost:8001", f"127.0.0.1:{server.grpc}")
+    done = subprocess.run([PYTHON, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "9 1 7 4"), done.stderr
+
+
+def test_the_configuration_is_one_for_protobuf(repository):
+    """Of tritonclient, which has Triton's own definition."""
+    program = ("import sys\nfrom google.protobuf import text_format\nfrom tritonclient.grpc import model_config_pb2\n"
+               "print(text_format.Parse(sys.stdin.read(), model_config_pb2.ModelConfig()).parameters['bundle']"
+               ".string_value.encode())")
+    text = model_config("m", {"bundle": '/a "b"\\c/bündel\n'})
+    done = subprocess.run([PYTHON, "-c", program], input=text, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == repr('/a "b"\\c/bündel\n'.encode())
 
 
 def test_unloaded_and_loaded_again(server):
