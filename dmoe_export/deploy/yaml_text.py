@@ -12,7 +12,8 @@ from ..errors import MissingRequirementError, OutputError
 from ..extras import pip_install
 from ..words import visible
 
-_NOT_TEXT_FOR_ALL = re.compile(r"[-+.]*[0-9]|[yYnN]$")  # 1e3 and y: text for PyYAML, a number and true for others
+# 1e3 and y: text for PyYAML, a number and true for others.
+_NOT_TEXT_FOR_ALL = re.compile(r"[-+.]*[0-9][0-9a-fA-FxXoO_.,:+-]*|[yYnN]")
 
 
 def write_yaml(documents: Sequence[Mapping[str, Any]], comment: str = "") -> str:
@@ -35,7 +36,7 @@ def write_yaml(documents: Sequence[Mapping[str, Any]], comment: str = "") -> str
             return True
 
     def text(dumper: Any, value: str) -> Any:
-        style = "|" if "\n" in value else "'" if _NOT_TEXT_FOR_ALL.match(value) else None
+        style = "|" if "\n" in value else "'" if _NOT_TEXT_FOR_ALL.fullmatch(value) else None
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
     Dumper.add_representer(str, text)

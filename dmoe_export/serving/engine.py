@@ -118,7 +118,7 @@ class Engine:
             raise self.worker.failed()
         if self._draining:
             raise ApiError(503, f"Model {self.name} takes no more requests, the server is shutting down.",
-                           code="shutting_down", headers={"retry-after": "5"})
+                           code="shutting_down", headers={"retry-after": "5", "connection": "close"})
         with self._lock:
             if key in self._admitted:
                 raise ApiError(400, "x-request-id is that of a request in progress; leave it out or choose another.",
