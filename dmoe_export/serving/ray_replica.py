@@ -24,7 +24,7 @@ class Replica:
                                    prefix_cache=settings.prefix_cache, metrics=metrics, **settings.opening)
 
     async def answer(self, ask: Ask) -> AsyncIterator[Any]:
-        """The items of a `Stream`. An error is an item: Serve logs what is raised, and counts it as a failed replica."""
+        """The items of a `Stream`; an error is one, too: what is raised Serve logs as a fault of its own."""
         try:
             job = await self._engine.enter(ask)
             try:

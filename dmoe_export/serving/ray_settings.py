@@ -20,7 +20,7 @@ def _told(group: str, meaning: str, shown: str | None = None, **rules: Any) -> A
 
 
 Seconds = FiniteFloat
-_OF_OPENING = ("backend", "threads", "cpu_products", "verify", "expert_budget", "experts_per_layer",
+OF_OPENING = ("backend", "threads", "cpu_products", "verify", "expert_budget", "experts_per_layer",
                "expert_refresh_interval", "expect_sha256", "trusted_key")
 
 
@@ -108,7 +108,7 @@ class Settings(BaseModel):
     @property
     def opening(self) -> dict[str, Any]:
         """Keywords of `Generator.open`."""
-        kept = {name: getattr(self, name) for name in _OF_OPENING}
+        kept = {name: getattr(self, name) for name in OF_OPENING}
         return kept | {"threads": self.threads or max(int(self.cpus), 1)}
 
     @property
