@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
-from annotated_types import Ge, Gt, Le
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
@@ -15,15 +14,14 @@ from ..bundle.reader import read_manifest
 from ..deploy.ray import serve_config
 from ..deploy.yaml_text import save_text, write_yaml
 from ..errors import RequestError
+from ..serving.names import check_one_hash, names_of
 from ..serving.ray_settings import OF_OPENING, Settings
 from .help import SETTINGS, Verb, option
 from .opening import opening_of, opening_options
 from .output import say
-from .serve import names_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 _OWN = ("bundle", "name", *OF_OPENING)  # those of the verb's own, and those that `serve` has, too
-_SINGLE = {"ingresses": "--ingress-replicas", "allowed_hosts": "--allowed-host"}
 
 
 def _settings_options(command: F) -> F:
@@ -36,18 +34,17 @@ def _settings_options(command: F) -> F:
 
 def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     words: dict[str, Any] = field.json_schema_extra  # type: ignore[assignment]
-    flag, help = _SINGLE.get(name, "--" + name.replace("_", "-")), str(field.description)
-    kinds = _kinds(field.annotation)
-    told = {"group": words["group"], "help": help, "shown": words["shown"]}
+    flag, kinds = "--" + name.replace("_", "-"), _kinds(field.annotation)
+    told = {"group": words["group"], "help": str(field.description), "shown": words["shown"]}
     if tuple in kinds:
-        return option(flag, name, multiple=True, metavar="NAME", **told)
+        return option(flag.removesuffix("s"), name, multiple=True, metavar="NAME", **told)
     if bool in kinds:
         return option(flag, name, is_flag=True, **told)
     default = field.default
     if str in kinds:
         return option(flag, name, default=default, metavar="FILE" if name.endswith("_file") else "SIZE", **told)
-    least, above, most = (next((getattr(one, word) for one in field.metadata if isinstance(one, kind)), None)
-                          for kind, word in ((Ge, "ge"), (Gt, "gt"), (Le, "le")))
+    least, above, most = (next((getattr(one, word) for one in field.metadata if hasattr(one, word)), None)
+                          for word in ("ge", "gt", "le"))
     if int in kinds:
         return option(flag, name, type=click.IntRange(least, most), default=default, **told)
     values = None if above is None else f"above {above}"
@@ -82,7 +79,8 @@ def ray(bundles: tuple[Path, ...], out: Path | None, force: bool, names: tuple[s
     One bundle answers below /, several below /NAME each, with the same options; edit the file to tell them apart.
     """
     opened = opening_of(options)
-    called = names_of(bundles, names, opened)
+    called = names_of(bundles, names)
+    check_one_hash(bundles, opened["expect_sha256"])
     asked = {name: value for name, value in (options | opened).items() if value != Settings.model_fields[name].default}
     applications = {}
     for bundle, name in zip(bundles, called, strict=True):
@@ -92,10 +90,15 @@ def ray(bundles: tuple[Path, ...], out: Path | None, force: bool, names: tuple[s
                               else value for key, value in arguments.items()}
     text = write_yaml([serve_config(applications, host, port)], "Ray Serve: serve run FILE, or serve deploy FILE.")
     if out is None:
-        say(text.rstrip("\n"))
+        click.echo(text, nl=False)
     else:
         save_text(text, out, force)
         say(f"dmoe-export: {out}: serve run {out}", err=True)
+
+
+for _one in ray.params:
+    if _one.name == "threads" and isinstance(_one, click.Option):
+        _one.help = str(_one.help).replace("ONNX Runtime's choice", "--cpus")
 
 
 def _place(bundle: Path) -> str:

@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from .opening import check_name, name_of
+from .names import check_name, name_of
 from .ray_handle import HandleWire
 from .ray_ingress import Mounted, mounted
 from .ray_metrics import RayMetrics
@@ -53,7 +53,7 @@ def app(settings: Settings) -> Any:
         options["request_router_config"] = RequestRouterConfig(request_router_class=PrefixRouter)
     replicas = serve.deployment(ServeReplica).options(name=REPLICAS, **options).bind(settings, name)
     return serve.deployment(Ingress).options(
-        name=INGRESS, num_replicas=settings.ingresses, max_ongoing_requests=_NO_LIMIT, max_surge_percent=100,
+        name=INGRESS, num_replicas=settings.ingress_replicas, max_ongoing_requests=_NO_LIMIT, max_surge_percent=100,
         graceful_shutdown_timeout_s=settings.drain_seconds + 5, graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=settings.health_period, max_constructor_retry_count=3,
         ray_actor_options={"num_cpus": 0}).bind(settings, name, replicas)

@@ -53,7 +53,7 @@ class Settings(BaseModel):
     drain_seconds: Annotated[Seconds, _told("replicas", "Seconds that a replica's requests have to end before it "
                                             "does", ge=0)] = 30.0
     health_period: Annotated[Seconds, _told("replicas", "Seconds between looks at a replica's health", gt=0)] = 5.0
-    ingresses: Annotated[int, _told("replicas", "Processes that hold the HTTP application", ge=1)] = 1
+    ingress_replicas: Annotated[int, _told("replicas", "Processes that hold the HTTP application", ge=1)] = 1
     max_batch: Annotated[int, _told("requests", "Most answers that a replica decodes at once", ge=1, le=1024)] = 8
     max_waiting: Annotated[int, _told("requests", "Most requests that wait for a replica; more are refused",
                                       ge=1)] = 64
@@ -66,11 +66,11 @@ class Settings(BaseModel):
     api_key_file: Annotated[str | None, _told("network", "File with API keys, one per line, where the HTTP application "
                                               "runs", "no key is asked for")] = None
     allowed_hosts: Annotated[tuple[str, ...], _told(
-        "network", "Names by which clients without a key may call the server, with commas between them",
+        "network", "Name by which clients without a key may call the server; may be several",
         "addresses, localhost")] = ()
     log_prompts: Annotated[bool, _told("requests", "Write prompts into the log, too")] = False
     backend: Annotated[BackendName, _told("bundle and machine", "As in Generator.open")] = "auto"
-    threads: Annotated[int | None, _told("bundle and machine", "Threads of a replica on the CPU", "--cpus, at least 1",
+    threads: Annotated[int | None, _told("bundle and machine", "Threads of a replica on the CPU", "--cpus",
                                          ge=1)] = None
     cpu_products: Annotated[Products, _told("bundle and machine", "As in Generator.open")] = "exact"
     verify: Annotated[Verify, _told("bundle and machine", "As in Generator.open")] = "full"
@@ -83,7 +83,7 @@ class Settings(BaseModel):
     @field_validator("allowed_hosts", mode="before")
     @classmethod
     def _by_commas(cls, value: Any) -> Any:
-        """`serve run` gives text, a file of settings gives a list."""
+        """`serve run` gives text, with commas between names; a file of settings gives a list."""
         return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
     @model_validator(mode="after")
