@@ -48,8 +48,8 @@ class Settings(BaseModel):
     cpus: Annotated[FiniteFloat, _told("replicas", "Processors that a replica reserves", gt=0)] = 1.0
     gpus: Annotated[FiniteFloat, _told("replicas", "GPUs that a replica reserves", ge=0)] = 0.0
     surge_percent: Annotated[int, _told(
-        "replicas", "Replicas beyond their number during an update, as a share of it: new ones then start before old "
-        "ones end, which needs room for both", ge=0, le=100)] = 0
+        "replicas", "Replicas beyond their number during an update, as a share of it: new ones start before old ones "
+        "end, and wait where there is no room for both; with 0 old ones end first", ge=0, le=100)] = 100
     drain_seconds: Annotated[Seconds, _told("replicas", "Seconds that a replica's requests have to end before it "
                                             "does", ge=0)] = 30.0
     health_period: Annotated[Seconds, _told("replicas", "Seconds between looks at a replica's health", gt=0)] = 5.0

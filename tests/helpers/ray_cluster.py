@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ _UP = 120  # seconds
 def environment(folder):
     """Of Ray's processes: nothing of it lands in the user's home."""
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_metrics_report_interval_ms": "500",
             "HOME": str(folder), "RAY_TMPDIR": str(folder), "no_proxy": "*"}
 
 
@@ -70,7 +72,19 @@ class Cluster:
         raise AssertionError(seen[-3:])
 
     def processes(self, application, deployment="replicas"):
-        return self.do("processes", application)[deployment]
+        return self.do("processes", application).get(deployment, [])
+
+    def metric(self, name, application):
+        """Sum of a metric over the replicas of an application."""
+        found = re.findall(rf'^ray_{name}{{.*application="{application}".*}} (\S+)$', self.do("metrics"), re.MULTILINE)
+        return sum(map(float, found))
+
+    def wait_for(self, wanted, seconds=30):
+        """Until it is true."""
+        end = time.monotonic() + seconds
+        while not wanted():
+            assert time.monotonic() < end
+            time.sleep(0.1)
 
     def ask(self, path, body=None, timeout=60, method=None, **headers):
         """(status, JSON or text, headers)"""

@@ -29,9 +29,10 @@ def deploy(config):
 
 
 def status(_):
-    """{application: {status, message, deployments: {name: {state: number}}}}"""
-    return {name: {"status": one.status.value, "message": one.message, "deployments": {
-        deployment: dict(found.replica_states) for deployment, found in one.deployments.items()}}
+    """{application: {status, deployments: {name: {message, states: {state: number}}}}}"""
+    return {name: {"status": one.status.value, "deployments": {
+        deployment: {"message": found.message, "states": dict(found.replica_states)}
+        for deployment, found in one.deployments.items()}}
         for name, one in serve.status().applications.items()}
 
 
