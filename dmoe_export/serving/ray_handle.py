@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, TaskCancelledError, WorkerCrashedError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
 from ray.serve.handle import DeploymentHandle
 
 from .asked import Ask
@@ -20,22 +33,27 @@ class HandleStream:
     """A streaming call of `Replica.answer`."""
 
     def __init__(self, response: Any) -> None:
-        self._response = response
+        self._response, self._over = response, False
 
     async def next(self) -> Any:
         """As `Stream.next`."""
         try:
             return await self._response.__anext__()
-        except BackPressureError:
-            raise FullError from None
-        except StopAsyncIteration:
-            raise LostError("its answer broke off") from None
-        except _LOST as error:
-            raise LostError(type(error).__name__) from None
+        except Exception as error:
+            self._over = True  # `cancel` of such a one would raise it again
+            if isinstance(error, BackPressureError):
+                raise FullError from None
+            if isinstance(error, StopAsyncIteration):
+                raise LostError("its answer broke off") from None
+            if isinstance(error, _LOST):
+                raise LostError(type(error).__name__) from None
+            raise
 
     def cancel(self) -> None:
         """As `Stream.cancel`; Serve cancels the call in the replica, too."""
-        self._response.cancel()
+        if not self._over:
+            with suppress(RayError, RayServeException):  # it failed meanwhile
+                self._response.cancel()
 
 
 class HandleWire:

@@ -223,8 +223,10 @@ def test_more_than_may_wait_are_refused_and_told_when_to_come_again(ray, argumen
 def test_prompts_that_begin_alike_meet_the_replica_that_had_their_beginning(ray, arguments):
     ray.deploy(("prefixes", {**arguments, "replicas": 2, "prefix_cache": "64M"}))
 
+    long = [one for one in QUESTIONS if len(one) > 80]
+
     def cached(group, tail):
-        text = f"{QUESTIONS[group]} " * 4 + tail
+        text = f"{long[group]} " * 4 + tail
         status, said, _ = ray.ask("/prefixes/v1/completions", {"model": "sample", "prompt": text, "max_tokens": 32})
         assert status == 200, said
         return said["usage"]["prompt_tokens_details"]["cached_tokens"]
