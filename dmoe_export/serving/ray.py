@@ -13,6 +13,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from .names import check_name, name_of
+from .ray_answer import GRACE
 from .ray_handle import HandleWire
 from .ray_ingress import Mounted, mounted
 from .ray_metrics import RayMetrics
@@ -54,6 +55,7 @@ def app(settings: Settings) -> Any:
     replicas = serve.deployment(ServeReplica).options(name=REPLICAS, **options).bind(settings, name)
     return serve.deployment(Ingress).options(
         name=INGRESS, num_replicas=settings.ingress_replicas, max_ongoing_requests=_NO_LIMIT, max_surge_percent=100,
-        graceful_shutdown_timeout_s=settings.drain_seconds + 5, graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=settings.timeout + 2 * GRACE,  # a request outlives its replica, but not this
+        graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=settings.health_period, max_constructor_retry_count=3,
         ray_actor_options={"num_cpus": 0}).bind(settings, name, replicas)

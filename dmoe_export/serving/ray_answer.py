@@ -116,7 +116,10 @@ class RemoteAnswer:
         whole = False
         try:
             while not whole:
-                whole = self._put(await self._next(stream))
+                item = await self._next(stream)
+                whole = isinstance(item, ApiError) or self._is_last(item)
+            if isinstance(item, ApiError):
+                raise LostError(item.detail) if item.code in _ELSEWHERE else item
         except FullError:
             raise self._gone("as many requests wait for another as may") if self._lost else self._model.full() from None
         finally:
@@ -140,12 +143,8 @@ class RemoteAnswer:
         finally:
             step.cancel()
 
-    def _put(self, item: Any) -> bool:
-        """Whether it was the last."""
-        if isinstance(item, ApiError):
-            if item.code in _ELSEWHERE:
-                raise LostError(item.detail)
-            raise item
+    def _is_last(self, item: Any) -> bool:
+        """Take an item."""
         now = time.monotonic() - self._entered
         if isinstance(item, Course):
             waited = self.course.queue_seconds or 0.0

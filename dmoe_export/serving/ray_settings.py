@@ -129,5 +129,5 @@ class Settings(BaseModel):
         return {**self.scaling, "max_ongoing_requests": self.at_once, "max_queued_requests": self.max_waiting,
                 "ray_actor_options": {"num_cpus": self.cpus, "num_gpus": self.gpus},
                 "graceful_shutdown_timeout_s": self.drain_seconds, "graceful_shutdown_wait_loop_s": 0.5,
-                "health_check_period_s": self.health_period, "health_check_timeout_s": max(30.0, self.health_period),
+                "health_check_period_s": self.health_period, "health_check_timeout_s": max(10.0, self.health_period),
                 "max_surge_percent": self.surge_percent, "max_constructor_retry_count": 3}
