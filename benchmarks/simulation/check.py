@@ -8,6 +8,7 @@ these in a third way: with steps as long, on average, as those of the servers un
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,12 @@ class Check(Frozen):
 
 
 def check(work: Path, rounds: int, requests: int, prompt_tokens: Range, new_tokens: Range, steps: Range, seed: int,
-          advance: Callable[[str], None] = lambda what: None) -> Check:
-    """Measure and simulate; raises CheckError where a server fails."""
+          minutes: float, advance: Callable[[str], None] = lambda what: None) -> Check:
+    """Measure and simulate; no round begins that would not end within `minutes`, were it as long as the one before.
+
+    Raises CheckError where a server fails.
+    """
+    start = time.monotonic()
     advance("bundle")
     bundle = small_mixture(work)
     asked = load(bundle, requests, prompt_tokens, new_tokens, steps, seed)
@@ -108,12 +113,17 @@ def check(work: Path, rounds: int, requests: int, prompt_tokens: Range, new_toke
         warm = [Asked(one.prompt, one.options | {"max_new_tokens": 1}) for one in asked[:SLOTS]]
         Replicas([first, second]).bear(warm, SLOTS)
         Measured().add(generator, warm, SLOTS, SLOTS)
-        turns = list[_Round]()
+        turns, began = list[_Round](), time.monotonic()
         for number in range(rounds):
+            now = time.monotonic()
+            if turns and now + (now - began) > start + 60 * minutes:
+                break
+            began = now
             turns.append(_round(generator, [first, second], asked, turns[0].rate if turns else None, number, seed,
                                 lambda what, number=number: advance(f"round {number + 1} of {rounds}: {what}")))
     return Check(
-        model=f"{NAME}, {bundle.manifest.precision_in_words}", threads=1, slots=SLOTS, requests=requests, rounds=rounds,
+        model=f"{NAME}, {bundle.manifest.precision_in_words}", threads=1, slots=SLOTS, requests=requests,
+        rounds=len(turns),
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, steps=steps, assumptions=ASSUMPTIONS,
         alone=[turn.fits["alone"] for turn in turns], beside=[turn.fits["beside"] for turn in turns],
         slower_beside=[turn.slower for turn in turns],

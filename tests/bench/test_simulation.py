@@ -201,9 +201,9 @@ def test_the_program_measures_and_simulates(tiny_bundle, tmp_path):
         assert run.exit_code == 2 and sentence in run.output
     run = CliRunner().invoke(program.main, ["run", "--steps-of", str(steps), "--rates", "1e9", "--requests", "9"])
     assert isinstance(run.exception, RequestError) and "give more --requests" in str(run.exception)
-    for text in ("x", "0", "1,inf"):
+    for text in ("x", "0", "1,inf", "1.5"):
         with pytest.raises(RequestError):
-            program._numbers(text)
+            program._whole(text)
     for text in ("4-", "9-3", "0-3", "a", "-4"):
         with pytest.raises(RequestError):
             program._range(text)
