@@ -55,7 +55,7 @@ class Replica:
         self.stepping = False
         self.busy: list[tuple[float, float]] = []  # from, to: steps
         self.counts = Counts(0, 0, 0)
-        self.host = 0.0  # seconds that the batch took around its forwards, on this machine
+        self.host = 0.0  # processor seconds that the batch took around its forwards, on this machine
 
     @property
     def ongoing(self) -> int:
@@ -75,9 +75,9 @@ class Replica:
         if not len(self._batch):
             return None
         before, rows, blocks = self._backend.spent, len(self._batch), []
-        self.host -= time.perf_counter() - self._backend.real
+        self.host -= time.thread_time() - self._backend.real
         found = self._batch.step()
-        self.host += time.perf_counter() - self._backend.real
+        self.host += time.thread_time() - self._backend.real
         for done in found:
             if done.error:
                 raise done.error
