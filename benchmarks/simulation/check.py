@@ -49,10 +49,9 @@ class Seen(Frozen):
     def of(cls, found: Borne | Arrived, step_seconds: float) -> Seen:
         """Of a load by clients, or of arrivals."""
         answers = found.answers
-        by_clients = isinstance(found, Borne)
-        return cls(tokens_per_second=found.tokens_per_second if by_clients else None,
-                   tokens_per_step=found.counts.tokens / found.counts.steps if by_clients else None,
-                   step_seconds=step_seconds,
+        borne = found if isinstance(found, Borne) else None
+        return cls(tokens_per_second=borne and borne.tokens_per_second,
+                   tokens_per_step=borne and borne.counts.tokens / borne.counts.steps, step_seconds=step_seconds,
                    first_block=Times.of(one.first_block for one in answers),
                    answer=Times.of(one.seconds for one in answers))
 
@@ -114,13 +113,17 @@ def check(work: Path, rounds: int, requests: int, prompt_tokens: Range, new_toke
         Replicas([first, second]).bear(warm, SLOTS)
         Measured().add(generator, warm, SLOTS, SLOTS)
         turns, began = list[_Round](), time.monotonic()
+
+        def tell(what: str) -> None:
+            advance(f"round {len(turns) + 1} of {rounds}: {what}")
+
         for number in range(rounds):
             now = time.monotonic()
             if turns and now + (now - began) > start + 60 * minutes:
                 break
             began = now
-            turns.append(_round(generator, [first, second], asked, turns[0].rate if turns else None, number, seed,
-                                lambda what, number=number: advance(f"round {number + 1} of {rounds}: {what}")))
+            rate = turns[0].rate if turns else None
+            turns.append(_round(generator, [first, second], asked, rate, number, seed, tell))
     return Check(
         model=f"{NAME}, {bundle.manifest.precision_in_words}", threads=1, slots=SLOTS, requests=requests,
         rounds=len(turns),

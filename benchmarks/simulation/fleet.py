@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class Replica:
     def __init__(self, steps: StepTimes, slots: int) -> None:
         self._backend = TimedBackend(steps)
         self._batch = JoiningBatch(self._backend, slots)
-        self._waiting = Queue()
+        self._waiting: Any = Queue()  # of jobs and rows; a request is both
         self._running: dict[Handle, Request] = {}
         self.stepping = False
         self.busy: list[tuple[float, float]] = []  # from, to: steps
