@@ -11,6 +11,7 @@ from .. import __version__
 from ..bundle.hub import resolve_bundle
 from ..bundle.manifest import Manifest
 from ..bundle.reader import open_bundle
+from ..decoding.prefixes import check_keeps
 from ..deploy.kubernetes import BUNDLES, Servers, manifests, pod_memory
 from ..deploy.kubernetes_names import check_name, name_of
 from ..deploy.predicted import host_bytes
@@ -103,10 +104,12 @@ def _servers(bundle: Path, manifest: Manifest, asked: dict[str, Any]) -> tuple[S
     if asked["max_replicas"] and asked["max_replicas"] < asked["replicas"]:
         raise RequestError(f"--max-replicas {asked['max_replicas']} is less than --replicas {asked['replicas']}; give "
                            "more, or leave it out.")
+    if asked["prefix_cache"]:
+        check_keeps(manifest.model)
     if "%" in (asked["prefix_cache"] or ""):
         raise RequestError(f"--prefix-cache {asked['prefix_cache']} is a share of a node's memory, which is not known "
                            "here; give a size, such as 512M.")
-    backend = "onnxruntime" if not asked["gpus"] else "tensorrt" if manifest.engines else "onnxruntime-cuda"
+    backend = _backend(manifest, asked["gpus"], asked["expert_budget"])
     rows, context = _rows(manifest, backend, asked["max_batch"]), _context(manifest, backend, asked["max_context"])
     sizes = {word: asked[word] for word in ("expert_budget", "prefix_cache") if asked[word]}
     predicted = host_bytes(manifest, backend=backend, max_batch=rows, max_context=context, **sizes)
@@ -122,6 +125,16 @@ def _servers(bundle: Path, manifest: Manifest, asked: dict[str, Any]) -> tuple[S
         more=tuple(more), **{word: asked[word] for word in ("replicas", "max_replicas", "cpus", "gpus", "timeout")})
     return servers, (f"{size(predicted)} predicted for {count(rows, 'answer')} of {count(context, 'token')}, prompts "
                      "included, and a fifth more")
+
+
+def _backend(manifest: Manifest, gpus: int, expert_budget: str | None) -> str:
+    """By name: with `auto`, a pod whose GPU cannot be used would run on the processor."""
+    if not gpus:
+        return "onnxruntime"
+    if expert_budget and not any(engine.expert_pools for engine in manifest.engines):
+        raise RequestError(f"--expert-budget {expert_budget} with --gpus needs an engine with expert pools; make one "
+                           "with: dmoe-export build BUNDLE --experts resident.")
+    return "tensorrt" if manifest.engines else "onnxruntime-cuda"
 
 
 def _rows(manifest: Manifest, backend: str, asked: int | None) -> int:
