@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from ..errors import MissingRequirementError, RequestError
+from ..errors import MissingRequirementError
 from ..extras import pip_install
+from ..serving.names import check_one_hash, names_of
 from ..words import count
 from .help import SETTINGS, Verb, option
 from .opening import open_shown, opening_of, opening_options
@@ -59,7 +60,8 @@ def serve(bundles: tuple[Path, ...], host: str, port: int, api_key_file: Path | 
     except ModuleNotFoundError as error:
         raise MissingRequirementError(f"Serving needs {error.name}; run: {pip_install('serve')}.") from None
     opened = opening_of(options)
-    called = _names(bundles, names, opened)
+    called = names_of(bundles, names)
+    check_one_hash(bundles, opened["expect_sha256"])
     keys = gate.read_keys(api_key_file)
     bound = process.listen(host, port)
     counted, engines = metrics.Metrics(), dict[str, engine.Engine]()
@@ -84,19 +86,3 @@ def _say_where(address: str, keys: bool) -> None:
     with suppress(ValueError):
         if not keys and not ipaddress.ip_address(address.split("//")[1].rpartition(":")[0].strip("[]")).is_loopback:
             say("dmoe-export: warning: other machines may reach it and no key is asked for (--api-key-file).", err=True)
-
-
-def _names(bundles: tuple[Path, ...], names: tuple[str, ...], opened: dict[str, Any]) -> list[str]:
-    """What clients call each bundle."""
-    from ..serving.opening import check_name, name_of
-
-    if names and len(names) != len(bundles):
-        raise RequestError(f"{count(len(names), '--name')} for {count(len(bundles), 'bundle')}; give one for each, or "
-                           "none.")
-    called = [check_name(name) for name in names or map(name_of, bundles)]
-    twice = next((name for name in called if called.count(name) > 1), None)
-    if twice is not None:
-        raise RequestError(f"Two bundles are called {twice}; give each its own --name.")
-    if len(bundles) > 1 and opened["expect_sha256"]:
-        raise RequestError("--expect-sha256 is of one bundle, and several are given; sign them and use --trusted-key.")
-    return called

@@ -1,4 +1,4 @@
-"""An engine from a bundle's folder, for servers without a command line, and the rules that all servers share."""
+"""An engine from a bundle's folder, for servers without a command line, and how many rows it has in all of them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.hub import resolve_bundle
-from ..errors import RequestError
 from ..generator import Generator
-from ..text.messages import half_character, short
 from .engine import Engine
 from .metrics import Metrics
-from .schema import MOST_NAME
 
 USUAL_SLOTS = 8  # rows at once, where the backend has no limit of its own
 USUAL_WAITING = 64  # requests beyond them
@@ -32,15 +29,3 @@ def slots_of(generator: Generator) -> int:
     """What an engine was built for, else a number that 2 cores and a small GPU take."""
     limits = generator.backend.limits
     return (limits and limits.max_batch) or USUAL_SLOTS
-
-
-def name_of(bundle: Path) -> str:
-    """What clients call a bundle that was given no name: its folder's, without .bundle."""
-    return (bundle if bundle.name.strip(".") else bundle.resolve()).name.removesuffix(".bundle")
-
-
-def check_name(name: str) -> str:
-    """The name, or RequestError where clients could not send it."""
-    if not 0 < len(name) <= MOST_NAME or half_character(name):
-        raise RequestError(f"Model name {short(name)} must have 1 to {MOST_NAME} characters; choose one with --name.")
-    return name
