@@ -23,7 +23,7 @@ from dmoe_export.cli import deploy_kubernetes, main
 from dmoe_export.deploy.kubernetes import LEAVE_SECONDS, Servers, manifests, pod_memory, start_seconds
 from dmoe_export.deploy.kubernetes_names import check_name, name_of
 from dmoe_export.errors import RequestError
-from dmoe_export.serving import opening, schema
+from dmoe_export.serving import opening
 
 WRITTEN = Path(__file__).parents[2] / "samples" / "deploy" / "kubernetes.yaml"
 VERSIONS = ("1.30", "1.37")  # the first with the preStop hook's sleep by default, the last that the checker has
@@ -235,7 +235,7 @@ def test_a_model_that_keeps_no_prefixes_is_refused_here(bundle, monkeypatch):
 
 
 def test_what_serve_has_of_its_own_is_the_same_here():
-    assert (deploy_kubernetes._SLOTS, deploy_kubernetes._MOST_NAME) == (opening.USUAL_SLOTS, schema.MOST_NAME)
+    assert deploy_kubernetes._SLOTS == opening.USUAL_SLOTS
 
 
 def test_names():
@@ -280,9 +280,12 @@ def test_manifests_of_the_page_hold_against_the_schemas():
 def test_with_an_engine_its_limits_are_the_servers(bundle, monkeypatch):
     profile = SimpleNamespace(batch=[1, 1, 4], tokens=[1, 32, 32], past=[1, 64, 256])
     changed(bundle, monkeypatch, engines=[SimpleNamespace(profiles=[profile, profile])])
+    monkeypatch.setattr(deploy_kubernetes, "predict", lambda *_, **asked: SimpleNamespace(
+        host_bytes=asked["max_batch"] << 30, compared="never compared", **asked))
     args = container(made(bundle, "--gpus", "1"))["args"]
     assert {"--backend=tensorrt", "--max-batch=4"} <= set(args) and not any("--threads" in word for word in args)
-    assert "for 4 answers of 256 tokens" in run(bundle, "--gpus", "1").stdout
+    said = run(bundle, "--gpus", "1").stdout
+    assert "4.3 GB predicted for 4 answers of 256 tokens" in said and "were never compared.\n" in said
     assert re.search("--max-batch 5 is more than the 4 rows", run(bundle, "--gpus", 1, "--max-batch", 5).stderr)
     assert re.search("--max-context 257 is more than the 256", run(bundle, "--gpus", 1, "--max-context", 257).stderr)
     assert "--max-batch=8" in container(made(bundle))["args"]  # the processor has no such limit
