@@ -37,7 +37,7 @@ def live_bytes(manifest: Manifest, forward: Forward, body_attention: bool = Fals
     if moe:
         routing = n * moe.num_experts * _ROUTING[manifest.routing.mode]
         if manifest.routing.mode == "top_c":
-            routing += (FLOAT + 1) * n * forward.width * moe.num_experts  # every token's candidates, block by block
+            routing += (2 * FLOAT + 2) * n * forward.width * moe.num_experts  # every token's candidates, block by block
         mixture = 2 * hidden + (hidden if moe.shared_width else 0) + max(routing, hidden)
     head = 3 * FLOAT * forward.rows * forward.wanted * d.vocab_size
     return max(throughout + kv + max(attention, mixture), throughout + kv // d.num_layers + dense, kv + head)

@@ -17,7 +17,7 @@ from .work import Forward, Work
 # Measured by benchmarks/fit.py on a bundle of 96 tokens and 2 layers: a process before its first forward, in bytes.
 PROCESS = {"generate": 45_000_000, "serve": 62_000_000}
 LIBRARIES = {"generate": 56_000_000, "serve": 59_000_000}  # pages of the interpreter's and ONNX Runtime's files
-_SESSION, _OF_GRAPH = 1_500_000, 3  # a session, and what it takes for every byte of the graph's file
+_SESSION, _OF_LAYER, _OF_GRAPH = 1_500_000, 500_000, 3  # a session, its nodes, every byte of the graph's file
 _FRAGMENTED = 1.15  # ONNX Runtime's arena over the tensors that live in it at once
 _TOKENIZER = 6  # bytes in memory for every one of tokenizer.json
 _AROUND = 16 * 4096  # a page fault maps this much of a file that is in the page cache
@@ -44,7 +44,8 @@ def cpu_parts(manifest: Manifest, work: Work, cpu: Cpu, program: Program, budget
     parts = [
         Part(name="interpreter and libraries", bytes=PROCESS[program], place="anonymous"),
         Part(name="libraries' files", bytes=LIBRARIES[program], place="mapped"),
-        Part(name="graph", bytes=_SESSION + _OF_GRAPH * sizes.get(manifest.denoiser.file, 0), place="anonymous"),
+        Part(name="graph", place="anonymous",
+             bytes=_SESSION + _OF_LAYER * d.num_layers + _OF_GRAPH * sizes.get(manifest.denoiser.file, 0)),
         Part(name="tokenizer", bytes=_TOKENIZER * tokenizer, place="anonymous"),
         Part(name="dense weights", bytes=dense_bytes(manifest, widest.rows * (work.cached + work.block)),
              place="mapped"),
