@@ -9,16 +9,13 @@ from typing import Any
 
 import click
 
-from ..errors import MissingRequirementError, RequestError
+from ..errors import MissingRequirementError
 from ..extras import pip_install
-from ..generator import Generator
-from ..text.messages import half_character, short
+from ..serving.names import check_one_hash, names_of
 from ..words import count
 from .help import SETTINGS, Verb, option
 from .opening import open_shown, opening_of, opening_options
 from .output import say
-
-_SLOTS = 8  # rows at once, where the backend has no limit of its own
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
@@ -59,18 +56,19 @@ def serve(bundles: tuple[Path, ...], host: str, port: int, api_key_file: Path | 
     and ctrl-C let requests end, then it exits with 0.
     """
     try:
-        from ..serving import app, engine, gate, house, metrics, process, schema  # needs an extra
+        from ..serving import app, engine, gate, house, metrics, opening, process  # needs an extra
     except ModuleNotFoundError as error:
         raise MissingRequirementError(f"Serving needs {error.name}; run: {pip_install('serve')}.") from None
-    opening = opening_of(options)
-    called = _names(bundles, names, opening, schema.MOST_NAME)
+    opened = opening_of(options)
+    called = names_of(bundles, names)
+    check_one_hash(bundles, opened["expect_sha256"])
     keys = gate.read_keys(api_key_file)
     bound = process.listen(host, port)
     counted, engines = metrics.Metrics(), dict[str, engine.Engine]()
     try:
         for bundle, name in zip(bundles, called, strict=True):
-            generator = open_shown(bundle, opening)
-            slots = max_batch or _slots(generator)
+            generator = open_shown(bundle, opened)
+            slots = max_batch or opening.slots_of(generator)
             engines[name] = engine.Engine(name, generator, slots, max_waiting, counted, prefix_cache)
             say(f"dmoe-export: {name}: {generator.bundle.folder} on {generator.backend.name} "
                 f"({generator.backend_choice}), {count(slots, 'answer')} at once", err=True)
@@ -88,27 +86,3 @@ def _say_where(address: str, keys: bool) -> None:
     with suppress(ValueError):
         if not keys and not ipaddress.ip_address(address.split("//")[1].rpartition(":")[0].strip("[]")).is_loopback:
             say("dmoe-export: warning: other machines may reach it and no key is asked for (--api-key-file).", err=True)
-
-
-def _slots(generator: Generator) -> int:
-    """What an engine was built for, else a number that 2 cores and a small GPU take."""
-    limits = generator.backend.limits
-    return (limits and limits.max_batch) or _SLOTS
-
-
-def _names(bundles: tuple[Path, ...], names: tuple[str, ...], opening: dict[str, Any], most: int) -> list[str]:
-    """What clients call each bundle, in at most so many characters."""
-    if names and len(names) != len(bundles):
-        raise RequestError(f"{count(len(names), '--name')} for {count(len(bundles), 'bundle')}; give one for each, or "
-                           "none.")
-    called = list(names) or [(bundle if bundle.name.strip(".") else bundle.resolve()).name.removesuffix(".bundle")
-                              for bundle in bundles]
-    for name in called:
-        if not 0 < len(name) <= most or half_character(name):
-            raise RequestError(f"Model name {short(name)} must have 1 to {most} characters; choose one with --name.")
-    twice = next((name for name in called if called.count(name) > 1), None)
-    if twice is not None:
-        raise RequestError(f"Two bundles are called {twice}; give each its own --name.")
-    if len(bundles) > 1 and opening["expect_sha256"]:
-        raise RequestError("--expect-sha256 is of one bundle, and several are given; sign them and use --trusted-key.")
-    return called

@@ -9,10 +9,10 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
+from .asked import Piece
 from .errors import ApiError
 from .events import COMMENT, DONE, QUIET_SECONDS, EventStream, event, unless_gone
 from .house import Entered
-from .job import Piece
 from .schema import Body
 
 # Ours → OpenAI's words; timeout and cancelled, which it does not have, stay as they are.
@@ -63,15 +63,15 @@ def _text(pieces: list[Piece]) -> str:
 
 def usage(entered: Entered, new_tokens: int) -> dict[str, Any]:
     """Tokens of the prompts, each once, and of the answers; those of prompts that the prefix store had."""
-    cached = {id(row.request): row.prefix_tokens for row in entered.job.rows}
-    return {"prompt_tokens": entered.prompt_tokens, "completion_tokens": new_tokens,
-            "total_tokens": entered.prompt_tokens + new_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(cached.values())}}
+    course = entered.answer.course
+    return {"prompt_tokens": course.prompt_tokens, "completion_tokens": new_tokens,
+            "total_tokens": course.prompt_tokens + new_tokens,
+            "prompt_tokens_details": {"cached_tokens": course.cached_tokens}}
 
 
 async def answer(request: Request, body: Body, entered: Entered, form: Form) -> Response:
     """What an entered request is answered with: events, or one JSON object."""
-    head = {"id": form.prefix + entered.record.id, "created": int(time.time()), "model": entered.engine.name}
+    head = {"id": form.prefix + entered.record.id, "created": int(time.time()), "model": entered.model}
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(_events(entered, form, head | {"object": form.part}, with_usage), entered.leave)
@@ -95,9 +95,9 @@ async def _whole(entered: Entered) -> list[list[Piece]]:
 
 
 async def pieces_of(entered: Entered, every: float | None = None) -> AsyncIterator[Any]:
-    """The items of its job (`Job.items`); the record learns how it ended. Raises ApiError."""
+    """What its answer gives (`Answer.items`); the record learns how it ended. Raises ApiError."""
     try:
-        async for item in entered.job.items(every):
+        async for item in entered.answer.items(every):
             if isinstance(item, Piece) and item.finish_reason:
                 entered.record.outcome = item.finish_reason
             yield item

@@ -8,15 +8,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from ..decoding.watch import StepSeen
-from ..text.pieces import Pieces
 from .answers import finish, pieces_of, usage
 from .errors import ApiError
 from .events import COMMENT, QUIET_SECONDS, EventStream, event
 from .house import Entered, House, enter
 from .messages import messages_of
 from .schema import ChatBody
-from .seen import model_facts, state
 
 router = APIRouter()
 
@@ -25,8 +22,7 @@ router = APIRouter()
 async def facts(request: Request) -> JSONResponse:
     """The models, each with its experts and the options of a request: what the page shows."""
     house: House = request.app.state.house
-    return JSONResponse({"models": [model_facts(name, engine.generator.bundle)
-                                    for name, engine in house.engines.items()]})
+    return JSONResponse({"models": [(await model.facts()).page for model in house.models.values()]})
 
 
 @router.post("/v1/chat/denoising")
@@ -41,19 +37,19 @@ async def denoising(body: ChatBody, request: Request) -> Response:
                        param="stream")
     if body.choices > 1:
         raise ApiError(400, f"n is {body.choices}, but /v1/chat/denoising shows one answer; leave it out.", param="n")
-    entered = await enter(request, body, [messages_of(body)], chat=True, seen=lambda seen: seen)
+    entered = await enter(request, body, [messages_of(body)], chat=True, watched=True)
     return EventStream(_events(entered), entered.leave)
 
 
 async def _events(entered: Entered) -> AsyncIterator[bytes]:
-    pieces, new = Pieces(entered.engine.generator.text), 0
+    new = 0
     done: dict[str, Any] = {}
     try:
         async for item in pieces_of(entered, QUIET_SECONDS):
             if item is None:
                 yield COMMENT
-            elif isinstance(item, StepSeen):
-                yield event(state(item, pieces), "step")
+            elif isinstance(item, dict):
+                yield event(item, "step")
             else:
                 new += len(item.token_ids)
                 yield event({"text": item.text or "", "token_ids": item.token_ids}, "block")

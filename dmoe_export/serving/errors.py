@@ -27,6 +27,10 @@ class ApiError(HTTPException):
         super().__init__(status, visible(message), headers)  # names of strangers may hold what no JSON can
         self.param, self.code = param and visible(param), code
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It crosses between processes."""
+        return _made, (self.status_code, self.detail, self.param, self.code, self.headers)
+
     @property
     def body(self) -> dict[str, Any]:
         """For JSON."""
@@ -37,6 +41,10 @@ class ApiError(HTTPException):
     def response(self) -> JSONResponse:
         """The same as an answer."""
         return JSONResponse(self.body, self.status_code, self.headers)
+
+
+def _made(status: int, message: str, param: str | None, code: str | None, headers: dict[str, str] | None) -> ApiError:
+    return ApiError(status, message, param=param, code=code, headers=headers)
 
 
 def of_bundle(error: DmoeError, folder: object, name: str) -> ApiError:
@@ -65,7 +73,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def body(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _of_body(error.errors()).response
+        return of_body(error.errors()).response
 
     @app.exception_handler(AnyHttpError)
     async def framework(request: Request, error: AnyHttpError) -> JSONResponse:
@@ -76,7 +84,7 @@ def install(app: FastAPI) -> None:
                         headers=dict(error.headers or {})).response
 
 
-def _of_body(errors: Any) -> ApiError:
+def of_body(errors: Any) -> ApiError:
     """The first thing wrong with a body; never its text, which may be a prompt."""
     one = errors[0]
     if one["type"] == "unknown_field":

@@ -23,6 +23,13 @@ _LINGER = 1.0  # seconds in which the rest of a refused body is thrown away, so 
 _MOST_KEY_FILE = 1 << 20
 
 
+def path_of(scope: Scope) -> str:
+    """The path inside this application, which may be mounted under a prefix (`root_path`)."""
+    path, prefix = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    inside = bool(prefix) and path.startswith(prefix + "/")
+    return path[len(prefix):] if inside else "/" if path == prefix else path
+
+
 def read_keys(file: Path | None) -> list[str]:
     """API keys, one per line; empty lines and those that begin with # are none."""
     if file is None:
@@ -70,7 +77,7 @@ class Gate:
         await self._app(scope, self._bounded(receive), send)
 
     def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        if not self._keys or scope["path"] in self._open:
+        if not self._keys or path_of(scope) in self._open:
             return
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         given, owner = _digest(key.strip()), -1

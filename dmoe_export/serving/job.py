@@ -1,4 +1,4 @@
-"""A request while it is answered: its rows, what they have finished, and how it ends."""
+"""A request while an engine answers it: its rows, what they have finished, and how it ends."""
 
 from __future__ import annotations
 
@@ -7,24 +7,13 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from ..decoding.answer import Block
-from ..decoding.telemetry import Statistics
 from ..decoding.watch import StepSeen
-
-Ending = Literal["timeout", "cancelled", "disconnected"]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A finished block of one choice; the choice's last has a finish_reason and its statistics."""
-
-    choice: int
-    token_ids: list[int]
-    text: str | None  # None without a tokenizer
-    finish_reason: str | None = None
-    statistics: Statistics | None = None
+from ..text.pieces import Pieces
+from .asked import Ask, Course, Ending, Piece
+from .seen import state
 
 
 @dataclass(eq=False)
@@ -38,52 +27,61 @@ class Row:
 
 @dataclass(eq=False)
 class Job:
-    """One request of a client. The engine's thread writes, the event loop reads: `put` is the bridge between them.
+    """An `Answer` of this process. The engine's thread writes, the event loop reads: `put` is the bridge between them.
 
     What waits for a reader is bounded by the answer: blocks of at most the server's most new tokens.
     """
 
-    key: tuple[int, str]  # owner and id
+    ask: Ask
     rows: list[Row]
-    timeout: float  # seconds from now
-    seen: Callable[[Any], object] | None = None  # given each StepSeen in the engine's thread; what it gives is sent
+    pieces: Pieces | None = None  # texts of provisional states, where they are wanted
+    gone: Callable[[], bool] | None = None  # asked before each forward whether its client has left
     entered: float = field(default_factory=time.monotonic)
-    began: float | None = None  # when its first row joined
-    first: float | None = None  # when its first block was finished
     over: float | None = None
     ending: Ending | None = None  # why it was asked to end early
-    left: int = 0  # rows that have not ended
-    statistics: list[Statistics] = field(default_factory=list)
+    course: Course = field(default_factory=Course)
 
     def __post_init__(self) -> None:
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        self.left = len(self.rows)
+        self.left = len(self.rows)  # rows that have not ended
+        self._lengths = {id(row.request): len(row.request.token_ids) for row in self.rows}
+        self.course.prompt_tokens = sum(self._lengths.values())
 
     @property
     def deadline(self) -> float:
         """On the clock of time.monotonic."""
-        return self.entered + self.timeout
+        return self.entered + self.ask.timeout
 
     @property
     def watch(self) -> Callable[[StepSeen], None] | None:
         """For its rows in the batch; None where nobody looks."""
-        seen = self.seen
-        return None if seen is None else lambda step: self.put(seen(step))
+        return self.put if self.ask.watched else None
+
+    def cancel(self, why: Ending) -> None:
+        """End it at the next step; of an ended one nothing."""
+        if self.over is None and self.ending is None:
+            self.ending = why
+
+    def began(self) -> float:
+        """Its first row has joined the batch; the seconds that it waited."""
+        self.course.queue_seconds = time.monotonic() - self.entered
+        return self.course.queue_seconds
 
     def put(self, item: object) -> None:
-        """From the engine's thread: a Piece, what `seen` gave, an Exception, or None for the end."""
+        """From the engine's thread: a Piece, a StepSeen, an Exception, or None for the end."""
         with suppress(RuntimeError):  # the loop has ended, and so has the reader
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     def post(self, row: Row, block: Block) -> None:
         """A row's finished block, to all its choices."""
-        if self.first is None:
-            self.first = time.monotonic()
+        if self.course.first_block_seconds is None:
+            self.course.first_block_seconds = time.monotonic() - self.entered
         reason: str | None = block.finish_reason
         if reason == "cancelled" and self.ending == "timeout":
             reason = "timeout"
         if reason:
             row.prefix_tokens = block.stats.prefix_tokens
+            self.course.cached_tokens = sum({id(one.request): one.prefix_tokens for one in self.rows}.values())
         for choice in row.choices:
             self.put(Piece(choice, block.token_ids, block.text, reason, block.stats if reason else None))
 
@@ -99,4 +97,4 @@ class Job:
                 return
             if isinstance(item, Exception):
                 raise item
-            yield item
+            yield state(item, self.pieces) if isinstance(item, StepSeen) and self.pieces else item

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
+from functools import partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -19,39 +22,42 @@ class Metrics:
     """All of them; each has the label `model`, which is empty where a request named none of the server's."""
 
     def __init__(self) -> None:
-        r = self._registry = CollectorRegistry()
+        self._registry = CollectorRegistry()
+        counter, gauge, histogram = (partial(self._made, kind) for kind in (Counter, Gauge, Histogram))
         model = ["model"]
-        self.requests = Counter("dmoe_requests", "Requests by how they ended.", ["model", "outcome"], registry=r)
-        self.waiting = Gauge("dmoe_waiting_rows", "Rows that wait for a place in the batch.", model, registry=r)
-        self.running = Gauge("dmoe_running_rows", "Rows in the batch.", model, registry=r)
-        self.jobs = Gauge("dmoe_requests_in_progress", "Requests that wait, are encoded or decoded.", model, registry=r)
-        self.cached = Gauge("dmoe_cache_tokens", "Tokens whose keys and values rows of the batch hold.", model,
-                            registry=r)
-        self.queued = Histogram("dmoe_queue_seconds", "From a request's arrival until its first row joins the batch.",
-                                model, buckets=_SECONDS, registry=r)
-        self.first = Histogram("dmoe_time_to_first_block_seconds", "From a request's arrival to its first block.",
-                               model, buckets=_SECONDS, registry=r)
-        self.seconds = Histogram("dmoe_request_seconds", "From a request's arrival to its end.", model,
-                                 buckets=_SECONDS, registry=r)
-        self.step = Histogram("dmoe_step_seconds", "Of one step of the batch.", model, buckets=_STEPS, registry=r)
-        self.rows = Histogram("dmoe_step_rows", "Rows in the batch, per step.", model, buckets=_ROWS, registry=r)
-        self.prompt_tokens = Counter("dmoe_prompt_tokens", "Tokens of prompts of ended rows.", model, registry=r)
-        self.tokens = Counter("dmoe_committed_tokens", "Tokens of finished blocks.", model, registry=r)
-        self.per_forward = Histogram("dmoe_tokens_per_forward", "New tokens per model forward of an ended row.", model,
-                                     buckets=_TOKENS, registry=r)
-        self.experts = Histogram("dmoe_unique_experts", "Unique experts per layer in a denoise forward of an ended "
-                                 "row (mean).", model, buckets=_EXPERTS, registry=r)
-        self.expert_bytes = Counter("dmoe_expert_bytes", "Bytes of expert weights that ended rows' forwards read.",
-                                    model, registry=r)
-        self.hits = Counter("dmoe_prefix_hit_tokens", "Tokens of prompts taken from the prefix store.", model,
-                            registry=r)
-        self.kept = Gauge("dmoe_prefix_cache_bytes", "Of keys and values in the prefix store.", model, registry=r)
+        self.requests = counter("dmoe_requests", "Requests by how they ended.", ["model", "outcome"])
+        self.waiting = gauge("dmoe_waiting_rows", "Rows that wait for a place in the batch.", model)
+        self.running = gauge("dmoe_running_rows", "Rows in the batch.", model)
+        self.jobs = gauge("dmoe_requests_in_progress", "Requests that wait, are encoded or decoded.", model)
+        self.cached = gauge("dmoe_cache_tokens", "Tokens whose keys and values rows of the batch hold.", model)
+        self.queued = histogram("dmoe_queue_seconds", "From a request's arrival until its first row joins the batch.",
+                                model, buckets=_SECONDS)
+        self.first = histogram("dmoe_time_to_first_block_seconds", "From a request's arrival to its first block.",
+                               model, buckets=_SECONDS)
+        self.seconds = histogram("dmoe_request_seconds", "From a request's arrival to its end.", model,
+                                 buckets=_SECONDS)
+        self.step = histogram("dmoe_step_seconds", "Of one step of the batch.", model, buckets=_STEPS)
+        self.rows = histogram("dmoe_step_rows", "Rows in the batch, per step.", model, buckets=_ROWS)
+        self.prompt_tokens = counter("dmoe_prompt_tokens", "Tokens of prompts of ended rows.", model)
+        self.tokens = counter("dmoe_committed_tokens", "Tokens of finished blocks.", model)
+        self.per_forward = histogram("dmoe_tokens_per_forward", "New tokens per model forward of an ended row.", model,
+                                     buckets=_TOKENS)
+        self.experts = histogram("dmoe_unique_experts", "Unique experts per layer in a denoise forward of an ended "
+                                 "row (mean).", model, buckets=_EXPERTS)
+        self.expert_bytes = counter("dmoe_expert_bytes", "Bytes of expert weights that ended rows' forwards read.",
+                                    model)
+        self.hits = counter("dmoe_prefix_hit_tokens", "Tokens of prompts taken from the prefix store.", model)
+        self.kept = gauge("dmoe_prefix_cache_bytes", "Of keys and values in the prefix store.", model)
+
+    def _made(self, kind: type, name: str, words: str, labels: Sequence[str], **more: Any) -> Any:
+        """One metric."""
+        return kind(name, words, labels, registry=self._registry, **more)
 
     def of(self, model: str) -> Metrics:
         """Those of one model, without the label; they are 0 from now on."""
         bound = copy(self)
         for name, metric in vars(self).items():
-            if isinstance(metric, (Counter, Gauge, Histogram)) and metric is not self.requests:
+            if hasattr(metric, "labels") and metric is not self.requests:
                 setattr(bound, name, metric.labels(model))
         return bound
 

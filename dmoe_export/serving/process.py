@@ -99,15 +99,11 @@ class _Server(uvicorn.Server):
 
 
 def run(app: ASGIApp, house: House, bound: socket.socket, drain_seconds: float, began: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then let requests end for so many seconds, cancel the rest and close the engines.
+    """Serve until SIGTERM or SIGINT, then let requests end for so many seconds and cancel the rest.
 
     A second signal cancels them at once. `began`: called once the server listens.
     """
-    try:
-        asyncio.run(_serve(app, house, bound, drain_seconds, began))
-    finally:
-        for engine in house.engines.values():
-            engine.close()
+    asyncio.run(_serve(app, house, bound, drain_seconds, began))
 
 
 async def _serve(app: ASGIApp, house: House, bound: socket.socket, drain_seconds: float,
@@ -126,11 +122,11 @@ async def _serve(app: ASGIApp, house: House, bound: socket.socket, drain_seconds
         began()
     asked = loop.create_task(signals.get())
     await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
-    for engine in house.engines.values():
-        engine.drain()
+    for model in house.models.values():
+        model.drain()
     await _emptied(house, drain_seconds, signals)
-    for engine in house.engines.values():
-        engine.end_all()
+    for model in house.models.values():
+        model.end_all()
     await _emptied(house, _LAST_SECONDS, asyncio.Queue())
     server.should_exit = True
     try:

@@ -15,8 +15,9 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .asked import Course
 from .errors import FAILED, ApiError, where
-from .job import Job
+from .gate import path_of
 from .metrics import Metrics
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -36,8 +37,7 @@ class Record:
     outcome: str | None = None
     status: int = 0
     choices: int = 0
-    prompt_tokens: int = 0
-    job: Job | None = None
+    course: Course | None = None
     prompt: Any = None  # only where the server was told to log prompts
     entered: float = field(default_factory=time.monotonic)
 
@@ -51,19 +51,23 @@ class Record:
             line["key"] = self.owner
         if self.model:
             line |= {"model": self.model, "stream": self.stream, "choices": self.choices,
-                     "prompt_tokens": self.prompt_tokens}
-        if job := self.job:
-            stats = job.statistics
+                     "prompt_tokens": self.course.prompt_tokens if self.course else 0}
+        if course := self.course:
+            stats = course.statistics
             forwards = sum(one.forwards for one in stats)
             new = sum(one.new_tokens for one in stats)
             line |= {"new_tokens": new, "forwards": forwards,
                      "prefix_tokens": sum(one.prefix_tokens for one in stats),
                      "tokens_per_forward": round(new / forwards, 3) if forwards else 0.0,
-                     "queue_seconds": job.began and round(job.began - job.entered, 4),
-                     "first_block_seconds": job.first and round(job.first - job.entered, 4)}
+                     "queue_seconds": _rounded(course.queue_seconds),
+                     "first_block_seconds": _rounded(course.first_block_seconds)}
         if self.prompt is not None:
             line["prompt"] = self.prompt
         return line
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return seconds and round(seconds, 4)
 
 
 class Recorded:
@@ -78,7 +82,7 @@ class Recorded:
             return await self._app(scope, receive, send)
         asked = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         known = bool(_ID.fullmatch(asked))
-        record = Record(asked if known else uuid.uuid4().hex, str(scope["path"])[:200])
+        record = Record(asked if known else uuid.uuid4().hex, path_of(scope)[:200])
         scope.setdefault("state", {})["record"] = record
 
         async def named(message: Message) -> None:

@@ -11,6 +11,7 @@ from .answers import Form, PlainForm, answer
 from .errors import ApiError
 from .house import House, enter
 from .messages import messages_of, prompts_of
+from .model import Model
 from .record import Record
 from .schema import ChatBody, CompletionBody
 
@@ -41,7 +42,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
 async def models(request: Request) -> JSONResponse:
     """The bundles of this server."""
     house = _house(request)
-    return JSONResponse({"object": "list", "data": [_model(house, name) for name in house.engines]})
+    return JSONResponse({"object": "list", "data": [await _model(house, one) for one in house.models.values()]})
 
 
 @router.head("/v1/models/{name:path}", include_in_schema=False)
@@ -49,16 +50,13 @@ async def models(request: Request) -> JSONResponse:
 async def model(name: str, request: Request) -> JSONResponse:
     """One of them."""
     house = _house(request)
-    return JSONResponse(_model(house, house.engine(name).name))
+    return JSONResponse(await _model(house, house.model(name)))
 
 
-def _model(house: House, name: str) -> dict[str, Any]:
-    engine = house.engines[name]
-    d = engine.generator.backend.description
-    limits = engine.generator.backend.limits
-    context = min(d.max_positions, (limits and limits.max_context) or d.max_positions)
-    return {"id": name, "object": "model", "created": house.started, "owned_by": "dmoe-export",
-            "max_model_len": context, "block_length": engine.generator.backend.routing.block_length}
+async def _model(house: House, model: Model) -> dict[str, Any]:
+    facts = await model.facts()
+    return {"id": model.name, "object": "model", "created": house.started, "owned_by": "dmoe-export",
+            "max_model_len": facts.max_model_len, "block_length": facts.block_length}
 
 
 @router.delete("/v1/requests/{name}")
@@ -67,11 +65,9 @@ async def cancel(name: str, request: Request) -> JSONResponse:
     record: Record = request.state.record
     record.owner = getattr(request.state, "owner", -1)
     key = (record.owner, name.removeprefix("chatcmpl-").removeprefix("cmpl-"))
-    found = [(engine, job) for engine in _house(request).engines.values() if (job := engine.jobs.get(key))]
-    if not found:
+    found = [await model.cancel(key) for model in _house(request).models.values()]  # its client may use an id again
+    if not any(found):
         raise ApiError(404, "No request of this id is in progress.", code="request_not_found")
-    for engine, job in found:  # of each model one, where a client has used its id again
-        engine.cancel(job, "cancelled")
     return JSONResponse({"id": name, "object": "request", "cancelled": True})
 
 
@@ -86,7 +82,7 @@ async def live() -> JSONResponse:
 @router.get("/health/ready")
 async def ready(request: Request) -> JSONResponse:
     """Whether requests are taken: 503 while the server is shutting down, or a model has failed."""
-    fine = _house(request).ready
+    fine = await _house(request).ready()
     return JSONResponse({"status": "ready" if fine else "not ready"}, 200 if fine else 503)
 
 

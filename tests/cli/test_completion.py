@@ -26,6 +26,7 @@ def offered(*words):
     (("",), [("plain", name) for name in MEMBERS]),
     (("ge",), [("plain", "generate")]),
     (("bench", "s"), [("plain", "step"), ("plain", "serve")]),
+    (("deploy", "k"), [("plain", "kubernetes")]),
     (("generate", "--prompt-"), [("plain", "--prompt-file"), ("plain", "--prompt-ids")]),
     (("generate", "b", "--cache", "d"), [("plain", "dual")]),
     (("generate", "b"), [("file", "b")]),

@@ -68,7 +68,7 @@ def test_options_of_a_request_show_the_rule_that_checks_them():
         assert isinstance(params[name].type, click.Choice) or f"[{words}" in params[name].help
 
 
-@pytest.mark.parametrize("group", [(), ("bench",)], ids=["dmoe-export", "bench"])
+@pytest.mark.parametrize("group", [(), ("bench",), ("deploy",)], ids=["dmoe-export", "bench", "deploy"])
 def test_short_help_of_verbs_is_not_cut(group):
     page = " ".join(shown(group, 80).split())
     members = (main.get_command(None, group[0]) if group else main).members
@@ -79,7 +79,7 @@ HEAVY = ("numpy", "pydantic", "rich", "tokenizers", "jinja2", "torch", "onnx", "
          "matplotlib", "dmoe_export.generator")
 
 
-@pytest.mark.parametrize("words", ["--version", "--help", "bench --help", "completion bash"])
+@pytest.mark.parametrize("words", ["--version", "--help", "bench --help", "deploy --help", "completion bash"])
 def test_what_needs_no_model_imports_nothing_heavy(words):
     code = ("import sys\nfrom dmoe_export.cli import main\n"
             f"try: main({words.split()!r}, prog_name='dmoe-export')\n"

@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 PORT = free_port()  # where a page says 8000
 EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
-QUICK = {"inspect", "generate", "completion"}  # verbs whose examples take a second or two
+QUICK = {"inspect", "generate", "completion", "deploy"}  # verbs whose examples take a second or two
 
 
 def blocks(page, language):

@@ -35,7 +35,7 @@ def house_of(bundle: Bundle) -> Iterator[House]:
     try:
         yield house
     finally:
-        for engine in house.engines.values():
+        for engine in house.models.values():
             engine.close()
 
 

@@ -37,7 +37,7 @@ def test_states_come_in_order_and_committed_text_is_the_offline_answer(server, h
     events = response.events()
     states = [data for name, data in events if name == "step"]
     blocks = [data for name, data in events if name == "block"]
-    offline = house.engines["sample"].generator.generate(QUESTION, **SLOW)[0]
+    offline = house.models["sample"].generator.generate(QUESTION, **SLOW)[0]
     assert "".join(block["text"] for block in blocks) == offline.text
     assert [i for block in blocks for i in block["token_ids"]] == offline.token_ids
     name, done = events[-1]
@@ -77,7 +77,7 @@ def test_what_it_refuses(server, fields, sentence):
 
 
 def test_a_request_that_fails_ends_with_an_error_event(server, house, monkeypatch):
-    backend = house.engines["sample"].generator.backend
+    backend = house.models["sample"].generator.backend
 
     def broken(*_):
         raise RuntimeError("a secret of the machine")
@@ -101,7 +101,7 @@ def test_the_page_learns_of_every_setting_that_a_body_takes(server):
 
 
 def test_a_bundle_default_is_shown_as_the_default(server, house, monkeypatch):
-    generator = house.engines["sample"].generator
+    generator = house.models["sample"].generator
     manifest = generator.bundle.manifest.model_copy(update={"decode_defaults": {"temperature": 0.25}})
     monkeypatch.setitem(vars(generator.bundle), "manifest", manifest)
     (model,) = ask(server + CHAT).json()["models"]
@@ -114,7 +114,7 @@ def test_states_need_a_key_where_answers_do(house):
 
 
 def test_pieces_are_read_after_the_token_before_them(house):
-    codec = house.engines["sample"].generator.text
+    codec = house.models["sample"].generator.text
     ids = codec.encode_literal("16 + 4 = 20, 20 - 14 = 6 pens")
     pieces = Pieces(codec)
     assert "".join(pieces.of(0, ids[:7]) + pieces.of(1, ids[7:])) == codec.decode(ids)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
+import threading
 from contextlib import contextmanager
 
 import pytest
 from serving import Held, toy_generator
 from toy_backend import EOS, VOCAB
 
+from dmoe_export.decoding.telemetry import Statistics
 from dmoe_export.errors import NotFiniteError
+from dmoe_export.serving.asked import Ask, Course, Piece
 from dmoe_export.serving.engine import Engine
 from dmoe_export.serving.errors import ApiError
-from dmoe_export.serving.job import Piece
 from dmoe_export.serving.metrics import Metrics
 
 LONG = {"max_new_tokens": 40, "eos_id": -1}
@@ -30,8 +33,8 @@ def engine_of(slots=2, max_waiting=4):
         engine.close()
 
 
-def submit(engine, name, prompt=(5, 6, 7), n=1, timeout=30.0, seen=None, **options):
-    return engine.submit((-1, name), [list(prompt)], False, LONG | options, n, timeout, seen)
+def submit(engine, name, prompt=(5, 6, 7), n=1, timeout=30.0, watched=False, gone=None, **options):
+    return engine.enter(Ask((-1, name), [list(prompt)], False, LONG | options, n, timeout, watched), gone)
 
 
 async def pieces(job):
@@ -67,8 +70,8 @@ def test_requests_beyond_the_slots_wait_and_join_in_order():
         answers = await asyncio.gather(*map(answer, jobs))
         for i, (tokens, reasons) in enumerate(answers):
             assert tokens == {0: offline((i + 3, 4))} and reasons == {0: "length"}
-        begun = [job.began for job in jobs]
-        assert begun == sorted(begun) and begun[2] > min(job.first for job in jobs[:2])
+        begun = [job.entered + job.course.queue_seconds for job in jobs]
+        assert begun == sorted(begun) and begun[2] > min(j.entered + j.course.first_block_seconds for j in jobs[:2])
 
     with engine_of() as (engine, backend):
         asyncio.run(main(engine, backend))
@@ -128,17 +131,44 @@ def test_choices_draw_as_rows_of_one_batch_do_and_without_chance_are_decoded_onc
 def test_a_cancelled_request_ends_at_the_next_step_and_its_neighbour_does_not_notice():
     async def main(engine, backend):
         gone, stays, waiting = [await submit(engine, name) for name in ("gone", "stays", "waiting")]
-        engine.cancel(gone, "cancelled")
-        engine.cancel(waiting, "disconnected")
+        gone.cancel("cancelled")
+        waiting.cancel("disconnected")
         backend.free.set()
         assert (await answer(gone))[1] == {0: "cancelled"}
         assert (await answer(stays)) == ({0: offline()}, {0: "length"})
         assert (await answer(waiting)) == ({0: []}, {0: "cancelled"})
-        engine.cancel(gone, "cancelled")  # of an ended one: nothing
+        gone.cancel("cancelled")  # of an ended one: nothing
 
     with engine_of() as (engine, backend):
         asyncio.run(main(engine, backend))
         assert engine.busy == 0
+
+
+def test_a_client_that_is_gone_ends_its_request_before_the_next_forward():
+    async def main(engine, backend):
+        left = threading.Event()
+        jobs = [await submit(engine, "runs", gone=left.is_set), await submit(engine, "stays"),
+                await submit(engine, "waits", gone=left.is_set)]
+        left.set()
+        backend.free.set()
+        (_, ran), stayed, (tokens, waited) = [await answer(job) for job in jobs]
+        assert ran == waited == {0: "cancelled"} and tokens == {0: []}
+        assert [job.ending for job in jobs] == ["disconnected", None, "disconnected"]
+        assert stayed == ({0: offline()}, {0: "length"})
+
+    with engine_of() as (engine, backend):
+        asyncio.run(main(engine, backend))
+        assert engine.busy == 0
+
+
+def test_what_crosses_between_processes_pickles():
+    error = ApiError(429, "Full.", param="n", code="queue_full", headers={"retry-after": "5"})
+    same = pickle.loads(pickle.dumps(error))
+    assert (same.body, same.status_code, same.headers) == (error.body, 429, error.headers)
+    ask = Ask((-1, "x"), [[1, 2]], False, {"threshold": 0.5})
+    piece = Piece(0, [1], "a", "length", Statistics(2, 1))
+    course = Course(2, 0, [Statistics(2, 1)], 0.1, 0.2)
+    assert pickle.loads(pickle.dumps((ask, piece, course))) == (ask, piece, course)
 
 
 def test_time_runs_while_a_request_waits_and_while_it_is_decoded():
@@ -189,7 +219,7 @@ def test_numbers_that_are_not_finite_are_told_to_both_sides(caplog):
 
     with engine_of() as (engine, backend):
         asyncio.run(main(engine, backend))
-        assert engine.ready
+        assert engine.alive and not engine.worker.broken
     assert "request x failed: Prompt 0 gets no answer." in caplog.text
 
 
@@ -235,7 +265,7 @@ def test_a_batch_that_fails_as_a_whole_is_left(second, caplog):
     async def main(engine, backend):
         job, waiting = await submit(engine, "x"), await submit(engine, "waits")
         make = engine.generator.batch
-        engine._batch.step = lambda: 1 / 0
+        engine.worker._batch.step = lambda: 1 / 0
         if not second:
             engine.generator.batch = lambda **_: 1 / 0
         backend.free.set()
@@ -247,7 +277,7 @@ def test_a_batch_that_fails_as_a_whole_is_left(second, caplog):
         else:
             with pytest.raises(ApiError) as caught:
                 await answer(waiting)
-            engine._thread.join(5)
+            engine.worker._thread.join(5)
             assert caught.value.status_code == 503 and not engine.alive
             with pytest.raises(ApiError, match="has failed"):
                 await submit(engine, "late")
@@ -263,7 +293,7 @@ def test_a_model_that_fails_while_a_request_is_encoded_does_not_keep_it():
         encode = engine.generator.request
 
         def slow(*prompt, **options):
-            engine._ended = True
+            engine.worker._ended = True
             return encode(*prompt, **options)
 
         engine.generator.request = slow
@@ -292,9 +322,9 @@ def test_a_draining_engine_takes_no_more_and_finishes_what_it_has():
 def test_steps_are_among_the_items_in_order():
     async def main(engine, backend):
         backend.free.set()
-        job = await submit(engine, "x", seen=lambda step: ("step", step.block), eos_id=EOS)
+        job = await submit(engine, "x", watched=True, eos_id=EOS)
         items = await pieces(job)
-        blocks = [item[1] if isinstance(item, tuple) else "block" for item in items]
+        blocks = [item["block"] if isinstance(item, dict) else "block" for item in items]
         assert isinstance(items[-1], Piece) and blocks[0] == 0 and set(blocks) > {0, "block"}
         for number in {item for item in blocks if item != "block"} - {0}:
             assert "block" in blocks[:blocks.index(number)]

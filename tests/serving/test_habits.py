@@ -89,18 +89,18 @@ def test_a_slash_too_many_is_404_and_no_redirect_to_a_name_of_the_client_s_choic
 
 
 def test_a_model_s_name_may_have_slashes(url, house):
-    house.engines["org/sample"] = house.engines["sample"]
+    house.models["org/sample"] = house.models["sample"]
     try:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         assert client.models.retrieve("org/sample").id == "sample"  # the engine's own
     finally:
-        del house.engines["org/sample"]
+        del house.models["org/sample"]
 
 
 def test_an_id_that_two_models_have_ends_both(url, house):
     held = {name: Held() for name in ("one", "two")}
     engines = {name: Engine(name, toy_generator(backend), 1, 1, house.metrics) for name, backend in held.items()}
-    house.engines |= engines
+    house.models |= engines
     try:
         with ThreadPoolExecutor(2) as pool:
             asked = [pool.submit(ask_named, url, {"model": name, "prompt": [5, 6, 7], "max_tokens": 40, "eos_id": -1})
@@ -117,7 +117,7 @@ def test_an_id_that_two_models_have_ends_both(url, house):
     finally:
         for name, engine in engines.items():
             held[name].free.set()
-            del house.engines[name]
+            del house.models[name]
             engine.close()
 
 

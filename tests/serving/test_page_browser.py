@@ -53,7 +53,7 @@ def page(browser, server):
 @pytest.fixture
 def slow(house, monkeypatch):
     """Steps that last long enough to be seen."""
-    backend = house.engines["sample"].generator.backend
+    backend = house.models["sample"].generator.backend
     forward = backend.forward
 
     def slowly(*arguments):
@@ -93,7 +93,7 @@ def test_a_question_asked_by_keyboard_is_answered_before_the_eyes(page, house, s
     assert page.run("document.querySelector('.live').getAttribute('aria-hidden')") == "true"
     page.picture(pictures / "desktop-filling.png")
     page.until(ENDED)
-    offline = house.engines["sample"].generator.generate(QUESTION, acceptance="fixed", steps=8)[0]
+    offline = house.models["sample"].generator.generate(QUESTION, acceptance="fixed", steps=8)[0]
     assert said(page) == [offline.text]
     assert page.run("document.querySelector('.live').textContent") == ""
     figure = {name: page.run(f"document.getElementById('f-{name}').textContent") for name in
@@ -107,7 +107,7 @@ def test_a_question_asked_by_keyboard_is_answered_before_the_eyes(page, house, s
 
 
 def test_a_conversation_goes_on(page, house):
-    generator = house.engines["sample"].generator
+    generator = house.models["sample"].generator
     ask(page, "what is 5 x 8?")
     page.until(ENDED)
     first = said(page)[0]

@@ -98,7 +98,7 @@ async def _both(base: Base, scope: dict[str, Any], pieces: list[bytes], leaves: 
             for _ in range(100):
                 await asyncio.sleep(0.01 * bool(engine.busy))
         hostile, neighbour = answers if first else answers[::-1]
-        assert engine.ready and not engine.busy and not engine.jobs, "a request is left in the engine"
+        assert await engine.ready() and not engine.busy and not engine.jobs, "a request is left in the engine"
     finally:
         engine.close()
     lines = [json.loads(line) for line in said.getvalue().splitlines()]  # anything else on stderr is a defect

@@ -1,0 +1,58 @@
+"""What crosses between the application and a model, wherever it runs: all of it pickles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..decoding.telemetry import Statistics
+
+Key = tuple[int, str]  # owner (number of the API key, −1 without one) and id of a request
+Ending = Literal["timeout", "cancelled", "disconnected"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request of a client, not yet encoded."""
+
+    key: Key
+    prompts: Sequence[Any]  # each as `Generator.request` takes it
+    chat: bool
+    options: dict[str, Any]  # of a request, by their names (`OPTIONS`)
+    choices: int = 1  # answers to each prompt; choice c of prompt p is p · choices + c
+    timeout: float = 600.0  # seconds, waiting included
+    watched: bool = False  # provisional states are sent, too
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A finished block of one choice; the choice's last has a finish_reason and its statistics."""
+
+    choice: int
+    token_ids: list[int]
+    text: str | None  # None without a tokenizer
+    finish_reason: str | None = None
+    statistics: Statistics | None = None
+
+
+@dataclass
+class Course:
+    """How a request went. Lengths in tokens; times in seconds from its arrival at the model, None until they are."""
+
+    prompt_tokens: int = 0  # of all prompts; each counts once, however many choices it has
+    cached_tokens: int = 0  # of these, taken from the prefix store; once it has ended
+    statistics: list[Statistics] = field(default_factory=list)  # of rows that have ended
+    queue_seconds: float | None = None  # until its first row joined the batch
+    first_block_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What clients may know of a model."""
+
+    name: str
+    max_model_len: int  # tokens of prompt and answer
+    block_length: int
+    usual_new_tokens: int  # of a request that names no number
+    page: dict[str, Any]  # what the page at `/` shows (`seen.model_facts`)
