@@ -7,6 +7,7 @@
 # make fuzz    5 500 hostile files, command lines and calls: the table of what became of them; under 30 minutes
 # make sanitize   the CPU kernels' tests under address and undefined-behaviour sanitizers
 # make lm-eval   lm-eval asks a server the sample's 400 held-out questions; installs it first
+# make test-ray   replicas that die, scale and are replaced, with real Ray Serve; installs it first, 5 minutes
 # make docs   the documentation as a site, build/site; a broken link is an error
 # make sbom    what a wheel requires and holds, with licences (CycloneDX)
 # make wheel   dist/: one wheel with the libraries for CPU and GPU, to be installed on a device
@@ -17,7 +18,7 @@ READY := $(VENV)/.ready
 CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo cpu-ops check bench bench-peer bench-decode test lint types plugins ort-ops sbom wheel engines test-slow test-page accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs lm-eval clean
+.PHONY: demo cpu-ops check bench bench-peer bench-decode test lint types plugins ort-ops sbom wheel engines test-slow test-page accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs lm-eval test-ray clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
@@ -132,6 +133,18 @@ $(LM_EVAL)/.ready:
 
 lm-eval: $(READY) $(LM_EVAL)/.ready
 	$(BIN)/python -m pytest -m slow tests/serving/test_lm_eval.py
+
+# Real Ray Serve, in an environment of its own of 0.6 GB; what it measured is in out/ray.
+RAY := .venv-ray
+
+$(RAY)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet -C wheel.cmake=false '.[cpu,ray]'
+	$(RAY)/bin/python -m pip uninstall --quiet --yes dmoe-export  # the checkout is on PYTHONPATH
+	touch $@
+
+test-ray: $(READY) $(CPU_OPS) $(RAY)/.ready
+	$(BIN)/python -m pytest -m slow tests/serving/test_ray_serve.py
 
 accuracy: out/sample.bundle/manifest.json
 	$(BIN)/python samples/evaluate.py out/sample.bundle --json out/accuracy.json
