@@ -6,6 +6,7 @@
 # make plugins  libdmoe_plugins.so for every GPU generation; needs no GPU and no TensorRT
 # make fuzz    5 500 hostile files, command lines and calls: the table of what became of them; under 30 minutes
 # make sanitize   the CPU kernels' tests under address and undefined-behaviour sanitizers
+# make test-triton  a real Triton server runs the sample; installs it first (0.6 GB)
 # make lm-eval   lm-eval asks a server the sample's 400 held-out questions; installs it first
 # make test-ray   replicas that die, scale and are replaced, with real Ray Serve; installs it first, 5 minutes
 # make docs   the documentation as a site, build/site; a broken link is an error
@@ -18,7 +19,7 @@ READY := $(VENV)/.ready
 CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo cpu-ops check bench bench-peer bench-decode test lint types plugins ort-ops sbom wheel engines test-slow test-page accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs lm-eval test-ray clean
+.PHONY: demo cpu-ops check bench bench-peer bench-decode test lint types plugins ort-ops sbom wheel engines test-slow test-page accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs lm-eval test-ray test-triton clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
@@ -145,6 +146,21 @@ $(RAY)/.ready: pyproject.toml
 
 test-ray: $(READY) $(CPU_OPS) $(RAY)/.ready
 	$(BIN)/python -m pytest -m slow tests/serving/test_ray_serve.py
+
+# A real Triton server, from the wheel nvidia-pytriton, which wants NumPy 1: in an environment of its own. NumPy 2 lies
+# beside it, to be refused.
+TRITON := .venv-triton
+
+$(TRITON)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet 'nvidia-pytriton==0.7.0' 'tritonclient[grpc]>=2.50'
+	$(TRITON)/bin/python -m pip install --quiet -C wheel.cmake=false -C editable.mode=inplace -e '.[cpu,triton]'
+	sed -i '/^import /d' $(TRITON)/lib/python*/site-packages/*editable*dmoe_export.pth
+	$(TRITON)/bin/python -m pip install --quiet --no-deps --target $(TRITON)/numpy2 'numpy>=2'
+	touch $@
+
+test-triton: $(READY) $(CPU_OPS) $(TRITON)/.ready
+	$(BIN)/python -m pytest -m slow tests/serving/test_triton_server.py
 
 accuracy: out/sample.bundle/manifest.json
 	$(BIN)/python samples/evaluate.py out/sample.bundle --json out/accuracy.json

@@ -73,7 +73,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def body(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _of_body(error.errors()).response
+        return of_body(error.errors()).response
 
     @app.exception_handler(AnyHttpError)
     async def framework(request: Request, error: AnyHttpError) -> JSONResponse:
@@ -84,7 +84,7 @@ def install(app: FastAPI) -> None:
                         headers=dict(error.headers or {})).response
 
 
-def _of_body(errors: Any) -> ApiError:
+def of_body(errors: Any) -> ApiError:
     """The first thing wrong with a body; never its text, which may be a prompt."""
     one = errors[0]
     if one["type"] == "unknown_field":

@@ -70,19 +70,20 @@ async def enter(request: Request, body: Body, prompts: Sequence[Any], chat: bool
     record.model, record.stream, record.choices = model.name, bool(body.stream), body.choices * len(prompts)
     if house.log_prompts:
         record.prompt = list(prompts)
-    options = await _options(body, house, model)
+    options = await options_of(body, house.most_new_tokens, model)
     answer = await model.enter(Ask((record.owner, record.id), prompts, chat, options, body.choices, house.timeout,
                                    watched))
     record.course = answer.course
     return Entered(model.name, answer, record, record.choices)
 
 
-async def _options(body: Body, house: House, model: Model) -> dict[str, Any]:
+async def options_of(body: Body, most: int, model: Model) -> dict[str, Any]:
+    """Options of the request, for an answer of at most `most` tokens; raises ApiError."""
     try:
         options = body.options()
     except ValueError as error:
         raise ApiError(400, str(error), param="max_tokens") from None
-    most, asked = house.most_new_tokens, options.get("max_new_tokens")
+    asked = options.get("max_new_tokens")
     if asked is None:
         options["max_new_tokens"] = min((await model.facts()).usual_new_tokens, most)
     elif isinstance(asked, int) and asked > most:

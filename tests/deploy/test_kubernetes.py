@@ -7,7 +7,9 @@ import http.client
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import kubernetes_validate
 import pytest
@@ -16,7 +18,8 @@ from click.testing import CliRunner
 from conftest import SAMPLE
 from serving import serving
 
-from dmoe_export.cli import main
+from dmoe_export.bundle.reader import open_bundle
+from dmoe_export.cli import deploy_kubernetes, main
 from dmoe_export.deploy.kubernetes import LEAVE_SECONDS, Servers, manifests, pod_memory, start_seconds
 from dmoe_export.deploy.kubernetes_names import check_name, name_of
 from dmoe_export.errors import RequestError
@@ -244,3 +247,25 @@ def test_without_pyyaml_one_sentence(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     result = run(bundle)
     assert result.exit_code == 3 and result.stderr.startswith("dmoe-export: Writing YAML needs yaml; run: pip install")
+
+
+def test_manifests_of_the_page_hold_against_the_schemas():
+    page = (WRITTEN.parents[2] / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^ *```yaml\n(.*?)^ *```", page, flags=re.DOTALL | re.MULTILINE)
+    documents = list(yaml.safe_load_all(textwrap.dedent(block)))
+    assert [document["kind"] for document in documents] == ["PersistentVolumeClaim", "Pod"]
+    for document in documents:
+        kubernetes_validate.validate(document, VERSIONS[-1], strict=True)
+
+
+def test_with_an_engine_its_limits_are_the_servers(bundle, monkeypatch):
+    profile = SimpleNamespace(batch=[1, 1, 4], tokens=[1, 32, 32], past=[1, 64, 256])
+    whole = open_bundle(bundle, "sizes").manifest
+    manifest = whole.model_copy(update={"engines": [SimpleNamespace(profiles=[profile, profile])]})
+    monkeypatch.setattr(deploy_kubernetes, "open_bundle", lambda *_, **__: SimpleNamespace(manifest=manifest))
+    args = container(made(bundle, "--gpus", "1"))["args"]
+    assert {"--backend=tensorrt", "--max-batch=4"} <= set(args) and not any("--threads" in word for word in args)
+    assert "for 4 answers of 256 tokens" in run(bundle, "--gpus", "1").stdout
+    assert re.search("--max-batch 5 is more than the 4 rows", run(bundle, "--gpus", 1, "--max-batch", 5).stderr)
+    assert re.search("--max-context 257 is more than the 256", run(bundle, "--gpus", 1, "--max-context", 257).stderr)
+    assert "--max-batch=8" in container(made(bundle))["args"]  # the processor has no such limit

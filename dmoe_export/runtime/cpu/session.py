@@ -69,6 +69,8 @@ def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int |
     """
     options = ort.SessionOptions()
     options.log_severity_level = FATAL
+    # Shapes change all the time: planned for each, memory of old plans would stay beside that of new ones.
+    options.enable_mem_pattern = options.enable_mem_reuse = False
     if threads:
         options.intra_op_num_threads = threads
     ort.set_default_logger_severity(FATAL)

@@ -1,0 +1,56 @@
+"""The widest forwards that a batch asks for: their tokens, the places they see, the vocabulary rows they want."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..bundle.manifest import Manifest
+from ..decoding.way import PREFILL_TOKENS
+from ..runtime.cache import bucketed
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Of all rows: T tokens each, S cached places, M wanted vocabulary rows."""
+
+    rows: int
+    width: int
+    past: int
+    wanted: int
+
+    @property
+    def tokens(self) -> int:
+        """N = B · T."""
+        return self.rows * self.width
+
+    @property
+    def places(self) -> int:
+        """S + T."""
+        return self.past + self.width
+
+
+@dataclass(frozen=True)
+class Work:
+    """Forwards of `max_batch` rows that all have `max_context` tokens, joined at once."""
+
+    widest: Forward  # the last part of the prompts, with the first step of the answers
+    step: Forward  # a step, with the block before it
+    cached: int  # places of a row in the cache in the end
+    grown: int  # places of the cache that the last one replaced
+    block: int
+
+
+def work_of(manifest: Manifest, rows: int, context: int, most_tokens: int | None = None) -> Work:
+    """The default cache of the model's kind: block, or prefix. `most_tokens`: of a row in one forward of an engine."""
+    n = manifest.routing.block_length
+    whole = min(-(-context // n) * n, manifest.model.max_positions)
+    if manifest.model.attention == "full":
+        cached = bucketed(context)
+        widest = Forward(rows, context, cached, n)
+        return Work(widest, widest, cached, 0, n)
+    chunk = max(1, min(PREFILL_TOKENS, most_tokens or PREFILL_TOKENS) // n) * n
+    width = min(whole, chunk + n, most_tokens or chunk + n)
+    past, cached = bucketed(whole - width), bucketed(whole - n)
+    widest = Forward(rows, width, past, n)
+    step = Forward(rows, min(whole, 2 * n, most_tokens or 2 * n), cached, n)
+    return Work(widest, step, cached, bucketed(max(0, cached - 128)) if cached > width else 0, n)

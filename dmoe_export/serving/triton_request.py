@@ -1,0 +1,108 @@
+"""A request of Triton's clients as an `Ask`: names of the inputs of its vLLM backend, and every option by its name."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from .asked import Ask
+from .errors import ApiError, of_body
+from .house import options_of
+from .messages import messages_of
+from .model import Model
+from .schema import Body, ChatBody, CompletionBody
+from .triton_tensors import MOST_BYTES
+
+PROMPTS = ("text_input", "input_ids", "messages")
+# Of the vLLM backend; the first must be true, the others ask for outputs that are always sent.
+FLAGS = ("exclude_input_in_output", "return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
+INPUTS = (*PROMPTS, "stream", "sampling_parameters", *FLAGS)
+_NOT_SETTINGS = ("model", "prompt", "messages", "stream", "stream_options")  # of a body, but inputs here
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A request that has been read."""
+
+    prompt: Any
+    chat: bool
+    stream: bool
+    body: Body
+
+    async def ask(self, model: Model, most_new_tokens: int, timeout: float) -> Ask:
+        """For the engine, with a key of its own: ids of Triton's clients may come twice. Raises ApiError."""
+        options = await options_of(self.body, most_new_tokens, model)
+        return Ask((-1, uuid.uuid4().hex), [self.prompt], self.chat, options, timeout=timeout)
+
+
+def wanted_of(name: str, inputs: Mapping[str, Any], parameters: str, request_id: str) -> Wanted:
+    """Of a model's inputs (`inputs_of`) and the request's parameters (JSON); raises ApiError.
+
+    Settings are request parameters, or in `sampling_parameters`; lists only there, as Triton's parameters have none.
+    """
+    given = [one for one in PROMPTS if one in inputs]
+    if len(given) != 1:
+        raise ApiError(400, f"Give exactly one of {', '.join(PROMPTS)}; given: {', '.join(given) or 'none'}.")
+    if inputs.get("exclude_input_in_output") is False:
+        raise ApiError(400, "exclude_input_in_output is false, but prompts are never sent back; leave it out.",
+                       param="exclude_input_in_output")
+    settings = _settings(inputs, json.loads(parameters), request_id)
+    chat = settings.pop("chat", None)
+    if chat is not None and not isinstance(chat, bool):
+        raise ApiError(400, f"chat is {str(chat)[:50]!r}, it must be true or false.", param="chat")
+    if given == ["messages"]:
+        messages = _json("messages", inputs["messages"], list, "a list of messages")
+        chat_body = _checked(ChatBody, settings | {"model": name, "messages": messages})
+        return Wanted(messages_of(chat_body), True, inputs.get("stream", False), chat_body)
+    prompt = inputs["text_input"] if given == ["text_input"] else _ids(inputs["input_ids"])
+    body = _checked(CompletionBody, settings | {"model": name, "prompt": prompt})
+    return Wanted(prompt, bool(chat), inputs.get("stream", False), body)
+
+
+def _settings(inputs: Mapping[str, Any], parameters: dict[str, Any], request_id: str) -> dict[str, Any]:
+    if request_id and parameters.get("id") == request_id:  # over HTTP it is among them
+        del parameters["id"]
+    sampling = {}
+    if "sampling_parameters" in inputs:
+        sampling = _json("sampling_parameters", inputs["sampling_parameters"], dict, "a JSON object")
+    twice = [one for one in parameters if one in sampling]
+    if twice:
+        raise ApiError(400, f"{twice[0][:50]} is a parameter of the request and in sampling_parameters, too; give it "
+                       "once.", param=twice[0][:50])
+    settings = parameters | sampling
+    wrong = next((one for one in _NOT_SETTINGS if one in settings), None)
+    if wrong is not None:
+        raise ApiError(400, f"{wrong} is no parameter.", param=wrong, code="unknown_parameter")
+    return settings
+
+
+def _json(name: str, text: str, kind: type, words: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ApiError(400, f"{name} is no JSON; give {words} as text.", param=name) from None
+    if not isinstance(value, kind):
+        raise ApiError(400, f"{name} must be {words}.", param=name)
+    return value
+
+
+def _ids(array: Any) -> list[int]:
+    if array.nbytes > MOST_BYTES:
+        raise ApiError(400, f"input_ids has {array.nbytes} bytes, more than {MOST_BYTES}.", param="input_ids")
+    ids: list[int] = array.reshape(-1).tolist()
+    return ids
+
+
+def _checked(kind: type[Body], values: dict[str, Any]) -> Any:
+    try:
+        body = kind.model_validate(values)
+    except ValidationError as error:
+        raise of_body(error.errors()) from None
+    if body.choices != 1:
+        raise ApiError(400, f"n is {body.choices}, but a request has one answer here; leave it out.", param="n")
+    return body
