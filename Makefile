@@ -8,6 +8,7 @@
 # make sanitize   the CPU kernels' tests under address and undefined-behaviour sanitizers
 # make test-triton  a real Triton server runs the sample; installs it first (0.6 GB)
 # make lm-eval   lm-eval asks a server the sample's 400 held-out questions; installs it first
+# make test-ray   replicas that die, scale and are replaced, with real Ray Serve; installs it first, 5 minutes
 # make docs   the documentation as a site, build/site; a broken link is an error
 # make sbom    what a wheel requires and holds, with licences (CycloneDX)
 # make wheel   dist/: one wheel with the libraries for CPU and GPU, to be installed on a device
@@ -18,7 +19,7 @@ READY := $(VENV)/.ready
 CPU_OPS := dmoe_export/lib/libdmoe_cpu.so
 QUESTION ?= tom has 12 apples and buys 7 more. how many apples does tom have?
 
-.PHONY: demo cpu-ops check bench bench-peer bench-decode test lint types plugins ort-ops sbom wheel engines test-slow test-page accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs lm-eval test-triton clean
+.PHONY: demo cpu-ops check bench bench-peer bench-decode test lint types plugins ort-ops sbom wheel engines test-slow test-page accuracy bench-export bench-build gpu-test gpu-bench rehearse fuzz fuzz-quick sanitize docs lm-eval test-ray test-triton clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; exit 3; }
@@ -133,6 +134,18 @@ $(LM_EVAL)/.ready:
 
 lm-eval: $(READY) $(LM_EVAL)/.ready
 	$(BIN)/python -m pytest -m slow tests/serving/test_lm_eval.py
+
+# Real Ray Serve, in an environment of its own of 0.6 GB; what it measured is in out/ray.
+RAY := .venv-ray
+
+$(RAY)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet -C wheel.cmake=false '.[cpu,ray]'
+	$(RAY)/bin/python -m pip uninstall --quiet --yes dmoe-export  # the checkout is on PYTHONPATH
+	touch $@
+
+test-ray: $(READY) $(CPU_OPS) $(RAY)/.ready
+	$(BIN)/python -m pytest -m slow tests/serving/test_ray_serve.py
 
 # A real Triton server, from the wheel nvidia-pytriton, which wants NumPy 1: in an environment of its own. NumPy 2 lies
 # beside it, to be refused.

@@ -43,13 +43,10 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     default = field.default
     if str in kinds:
         return option(flag, name, default=default, metavar="FILE" if name.endswith("_file") else "SIZE", **told)
-    least, above, most = (next((getattr(one, word) for one in field.metadata if hasattr(one, word)), None)
-                          for word in ("ge", "gt", "le"))
-    if int in kinds:
-        return option(flag, name, type=click.IntRange(least, most), default=default, **told)
-    values = None if above is None else f"above {above}"
-    return option(flag, name, type=click.FloatRange(above if least is None else least, most,
-                                                    min_open=above is not None), default=default, values=values, **told)
+    least, most = (next((getattr(one, word) for one in field.metadata if hasattr(one, word)), None)
+                   for word in ("ge", "le"))
+    kind = click.IntRange(least, most) if int in kinds else click.FloatRange(least, most)
+    return option(flag, name, type=kind, default=default, **told)
 
 
 def _kinds(annotation: Any) -> set[Any]:

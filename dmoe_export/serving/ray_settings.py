@@ -40,19 +40,19 @@ class Settings(BaseModel):
     max_replicas: Annotated[int | None, _told("replicas", "Most replicas: they are scaled by requests in progress",
                                               "not scaled", ge=1)] = None
     target_requests: Annotated[FiniteFloat | None, _told(
-        "replicas", "Requests in progress for each replica that scaling aims at", "--max-batch", gt=0)] = None
+        "replicas", "Requests in progress for each replica that scaling aims at", "--max-batch", ge=0.1)] = None
     upscale_delay: Annotated[Seconds, _told("replicas", "Seconds that more replicas must be needed before they start",
                                             ge=0)] = 30.0
     downscale_delay: Annotated[Seconds, _told("replicas", "Seconds that fewer must be enough before they end",
                                               ge=0)] = 600.0
-    cpus: Annotated[FiniteFloat, _told("replicas", "Processors that a replica reserves", gt=0)] = 1.0
+    cpus: Annotated[FiniteFloat, _told("replicas", "Processors that a replica reserves", ge=0.01)] = 1.0
     gpus: Annotated[FiniteFloat, _told("replicas", "GPUs that a replica reserves", ge=0)] = 0.0
     surge_percent: Annotated[int, _told(
         "replicas", "Replicas beyond their number during an update, as a share of it: new ones start before old ones "
         "end, and wait where there is no room for both; with 0 old ones end first", ge=0, le=100)] = 100
     drain_seconds: Annotated[Seconds, _told("replicas", "Seconds that a replica's requests have to end before it "
                                             "does", ge=0)] = 30.0
-    health_period: Annotated[Seconds, _told("replicas", "Seconds between looks at a replica's health", gt=0)] = 5.0
+    health_period: Annotated[Seconds, _told("replicas", "Seconds between looks at a replica's health", ge=0.1)] = 5.0
     ingress_replicas: Annotated[int, _told("replicas", "Processes that hold the HTTP application", ge=1)] = 1
     max_batch: Annotated[int, _told("requests", "Most answers that a replica decodes at once", ge=1, le=1024)] = 8
     max_waiting: Annotated[int, _told("requests", "Most requests that wait for a replica; more are refused",

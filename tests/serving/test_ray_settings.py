@@ -14,14 +14,15 @@ from dmoe_export.serving.ray_settings import OF_OPENING, Settings
 
 
 def test_arguments_of_serve_run_are_text():
-    made = Settings(**{"bundle": "a", "replicas": "2", "gpus": "0.5", "allowed_hosts": "x,y", "log_prompts": "true"})
+    text = {"bundle": "a", "replicas": "2", "gpus": "0.5", "allowed_hosts": "x,y", "log_prompts": "true"}
+    made = Settings(**text)
     assert (made.replicas, made.gpus, made.allowed_hosts, made.log_prompts) == (2, 0.5, ("x", "y"), True)
 
 
 @pytest.mark.parametrize("wrong", [
     {"bundel": "a"}, {"replicas": 0}, {"gpus": -1}, {"gpus": "nan"}, {"max_batch": 0}, {"min_replicas": 1},
-    {"target_requests": 2}, {"max_replicas": 1, "replicas": 2}, {"max_replicas": 4, "min_replicas": 3}, {"backend": "x"},
-    {"timeout": 0}, {"surge_percent": 101}, {"name": ""}, {"max_waiting": 0}])
+    {"target_requests": 2}, {"max_replicas": 1, "replicas": 2}, {"max_replicas": 4, "min_replicas": 3},
+    {"backend": "x"}, {"timeout": 0}, {"surge_percent": 101}, {"name": ""}, {"max_waiting": 0}])
 def test_what_contradicts_is_refused(wrong):
     with pytest.raises(ValidationError):
         Settings(**{"bundle": "a", **wrong})
