@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -136,6 +137,7 @@ def triton(monkeypatch):
     """dmoe_export.serving.triton over the stand-in."""
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", PB)
     monkeypatch.setattr(MetricFamily, "made", {})
+    monkeypatch.setattr(logging.getLogger("dmoe_export"), "handlers", [])
     from dmoe_export.serving import triton as found
 
     LOG.clear()
