@@ -2,8 +2,8 @@
 
     python benchmarks/fit.py compare BUNDLE … --batch 1,8 --context 256,1024 --out benchmarks/results/fit_<device>_<date>.json
 
-Every row has a prompt of all the context but the answer; rows join together, and do it twice. The experts' file is
-brought in first, as uses would in time. What is compared: the resident set at its highest (VmHWM), and the highest
+Rows join together: first with prompts that leave room for a long answer, then with prompts of all the context but one
+block. The experts' file is brought in first, as uses would in time. What is compared: the resident set at its highest (VmHWM), and the highest
 sample of what of it is not pages of files (RssAnon).
 """
 
@@ -21,8 +21,6 @@ from measuring import machine, now, write_result
 from dmoe_export.bench.children import watched_process
 from dmoe_export.bundle.reader import read_manifest
 from dmoe_export.fit.predict import predict
-
-ROUNDS = 2
 
 
 @click.group()
@@ -45,8 +43,9 @@ def run(case: str) -> None:
         if manifest.experts and told["expert_budget"] is None:
             FileIdentity.of(generator.bundle.folder / manifest.experts.file).populate()
         batch = generator.batch(told["batch"], prefix_cache=told["prefix_cache"])
-        answer = min(told["answer"], told["context"] // 2)
-        for turn in range(ROUNDS):
+        answers = min(told["answer"], told["context"] // 2), min(generator.backend.routing.block_length,
+                                                                 told["context"] // 2)
+        for turn, answer in enumerate(answers):
             for row in range(told["batch"]):
                 prompt = random_prompt(generator.bundle, told["context"] - answer, 100 * turn + row)
                 batch.add(generator.request(prompt, max_new_tokens=answer, eos_id=-1, steps=2))

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,11 @@ def main() -> None:
 def measure(bundle: Path, rows: str, requests: int, backend: Any, threads: int | None, prompt_tokens: str,
             new_tokens: str, steps: str, seed: int, out: Path | None) -> None:
     """Measure steps of BUNDLE here, without a server, and fit their times."""
-    started, measured, at = _started(), Measured(), _numbers(rows)
+    started, measured, at = _started(), Measured(), _whole(rows)
     with Generator.open(bundle, backend=backend, threads=threads, verify="sizes") as generator:
         asked = load(generator.bundle, requests, _range(prompt_tokens), _range(new_tokens), _range(steps), seed)
         for count in at:
-            measured.add(generator, asked, int(count), int(max(at)))
+            measured.add(generator, asked, count, max(at))
         found = measured.fitted(generator, f"{generator.bundle.folder.name}, {generator.backend.name}")
     click.echo(f"{found.what}: {found.steps} steps, median error {found.residual_median:.1%}, "
                f"{found.explained:.1%} of the variance explained")
@@ -107,9 +108,9 @@ def run(steps_of: Path | None, gpu: str | None, backend: str, tflops: float | No
              "price_per_hour": price_per_hour, "prompt_tokens": _range(prompt_tokens),
              "new_tokens": _range(new_tokens), "steps": _range(steps)}
     found = []
-    for count in _numbers(replicas):
-        for load_of in _numbers(rates or clients or ""):
-            case = Case(replicas=int(count), **{"rate" if rates else "clients": load_of}, **shape)
+    for count in _whole(replicas):
+        for load_of in _numbers(rates) if rates else _whole(clients or ""):
+            case = Case(replicas=count, **{"rate" if rates else "clients": load_of}, **shape)
             found.append((case, [simulate(one, case) for one in times]))
     _show(times, found)
     if as_page:
@@ -126,16 +127,17 @@ def run(steps_of: Path | None, gpu: str | None, backend: str, tflops: float | No
 
 @main.command("check")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="folder that keeps the bundle")
-@click.option("--rounds", default=3, show_default=True)
+@click.option("--rounds", default=4, show_default=True)
+@click.option("--minutes", default=6.0, show_default=True, help="no round begins that would end later")
 @click.option("--requests", default=16, show_default=True, help="of each load")
 @load_options
 @_OUT
-def checked(work: Path, rounds: int, requests: int, prompt_tokens: str, new_tokens: str, steps: str, seed: int,
-            out: Path | None) -> None:
+def checked(work: Path, rounds: int, minutes: float, requests: int, prompt_tokens: str, new_tokens: str, steps: str,
+            seed: int, out: Path | None) -> None:
     """Simulated against real: one server and two on this machine, each with one thread."""
     started = _started()
     result = check(work, rounds, requests, _range(prompt_tokens), _range(new_tokens), _range(steps), seed,
-                   lambda what: click.echo(what, err=True))
+                   minutes, lambda what: click.echo(what, err=True))
     _show_check(result)
     _write(started.document(result), out)
 
@@ -148,7 +150,8 @@ def _started() -> Started:
 
 def _command() -> str:
     """As typed, without folders: results are published."""
-    return " ".join(["python benchmarks/simulate.py", *(word.rstrip("/").rpartition("/")[2] for word in sys.argv[1:])])
+    words = [word.rstrip("/").rpartition("/")[2] for word in sys.argv[1:]]
+    return " ".join(["python benchmarks/simulate.py", *map(shlex.quote, words)])
 
 
 def _numbers(text: str) -> list[float]:
@@ -160,6 +163,14 @@ def _numbers(text: str) -> list[float]:
     if not found or not all(0 < one < float("inf") for one in found):
         raise RequestError(f"{text!r} is no list of numbers above 0; give them separated by commas, such as 1,2,4.")
     return found
+
+
+def _whole(text: str) -> list[int]:
+    """The same as integers."""
+    found = _numbers(text)
+    if not all(one.is_integer() for one in found):
+        raise RequestError(f"{text!r} is no list of integers; give them separated by commas, such as 1,2,4.")
+    return [int(one) for one in found]
 
 
 def _range(text: str) -> tuple[int, int]:

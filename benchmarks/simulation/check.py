@@ -8,6 +8,7 @@ these in a third way: with steps as long, on average, as those of the servers un
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +49,9 @@ class Seen(Frozen):
     def of(cls, found: Borne | Arrived, step_seconds: float) -> Seen:
         """Of a load by clients, or of arrivals."""
         answers = found.answers
-        by_clients = isinstance(found, Borne)
-        return cls(tokens_per_second=found.tokens_per_second if by_clients else None,
-                   tokens_per_step=found.counts.tokens / found.counts.steps if by_clients else None,
-                   step_seconds=step_seconds,
+        borne = found if isinstance(found, Borne) else None
+        return cls(tokens_per_second=borne and borne.tokens_per_second,
+                   tokens_per_step=borne and borne.counts.tokens / borne.counts.steps, step_seconds=step_seconds,
                    first_block=Times.of(one.first_block for one in answers),
                    answer=Times.of(one.seconds for one in answers))
 
@@ -97,8 +97,12 @@ class Check(Frozen):
 
 
 def check(work: Path, rounds: int, requests: int, prompt_tokens: Range, new_tokens: Range, steps: Range, seed: int,
-          advance: Callable[[str], None] = lambda what: None) -> Check:
-    """Measure and simulate; raises CheckError where a server fails."""
+          minutes: float, advance: Callable[[str], None] = lambda what: None) -> Check:
+    """Measure and simulate; no round begins that would not end within `minutes`, were it as long as the one before.
+
+    Raises CheckError where a server fails.
+    """
+    start = time.monotonic()
     advance("bundle")
     bundle = small_mixture(work)
     asked = load(bundle, requests, prompt_tokens, new_tokens, steps, seed)
@@ -108,12 +112,21 @@ def check(work: Path, rounds: int, requests: int, prompt_tokens: Range, new_toke
         warm = [Asked(one.prompt, one.options | {"max_new_tokens": 1}) for one in asked[:SLOTS]]
         Replicas([first, second]).bear(warm, SLOTS)
         Measured().add(generator, warm, SLOTS, SLOTS)
-        turns = list[_Round]()
+        turns, began = list[_Round](), time.monotonic()
+
+        def tell(what: str) -> None:
+            advance(f"round {len(turns) + 1} of {rounds}: {what}")
+
         for number in range(rounds):
-            turns.append(_round(generator, [first, second], asked, turns[0].rate if turns else None, number, seed,
-                                lambda what, number=number: advance(f"round {number + 1} of {rounds}: {what}")))
+            now = time.monotonic()
+            if turns and now + (now - began) > start + 60 * minutes:
+                break
+            began = now
+            rate = turns[0].rate if turns else None
+            turns.append(_round(generator, [first, second], asked, rate, number, seed, tell))
     return Check(
-        model=f"{NAME}, {bundle.manifest.precision_in_words}", threads=1, slots=SLOTS, requests=requests, rounds=rounds,
+        model=f"{NAME}, {bundle.manifest.precision_in_words}", threads=1, slots=SLOTS, requests=requests,
+        rounds=len(turns),
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, steps=steps, assumptions=ASSUMPTIONS,
         alone=[turn.fits["alone"] for turn in turns], beside=[turn.fits["beside"] for turn in turns],
         slower_beside=[turn.slower for turn in turns],

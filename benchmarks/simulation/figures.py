@@ -54,7 +54,7 @@ class Figures(Frozen):
                           f"{_KEPT_UP:.0%} were answered in it; else times grow with the number of requests")
     refused: int
     host_milliseconds: float = Field(description="of a step, that the batch took around its forward where this was "
-                                     "simulated: real time, which measured steps have in them and predicted ones not")
+                                     "simulated: processor time, which measured steps have in them and predicted not")
     replica_hours_per_million_tokens: float
     cost_per_million_tokens: float | None = Field(description="in the money of price_per_hour")
 

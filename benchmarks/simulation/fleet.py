@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -50,12 +50,12 @@ class Replica:
     def __init__(self, steps: StepTimes, slots: int) -> None:
         self._backend = TimedBackend(steps)
         self._batch = JoiningBatch(self._backend, slots)
-        self._waiting = Queue()
+        self._waiting: Any = Queue()  # of jobs and rows; a request is both
         self._running: dict[Handle, Request] = {}
         self.stepping = False
         self.busy: list[tuple[float, float]] = []  # from, to: steps
         self.counts = Counts(0, 0, 0)
-        self.host = 0.0  # seconds that the batch took around its forwards, on this machine
+        self.host = 0.0  # processor seconds that the batch took around its forwards, on this machine
 
     @property
     def ongoing(self) -> int:
@@ -75,9 +75,9 @@ class Replica:
         if not len(self._batch):
             return None
         before, rows, blocks = self._backend.spent, len(self._batch), []
-        self.host -= time.perf_counter() - self._backend.real
+        self.host -= time.thread_time() - self._backend.real
         found = self._batch.step()
-        self.host += time.perf_counter() - self._backend.real
+        self.host += time.thread_time() - self._backend.real
         for done in found:
             if done.error:
                 raise done.error

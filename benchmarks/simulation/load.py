@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def arrivals(fleet: Fleet, asked: Sequence[Asked], rate: float, seed: int) -> Ar
     times = arrival_times(len(asked), rate, seed)
     requests = [Request(one, Answered(number, 0.0)) for number, one in enumerate(asked)]
     for time, request in zip(times, requests, strict=True):
-        fleet.at(time, lambda request=request: fleet.send(request))
+        fleet.at(time, partial(fleet.send, request))
     fleet.run()
     edge = len(asked) // 10
     return Arrived([r.answer for r in requests if r.replica >= 0], times[edge], times[-1 - edge])

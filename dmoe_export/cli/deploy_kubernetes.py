@@ -11,19 +11,22 @@ from .. import __version__
 from ..bundle.hub import resolve_bundle
 from ..bundle.manifest import Manifest
 from ..bundle.reader import open_bundle
+from ..decoding.prefixes import check_keeps
 from ..deploy.kubernetes import BUNDLES, Servers, manifests, pod_memory
 from ..deploy.kubernetes_names import check_name, name_of
-from ..deploy.predicted import host_bytes
 from ..deploy.yaml_text import save_text, write_yaml
 from ..errors import RequestError
+from ..fit.predict import predict
+from ..fit.prediction import Named, Prediction
+from ..serving.schema import MOST_NAME
 from ..text.messages import short
 from ..words import count, listed, size
 from .deploy import words_of
 from .help import SETTINGS, Verb, option
 from .output import say
 
-_SLOTS = 8  # as `serve`
-_MOST_NAME = 200  # characters of a model's name, as `serve`
+_SLOTS = 8  # answers at once, as `serve` without an engine
+_NO_MACHINE = 1 << 62  # bytes: budgets are held against no machine, as this one is not the pods'
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
@@ -95,33 +98,52 @@ def _servers(bundle: Path, manifest: Manifest, asked: dict[str, Any]) -> tuple[S
     name = check_name("--name", asked["name"], "service") if asked["name"] else name_of(bundle)
     folder = check_name("--folder", asked["folder"] or bundle.name, "folder")
     model = asked["model"] or folder.rpartition("/")[2].removesuffix(".bundle")
-    if not 0 < len(model) <= _MOST_NAME or not model.isprintable():
-        raise RequestError(f"Model name {short(model)} must have 1 to {_MOST_NAME} characters; choose one with "
+    if not 0 < len(model) <= MOST_NAME or not model.isprintable():
+        raise RequestError(f"Model name {short(model)} must have 1 to {MOST_NAME} characters; choose one with "
                            "--model.")
     if asked["in_image"] and asked["claim"]:
         raise RequestError(f"--claim {short(asked['claim'])} and --in-image are two places for one bundle; give one.")
     if asked["max_replicas"] and asked["max_replicas"] < asked["replicas"]:
         raise RequestError(f"--max-replicas {asked['max_replicas']} is less than --replicas {asked['replicas']}; give "
                            "more, or leave it out.")
+    if asked["prefix_cache"]:
+        check_keeps(manifest.model)
     if "%" in (asked["prefix_cache"] or ""):
         raise RequestError(f"--prefix-cache {asked['prefix_cache']} is a share of a node's memory, which is not known "
                            "here; give a size, such as 512M.")
-    backend = "onnxruntime" if not asked["gpus"] else "tensorrt" if manifest.engines else "onnxruntime-cuda"
+    backend = _backend(manifest, asked["gpus"], asked["expert_budget"])
     rows, context = _rows(manifest, backend, asked["max_batch"]), _context(manifest, backend, asked["max_context"])
     sizes = {word: asked[word] for word in ("expert_budget", "prefix_cache") if asked[word]}
-    predicted = host_bytes(manifest, backend=backend, max_batch=rows, max_context=context, **sizes)
+    predicted = predict(manifest, backend=backend, max_batch=rows, max_context=context, program="serve", kernels=True,
+                        threads=None if asked["gpus"] else asked["cpus"], machine_bytes=_NO_MACHINE, **sizes)
     sealed = {"expect_sha256": asked["expect_sha256"]} if asked["expect_sha256"] else {}
     more = [f"--{word.replace('_', '-')}={value}" for word, value in (sizes | sealed).items()]
     servers = Servers(
         name, model, folder, check_name("--image", asked["image"] or f"dmoe-export:{__version__}", "image"), backend,
-        pod_memory(predicted), sum(entry.size for entry in manifest.files), rows,
+        pod_memory(predicted.host_bytes), sum(entry.size for entry in manifest.files), rows,
         namespace=asked["namespace"] and check_name("--namespace", asked["namespace"], "label"),
         claim=None if asked["in_image"] else check_name("--claim", asked["claim"] or name, "object"),
         key_secret=asked["key_secret"] and check_name("--key-secret", asked["key_secret"], "object"),
         hosts=tuple(check_name("--allowed-host", host, "host") for host in asked["hosts"]),
         more=tuple(more), **{word: asked[word] for word in ("replicas", "max_replicas", "cpus", "gpus", "timeout")})
-    return servers, (f"{size(predicted)} predicted for {count(rows, 'answer')} of {count(context, 'token')}, prompts "
-                     "included, and a fifth more")
+    return servers, _told(predicted)
+
+
+def _told(predicted: Prediction) -> str:
+    known = predicted.compared if predicted.compared.startswith("never") else f"compared with {predicted.compared}"
+    return (f"{size(predicted.host_bytes)} predicted for {count(predicted.max_batch, 'answer')} of "
+            f"{count(predicted.max_context, 'token')}, prompts included, and a fifth more. Such predictions were "
+            f"{known}.")
+
+
+def _backend(manifest: Manifest, gpus: int, expert_budget: str | None) -> Named:
+    """By name: with `auto`, a pod whose GPU cannot be used would run on the processor."""
+    if not gpus:
+        return "onnxruntime"
+    if expert_budget and not any(engine.expert_pools for engine in manifest.engines):
+        raise RequestError(f"--expert-budget {expert_budget} with --gpus needs an engine with expert pools; make one "
+                           "with: dmoe-export build BUNDLE --experts resident.")
+    return "tensorrt" if manifest.engines else "onnxruntime-cuda"
 
 
 def _rows(manifest: Manifest, backend: str, asked: int | None) -> int:
@@ -152,5 +174,5 @@ def _notes(servers: Servers, memory: str) -> list[str]:
         needs.append(f"Secret {servers.key_secret} with an entry keys, a key per line")
     return [f"Needs {listed(needs)}.", *(
                 [] if servers.key_secret else ["No key is asked for: whoever reaches the Service may use it."]),
-            f"Memory of a pod: {memory}.",
+            f"Memory of a pod: {memory}",
             "What every part is for: docs/kubernetes.md of dmoe-export."]

@@ -14,6 +14,7 @@ from ..bundle.reader import open_bundle
 from ..deploy.triton import Kind, check_model_name, model_config, write_model
 from ..errors import RequestError
 from ..runtime.residency.budget import plan_budget
+from .deploy import words_of
 from .help import SETTINGS, Verb, option
 from .opening import opening_of, opening_options
 from .options import JSON
@@ -72,7 +73,7 @@ def triton(context: click.Context, bundle: Path, out: Path, force: bool, as_json
     if opening["trusted_key"] is not None:
         opening["trusted_key"] = opening["trusted_key"].resolve()
     parameters = {"bundle": bundle_path or folder.resolve(), **_given(context, opening | options)}
-    made = write_model(out, called, model_config(called, parameters, kind, instances), force)
+    made = write_model(out, called, model_config(called, parameters, kind, instances, words_of(context)), force)
     if as_json:
         click.echo(json.dumps({"model": called, "folder": str(made), "parameters": {
             one: str(value) for one, value in parameters.items()}}))

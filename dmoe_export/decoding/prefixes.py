@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..description import RUNTIME_SETTINGS
+from ..description import RUNTIME_SETTINGS, ModelDescription
 from ..errors import RequestError
 from ..runtime.backend import Backend, Cache, Ints
 from ..runtime.residency.budget import machine_memory, parse_bytes
@@ -159,19 +159,24 @@ class RowPrefix:
         self._seen = row.cached
 
 
-def store_of(backend: Backend, cache: Cache, size: str | int) -> PrefixStore:
-    """The store of a `prefix_cache` such as "512M" or a number of bytes.
-
-    Raises RequestError for models whose blocks see what comes after them, for what is no size, and for less than a
-    block or more than the machine's memory.
-    """
-    d, n = backend.description, backend.routing.block_length
+def check_keeps(d: ModelDescription) -> None:
+    """Raise RequestError for a model of which nothing can be kept."""
     if d.attention != "block_causal":
         raise RequestError(f"A prefix cache needs blocks that see no later ones, and family {d.family} attends to the "
                            "whole canvas; leave prefix_cache out.")
     if d.logit_shift:
         raise RequestError(f"A prefix cache keeps what the block cache does, which is not offered for family "
                            f"{d.family}; leave prefix_cache out.")
+
+
+def store_of(backend: Backend, cache: Cache, size: str | int) -> PrefixStore:
+    """The store of a `prefix_cache` such as "512M" or a number of bytes.
+
+    Raises RequestError for models whose blocks see what comes after them, for what is no size, and for less than a
+    block or more than the machine's memory.
+    """
+    n = backend.routing.block_length
+    check_keeps(backend.description)
     memory = machine_memory()
     limit, block = parse_bytes(size, memory, "Prefix cache"), n * cache.token_bytes
     if not block <= limit <= memory:

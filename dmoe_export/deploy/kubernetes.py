@@ -143,13 +143,12 @@ def _container(servers: Servers) -> dict[str, Any]:
         mounts.append({"name": "bundles", "mountPath": BUNDLES, "readOnly": True})
     if servers.key_secret:
         mounts.append({"name": "keys", "mountPath": KEYS, "readOnly": True})
-    variables: list[dict[str, Any]] = [{"name": "ORT_DISABLE_TELEMETRY", "value": "1"}]  # from 1.29 on it calls home
-    if not servers.key_secret:
-        variables.append({"name": "NAMESPACE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}})
+    own_name = {"name": "NAMESPACE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}}
     return {
         "name": "server", "image": servers.image, "imagePullPolicy": "IfNotPresent",
         "command": ["dmoe-export"], "args": arguments(servers),
-        "env": variables, "ports": [{"name": "http", "containerPort": PORT}],
+        **({} if servers.key_secret else {"env": [own_name]}),
+        "ports": [{"name": "http", "containerPort": PORT}],
         "resources": {"requests": taken | devices, "limits": taken | devices},
         "startupProbe": _probe("live", 10, math.ceil(start_seconds(servers.bundle_bytes) / 10)),
         "readinessProbe": _probe("ready", 5, 2),

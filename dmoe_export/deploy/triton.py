@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import OutputError, RequestError
+from ..words import visible
 
 Kind = Literal["cpu", "gpu"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -40,9 +41,14 @@ def check_model_name(name: str) -> None:
                            "underscores, and begin with a letter or digit; choose one with --name.")
 
 
-def model_config(name: str, parameters: Mapping[str, object], kind: Kind = "cpu", instances: int = 1) -> str:
-    """The text of `config.pbtxt`; `instances`: processes with the bundle, on the CPU or on each GPU."""
-    lines = [f"{_MARK}; --force writes it anew.", f"name: {_quoted(name)}", 'backend: "python"', "max_batch_size: 0",
+def model_config(name: str, parameters: Mapping[str, object], kind: Kind = "cpu", instances: int = 1,
+                 command: str = "") -> str:
+    """The text of `config.pbtxt`.
+
+    `instances`: processes with the bundle, on the CPU or on each GPU; `command`: what made it, for the head.
+    """
+    head = [f"{_MARK}; --force writes it anew.", *([f"# {visible(command)}"] if command else [])]
+    lines = [*head, f"name: {_quoted(name)}", 'backend: "python"', "max_batch_size: 0",
              "model_transaction_policy { decoupled: true }",
              f"instance_group [ {{ kind: KIND_{kind.upper()} count: {instances} }} ]"]
     for field, tensors, more in (("input", INPUTS, " optional: true"), ("output", OUTPUTS, "")):

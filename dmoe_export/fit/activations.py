@@ -1,7 +1,7 @@
 """What a forward's tensors take at most at once, from the graph that we export (model/denoiser.py, ops/*/onnx_body.py).
 
-Counted from liveness over ONNX Runtime's order of nodes: where its sum is largest in attention, a dense feed-forward,
-a mixture, and the vocabulary head.
+Counted from liveness over ONNX Runtime's order of nodes: where its sum is largest in attention, a dense feed-forward or
+a mixture, and in the vocabulary head.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from ..description import ITEMSIZES
 from .work import Forward
 
 FLOAT = 4
+HEAD = 4  # tensors as large as the logits that live at once: logits, without the mask, less the largest, their powers
 # Bytes per token and expert of the routing body's tensors [N, E] that live at once.
-_ROUTING = {"token": 22, "top_p": 42, "top_c": 30}
+_ROUTING = {"token": 22, "top_p": 36, "top_c": 30}
 
 
 def output_bytes(manifest: Manifest, forward: Forward) -> int:
@@ -21,8 +22,13 @@ def output_bytes(manifest: Manifest, forward: Forward) -> int:
     return forward.tokens * 2 * d.num_layers * d.num_kv_heads * d.head_dim * ITEMSIZES[manifest.precision]
 
 
-def live_bytes(manifest: Manifest, forward: Forward, body_attention: bool = False) -> int:
-    """Most bytes of a forward's tensors at once. `body_attention`: the op's ONNX body computes it, with all scores."""
+def head_tensor(manifest: Manifest, forward: Forward) -> int:
+    """Bytes of logits [B, M, V]."""
+    return FLOAT * forward.rows * forward.wanted * manifest.model.vocab_size
+
+
+def layer_bytes(manifest: Manifest, forward: Forward, body_attention: bool = False) -> int:
+    """Most bytes of the layers' tensors at once. `body_attention`: the op's ONNX body computes it, with all scores."""
     d, moe, n, c = manifest.model, manifest.model.moe, forward.tokens, ITEMSIZES[manifest.precision]
     kv = output_bytes(manifest, forward)
     throughout = FLOAT * (n if d.attention == "block_causal" else forward.rows) * forward.places  # the mask
@@ -32,12 +38,11 @@ def live_bytes(manifest: Manifest, forward: Forward, body_attention: bool = Fals
     attention = hidden + 2 * n * (heads + 2 * d.num_kv_heads * d.head_dim) * c
     if body_attention:
         attention = max(attention, hidden + 2 * n * heads * c + 3 * FLOAT * n * d.num_heads * forward.places)
-    dense = 2 * hidden + 2 * n * d.dense_width * c if len(d.moe_layers) < d.num_layers else 0
+    dense = hidden + 3 * n * d.dense_width * c if len(d.moe_layers) < d.num_layers else 0
     mixture = 0
     if moe:
         routing = n * moe.num_experts * _ROUTING[manifest.routing.mode]
         if manifest.routing.mode == "top_c":
-            routing += (FLOAT + 1) * n * forward.width * moe.num_experts  # every token's candidates, block by block
+            routing += 2 * FLOAT * n * forward.width * moe.num_experts  # every token's candidates, block by block
         mixture = 2 * hidden + (hidden if moe.shared_width else 0) + max(routing, hidden)
-    head = 3 * FLOAT * forward.rows * forward.wanted * d.vocab_size
-    return max(throughout + kv + max(attention, mixture), throughout + kv // d.num_layers + dense, kv + head)
+    return throughout + max(kv + max(attention, mixture), kv // d.num_layers + dense)

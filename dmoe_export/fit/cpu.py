@@ -9,7 +9,7 @@ from ..bundle.consistent import part_bytes
 from ..bundle.manifest import Manifest
 from ..description import ITEMSIZES
 from ..runtime.cpu.products import Products
-from .activations import FLOAT, live_bytes, output_bytes
+from .activations import FLOAT, HEAD, head_tensor, layer_bytes, output_bytes
 from .kernels import kernel_bytes
 from .prediction import Part, Program
 from .work import Forward, Work
@@ -17,8 +17,9 @@ from .work import Forward, Work
 # Measured by benchmarks/fit.py on a bundle of 96 tokens and 2 layers: a process before its first forward, in bytes.
 PROCESS = {"generate": 45_000_000, "serve": 62_000_000}
 LIBRARIES = {"generate": 56_000_000, "serve": 59_000_000}  # pages of the interpreter's and ONNX Runtime's files
-_SESSION, _OF_GRAPH = 1_500_000, 3  # a session, and what it takes for every byte of the graph's file
-_FRAGMENTED = 1.15  # ONNX Runtime's arena over the tensors that live in it at once
+_SESSION, _OF_LAYER, _OF_GRAPH = 1_500_000, 500_000, 3  # a session, its nodes, every byte of the graph's file
+_FRAGMENTED, _MIXED = 1.25, 1.1  # ONNX Runtime's arena over what lives in it at once; forwards of many shapes
+_REGION = 1 << 20
 _TOKENIZER = 6  # bytes in memory for every one of tokenizer.json
 _AROUND = 16 * 4096  # a page fault maps this much of a file that is in the page cache
 
@@ -38,20 +39,21 @@ def cpu_parts(manifest: Manifest, work: Work, cpu: Cpu, program: Program, budget
     d, widest = manifest.model, work.widest
     sizes = {file.path: file.size for file in manifest.files}
     row = 2 * d.num_layers * d.num_kv_heads * d.head_dim * ITEMSIZES[manifest.precision]
-    live = max(live_bytes(manifest, forward, not cpu.kernels) for forward in (work.widest, work.step))
+    arena = max(arena_bytes(manifest, forward, not cpu.kernels) for forward in (work.widest, work.step))
     tokenizer = sizes.get(manifest.tokenizer.file, 0) if manifest.tokenizer else 0
     cached, grown = (widest.rows * places * row for places in (work.cached, work.grown))
     parts = [
         Part(name="interpreter and libraries", bytes=PROCESS[program], place="anonymous"),
         Part(name="libraries' files", bytes=LIBRARIES[program], place="mapped"),
-        Part(name="graph", bytes=_SESSION + _OF_GRAPH * sizes.get(manifest.denoiser.file, 0), place="anonymous"),
+        Part(name="graph", place="anonymous",
+             bytes=_SESSION + _OF_LAYER * d.num_layers + _OF_GRAPH * sizes.get(manifest.denoiser.file, 0)),
         Part(name="tokenizer", bytes=_TOKENIZER * tokenizer, place="anonymous"),
         Part(name="dense weights", bytes=dense_bytes(manifest, widest.rows * (work.cached + work.block)),
              place="mapped"),
         Part(name="experts", bytes=expert_bytes(manifest, budget), place="mapped"),
         Part(name="cache", bytes=cached, place="anonymous"),
         Part(name="cache while it grows", bytes=grown, place="anonymous"),
-        Part(name="activations", bytes=int(_FRAGMENTED * live), place="anonymous"),
+        Part(name="activations", bytes=arena, place="anonymous"),
         Part(name="kernels' scratch", bytes=_scratch(manifest, widest, cpu), place="anonymous"),
         Part(name="results", bytes=output_bytes(manifest, widest), place="anonymous"),
     ]
@@ -60,6 +62,17 @@ def cpu_parts(manifest: Manifest, work: Work, cpu: Cpu, program: Program, budget
     if prefix_cache:
         parts.append(Part(name="prefix cache", bytes=prefix_cache, place="anonymous"))
     return [part for part in parts if part.bytes]
+
+
+def arena_bytes(manifest: Manifest, forward: Forward, body_attention: bool = False) -> int:
+    """What ONNX Runtime's arena comes to: regions of 1, 2, 4, … MiB, each for as many of the head's tensors as it has
+    room for; the others come on top."""
+    layers = int(_FRAGMENTED * layer_bytes(manifest, forward, body_attention))
+    region = _REGION
+    while 2 * region - _REGION < layers:
+        region *= 2
+    tensor = head_tensor(manifest, forward)
+    return int(_MIXED * (layers + max(0, HEAD - region // tensor) * tensor))
 
 
 def dense_bytes(manifest: Manifest, tokens: int) -> int:

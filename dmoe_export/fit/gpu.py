@@ -7,7 +7,7 @@ from ..description import ITEMSIZES
 from ..runtime.gpu.expert_pools import DeviceExperts
 from ..runtime.gpu.memory import CHUNK, IDLE_LIMIT, padded_height
 from ..runtime.residency.budget import ExpertBudget
-from .activations import FLOAT, live_bytes
+from .activations import HEAD, head_tensor, layer_bytes
 from .cpu import PROCESS, expert_bytes
 from .prediction import Named, Part, Program
 from .work import Work
@@ -45,15 +45,14 @@ def device_parts(manifest: Manifest, work: Work, backend: Named, engine: EngineE
         each = manifest.bytes_per_expert * len(manifest.model.moe_layers)
         weights[1] = Part(name="expert pools", bytes=min(experts, budget.residents * each), place="device")
         host.append(Part(name="all experts for the GPU to read", bytes=experts, place="pinned"))
-    live = max(live_bytes(manifest, forward) for forward in (work.widest, work.step))
+    live = max(layer_bytes(manifest, forward) + (HEAD - 1) * head_tensor(manifest, forward) for forward in (work.widest, work.step))
     device = [
         Part(name="driver", bytes=_DRIVER, place="device"), *weights,
         Part(name="cache", bytes=_slab(manifest, work.widest.rows, work.cached), place="device"),
         Part(name="cache while it grows, or rows gathered from it", place="device",
              bytes=_slab(manifest, work.widest.rows, work.cached)),
         Part(name="new keys and values", bytes=2 * _slab(manifest, work.widest.rows, work.widest.width), place="device"),
-        Part(name="logits", place="device",
-             bytes=FLOAT * work.widest.rows * work.widest.wanted * manifest.model.vocab_size),
+        Part(name="logits", place="device", bytes=head_tensor(manifest, work.widest)),
         Part(name="workspace", bytes=live, place="device"),
         Part(name="freed blocks that are kept", bytes=min(IDLE_LIMIT, live), place="device"),
         Part(name="prefix cache", bytes=prefix_cache, place="device")]

@@ -7,7 +7,7 @@ from ..runtime.cpu.products import Products
 from .activations import FLOAT
 from .work import Forward
 
-_PANEL, _FEW = 32, 20  # tokens of a panel, and of a product without one, with AVX-512; others pad less
+_PANEL, _FEW = 32, 24  # tokens of a panel, and most of a product without one, with AVX-512; others pad less
 _ROWS = 21  # unpacked rows beside a panel
 _QUERIES = 32  # of a piece of attention
 
@@ -36,7 +36,7 @@ def _experts(manifest: Manifest, tokens: int, products: Products, half: bool) ->
     stored, group, width = manifest.formats.experts or manifest.precision, manifest.formats.group_size, entry.stored_width
     hidden, inner = (_token(size, stored, products, group) for size in (d.hidden_size, width))
     pairs = tokens * moe.experts_per_token
-    packed = pairs + min(moe.num_experts, pairs // _FEW) * _PANEL // 2
+    packed = pairs + min(moe.num_experts, pairs // (2 * _FEW)) * _PANEL // 2  # rounded up by half a panel each
     total = FLOAT * pairs * (width + d.hidden_size) + packed * max(hidden, inner)
     if _narrows(stored, products):
         total += pairs * inner + tokens * hidden

@@ -7,6 +7,7 @@ every installation (extras `cpu` and `gpu`). What runs an engine, or no model at
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +33,7 @@ class _OnnxRuntime:
 
 
 def _module() -> ModuleType:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read as it is imported; without, 1.29 and newer call home
     try:
         module = importlib.import_module("onnxruntime")
     except ModuleNotFoundError as error:

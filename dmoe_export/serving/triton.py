@@ -73,6 +73,10 @@ class TritonPythonModel:
             self._answers.add(answer)
             answer.add_done_callback(self._answers.discard)
 
+    def is_ready(self) -> bool:
+        """Whether requests can be answered: newer servers ask (2.51 does not)."""
+        return self._engine.alive and not self._engine.worker.broken
+
     def finalize(self) -> None:
         """Let requests end, cancel the rest, and free the bundle."""
         self._engine.drain()

@@ -31,11 +31,11 @@ class TritonMetrics(Metrics):
 
 
 class _Metric:
-    """With the methods of prometheus_client's; it keeps its family, without which Triton's ends."""
+    """With the methods of prometheus_client's; it keeps its family, which Triton wants to outlive its metrics."""
 
     def __init__(self, family: Any, labels: dict[str, str], buckets: list[float] | None) -> None:
-        self._family = family
         self._metric = family.Metric(labels=labels, buckets=buckets) if buckets else family.Metric(labels=labels)
+        self._family = family  # attributes are freed in this order
 
     def inc(self, amount: float = 1) -> None:
         """Of a counter."""

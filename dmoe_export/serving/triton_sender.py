@@ -14,7 +14,6 @@ from .model import Answer
 from .triton_tensors import failed, response
 
 _LOG = logging.getLogger("dmoe_export.serving")
-_GONE = ApiError(499, "The request was cancelled by its client.", code="cancelled")
 
 
 class Sender:
@@ -38,7 +37,7 @@ class Sender:
         async for piece in answer.items():
             if piece.finish_reason:
                 if self.gone():
-                    raise _GONE
+                    raise ApiError(499, "The request was cancelled by its client.", code="cancelled")
                 reason = piece.finish_reason
             if stream:
                 self._send(_part([piece], answer), last=bool(piece.finish_reason))

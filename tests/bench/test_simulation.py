@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation.backend import TimedBackend
+from simulation.check import check
 from simulation.figures import Case
 from simulation.figures import simulate as figures_of
 from simulation.fleet import ROUTES, Fleet, choose
@@ -201,9 +202,9 @@ def test_the_program_measures_and_simulates(tiny_bundle, tmp_path):
         assert run.exit_code == 2 and sentence in run.output
     run = CliRunner().invoke(program.main, ["run", "--steps-of", str(steps), "--rates", "1e9", "--requests", "9"])
     assert isinstance(run.exception, RequestError) and "give more --requests" in str(run.exception)
-    for text in ("x", "0", "1,inf"):
+    for text in ("x", "0", "1,inf", "1.5"):
         with pytest.raises(RequestError):
-            program._numbers(text)
+            program._whole(text)
     for text in ("4-", "9-3", "0-3", "a", "-4"):
         with pytest.raises(RequestError):
             program._range(text)
@@ -215,3 +216,17 @@ def test_watching_ends(tiny_bundle):
         with watched(generator) as seen:
             assert generator.backend is seen and seen.name == "onnxruntime"
         assert generator.backend is backend
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_real_servers_do_as_many_steps_as_simulated(tmp_path):
+    found = check(tmp_path, 1, 6, (16, 64), (32, 64), (2, 4), 0, minutes=1)
+    assert found.rounds == 1 and len(found.alone) == len(found.beside) == 1
+    assert {(one.replicas, one.clients) for one in found.results} == {(1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (2, 8),
+                                                                      (2, None)}
+    for one in found.results:
+        if one.clients:  # seconds are the machine's affair; how the requests share their steps is not
+            assert one.ratio["tokens_per_step"] == pytest.approx(1, abs=0.2)
+    alone = next(one for one in found.results if (one.replicas, one.clients) == (1, 1))
+    assert alone.ratio["tokens_per_step"] == pytest.approx(1, abs=0.01)

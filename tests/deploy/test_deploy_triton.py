@@ -67,6 +67,8 @@ def test_the_configuration_of_a_model(tiny_bundle, tmp_path):
     assert parameters(config) == given and given.keys() <= set(PARAMETERS)
     assert json.loads(result.stdout) == {"model": "tiny", "folder": str(tmp_path / "r" / "tiny"), "parameters": given}
     assert config["name"] == ["tiny"] and config["backend"] == ["python"] and config["max_batch_size"] == ["0"]
+    head = (tmp_path / "r" / "tiny" / "config.pbtxt").read_text().splitlines()[1]
+    assert head.startswith("# dmoe-export deploy triton ") and " --expert-budget 50% " in head
     assert config["model_transaction_policy"] == [{"decoupled": ["true"]}]
     assert config["instance_group"] == [{"kind": ["KIND_GPU"], "count": ["2"]}]
     assert {one["name"][0]: one["data_type"][0] for one in config["input"]}["input_ids"] == "TYPE_INT64"
@@ -83,8 +85,9 @@ def test_every_option_of_the_verb_is_a_parameter_the_model_knows():
 
 @pytest.mark.parametrize("path", ['/a "b"\\c', "/bündel/模", "/a\nb", "/\udcff"])
 def test_any_path_survives_the_text_format(path):
-    text = model_config("m", {"bundle": path})
-    assert text.isascii() and parameters(parsed(text)) == {"bundle": path}
+    text = model_config("m", {"bundle": path}, command=f"deploy {path}\nname: 'other'")
+    assert text.count("\n") == model_config("m", {"bundle": ""}, command="x").count("\n")
+    assert parameters(parsed(text)) == {"bundle": path}
 
 
 def test_nothing_is_overwritten_but_what_it_wrote(tiny_bundle, tmp_path):

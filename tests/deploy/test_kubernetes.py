@@ -23,6 +23,7 @@ from dmoe_export.cli import deploy_kubernetes, main
 from dmoe_export.deploy.kubernetes import LEAVE_SECONDS, Servers, manifests, pod_memory, start_seconds
 from dmoe_export.deploy.kubernetes_names import check_name, name_of
 from dmoe_export.errors import RequestError
+from dmoe_export.serving import opening
 
 WRITTEN = Path(__file__).parents[2] / "samples" / "deploy" / "kubernetes.yaml"
 VERSIONS = ("1.30", "1.37")  # the first with the preStop hook's sleep by default, the last that the checker has
@@ -210,6 +211,7 @@ def test_keys_come_from_the_secrets_file(bundle, tmp_path):
     (["--max-context", "513"], r"--max-context 513 is more than the 512 tokens"),
     (["--expert-budget", "lots"], r"'lots' is no size"),
     (["--prefix-cache", "25%"], r"--prefix-cache 25% is a share of a node's memory"),
+    (["--expert-budget", "50%", "--gpus", "1"], r"--expert-budget 50% with --gpus needs an engine"),
     (["--gpus", "2"], r"2 is not in the range 0<=x<=1"),
     (["--expect-sha256", "0" * 64], r"sha256"),
 ])
@@ -217,6 +219,23 @@ def test_refused_in_one_sentence(bundle, words, sentence, tmp_path):
     result = run(bundle, *words, "--out", tmp_path / "a.yaml")
     assert result.exit_code == 2 and re.search(sentence, result.stderr) and result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def changed(bundle, monkeypatch, **more):
+    """The verb reads a manifest that differs in this."""
+    manifest = open_bundle(bundle, "sizes").manifest.model_copy(update=more)
+    monkeypatch.setattr(deploy_kubernetes, "open_bundle", lambda *_, **__: SimpleNamespace(manifest=manifest))
+
+
+def test_a_model_that_keeps_no_prefixes_is_refused_here(bundle, monkeypatch):
+    model = open_bundle(bundle, "sizes").manifest.model.model_copy(update={"attention": "full_canvas"})
+    changed(bundle, monkeypatch, model=model)
+    result = run(bundle, "--prefix-cache", "1M")
+    assert result.exit_code == 2 and "attends to the whole canvas; leave prefix_cache out" in result.stderr
+
+
+def test_what_serve_has_of_its_own_is_the_same_here():
+    assert deploy_kubernetes._SLOTS == opening.USUAL_SLOTS
 
 
 def test_names():
@@ -260,12 +279,13 @@ def test_manifests_of_the_page_hold_against_the_schemas():
 
 def test_with_an_engine_its_limits_are_the_servers(bundle, monkeypatch):
     profile = SimpleNamespace(batch=[1, 1, 4], tokens=[1, 32, 32], past=[1, 64, 256])
-    whole = open_bundle(bundle, "sizes").manifest
-    manifest = whole.model_copy(update={"engines": [SimpleNamespace(profiles=[profile, profile])]})
-    monkeypatch.setattr(deploy_kubernetes, "open_bundle", lambda *_, **__: SimpleNamespace(manifest=manifest))
+    changed(bundle, monkeypatch, engines=[SimpleNamespace(profiles=[profile, profile])])
+    monkeypatch.setattr(deploy_kubernetes, "predict", lambda *_, **asked: SimpleNamespace(
+        host_bytes=asked["max_batch"] << 30, compared="never compared", **asked))
     args = container(made(bundle, "--gpus", "1"))["args"]
     assert {"--backend=tensorrt", "--max-batch=4"} <= set(args) and not any("--threads" in word for word in args)
-    assert "for 4 answers of 256 tokens" in run(bundle, "--gpus", "1").stdout
+    said = run(bundle, "--gpus", "1").stdout
+    assert "4.3 GB predicted for 4 answers of 256 tokens" in said and "were never compared.\n" in said
     assert re.search("--max-batch 5 is more than the 4 rows", run(bundle, "--gpus", 1, "--max-batch", 5).stderr)
     assert re.search("--max-context 257 is more than the 256", run(bundle, "--gpus", 1, "--max-context", 257).stderr)
     assert "--max-batch=8" in container(made(bundle))["args"]  # the processor has no such limit

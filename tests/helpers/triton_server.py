@@ -86,6 +86,12 @@ class Triton:
         found = [one for one in self.ask("POST", "/v2/repository/index")[1] if one["name"] == model]
         return found[0].get("state"), found[0].get("reason", "")
 
+    def instances(self, model):
+        """Memory in kB of each process of a model."""
+        shown = subprocess.run(["ps", "-ww", "-o", "rss=,args=", "--ppid", str(self.process.pid)], capture_output=True,
+                               text=True, check=False).stdout
+        return [int(line.split()[0]) for line in shown.splitlines() if f"/{model}/" in line]
+
     def metric(self, name, **labels):
         """Sum of a metric over its other labels."""
         found = re.findall(rf"^{name}{{(.*)}} (\S+)$", self.ask("GET", "/metrics", port=self.metrics)[1],

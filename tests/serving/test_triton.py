@@ -17,7 +17,7 @@ from serving import Held, toy_generator
 
 from dmoe_export.decoding.settings import OPTIONS
 from dmoe_export.deploy.triton import INPUTS, MODEL_FILE, OUTPUTS
-from dmoe_export.errors import MissingRequirementError, NotFiniteError, RequestError
+from dmoe_export.errors import BundleError, MissingRequirementError, NotFiniteError, RequestError
 from dmoe_export.serving.engine import Engine
 
 LONG = {"max_tokens": 40, "eos_id": -1}
@@ -260,7 +260,10 @@ def test_failures_end_their_request_with_a_sentence_and_nothing_else(triton, mon
         assert ("error", "request i7 failed: ZeroDivisionError at") in [(kind, text.split(": ", 1)[1][:40].rstrip())
                                                                        for kind, text in LOG if "i7" in text]
         model.execute([good := Request(LONG, input_ids=ids())])
-        assert good.parts()[0]["output_ids"] == offline()
+        assert good.parts()[0]["output_ids"] == offline() and model.is_ready()
+        model.backend.fail = BundleError("/somewhere/toy.bundle lost a file.")
+        model.execute([lost := Request(LONG, input_ids=ids())])
+        assert lost.error() == ("toy lost a file.", TritonError.INTERNAL) and not model.is_ready()
 
 
 def test_a_full_queue_is_unavailable_and_unloading_lets_requests_end(triton, monkeypatch):

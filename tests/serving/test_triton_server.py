@@ -175,6 +175,26 @@ def test_more_requests_than_it_takes_are_refused(server):
     assert server.idle() and server.generate("a.lone-1", input_ids=[5], max_tokens=8)[0] == 200
 
 
+def test_many_clients_that_leave_leave_nothing_behind(server):
+    def leave(times):
+        for _ in range(times):
+            server.leave("sample", input_ids=[5, 6, 7], max_tokens=480, eos_id=-1)
+
+    def after(times):
+        """kB of the model's process once so many have left."""
+        threads = [threading.Thread(target=leave, args=(times // 8,)) for _ in range(8)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+        assert server.idle()
+        (kilobytes,) = server.instances("sample")
+        return kilobytes
+
+    first = after(400)
+    assert after(800) < first + 2500
+
+
 def test_metrics_are_at_the_servers_port(server):
     page = server.ask("GET", "/metrics", port=server.metrics)[1]
     for name in ("dmoe_running_rows", "dmoe_committed_tokens_total", "dmoe_step_seconds_bucket",
@@ -194,11 +214,7 @@ def test_a_model_is_loaded_anew_while_it_answers(server, generator):
             status, answer = server.generate("sample", input_ids=[5, 6, 7], max_tokens=32, eos_id=-1)
             (answered if status == 200 and answer["output_ids"] == offline else failed).append((status, answer))
 
-    def stubs():
-        shown = subprocess.run(["ps", "-o", "args=", "--ppid", str(server.process.pid)], capture_output=True, text=True)
-        return shown.stdout.count("triton_python_backend_stub")
-
-    before = stubs()
+    assert len(server.instances("sample")) == 1
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for one in threads:
         one.start()
@@ -212,9 +228,9 @@ def test_a_model_is_loaded_anew_while_it_answers(server, generator):
         one.join()
     assert not failed and len(answered) > 15
     end = time.monotonic() + 20
-    while stubs() > before and time.monotonic() < end:
+    while len(server.instances("sample")) > 1 and time.monotonic() < end:
         time.sleep(0.1)
-    assert stubs() == before
+    assert len(server.instances("sample")) == 1
 
 
 def test_another_version_is_another_folder(server, repository):
