@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .asked import Ask, Course, Ending, Piece
 from .errors import FAILED, ApiError, where
 from .ray_replay import DiffersError, Replay
-from .ray_wire import MOST_REPEATS, FullError, LostError, Stream, attempt_key
+from .ray_wire import MOST_REPEATS, FullError, LostError, NobodyError, Stream, attempt_key
 
 if TYPE_CHECKING:
     from .ray_remote import RemoteModel
@@ -122,6 +122,8 @@ class RemoteAnswer:
                 raise LostError(item.detail) if item.code in _ELSEWHERE else item
         except FullError:
             raise self._gone("as many requests wait for another as may") if self._lost else self._model.full() from None
+        except NobodyError:
+            raise self._model.nobody() from None
         finally:
             if not whole:
                 stream.cancel()

@@ -23,10 +23,10 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 
 from .asked import Ask
-from .ray_wire import FullError, LostError
+from .ray_wire import FullError, LostError, NobodyError
 
 _LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError, TaskCancelledError,
-         DeploymentUnavailableError, ReplicaUnavailableError)
+         ReplicaUnavailableError)
 
 
 class HandleStream:
@@ -43,6 +43,8 @@ class HandleStream:
             self._over = True  # `cancel` of such a one would raise it again
             if isinstance(error, BackPressureError):
                 raise FullError from None
+            if isinstance(error, DeploymentUnavailableError):
+                raise NobodyError from None
             if isinstance(error, StopAsyncIteration):
                 raise LostError("its answer broke off") from None
             if isinstance(error, _LOST):
@@ -72,6 +74,6 @@ class HandleWire:
         try:
             told = await self._handle.broadcast(method, *arguments).results_async(timeout_s=seconds,
                                                                                  return_exceptions=True)
-        except (TimeoutError, asyncio.TimeoutError, *_LOST):
+        except (TimeoutError, asyncio.TimeoutError, DeploymentUnavailableError, *_LOST):
             return []
         return [one for one in told if not isinstance(one, BaseException)]

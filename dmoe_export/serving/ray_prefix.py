@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 PART = 128  # characters of a prompt that are compared together: about a block
-_MOST_PARTS = 256  # of one prompt; what follows makes no difference
+_MOST = 256 * PART  # characters of one prompt; what follows makes no difference
 _MOST_KEPT = 100_000  # beginnings; those not met for longest are forgotten
 MARGIN = 4  # requests by which the queue of a replica may be longer than the shortest for the sake of a beginning
 
 
 def beginnings(prompt: Any, chat: bool) -> list[bytes]:
-    """A mark for each beginning of a prompt that is a whole number of parts; equal marks are equal beginnings."""
+    """A mark for each beginning of a prompt that is a whole number of parts; equal marks are equal beginnings.
+
+    Whatever a client sent is taken: what is no prompt is refused by the replica.
+    """
     if isinstance(prompt, str):
         text = prompt
-    elif chat and isinstance(prompt, list):
-        text = "".join(f"\0{one.get('role')}\0{_text(one.get('content'))}" for one in prompt if isinstance(one, dict))
+    elif chat:
+        text = "".join(f"\0{one.get('role')}\0{_text(one.get('content'))}" for one in prompt)
     else:
-        text = ",".join(map(str, prompt))
+        text = ",".join(map(str, prompt[:_MOST]))
     marks, mark = [], f"{chat}{type(prompt).__name__}".encode()
-    for start in range(0, min(len(text), PART * _MOST_PARTS) - PART + 1, PART):
+    for start in range(0, min(len(text), _MOST) - PART + 1, PART):
         part = text[start:start + PART].encode("utf-8", "surrogatepass")
         mark = hashlib.blake2b(part, digest_size=16, key=mark).digest()
         marks.append(mark)
@@ -31,7 +33,11 @@ def beginnings(prompt: Any, chat: bool) -> list[bytes]:
 
 
 def _text(content: Any) -> str:
-    return content if isinstance(content, str) else json.dumps(content, sort_keys=True)
+    """Of a message: its text, or that of its parts."""
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
 
 
 class Affinity:

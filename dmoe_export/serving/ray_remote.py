@@ -40,8 +40,7 @@ class RemoteModel:
             told = await self.wire.tell("facts", seconds=_TELL_SECONDS)
             self._facts = next(iter(told), None)
             if self._facts is None and time.monotonic() > end:
-                raise ApiError(503, f"No replica of model {self.name} answers.", code="no_replica",
-                               headers={"retry-after": "5"})
+                raise self.nobody()
             if self._facts is None:
                 await asyncio.sleep(0.2)
         return self._facts
@@ -99,3 +98,8 @@ class RemoteModel:
         return ApiError(429, f"Model {self.name} has {len(self._answers) - 1} requests, the most it takes; try again "
                         "later.", code="queue_full",
                         headers={"retry-after": str(min(max(math.ceil(self._usual), 1), 60))})
+
+    def nobody(self) -> ApiError:
+        """What a request is told where there is no replica."""
+        return ApiError(503, f"No replica of model {self.name} answers.", code="no_replica",
+                        headers={"retry-after": "5"})

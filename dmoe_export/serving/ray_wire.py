@@ -17,6 +17,10 @@ class FullError(Exception):
     """As many requests wait for a replica as may."""
 
 
+class NobodyError(Exception):
+    """There is no replica, and none is awaited."""
+
+
 class Stream(Protocol):
     """A request on its way: a `Course` once a replica has taken it, its items, and the `Course` at its end.
 
@@ -24,7 +28,7 @@ class Stream(Protocol):
     """
 
     async def next(self) -> Any:
-        """The next item, until the last was given; raises LostError, FullError."""
+        """The next item, until the last was given; raises LostError, FullError, NobodyError."""
 
     def cancel(self) -> None:
         """Nobody reads it any more; the replica ends the request. Of an ended one nothing."""

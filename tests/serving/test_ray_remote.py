@@ -18,7 +18,7 @@ from dmoe_export.serving.ray_remote import RemoteModel
 from dmoe_export.serving.ray_replay import DiffersError, Replay
 from dmoe_export.serving.ray_replica import Replica
 from dmoe_export.serving.ray_settings import Settings
-from dmoe_export.serving.ray_wire import FullError, LostError
+from dmoe_export.serving.ray_wire import FullError, LostError, NobodyError
 
 LONG = {"max_new_tokens": 40, "eos_id": -1}
 
@@ -167,7 +167,8 @@ def test_a_refused_request_is_not_asked_again(replica):
 
 
 def test_a_full_queue_is_429_at_first_and_a_lost_replica_later(replica):
-    for lives, status, code in (([FullError()], 429, "queue_full"), ([2, FullError()], 503, "replica_lost")):
+    for lives, status, code in (([FullError()], 429, "queue_full"), ([2, FullError()], 503, "replica_lost"),
+                                ([NobodyError()], 503, "no_replica")):
         model = RemoteModel("toy", LocalWire(replica, lives))
         with pytest.raises(ApiError) as error:
             asyncio.run(all_of(model, ask_of()))

@@ -145,6 +145,19 @@ def test_a_killed_replica_loses_no_request_and_returns(ray, arguments, offline):
     print(json.dumps(times, indent=1))
 
 
+def test_where_the_only_replica_is_killed_requests_wait_for_the_next(ray, arguments, offline):
+    ray.deploy(("alone", arguments))
+    assert ray.ask("/alone/health/ready")[0] == 200
+    load = Load(ray, "/alone/v1/completions", offline, most=60)
+    while len(load.rows) < 20:
+        time.sleep(0.005)
+    os.kill(ray.processes("alone")[0], signal.SIGKILL)
+    ray.wait_for(lambda: ray.ask("/alone/health/ready")[0] == 503, 5)
+    rows = load.wait()
+    assert len(rows) == 60 and {row["outcome"] for row in rows} == {"right"}
+    assert ray.ask("/alone/health/ready")[0] == 200
+
+
 def test_replicas_follow_the_load_and_are_seen_in_the_status(ray, arguments, offline):
     scaled = {**arguments, "max_replicas": 2, "target_requests": 1, "upscale_delay": 1, "downscale_delay": 2}
     ray.deploy(("scaled", scaled))

@@ -61,6 +61,8 @@ def test_messages_and_token_ids_have_beginnings():
     first, second = beginnings(one, True), beginnings(two, True)
     assert first[:2] == second[:2] and first[-1] != second[-1]
     assert beginnings([{"role": "user", "content": [{"type": "text", "text": "x" * 300}]}], True)
+    hostile = [{"content": 10 ** 400}, {"content": [3, {"text": {}}, {"text": "\ud800" * 300}]}, {}]
+    assert len(beginnings(hostile, True)) == 2
     ids = list(range(100, 400))
     assert beginnings(ids, False)[:5] == beginnings([*ids[:200], 7, 8], False)[:5]
 
