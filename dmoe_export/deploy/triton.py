@@ -27,7 +27,7 @@ MODEL_FILE = f'''{_MARK}; the bundle and its options are in ../config.pbtxt.
 import sys
 
 try:
-    from dmoe_export.serving.triton import TritonPythonModel
+    from dmoe_export.serving.triton.model import TritonPythonModel
 except ModuleNotFoundError as error:
     raise ImportError(f"{{error.name}} is not installed in the Python of this Triton server ({{sys.executable}}); "
                       "install dmoe-export there with its extras cpu or gpu, and triton.") from None

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from dmoe_export.cli import main
 from dmoe_export.deploy.triton import model_config
-from dmoe_export.serving.triton_settings import PARAMETERS
+from dmoe_export.serving.triton.settings import PARAMETERS
 
 
 def deploy(*words):

@@ -138,7 +138,7 @@ def triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", PB)
     monkeypatch.setattr(MetricFamily, "made", {})
     monkeypatch.setattr(logging.getLogger("dmoe_export"), "handlers", [])
-    from dmoe_export.serving import triton as found
+    from dmoe_export.serving.triton import model as found
 
     LOG.clear()
     return found
@@ -189,7 +189,7 @@ def test_a_response_per_block_or_one_for_all_and_the_last_is_marked(triton, monk
 
 
 def test_configuration_and_model_have_the_same_tensors(triton, monkeypatch):
-    from dmoe_export.serving.triton_request import INPUTS as READ
+    from dmoe_export.serving.triton.request import INPUTS as READ
 
     with model_of(triton, monkeypatch) as model:
         model.execute([request := Request({"max_tokens": 4}, input_ids=ids())])
@@ -346,7 +346,7 @@ def test_parameters_of_the_configuration(triton, monkeypatch):
 
 
 def test_an_instance_has_its_gpu_and_no_other(triton, monkeypatch):
-    from dmoe_export.serving.triton_settings import check_device, choose_device, settings_of
+    from dmoe_export.serving.triton.settings import check_device, choose_device, settings_of
 
     for seen, number, expected in [(None, 1, "1"), ("3,5", 1, "5"), ("GPU-ab", 0, "GPU-ab")]:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen) if seen else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", False)
@@ -364,7 +364,7 @@ def test_an_instance_has_its_gpu_and_no_other(triton, monkeypatch):
 
 
 def test_a_server_s_python_without_the_package_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "dmoe_export.serving.triton", None)
+    monkeypatch.setitem(sys.modules, "dmoe_export.serving.triton.model", None)
     with pytest.raises(ImportError, match=r"not installed in the Python of this Triton server \(.*python.*cpu or gpu"):
         exec(MODEL_FILE, {})
 

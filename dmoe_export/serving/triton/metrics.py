@@ -8,7 +8,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 from prometheus_client import Counter, Gauge, Histogram
 
-from .metrics import Metrics
+from ..metrics import Metrics
 
 
 class TritonMetrics(Metrics):

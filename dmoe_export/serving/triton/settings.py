@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..decoding.option import AT_LEAST_0, AT_LEAST_1, FINITE, Rule
-from ..errors import MissingRequirementError, RequestError
-from ..generator import Generator
-from ..guards.numerals import integer, real
-from .opening import USUAL_WAITING
+from ...decoding.option import AT_LEAST_0, AT_LEAST_1, FINITE, Rule
+from ...errors import MissingRequirementError, RequestError
+from ...generator import Generator
+from ...guards.numerals import integer, real
+from ..opening import USUAL_WAITING
 
 _ABOVE_0 = Rule(lambda value: 0 < value < float("inf"), "above 0")
 _TEXTS = ("bundle", "backend", "cpu_products", "verify", "expert_budget", "expert_refresh_interval", "expect_sha256",

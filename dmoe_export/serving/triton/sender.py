@@ -7,11 +7,11 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from .answers import finish
-from .asked import Piece
-from .errors import FAILED, ApiError, where
-from .model import Answer
-from .triton_tensors import failed, response
+from ..answers import finish
+from ..asked import Piece
+from ..errors import FAILED, ApiError, where
+from ..model import Answer
+from .tensors import failed, response
 
 _LOG = logging.getLogger("dmoe_export.serving")
 

@@ -11,15 +11,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..decoding.settings import OPTIONS
-from ..guards.numerals import integer, real
-from .asked import Ask
-from .errors import ApiError, of_body
-from .house import options_of
-from .messages import messages_of
-from .model import Model
-from .schema import Body, ChatBody, CompletionBody
-from .triton_tensors import MOST_BYTES
+from ...decoding.settings import OPTIONS
+from ...guards.numerals import integer, real
+from ..asked import Ask
+from ..errors import ApiError, of_body
+from ..house import options_of
+from ..messages import messages_of
+from ..model import Model
+from ..schema import Body, ChatBody, CompletionBody
+from .tensors import MOST_BYTES
 
 PROMPTS = ("text_input", "input_ids", "messages")
 # Of the vLLM backend; all but the first ask for outputs that are always sent.

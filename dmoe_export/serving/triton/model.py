@@ -15,15 +15,15 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from ..errors import DmoeError
-from ..words import count, visible
-from .metrics import Metrics
-from .opening import open_engine
-from .triton_metrics import TritonMetrics
-from .triton_request import Wanted, wanted_of
-from .triton_sender import Sender
-from .triton_settings import check_device, choose_device, settings_of
-from .triton_tensors import check_tensors, inputs_of
+from ...errors import DmoeError
+from ...words import count, visible
+from ..metrics import Metrics
+from ..opening import open_engine
+from .metrics import TritonMetrics
+from .request import Wanted, wanted_of
+from .sender import Sender
+from .settings import check_device, choose_device, settings_of
+from .tensors import check_tensors, inputs_of
 
 _LAST_SECONDS = 2.0  # for answers of cancelled requests to be sent
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from ..errors import MissingRequirementError
-from .errors import ApiError
+from ...errors import MissingRequirementError
+from ..errors import ApiError
 
 MOST_BYTES = 2 << 20  # of an input, as of a body of `serve`
 _SENT = [1, 2, 3]
