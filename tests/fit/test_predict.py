@@ -118,7 +118,8 @@ def test_a_budget_on_a_gpu_keeps_all_experts_on_the_host(sample_bundle):
 
 @pytest.mark.parametrize("asked, said", [({"max_batch": 0}, "max_batch is 0"), ({"max_context": 0}, "max_context is 0"),
                                          ({"max_context": 10**9}, "positions for 1 to"),
-                                         ({"expert_budget": "lots"}, "no size"), ({"prefix_cache": "-1G"}, "not positive")])
+                                         ({"expert_budget": "lots"}, "no size"),
+                                         ({"prefix_cache": "-1G"}, "not positive")])
 def test_sizes_that_make_no_sense_are_refused(sample_bundle, asked, said):
     with pytest.raises(RequestError, match=said):
         predict(sample_bundle.manifest, **asked)
