@@ -156,7 +156,7 @@ $(TRITON)/.ready: pyproject.toml
 	$(TRITON)/bin/python -m pip install --quiet 'nvidia-pytriton==0.7.0' 'tritonclient[grpc]>=2.50'
 	$(TRITON)/bin/python -m pip install --quiet -C wheel.cmake=false -C editable.mode=inplace -e '.[cpu,triton]'
 	sed -i '/^import /d' $(TRITON)/lib/python*/site-packages/*editable*dmoe_export.pth
-	$(TRITON)/bin/python -m pip install --quiet --no-deps --target $(TRITON)/numpy2 'numpy>=2'
+	$(TRITON)/bin/python -m pip install --quiet --no-deps --upgrade --target $(TRITON)/numpy2 'numpy>=2'
 	touch $@
 
 test-triton: $(READY) $(CPU_OPS) $(TRITON)/.ready

@@ -1,10 +1,11 @@
 """Predicted memory against measured peaks: each case opens a bundle in a process of its own and fills its batch.
 
-    python benchmarks/fit.py compare BUNDLE … --batch 1,8 --context 256,1024 --out benchmarks/results/fit_<device>_<date>.json
+    python benchmarks/fit.py compare BUNDLE … --batch 1,8 --context 256,1024 --out \\
+        benchmarks/results/fit_<device>_<date>.json
 
 Rows join together: first with prompts that leave room for a long answer, then with prompts of all the context but one
-block. The experts' file is brought in first, as uses would in time. What is compared: the resident set at its highest (VmHWM), and the highest
-sample of what of it is not pages of files (RssAnon).
+block. The experts' file is brought in first, as uses would in time. What is compared: the resident set at its highest
+(VmHWM), and the highest sample of what of it is not pages of files (RssAnon).
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def triton(context: click.Context, bundle: Path, out: Path, force: bool, as_json
     folder = resolve_bundle(bundle)
     opened = open_bundle(folder, "sizes")
     plan_budget(opened.manifest, opening["expert_budget"], opening["experts_per_layer"])
-    called = name or (folder.resolve() if folder == bundle else bundle).name.removesuffix(".bundle")
+    called = name or (bundle if bundle.name.strip(".") else bundle.resolve()).name.removesuffix(".bundle")
     check_model_name(called)
     if opening["trusted_key"] is not None:
         opening["trusted_key"] = opening["trusted_key"].resolve()

@@ -16,7 +16,7 @@ from ..guards.regular_file import read_regular
 from ..text.prompts import Prompt
 from ..words import count, size, visible
 from .help import SETTINGS, Verb, option
-from .opening import open_shown, opening_of, opening_options
+from .opening import MEMORY, open_shown, opening_of, opening_options
 from .options import request_options
 from .output import say
 from .watch import watched
@@ -35,6 +35,7 @@ _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
 @option("--chat/--no-chat", default=True, group="prompt", help="Wrap text in the chat template")
 @request_options
 @opening_options
+@MEMORY
 @option("--stream", is_flag=True, group="output", help="Print blocks as they are finished")
 @option("--json", "as_json", is_flag=True, group="output",
         help="Print one JSON object (with --stream: one per block first)")
@@ -43,7 +44,7 @@ _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
 @option("--watch-pause", type=click.FloatRange(0, 60), default=0.1, group="output",
         help="Seconds that a terminal shows each step at least")
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
-             as_json: bool, watch: bool, watch_pause: float, **options: Any) -> None:
+             as_json: bool, watch: bool, watch_pause: float, memory: str | None, **options: Any) -> None:
     """Answer one prompt with BUNDLE, a folder or a hub id.
 
     The prompt is exactly one of --prompt, --prompt-file and --prompt-ids. The answer goes to standard output, what it
@@ -52,7 +53,8 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
     given = _prompt(prompt, prompt_file, prompt_ids)
     if watch and stream:
         raise RequestError("--watch and --stream both show an answer while it grows; give one of them.")
-    generator = open_shown(bundle, opening_of(options), quiet=as_json)
+    generator = open_shown(bundle, opening_of(options), quiet=as_json, memory=memory, program="generate",
+                           max_context=options["max_new_tokens"])
     if not stream:
         result = (watched(generator, given, options, watch_pause) if watch else
                   generator.generate([given], **options)[0])

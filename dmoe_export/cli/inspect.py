@@ -15,31 +15,40 @@ from ..bundle.hub import resolve_bundle
 from ..bundle.manifest import Manifest
 from ..bundle.reader import open_bundle
 from ..description import ITEMSIZES, RUNTIME_SETTINGS
+from ..fit.largest import Verdict
 from ..runtime.cpu.products import told_products
 from ..runtime.residency.budget import plan_budget
 from ..words import visible
 from .help import SETTINGS, Verb, option
+from .inspect_fit import fit_options, show, verdicts
 from .options import JSON, VERIFY, seal_options
 from .output import console, say
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
-    "dmoe-export inspect sample.bundle", "dmoe-export inspect sample.bundle --expert-budget 25% --json"))
+    "dmoe-export inspect sample.bundle", "dmoe-export inspect sample.bundle --expert-budget 25% --json",
+    "dmoe-export inspect sample.bundle --fit --memory 8G --gpu-memory 24G"))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @option("--expert-budget", metavar="SIZE", group="residency",
         help="Predict the memory of generating under this budget, such as 4G or 25%")
+@fit_options
 @VERIFY
 @seal_options
 @JSON
-def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool, **seal: Any) -> None:
-    """Verify BUNDLE and show its model, routing, sizes, ops and files."""
-    opened = open_bundle(resolve_bundle(bundle), verify, **seal)
+def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool, expect_sha256: str | None,
+            trusted_key: Path | None, **fit: Any) -> None:
+    """Verify BUNDLE and show its model, routing, sizes, ops and files; with --fit, whether it can run here."""
+    opened = open_bundle(resolve_bundle(bundle), verify, expect_sha256=expect_sha256, trusted_key=trusted_key)
     manifest = opened.manifest
+    found = verdicts(manifest, expert_budget=expert_budget, **fit)
     summary, moe = sizes(manifest) | prediction(manifest, expert_budget), manifest.model.moe
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle), "verified": verify, "sha256": opened.sha256, "sizes": summary,
-                               "cpu_products": told_products(manifest),
+                               "cpu_products": told_products(manifest), **_fit_of(found),
                                "manifest": manifest.model_dump(mode="json")}))
+        return
+    if found:
+        show(found)
         return
     out = console()
     out.print(_table("Model", {
@@ -81,6 +90,13 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool,
         files.add_row(_cell(entry.path), f"{entry.size:,}", entry.sha256[:16] + "…")
     files.columns[0].overflow = "fold"
     out.print(files)
+
+
+def _fit_of(found: list[Verdict]) -> dict[str, Any]:
+    """For JSON; nothing without --fit."""
+    return {"fit": [{**verdict.model_dump(mode="json"), "host_bytes": verdict.prediction.host_bytes,
+                     "anonymous_bytes": verdict.prediction.anonymous_bytes,
+                     "device_bytes": verdict.prediction.device_bytes} for verdict in found]} if found else {}
 
 
 def sizes(manifest: Manifest) -> dict[str, int]:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..bundle.hub import resolve_bundle
+from ..bundle.manifest import Manifest
 from ..bundle.reader import read_manifest
 from ..errors import BundleError
+from ..fit.refuse import refuse_unfit
 from ..generator import Generator
 from .help import option
 from .options import BACKEND, CPU_PRODUCTS, THREADS, VERIFY, seal_options
@@ -24,6 +26,8 @@ _RESIDENCY = (
            help="The same, as experts kept per layer"),
     option("--expert-refresh-interval", default="auto", metavar="N", group="residency",
            help="Denoise steps between changes of the experts kept: auto, never or a number"))
+MEMORY = option("--memory", metavar="SIZE", group="bundle and machine", shown="what this machine gives a process",
+                help="Memory that may be used, such as 8G: what needs more is refused before it is opened")
 _NAMES = ("backend", "threads", "cpu_products", "verify", "expert_budget", "experts_per_layer",
           "expert_refresh_interval", "expect_sha256", "trusted_key")
 
@@ -40,10 +44,18 @@ def opening_of(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options.pop(name) for name in _NAMES}
 
 
-def open_shown(bundle: str | Path, opening: dict[str, Any], quiet: bool = False) -> Generator:
-    """`Generator.open`, with a bar where verifying takes its time."""
+def open_shown(bundle: str | Path, opening: dict[str, Any], quiet: bool = False, **planned: Any) -> Generator:
+    """`Generator.open`, with a bar where verifying takes its time.
+
+    `planned`: memory, program, rows, context and prefix cache as `refuse_unfit` takes them; what cannot fit is refused
+    as there, before anything is opened.
+    """
     folder = resolve_bundle(bundle)
-    total, done = _bytes_to_verify(folder), 0
+    manifest, done = _manifest(folder), 0
+    if manifest:
+        asked = {name: opening[name] for name in ("backend", "threads", "expert_budget", "experts_per_layer")}
+        refuse_unfit(manifest, name=str(folder), products=opening["cpu_products"], **asked, **planned)
+    total = sum(entry.size for entry in manifest.files) if manifest else 0
     with byte_bar("verify", total, shown=total > _SHOWN_FROM and not quiet) as report:
 
         def progress(count: int) -> None:
@@ -54,9 +66,9 @@ def open_shown(bundle: str | Path, opening: dict[str, Any], quiet: bool = False)
         return Generator.open(folder, progress=progress, **opening)
 
 
-def _bytes_to_verify(bundle: Path) -> int:
-    """For the bar; of what is no bundle, opening it says why, and whether its seal holds."""
+def _manifest(bundle: Path) -> Manifest | None:
+    """To know sizes by; of what is no bundle, opening it says why, and whether its seal holds."""
     try:
-        return sum(entry.size for entry in read_manifest(bundle).files)
+        return read_manifest(bundle)
     except BundleError:
-        return 0
+        return None

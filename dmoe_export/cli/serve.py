@@ -14,7 +14,7 @@ from ..extras import pip_install
 from ..serving.names import check_one_hash, names_of
 from ..words import count
 from .help import SETTINGS, Verb, option
-from .opening import open_shown, opening_of, opening_options
+from .opening import MEMORY, open_shown, opening_of, opening_options
 from .output import say
 
 
@@ -47,9 +47,11 @@ from .output import say
         help="Seconds that requests have to end after SIGTERM or ctrl-C")
 @option("--log-prompts", is_flag=True, group="requests", help="Write prompts into the log, too")
 @opening_options
+@MEMORY
 def serve(bundles: tuple[Path, ...], host: str, port: int, api_key_file: Path | None, allowed_hosts: tuple[str, ...],
           max_body: int, names: tuple[str, ...], max_batch: int | None, prefix_cache: str | None, max_waiting: int,
-          most_new_tokens: int, timeout: float, drain_seconds: float, log_prompts: bool, **options: Any) -> None:
+          most_new_tokens: int, timeout: float, drain_seconds: float, log_prompts: bool, memory: str | None,
+          **options: Any) -> None:
     """Serve each BUNDLE, a folder or a hub id, to clients of OpenAI's interface.
 
     It begins with a line per bundle and one with its address on standard error; then a JSON line per request. SIGTERM
@@ -67,7 +69,7 @@ def serve(bundles: tuple[Path, ...], host: str, port: int, api_key_file: Path | 
     counted, engines = metrics.Metrics(), dict[str, engine.Engine]()
     try:
         for bundle, name in zip(bundles, called, strict=True):
-            generator = open_shown(bundle, opened)
+            generator = open_shown(bundle, opened, memory=memory, max_batch=max_batch or 1, prefix_cache=prefix_cache)
             slots = max_batch or opening.slots_of(generator)
             engines[name] = engine.Engine(name, generator, slots, max_waiting, counted, prefix_cache)
             say(f"dmoe-export: {name}: {generator.bundle.folder} on {generator.backend.name} "

@@ -14,7 +14,6 @@ from .work import Work
 
 _DRIVER = 500_000_000  # a context of CUDA and its libraries on the device: an assumption
 _LIBRARIES = 1_500_000_000  # pages of CUDA's, cuDNN's and TensorRT's files on the host: an assumption
-_EVENTS = 2  # a table of slots in two pinned copies
 
 
 def engine_of(manifest: Manifest, resident: bool) -> EngineEntry | None:
@@ -45,13 +44,13 @@ def device_parts(manifest: Manifest, work: Work, backend: Named, engine: EngineE
         each = manifest.bytes_per_expert * len(manifest.model.moe_layers)
         weights[1] = Part(name="expert pools", bytes=min(experts, budget.residents * each), place="device")
         host.append(Part(name="all experts for the GPU to read", bytes=experts, place="pinned"))
-    live = max(layer_bytes(manifest, forward) + (HEAD - 1) * head_tensor(manifest, forward) for forward in (work.widest, work.step))
+    live = max(layer_bytes(manifest, forward) + (HEAD - 1) * head_tensor(manifest, forward)
+               for forward in (work.widest, work.step))
     device = [
         Part(name="driver", bytes=_DRIVER, place="device"), *weights,
         Part(name="cache", bytes=_slab(manifest, work.widest.rows, work.cached), place="device"),
-        Part(name="cache while it grows, or rows gathered from it", place="device",
-             bytes=_slab(manifest, work.widest.rows, work.cached)),
-        Part(name="new keys and values", bytes=2 * _slab(manifest, work.widest.rows, work.widest.width), place="device"),
+        Part(name="cache while it grows", bytes=_slab(manifest, work.widest.rows, work.cached), place="device"),
+        Part(name="results", bytes=2 * _slab(manifest, work.widest.rows, work.widest.width), place="device"),
         Part(name="logits", place="device", bytes=head_tensor(manifest, work.widest)),
         Part(name="workspace", bytes=live, place="device"),
         Part(name="freed blocks that are kept", bytes=min(IDLE_LIMIT, live), place="device"),

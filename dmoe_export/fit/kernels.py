@@ -33,7 +33,8 @@ def _experts(manifest: Manifest, tokens: int, products: Products, half: bool) ->
     d, moe, entry = manifest.model, manifest.model.moe, manifest.experts
     if moe is None or entry is None:
         return 0
-    stored, group, width = manifest.formats.experts or manifest.precision, manifest.formats.group_size, entry.stored_width
+    formats, width = manifest.formats, entry.stored_width
+    stored, group = formats.experts or manifest.precision, formats.group_size
     hidden, inner = (_token(size, stored, products, group) for size in (d.hidden_size, width))
     pairs = tokens * moe.experts_per_token
     packed = pairs + min(moe.num_experts, pairs // (2 * _FEW)) * _PANEL // 2  # rounded up by half a panel each

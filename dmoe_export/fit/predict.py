@@ -49,7 +49,8 @@ def predict(manifest: Manifest, *, backend: Named = "onnxruntime", max_batch: in
         most = engine.profiles[0].tokens[2] if engine and backend == "tensorrt" else None
 
         def parts_of(rows: int) -> list[Part]:
-            return device_parts(manifest, work_of(manifest, rows, context, most), backend, engine, program, budget, store)
+            work = work_of(manifest, rows, context, most)
+            return device_parts(manifest, work, backend, engine, program, budget, store)
     parts = parts_of(max_batch)
     one_more = sum(part.bytes for part in parts_of(max_batch + 1)) - sum(part.bytes for part in parts)
     d = manifest.model

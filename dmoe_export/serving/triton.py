@@ -92,7 +92,7 @@ class TritonPythonModel:
         try:
             ask = await wanted.ask(self._engine, self._settings.max_new_tokens, self._settings.timeout)
             answer = await self._engine.enter(ask, sender.gone)
-            outcome = await sender.send(answer, wanted.stream)
+            outcome = await sender.send(answer, wanted.stream, wanted.before)
         except Exception as error:
             outcome = sender.fail(error)
         self._ended(outcome)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
+from ..decoding.settings import OPTIONS
+from ..guards.numerals import integer, real
 from .asked import Ask
 from .errors import ApiError, of_body
 from .house import options_of
@@ -19,7 +22,7 @@ from .schema import Body, ChatBody, CompletionBody
 from .triton_tensors import MOST_BYTES
 
 PROMPTS = ("text_input", "input_ids", "messages")
-# Of the vLLM backend; the first must be true, the others ask for outputs that are always sent.
+# Of the vLLM backend; all but the first ask for outputs that are always sent.
 FLAGS = ("exclude_input_in_output", "return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
 INPUTS = (*PROMPTS, "stream", "sampling_parameters", *FLAGS)
 _NOT_SETTINGS = ("model", "prompt", "messages", "stream", "stream_options")  # of a body, but inputs here
@@ -33,6 +36,7 @@ class Wanted:
     chat: bool
     stream: bool
     body: Body
+    before: str = ""  # what the answer's text begins with
 
     async def ask(self, model: Model, most_new_tokens: int, timeout: float) -> Ask:
         """For the engine, with a key of its own: ids of Triton's clients may come twice. Raises ApiError."""
@@ -43,14 +47,15 @@ class Wanted:
 def wanted_of(name: str, inputs: Mapping[str, Any], parameters: str, request_id: str) -> Wanted:
     """Of a model's inputs (`inputs_of`) and the request's parameters (JSON); raises ApiError.
 
-    Settings are request parameters, or in `sampling_parameters`; lists only there, as Triton's parameters have none.
+    Settings are request parameters or in `sampling_parameters`; lists only there, as Triton's parameters have none.
     """
     given = [one for one in PROMPTS if one in inputs]
     if len(given) != 1:
         raise ApiError(400, f"Give exactly one of {', '.join(PROMPTS)}; given: {', '.join(given) or 'none'}.")
-    if inputs.get("exclude_input_in_output") is False:
-        raise ApiError(400, "exclude_input_in_output is false, but prompts are never sent back; leave it out.",
-                       param="exclude_input_in_output")
+    stream, with_prompt = inputs.get("stream", False), inputs.get("exclude_input_in_output") is False
+    if with_prompt and (stream or given != ["text_input"]):
+        raise ApiError(400, "exclude_input_in_output is false, which is only for text_input without stream; leave it "
+                       "out.", param="exclude_input_in_output")
     settings = _settings(inputs, json.loads(parameters), request_id)
     chat = settings.pop("chat", None)
     if chat is not None and not isinstance(chat, bool):
@@ -58,10 +63,10 @@ def wanted_of(name: str, inputs: Mapping[str, Any], parameters: str, request_id:
     if given == ["messages"]:
         messages = _json("messages", inputs["messages"], list, "a list of messages")
         chat_body = _checked(ChatBody, settings | {"model": name, "messages": messages})
-        return Wanted(messages_of(chat_body), True, inputs.get("stream", False), chat_body)
+        return Wanted(messages_of(chat_body), True, stream, chat_body)
     prompt = inputs["text_input"] if given == ["text_input"] else _ids(inputs["input_ids"])
     body = _checked(CompletionBody, settings | {"model": name, "prompt": prompt})
-    return Wanted(prompt, bool(chat), inputs.get("stream", False), body)
+    return Wanted(prompt, bool(chat), stream, body, inputs["text_input"] if with_prompt else "")
 
 
 def _settings(inputs: Mapping[str, Any], parameters: dict[str, Any], request_id: str) -> dict[str, Any]:
@@ -70,15 +75,27 @@ def _settings(inputs: Mapping[str, Any], parameters: dict[str, Any], request_id:
     sampling = {}
     if "sampling_parameters" in inputs:
         sampling = _json("sampling_parameters", inputs["sampling_parameters"], dict, "a JSON object")
-    twice = [one for one in parameters if one in sampling]
-    if twice:
-        raise ApiError(400, f"{twice[0][:50]} is a parameter of the request and in sampling_parameters, too; give it "
-                       "once.", param=twice[0][:50])
-    settings = parameters | sampling
+    unlike = next((one for one in parameters if one in sampling and sampling[one] != parameters[one]), None)
+    if unlike is not None:  # the vLLM backend's own client gives all of them twice
+        raise ApiError(400, f"{unlike[:50]} has one value as a parameter of the request and another in "
+                       "sampling_parameters; give it once.", param=unlike[:50])
+    settings = {one: _number(one, value) for one, value in (parameters | sampling).items()}
     wrong = next((one for one in _NOT_SETTINGS if one in settings), None)
     if wrong is not None:
         raise ApiError(400, f"{wrong} is no parameter.", param=wrong, code="unknown_parameter")
     return settings
+
+
+def _number(name: str, value: Any) -> Any:
+    """The vLLM backend's clients give numbers as text; what is none stays as it is, for the check of its option."""
+    option = OPTIONS.get("max_new_tokens" if name in ("max_tokens", "max_completion_tokens") else name)
+    if not isinstance(value, str) or option is None or str in option.types:
+        return value
+    for kind, parse in ((int, integer), (float, real)):
+        if kind in option.types:
+            with suppress(ValueError):
+                return parse(value)
+    return value
 
 
 def _json(name: str, text: str, kind: type, words: str) -> Any:

@@ -30,8 +30,8 @@ class Sender:
             _LOG.error("request %s cannot be asked for: %s at %s", self._identity, type(error).__name__, where(error))
             return True
 
-    async def send(self, answer: Answer, stream: bool) -> str:
-        """An answer to its end; how it ended. Raises ApiError."""
+    async def send(self, answer: Answer, stream: bool, before: str = "") -> str:
+        """An answer to its end, a whole one with `before` before its text; how it ended. Raises ApiError."""
         pieces: list[Piece] = []
         reason = "disconnected"
         async for piece in answer.items():
@@ -44,7 +44,7 @@ class Sender:
             else:
                 pieces.append(piece)
         if not stream:
-            self._send(_part(pieces, answer), last=True)
+            self._send(_part(pieces, answer, before), last=True)
         return reason
 
     def fail(self, error: Exception) -> str:
@@ -64,6 +64,7 @@ class Sender:
 _OUTCOMES = {429: "queue_full", 499: "disconnected", 503: "unavailable"}
 
 
-def _part(pieces: list[Piece], answer: Answer) -> Any:
-    return response("".join(piece.text or "" for piece in pieces), [i for piece in pieces for i in piece.token_ids],
-                    finish(pieces[-1]) or "", answer.course.prompt_tokens)
+def _part(pieces: list[Piece], answer: Answer, before: str = "") -> Any:
+    text = before + "".join(piece.text or "" for piece in pieces)
+    return response(text, [i for piece in pieces for i in piece.token_ids], finish(pieces[-1]) or "",
+                    answer.course.prompt_tokens)

@@ -1,6 +1,7 @@
 """Runs in `.venv-triton`: streams of tritonclient's gRPC client; a JSON object on standard input, one on output.
 
-Asked: url, model, requests (a list of {inputs: {name: value}, parameters, cancel_after: responses or nothing}).
+Asked: url, model, requests (a list of {inputs: {name: value}} and, where wanted, parameters, id, outputs: names,
+cancel_after: responses).
 Answered: a list of {parts: [{output: value}], seconds: [of each part], error, final: whether the last said so}.
 """
 
@@ -54,6 +55,7 @@ def stream(url, model, request, answers, number):
         connection.start_stream(told)
         connection.async_stream_infer(
             model, [tensor(*one) for one in request["inputs"].items()], request_id=request.get("id", ""),
+            outputs=[client.InferRequestedOutput(one) for one in request["outputs"]] if "outputs" in request else None,
             parameters=request.get("parameters"), enable_empty_final_response=True)
         assert over.wait(60), answer
         connection.stop_stream(cancel_requests="cancel_after" in request)

@@ -213,9 +213,10 @@ def test_configuration_and_model_have_the_same_tensors(triton, monkeypatch):
     (Request(messages="[]"), "messages: "),
     (Request(messages='[{"role": "user", "content": "x", "tool_calls": [1]}]'), "messages.0 has the field tool_calls"),
     (Request(LONG, input_ids=ids(), sampling_parameters="{"), "sampling_parameters is no JSON; give a JSON object"),
-    (Request(LONG, input_ids=ids(), sampling_parameters='{"max_tokens": 4}'), "max_tokens is a parameter of the"),
+    (Request(LONG, input_ids=ids(), sampling_parameters='{"max_tokens": 4}'), "max_tokens has one value as a pa"),
     (Request(LONG | {"n": 3}, input_ids=ids()), "n is 3, but a request has one answer here; leave it out."),
-    (Request(input_ids=ids(), exclude_input_in_output=False), "prompts are never sent back; leave it out."),
+    (Request(input_ids=ids(), exclude_input_in_output=False), "is only for text_input without stream; leave it out."),
+    (Request(text_input="x", exclude_input_in_output=False, stream=True), "is only for text_input without stream;"),
 ], ids=lambda value: value[:40] if isinstance(value, str) else "")
 def test_bad_requests_get_an_error_that_says_why(triton, monkeypatch, request_, words):
     with model_of(triton, monkeypatch, max_new_tokens="40") as model:
@@ -224,6 +225,18 @@ def test_bad_requests_get_an_error_that_says_why(triton, monkeypatch, request_, 
         assert words in message and code == TritonError.INVALID_ARG and len(request_.sent) == 1
         assert len(good.parts()) == 1
         assert MetricFamily.made["dmoe_requests_total"].values[(*LABELS, ("outcome", "refused"))] == [1.0]
+
+
+def test_numbers_may_be_texts_and_settings_given_twice(triton, monkeypatch):
+    """As the sample client of Triton's vLLM backend does."""
+    given = {"temperature": "1.0", "top_p": "0.9", "seed": "3", "max_tokens": "40", "eos_id": "-1", "top_k": "+5"}
+    with model_of(triton, monkeypatch) as model:
+        model.execute([request := Request(given, input_ids=ids(), sampling_parameters=json.dumps(given))])
+        (part,) = request.parts()
+        assert part["output_ids"] == offline(temperature=1.0, top_p=0.9, seed=3, top_k=5)
+        for name, value in (("temperature", "0x1"), ("seed", "1.0"), ("early_stop", "true"), ("cache", "1")):
+            model.execute([request := Request({name: value}, input_ids=ids())])
+            assert request.error()[0].startswith(f"{name} is ")
 
 
 def test_every_option_of_a_request_may_be_given(triton, monkeypatch):

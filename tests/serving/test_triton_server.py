@@ -106,6 +106,22 @@ def test_messages_token_ids_and_one_response_for_the_whole(server, generator):
     assert drawn["output_ids"] == sampled.token_ids and drawn["text_output"] == [sampled.text]
 
 
+def test_a_request_of_the_vllm_backend_s_own_client(server, generator):
+    """Numbers as texts, all settings twice, one of the outputs asked for."""
+    settings = {"temperature": "5.0", "top_p": "0.99", "max_tokens": "100", "eos_id": "-1"}
+    offline = generator.generate("what is 2 plus 3?", chat=False, temperature=5.0, top_p=0.99, max_new_tokens=100,
+                                 eos_id=-1)[0]
+    assert offline.text
+    for stream in (True, False):
+        (answer,) = server.grpc_streams("sample", [{
+            "inputs": {"text_input": "what is 2 plus 3?", "stream": stream, "exclude_input_in_output": stream,
+                       "sampling_parameters": json.dumps(settings)},
+            "parameters": settings, "id": "0", "outputs": ["text_output"]}])
+        assert answer["final"] and all(part.keys() == {"text_output"} for part in answer["parts"]), answer
+        before = "" if stream else "what is 2 plus 3?"
+        assert "".join(part["text_output"][0] for part in answer["parts"]) == before + offline.text
+
+
 def test_a_client_that_leaves_frees_its_row(server):
     """In a batch of one, the next request is answered long before the first would have ended."""
     long = {"max_tokens": 480, "eos_id": -1}
@@ -136,7 +152,7 @@ def test_a_client_that_leaves_frees_its_row(server):
     ({"text_input": "x " * 3000, "max_tokens": 8}, 400, "the model has 512; shorten one of them."),
     ({"input_ids": [5, 999999]}, 400, "999999"),
     ({"text_input": "x" * (2 << 20) + "x"}, 400, "text_input has 2097153 bytes, more than 2097152."),
-    ({"text_input": "x", "exclude_input_in_output": False}, 400, "prompts are never sent back"),
+    ({"input_ids": [5], "exclude_input_in_output": False}, 400, "is only for text_input without stream"),
     ({"text_input": "x", "n": 2}, 400, "n is 2, but a request has one answer here"),
     ({"text_input": "x", "prompt": "y"}, 400, "prompt is no parameter."),
 ], ids=lambda value: str(value)[:40])
