@@ -28,6 +28,7 @@ class RemoteAnswer:
     def __init__(self, ask: Ask, model: RemoteModel) -> None:
         self.ask, self.course = ask, Course()
         self.taken = False  # by the replica of this attempt
+        self._told = False  # that it is cancelled
         self._model, self._replay = model, Replay()
         self._entered, self._lost = time.monotonic(), 0
         self._queue = asyncio.Queue[Any]()
@@ -64,9 +65,10 @@ class RemoteAnswer:
         if why == "disconnected":
             self._task.cancel()
         elif self.taken:
+            self._told = True
             self._model.tell_to_end(self.ask.key, why)
         elif not self._task.done():
-            self._end(ApiError(409, "The request was cancelled before a replica took it.", code="cancelled"))
+            self._end(self._cancelled())
             self._task.cancel()
 
     # The task.
@@ -81,6 +83,8 @@ class RemoteAnswer:
                 except LostError as error:
                     self._lost += 1
                     _LOG.warning("request %s: a replica of %s was lost: %s", self.ask.key[1], self._model.name, error)
+                    if self._told:
+                        raise self._cancelled() from None
                     if self._lost > MOST_REPEATS:
                         raise self._gone(f"so were the {MOST_REPEATS} that it was given to next") from None
         except ApiError as error:
@@ -166,6 +170,9 @@ class RemoteAnswer:
         elif self._replay.caught_up:
             self._queue.put_nowait(item)
         return False
+
+    def _cancelled(self) -> ApiError:
+        return ApiError(409, "The request was cancelled while no replica had it.", code="cancelled")
 
     def _gone(self, why: str) -> ApiError:
         return ApiError(503, f"A replica of model {self._model.name} was lost while it answered, and {why}; ask again.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from contextlib import suppress
 
 import pytest
 from serving import Held, toy_generator
@@ -209,6 +210,38 @@ def test_a_request_ends_by_its_id(replica, backend, here):
     items = asyncio.run(cancel())
     assert items[-1].finish_reason == "cancelled" and len(tokens(items)) < 40
     assert not asyncio.run(RemoteModel("toy", wire).cancel((-1, "one")))
+
+
+def test_a_cancelled_request_is_not_repeated(replica, backend):
+    wire = LocalWire(replica, [2])
+    model = RemoteModel("toy", wire)
+
+    async def cancel():
+        backend.free.clear()
+        answer = await model.enter(ask_of())
+        await model.cancel((-1, "one"))
+        wire.told.clear()
+        backend.free.set()
+        return await anext_all(answer)
+
+    for lives, ends in (([1], "cancelled"), ([2], "cancelled")):
+        wire.lives = lives
+        with suppress(ApiError):  # its replica told the end, or was lost before
+            assert asyncio.run(cancel())[-1].finish_reason == ends
+    assert len(wire.asked) == 2 and model.busy == 0
+
+
+def test_a_client_that_leaves_before_a_replica_has_its_request_leaves_nothing(replica):
+    model = RemoteModel("toy", LocalWire(replica))
+
+    async def leave():
+        entering = asyncio.ensure_future(model.enter(ask_of()))
+        await asyncio.sleep(0)
+        entering.cancel()
+        await asyncio.gather(entering, return_exceptions=True)
+        return model.busy
+
+    assert asyncio.run(leave()) == 0
 
 
 async def anext_all(answer):

@@ -28,6 +28,7 @@ from dmoe_export.generator import Generator
 pytestmark = [pytest.mark.slow, needs_ray, pytest.mark.timeout(240)]
 RESULTS = REPOSITORY / "out" / "ray"
 LONG = {"eos_id": -1, "max_tokens": 96}  # three blocks: a replica can be lost between two of them
+LOST = "a replica of sample was lost"  # in the log of an ingress
 QUESTIONS = [json.loads(line)["question"] for line in (SAMPLE / "held_out.jsonl").read_text().splitlines()]
 
 
@@ -133,7 +134,7 @@ def test_a_killed_replica_loses_no_request_and_returns(ray, arguments, offline):
     outcomes = {row["outcome"] for row in rows}
     assert len(rows) == 200 and outcomes <= {"right", "replica_lost"}, outcomes
     assert {row["outcome"] for row in after} == {"right"}
-    assert "a replica of sample was lost" in ray.logs()  # it was in the middle of some
+    assert LOST in ray.logs()  # it was in the middle of some
     times = {"before": percentiles([row for row in rows if row["began"] + row["seconds"] < killed]),
              "across": percentiles([row for row in rows if row["began"] <= killed <= row["began"] + row["seconds"]]),
              "one replica": percentiles([row for row in rows if row["began"] > killed]),
@@ -175,24 +176,29 @@ def running(status):
     return status["scaled"]["deployments"]["replicas"]["states"].get("RUNNING", 0)
 
 
-def test_an_update_of_the_bundle_fails_no_request(ray, arguments, offline, sample_bundle, tmp_path):
-    new = tmp_path / "new.bundle"
+@pytest.mark.parametrize("replicas, drain, surge", [(2, 20, 100), (2, 0.1, 100), (1, 20, 0)])
+def test_an_update_of_the_bundle_fails_no_request(ray, arguments, offline, sample_bundle, tmp_path, replicas, drain,
+                                                  surge):
+    arguments = {**arguments, "replicas": replicas, "drain_seconds": drain, "surge_percent": surge}
+    name, new = f"updated-{replicas}-{surge}-{drain}", tmp_path / "new.bundle"
     shutil.copytree(sample_bundle.folder, new)
-    ray.deploy(("updated", {**arguments, "replicas": 2}))
-    old = {name: set(ray.processes("updated", name)) for name in ("replicas", "ingress")}
-    load = Load(ray, "/updated/v1/completions", offline)
+    ray.deploy((name, arguments))
+    lost = ray.logs().count(LOST)
+    old = {part: set(ray.processes(name, part)) for part in ("replicas", "ingress")}
+    load = Load(ray, f"/{name}/v1/completions", offline)
     while len(load.rows) < 20:
         time.sleep(0.01)
-    ray.submit(("updated", {**arguments, "replicas": 2, "bundle": str(new)}))
-    for name, were in old.items():
-        ray.wait_for(lambda name=name, were=were: (now := set(ray.processes("updated", name))) and not now & were
+    ray.submit((name, {**arguments, "bundle": str(new)}))
+    for part, were in old.items():
+        ray.wait_for(lambda part=part, were=were: (now := set(ray.processes(name, part))) and not now & were
                      and len(now) == len(were), 90)
-    ray.until(lambda status: status["updated"]["status"] == "RUNNING")
+    ray.until(lambda status: status[name]["status"] == "RUNNING")
     reached = len(load.rows)
     while len(load.rows) < reached + 20:
         time.sleep(0.01)
     rows = load.end()
     assert {row["outcome"] for row in rows} == {"right"} and len(rows) > 40
+    assert (ray.logs().count(LOST) > lost) == (drain < 1)  # that they were cut and asked again
     print(json.dumps(percentiles(rows)))
 
 
