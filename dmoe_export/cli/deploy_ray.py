@@ -15,7 +15,7 @@ from ..deploy.ray import serve_config
 from ..deploy.yaml_text import save_text, write_yaml
 from ..errors import RequestError
 from ..serving.names import check_one_hash, names_of
-from ..serving.ray_settings import OF_OPENING, Settings
+from ..serving.ray.settings import OF_OPENING, Settings
 from .help import SETTINGS, Verb, option
 from .opening import opening_of, opening_options
 from .output import say

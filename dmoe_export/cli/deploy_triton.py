@@ -16,7 +16,7 @@ from ..errors import RequestError
 from ..runtime.residency.budget import plan_budget
 from .deploy import words_of
 from .help import SETTINGS, Verb, option
-from .opening import opening_of, opening_options
+from .opening import MEMORY, opening_of, opening_options
 from .options import JSON
 from .output import say
 
@@ -52,6 +52,7 @@ _ON_GPUS = ("tensorrt", "onnxruntime-cuda")
 @option("--drain-seconds", type=click.FloatRange(0), default=30.0, group="requests",
         help="Seconds that requests have to end once the model is unloaded")
 @opening_options
+@MEMORY
 @click.pass_context
 def triton(context: click.Context, bundle: Path, out: Path, force: bool, as_json: bool, name: str | None, kind: Kind,
            instances: int, bundle_path: str | None, **options: Any) -> None:

@@ -11,7 +11,7 @@ from processes import python_without
 
 from dmoe_export.cli import main
 from dmoe_export.cli.deploy_ray import ray
-from dmoe_export.serving.ray_settings import Settings
+from dmoe_export.serving.ray.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -10,16 +10,17 @@ from contextlib import suppress
 import pytest
 from serving import Held, toy_generator
 
-from dmoe_export.serving import ray_answer, ray_replica
 from dmoe_export.serving.asked import Ask, Course, Piece
 from dmoe_export.serving.engine import Engine
 from dmoe_export.serving.errors import ApiError
 from dmoe_export.serving.metrics import Metrics
-from dmoe_export.serving.ray_remote import RemoteModel
-from dmoe_export.serving.ray_replay import DiffersError, Replay
-from dmoe_export.serving.ray_replica import Replica
-from dmoe_export.serving.ray_settings import Settings
-from dmoe_export.serving.ray_wire import FullError, LostError, NobodyError
+from dmoe_export.serving.ray import answer as ray_answer
+from dmoe_export.serving.ray import replica as ray_replica
+from dmoe_export.serving.ray.remote import RemoteModel
+from dmoe_export.serving.ray.replay import DiffersError, Replay
+from dmoe_export.serving.ray.replica import Replica
+from dmoe_export.serving.ray.settings import Settings
+from dmoe_export.serving.ray.wire import FullError, LostError, NobodyError
 
 LONG = {"max_new_tokens": 40, "eos_id": -1}
 
@@ -72,8 +73,10 @@ def backend():
 
 @pytest.fixture
 def replica(backend, monkeypatch):
-    monkeypatch.setattr(ray_replica, "open_engine", lambda name, bundle, *, slots, max_waiting, prefix_cache, metrics,
-                        **opening: Engine(name, toy_generator(backend), slots, max_waiting, metrics, prefix_cache))
+    def open_engine(name, bundle, *, slots, max_waiting, prefix_cache, metrics, memory, **opening):
+        return Engine(name, toy_generator(backend), slots, max_waiting, metrics, prefix_cache)
+
+    monkeypatch.setattr(ray_replica, "open_engine", open_engine)
     made = Replica(Settings(bundle="toy.bundle", max_batch=2), "toy", Metrics())
     yield made
     backend.free.set()
@@ -335,7 +338,7 @@ def test_facts_are_asked_once_and_their_lack_is_told(replica, monkeypatch):
 
     first, second = asyncio.run(facts())
     assert first == second and first.block_length and wire.told == [("facts",)]
-    monkeypatch.setattr("dmoe_export.serving.ray_remote._FACTS_SECONDS", 0.1)
+    monkeypatch.setattr("dmoe_export.serving.ray.remote._FACTS_SECONDS", 0.1)
 
     async def nobody(*told, seconds):
         return []

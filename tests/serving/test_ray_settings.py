@@ -9,8 +9,8 @@ from processes import python_without
 from pydantic import ValidationError
 
 from dmoe_export.generator import Generator
-from dmoe_export.serving.ray_prefix import PART, Affinity, beginnings
-from dmoe_export.serving.ray_settings import OF_OPENING, Settings
+from dmoe_export.serving.ray.prefix import PART, Affinity, beginnings
+from dmoe_export.serving.ray.settings import OF_OPENING, Settings
 
 
 def test_arguments_of_serve_run_are_text():
@@ -96,10 +96,10 @@ def test_replicas_that_are_gone_and_old_beginnings_are_forgotten():
 
 
 def test_nothing_of_ray_is_imported_unless_used():
-    code = ("import dmoe_export.serving.app, dmoe_export.serving.ray_ingress, dmoe_export.serving.ray_remote\n"
-            "import dmoe_export.serving.ray_replica, dmoe_export.cli.serve, dmoe_export.cli.deploy_ray\n"
+    code = ("import dmoe_export.serving.app, dmoe_export.serving.ray.ingress, dmoe_export.serving.ray.remote\n"
+            "import dmoe_export.serving.ray.replica, dmoe_export.cli.serve, dmoe_export.cli.deploy_ray\n"
             "assert 'onnxruntime' not in sys.modules\n"
-            "try:\n    import dmoe_export.serving.ray\n"
+            "try:\n    from dmoe_export.serving.ray import app\n"
             "except ModuleNotFoundError as error:\n    print(error.name)")
     result = python_without(code, blocked=("ray",))
     assert (result.returncode, result.stdout) == (0, "ray\n"), result.stderr

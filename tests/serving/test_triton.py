@@ -332,10 +332,11 @@ def test_numpy_that_does_not_fit_is_refused_by_what_it_does(triton, monkeypatch)
 
 
 def test_parameters_of_the_configuration(triton, monkeypatch):
-    given = {"threads": "2", "expert_budget": "50%", "max_batch": "4", "max_waiting": "0", "FORCE_CPU_ONLY": "yes"}
+    given = {"threads": "2", "expert_budget": "50%", "max_batch": "4", "max_waiting": "0",
+             "memory": "8G", "FORCE_CPU_ONLY": "yes"}
     with model_of(triton, monkeypatch, **given) as model:
         assert model.opened == {"threads": 2, "expert_budget": "50%", "backend": "onnxruntime", "bundle": "/b",
-                                "slots": 4, "max_waiting": 0}
+                                "slots": 4, "max_waiting": 0, "memory": "8G"}
     assert ("info", "dmoe-export: toy: /b on toy (as given), 4 answers at once") in LOG
     for name, value, words in [("threads", "two", "'two', which is no number."), ("threads", "0", "at least 1."),
                                ("timeout", "0", "it must be above 0."), ("treads", "2", "is not known; known: bundle"),

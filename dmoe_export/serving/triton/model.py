@@ -44,6 +44,7 @@ class TritonPythonModel:
             metrics = _metrics(name, args["model_version"], args["model_instance_name"])
             self._engine = open_engine(name, settings.bundle, slots=settings.max_batch, metrics=metrics,
                                        max_waiting=settings.max_waiting, prefix_cache=settings.prefix_cache,
+                                       memory=settings.memory,
                                        **settings.opening)
             try:
                 check_device(kind, self._engine.generator)

@@ -15,13 +15,14 @@ from ..opening import USUAL_WAITING
 
 _ABOVE_0 = Rule(lambda value: 0 < value < float("inf"), "above 0")
 _TEXTS = ("bundle", "backend", "cpu_products", "verify", "expert_budget", "expert_refresh_interval", "expect_sha256",
-          "trusted_key", "prefix_cache")
+          "trusted_key", "prefix_cache", "memory")
 _NUMBERS: dict[str, tuple[Callable[[str], Any], Rule]] = {
     "threads": (integer, AT_LEAST_1), "experts_per_layer": (integer, AT_LEAST_1), "max_batch": (integer, AT_LEAST_1),
     "max_waiting": (integer, AT_LEAST_0), "max_new_tokens": (integer, AT_LEAST_1), "timeout": (real, _ABOVE_0),
     "drain_seconds": (real, FINITE)}
 PARAMETERS = (*_TEXTS, *_NUMBERS)
-_OF_REQUESTS = ("bundle", "max_batch", "max_waiting", "prefix_cache", "max_new_tokens", "timeout", "drain_seconds")
+_OF_ENGINE = ("bundle", "memory", "max_batch", "max_waiting", "prefix_cache", "max_new_tokens", "timeout",
+              "drain_seconds")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Settings:
     """Of one instance of a model; `opening` are keywords of `Generator.open`, times are in seconds."""
 
     bundle: str
+    memory: str | None = None  # that it may use; None: what this machine gives a process
     max_batch: int | None = None  # answers at once; None: the engine's, or 8
     max_waiting: int = USUAL_WAITING
     prefix_cache: str | None = None
@@ -54,13 +56,13 @@ def settings_of(parameters: Mapping[str, str], kind: str) -> Settings:
     if "bundle" not in values:
         raise RequestError("Parameter bundle of config.pbtxt is missing; write the file with: dmoe-export deploy "
                            "triton BUNDLE --out REPOSITORY.")
-    opening = {name: value for name, value in values.items() if name not in _OF_REQUESTS}
+    opening = {name: value for name, value in values.items() if name not in _OF_ENGINE}
     if kind == "CPU":
         if opening.setdefault("backend", "auto") in ("tensorrt", "onnxruntime-cuda"):
             raise RequestError(f"Parameter backend of config.pbtxt is {opening['backend']}, but the instance is of "
                                "KIND_CPU; leave it out, or change the kind.")
         opening["backend"] = opening["backend"].replace("auto", "onnxruntime")
-    return Settings(**{name: values[name] for name in _OF_REQUESTS if name in values}, opening=opening)
+    return Settings(**{name: values[name] for name in _OF_ENGINE if name in values}, opening=opening)
 
 
 def _number(name: str, text: str) -> Any:

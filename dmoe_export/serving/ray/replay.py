@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from .asked import Piece
+from ..asked import Piece
 
 
 class DiffersError(Exception):

@@ -1,7 +1,7 @@
 """Ray Serve: `serve run dmoe_export.serving.ray:app bundle=sample.bundle replicas=2`.
 
 An application is two deployments: replicas, each with a bundle and its joining batch, and an ingress that holds the
-HTTP application and no bundle. Its arguments are `ray_settings.Settings`.
+HTTP application and no bundle. Its arguments are `settings.Settings`.
 """
 
 # No `annotations` from `__future__`: Serve reads the class of `app`'s argument.
@@ -12,14 +12,14 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from .names import check_name, name_of
-from .ray_answer import GRACE
-from .ray_handle import HandleWire
-from .ray_ingress import Mounted, mounted
-from .ray_metrics import RayMetrics
-from .ray_replica import Replica
-from .ray_router import PrefixRouter
-from .ray_settings import Settings
+from ..names import check_name, name_of
+from .answer import GRACE
+from .handle import HandleWire
+from .ingress import Mounted, mounted
+from .metrics import RayMetrics
+from .replica import Replica
+from .router import PrefixRouter
+from .settings import Settings
 
 REPLICAS, INGRESS = "replicas", "ingress"  # names of the deployments
 _NO_LIMIT = 100_000  # requests in one ingress: the handle's queue is what refuses

@@ -1,10 +1,10 @@
-"""The way to replicas that are elsewhere, as those need it who ask them; `ray_handle.py` is that of Serve."""
+"""The way to replicas that are elsewhere, as those need it who ask them; `handle.py` is that of Serve."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from .asked import Ask, Key
+from ..asked import Ask, Key
 
 MOST_REPEATS = 2  # a request that kills its replicas must not take all of them
 

@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .asked import Ask, Course, Ending, Piece
-from .errors import FAILED, ApiError, where
-from .ray_replay import DiffersError, Replay
-from .ray_wire import MOST_REPEATS, FullError, LostError, NobodyError, Stream, attempt_key
+from ..asked import Ask, Course, Ending, Piece
+from ..errors import FAILED, ApiError, where
+from .replay import DiffersError, Replay
+from .wire import MOST_REPEATS, FullError, LostError, NobodyError, Stream, attempt_key
 
 if TYPE_CHECKING:
-    from .ray_remote import RemoteModel
+    from .remote import RemoteModel
 
 GRACE = 10.0  # seconds after a request's time is over in which its replica may still say so
 _ELSEWHERE = ("model_failed", "shutting_down")  # refusals of a replica, not of the request

@@ -7,10 +7,10 @@ import math
 import time
 from typing import Any
 
-from .asked import Ask, Ending, Facts, Key
-from .errors import ApiError
-from .ray_answer import RemoteAnswer
-from .ray_wire import Wire
+from ..asked import Ask, Ending, Facts, Key
+from ..errors import ApiError
+from .answer import RemoteAnswer
+from .wire import Wire
 
 _FACTS_SECONDS = 10.0  # to find a replica that tells what the model is
 _TELL_SECONDS = 2.0  # for replicas to answer a short call

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .app import application
-from .gate import read_keys
-from .house import House
-from .metrics import Metrics
-from .ray_remote import RemoteModel
-from .ray_settings import Settings
-from .ray_wire import Wire
+from ..app import application
+from ..gate import read_keys
+from ..house import House
+from ..metrics import Metrics
+from .remote import RemoteModel
+from .settings import Settings
+from .wire import Wire
 
 
 class Mounted:

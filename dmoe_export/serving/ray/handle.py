@@ -22,8 +22,8 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
-from .asked import Ask
-from .ray_wire import FullError, LostError, NobodyError
+from ..asked import Ask
+from .wire import FullError, LostError, NobodyError
 
 _LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError, TaskCancelledError,
          ReplicaUnavailableError)

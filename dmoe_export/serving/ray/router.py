@@ -7,8 +7,8 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from .asked import Ask
-from .ray_prefix import Affinity, beginnings
+from ..asked import Ask
+from .prefix import Affinity, beginnings
 
 
 class PrefixRouter(RequestRouter):

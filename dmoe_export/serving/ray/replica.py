@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from .asked import Ask, Ending, Facts, Key
-from .errors import ApiError
-from .metrics import Metrics
-from .opening import open_engine
-from .ray_settings import Settings
-from .ray_wire import MOST_REPEATS, attempt_key
+from ..asked import Ask, Ending, Facts, Key
+from ..errors import ApiError
+from ..metrics import Metrics
+from ..opening import open_engine
+from .settings import Settings
+from .wire import MOST_REPEATS, attempt_key
 
 _NO_LIMIT = 1 << 20  # requests that wait inside: Serve gives no more than it was told
 
@@ -21,7 +21,8 @@ class Replica:
     def __init__(self, settings: Settings, name: str, metrics: Metrics) -> None:
         """Opens the bundle, so it takes as long as verifying does; raises its errors."""
         self._engine = open_engine(name, settings.bundle, slots=settings.max_batch, max_waiting=_NO_LIMIT,
-                                   prefix_cache=settings.prefix_cache, metrics=metrics, **settings.opening)
+                                   prefix_cache=settings.prefix_cache, metrics=metrics, memory=settings.memory,
+                                   **settings.opening)
 
     async def answer(self, ask: Ask) -> AsyncIterator[Any]:
         """The items of a `Stream`; an error is one, too: what is raised Serve logs as a fault of its own."""

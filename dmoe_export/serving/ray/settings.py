@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
-from ..bundle.reader import Verify
-from ..runtime.choose import BackendName
-from ..runtime.cpu.products import Products
+from ...bundle.reader import Verify
+from ...runtime.choose import BackendName
+from ...runtime.cpu.products import Products
 
 LEAST_WINDOW, MOST_WINDOW = 1.0, 30.0  # seconds over which autoscaling takes the mean of requests
 
@@ -69,6 +69,9 @@ class Settings(BaseModel):
         "network", "Name by which clients without a key may call the server; may be several",
         "addresses, localhost")] = ()
     log_prompts: Annotated[bool, _told("requests", "Write prompts into the log, too")] = False
+    memory: Annotated[str | None, _told(
+        "bundle and machine", "Memory that a replica may use, such as 8G: what needs more is refused before it is "
+        "opened", "what its machine gives a process")] = None
     backend: Annotated[BackendName, _told("bundle and machine", "As in Generator.open")] = "auto"
     threads: Annotated[int | None, _told("bundle and machine", "Threads of a replica on the CPU", "--cpus",
                                          ge=1)] = None

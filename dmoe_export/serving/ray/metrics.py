@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge
 from ray.serve import metrics as rays
 
-from .metrics import Metrics
+from ..metrics import Metrics
 
 
 class _Both:
