@@ -26,8 +26,8 @@ from .output import console, say
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
-    "dmoe-export inspect sample.bundle", "dmoe-export inspect sample.bundle --expert-budget 25% --json",
-    "dmoe-export inspect sample.bundle --fit --memory 8G --gpu-memory 24G"))
+    "dmoe-export inspect sample.bundle",
+    "dmoe-export inspect sample.bundle --fit --memory 8G --expert-budget 25% --json"))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @option("--expert-budget", metavar="SIZE", group="residency",
         help="Predict the memory of generating under this budget, such as 4G or 25%")
