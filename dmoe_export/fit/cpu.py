@@ -16,9 +16,9 @@ from .work import Forward, Work
 
 # Measured by benchmarks/fit.py on a bundle of 96 tokens and 2 layers: a process before its first forward, in bytes.
 PROCESS = {"generate": 45_000_000, "serve": 62_000_000}
-LIBRARIES = {"generate": 56_000_000, "serve": 59_000_000}  # pages of the interpreter's and ONNX Runtime's files
+LIBRARIES = {"generate": 54_000_000, "serve": 54_000_000}  # pages of the interpreter's and ONNX Runtime's files
 _SESSION, _OF_LAYER, _OF_GRAPH = 1_500_000, 500_000, 3  # a session, its nodes, every byte of the graph's file
-_FRAGMENTED, _MIXED = 1.25, 1.1  # ONNX Runtime's arena over what lives in it at once; forwards of many shapes
+_FRAGMENTED, _MIXED = 1.2, 1.08  # ONNX Runtime's arena over what lives in it at once; forwards of many shapes
 _REGION = 1 << 20
 _TOKENIZER = 20  # bytes in memory for every one of tokenizer.json: measured with BPE of 32,000 and 150,000 tokens
 _AROUND = 16 * 4096  # a page fault maps this much of a file that is in the page cache
