@@ -68,7 +68,7 @@ def test_narrow_forwards_of_an_engine(seed):
             requests(random, "block_causal")]
     live(JoiningBatch(backend, random.randint(1, 4)), rows, random)
     check(rows, Toy(max_tokens=width), prefills=fast is None)
-    assert max(inputs.input_ids.shape[1] for inputs in backend.seen) <= width
+    assert all(inputs.input_ids.shape[1] <= width for inputs in backend.seen)  # cancelled first: none
 
 
 def test_first_done_first_out_and_the_next_takes_its_place():
