@@ -20,7 +20,7 @@ from ..runtime.cpu.products import told_products
 from ..runtime.residency.budget import plan_budget
 from ..words import visible
 from .help import SETTINGS, Verb, option
-from .inspect_fit import fit_options, show, verdicts
+from .inspect_fit import cannot_run, fit_options, show, verdicts
 from .options import JSON, VERIFY, seal_options
 from .output import console, say
 
@@ -40,15 +40,15 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool,
     """Verify BUNDLE and show its model, routing, sizes, ops and files; with --fit, whether it can run here."""
     opened = open_bundle(resolve_bundle(bundle), verify, expect_sha256=expect_sha256, trusted_key=trusted_key)
     manifest = opened.manifest
-    found = verdicts(manifest, expert_budget=expert_budget, **fit)
+    found, left_out = verdicts(manifest, expert_budget=expert_budget, **fit), cannot_run(manifest, expert_budget)
     summary, moe = sizes(manifest) | prediction(manifest, expert_budget), manifest.model.moe
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle), "verified": verify, "sha256": opened.sha256, "sizes": summary,
-                               "cpu_products": told_products(manifest), **_fit_of(found),
+                               "cpu_products": told_products(manifest), **_fit_of(found, left_out),
                                "manifest": manifest.model_dump(mode="json")}))
         return
     if found:
-        show(found)
+        show(found, left_out)
         return
     out = console()
     out.print(_table("Model", {
@@ -92,11 +92,12 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool,
     out.print(files)
 
 
-def _fit_of(found: list[Verdict]) -> dict[str, Any]:
+def _fit_of(found: list[Verdict], left_out: dict[str, str]) -> dict[str, Any]:
     """For JSON; nothing without --fit."""
-    return {"fit": [{**verdict.model_dump(mode="json"), "host_bytes": verdict.prediction.host_bytes,
-                     "anonymous_bytes": verdict.prediction.anonymous_bytes,
-                     "device_bytes": verdict.prediction.device_bytes} for verdict in found]} if found else {}
+    told = [{**verdict.model_dump(mode="json"), "host_bytes": verdict.prediction.host_bytes,
+             "anonymous_bytes": verdict.prediction.anonymous_bytes,
+             "device_bytes": verdict.prediction.device_bytes} for verdict in found]
+    return {"fit": told, "fit_left_out": left_out} if found else {}
 
 
 def sizes(manifest: Manifest) -> dict[str, int]:

@@ -56,18 +56,25 @@ def verdicts(manifest: Manifest, *, fit: bool, memory: str | None, gpu_memory: s
     device = room.gpu_memory() if gpu_memory is None else parse_bytes(gpu_memory, 0, "GPU memory")
     asked: dict[str, Any] = {"max_batch": max_batch, "expert_budget": expert_budget, "prefix_cache": prefix_cache,
                              "max_context": max_context or min(USUAL_CONTEXT, manifest.model.max_positions)}
-    found = list[Verdict]()
-    if manifest.precision != "bf16":  # the CPU provider computes in no such type
-        found += [verdict_of(manifest, host, device, backend="onnxruntime", products=products, **asked)
-                  for products in PRODUCTS]
-    for backend in BACKENDS[1:]:
-        if not manifest.only_on_cpus and not (backend == "onnxruntime-cuda" and expert_budget):
-            found.append(verdict_of(manifest, host, device, backend=backend, **asked))
+    left_out = cannot_run(manifest, expert_budget)
+    products = PRODUCTS if "onnxruntime" not in left_out else ()
+    found = [verdict_of(manifest, host, device, backend="onnxruntime", products=one, **asked) for one in products]
+    return found + [verdict_of(manifest, host, device, backend=backend, **asked) for backend in BACKENDS[1:]
+                    if backend not in left_out]
+
+
+def cannot_run(manifest: Manifest, expert_budget: str | None) -> dict[str, str]:
+    """Backends without a prediction, and why."""
+    found = {"onnxruntime-cuda": "keeps no expert budget"} if expert_budget else {}
+    if manifest.only_on_cpus:
+        found |= dict.fromkeys(BACKENDS[1:], f"cannot run {manifest.precision_in_words}, which CPUs alone read")
+    if manifest.precision == "bf16":
+        found["onnxruntime"] = "computes nothing in bfloat16"
     return found
 
 
-def show(found: list[Verdict]) -> None:
-    """A table with a column for every backend, and the verdicts as sentences."""
+def show(found: list[Verdict], left_out: dict[str, str]) -> None:
+    """A table with a column for every backend, and the verdicts as sentences; `left_out`: of `cannot_run`."""
     first = found[0].prediction
     table = Table("part", "place", *(_called(verdict) for verdict in found),
                   title=f"Bytes of {count(first.max_batch, 'answer')} at once, {first.max_context:,} tokens each, in "
@@ -85,6 +92,8 @@ def show(found: list[Verdict]) -> None:
     for verdict in found:
         mark = " (never compared with a GPU)" if verdict.prediction.device_bytes else ""
         say(f"{_called(verdict)} {verdict.sentence}{mark}.")
+    for backend, why in left_out.items():
+        say(f"{backend} {why}.")
 
 
 def _called(verdict: Verdict) -> str:

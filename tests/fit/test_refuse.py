@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from dmoe_export.cli import main
+from dmoe_export.cli.inspect_fit import cannot_run
 from dmoe_export.errors import RequestError
 from dmoe_export.fit import refuse
 from dmoe_export.fit.largest import MEBIBYTE, budget_that_fits, most, verdict_of
@@ -140,6 +142,17 @@ def test_inspect_fit_in_words(sample_bundle):
     done = _run("inspect", sample_bundle.folder, "--fit", "--memory", "200M", "--max-batch", "64", "--verify", "sizes")
     assert "onnxruntime, exact does not fit: needs" in done.stdout and "tensorrt does not fit" in done.stdout
     assert done.stdout.count("(never compared with a GPU)") == 2
+
+
+@pytest.mark.parametrize(("precision", "only_on_cpus", "budget", "left_out"), [
+    ("fp32", False, None, set()), ("fp32", True, None, {"onnxruntime-cuda", "tensorrt"}),
+    ("fp16", False, "50%", {"onnxruntime-cuda"}), ("bf16", False, "1G", {"onnxruntime", "onnxruntime-cuda"}),
+    ("fp32", True, "1G", {"onnxruntime-cuda", "tensorrt"})])
+def test_a_backend_without_a_prediction_says_why(precision, only_on_cpus, budget, left_out):
+    words = {"fp32": "fp32, weights bf16"}.get(precision, precision)
+    manifest = SimpleNamespace(precision=precision, only_on_cpus=only_on_cpus, precision_in_words=words)
+    told = cannot_run(manifest, budget)
+    assert told.keys() == left_out and all(told.values())
 
 
 def test_what_fit_predicts_with_is_not_taken_without_it(sample_bundle):
