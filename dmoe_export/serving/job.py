@@ -87,14 +87,20 @@ class Job:
 
     async def items(self, every: float | None = None) -> AsyncIterator[Any]:
         """What was put, in order, to its end; raises what it ended with. None each `every` seconds without anything."""
-        while True:
-            try:
-                item = await asyncio.wait_for(self._queue.get(), every)
-            except asyncio.TimeoutError:
-                yield None
-                continue
-            if item is None:
-                return
-            if isinstance(item, Exception):
-                raise item
+        async for item in until_end(self._queue, every):
             yield state(item, self.pieces) if isinstance(item, StepSeen) and self.pieces else item
+
+
+async def until_end(queue: asyncio.Queue[Any], every: float | None) -> AsyncIterator[Any]:
+    """Items of a queue up to None; raises an item that is an Exception. None each `every` seconds without anything."""
+    while True:
+        try:
+            item = await asyncio.wait_for(queue.get(), every)
+        except asyncio.TimeoutError:
+            yield None
+            continue
+        if item is None:
+            return
+        if isinstance(item, Exception):
+            raise item
+        yield item

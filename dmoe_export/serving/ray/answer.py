@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..asked import Ask, Course, Ending, Piece
 from ..errors import FAILED, ApiError, where
+from ..job import until_end
 from .replay import DiffersError, Replay
 from .wire import MOST_REPEATS, FullError, LostError, NobodyError, Stream, attempt_key
 
@@ -46,16 +47,7 @@ class RemoteAnswer:
     async def items(self, every: float | None = None) -> AsyncIterator[Any]:
         """As `Answer.items`."""
         try:
-            while True:
-                try:
-                    item = await asyncio.wait_for(self._queue.get(), every)
-                except asyncio.TimeoutError:
-                    yield None
-                    continue
-                if item is None:
-                    return
-                if isinstance(item, Exception):
-                    raise item
+            async for item in until_end(self._queue, every):
                 yield item
         finally:
             self._task.cancel()  # of an ended one nothing
