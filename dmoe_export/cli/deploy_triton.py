@@ -14,6 +14,7 @@ from ..bundle.reader import open_bundle
 from ..deploy.triton import Kind, check_model_name, model_config, write_model
 from ..errors import RequestError
 from ..runtime.residency.budget import plan_budget
+from ..serving.names import name_of
 from .deploy import words_of
 from .help import SETTINGS, Verb, option
 from .opening import MEMORY, opening_of, opening_options
@@ -69,7 +70,7 @@ def triton(context: click.Context, bundle: Path, out: Path, force: bool, as_json
     folder = resolve_bundle(bundle)
     opened = open_bundle(folder, "sizes")
     plan_budget(opened.manifest, opening["expert_budget"], opening["experts_per_layer"])
-    called = name or (bundle if bundle.name.strip(".") else bundle.resolve()).name.removesuffix(".bundle")
+    called = name or name_of(bundle)
     check_model_name(called)
     if opening["trusted_key"] is not None:
         opening["trusted_key"] = opening["trusted_key"].resolve()
