@@ -25,7 +25,7 @@ _OUTPUTS = (
     "key",  # [B, Hkv, T, D], normed and rotated, as it is to be cached
     "value",
 )
-_ATTRIBUTES = ("block_length", "eps")
+_ATTRIBUTES = ("block_length", "eps", "head_norm")  # head_norm: 1 with norms of heads, else 0
 
 SCHEMA = OpSchema("DmoeSelfAttention", 1, _INPUTS, _OUTPUTS, _ATTRIBUTES)  # of a model without norms of heads
 NORMED_SCHEMA = OpSchema("DmoeSelfAttention", 1, (*_INPUTS, "q_norm", "k_norm"), _OUTPUTS, _ATTRIBUTES)  # [D] each
