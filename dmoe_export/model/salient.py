@@ -143,7 +143,7 @@ class SalientDenoiser(nn.Module):
         x = self.embed(input_ids.flatten())  # [N, H], N = B·T
         for index, layer in enumerate(self.layers):
             before = None if old is None else (old.keys[index], old.values[index], old.contexts[index])
-            key, value, context = layer.attention(layer.attention_norm(x), rows, angles, bias,
+            key, value, context = layer.attention(layer.attention_norm(x)[1], rows, angles, bias,
                                                   (past.keys[index], past.values[index]), before)
             x = x + layer.attention.out(context.flatten(0, 1))
             salient = valid
@@ -151,7 +151,7 @@ class SalientDenoiser(nn.Module):
                 cosine = F.cosine_similarity(context.float(), before[2].float(), dim=-1)  # [B, T]
                 salient = (cosine < threshold) & valid
                 rows = SomeRows.lowest(salient, cosine, self.capacity, least)
-            h = layer.ffn_norm(rows.take(x))
+            _, h = layer.ffn_norm(rows.take(x))
             if isinstance(layer.ffn, MoE):
                 mixed, ids, _ = layer.ffn(h, rows.take_positions(position_ids), settings)
                 out.expert_ids.append(rows.put_ids(ids, tokens))
