@@ -73,6 +73,14 @@ inline unsigned atomicOr(unsigned *address, unsigned bits) {
     return old;
 }
 
+inline unsigned atomicAdd(unsigned *address, unsigned value) {
+    const unsigned old = *address;
+    *address = old + value;
+    return old;
+}
+// Thread blocks run one after another: what one has written the next ones see.
+inline void __threadfence() {}
+
 inline void __syncthreads(int line = __builtin_LINE()) { dmoe::emulation::block_barrier("__syncthreads", line, false); }
 inline int __syncthreads_or(int vote, int line = __builtin_LINE()) {
     return dmoe::emulation::block_barrier("__syncthreads_or", line, vote != 0).any;
