@@ -38,9 +38,9 @@ DMOE_DEVICE bool arrives_last(unsigned *counter, unsigned expected) {
     __syncthreads();  // the block's writes happen before the first thread's fence, which hands on what it has seen
     bool last = false;
     if (threadIdx.x == 0) {
-        __threadfence();
+        fence_device();
         last = atomicAdd(counter, 1u) + 1 == expected;
-        __threadfence();
+        fence_device();
     }
     return __syncthreads_or(last) != 0;
 }
