@@ -73,6 +73,11 @@ inline unsigned atomicOr(unsigned *address, unsigned bits) {
     return old;
 }
 
+inline unsigned atomicAdd(unsigned *address, unsigned value) {
+    const unsigned old = *address;
+    *address = old + value;
+    return old;
+}
 inline void __syncthreads(int line = __builtin_LINE()) { dmoe::emulation::block_barrier("__syncthreads", line, false); }
 inline int __syncthreads_or(int vote, int line = __builtin_LINE()) {
     return dmoe::emulation::block_barrier("__syncthreads_or", line, vote != 0).any;
@@ -138,6 +143,8 @@ DMOE_DEVICE uint32_t warp_max(uint32_t value, int line = __builtin_LINE()) {
     return value;
 }
 DMOE_DEVICE uint32_t warp_min(uint32_t value, int line = __builtin_LINE()) { return ~warp_max(~value, line); }
+
+DMOE_DEVICE void fence_device() {}  // blocks run one after another: what one has written the next ones see
 
 DMOE_DEVICE uint4 load_once(const uint4 *from, bool wanted) { return wanted ? *from : uint4{0, 0, 0, 0}; }
 DMOE_DEVICE uint4 load_shared_by_many(const uint4 *from) { return *from; }

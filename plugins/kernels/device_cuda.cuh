@@ -24,6 +24,10 @@ DMOE_DEVICE uint32_t warp_max(uint32_t value) {
 
 DMOE_DEVICE uint32_t warp_min(uint32_t value) { return ~warp_max(~value); }
 
+// Orders what the thread has done and seen before what follows, for the whole device. Lighter than __threadfence(), which
+// is sequentially consistent; handing data on through an atomic counter needs no more.
+DMOE_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // 16 bytes that are read once: past L1, with the whole 128-byte line fetched into L2. Zero when not wanted.
 // volatile and not .nc: otherwise the compiler for 10.0 and 12.0 keeps a row's first words on the stack between passes.
 DMOE_DEVICE uint4 load_once(const uint4 *from, bool wanted) {
