@@ -74,7 +74,9 @@ DMOE_DEVICE void route_block(const RouteArguments &a, RouteShared<PER_LANE, MAX_
 
 template <int PER_LANE, int MAX_WARPS>
 __global__ void __launch_bounds__(MAX_WARPS *kWarp) block_route_kernel(RouteArguments a) {
-    DMOE_SHARED_STRUCT(RouteShared<PER_LANE, MAX_WARPS>, s);
+    using Shared = RouteShared<PER_LANE, MAX_WARPS>;
+    DMOE_SHARED(Shared, shared, 1);
+    Shared &s = *shared;
     const int lane = lane_id(), warp = warp_id(), warps = static_cast<int>(blockDim.x) / kWarp;
     const int first = static_cast<int>(blockIdx.x) * a.share;
     const int64_t row_start = static_cast<int64_t>(blockIdx.y) * a.tokens;
