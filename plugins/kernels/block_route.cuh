@@ -23,53 +23,34 @@ struct RouteShared {
     int list[MAX_WARPS * kWarp], warp_totals[MAX_WARPS];
 };
 
-// One routing block, for the tokens `mine` (bit i: token first + i of the row); all threads.
+// The coreset of a routing block from all its tokens in the row; all threads. `early_position`: of token threadIdx.x.
 template <int PER_LANE, int MAX_WARPS>
-DMOE_DEVICE void route_block(const RouteArguments &a, RouteShared<PER_LANE, MAX_WARPS> &s, int64_t block_start, int first,
-                             unsigned mine, int64_t early_position) {
+DMOE_DEVICE void coreset_of_block(const RouteArguments &a, RouteShared<PER_LANE, MAX_WARPS> &s, int64_t row_start,
+                                  int64_t block_start, int64_t early_position, float top_p, int least) {
     constexpr int kRow = PER_LANE * kWarp;
     const int warps = static_cast<int>(blockDim.x) / kWarp, warp = warp_id(), block_length = a.attributes.block_length;
-    const int64_t row_start = static_cast<int64_t>(blockIdx.y) * a.tokens;
     const bool sum = a.attributes.mode == DMOE_MODE_TOP_P;
-    float *const rows = reinterpret_cast<float *>(s.rows), *const row = rows + warp * kRow;
-    int token = -1, rounds = 0;  // the token of this warp; how many times the warps took one each
-    float r[PER_LANE];
-    Scores scores;
-
-    // Each warp writes its token's row; then threads add up (or take the largest of) the columns, in token order.
+    float *const rows = reinterpret_cast<float *>(s.rows);
+    __syncthreads();  // the routing block before used the same shared memory
     for (int e = threadIdx.x; e < a.experts; e += blockDim.x) s.votes[e] = sum ? 0.0f : -INFINITY;
     for (int start = 0; start < a.tokens; start += blockDim.x) {
         const int at = start + static_cast<int>(threadIdx.x);
         const int64_t position =
             start == 0 ? early_position : at < a.tokens ? a.position_ids[row_start + at] : int64_t{-1};
         const int found = gather_tokens(position, start, block_start, block_length, s.list, s.warp_totals);
-        for (int base = 0; base < found; base += warps, ++rounds) {
+        for (int base = 0; base < found; base += warps) {  // usually once
             const int active = min(warps, found - base);
             if (warp < active) {
-                token = s.list[base + warp];
-                scores = load_token(a, row_start + token, r);
-                write_votes(a, r, sum, row);
+                float r[PER_LANE];
+                load_token(a, row_start + s.list[base + warp], r);
+                write_votes(a, r, sum, rows + warp * kRow);
             }
             __syncthreads();
             add_votes(rows, kRow, active, a.experts, sum, s.votes);
             __syncthreads();
         }
     }
-    find_coreset(a, s.votes, sum, s.scratch, s.coreset);
-    const uint32_t members = members_of_lane(a, s.coreset);
-    if (rounds == 1) {  // as nearly always: each warp still holds its token's scores
-        const int at = token - first;
-        if (token >= 0 && at >= 0 && at < a.share && (mine >> at & 1u)) {
-            select_and_write(a, row_start + token, r, scores, members, row);
-        }
-    } else {
-        for (int i = warp; i < a.share; i += warps) {
-            if (!(mine >> i & 1u)) continue;
-            scores = load_token(a, row_start + first + i, r);
-            select_and_write(a, row_start + first + i, r, scores, members, row);
-        }
-    }
-    __syncthreads();  // the next routing block uses the same shared memory
+    find_coreset(a, s.votes, sum, top_p, least, s.scratch, s.coreset);
 }
 
 template <int PER_LANE, int MAX_WARPS>
@@ -78,34 +59,39 @@ __global__ void __launch_bounds__(MAX_WARPS *kWarp) block_route_kernel(RouteArgu
     DMOE_SHARED(Shared, shared, 1);
     Shared &s = *shared;
     const int lane = lane_id(), warp = warp_id(), warps = static_cast<int>(blockDim.x) / kWarp;
-    const int first = static_cast<int>(blockIdx.x) * a.share;
+    const int first = static_cast<int>(blockIdx.x) * a.share, block_length = a.attributes.block_length;
     const int64_t row_start = static_cast<int64_t>(blockIdx.y) * a.tokens;
     const int64_t *positions = a.position_ids + row_start;
-    // Both at once: what they wait for is the same.
+    // All at once: one wait.
     const int64_t own = lane < a.share && first + lane < a.tokens ? positions[first + lane] : int64_t{-1};
     const int64_t early = static_cast<int>(threadIdx.x) < a.tokens ? positions[threadIdx.x] : int64_t{-1};
+    float top_p = 0.0f;
+    int64_t least = 0;
+    if (a.attributes.mode == DMOE_MODE_TOP_P) top_p = *a.top_p, least = *a.min_experts;
+    if (a.attributes.mode == DMOE_MODE_TOP_C) least = *a.coreset_size;
+    least = min(least, int64_t{PER_LANE * kWarp});
 
-    unsigned left = __ballot_sync(kWholeWarp, own >= 0);
-    for (int i = warp; i < a.share; i += warps) {
-        if (!(left >> i & 1u) && first + i < a.tokens) write_padding(a, row_start + first + i);
+    unsigned left = __ballot_sync(kWholeWarp, own >= 0);  // bit i: token first + i
+    for (int i = warp; i < a.share && first + i < a.tokens; i += warps) {
+        if (!(left >> i & 1u)) write_padding(a, row_start + first + i);
     }
-    if (a.attributes.mode == DMOE_MODE_TOKEN) {
-        uint32_t members = 0;
-        for (int i = 0; i < a.per_lane; ++i) members |= static_cast<uint32_t>(lane * a.per_lane + i < a.experts) << i;
-        float *const row = reinterpret_cast<float *>(s.rows) + warp * PER_LANE * kWarp;
-        for (int i = warp; i < a.share; i += warps) {
-            if (!(left >> i & 1u)) continue;
-            float r[PER_LANE];
-            const Scores scores = load_token(a, row_start + first + i, r);
-            select_and_write(a, row_start + first + i, r, scores, members, row);
+    while (left) {  // once, unless the share reaches into another routing block
+        unsigned mine = left;
+        const bool few = a.attributes.mode != DMOE_MODE_TOKEN;
+        uint32_t members = lane * a.per_lane < a.experts ? ~0u : 0u;
+        if (few) {
+            const int64_t position = __shfl_sync(kWholeWarp, own, __ffs(static_cast<int>(left)) - 1);
+            const int64_t block_start = start_of_block(position, block_length);
+            mine = __ballot_sync(kWholeWarp, in_block(own, block_start, block_length));
+            coreset_of_block(a, s, row_start, block_start, early, top_p, static_cast<int>(max(least, int64_t{0})));
+            members = members_of_lane(a, s.coreset);
         }
-        return;
-    }
-    while (left) {
-        const int64_t position = __shfl_sync(kWholeWarp, own, __ffs(static_cast<int>(left)) - 1);
-        const int64_t block_start = start_of_block(position, a.attributes.block_length);
-        const unsigned mine = __ballot_sync(kWholeWarp, in_block(own, block_start, a.attributes.block_length));
-        route_block(a, s, block_start, first, mine, early);
+        for (int i = warp; i < a.share; i += warps) {
+            if (!(mine >> i & 1u)) continue;
+            float r[PER_LANE], *const scratch = reinterpret_cast<float *>(s.rows) + warp * Shared::kRow;
+            const Scores scores = load_token(a, row_start + first + i, r);
+            select_and_write(a, row_start + first + i, r, scores, members, few, scratch);
+        }
         left &= ~mine;
     }
 }

@@ -34,85 +34,77 @@ DMOE_DEVICE Place pop_best(uint32_t (&keys)[PER_LANE], int per_lane, int wanted)
     return mine;
 }
 
-// The sum of `value` (0 … PER_LANE) over the lanes before, and over all.
-template <int PER_LANE>
-DMOE_DEVICE int lanes_before(int value, int &total) {
-    int before = 0;
-    total = 0;
-    DMOE_UNROLL
-    for (int bit = 0; 1 << bit <= PER_LANE; ++bit) {
-        const unsigned ballot = __ballot_sync(kWholeWarp, value >> bit & 1);
-        before += __popc(ballot & ((1u << lane_id()) - 1)) << bit;
-        total += __popc(ballot) << bit;
-    }
-    return before;
-}
-
-template <int PER_LANE>
-DMOE_DEVICE int count_from(const uint32_t (&keys)[PER_LANE], uint32_t least) {
-    int count = 0;
-    DMOE_UNROLL
-    for (int i = 0; i < PER_LANE; ++i) count += keys[i] >= least;
-    return count;
-}
-
-// The `wanted`-th largest of the lanes' largest keys, of which none of the best `wanted` is smaller; 1 if not so many
-// lanes have keys.
+// A lower bound of the `wanted`-th largest key: that of the lanes' largest keys; 1 if not so many lanes have keys.
 template <int PER_LANE>
 DMOE_DEVICE uint32_t least_of_best(const uint32_t (&keys)[PER_LANE], int wanted) {
     uint32_t head = keys[0], best = 1;
     DMOE_UNROLL
     for (int i = 1; i < PER_LANE; ++i) head = max(head, keys[i]);
-    for (int seen = 0; seen < wanted && best != 0;) {
+    for (int place = 0; place < wanted; ++place) {
         best = warp_max(head);
-        seen += __popc(__ballot_sync(kWholeWarp, head == best));
-        if (head == best) head = 0;
+        head = head == best ? 0u : head;
     }
     return max(best, 1u);
+}
+
+// Keys from `least` on and their experts side by side in `found` and 32 words behind it, as long as there is room for the
+// first 32; how many there are.
+template <int PER_LANE>
+DMOE_DEVICE int collect(const uint32_t (&keys)[PER_LANE], int per_lane, uint32_t least, uint32_t *found) {
+    const unsigned lanes_below = (1u << lane_id()) - 1;
+    int total = 0;
+    DMOE_UNROLL
+    for (int i = 0; i < PER_LANE; ++i) {
+        const unsigned ballot = __ballot_sync(kWholeWarp, keys[i] >= least);
+        const int at = total + __popc(ballot & lanes_below);
+        if (keys[i] >= least && at < kWarp) {
+            found[at] = keys[i];
+            found[kWarp + at] = static_cast<uint32_t>(lane_id() * per_lane + i);
+        }
+        total += __popc(ballot);
+    }
+    return total;
 }
 
 constexpr int kBestScratch = 3 * kWarp;  // words
 
 // The best `wanted` (at most 32), larger first, then the lower expert: lane j gets place j. `scratch`: kBestScratch words of
-// the warp's own, 16-byte aligned. The keys that may be among the best are put side by side; each lane takes one and
-// counts those that are better, so nothing is found one after another.
+// the warp's own, 16-byte aligned. `few`: no more than 32 keys are expected. The keys that may be among the best are put
+// side by side; each lane takes one and counts those that are not smaller, so nothing is found one after another.
 template <int PER_LANE>
-DMOE_DEVICE Place best_experts(uint32_t (&keys)[PER_LANE], int per_lane, int wanted, uint32_t *scratch) {
+DMOE_DEVICE Place best_experts(uint32_t (&keys)[PER_LANE], int per_lane, int wanted, bool few, uint32_t *scratch) {
     const int lane = lane_id();
-    uint32_t least = 1;
-    int total;
-    int at = lanes_before<PER_LANE>(count_from(keys, least), total);
+    uint32_t *const found = scratch, *const expert_of = scratch + kWarp, *const places = scratch + 2 * kWarp;
+    int total = few ? collect(keys, per_lane, 1u, found) : kWarp + 1;
     if (total > kWarp) {
-        least = least_of_best(keys, wanted);
-        at = lanes_before<PER_LANE>(count_from(keys, least), total);
+        __syncwarp();
+        total = collect(keys, per_lane, least_of_best(keys, wanted), found);
         if (total > kWarp) return pop_best(keys, per_lane, wanted);
     }
-    uint32_t *const found = scratch, *const expert_of = scratch + kWarp, *const places = scratch + 2 * kWarp;
-    DMOE_UNROLL
-    for (int i = 0; i < PER_LANE; ++i) {
-        if (keys[i] < least) continue;
-        found[at] = keys[i];
-        expert_of[at++] = static_cast<uint32_t>(lane * per_lane + i);
-    }
     if (lane >= total) found[lane] = 0;
-    places[lane] = kWarp;
+    places[lane] = kWarp;  // nobody's
     __syncwarp();
     const uint32_t mine = found[lane];
-    int better = 0;
+    int not_smaller = 0;
     for (int j = 0; j < total; j += 4) {
         const uint4 four = *reinterpret_cast<const uint4 *>(found + j);
-        better += four.x > mine || (four.x == mine && j < lane);
-        better += four.y > mine || (four.y == mine && j + 1 < lane);
-        better += four.z > mine || (four.z == mine && j + 2 < lane);
-        better += four.w > mine || (four.w == mine && j + 3 < lane);
+        not_smaller += (four.x >= mine) + (four.y >= mine) + (four.z >= mine) + (four.w >= mine);
     }
-    if (lane < total) places[better] = static_cast<uint32_t>(lane);
+    if (lane < total) places[not_smaller - 1] = static_cast<uint32_t>(lane);
     __syncwarp();
-    const uint32_t chosen = places[lane];
-    Place place{-1, 0u};
-    if (chosen < static_cast<uint32_t>(kWarp) && lane < wanted) {
-        place = Place{static_cast<int>(expert_of[chosen]), found[chosen]};
+    uint32_t chosen = places[lane];
+    if (__ballot_sync(kWholeWarp, lane < total && chosen == kWarp)) {  // equal keys want the same place
+        int better = 0;
+        for (int j = 0; j < total; ++j) {
+            better += found[j] > mine || (found[j] == mine && expert_of[j] < expert_of[lane]);
+        }
+        __syncwarp();
+        if (lane < total) places[better] = static_cast<uint32_t>(lane);
+        __syncwarp();
+        chosen = places[lane];
     }
+    Place place{-1, 0u};
+    if (lane < min(wanted, total)) place = Place{static_cast<int>(expert_of[chosen]), found[chosen]};
     __syncwarp();
     return place;
 }

@@ -53,12 +53,11 @@ DMOE_DEVICE void write_votes(const RouteArguments &a, const float (&r)[PER_LANE]
         }
         return;
     }
-    uint32_t keys[PER_LANE];
+    uint32_t keys[PER_LANE];  // also −∞ past the last expert, which comes behind all experts
     DMOE_UNROLL
-    for (int i = 0; i < PER_LANE; ++i) {
-        keys[i] = i < a.per_lane && first + i < a.experts ? ordered_bits(r[i]) : 0u;
-    }
-    const Place place = best_experts(keys, a.per_lane, a.attributes.experts_per_token, reinterpret_cast<uint32_t *>(row));
+    for (int i = 0; i < PER_LANE; ++i) keys[i] = ordered_bits_of_score(r[i]);
+    const Place place = best_experts(keys, a.per_lane, a.attributes.experts_per_token, false,
+                                     reinterpret_cast<uint32_t *>(row));
     DMOE_UNROLL
     for (int i = 0; i < PER_LANE; i += 4) reinterpret_cast<float4 *>(row)[i / 4 * kWarp + lane] = float4{0, 0, 0, 0};
     __syncwarp();
@@ -69,9 +68,10 @@ DMOE_DEVICE void write_votes(const RouteArguments &a, const float (&r)[PER_LANE]
 DMOE_DEVICE void add_votes(const float *rows, int stride, int active, int experts, bool sum, float *votes) {
     for (int e = threadIdx.x; e < experts; e += blockDim.x) {
         float total = votes[e];
-        for (int w = 0; w < active; ++w) {
+        for (int w = 0; sum && w < active; ++w) total += rows[w * stride + e];
+        for (int w = 0; !sum && w < active; ++w) {
             const float value = rows[w * stride + e];
-            total = sum ? total + value : value > total || value != value ? value : total;
+            total = value > total || value != value ? value : total;
         }
         votes[e] = total;
     }
@@ -101,11 +101,17 @@ DMOE_DEVICE int count_top_p(const uint32_t *keys, int count, float top_p) {
 
 constexpr uint32_t kNoVote = 0x80000000u;  // ordered_bits(0)
 
-// How many bits are set before bit `at` of a set of words.
-DMOE_DEVICE int bits_before(const uint32_t *words, int at) {
-    int count = 0;
-    for (int w = 0; w < at / kWarp; ++w) count += __popc(words[w]);
-    return count + (at % kWarp ? __popc(words[at / kWarp] << (kWarp - at % kWarp)) : 0);
+// How many bits are set in the words before word `at`, and in all.
+template <int WORDS>
+DMOE_DEVICE int bits_before(const uint32_t *words, int at, int &total) {
+    int before = 0;
+    total = 0;
+    DMOE_UNROLL
+    for (int w = 0; w < WORDS; ++w) {
+        if (w == at) before = total;
+        total += __popc(words[w]);
+    }
+    return before;
 }
 
 // Shared memory of find_coreset for up to EXPERTS experts.
@@ -122,6 +128,9 @@ struct CoresetScratch {
 template <int EXPERTS>
 DMOE_DEVICE void key_votes(const float *votes, int experts, bool sum, CoresetScratch<EXPERTS> &s) {
     const int warps = static_cast<int>(blockDim.x) / kWarp, words = (experts + kWarp - 1) / kWarp;
+    for (int w = words + static_cast<int>(threadIdx.x); w < EXPERTS / kWarp; w += blockDim.x) {
+        s.ranked[w] = s.positive[w] = 0;
+    }
     if (warp_id() >= words) return;
     float total = 0.0f;  // every warp for itself: the same number, and no barrier
     for (int e = lane_id(); sum && e < experts; e += kWarp) total += votes[e];
@@ -142,20 +151,25 @@ DMOE_DEVICE void key_votes(const float *votes, int experts, bool sum, CoresetScr
 
 // The block's coreset (bit l of word w: expert l + 32 w) from its votes; all threads, which see it when this returns.
 // A word past the last one is there, and 0. Nothing is sorted: each expert with a vote counts the better ones.
+// top_p mode keeps what the threshold keeps, but at least `least` experts; the other one keeps `least`.
 template <int EXPERTS>
-DMOE_DEVICE void find_coreset(const RouteArguments &a, const float *votes, bool sum, CoresetScratch<EXPERTS> &s,
-                              uint32_t *coreset) {
+DMOE_DEVICE void find_coreset(const RouteArguments &a, const float *votes, bool sum, float top_p, int least,
+                              CoresetScratch<EXPERTS> &s, uint32_t *coreset) {
+    constexpr int kWords = EXPERTS / kWarp;
     const int warps = static_cast<int>(blockDim.x) / kWarp, warp = warp_id(), lane = lane_id();
     const int words = (a.experts + kWarp - 1) / kWarp;
     key_votes(votes, a.experts, sum, s);
     __syncthreads();
+    int count, positives;
+    bits_before<kWords>(s.positive, 0, positives);
+    bits_before<kWords>(s.ranked, 0, count);
     for (int w = warp; w < words; w += warps) {
-        const int e = w * kWarp + lane, place = bits_before(s.ranked, e);
+        const int e = w * kWarp + lane, place = bits_before<kWords>(s.ranked, w, count) +
+                                                __popc(s.ranked[w] & ((1u << lane) - 1));
         s.place_of[e] = static_cast<uint32_t>(place);
         if (s.ranked[w] >> lane & 1u) s.key_at[place] = s.key_of[e];
     }
-    for (int w = words + static_cast<int>(threadIdx.x); w <= EXPERTS / kWarp; w += blockDim.x) coreset[w] = 0;
-    const int count = bits_before(s.ranked, words * kWarp), positives = bits_before(s.positive, words * kWarp);
+    for (int w = words + static_cast<int>(threadIdx.x); w <= kWords; w += blockDim.x) coreset[w] = 0;
     __syncthreads();
     for (int place = warp; place < count; place += warps) {
         const uint32_t mine = s.key_at[place];
@@ -172,8 +186,7 @@ DMOE_DEVICE void find_coreset(const RouteArguments &a, const float *votes, bool 
     }
     __syncthreads();
     if (warp < words) {
-        int64_t limit = sum ? count_top_p(s.ordered, positives, *a.top_p) : *a.coreset_size;
-        if (sum) limit = max(limit, static_cast<int64_t>(*a.min_experts));
+        const int limit = sum ? max(count_top_p(s.ordered, positives, top_p), least) : least;
         for (int w = warp; w < words; w += warps) {
             const int e = w * kWarp + lane;
             int rank = positives + e - static_cast<int>(s.place_of[e]);  // without a vote

@@ -22,11 +22,16 @@ struct RouteArguments {
     bool scored;   // router_logits are scores already
 };
 
-// Unsigned order of the result = order of the float; −0 = +0; NaN first; 0 is below every value.
+// Unsigned order of the result = order of the float, which is not −0; 0 is below every value. NaN: above all if positive,
+// as a GPU makes them, else below all.
+DMOE_DEVICE uint32_t ordered_bits_of_score(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+}
+
+// The same for any float: −0 = +0, NaN first.
 DMOE_DEVICE uint32_t ordered_bits(float value) {
-    if (value != value) return 0xffffffffu;
-    const uint32_t bits = value == 0.0f ? 0u : __float_as_uint(value);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return value != value ? 0xffffffffu : ordered_bits_of_score(value + 0.0f);
 }
 
 DMOE_DEVICE float from_ordered_bits(uint32_t bits) {
@@ -68,19 +73,27 @@ DMOE_DEVICE Scores load_token(const RouteArguments &a, int64_t token, float (&r)
     load_row(a, a.router_logits + token * a.experts, -INFINITY, r);
     load_row(a, a.expert_bias, 0.0f, bias);
     Scores scores{a.attributes.softmax != 0, a.scored, 0.0f, 1.0f};
+    // A loop for each kind: a branch inside an unrolled one would make its elements wait for each other.
     if (scores.softmax) {
         float peak = r[0], total = 0.0f;
         DMOE_UNROLL
         for (int i = 1; i < PER_LANE; ++i) peak = fmaxf(peak, r[i]);
         scores.peak = warp_max(peak);
         DMOE_UNROLL
-        for (int i = 0; i < PER_LANE; ++i) total += expf(r[i] - scores.peak);
+        for (int i = 0; i < PER_LANE; ++i) total += r[i] = expf(r[i] - scores.peak);
         scores.total = warp_sum(total);
+        DMOE_UNROLL
+        for (int i = 0; i < PER_LANE; ++i) r[i] = r[i] / scores.total;
+    } else if (!scores.scored) {
+        DMOE_UNROLL
+        for (int i = 0; i < PER_LANE; ++i) r[i] = sigmoid(r[i]);
     }
-    const int first = lane_id() * a.per_lane;
     DMOE_UNROLL
-    for (int i = 0; i < PER_LANE; ++i) {
-        r[i] = i < a.per_lane && first + i < a.experts ? scores.of(r[i]) + bias[i] : -INFINITY;
+    for (int i = 0; i < PER_LANE; ++i) r[i] = r[i] + bias[i];  // not −0, as no score is
+    if (a.experts != PER_LANE * kWarp) {
+        const int count = min(a.per_lane, a.experts - lane_id() * a.per_lane);
+        DMOE_UNROLL
+        for (int i = 0; i < PER_LANE; ++i) r[i] = i < count ? r[i] : -INFINITY;
     }
     return scores;
 }

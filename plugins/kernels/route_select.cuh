@@ -102,7 +102,8 @@ DMOE_DEVICE uint32_t kept_groups(const RouteArguments &a, const float (&r)[PER_L
 
 // A token's experts, place by place: the best of the kept groups, then the best of the rest of the coreset.
 template <int PER_LANE>
-DMOE_DEVICE int select_experts(const RouteArguments &a, const float (&r)[PER_LANE], uint32_t members, float *scratch) {
+DMOE_DEVICE int select_experts(const RouteArguments &a, const float (&r)[PER_LANE], uint32_t members, bool few,
+                               float *scratch) {
     const int k = a.attributes.experts_per_token;
     uint32_t usable = 0, keys[PER_LANE];
     DMOE_UNROLL
@@ -114,8 +115,8 @@ DMOE_DEVICE int select_experts(const RouteArguments &a, const float (&r)[PER_LAN
     for (int pass = 0; pass < 2 && taken < k; ++pass) {
         const uint32_t wanted = usable & (pass == 0 ? in_group : ~in_group);
         DMOE_UNROLL
-        for (int i = 0; i < PER_LANE; ++i) keys[i] = wanted >> i & 1u ? ordered_bits(r[i]) : 0u;
-        int found = best_experts(keys, a.per_lane, k - taken, reinterpret_cast<uint32_t *>(scratch)).expert;
+        for (int i = 0; i < PER_LANE; ++i) keys[i] = wanted >> i & 1u ? ordered_bits_of_score(r[i]) : 0u;
+        int found = best_experts(keys, a.per_lane, k - taken, few, reinterpret_cast<uint32_t *>(scratch)).expert;
         const unsigned filled = __ballot_sync(kWholeWarp, found >= 0);
         if (pass > 0) found = __shfl_up_sync(kWholeWarp, found, taken);
         if (lane_id() >= taken) expert = found;
@@ -124,12 +125,12 @@ DMOE_DEVICE int select_experts(const RouteArguments &a, const float (&r)[PER_LAN
     return expert;
 }
 
-// A token's outputs. members: bit i = the lane's expert i is in the coreset.
+// A token's outputs. members: bit i = the lane's expert i is in the coreset; `few`: at most 32 may be selected from.
 template <int PER_LANE>
 DMOE_DEVICE void select_and_write(const RouteArguments &a, int64_t token, const float (&r)[PER_LANE],
-                                  const Scores &scores, uint32_t members, float *scratch) {
+                                  const Scores &scores, uint32_t members, bool few, float *scratch) {
     const int lane = lane_id(), k = a.attributes.experts_per_token;
-    const int expert = select_experts(a, r, members, scratch);
+    const int expert = select_experts(a, r, members, few, scratch);
     float weight = expert < 0 ? 0.0f : scores.of(a.router_logits[token * a.experts + expert]);
     if (a.attributes.renormalise) weight = weight / (warp_sum(weight) + 1e-20f);
     if (lane < k) {
