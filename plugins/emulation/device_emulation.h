@@ -185,19 +185,7 @@ DMOE_DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
     emulation::mma(c, {a0, a1, a2, a3}, {b0, b1}, emulation::widen_bf16, "mma_bf16", line);
 }
 
-inline bool bf16_runs_here() { return true; }
-
-// Few blocks, so that every one of them goes round its loop.
-template <auto Kernel>
-int resident_blocks(int) {
-    return 3;
-}
-
-template <class Arguments>
-int launch(void (*kernel)(Arguments), dim3 grid, int threads, void *, Arguments arguments) {
-    return emulation::run(grid, static_cast<unsigned>(threads), [&] { kernel(arguments); });
-}
-
-inline const char *machine_error_string(int) { return "unknown error code"; }
-
 }  // namespace dmoe
+
+#include "device_emulation_copies.h"
+#include "device_emulation_launch.h"

@@ -1,5 +1,5 @@
-// Block routing, first part: a token's scores in the registers of a warp, and the best of them.
-// Lane l of a warp holds experts l, l + 32, l + 64, …: PER_LANE of them.
+// Block routing, first part: a token's scores in the registers of a warp.
+// Lane l of a warp holds experts l · per, l · per + 1, …, per = ⌈E / 32⌉ of them: a lower lane has lower experts.
 #pragma once
 
 #include "device.cuh"
@@ -17,6 +17,9 @@ struct RouteArguments {
     int32_t *expert_ids;
     float *expert_weights;
     uint8_t *coreset;
+    int per_lane;  // ⌈experts / 32⌉
+    int share;     // tokens that a thread block selects experts for; at most 32
+    bool scored;   // router_logits are scores already
 };
 
 // Unsigned order of the result = order of the float; −0 = +0; NaN first; 0 is below every value.
@@ -30,26 +33,41 @@ DMOE_DEVICE float from_ordered_bits(uint32_t bits) {
     return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
 }
 
-// Softmax: exp(logit − peak) / total; sigmoid: peak and total are not used.
+DMOE_DEVICE float sigmoid(float logit) { return 1.0f / (1.0f + expf(-logit)); }
+
+// Softmax: exp(logit − peak) / total; otherwise peak and total are not used.
 struct Scores {
-    bool softmax;
+    bool softmax, scored;
     float peak, total;
     DMOE_DEVICE float of(float logit) const {
-        return softmax ? expf(logit - peak) / total : 1.0f / (1.0f + expf(-logit));
+        return scored ? logit : softmax ? expf(logit - peak) / total : sigmoid(logit);
     }
 };
+
+// The lane's part of a row of `experts` floats, `beyond` past the end of the row.
+template <int PER_LANE>
+DMOE_DEVICE void load_row(const RouteArguments &a, const float *row, float beyond, float (&to)[PER_LANE]) {
+    const int first = lane_id() * a.per_lane;
+    if (a.per_lane == PER_LANE && a.experts % 4 == 0) {
+        DMOE_UNROLL
+        for (int i = 0; i < PER_LANE; i += 4) {
+            float4 four{beyond, beyond, beyond, beyond};
+            if (first + i < a.experts) four = *reinterpret_cast<const float4 *>(row + first + i);
+            to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+        }
+        return;
+    }
+    DMOE_UNROLL
+    for (int i = 0; i < PER_LANE; ++i) to[i] = i < a.per_lane && first + i < a.experts ? row[first + i] : beyond;
+}
 
 // Selection scores r of one token (score + bias), −inf beyond the last expert.
 template <int PER_LANE>
 DMOE_DEVICE Scores load_token(const RouteArguments &a, int64_t token, float (&r)[PER_LANE]) {
-    const float *logits = a.router_logits + token * a.experts;
-    const int lane = lane_id();
-    Scores scores{a.attributes.softmax != 0, 0.0f, 1.0f};
-    DMOE_UNROLL
-    for (int i = 0; i < PER_LANE; ++i) {
-        const int e = lane + i * kWarp;
-        r[i] = e < a.experts ? logits[e] : -INFINITY;
-    }
+    float bias[PER_LANE];
+    load_row(a, a.router_logits + token * a.experts, -INFINITY, r);
+    load_row(a, a.expert_bias, 0.0f, bias);
+    Scores scores{a.attributes.softmax != 0, a.scored, 0.0f, 1.0f};
     if (scores.softmax) {
         float peak = r[0], total = 0.0f;
         DMOE_UNROLL
@@ -59,35 +77,12 @@ DMOE_DEVICE Scores load_token(const RouteArguments &a, int64_t token, float (&r)
         for (int i = 0; i < PER_LANE; ++i) total += expf(r[i] - scores.peak);
         scores.total = warp_sum(total);
     }
+    const int first = lane_id() * a.per_lane;
     DMOE_UNROLL
     for (int i = 0; i < PER_LANE; ++i) {
-        const int e = lane + i * kWarp;
-        r[i] = e < a.experts ? scores.of(r[i]) + a.expert_bias[e] : -INFINITY;
+        r[i] = i < a.per_lane && first + i < a.experts ? scores.of(r[i]) + bias[i] : -INFINITY;
     }
     return scores;
-}
-
-// The warp's largest key (lower expert first among equals) is set to 0; returns its expert, −1 when all are 0.
-template <int PER_LANE>
-DMOE_DEVICE int pop_best(uint32_t (&keys)[PER_LANE]) {
-    const int lane = lane_id();
-    uint32_t mine = keys[0];
-    int at = 0;
-    DMOE_UNROLL
-    for (int i = 1; i < PER_LANE; ++i) {
-        if (keys[i] > mine) {
-            mine = keys[i];
-            at = i;
-        }
-    }
-    const uint32_t best = warp_max(mine);
-    if (best == 0) return -1;
-    const int expert = static_cast<int>(warp_min(mine == best ? static_cast<uint32_t>(lane + at * kWarp) : ~0u));
-    DMOE_UNROLL
-    for (int i = 0; i < PER_LANE; ++i) {
-        if (lane + i * kWarp == expert) keys[i] = 0;
-    }
-    return expert;
 }
 
 }  // namespace dmoe
