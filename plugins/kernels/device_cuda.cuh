@@ -7,6 +7,8 @@
 
 #define DMOE_DEVICE __device__ __forceinline__
 #define DMOE_UNROLL _Pragma("unroll")
+#define DMOE_PRAGMA(text) _Pragma(#text)
+#define DMOE_UNROLL_BY(count) DMOE_PRAGMA(unroll count)
 #define DMOE_SHARED(type, name, count) __shared__ type name[count]
 
 namespace dmoe {
@@ -69,6 +71,12 @@ DMOE_DEVICE uint16_t narrow_fp16(float value) {
     uint16_t half;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
     return half;
+}
+
+DMOE_DEVICE float widen_fp16(uint16_t half) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+    return value;
 }
 
 DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {

@@ -7,7 +7,8 @@ import pytest
 import torch
 from bundles import cpu_session, eager, full_forward
 
-from dmoe_export.model.layers import rotary_angles, rotate
+from dmoe_export.model.layers import rotary_angles
+from dmoe_export.ops.self_attention.eager import rotate
 from dmoe_export.runtime.backend import ForwardInputs
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 
@@ -59,7 +60,7 @@ def test_exported_forward(case):
         angles = rotary_angles(torch.from_numpy(case.positions), d.rope_theta, d.rotary_dim, torch.float32)
         for layer in range(d.num_layers):
             recorded = torch.from_numpy(case.data[f"layer{layer}.key"]).transpose(1, 2)
-            np.testing.assert_allclose(out[f"key.{layer}"], rotate(recorded, angles).transpose(1, 2), atol=2e-4)
+            np.testing.assert_allclose(out[f"key.{layer}"], rotate(recorded, *angles).transpose(1, 2), atol=2e-4)
             np.testing.assert_allclose(out[f"value.{layer}"], case.data[f"layer{layer}.value"], atol=2e-4)
 
 

@@ -52,6 +52,7 @@ def library() -> ctypes.CDLL:
     for name in ("dmoe_error_string", "dmoe_build_id", "dmoe_emulation_message"):
         getattr(lib, name).restype = ctypes.c_char_p
     lib.dmoe_experts_workspace_bytes.restype = ctypes.c_int64
+    lib.dmoe_self_attention_workspace_bytes.restype = ctypes.c_int64
     lib.dmoe_emulation_seed.argtypes = [ctypes.c_uint64]
     return lib
 

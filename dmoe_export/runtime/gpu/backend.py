@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...bundle.contract import KEPT
 from ...bundle.reader import Bundle
 from ...description import RUNTIME_SETTINGS
 from ..backend import ForwardInputs, ForwardOutputs, closed
@@ -44,6 +45,7 @@ class DeviceBackend:
         self.graphs = GraphCache(device, executor) if cuda_graphs else None
         d = self.description
         self._geometry = Geometry(2 * d.num_layers, d.num_kv_heads, d.head_dim, ITEMSIZES[executor.precision])
+        self._keeps_logits = manifest.denoiser.keeps_logits
         self._settings = {name: getattr(self.routing, name) for name in RUNTIME_SETTINGS[self.routing.mode]}
         self._lock = lock or threading.RLock()
         # Buffers that every step uses keep their addresses, so that recorded steps can be replayed.
@@ -97,16 +99,18 @@ class DeviceBackend:
         # A forward that wants no vocabulary row keeps M = 1; all others come in multiples of the block length.
         step = block if (inputs.logit_rows >= 0).any() else 1
         sizes = self._executor.fit(Sizes(rows, tokens, past.length, wanted), step)
-        staged, host = self._stage(inputs, past.table, sizes)
+        # Places of a row whose logits leave: all of them, where the graph is older than `logits_kept`.
+        kept = sizes.rows if inputs.want_logits or not self._keeps_logits else 1
+        staged, host = self._stage(inputs, past.table, sizes, kept)
         experts = (len(d.moe_layers), rows, sizes.tokens, d.moe.experts_per_token if d.moe else 0)
         results = Layout([("token_ids", (rows, sizes.rows), "int64"), ("confidence", (rows, sizes.rows), "fp32"),
                           *([("expert_ids", experts, "int32")] if d.moe else [])])
         new = self._new_slab(rows, sizes.tokens, inputs.want_keys_values)
         places = (self._buffer("staged", staged.size), self._buffer("results", results.size),
-                  self._buffer("logits", rows * sizes.rows * d.vocab_size * 4))
+                  self._buffer("logits", rows * kept * d.vocab_size * 4))
 
         def call() -> Call:
-            logits = Tensor(places[2], (rows, sizes.rows, d.vocab_size), "fp32")
+            logits = Tensor(places[2], (rows, kept, d.vocab_size), "fp32")
             positions = Tensor(past.positions_address, (rows, past.length), "int64")
             return Call(sizes, {**staged.tensors(places[0], host), "past_positions": positions,
                                 **self._layers("past_", past)},
@@ -115,7 +119,7 @@ class DeviceBackend:
         # What repeats: steps of a block, alone or with what lies before it (a block; shifted logits: a place), and of
         # a whole canvas.
         if self.graphs is not None and (sizes.tokens <= 2 * block or d.attention == "full"):
-            self.graphs.run((sizes, *places, past.address, past.slab.part_bytes, new.address), call, self._stream)
+            self.graphs.run((sizes, kept, *places, past.address, past.slab.part_bytes, new.address), call, self._stream)
         else:
             self._executor.execute(call(), self._stream)
         fetched = self._host("results", results.size)
@@ -129,11 +133,12 @@ class DeviceBackend:
                               else np.zeros((0, rows, tokens, 0), np.int32),
                               None if logits is None else logits.copy(), new if inputs.want_keys_values else None)
 
-    def _stage(self, inputs: ForwardInputs, table: Positions, sizes: Sizes) -> tuple[Layout, int]:
+    def _stage(self, inputs: ForwardInputs, table: Positions, sizes: Sizes, kept: int) -> tuple[Layout, int]:
         """Enqueue what the host gives; its layout on the device, and the address of the host's copy."""
         layout = Layout([("input_ids", (sizes.batch, sizes.tokens), "int64"),
                          ("position_ids", (sizes.batch, sizes.tokens), "int64"),
                          ("logit_rows", (sizes.batch, sizes.rows), "int64"),
+                         *([(KEPT, (kept,), "int64")] if self._keeps_logits else []),
                          *((name, (1,), "fp32" if name == "top_p" else "int64") for name in self._settings)])
         block = self._host("staged", layout.size)
         for name, values, padding in (("input_ids", inputs.input_ids, 0), ("position_ids", inputs.position_ids, -1),

@@ -71,8 +71,7 @@ class OnnxRuntimeExecutor:
         self.placement = _check_provider(self._session, provider, options)
         if library:
             check_session(self._session, provider)
-        ops = {op.name: op.count for op in bundle.manifest.denoiser.ops}
-        self.kernels = kernels_of(library, ops, SERVED, "our CUDA kernels", why_not)
+        self.kernels = kernels_of(library, bundle.manifest.denoiser.nodes(SERVED), SERVED, "our CUDA kernels", why_not)
         self._inputs = {entry.name for entry in self._session.get_inputs()}
         # Our stream is waited for once a step, when the results are on the host; the end of a run is no reason to.
         self._run_options = ort.RunOptions()
