@@ -71,6 +71,8 @@ __global__ void __launch_bounds__(MAX_WARPS *kWarp) block_route_kernel(RouteArgu
     if (a.attributes.mode == DMOE_MODE_TOP_C) least = *a.coreset_size;
     least = min(least, int64_t{PER_LANE * kWarp});
 
+    wait_for_predecessor();  // for the logits; launch_route() says why not for all else
+    let_successor_start();
     unsigned left = __ballot_sync(kWholeWarp, own >= 0);  // bit i: token first + i
     for (int i = warp; i < a.share && first + i < a.tokens; i += warps) {
         if (!(left >> i & 1u)) write_padding(a, row_start + first + i);

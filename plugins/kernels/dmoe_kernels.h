@@ -54,6 +54,38 @@ DMOE_API int dmoe_block_route(const DmoeRouteAttributes *attributes, int32_t row
                               const float *top_p, const int64_t *min_experts, const int64_t *coreset_size,
                               int32_t *expert_ids, float *expert_weights, uint8_t *coreset, void *stream);
 
+typedef struct DmoeRouterShape {
+    int32_t rows;    /* B, at most 65535 */
+    int32_t tokens;  /* T; rows * tokens may be 0, at most 2^30 */
+    int32_t experts; /* E, 1..1024 */
+    int32_t hidden;  /* H, a multiple of 8, at most 2^18 */
+    int32_t type;    /* DMOE_TYPE_* of hidden */
+} DmoeRouterShape;
+
+/* Bytes of the workspace dmoe_router() needs for this shape, or a negative DMOE_ERROR_*: 4 * rows * tokens * experts. */
+DMOE_API int64_t dmoe_router_workspace_bytes(const DmoeRouterShape *shape);
+
+/* Router logits = hidden [rows * tokens, H] x router_weight [experts, H] (float32) in float32, then dmoe_block_route() on
+ * them, whose further arguments are those of the same names. router_logits [rows, tokens, experts] may be NULL.
+ * workspace: dmoe_router_workspace_bytes() bytes, 256-byte aligned, contents irrelevant. Two kernel launches. A token's
+ * logits have the same bits whatever the other tokens are. */
+DMOE_API int dmoe_router(const DmoeRouterShape *shape, const DmoeRouteAttributes *attributes, const void *hidden,
+                         const float *router_weight, const float *expert_bias, const int64_t *position_ids,
+                         const float *top_p, const int64_t *min_experts, const int64_t *coreset_size,
+                         int32_t *expert_ids, float *expert_weights, float *router_logits, void *workspace,
+                         void *stream);
+
+typedef struct DmoeAddNormShape {
+    int32_t tokens; /* N, may be 0 */
+    int32_t hidden; /* H, a multiple of 8, at most 2^18 */
+    int32_t type;   /* DMOE_TYPE_* of all tensors */
+} DmoeAddNormShape;
+
+/* total = x + delta, rounded; normed = total / sqrt(mean(total^2) + eps) * weight, float32 inside. x, delta, total, normed
+ * [N, H], weight [H]; total may be x or delta, normed may be none of the others. One kernel launch. */
+DMOE_API int dmoe_add_norm(const DmoeAddNormShape *shape, float eps, const void *x, const void *delta, const void *weight,
+                           void *total, void *normed, void *stream);
+
 typedef struct DmoeExpertsShape {
     int32_t tokens;  /* N, may be 0 */
     int32_t places;  /* k, 1..32 */
