@@ -9,8 +9,8 @@ from ..ops import experts, mixture
 from ..ops.plugin_library import INSTALLED, LIBRARY, NAMES, PluginLibrary, find_library, is_embedded, register
 from .settings import ExpertsOp
 
-__all__ = ["EXPERTS_OPS", "INSTALLED", "LIBRARY", "NAMES", "PluginLibrary", "check_count", "count_plugins", "find_library",
-           "is_embedded", "plugin_ops", "register"]
+__all__ = ["EXPERTS_OPS", "INSTALLED", "LIBRARY", "NAMES", "PluginLibrary", "check_count", "count_plugins",
+           "find_library", "is_embedded", "plugin_ops", "register"]
 
 EXPERTS_OPS = (experts.SCHEMA.name, mixture.SCHEMA.name)
 """The ops that read the routed experts' weights."""
