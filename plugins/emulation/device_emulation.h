@@ -73,6 +73,11 @@ inline unsigned atomicOr(unsigned *address, unsigned bits) {
     return old;
 }
 
+inline unsigned atomicAdd(unsigned *address, unsigned value) {
+    const unsigned old = *address;
+    *address = old + value;
+    return old;
+}
 inline void __syncthreads(int line = __builtin_LINE()) { dmoe::emulation::block_barrier("__syncthreads", line, false); }
 inline int __syncthreads_or(int vote, int line = __builtin_LINE()) {
     return dmoe::emulation::block_barrier("__syncthreads_or", line, vote != 0).any;
@@ -139,6 +144,8 @@ DMOE_DEVICE uint32_t warp_max(uint32_t value, int line = __builtin_LINE()) {
 }
 DMOE_DEVICE uint32_t warp_min(uint32_t value, int line = __builtin_LINE()) { return ~warp_max(~value, line); }
 
+DMOE_DEVICE void fence_device() {}  // blocks run one after another: what one has written the next ones see
+
 DMOE_DEVICE uint4 load_once(const uint4 *from, bool wanted) { return wanted ? *from : uint4{0, 0, 0, 0}; }
 DMOE_DEVICE uint4 load_shared_by_many(const uint4 *from) { return *from; }
 
@@ -176,19 +183,7 @@ DMOE_DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
     emulation::mma(c, {a0, a1, a2, a3}, {b0, b1}, emulation::widen_bf16, "mma_bf16", line);
 }
 
-inline bool bf16_runs_here() { return true; }
-
-// Few blocks, so that every one of them goes round its loop.
-template <auto Kernel>
-int resident_blocks(int) {
-    return 3;
-}
-
-template <class Arguments>
-int launch(void (*kernel)(Arguments), dim3 grid, int threads, void *, Arguments arguments) {
-    return emulation::run(grid, static_cast<unsigned>(threads), [&] { kernel(arguments); });
-}
-
-inline const char *machine_error_string(int) { return "unknown error code"; }
-
 }  // namespace dmoe
+
+#include "device_emulation_copies.h"
+#include "device_emulation_launch.h"

@@ -31,6 +31,20 @@ DMOE_DEVICE float warp_max(float value) {
     return value;
 }
 
+// Whether this thread block is the last of `expected` to arrive at a counter that starts at 0; the whole block asks. What
+// a block has written to global memory before it arrives, the last one reads afterwards, with plain loads (not __ldg).
+// Nobody waits. An earlier kernel of the op zeroes the counter.
+DMOE_DEVICE bool arrives_last(unsigned *counter, unsigned expected) {
+    __syncthreads();  // the block's writes happen before the first thread's fence, which hands on what it has seen
+    bool last = false;
+    if (threadIdx.x == 0) {
+        fence_device();
+        last = atomicAdd(counter, 1u) + 1 == expected;
+        fence_device();
+    }
+    return __syncthreads_or(last) != 0;
+}
+
 // Element types as raw 16-bit words: how a float is rounded (to nearest, ties to even), how small integers become such
 // words, and which mma multiplies them.
 //

@@ -108,6 +108,24 @@ DMOE_API int dmoe_experts_quantised(const DmoeExpertsShape *shape, const DmoeQua
                                     const float *expert_weights, const void *gate_up, const void *down, void *mixed,
                                     void *workspace, void *stream);
 
+/* The expert that every token takes with weight 1: floats of the shape's type, also where the others are integers. */
+typedef struct DmoeSharedExpert {
+    int32_t width;       /* Is, a multiple of 8; may differ from I' */
+    const void *gate_up; /* [2Is, H]: all gate rows, then all up rows (not interleaved) */
+    const void *down;    /* [H, Is] */
+} DmoeSharedExpert;
+
+/* Bytes of the workspace dmoe_mixture() needs, or a negative DMOE_ERROR_*. shared = NULL: dmoe_experts_workspace_bytes(). */
+DMOE_API int64_t dmoe_mixture_workspace_bytes(const DmoeExpertsShape *shape, const DmoeSharedExpert *shared);
+
+/* dmoe_experts_quantised() plus a shared expert (dmoe_export/ops/mixture/__init__.py): its output is the last summand, in
+ * float32, and the sum is rounded once. shared: host memory, read before this returns; NULL = dmoe_experts_quantised().
+ * A pool and integers concern the other experts only. As many launches as without. */
+DMOE_API int dmoe_mixture(const DmoeExpertsShape *shape, const DmoeSharedExpert *shared,
+                          const DmoeQuantisation *quantisation, const DmoeExpertPool *pool, const void *hidden,
+                          const int32_t *expert_ids, const float *expert_weights, const void *gate_up, const void *down,
+                          void *mixed, void *workspace, void *stream);
+
 typedef struct DmoeHeadShape {
     int32_t rows;       /* B */
     int32_t tokens;     /* T, of a row */
