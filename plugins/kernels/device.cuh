@@ -57,6 +57,7 @@ DMOE_DEVICE bool arrives_last(unsigned *counter, unsigned expected) {
 // b0 = (2q..2q+1, g), b1 = (2q+8..2q+9, g); c = (g, 2q), (g, 2q+1), (g+8, 2q), (g+8, 2q+1).
 struct Fp16 {
     static DMOE_DEVICE uint16_t narrow(float value) { return narrow_fp16(value); }
+    static DMOE_DEVICE float widen(uint16_t half) { return widen_fp16(half); }
     template <int BITS>
     static DMOE_DEVICE uint32_t dequantise(uint32_t word, uint32_t spread, uint32_t scale) {
         const uint32_t raised = __byte_perm(word, 0x64646464u, spread);  // 1024 + u
@@ -74,6 +75,7 @@ struct Bf16 {
         if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);  // NaN stays NaN
         return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
     }
+    static DMOE_DEVICE float widen(uint16_t half) { return __uint_as_float(static_cast<uint32_t>(half) << 16); }
     template <int BITS>
     static DMOE_DEVICE uint32_t dequantise(uint32_t word, uint32_t spread, uint32_t scale) {
         constexpr uint32_t kOne = 0x3f803f80u, kMinusOne = 0xbf80bf80u, kMinus136 = 0xc308c308u, kMinusZero = 0x80008000u;

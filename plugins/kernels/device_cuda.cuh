@@ -71,6 +71,12 @@ DMOE_DEVICE uint16_t narrow_fp16(float value) {
     return half;
 }
 
+DMOE_DEVICE float widen_fp16(uint16_t half) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+    return value;
+}
+
 DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {
     uint32_t d;
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
