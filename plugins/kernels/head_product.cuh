@@ -39,26 +39,25 @@ struct HeadVariant {
 // Where unit `unit` of row `row` is in a stage: permuted so that eight rows of the same unit are in different banks.
 DMOE_DEVICE int stage_place(int row, int unit) { return row * kStageUnits + (unit ^ row % kStageUnits); }
 
-// The stream of (tile, pass, k) that a thread block goes through, as its loads see it.
+// A place in the stream of (tile, pass, k) that a thread block goes through.
 struct HeadPlace {
-    int item, chunk;  // item: tile · passes + pass, so that the passes of a tile find its weights in L2
+    int item;  // tile · passes + pass, so that the passes of a tile find its weights in L2
+    int chunk, row, token;
 
-    DMOE_DEVICE void advance(int chunks) {
-        if (++chunk == chunks) chunk = 0, item += static_cast<int>(gridDim.x);
-    }
+    DMOE_DEVICE HeadPlace(int item_, int passes, int tokens)
+        : item(item_), chunk(0), row(item_ / passes * kHeadRows), token(item_ % passes * tokens) {}
 };
 
-// `count` rows from `first` of a matrix of `rows` rows into a stage. Rows behind the last are the last one again, whose
-// results nobody looks at; units behind the end are zeros.
+// COUNT rows from `first` of a matrix of `rows` rows into a stage; rows and units behind the end are zeros.
 template <int COUNT, int THREADS>
 DMOE_DEVICE void load_rows(uint4 *stage, const uint4 *matrix, int first, int rows, int units, int chunk) {
+    constexpr int kRows = THREADS / kStageUnits;  // that the thread block copies at once
     const int thread = static_cast<int>(threadIdx.x), unit = thread % kStageUnits, place = chunk * kStageUnits + unit;
-    const uint4 *const from = matrix + static_cast<int64_t>(first) * units + place;
+    int row = thread / kStageUnits;
+    const uint4 *from = matrix + static_cast<int64_t>(first + row) * units + place;
     DMOE_UNROLL
-    for (int i = 0; i < COUNT * kStageUnits / THREADS; ++i) {
-        const int row = thread / kStageUnits + i * (THREADS / kStageUnits);
-        copy_async_16(stage + stage_place(row, unit), from + static_cast<int64_t>(min(row, rows - 1 - first)) * units,
-                      place < units);
+    for (int i = 0; i < COUNT / kRows; ++i, row += kRows, from += kRows * units) {
+        copy_async_16(stage + stage_place(row, unit), from, first + row < rows && place < units);
     }
 }
 
@@ -139,7 +138,7 @@ DMOE_DEVICE void write_logits(const HeadArguments &a, const float (&sums)[2][TIL
 // Persistent: block b takes items b, b + gridDim.x, …, and loads the next item's first stages before it looks at the
 // logits of the last one.
 template <class Half, int TILES, int COLUMNS>
-__global__ void __launch_bounds__(HeadVariant<TILES, COLUMNS>::kThreads) head_kernel(HeadArguments a) {
+__global__ void __launch_bounds__(HeadVariant<TILES, COLUMNS>::kThreads, COLUMNS == 1 ? 3 : 2) head_kernel(HeadArguments a) {
     using V = HeadVariant<TILES, COLUMNS>;
     DMOE_SHARED(uint64_t, keys, kHeadRowWarps * V::kTokens);
     DMOE_SHARED(float, totals, kHeadRowWarps * V::kTokens);
@@ -148,23 +147,26 @@ __global__ void __launch_bounds__(HeadVariant<TILES, COLUMNS>::kThreads) head_ke
     const int items = tiles * passes, chunks = (a.units + kStageUnits - 1) / kStageUnits;
     const int row_warp = warp_id() % kHeadRowWarps, column = warp_id() / kHeadRowWarps;
 
-    HeadPlace ahead{static_cast<int>(blockIdx.x), 0};
+    const HeadPlace start(static_cast<int>(blockIdx.x), passes, V::kTokens);
+    HeadPlace ahead = start;  // what is loaded next
+    const auto advance = [&] {
+        if (++ahead.chunk == chunks) ahead = HeadPlace(ahead.item + static_cast<int>(gridDim.x), passes, V::kTokens);
+    };
     const auto load_weights = [&](int stage) {
         if (ahead.item >= items) return;
-        load_rows<kHeadRows, V::kThreads>(ring + stage * V::kUnits, a.weight, ahead.item / passes * kHeadRows,
-                                          a.vocabulary, a.units, ahead.chunk);
+        load_rows<kHeadRows, V::kThreads>(ring + stage * V::kUnits, a.weight, ahead.row, a.vocabulary, a.units, ahead.chunk);
     };
     const auto load_tokens = [&](int stage) {
         if (ahead.item >= items) return;
-        load_rows<V::kTokens, V::kThreads>(ring + stage * V::kUnits + kHeadRows * kStageUnits, a.normed,
-                                           ahead.item % passes * V::kTokens, a.count, a.units, ahead.chunk);
+        load_rows<V::kTokens, V::kThreads>(ring + stage * V::kUnits + kHeadRows * kStageUnits, a.normed, ahead.token,
+                                           a.count, a.units, ahead.chunk);
     };
     // The weights do not depend on the launch before this one.
-    for (int stage = 0; stage < kHeadStages - 1; ++stage, ahead.advance(chunks)) load_weights(stage);
+    for (int stage = 0; stage < kHeadStages - 1; ++stage, advance()) load_weights(stage);
     wait_for_predecessor();
     let_successor_start();
-    ahead = {static_cast<int>(blockIdx.x), 0};
-    for (int stage = 0; stage < kHeadStages - 1; ++stage, ahead.advance(chunks)) load_tokens(stage), commit_copies();
+    ahead = start;
+    for (int stage = 0; stage < kHeadStages - 1; ++stage, advance()) load_tokens(stage), commit_copies();
 
     int stage = 0, next = kHeadStages - 1;
     for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
@@ -173,7 +175,7 @@ __global__ void __launch_bounds__(HeadVariant<TILES, COLUMNS>::kThreads) head_ke
             wait_for_copies<kHeadStages - 2>();
             __syncthreads();  // all copies of this stage are there, and nobody reads the one before any more
             load_weights(next), load_tokens(next), commit_copies();
-            ahead.advance(chunks);
+            advance();
             const uint4 *const weights = ring + stage * V::kUnits;
             multiply_stage<Half>(sums, weights + row_warp * 32 * kStageUnits,
                                  weights + (kHeadRows + column * TILES * 8) * kStageUnits);
