@@ -9,8 +9,8 @@ from onnx import NodeProto, helper
 
 from ..bundle.manifest import EngineEntry, ProfileEntry
 from ..bundle.reader import Bundle
-from ..engine.plan import PlanPlugin, PlanTensor, Range
 from ..engine.network import plain
+from ..engine.plan import PlanPlugin, PlanTensor, Range
 from ..engine.plugins import EXPERTS_OPS, plugin_ops
 from ..engine.resident import SLOTS, slot_range
 from ..ops.schema import DOMAIN

@@ -1,8 +1,10 @@
 // How TensorRT finds the plugins: getCreators for registry.load_library, a constructor for plain dlopen.
+#include "add_norm/plugin.h"
 #include "block_route/plugin.h"
 #include "experts/plugin.h"
 #include "head/plugin.h"
 #include "mixture/plugin.h"
+#include "router/plugin.h"
 
 #include <NvInferVersion.h>
 #include <dlfcn.h>
@@ -35,10 +37,12 @@ nvinfer1::IPluginCreatorV3One* creator()
 
 // One of each plugin.
 nvinfer1::IPluginCreatorV3One* (*const kCreators[])() = {
+    creator<AddNormPlugin>,
     creator<BlockRoutePlugin>,
     creator<ExpertsPlugin>,
     creator<HeadPlugin>,
     creator<MixturePlugin>,
+    creator<RouterPlugin>,
 };
 
 constexpr int32_t kRtxMajor = 1;
