@@ -47,21 +47,29 @@ DMOE_DEVICE uint32_t least_of_best(const uint32_t (&keys)[PER_LANE], int wanted)
     return max(best, 1u);
 }
 
-// Keys from `least` on and their experts side by side in `found` and 32 words behind it, as long as there is room for the
-// first 32; how many there are.
+// Keys from `least` on side by side in `found`, their experts 32 words behind, in order of experts; how many there are.
+// More than 32 are only counted.
 template <int PER_LANE>
 DMOE_DEVICE int collect(const uint32_t (&keys)[PER_LANE], int per_lane, uint32_t least, uint32_t *found) {
-    const unsigned lanes_below = (1u << lane_id()) - 1;
-    int total = 0;
+    int count = 0;
+    DMOE_UNROLL
+    for (int i = 0; i < PER_LANE; ++i) count += keys[i] >= least;
+    int at = count;  // up to and with this lane
+    DMOE_UNROLL
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+        const int left = __shfl_up_sync(kWholeWarp, at, distance);
+        if (lane_id() >= distance) at += left;
+    }
+    const int total = __shfl_sync(kWholeWarp, at, kWarp - 1), first = lane_id() * per_lane;
+    if (total > kWarp) return total;
+    uint32_t *to = found + (at - count);
     DMOE_UNROLL
     for (int i = 0; i < PER_LANE; ++i) {
-        const unsigned ballot = __ballot_sync(kWholeWarp, keys[i] >= least);
-        const int at = total + __popc(ballot & lanes_below);
-        if (keys[i] >= least && at < kWarp) {
-            found[at] = keys[i];
-            found[kWarp + at] = static_cast<uint32_t>(lane_id() * per_lane + i);
+        if (keys[i] >= least) {
+            to[0] = keys[i];
+            to[kWarp] = static_cast<uint32_t>(first + i);
+            ++to;
         }
-        total += __popc(ballot);
     }
     return total;
 }
@@ -77,7 +85,6 @@ DMOE_DEVICE Place best_experts(uint32_t (&keys)[PER_LANE], int per_lane, int wan
     uint32_t *const found = scratch, *const expert_of = scratch + kWarp, *const places = scratch + 2 * kWarp;
     int total = few ? collect(keys, per_lane, 1u, found) : kWarp + 1;
     if (total > kWarp) {
-        __syncwarp();
         total = collect(keys, per_lane, least_of_best(keys, wanted), found);
         if (total > kWarp) return pop_best(keys, per_lane, wanted);
     }
