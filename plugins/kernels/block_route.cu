@@ -23,7 +23,7 @@ int check_route(const RouteArguments &a) {
 
 namespace {
 
-constexpr int kShare = 4;         // tokens: one for each of a processor's four schedulers
+constexpr int kShare = 8;           // tokens: two for each of a processor's four schedulers
 constexpr int kBlocksAtOnce = 128;  // about as many as there are processors; the size of a share changes no result
 
 template <int PER_LANE, int MAX_WARPS>

@@ -41,6 +41,8 @@ DMOE_DEVICE void coreset_of_block(const RouteArguments &a, RouteShared<PER_LANE,
         for (int base = 0; base < found; base += warps) {  // usually once
             const int active = min(warps, found - base);
             if (warp < active) {
+                wait_for_predecessor();  // for the logits; launch_route() says why not for all else
+                let_successor_start();
                 float r[PER_LANE];
                 load_token(a, row_start + s.list[base + warp], r);
                 write_votes(a, r, sum, rows + warp * kRow);
@@ -71,12 +73,8 @@ __global__ void __launch_bounds__(MAX_WARPS *kWarp) block_route_kernel(RouteArgu
     if (a.attributes.mode == DMOE_MODE_TOP_C) least = *a.coreset_size;
     least = min(least, int64_t{PER_LANE * kWarp});
 
-    wait_for_predecessor();  // for the logits; launch_route() says why not for all else
-    let_successor_start();
-    unsigned left = __ballot_sync(kWholeWarp, own >= 0);  // bit i: token first + i
-    for (int i = warp; i < a.share && first + i < a.tokens; i += warps) {
-        if (!(left >> i & 1u)) write_padding(a, row_start + first + i);
-    }
+    const unsigned valid = __ballot_sync(kWholeWarp, own >= 0);  // bit i: token first + i
+    unsigned left = valid;
     while (left) {  // once, unless the share reaches into another routing block
         unsigned mine = left;
         const bool few = a.attributes.mode != DMOE_MODE_TOKEN;
@@ -90,11 +88,17 @@ __global__ void __launch_bounds__(MAX_WARPS *kWarp) block_route_kernel(RouteArgu
         }
         for (int i = warp; i < a.share; i += warps) {
             if (!(mine >> i & 1u)) continue;
+            wait_for_predecessor();
+            let_successor_start();
             float r[PER_LANE], *const scratch = reinterpret_cast<float *>(s.rows) + warp * Shared::kRow;
             const Scores scores = load_token(a, row_start + first + i, r);
             select_and_write(a, row_start + first + i, r, scores, members, few, scratch);
         }
         left &= ~mine;
+    }
+    wait_for_predecessor();
+    for (int i = warp; i < a.share && first + i < a.tokens; i += warps) {
+        if (!(valid >> i & 1u)) write_padding(a, row_start + first + i);
     }
 }
 

@@ -77,10 +77,11 @@ DMOE_DEVICE int collect(const uint32_t (&keys)[PER_LANE], int per_lane, uint32_t
 constexpr int kBestScratch = 3 * kWarp;  // words
 
 // The best `wanted` (at most 32), larger first, then the lower expert: lane j gets place j. `scratch`: kBestScratch words of
-// the warp's own, 16-byte aligned. `few`: no more than 32 keys are expected. The keys that may be among the best are put
+// the warp's own, 16-byte aligned. `few`: no more than 32 keys are expected. `ordered`: which place is whose matters. The keys that may be among the best are put
 // side by side; each lane takes one and counts those that are not smaller, so nothing is found one after another.
 template <int PER_LANE>
-DMOE_DEVICE Place best_experts(uint32_t (&keys)[PER_LANE], int per_lane, int wanted, bool few, uint32_t *scratch) {
+DMOE_DEVICE Place best_experts(uint32_t (&keys)[PER_LANE], int per_lane, int wanted, bool few, bool ordered,
+                               uint32_t *scratch) {
     const int lane = lane_id();
     uint32_t *const found = scratch, *const expert_of = scratch + kWarp, *const places = scratch + 2 * kWarp;
     int total = few ? collect(keys, per_lane, 1u, found) : kWarp + 1;
@@ -92,6 +93,11 @@ DMOE_DEVICE Place best_experts(uint32_t (&keys)[PER_LANE], int per_lane, int wan
     places[lane] = kWarp;  // nobody's
     __syncwarp();
     const uint32_t mine = found[lane];
+    if (!ordered && total <= wanted) {
+        const Place place{lane < total ? static_cast<int>(expert_of[lane]) : -1, mine};
+        __syncwarp();
+        return place;
+    }
     int not_smaller = 0;
     for (int j = 0; j < total; j += 4) {
         const uint4 four = *reinterpret_cast<const uint4 *>(found + j);

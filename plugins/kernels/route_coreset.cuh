@@ -56,7 +56,7 @@ DMOE_DEVICE void write_votes(const RouteArguments &a, const float (&r)[PER_LANE]
     uint32_t keys[PER_LANE];  // also −∞ past the last expert, which comes behind all experts
     DMOE_UNROLL
     for (int i = 0; i < PER_LANE; ++i) keys[i] = ordered_bits_of_score(r[i]);
-    const Place place = best_experts(keys, a.per_lane, a.attributes.experts_per_token, false,
+    const Place place = best_experts(keys, a.per_lane, a.attributes.experts_per_token, false, false,
                                      reinterpret_cast<uint32_t *>(row));
     DMOE_UNROLL
     for (int i = 0; i < PER_LANE; i += 4) reinterpret_cast<float4 *>(row)[i / 4 * kWarp + lane] = float4{0, 0, 0, 0};
@@ -117,10 +117,11 @@ DMOE_DEVICE int bits_before(const uint32_t *words, int at, int &total) {
 // Shared memory of find_coreset for up to EXPERTS experts.
 template <int EXPERTS>
 struct CoresetScratch {
-    uint32_t key_of[EXPERTS], place_of[EXPERTS];  // of each expert; its place among those that are ranked
-    uint32_t key_at[EXPERTS], rank_at[EXPERTS];   // of each place
+    uint32_t key_at[EXPERTS], rank_at[EXPERTS];   // of each place among the experts that are ranked; 16-byte aligned
+    uint32_t key_of[EXPERTS], place_of[EXPERTS];  // of each expert
     uint32_t ordered[EXPERTS];                    // keys in order of rank
     uint32_t ranked[EXPERTS / kWarp], positive[EXPERTS / kWarp];  // bit l of word w: expert l + 32 w
+    int count;  // of places
 };
 
 // Keys of all experts, and which of them are ranked. In top_p those without a vote are not: they follow the positive votes
@@ -149,6 +150,32 @@ DMOE_DEVICE void key_votes(const float *votes, int experts, bool sum, CoresetScr
     }
 }
 
+// Each place counts the better ones: larger keys, and equal ones before it. Eight lanes per place, four keys at a time.
+template <int EXPERTS>
+DMOE_DEVICE void rank_places(CoresetScratch<EXPERTS> &s) {
+    constexpr int kLanes = 8;
+    const int count = s.count, part = static_cast<int>(threadIdx.x) % kLanes, step = static_cast<int>(blockDim.x) / kLanes;
+    // Whole warps go round, for the shuffles.
+    for (int first = warp_id() * (kWarp / kLanes); first < count; first += step) {
+        const int place = first + lane_id() / kLanes;
+        const uint32_t mine = place < count ? s.key_at[place] : 0xffffffffu;  // a key is never 0
+        int better = 0;
+        for (int j = 4 * part; j < count; j += 4 * kLanes) {
+            const uint4 four = *reinterpret_cast<const uint4 *>(s.key_at + j);
+            better += four.x > (j < place ? mine - 1 : mine);
+            better += four.y > (j + 1 < place ? mine - 1 : mine);
+            better += four.z > (j + 2 < place ? mine - 1 : mine);
+            better += four.w > (j + 3 < place ? mine - 1 : mine);
+        }
+        DMOE_UNROLL
+        for (int distance = 1; distance < kLanes; distance *= 2) better += __shfl_xor_sync(kWholeWarp, better, distance);
+        if (part == 0 && place < count) {
+            s.rank_at[place] = static_cast<uint32_t>(better);
+            s.ordered[better] = mine;
+        }
+    }
+}
+
 // The block's coreset (bit l of word w: expert l + 32 w) from its votes; all threads, which see it when this returns.
 // A word past the last one is there, and 0. Nothing is sorted: each expert with a vote counts the better ones.
 // top_p mode keeps what the threshold keeps, but at least `least` experts; the other one keeps `least`.
@@ -160,39 +187,29 @@ DMOE_DEVICE void find_coreset(const RouteArguments &a, const float *votes, bool 
     const int words = (a.experts + kWarp - 1) / kWarp;
     key_votes(votes, a.experts, sum, s);
     __syncthreads();
-    int count, positives;
-    bits_before<kWords>(s.positive, 0, positives);
-    bits_before<kWords>(s.ranked, 0, count);
     for (int w = warp; w < words; w += warps) {
-        const int e = w * kWarp + lane, place = bits_before<kWords>(s.ranked, w, count) +
-                                                __popc(s.ranked[w] & ((1u << lane) - 1));
+        int count;
+        const int e = w * kWarp + lane, before = bits_before<kWords>(s.ranked, w, count);
+        const int place = before + __popc(s.ranked[w] & ((1u << lane) - 1));
         s.place_of[e] = static_cast<uint32_t>(place);
         if (s.ranked[w] >> lane & 1u) s.key_at[place] = s.key_of[e];
+        if (w == 0 && count + lane < (count + 3) / 4 * 4) s.key_at[count + lane] = 0;  // rank_places reads by fours
+        s.count = count;
     }
     for (int w = words + static_cast<int>(threadIdx.x); w <= kWords; w += blockDim.x) coreset[w] = 0;
     __syncthreads();
-    for (int place = warp; place < count; place += warps) {
-        const uint32_t mine = s.key_at[place];
-        int better = 0;
-        for (int other = lane; other - lane < count; other += kWarp) {
-            const uint32_t key = other < count ? s.key_at[other] : 0u;
-            const bool before = key > mine || (key == mine && other < place);
-            better += __popc(__ballot_sync(kWholeWarp, before && other < count));
-        }
-        if (lane == 0) {
-            s.rank_at[place] = static_cast<uint32_t>(better);
-            s.ordered[better] = mine;
-        }
-    }
+    rank_places(s);
     __syncthreads();
     if (warp < words) {
+        int positives;
+        bits_before<kWords>(s.positive, 0, positives);
         const int limit = sum ? max(count_top_p(s.ordered, positives, top_p), least) : least;
         for (int w = warp; w < words; w += warps) {
             const int e = w * kWarp + lane;
             int rank = positives + e - static_cast<int>(s.place_of[e]);  // without a vote
             if (s.ranked[w] >> lane & 1u) {
                 rank = static_cast<int>(s.rank_at[s.place_of[e]]);
-                if (rank >= positives) rank += a.experts - count;
+                if (rank >= positives) rank += a.experts - s.count;
             }
             const unsigned members = __ballot_sync(kWholeWarp, e < a.experts && rank < limit);
             if (lane == 0) coreset[w] = members;

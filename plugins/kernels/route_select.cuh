@@ -116,7 +116,7 @@ DMOE_DEVICE int select_experts(const RouteArguments &a, const float (&r)[PER_LAN
         const uint32_t wanted = usable & (pass == 0 ? in_group : ~in_group);
         DMOE_UNROLL
         for (int i = 0; i < PER_LANE; ++i) keys[i] = wanted >> i & 1u ? ordered_bits_of_score(r[i]) : 0u;
-        int found = best_experts(keys, a.per_lane, k - taken, few, reinterpret_cast<uint32_t *>(scratch)).expert;
+        int found = best_experts(keys, a.per_lane, k - taken, few, true, reinterpret_cast<uint32_t *>(scratch)).expert;
         const unsigned filled = __ballot_sync(kWholeWarp, found >= 0);
         if (pass > 0) found = __shfl_up_sync(kWholeWarp, found, taken);
         if (lane_id() >= taken) expert = found;
