@@ -13,12 +13,19 @@ from typing import Any
 
 from ..errors import MissingRequirementError
 from ..libraries import library as installed
-from . import block_route, experts
+from . import add_norm, block_route, experts, head, mixture, router
 from .schema import PLUGIN_NAMESPACE
 
 LIBRARY = "libdmoe_plugins.so"
 INSTALLED = installed(LIBRARY).parent
-NAMES = (block_route.SCHEMA.name, experts.SCHEMA.name)
+NAMES = (
+    add_norm.SCHEMA.name,
+    block_route.SCHEMA.name,
+    experts.SCHEMA.name,
+    head.SCHEMA.name,
+    mixture.SCHEMA.name,
+    router.SCHEMA.name,
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@
 
 #define DMOE_DEVICE inline
 #define DMOE_UNROLL
+#define DMOE_UNROLL_BY(count)
 #define DMOE_SHARED(type, name, count) \
     type *const name = static_cast<type *>(::dmoe::emulation::shared_memory(sizeof(type) * (count)))
 
@@ -32,6 +33,9 @@ struct alignas(16) float4 {
 struct alignas(16) int4 {
     int x, y, z, w;
 };
+struct alignas(8) int2 {
+    int x, y;
+};
 struct alignas(8) uint2 {
     unsigned x, y;
 };
@@ -40,6 +44,7 @@ struct alignas(16) uint4 {
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
@@ -73,6 +78,11 @@ inline unsigned atomicOr(unsigned *address, unsigned bits) {
     return old;
 }
 
+inline unsigned atomicAdd(unsigned *address, unsigned value) {
+    const unsigned old = *address;
+    *address = old + value;
+    return old;
+}
 inline void __syncthreads(int line = __builtin_LINE()) { dmoe::emulation::block_barrier("__syncthreads", line, false); }
 inline int __syncthreads_or(int vote, int line = __builtin_LINE()) {
     return dmoe::emulation::block_barrier("__syncthreads_or", line, vote != 0).any;
@@ -139,6 +149,8 @@ DMOE_DEVICE uint32_t warp_max(uint32_t value, int line = __builtin_LINE()) {
 }
 DMOE_DEVICE uint32_t warp_min(uint32_t value, int line = __builtin_LINE()) { return ~warp_max(~value, line); }
 
+DMOE_DEVICE void fence_device() {}  // blocks run one after another: what one has written the next ones see
+
 DMOE_DEVICE uint4 load_once(const uint4 *from, bool wanted) { return wanted ? *from : uint4{0, 0, 0, 0}; }
 DMOE_DEVICE uint4 load_shared_by_many(const uint4 *from) { return *from; }
 
@@ -155,6 +167,7 @@ void load_once(uint32_t (&to)[2][WORDS], uint32_t (&scales)[2], const char *row0
 }
 
 DMOE_DEVICE uint16_t narrow_fp16(float value) { return emulation::narrow_fp16(value); }
+DMOE_DEVICE float widen_fp16(uint16_t half) { return emulation::widen_fp16(half); }
 DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {
     return emulation::each_half(emulation::widen_fp16, emulation::narrow_fp16, a, b, 0u,
                                 [](float x, float y, float) { return x - y; });
@@ -176,19 +189,7 @@ DMOE_DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
     emulation::mma(c, {a0, a1, a2, a3}, {b0, b1}, emulation::widen_bf16, "mma_bf16", line);
 }
 
-inline bool bf16_runs_here() { return true; }
-
-// Few blocks, so that every one of them goes round its loop.
-template <auto Kernel>
-int resident_blocks(int) {
-    return 3;
-}
-
-template <class Arguments>
-int launch(void (*kernel)(Arguments), dim3 grid, int threads, void *, Arguments arguments) {
-    return emulation::run(grid, static_cast<unsigned>(threads), [&] { kernel(arguments); });
-}
-
-inline const char *machine_error_string(int) { return "unknown error code"; }
-
 }  // namespace dmoe
+
+#include "device_emulation_copies.h"
+#include "device_emulation_launch.h"

@@ -20,6 +20,9 @@ DMOE_API const char *dmoe_emulation_message(void);
 /* Runs the small kernel `name` of selftest.cpp, which fills `out` (64 floats); DMOE_ERROR_SHAPE for an unknown name. */
 DMOE_API int dmoe_emulation_selftest(const char *name, float *out);
 
+/* Runs the small kernel `name` of selftest_copies.cpp on 1024 words; `out` as above. */
+DMOE_API int dmoe_emulation_copies(const char *name, const uint32_t *words, float *out);
+
 /* c [16, 8] += a [16, 16] · b [8, 16]ᵀ with one mma; type: DMOE_TYPE_*. */
 DMOE_API int dmoe_emulation_mma(const uint16_t *a, const uint16_t *b, float *c, int32_t type);
 

@@ -24,7 +24,7 @@ Indices here;
 namespace {
 
 constexpr size_t kSharedBytes = 49152;  // what a kernel gets without asking for more
-constexpr size_t kRedZone = 64;         // between arrays, so that the address sanitizer sees an overrun
+constexpr size_t kRedZone = 128;        // between arrays, so that the address sanitizer sees an overrun
 constexpr size_t kMaxArrays = 32;
 constexpr unsigned kLanes = 32;
 
@@ -54,7 +54,8 @@ struct Machine {
     Meeting block;
     unsigned running = 0;
     bool failed = false;
-    alignas(128) unsigned char shared[kSharedBytes + (kMaxArrays + 1) * kRedZone];
+    size_t dynamic_shared = 0;
+    alignas(128) unsigned char shared[kMostSharedBytes + (kMaxArrays + 1) * kRedZone];
     std::vector<size_t> arrays;           // bytes of each, as the first thread asked for them
     std::vector<unsigned> arrays_asked;   // per thread
     std::vector<size_t> array_places;
@@ -122,7 +123,8 @@ void complain_if_stuck(Machine &m, unsigned threads, unsigned finished) {
 
 void run_block(Machine &m, unsigned threads) {
     unpoison_shared(m);
-    std::memset(m.shared, m.seed % 2 ? 0xcc : 0xff, sizeof m.shared);
+    std::memset(m.shared, poison(), kSharedBytes + m.dynamic_shared + (kMaxArrays + 1) * kRedZone);
+    forget_copies(threads);
 #if defined(__SANITIZE_ADDRESS__)
     ASAN_POISON_MEMORY_REGION(m.shared, sizeof m.shared);
 #endif
@@ -154,7 +156,16 @@ void run_block(Machine &m, unsigned threads) {
 
 }  // namespace
 
-int run(Dim3 grid, unsigned threads, const std::function<void()> &kernel) {
+// What a fiber runs.
+static void thread_body() {
+    (*machine().kernel)();
+    if (const size_t copies = copies_under_way()) {
+        fail("thread %u of block (%u, %u) ends with %zu copies under way", machine().running, here.block.x, here.block.y,
+             copies);
+    }
+}
+
+int run(Dim3 grid, unsigned threads, size_t dynamic_shared, const std::function<void()> &kernel) {
     Machine &m = machine();
     const std::lock_guard<std::mutex> lock(m.turn);
     m.message.clear();
@@ -165,7 +176,12 @@ int run(Dim3 grid, unsigned threads, const std::function<void()> &kernel) {
         m.message = "a launch needs whole warps, at most 1024 threads and at most 65535 blocks in y";
         return DMOE_ERROR_EMULATION;
     }
-    while (m.fibers.size() < threads) m.fibers.push_back(std::make_unique<Fiber>([] { (*machine().kernel)(); }));
+    if (dynamic_shared > kMostSharedBytes) {
+        m.message = "a launch asks for more dynamic shared memory than a thread block can have";
+        return DMOE_ERROR_EMULATION;
+    }
+    m.dynamic_shared = dynamic_shared;
+    while (m.fibers.size() < threads) m.fibers.push_back(std::make_unique<Fiber>(thread_body));
     here.grid_size = grid;
     here.block_size = Dim3(threads);
     std::vector<unsigned> order(static_cast<size_t>(grid.x) * grid.y);
@@ -228,7 +244,8 @@ void *shared_memory(size_t bytes) {
             total += m.arrays[i];
             place = m.array_places[i] + (m.arrays[i] + kRedZone - 1) / kRedZone * kRedZone + kRedZone;
         }
-        if (total > kSharedBytes || index >= kMaxArrays / 2) fail("%zu bytes of shared memory are too many", total);
+        const size_t most = m.dynamic_shared ? kMostSharedBytes : kSharedBytes;
+        if (total > most || index >= kMaxArrays / 2) fail("%zu bytes of shared memory are too many", total);
         m.arrays.push_back(bytes);
         m.array_places.push_back(place);
 #if defined(__SANITIZE_ADDRESS__)
@@ -239,6 +256,13 @@ void *shared_memory(size_t bytes) {
     }
     return m.shared + m.array_places[index];
 }
+
+void *dynamic_shared_memory() {
+    if (!machine().dynamic_shared) fail("the launch asked for no dynamic shared memory");
+    return shared_memory(machine().dynamic_shared);
+}
+
+unsigned char poison() { return machine().seed % 2 ? 0xcc : 0xff; }
 
 }  // namespace dmoe::emulation
 

@@ -93,6 +93,15 @@ void votes(float *out) {
     }
 }
 
+// Five blocks write a number each; the last one adds them up. out: sum, how many were last, numbers, then the counter.
+void arrival(float *out) {
+    if (threadIdx.x == 127) out[2 + blockIdx.x] = static_cast<float>(1u << blockIdx.x);
+    if (!arrives_last(reinterpret_cast<unsigned *>(out + 7), gridDim.x)) return;
+    if (threadIdx.x != 0) return;
+    out[0] = out[2] + out[3] + out[4] + out[5] + out[6];
+    out[1] += 1.0f;
+}
+
 struct Test {
     const char *name;
     void (*kernel)(float *);
@@ -117,6 +126,7 @@ constexpr Test kTests[] = {
 }  // namespace dmoe
 
 extern "C" int dmoe_emulation_selftest(const char *name, float *out) {
+    if (std::strcmp(name, "arrival") == 0) return dmoe::launch(dmoe::arrival, dim3(5), 128, nullptr, out);
     for (const auto &test : dmoe::kTests) {
         if (std::strcmp(test.name, name) == 0) return dmoe::launch(test.kernel, dim3(1), 128, nullptr, out);
     }

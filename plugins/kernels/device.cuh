@@ -31,8 +31,22 @@ DMOE_DEVICE float warp_max(float value) {
     return value;
 }
 
-// Element types as raw 16-bit words: how a float is rounded (to nearest, ties to even), how small integers become such
-// words, and which mma multiplies them.
+// Whether this thread block is the last of `expected` to arrive at a counter that starts at 0; the whole block asks. What
+// a block has written to global memory before it arrives, the last one reads afterwards, with plain loads (not __ldg).
+// Nobody waits. An earlier kernel of the op zeroes the counter.
+DMOE_DEVICE bool arrives_last(unsigned *counter, unsigned expected) {
+    __syncthreads();  // the block's writes happen before the first thread's fence, which hands on what it has seen
+    bool last = false;
+    if (threadIdx.x == 0) {
+        fence_device();
+        last = atomicAdd(counter, 1u) + 1 == expected;
+        fence_device();
+    }
+    return __syncthreads_or(last) != 0;
+}
+
+// Element types as raw 16-bit words: how a float is rounded (to nearest, ties to even) and got back, how small integers
+// become such words, and which mma multiplies them.
 //
 // dequantise: two unsigned integers of BITS bits, bytes i and i+1 of `word` (`spread`: 0x4140 or 0x4342, what puts them
 // into the low bytes of two halfs), less 2^(BITS − 1), times `scale` (given twice), rounded once. A byte u below an upper
@@ -43,6 +57,7 @@ DMOE_DEVICE float warp_max(float value) {
 // b0 = (2q..2q+1, g), b1 = (2q+8..2q+9, g); c = (g, 2q), (g, 2q+1), (g+8, 2q), (g+8, 2q+1).
 struct Fp16 {
     static DMOE_DEVICE uint16_t narrow(float value) { return narrow_fp16(value); }
+    static DMOE_DEVICE float widen(uint16_t half) { return widen_fp16(half); }
     template <int BITS>
     static DMOE_DEVICE uint32_t dequantise(uint32_t word, uint32_t spread, uint32_t scale) {
         const uint32_t raised = __byte_perm(word, 0x64646464u, spread);  // 1024 + u
@@ -60,6 +75,7 @@ struct Bf16 {
         if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);  // NaN stays NaN
         return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
     }
+    static DMOE_DEVICE float widen(uint16_t half) { return __uint_as_float(static_cast<uint32_t>(half) << 16); }
     template <int BITS>
     static DMOE_DEVICE uint32_t dequantise(uint32_t word, uint32_t spread, uint32_t scale) {
         constexpr uint32_t kOne = 0x3f803f80u, kMinusOne = 0xbf80bf80u, kMinus136 = 0xc308c308u, kMinusZero = 0x80008000u;
@@ -77,5 +93,13 @@ struct Bf16 {
         mma_bf16(c, a0, a1, a2, a3, b0, b1);
     }
 };
+
+// Value i of eight in 16 bytes, and of four; i is known at compile time.
+template <class Half>
+DMOE_DEVICE float widen_at(const uint4 &eight, int i) {
+    const uint32_t word = i < 2 ? eight.x : i < 4 ? eight.y : i < 6 ? eight.z : eight.w;
+    return Half::widen(static_cast<uint16_t>(word >> 16 * (i % 2)));
+}
+DMOE_DEVICE float float_at(const float4 &four, int i) { return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w; }
 
 }  // namespace dmoe

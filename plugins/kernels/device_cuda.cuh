@@ -1,13 +1,14 @@
-// The CUDA side of device.cuh: loads, tensor-core products and launches.
+// The CUDA side of device.cuh: loads and tensor-core products; device_cuda_copies.cuh and device_cuda_launch.cuh have the rest.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstdint>
 
 #define DMOE_DEVICE __device__ __forceinline__
 #define DMOE_UNROLL _Pragma("unroll")
+#define DMOE_PRAGMA(text) _Pragma(#text)
+#define DMOE_UNROLL_BY(count) DMOE_PRAGMA(unroll count)
 #define DMOE_SHARED(type, name, count) __shared__ type name[count]
 
 namespace dmoe {
@@ -24,6 +25,10 @@ DMOE_DEVICE uint32_t warp_max(uint32_t value) {
 }
 
 DMOE_DEVICE uint32_t warp_min(uint32_t value) { return ~warp_max(~value); }
+
+// Orders what the thread has done and seen before what follows, for the whole device. Lighter than __threadfence(), which
+// is sequentially consistent; handing data on through an atomic counter needs no more.
+DMOE_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // 16 bytes that are read once: past L1, with the whole 128-byte line fetched into L2. Zero when not wanted.
 // volatile and not .nc: otherwise the compiler for 10.0 and 12.0 keeps a row's first words on the stack between passes.
@@ -66,6 +71,12 @@ DMOE_DEVICE uint16_t narrow_fp16(float value) {
     uint16_t half;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
     return half;
+}
+
+DMOE_DEVICE float widen_fp16(uint16_t half) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+    return value;
 }
 
 DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {
@@ -111,46 +122,7 @@ DMOE_DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
 #endif
 }
 
-// Per device, asked once: the attribute queries are cheap but not free, and one sits in every layer of a model.
-constexpr int kDevices = 64;
-
-inline int device_attribute(cudaDeviceAttr attribute, std::atomic<int> (&known)[kDevices]) {
-    int device = 0, value = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 0;
-    if (device < kDevices && (value = known[device].load(std::memory_order_relaxed))) return value;
-    if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
-    if (device < kDevices) known[device].store(value, std::memory_order_relaxed);
-    return value;
-}
-
-inline bool bf16_runs_here() {
-    static std::atomic<int> known[kDevices];
-    return device_attribute(cudaDevAttrComputeCapabilityMajor, known) >= 8;
-}
-
-// How many blocks of the kernel the current device holds at once: the grid of a persistent kernel. 0: no such kernel.
-template <auto Kernel>
-int resident_blocks(int threads) {
-    static std::atomic<int> processors_known[kDevices], known[kDevices];
-    int device = 0, per_processor = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 0;
-    if (device < kDevices && (per_processor = known[device].load(std::memory_order_relaxed))) {
-    } else if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, Kernel, threads, 0) != cudaSuccess) {
-        return 0;
-    } else if (device < kDevices) {
-        known[device].store(per_processor, std::memory_order_relaxed);
-    }
-    return per_processor * device_attribute(cudaDevAttrMultiProcessorCount, processors_known);
-}
-
-// 0 or the launch's cudaError_t. No dynamic shared memory: every kernel here stays within the static 48 KiB.
-template <class Arguments>
-int launch(void (*kernel)(Arguments), dim3 grid, int threads, void *stream, Arguments arguments) {
-    void *pointers[] = {&arguments};
-    return static_cast<int>(cudaLaunchKernel(reinterpret_cast<const void *>(kernel), grid, dim3(threads), pointers, 0,
-                                             static_cast<cudaStream_t>(stream)));
-}
-
-inline const char *machine_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
-
 }  // namespace dmoe
+
+#include "device_cuda_copies.cuh"
+#include "device_cuda_launch.cuh"

@@ -54,6 +54,38 @@ DMOE_API int dmoe_block_route(const DmoeRouteAttributes *attributes, int32_t row
                               const float *top_p, const int64_t *min_experts, const int64_t *coreset_size,
                               int32_t *expert_ids, float *expert_weights, uint8_t *coreset, void *stream);
 
+typedef struct DmoeRouterShape {
+    int32_t rows;    /* B, at most 65535 */
+    int32_t tokens;  /* T; rows * tokens may be 0, at most 2^30 */
+    int32_t experts; /* E, 1..1024 */
+    int32_t hidden;  /* H, a multiple of 8, at most 2^18 */
+    int32_t type;    /* DMOE_TYPE_* of hidden */
+} DmoeRouterShape;
+
+/* Bytes of the workspace dmoe_router() needs for this shape, or a negative DMOE_ERROR_*: 4 * rows * tokens * experts. */
+DMOE_API int64_t dmoe_router_workspace_bytes(const DmoeRouterShape *shape);
+
+/* Router logits = hidden [rows * tokens, H] x router_weight [experts, H] (float32) in float32, then dmoe_block_route() on
+ * them, whose further arguments are those of the same names. router_logits [rows, tokens, experts] may be NULL.
+ * workspace: dmoe_router_workspace_bytes() bytes, 256-byte aligned, contents irrelevant. Two kernel launches. A token's
+ * logits have the same bits whatever the other tokens are. */
+DMOE_API int dmoe_router(const DmoeRouterShape *shape, const DmoeRouteAttributes *attributes, const void *hidden,
+                         const float *router_weight, const float *expert_bias, const int64_t *position_ids,
+                         const float *top_p, const int64_t *min_experts, const int64_t *coreset_size,
+                         int32_t *expert_ids, float *expert_weights, float *router_logits, void *workspace,
+                         void *stream);
+
+typedef struct DmoeAddNormShape {
+    int32_t tokens; /* N, may be 0 */
+    int32_t hidden; /* H, a multiple of 8, at most 2^18 */
+    int32_t type;   /* DMOE_TYPE_* of all tensors */
+} DmoeAddNormShape;
+
+/* total = x + delta, rounded; normed = total / sqrt(mean(total^2) + eps) * weight, float32 inside. x, delta, total, normed
+ * [N, H], weight [H]; total may be x or delta, normed may be none of the others. One kernel launch. */
+DMOE_API int dmoe_add_norm(const DmoeAddNormShape *shape, float eps, const void *x, const void *delta, const void *weight,
+                           void *total, void *normed, void *stream);
+
 typedef struct DmoeExpertsShape {
     int32_t tokens;  /* N, may be 0 */
     int32_t places;  /* k, 1..32 */
@@ -107,6 +139,79 @@ DMOE_API int dmoe_experts_quantised(const DmoeExpertsShape *shape, const DmoeQua
                                     const DmoeExpertPool *pool, const void *hidden, const int32_t *expert_ids,
                                     const float *expert_weights, const void *gate_up, const void *down, void *mixed,
                                     void *workspace, void *stream);
+
+typedef struct DmoeSelfAttentionShape {
+    int32_t rows;         /* B, may be 0 */
+    int32_t tokens;       /* T, may be 0 */
+    int32_t past;         /* S, at least 1 */
+    int32_t heads;        /* Hq, a multiple of Hkv */
+    int32_t kv_heads;     /* Hkv */
+    int32_t head_dim;     /* D, a multiple of 16 up to 256 */
+    int32_t rotary_dim;   /* R, even, 2..D */
+    int32_t block_length; /* 0 = every token sees every place */
+    int32_t type;         /* DMOE_TYPE_* of all but angles and positions */
+    float eps;            /* of the norms of heads, above 0 */
+} DmoeSelfAttentionShape;
+
+/* Bytes of the workspace dmoe_self_attention() needs for this shape and every one of fewer rows, tokens and past places,
+ * or a negative DMOE_ERROR_*. */
+DMOE_API int64_t dmoe_self_attention_workspace_bytes(const DmoeSelfAttentionShape *shape);
+
+/* Semantics: dmoe_export/ops/self_attention/__init__.py. qkv [B*T, (Hq + 2 Hkv) D], cos and sin [B, T, R / 2] float32,
+ * position_ids [B, T], past_positions [B, S] (-1: a place nobody sees; positions from 2^32 - 2 on are one), past_key and
+ * past_value [B, Hkv, S, D], q_norm and k_norm [D], both NULL = no norm of heads; mixed [B*T, Hq D], key and value
+ * [B, Hkv, T, D]. Sizes times each other must stay below 2^31 blocks and heads. workspace as in dmoe_experts().
+ * Rounded to 16 bits: q, key, the weights exp(score - largest score) as operand of the tensor cores, mixed. A row that sees
+ * no place is 0. What lies in a place whose position is -1 does not matter; a value that is NaN or infinite in a place that
+ * some tokens see may make NaN of tokens that do not see it. Two kernel launches. */
+DMOE_API int dmoe_self_attention(const DmoeSelfAttentionShape *shape, const void *qkv, const float *cos, const float *sin,
+                                 const int64_t *position_ids, const int64_t *past_positions, const void *past_key,
+                                 const void *past_value, const void *q_norm, const void *k_norm, void *mixed, void *key,
+                                 void *value, void *workspace, void *stream);
+
+/* The expert that every token takes with weight 1: floats of the shape's type, also where the others are integers. */
+typedef struct DmoeSharedExpert {
+    int32_t width;       /* Is, a multiple of 8; may differ from I' */
+    const void *gate_up; /* [2Is, H]: all gate rows, then all up rows (not interleaved) */
+    const void *down;    /* [H, Is] */
+} DmoeSharedExpert;
+
+/* Bytes of the workspace dmoe_mixture() needs, or a negative DMOE_ERROR_*. shared = NULL: dmoe_experts_workspace_bytes(). */
+DMOE_API int64_t dmoe_mixture_workspace_bytes(const DmoeExpertsShape *shape, const DmoeSharedExpert *shared);
+
+/* dmoe_experts_quantised() plus a shared expert (dmoe_export/ops/mixture/__init__.py): its output is the last summand, in
+ * float32, and the sum is rounded once. shared: host memory, read before this returns; NULL = dmoe_experts_quantised().
+ * A pool and integers concern the other experts only. As many launches as without. */
+DMOE_API int dmoe_mixture(const DmoeExpertsShape *shape, const DmoeSharedExpert *shared,
+                          const DmoeQuantisation *quantisation, const DmoeExpertPool *pool, const void *hidden,
+                          const int32_t *expert_ids, const float *expert_weights, const void *gate_up, const void *down,
+                          void *mixed, void *workspace, void *stream);
+
+typedef struct DmoeHeadShape {
+    int32_t rows;       /* B */
+    int32_t tokens;     /* T, of a row */
+    int32_t wanted;     /* M, places of a row of logit_rows; B * M may be 0, else T is at least 1 */
+    int32_t kept;       /* L, 0..M: places of a row whose logits are written */
+    int32_t hidden;     /* H, a multiple of 8, at most 2^18 */
+    int32_t vocabulary; /* V, 2..2^24 */
+    int32_t type;       /* DMOE_TYPE_* of hidden, norm and weight */
+} DmoeHeadShape;
+
+typedef struct DmoeHeadAttributes {
+    float eps;       /* of the norm */
+    int32_t mask_id; /* the token that is never an answer; outside 0..V-1: every token may be one */
+} DmoeHeadAttributes;
+
+/* Bytes of the workspace dmoe_head() needs for this shape, or a negative DMOE_ERROR_*. */
+DMOE_API int64_t dmoe_head_workspace_bytes(const DmoeHeadShape *shape);
+
+/* The vocabulary head: hidden [B * T, H], norm [H], weight [V, H], logit_rows [B, M] (below 0: place 0, above T-1: T-1)
+ * -> token_ids [B, M], confidence [B, M], logits [B, L, V] (may be NULL when L is 0). A logit that is NaN is above all
+ * others; where the best logit is NaN or infinite, the confidence is NaN. Three launches per 1024 wanted tokens.
+ * B * T and B * M at most 2^30. workspace: dmoe_head_workspace_bytes() bytes, 256-byte aligned, contents irrelevant. */
+DMOE_API int dmoe_head(const DmoeHeadShape *shape, const DmoeHeadAttributes *attributes, const void *hidden,
+                       const void *norm, const void *weight, const int64_t *logit_rows, int64_t *token_ids,
+                       float *confidence, float *logits, void *workspace, void *stream);
 
 /* What a returned code means, one sentence; a static string. */
 DMOE_API const char *dmoe_error_string(int code);

@@ -11,8 +11,17 @@
 
 namespace {
 
-constexpr std::array<char const*, 5> kOps = {
-    "DmoeAttention", "DmoeBlockRoute", "DmoeExperts", "DmoeLinear", "DmoeQuantisedLinear"};
+constexpr std::array kOps = {
+    "DmoeAddNorm",
+    "DmoeAttention",
+    "DmoeBlockRoute",
+    "DmoeExperts",
+    "DmoeHead",
+    "DmoeLinear",
+    "DmoeMixture",
+    "DmoeQuantisedLinear",
+    "DmoeRouter",
+};
 
 // Its place among the ops; kOps.size() for another op.
 size_t placeOf(char const* op)

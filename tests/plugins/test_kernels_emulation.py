@@ -34,6 +34,12 @@ def test_a_right_kernel_runs_in_any_order(seed):
     assert code == 0 and out[:7].tolist() == [1, 0, 43, 1, 32, 63, 37]
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_one_thread_block_arrives_last_and_sees_what_all_wrote(seed):
+    code, out, message = selftest("arrival", seed)
+    assert (code, message, out[0], out[1]) == (0, b"", 31, 1) and out.view(np.uint32)[7] == 5
+
+
 @pytest.mark.parametrize(("name", "text"), [
     ("barrier_in_a_branch", b"127 of 128 threads wait at __syncthreads"),
     ("barriers_of_two_branches", b"others wait at __syncthreads in line"),
@@ -133,5 +139,6 @@ def test_kernels_use_whole_warps_and_no_float_atomics():
     """Results may not depend on the order threads happen to run in."""
     sources = list(itertools.chain.from_iterable((ROOT / "plugins" / "kernels").glob(p) for p in ("*.cu", "*.cuh")))
     text = "\n".join(path.read_text() for path in sources)
-    assert set(re.findall(r"\batomic[A-Z]\w*", text)) == {"atomicOr"}
+    assert set(re.findall(r"\batomic[A-Z]\w*", text)) <= {"atomicOr", "atomicAdd"}
+    assert len(re.findall("atomicAdd", text)) == 1, "only arrives_last counts, and it counts unsigned integers"
     assert "cudaMalloc" not in text and "Synchronize" not in text

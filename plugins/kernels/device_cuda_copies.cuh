@@ -1,0 +1,84 @@
+// The CUDA side of device.cuh: copies into shared memory, fragments out of it, and kernels that overlap.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+// The dynamic shared memory of a launch, 128-byte aligned; once per kernel.
+#define DMOE_DYNAMIC_SHARED(type, name)                                \
+    extern __shared__ __align__(128) unsigned char dmoe_dynamic_shared[]; \
+    type *const name = reinterpret_cast<type *>(dmoe_dynamic_shared)
+
+namespace dmoe {
+
+DMOE_DEVICE uint32_t shared_address(const void *pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Four 8x8 matrices of 16-bit words: lane l says where row l % 8 of matrix l / 8 is, 16 bytes of shared memory, 16-byte
+// aligned, written before the last barrier. words[m]: of matrix m, with g = lane / 4 and q = lane % 4, columns 2q and 2q + 1 of row g.
+DMOE_DEVICE void load_matrices(uint32_t (&words)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared_address(row)));
+}
+// The same, transposed: rows 2q and 2q + 1 of column g.
+DMOE_DEVICE void load_matrices_transposed(uint32_t (&words)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared_address(row)));
+}
+
+// Asynchronous copies of 16 or 4 bytes from device to shared memory, both sides aligned to their size; zeros, and no
+// read, when not wanted. commit_copies() makes a group of what the thread has asked for since the last one;
+// wait_for_copies<N>() returns when all of the thread's groups but its last N have arrived. Other threads see them
+// after a barrier. Below compute capability 8.0 a copy goes through registers and has arrived when it returns.
+DMOE_DEVICE void copy_async_16(void *shared, const void *from, bool wanted) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(from),
+                 "r"(wanted ? 16 : 0)
+                 : "memory");
+#else
+    *static_cast<uint4 *>(shared) = wanted ? *static_cast<const uint4 *>(from) : make_uint4(0, 0, 0, 0);
+#endif
+}
+DMOE_DEVICE void copy_async_4(void *shared, const void *from, bool wanted) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(from),
+                 "r"(wanted ? 4 : 0)
+                 : "memory");
+#else
+    *static_cast<uint32_t *>(shared) = wanted ? *static_cast<const uint32_t *>(from) : 0;
+#endif
+}
+DMOE_DEVICE void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int N>
+DMOE_DEVICE void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// Programmatic dependent launch. A kernel launched with LaunchOptions::overlap may start while the one before it runs:
+//   wait_for_predecessor()  everything launched before this kernel has completed, its writes are visible. Every thread
+//                           that reads (or overwrites) what earlier launches use calls it first.
+//   let_successor_start()   the next kernel may start, if it overlaps. Call it only after wait_for_predecessor(): then
+//                           a successor knows, even before it waits, that all launches but the last are complete.
+// Below compute capability 9.0 both do nothing, and launches do not overlap.
+DMOE_DEVICE void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DMOE_DEVICE void let_successor_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace dmoe
