@@ -84,7 +84,7 @@ int run_chunk(const DmoeExpertsShape &s, const Workspace &w, const Weights &weig
 
     ProductArguments a{};
     a.slot_of_expert = weights.slot_of_expert, a.slots = weights.slots, a.group_shift = weights.group_shift;
-    a.expert_ids = t.expert_ids, a.tokens = s.tokens, a.places = s.places, a.experts = s.experts;
+    a.expert_ids = t.expert_ids, a.tokens = s.tokens, a.places = Divisor(s.places), a.experts = s.experts;
 
     a.all = weights.gate_up, a.pool = weights.gate_up_pool, a.shared_weights = weights.shared.gate_up;
     a.rows = 2 * s.width, a.depth = s.hidden;

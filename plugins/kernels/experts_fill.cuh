@@ -9,16 +9,18 @@ namespace dmoe {
 // shared expert have 16.
 template <int BITS, int TILES, bool GATE>
 struct Feeder {
-    static constexpr int kMostRows = TILES * kTokenUnits<BITS> * 8 / kProductThreads;
+    static constexpr int kThreads = 16;  // that copy a token together, every sixteenth unit each
+    static constexpr int kEvery = kProductThreads / kThreads, kTokens = TILES * 8 / kEvery;
     static constexpr unsigned kNoToken = ~0u;
 
     Cursor cursor;
+    int end;                     // of the item's pairs
     int shared;                  // items of the shared expert
     const char *weights;         // of the thread's first row, from its unit on
     int weight_pitch;            // bytes from one of the thread's rows to its next
     int rows;                    // of the item, or more
     const uint16_t *scales;      // of the item's first row
-    unsigned inputs[kMostRows];  // units from a.inputs to the thread's unit of its tokens
+    unsigned inputs[kTokens];    // units from a.inputs to the thread's first unit of its tokens
 
     static DMOE_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
     DMOE_DEVICE bool plain() const { return BITS == 16 || cursor.index < shared; }
@@ -28,20 +30,20 @@ struct Feeder {
     // At the start of an item.
     DMOE_DEVICE void open(const ProductArguments &a, const PairLists &lists, int index) {
         const Item item = item_at<TILES>(a, lists, index, shared);
-        cursor = {index, item.first, 0};
+        cursor = {index, item.first, 0}, end = item.end;
         plain() ? find_rows<16>(a, item) : find_rows<BITS>(a, item);
     }
 
     // The one place where an expert's weights are looked up: in the pool, among all experts, or the shared one's.
     template <int WIDTH>
     DMOE_DEVICE void find_rows(const ProductArguments &a, const Item &item) {
-        constexpr int kEvery = kProductThreads / kWeightUnits<WIDTH>;
+        constexpr int kApart = kProductThreads / kWeightUnits<WIDTH>;
         const int row = item.row + thread() / kWeightUnits<WIDTH>, unit = thread() % kWeightUnits<WIDTH>;
         if (item.shared) {
             // Gate rows, then up rows: here they take turns.
             const int index = GATE ? row / 2 + row % 2 * (a.shared_rows / 2) : row;
             weights = static_cast<const char *>(a.shared_weights) + static_cast<int64_t>(index) * a.shared_depth * 2 + unit * 16;
-            weight_pitch = a.shared_depth * 2 * kEvery / (GATE ? 2 : 1);
+            weight_pitch = a.shared_depth * 2 * kApart / (GATE ? 2 : 1);
             rows = a.shared_rows - item.row;
             return;
         }
@@ -51,24 +53,20 @@ struct Feeder {
         const int64_t first = static_cast<int64_t>(pooled ? slot : item.expert) * a.rows;
         const int pitch = a.depth / 8 * WIDTH;
         weights = static_cast<const char *>(from.weights) + (first + row) * pitch + unit * 16;
-        weight_pitch = pitch * kEvery;
+        weight_pitch = pitch * kApart;
         rows = a.rows - item.row;
         if constexpr (WIDTH != 16) scales = from.scales + (first + item.row) * (a.depth >> a.group_shift);
     }
 
     // At the start of a pass: which tokens it has.
-    DMOE_DEVICE void find_tokens(const ProductArguments &a, const PairLists &lists, int end) {
-        plain() ? find_tokens<16>(a, lists, end) : find_tokens<BITS>(a, lists, end);
-    }
-    template <int WIDTH>
-    DMOE_DEVICE void find_tokens(const ProductArguments &a, const PairLists &lists, int end) {
-        constexpr int kEvery = kProductThreads / kTokenUnits<WIDTH>;
+    DMOE_DEVICE void find_tokens(const ProductArguments &a, const PairLists &lists) {
+        const bool listed = cursor.index >= shared;
         DMOE_UNROLL
-        for (int i = 0; i < TILES * 8 / kEvery; ++i) {
-            const int place = cursor.pair + thread() / kTokenUnits<WIDTH> + i * kEvery;
+        for (int i = 0; i < kTokens; ++i) {
+            const int place = cursor.pair + thread() / kThreads + i * kEvery;
             unsigned row = place;
-            if (cursor.index >= shared && place < end) row = GATE ? lists.pairs[place] / a.places : lists.pairs[place];
-            inputs[i] = row * (depth(a) / kUnit) + thread() % kTokenUnits<WIDTH> + (cursor.index < shared ? a.shared_inputs : 0);
+            if (listed && place < end) row = GATE ? a.places.quotient(lists.pairs[place]) : lists.pairs[place];
+            inputs[i] = row * (depth(a) / kUnit) + thread() % kThreads + (listed ? 0 : a.shared_inputs);
             if (place >= end) inputs[i] = kNoToken;
         }
     }
@@ -78,15 +76,15 @@ struct Feeder {
     }
     template <int WIDTH>
     DMOE_DEVICE void fill_weights(const ProductArguments &a, char *stage) const {
-        constexpr int kEvery = kProductThreads / kWeightUnits<WIDTH>;  // a multiple of 16, so places are that far apart
+        constexpr int kApart = kProductThreads / kWeightUnits<WIDTH>;  // a multiple of 16: one order of units
         const int row = thread() / kWeightUnits<WIDTH>, unit = thread() % kWeightUnits<WIDTH>;
         const bool within = cursor.at + unit * (128 / WIDTH) < depth(a);
         const char *from = weights + cursor.at / 8 * WIDTH;
         char *to = stage + weight_place<WIDTH>(row, unit);
         DMOE_UNROLL
-        for (int i = 0; i < kTileRows / kEvery; ++i) {
-            copy_async_16(to, from, within && row + i * kEvery < rows);
-            from += weight_pitch, to += kEvery * kWeightUnits<WIDTH> * 16;
+        for (int i = 0; i < kTileRows / kApart; ++i) {
+            copy_async_16(to, from, within && row + i * kApart < rows);
+            from += weight_pitch, to += kApart * kWeightUnits<WIDTH> * 16;
         }
         if constexpr (WIDTH != 16) fill_scales<WIDTH>(a, stage);
     }
@@ -111,15 +109,18 @@ struct Feeder {
     }
     template <int WIDTH>
     DMOE_DEVICE void fill_tokens(const ProductArguments &a, char *stage) const {
-        constexpr int kEvery = kProductThreads / kTokenUnits<WIDTH>;  // a multiple of 8
-        const int row = thread() / kTokenUnits<WIDTH>, unit = thread() % kTokenUnits<WIDTH>;
-        const bool within = cursor.at + unit * kUnit < depth(a);
+        const int row = thread() / kThreads, unit = thread() % kThreads;
         char *const to = stage + token_place<WIDTH>(row, unit);
         DMOE_UNROLL
-        for (int i = 0; i < TILES * 8 / kEvery; ++i) {
+        for (int i = 0; i < kTokens; ++i) {
             // Where there is no token, a column of a tile holds what it held; nobody looks at its products.
             if (inputs[i] == kNoToken) continue;
-            copy_async_16(to + i * kEvery * kTokenUnits<WIDTH> * 16, a.inputs + inputs[i] + cursor.at / kUnit, within);
+            const uint4 *const from = a.inputs + inputs[i] + cursor.at / kUnit;
+            DMOE_UNROLL
+            for (int u = 0; u < kTokenUnits<WIDTH>; u += kThreads) {
+                copy_async_16(to + (i * kEvery * kTokenUnits<WIDTH> + u) * 16, from + u,
+                              cursor.at + (unit + u) * kUnit < depth(a));
+            }
         }
     }
 
@@ -127,15 +128,13 @@ struct Feeder {
     DMOE_DEVICE void advance(const ProductArguments &a, const PairLists &lists, int items, int every) {
         cursor.at += chunk();
         if (cursor.at < depth(a)) return;
-        int end = item_at<TILES>(a, lists, cursor.index, shared).end;
         cursor.at = 0, cursor.pair += TILES * 8;
         if (cursor.pair >= end) {
             cursor.index += every;
             if (cursor.index >= items) return;
             open(a, lists, cursor.index);
-            end = item_at<TILES>(a, lists, cursor.index, shared).end;
         }
-        find_tokens(a, lists, end);
+        find_tokens(a, lists);
     }
 };
 

@@ -26,9 +26,8 @@ template <class Half, int BITS, int TILES, bool GATE>
 int launch_variant(const ProductArguments &a, int lists, void *stream) {
     constexpr auto kernel = product_kernel<Half, BITS, TILES, GATE>;
     const LaunchOptions options{a.stages * a.stage_bytes + lists, true};
-    const auto tiles = [](int rows) { return (rows + kTileRows - 1) / kTileRows; };
     // At most: how many experts are active is not known here.
-    const int items = min(a.experts, a.tokens * a.places) * tiles(a.rows) + shared_items<TILES>(a);
+    const int items = min(a.experts, pair_count(a)) * static_cast<int>(a.tiles.by) + shared_items<TILES>(a);
     const int blocks = max(1, min(items, resident_blocks<kernel>(kProductThreads, options.shared)));
     return launch<kernel>(dim3(blocks), kProductThreads, stream, a, options);
 }
@@ -36,7 +35,9 @@ int launch_variant(const ProductArguments &a, int lists, void *stream) {
 // Tiles per pass and stages are the device's and the call's affair: they change no bits.
 template <class Half, int BITS, bool GATE>
 int launch_product(ProductArguments a, void *stream) {
-    const int lists = list_bytes(a.experts, a.tokens * a.places);
+    const auto tiles = [](int rows) { return Divisor(max(1, (rows + kTileRows - 1) / kTileRows)); };
+    a.tiles = tiles(a.rows), a.shared_tiles = tiles(a.shared_rows);
+    const int lists = list_bytes(a.experts, pair_count(a));
     if (a.tokens > 32 && ring_fits<BITS, 8>(a, lists, 2)) return launch_variant<Half, BITS, 8, GATE>(a, lists, stream);
     if (ring_fits<BITS, 4>(a, lists, 3)) return launch_variant<Half, BITS, 4, GATE>(a, lists, stream);
     return DMOE_ERROR_SHAPE;

@@ -118,49 +118,52 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
     const PairLists lists = lists_at(memory + a.stages * a.stage_bytes, a.experts);
     const auto stage_at = [&](int slot) { return memory + slot * a.stage_bytes; };
     const int every = static_cast<int>(gridDim.x), start = static_cast<int>(blockIdx.x);
-    const int row_tiles = (a.rows + kTileRows - 1) / kTileRows;
+    const auto next = [&](int slot) { return slot + 1 == a.stages ? 0 : slot + 1; };
+    const auto group = [&] { return group_pairs(lists, a.expert_ids, pair_count(a), a.experts) * static_cast<int>(a.tiles.by); };
 
     // Before the last launch has ended: what does not depend on it. Weights never do; which ones are wanted the shared
     // expert's items know at once, and those of `down` from ids that gate_up has been able to read.
     Feeder<BITS, TILES, GATE> feeder;
     feeder.shared = shared_items<TILES>(a);
     int items = feeder.shared, early = 0;
-    if (!GATE) items += group_pairs(lists, a.expert_ids, a.tokens * a.places, a.experts) * row_tiles;
-    if (start < items) {
+    if (!GATE) items += group();
+    const bool opened = start < items;
+    if (opened) {
         feeder.open(a, lists, start);
         for (; early < a.stages - 1 && feeder.cursor.at < feeder.depth(a); ++early) {
             feeder.fill_weights(a, stage_at(early));
             feeder.cursor.at += feeder.chunk();
         }
+        feeder.cursor.at = 0;
     }
     wait_for_predecessor();
     let_successor_start();
-    if (GATE) items += group_pairs(lists, a.expert_ids, a.tokens * a.places, a.experts) * row_tiles;
+    if (GATE) items += group();
     if (start >= items) return;
-    feeder.open(a, lists, start);
-    int end = item_at<TILES>(a, lists, start, feeder.shared).end;
-    feeder.find_tokens(a, lists, end);
+    if (!opened) feeder.open(a, lists, start);
+    feeder.find_tokens(a, lists);
     Cursor cursor = feeder.cursor;
-    int tiles = min(TILES, (end - cursor.pair + 7) / 8);
+    int tiles = min(TILES, (feeder.end - cursor.pair + 7) / 8);
 
-    for (int slot = 0; slot < a.stages - 1; ++slot) {
-        if (feeder.cursor.index < items) {
-            if (slot >= early) feeder.fill_weights(a, stage_at(slot));
-            feeder.fill_tokens(a, stage_at(slot));
-            feeder.advance(a, lists, items, every);
-        }
-        commit_copies();
-    }
     Sums<TILES> sums = {};
-    for (int slot = 0, empty = a.stages - 1; cursor.index < items;) {
-        wait_for_stage(a.stages);
-        __syncthreads();  // everybody's copies have arrived, and everybody is done with the stage before
+    int slot = 0, empty = 0;
+    for (int step = 1 - a.stages;; ++step) {
+        if (step >= 0) {
+            wait_for_stage(a.stages);
+            __syncthreads();  // everybody's copies have arrived, and everybody is done with the stage before
+        }
         if (feeder.cursor.index < items) {
-            feeder.fill_weights(a, stage_at(empty));
+            if (early > 0) {
+                --early;
+            } else {
+                feeder.fill_weights(a, stage_at(empty));
+            }
             feeder.fill_tokens(a, stage_at(empty));
             feeder.advance(a, lists, items, every);
         }
         commit_copies();
+        empty = next(empty);
+        if (step < 0) continue;
         char *const stage = stage_at(slot);
         const bool shared = cursor.index < feeder.shared;
         const int depth = shared ? a.shared_depth : a.depth;
@@ -192,8 +195,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
             }
             tiles = min(TILES, (item.end - cursor.pair + 7) / 8);
         }
-        slot = slot + 1 == a.stages ? 0 : slot + 1;
-        empty = empty + 1 == a.stages ? 0 : empty + 1;
+        slot = next(slot);
     }
 }
 
