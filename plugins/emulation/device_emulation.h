@@ -9,6 +9,7 @@
 
 #define DMOE_DEVICE inline
 #define DMOE_UNROLL
+#define DMOE_UNROLL_BY(count)
 #define DMOE_SHARED(type, name, count) \
     type *const name = static_cast<type *>(::dmoe::emulation::shared_memory(sizeof(type) * (count)))
 

@@ -14,6 +14,10 @@ extern "C" {
  * even seeds, as 0xcc bytes for odd ones. */
 DMOE_API void dmoe_emulation_seed(uint64_t seed);
 
+/* Shared memory of a thread block: 65536 as compute capability 7.5, 101376 as 8.6 and 12.0, 166912 as 8.0; 0 = 232448, as
+ * 9.0. A processor has 1 KiB more. */
+DMOE_API void dmoe_emulation_shared_bytes(int32_t bytes);
+
 /* Why the last call returned DMOE_ERROR_EMULATION; empty when it did not. */
 DMOE_API const char *dmoe_emulation_message(void);
 

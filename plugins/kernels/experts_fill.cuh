@@ -18,7 +18,8 @@ struct Feeder {
     int shared;                  // items of the shared expert
     const char *weights;         // of the thread's first row, from its unit on
     int weight_pitch;            // bytes from one of the thread's rows to its next
-    int rows;                    // of the item, or more
+    int rows;                    // from the thread's first row to the matrix's last
+    int weights_to, inputs_to;   // where the thread's first units go in a stage
     const uint16_t *scales;      // of the item's first row
     unsigned inputs[kTokens];    // units from a.inputs to the thread's first unit of its tokens
 
@@ -39,12 +40,14 @@ struct Feeder {
     DMOE_DEVICE void find_rows(const ProductArguments &a, const Item &item) {
         constexpr int kApart = kProductThreads / kWeightUnits<WIDTH>;
         const int row = item.row + thread() / kWeightUnits<WIDTH>, unit = thread() % kWeightUnits<WIDTH>;
+        rows = (item.shared ? a.shared_rows : a.rows) - row;
+        weights_to = weight_place<WIDTH>(row - item.row, unit);
+        inputs_to = token_place<WIDTH>(thread() / kThreads, thread() % kThreads);
         if (item.shared) {
             // Gate rows, then up rows: here they take turns.
             const int index = GATE ? row / 2 + row % 2 * (a.shared_rows / 2) : row;
             weights = static_cast<const char *>(a.shared_weights) + static_cast<int64_t>(index) * a.shared_depth * 2 + unit * 16;
             weight_pitch = a.shared_depth * 2 * kApart / (GATE ? 2 : 1);
-            rows = a.shared_rows - item.row;
             return;
         }
         const int slot = a.slot_of_expert ? a.slot_of_expert[item.expert] : -1;
@@ -54,7 +57,6 @@ struct Feeder {
         const int pitch = a.depth / 8 * WIDTH;
         weights = static_cast<const char *>(from.weights) + (first + row) * pitch + unit * 16;
         weight_pitch = pitch * kApart;
-        rows = a.rows - item.row;
         if constexpr (WIDTH != 16) scales = from.scales + (first + item.row) * (a.depth >> a.group_shift);
     }
 
@@ -77,14 +79,12 @@ struct Feeder {
     template <int WIDTH>
     DMOE_DEVICE void fill_weights(const ProductArguments &a, char *stage) const {
         constexpr int kApart = kProductThreads / kWeightUnits<WIDTH>;  // a multiple of 16: one order of units
-        const int row = thread() / kWeightUnits<WIDTH>, unit = thread() % kWeightUnits<WIDTH>;
-        const bool within = cursor.at + unit * (128 / WIDTH) < depth(a);
-        const char *from = weights + cursor.at / 8 * WIDTH;
-        char *to = stage + weight_place<WIDTH>(row, unit);
+        const unsigned at = cursor.at, unit = thread() % kWeightUnits<WIDTH>;
+        const bool within = at + unit * (128 / WIDTH) < static_cast<unsigned>(depth(a));
+        const char *from = weights + at * WIDTH / 8;
         DMOE_UNROLL
-        for (int i = 0; i < kTileRows / kApart; ++i) {
-            copy_async_16(to, from, within && row + i * kApart < rows);
-            from += weight_pitch, to += kApart * kWeightUnits<WIDTH> * 16;
+        for (int i = 0; i < kTileRows / kApart; ++i, from += weight_pitch) {
+            copy_async_16(stage + weights_to + i * kApart * kWeightUnits<WIDTH> * 16, from, within && i * kApart < rows);
         }
         if constexpr (WIDTH != 16) fill_scales<WIDTH>(a, stage);
     }
@@ -98,7 +98,7 @@ struct Feeder {
         for (int i = 0; i < (kTileRows * kScaleWords<WIDTH> + kProductThreads - 1) / kProductThreads; ++i) {
             const int row = (thread() + i * kProductThreads) / kScaleWords<WIDTH>;
             const int word = (thread() + i * kProductThreads) % kScaleWords<WIDTH> + (row * groups + first) / 2;
-            if (row < min(rows, kTileRows) && word <= (row * groups + last) / 2) {
+            if (row < kTileRows && row < rows + thread() / kWeightUnits<WIDTH> && word <= (row * groups + last) / 2) {
                 copy_async_4(stage + scale_place<WIDTH, TILES>(row, word - (row * groups + first) / 2), scales + word * 2, true);
             }
         }
@@ -109,17 +109,15 @@ struct Feeder {
     }
     template <int WIDTH>
     DMOE_DEVICE void fill_tokens(const ProductArguments &a, char *stage) const {
-        const int row = thread() / kThreads, unit = thread() % kThreads;
-        char *const to = stage + token_place<WIDTH>(row, unit);
+        const unsigned at = cursor.at, unit = thread() % kThreads, units = depth(a) / kUnit;
         DMOE_UNROLL
         for (int i = 0; i < kTokens; ++i) {
             // Where there is no token, a column of a tile holds what it held; nobody looks at its products.
             if (inputs[i] == kNoToken) continue;
-            const uint4 *const from = a.inputs + inputs[i] + cursor.at / kUnit;
             DMOE_UNROLL
             for (int u = 0; u < kTokenUnits<WIDTH>; u += kThreads) {
-                copy_async_16(to + (i * kEvery * kTokenUnits<WIDTH> + u) * 16, from + u,
-                              cursor.at + (unit + u) * kUnit < depth(a));
+                copy_async_16(stage + inputs_to + (i * kEvery * kTokenUnits<WIDTH> + u) * 16,
+                              a.inputs + (inputs[i] + at / kUnit) + u, at / kUnit + unit + u < units);
             }
         }
     }

@@ -71,7 +71,7 @@ template <class Half, int BITS, int TILES>
 DMOE_DEVICE void multiply_integers(Sums<TILES> &sums, const char *stage, int tiles, int depth, int shift, bool odd_rows,
                                    bool odd) {
     const int g = lane_id() / 4, q = lane_id() % 4, row = warp_id() / kSplit * 32 + 2 * g;
-    DMOE_UNROLL
+    DMOE_UNROLL_BY((TILES == 4 ? 2 : 1))  // with more tiles there are no registers for two
     for (int piece = 0; piece < kChunk<BITS> / kStep / kSplit; ++piece) {
         const int step = piece * kSplit + warp_id() % kSplit;
         if (step * kStep >= depth) continue;

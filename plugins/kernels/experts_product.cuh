@@ -15,13 +15,11 @@ constexpr int kStaticBytes = 128;  // at least what group_pairs() has beside the
 
 // Until the oldest of the ring's stages has arrived; all but one are under way.
 DMOE_DEVICE void wait_for_stage(int stages) {
-    switch (stages) {
-        case 2: return wait_for_copies<0>();
-        case 3: return wait_for_copies<1>();
-        case 4: return wait_for_copies<2>();
-        case 5: return wait_for_copies<3>();
-        default: return wait_for_copies<4>();
-    }
+    if (stages == 4) return wait_for_copies<2>();
+    if (stages == 3) return wait_for_copies<1>();
+    if (stages == 2) return wait_for_copies<0>();
+    if (stages == 5) return wait_for_copies<3>();
+    wait_for_copies<4>();
 }
 
 // c: rows `row` and `row + 1` of pairs 2q and 2q + 1 of the tile that starts at `pair`.

@@ -32,6 +32,7 @@ NAN = 0x7fff  # of both types
 def _start_seed():
     yield
     library().dmoe_emulation_seed(0)
+    library().dmoe_emulation_shared_bytes(0)
 
 
 def make_shared(kind, hidden, width, seed=0):
@@ -135,6 +136,22 @@ def test_same_bits_in_any_thread_order_any_company_and_any_slots(kind, bits):
         part[1:3] = 0xee
     got = kernel_experts(kind, *case[:3], *forgotten, pool=pool, scales=both, shared=shared)
     np.testing.assert_array_equal(got, results[0])
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize(("tokens", "count"), [(9, 5), (70, 5), (300, 3), (1030, 2), (33, 1024)])
+def test_same_bits_whatever_shared_memory_a_device_has(bits, tokens, count):
+    """As 7.5, 8.6, 8.0 and 9.0 have it: rings of two to six stages, tiles by four or eight, shorter chunks of tokens."""
+    shared = make_shared(FP16, 288, 40)
+    if bits == 16:
+        case, scales = make_case(FP16, tokens, 1, count, 288, 32, seed=tokens), None
+    else:
+        case, scales = quantised.make_case(FP16, bits, 32, tokens, 1, count, 288, 32, seed=tokens)
+    results = set()
+    for kibibytes in (64, 99, 163, 227):
+        library().dmoe_emulation_shared_bytes(kibibytes << 10)
+        results.add(kernel_experts(FP16, *case, scales=scales, shared=shared).tobytes())
+    assert len(results) == 1
 
 
 @KINDS
