@@ -47,6 +47,7 @@ struct Machine {
     std::mutex turn;
     std::string message;
     uint64_t seed = 0, random = 0;
+    int64_t launches = 0;
     const std::function<void()> *kernel = nullptr;
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<unsigned> ready;
@@ -170,6 +171,7 @@ int run(Dim3 grid, unsigned threads, size_t dynamic_shared, const std::function<
     const std::lock_guard<std::mutex> lock(m.turn);
     m.message.clear();
     m.failed = false;
+    ++m.launches;
     m.random = m.seed * 0x9e3779b97f4a7c15u | 1;
     m.kernel = &kernel;
     if (threads == 0 || threads % kLanes || threads > 1024 || grid.y > 65535 || grid.z != 1) {
@@ -272,4 +274,5 @@ extern "C" void dmoe_emulation_seed(uint64_t seed) { dmoe::emulation::seed(seed)
 extern "C" void dmoe_emulation_shared_bytes(int32_t bytes) {
     dmoe::emulation::machine().device_shared = bytes ? static_cast<size_t>(bytes) : dmoe::emulation::kMostSharedBytes;
 }
+extern "C" int64_t dmoe_emulation_launches(void) { return dmoe::emulation::machine().launches; }
 extern "C" const char *dmoe_emulation_message(void) { return dmoe::emulation::message(); }

@@ -2,13 +2,18 @@
 // experts.cu has the 16-bit weights, experts_quantised.cu the others.
 #pragma once
 
+#include "dmoe_kernels.h"
 #include "experts_product.cuh"
 
 namespace dmoe {
 
 constexpr int kChunkPairs = 8192;  // of one launch, at most; shared memory holds a list of them
 
-// 0, and the ring's size in `a`, when it fits into the current device's shared memory beside the lists. Two thread blocks
+// With how many stages a thread block still shares its processor with a second one.
+template <int TILES>
+constexpr int kFewestStages = TILES == 4 ? 3 : 2;
+
+// Whether a ring fits, its size then in `a`, into the current device's shared memory beside the lists. Two thread blocks
 // per processor if each gets `fewest` stages, else one.
 template <int BITS, int TILES>
 bool ring_fits(ProductArguments &a, int lists, int fewest) {
@@ -38,8 +43,8 @@ int launch_product(ProductArguments a, void *stream) {
     const auto tiles = [](int rows) { return Divisor(max(1, (rows + kTileRows - 1) / kTileRows)); };
     a.tiles = tiles(a.rows), a.shared_tiles = tiles(a.shared_rows);
     const int lists = list_bytes(a.experts, pair_count(a));
-    if (a.tokens > 32 && ring_fits<BITS, 8>(a, lists, 2)) return launch_variant<Half, BITS, 8, GATE>(a, lists, stream);
-    if (ring_fits<BITS, 4>(a, lists, 3)) return launch_variant<Half, BITS, 4, GATE>(a, lists, stream);
+    if (a.tokens > 32 && ring_fits<BITS, 8>(a, lists, kFewestStages<8>)) return launch_variant<Half, BITS, 8, GATE>(a, lists, stream);
+    if (ring_fits<BITS, 4>(a, lists, kFewestStages<4>)) return launch_variant<Half, BITS, 4, GATE>(a, lists, stream);
     return DMOE_ERROR_SHAPE;
 }
 
