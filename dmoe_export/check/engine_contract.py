@@ -10,10 +10,9 @@ from onnx import NodeProto, helper
 from ..bundle.manifest import EngineEntry, ProfileEntry
 from ..bundle.reader import Bundle
 from ..engine.plan import PlanPlugin, PlanTensor, Range
-from ..engine.plugins import plugin_ops
 from ..engine.network import plain
+from ..engine.plugins import EXPERTS_OPS, plugin_ops
 from ..engine.resident import SLOTS, slot_range
-from ..ops import experts
 from ..ops.schema import DOMAIN
 from ..words import count
 
@@ -135,7 +134,7 @@ def wrong_weights(bundle: Bundle, graph: onnx.ModelProto, entry: EngineEntry) ->
 def _wrong_attribute(node: NodeProto, layer: PlanPlugin, entry: EngineEntry) -> str | None:
     said: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     said["dmoe_build"] = entry.plugin_build
-    if node.op_type == experts.SCHEMA.name and layer.attributes.get("residency", 0) != bool(entry.expert_pools):
+    if node.op_type in EXPERTS_OPS and layer.attributes.get("residency", 0) != bool(entry.expert_pools):
         return f"its {node.name} {'lacks' if entry.expert_pools else 'has'} a slot pool, against the manifest"
     said["residency"] = int(bool(entry.expert_pools))
     if layer.op != node.op_type:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import CheckError
-from ..ops import experts
+from ..ops import experts, mixture
 from ..ops.plugin_library import INSTALLED, LIBRARY, NAMES, PluginLibrary, find_library, is_embedded, register
 from .settings import ExpertsOp
 
-__all__ = ["INSTALLED", "LIBRARY", "NAMES", "PluginLibrary", "check_count", "count_plugins", "find_library",
-           "is_embedded", "plugin_ops", "register"]
+__all__ = ["EXPERTS_OPS", "INSTALLED", "LIBRARY", "NAMES", "PluginLibrary", "check_count", "count_plugins",
+           "find_library", "is_embedded", "plugin_ops", "register"]
+
+EXPERTS_OPS = (experts.SCHEMA.name, mixture.SCHEMA.name)
+"""The ops that read the routed experts' weights."""
 
 
 def plugin_ops(experts_op: ExpertsOp) -> set[str]:
     """The ops whose nodes become plugins in an engine; other custom nodes become their bodies."""
-    return set(NAMES) - ({experts.SCHEMA.name} if experts_op == "onnx" else set())
+    return set(NAMES) - (set(EXPERTS_OPS) if experts_op == "onnx" else set())
 
 
 def count_plugins(trt: Any, network: Any) -> int:

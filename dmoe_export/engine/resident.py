@@ -1,15 +1,16 @@
 """Experts in a slot pool: the nodes of a graph get a table and a pool as inputs beside all their weights.
 
-Ensures: every experts node has all of the plugin's inputs (plugins/tensorrt/experts/README.md). The number of slots
-is one open dimension, P, so that the budget is chosen when the engine is opened.
+Ensures: every node of routed experts has all of its plugin's inputs (README.md of plugins/tensorrt/experts and mixture).
+The number of slots is one open dimension, P, so that the budget is chosen when the engine is opened.
 """
 
 from __future__ import annotations
 
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..bundle.manifest import ExpertPool, WeightInput
-from ..ops import experts
+from ..ops import experts, mixture
+from .plugins import EXPERTS_OPS
 
 SLOTS = "P"
 
@@ -20,10 +21,9 @@ def add_pools(model: ModelProto, weights: list[WeightInput]) -> list[ExpertPool]
     types = {entry.name: entry.type.tensor_type.elem_type for entry in model.graph.input}
     pools = []
     for node in model.graph.node:
-        if node.op_type != experts.SCHEMA.name:
+        if node.op_type not in EXPERTS_OPS:
             continue
-        names = dict(zip(("gate_up", "down", "gate_up_scales", "down_scales"), list(node.input)[3:],
-                         strict=False))  # scales or none
+        names = _routed_weights(node)
         pool = ExpertPool(slot_of_expert=names["gate_up"].removesuffix("gate_up") + "slot_of_expert", **names,
                           **{f"{kind}_pool": f"{name}.pool" for kind, name in names.items()})
         added: list[tuple[str, int, list[int | str]]] = [
@@ -35,6 +35,13 @@ def add_pools(model: ModelProto, weights: list[WeightInput]) -> list[ExpertPool]
         node.attribute.append(helper.make_attribute("residency", 1))
         pools.append(pool)
     return pools
+
+
+def _routed_weights(node: NodeProto) -> dict[str, str]:
+    """Inputs of a node that have a slice per routed expert, by kind; the shared expert's weights come behind them."""
+    shared = len(mixture.SCHEMA.inputs) - len(experts.SCHEMA.inputs) if node.op_type == mixture.SCHEMA.name else 0
+    given = node.input[3:len(node.input) - shared]
+    return dict(zip(("gate_up", "down", "gate_up_scales", "down_scales"), given, strict=False))  # scales or none
 
 
 def slot_range(num_experts: int) -> tuple[int, int, int]:

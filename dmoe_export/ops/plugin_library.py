@@ -13,12 +13,17 @@ from typing import Any
 
 from ..errors import MissingRequirementError
 from ..libraries import library as installed
-from . import block_route, experts
+from . import block_route, experts, head, mixture
 from .schema import PLUGIN_NAMESPACE
 
 LIBRARY = "libdmoe_plugins.so"
 INSTALLED = installed(LIBRARY).parent
-NAMES = (block_route.SCHEMA.name, experts.SCHEMA.name)
+NAMES = (
+    block_route.SCHEMA.name,
+    experts.SCHEMA.name,
+    head.SCHEMA.name,
+    mixture.SCHEMA.name,
+)
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,32 @@ DMOE_API int dmoe_mixture(const DmoeExpertsShape *shape, const DmoeSharedExpert 
                           const int32_t *expert_ids, const float *expert_weights, const void *gate_up, const void *down,
                           void *mixed, void *workspace, void *stream);
 
+typedef struct DmoeHeadShape {
+    int32_t rows;       /* B */
+    int32_t tokens;     /* T, of a row */
+    int32_t wanted;     /* M, places of a row of logit_rows; B * M may be 0, else T is at least 1 */
+    int32_t kept;       /* L, 0..M: places of a row whose logits are written */
+    int32_t hidden;     /* H, a multiple of 8, at most 2^18 */
+    int32_t vocabulary; /* V, 2..2^24 */
+    int32_t type;       /* DMOE_TYPE_* of hidden, norm and weight */
+} DmoeHeadShape;
+
+typedef struct DmoeHeadAttributes {
+    float eps;       /* of the norm */
+    int32_t mask_id; /* the token that is never an answer; outside 0..V-1: every token may be one */
+} DmoeHeadAttributes;
+
+/* Bytes of the workspace dmoe_head() needs for this shape, or a negative DMOE_ERROR_*. */
+DMOE_API int64_t dmoe_head_workspace_bytes(const DmoeHeadShape *shape);
+
+/* The vocabulary head: hidden [B * T, H], norm [H], weight [V, H], logit_rows [B, M] (below 0: place 0, above T-1: T-1)
+ * -> token_ids [B, M], confidence [B, M], logits [B, L, V] (may be NULL when L is 0). A logit that is NaN is above all
+ * others; where the best logit is NaN or infinite, the confidence is NaN. Three launches per 1024 wanted tokens.
+ * B * T and B * M at most 2^30. workspace: dmoe_head_workspace_bytes() bytes, 256-byte aligned, contents irrelevant. */
+DMOE_API int dmoe_head(const DmoeHeadShape *shape, const DmoeHeadAttributes *attributes, const void *hidden,
+                       const void *norm, const void *weight, const int64_t *logit_rows, int64_t *token_ids,
+                       float *confidence, float *logits, void *workspace, void *stream);
+
 /* What a returned code means, one sentence; a static string. */
 DMOE_API const char *dmoe_error_string(int code);
 

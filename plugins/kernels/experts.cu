@@ -1,6 +1,5 @@
-// dmoe_experts, dmoe_experts_resident and dmoe_experts_quantised: arguments checked, tokens in chunks, four launches per chunk.
+// dmoe_mixture and the functions it has grown from: arguments checked, tokens in chunks, three launches per chunk.
 #include "dmoe_kernels.h"
-#include "experts_group.cuh"
 #include "experts_launch.cuh"
 #include "experts_reduce.cuh"
 
@@ -8,27 +7,31 @@ using namespace dmoe;
 
 namespace {
 
-// Bounds the workspace (76 MB for 8 places, H 2048, I' 512); a longer prompt reads its experts once per chunk.
-constexpr int kChunk = 1024;
+// Bounds the workspace (75 MB for 8 places, H 2048, I' 512); a longer prompt reads its experts once per chunk.
+constexpr int kChunkTokens = 1024;
 constexpr int kMaxSize = 1 << 18;  // of H and I'; keeps every 32-bit index in range
 
+// Tokens per chunk. Devices with little shared memory (compute capability 7.5) get short lists of pairs.
+int chunk_tokens(int places, int pairs) { return min(kChunkTokens, pairs / places); }
+int chunk_pairs_here() { return shared_bytes_per_block() < 96 << 10 ? kChunkPairs / 4 : kChunkPairs; }
+
 struct Workspace {
-    int64_t count, first, pairs, activations, pair_outputs, bytes;
+    int64_t activations, pair_outputs, shared_activations, shared_outputs, bytes;
 };
 
-Workspace workspace_of(const DmoeExpertsShape &s) {
-    const int64_t pair_count = static_cast<int64_t>(min(s.tokens, static_cast<int32_t>(kChunk))) * s.places;
+Workspace workspace_of(const DmoeExpertsShape &s, int shared_width) {
+    const int64_t tokens = min(s.tokens, static_cast<int32_t>(chunk_tokens(s.places, kChunkPairs))), pairs = tokens * s.places;
     Workspace w{};
     const auto part = [&w](int64_t bytes) {
         const int64_t at = w.bytes;
         w.bytes += (bytes + 255) / 256 * 256;
         return at;
     };
-    w.count = part(kMaxExperts * 4);
-    w.first = part(kMaxExperts * 4);
-    w.pairs = part(pair_count * 4);
-    w.activations = part(pair_count * s.width * 2);
-    w.pair_outputs = part(pair_count * s.hidden * 4);
+    w.activations = part(pairs * s.width * 2);
+    w.pair_outputs = part(pairs * s.hidden * 4);
+    w.shared_activations = part(tokens * shared_width * 2);
+    w.shared_outputs = part(shared_width ? tokens * s.hidden * 4 : 0);
+    w.bytes = max(w.bytes, static_cast<int64_t>(256));
     return w;
 }
 
@@ -46,11 +49,16 @@ int check(const DmoeExpertsShape &s, const DmoeQuantisation &q) {
     return s.hidden % q.group_size || s.width % q.group_size ? DMOE_ERROR_ATTRIBUTE : 0;
 }
 
+int check(const DmoeSharedExpert &shared) {
+    return shared.width < 8 || shared.width % 8 || shared.width > kMaxSize ? DMOE_ERROR_SHAPE : 0;
+}
+
 // Where the experts' weights are: for each product all of them and those in the slots.
 struct Weights {
     Matrices gate_up, down, gate_up_pool, down_pool;
     const int32_t *slot_of_expert;
     int slots, bits, group_shift;
+    DmoeSharedExpert shared;  // width 0 = none
 };
 
 struct Tensors {
@@ -62,42 +70,43 @@ struct Tensors {
 };
 
 template <class Half, bool GATE>
-int launch_product(const Weights &weights, const ProductArguments &a, int tokens, void *stream) {
-    return weights.bits == 16 ? launch_product<Half, PlainRows<Half>, GATE>(a, tokens, stream)
-                              : launch_quantised_product<Half, GATE>(weights.bits, a, tokens, stream);
+int launch_product(const Weights &weights, const ProductArguments &a, void *stream) {
+    return weights.bits == 16 ? launch_product<Half, 16, GATE>(a, stream)
+                              : launch_quantised_product<Half, GATE>(weights.bits, a, stream);
 }
 
 template <class Half>
 int run_chunk(const DmoeExpertsShape &s, const Workspace &w, const Weights &weights, const Tensors &t, void *stream) {
-    const Groups groups{reinterpret_cast<int *>(t.workspace + w.count), reinterpret_cast<int *>(t.workspace + w.first),
-                        reinterpret_cast<int *>(t.workspace + w.pairs)};
     auto *const activations = reinterpret_cast<uint16_t *>(t.workspace + w.activations);
+    auto *const shared_activations = reinterpret_cast<uint16_t *>(t.workspace + w.shared_activations);
     auto *const pair_outputs = reinterpret_cast<float *>(t.workspace + w.pair_outputs);
-
-    const GroupArguments group{t.expert_ids, s.tokens * s.places, s.experts, groups};
-    const int warps = (s.experts + 7) / 8 * 8;
-    if (const int error = launch(group_kernel, dim3(warps / 4), 128, stream, group)) return error;
+    auto *const shared_outputs = reinterpret_cast<float *>(t.workspace + w.shared_outputs);
 
     ProductArguments a{};
     a.slot_of_expert = weights.slot_of_expert, a.slots = weights.slots, a.group_shift = weights.group_shift;
-    a.groups = groups, a.experts = s.experts, a.places = s.places;
+    a.expert_ids = t.expert_ids, a.tokens = s.tokens, a.places = s.places, a.experts = s.experts;
 
-    a.all = weights.gate_up, a.pool = weights.gate_up_pool;
+    a.all = weights.gate_up, a.pool = weights.gate_up_pool, a.shared_weights = weights.shared.gate_up;
     a.rows = 2 * s.width, a.depth = s.hidden;
-    a.tokens = t.hidden, a.activations = activations;
-    if (const int error = launch_product<Half, true>(weights, a, s.tokens, stream)) return error;
+    a.shared_rows = 2 * weights.shared.width, a.shared_depth = s.hidden;
+    a.inputs = a.shared_inputs = t.hidden;
+    a.activations = activations, a.shared_activations = shared_activations;
+    if (const int error = launch_product<Half, true>(weights, a, stream)) return error;
 
-    a.all = weights.down, a.pool = weights.down_pool;
+    a.all = weights.down, a.pool = weights.down_pool, a.shared_weights = weights.shared.down;
     a.rows = s.hidden, a.depth = s.width;
-    a.tokens = reinterpret_cast<const uint4 *>(activations), a.activations = nullptr;
-    a.pair_weights = t.expert_weights, a.pair_outputs = pair_outputs;
-    if (const int error = launch_product<Half, false>(weights, a, s.tokens, stream)) return error;
+    a.shared_rows = weights.shared.width ? s.hidden : 0, a.shared_depth = weights.shared.width;
+    a.inputs = reinterpret_cast<const uint4 *>(activations);
+    a.shared_inputs = reinterpret_cast<const uint4 *>(shared_activations);
+    a.pair_weights = t.expert_weights, a.pair_outputs = pair_outputs, a.shared_outputs = shared_outputs;
+    if (const int error = launch_product<Half, false>(weights, a, stream)) return error;
 
-    const ReduceArguments reduce{reinterpret_cast<const float4 *>(pair_outputs), t.expert_ids, s.tokens, s.places,
-                                 s.experts, s.hidden / 4, t.mixed};
+    const ReduceArguments reduce{reinterpret_cast<const float4 *>(pair_outputs),
+                                 weights.shared.width ? reinterpret_cast<const float4 *>(shared_outputs) : nullptr,
+                                 t.expert_ids, s.tokens, s.places, s.experts, s.hidden / 4, t.mixed};
     const int64_t threads = static_cast<int64_t>(s.tokens) * reduce.quads;
-    return launch(reduce_kernel<Half>, dim3(static_cast<unsigned>((threads + kReduceThreads - 1) / kReduceThreads)),
-                  kReduceThreads, stream, reduce);
+    return launch<reduce_kernel<Half>>(dim3(static_cast<unsigned>((threads + kReduceThreads - 1) / kReduceThreads)),
+                                       kReduceThreads, stream, reduce, {0, true});
 }
 
 bool usable(const void *pointer, uintptr_t alignment = 16) {
@@ -106,9 +115,14 @@ bool usable(const void *pointer, uintptr_t alignment = 16) {
 
 // Everything about weights, scales and slots into one struct; 0 or what is wrong with it.
 int weights_of(Weights &w, const DmoeExpertsShape &shape, const DmoeQuantisation *q, const DmoeExpertPool *pool,
-               const void *gate_up, const void *down) {
-    w = Weights{{gate_up, nullptr}, {down, nullptr}, {}, {}, nullptr, 0, 16, 0};
+               const DmoeSharedExpert *shared, const void *gate_up, const void *down) {
+    w = Weights{{gate_up, nullptr}, {down, nullptr}, {}, {}, nullptr, 0, 16, 0, {}};
     bool good = usable(gate_up) && usable(down);
+    if (shared) {
+        if (const int error = check(*shared)) return error;
+        w.shared = *shared;
+        good = good && usable(shared->gate_up) && usable(shared->down);
+    }
     if (q) {
         if (const int error = check(shape, *q)) return error;
         w.bits = q->bits, w.group_shift = q->group_size == 32 ? 5 : q->group_size == 64 ? 6 : 7;
@@ -132,34 +146,23 @@ int weights_of(Weights &w, const DmoeExpertsShape &shape, const DmoeQuantisation
 
 }  // namespace
 
-extern "C" int64_t dmoe_experts_workspace_bytes(const DmoeExpertsShape *shape) {
+extern "C" int64_t dmoe_mixture_workspace_bytes(const DmoeExpertsShape *shape, const DmoeSharedExpert *shared) {
     if (!shape) return DMOE_ERROR_POINTER;
-    const int error = check(*shape);
-    return error ? error : workspace_of(*shape).bytes;
+    if (const int error = check(*shape)) return error;
+    if (shared) {
+        if (const int error = check(*shared)) return error;
+    }
+    return workspace_of(*shape, shared ? shared->width : 0).bytes;
 }
 
-extern "C" int dmoe_experts(const DmoeExpertsShape *shape, const void *hidden, const int32_t *expert_ids,
-                            const float *expert_weights, const void *gate_up, const void *down, void *mixed,
-                            void *workspace, void *stream) {
-    return dmoe_experts_resident(shape, nullptr, hidden, expert_ids, expert_weights, gate_up, down, mixed, workspace,
-                                 stream);
-}
-
-extern "C" int dmoe_experts_resident(const DmoeExpertsShape *shape, const DmoeExpertPool *pool, const void *hidden,
-                                     const int32_t *expert_ids, const float *expert_weights, const void *gate_up,
-                                     const void *down, void *mixed, void *workspace, void *stream) {
-    return dmoe_experts_quantised(shape, nullptr, pool, hidden, expert_ids, expert_weights, gate_up, down, mixed,
-                                  workspace, stream);
-}
-
-extern "C" int dmoe_experts_quantised(const DmoeExpertsShape *shape, const DmoeQuantisation *quantisation,
-                                      const DmoeExpertPool *pool, const void *hidden, const int32_t *expert_ids,
-                                      const float *expert_weights, const void *gate_up, const void *down, void *mixed,
-                                      void *workspace, void *stream) {
+extern "C" int dmoe_mixture(const DmoeExpertsShape *shape, const DmoeSharedExpert *shared,
+                            const DmoeQuantisation *quantisation, const DmoeExpertPool *pool, const void *hidden,
+                            const int32_t *expert_ids, const float *expert_weights, const void *gate_up, const void *down,
+                            void *mixed, void *workspace, void *stream) {
     if (!shape) return DMOE_ERROR_POINTER;
     if (const int error = check(*shape)) return error;
     Weights weights;
-    const int problem = weights_of(weights, *shape, quantisation, pool, gate_up, down);
+    const int problem = weights_of(weights, *shape, quantisation, pool, shared, gate_up, down);
     if (problem && problem != DMOE_ERROR_POINTER) return problem;
     if (shape->tokens == 0) return 0;  // tensors without elements have no address
     if (problem || !usable(hidden) || !usable(expert_ids) || !usable(expert_weights) || !usable(mixed) ||
@@ -168,18 +171,45 @@ extern "C" int dmoe_experts_quantised(const DmoeExpertsShape *shape, const DmoeQ
     }
     if (shape->type == DMOE_TYPE_BF16 && !bf16_runs_here()) return DMOE_ERROR_TYPE;
 
-    const Workspace w = workspace_of(*shape);
-    for (int32_t start = 0; start < shape->tokens; start += kChunk) {
+    const Workspace w = workspace_of(*shape, weights.shared.width);
+    const int32_t most = chunk_tokens(shape->places, chunk_pairs_here());
+    for (int32_t start = 0; start < shape->tokens; start += most) {
         DmoeExpertsShape chunk = *shape;
-        chunk.tokens = min(static_cast<int32_t>(kChunk), shape->tokens - start);
+        chunk.tokens = min(most, shape->tokens - start);
         const int64_t at = static_cast<int64_t>(start) * shape->hidden;  // a multiple of 8 halfs
-        const Tensors t{static_cast<const uint4 *>(hidden) + at / 8,
-                        expert_ids + static_cast<int64_t>(start) * shape->places,
-                        expert_weights + static_cast<int64_t>(start) * shape->places,
+        const int64_t pairs = static_cast<int64_t>(start) * shape->places;
+        const Tensors t{static_cast<const uint4 *>(hidden) + at / 8, expert_ids + pairs, expert_weights + pairs,
                         static_cast<uint2 *>(mixed) + at / 4, static_cast<char *>(workspace)};
         const int error = shape->type == DMOE_TYPE_FP16 ? run_chunk<Fp16>(chunk, w, weights, t, stream)
                                                         : run_chunk<Bf16>(chunk, w, weights, t, stream);
         if (error) return error;
     }
     return 0;
+}
+
+// The same without a shared expert, without integers, without a pool.
+extern "C" int64_t dmoe_experts_workspace_bytes(const DmoeExpertsShape *shape) {
+    return dmoe_mixture_workspace_bytes(shape, nullptr);
+}
+
+extern "C" int dmoe_experts_quantised(const DmoeExpertsShape *shape, const DmoeQuantisation *quantisation,
+                                      const DmoeExpertPool *pool, const void *hidden, const int32_t *expert_ids,
+                                      const float *expert_weights, const void *gate_up, const void *down, void *mixed,
+                                      void *workspace, void *stream) {
+    return dmoe_mixture(shape, nullptr, quantisation, pool, hidden, expert_ids, expert_weights, gate_up, down, mixed,
+                        workspace, stream);
+}
+
+extern "C" int dmoe_experts_resident(const DmoeExpertsShape *shape, const DmoeExpertPool *pool, const void *hidden,
+                                     const int32_t *expert_ids, const float *expert_weights, const void *gate_up,
+                                     const void *down, void *mixed, void *workspace, void *stream) {
+    return dmoe_mixture(shape, nullptr, nullptr, pool, hidden, expert_ids, expert_weights, gate_up, down, mixed,
+                        workspace, stream);
+}
+
+extern "C" int dmoe_experts(const DmoeExpertsShape *shape, const void *hidden, const int32_t *expert_ids,
+                            const float *expert_weights, const void *gate_up, const void *down, void *mixed,
+                            void *workspace, void *stream) {
+    return dmoe_mixture(shape, nullptr, nullptr, nullptr, hidden, expert_ids, expert_weights, gate_up, down, mixed,
+                        workspace, stream);
 }

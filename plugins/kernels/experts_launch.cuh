@@ -6,31 +6,44 @@
 
 namespace dmoe {
 
-constexpr int kSplitDepth = 2048;  // from this depth on the warps of a block share 16 rows
+constexpr int kChunkPairs = 8192;  // of one launch, at most; shared memory holds a list of them
 
-template <class Half, class Rows, int TILES, int SPLIT, bool GATE>
-int launch_variant(const ProductArguments &a, int pair_count, void *stream) {
-    constexpr auto kernel = product_kernel<Half, Rows, TILES, SPLIT, GATE>;
-    const int row_tiles = (a.rows + 64 / SPLIT - 1) / (64 / SPLIT);
-    const int items = min(a.experts, pair_count) * row_tiles;  // at most: how many experts are active is not known here
-    const int blocks = max(1, min(items, resident_blocks<kernel>(kProductThreads)));
-    return launch(kernel, dim3(blocks), kProductThreads, stream, a);
+// 0, and the ring's size in `a`, when it fits into the current device's shared memory beside the lists. Two thread blocks
+// per processor if each gets `fewest` stages, else one.
+template <int BITS, int TILES>
+bool ring_fits(ProductArguments &a, int lists, int fewest) {
+    const auto most = [](int x, int y) { return x < y ? y : x; };
+    a.stage_bytes = most(kStageBytes<BITS, TILES>, kExchangeBytes<TILES>);
+    if (a.shared_rows) a.stage_bytes = most(a.stage_bytes, kStageBytes<16, TILES>);
+    a.stage_bytes = (a.stage_bytes + 127) / 128 * 128;
+    const auto stages_in = [&](int bytes) { return min(kMostStages, (bytes - lists - kStaticBytes) / a.stage_bytes); };
+    a.stages = stages_in(shared_bytes_per_processor() / 2 - 1024);
+    if (a.stages < fewest) a.stages = stages_in(shared_bytes_per_block());
+    return a.stages >= 2;
 }
 
-template <class Half, class Rows, bool GATE>
-int launch_product(const ProductArguments &a, int tokens, void *stream) {
-    const int pairs = tokens * a.places;
-    // The split depends on the depth alone, so a token's bits do not depend on how many others there are.
-    if (a.depth >= kSplitDepth) {
-        return tokens <= 32 ? launch_variant<Half, Rows, 4, 4, GATE>(a, pairs, stream)
-                            : launch_variant<Half, Rows, 8, 4, GATE>(a, pairs, stream);
-    }
-    return tokens <= 32 ? launch_variant<Half, Rows, 4, 1, GATE>(a, pairs, stream)
-                        : launch_variant<Half, Rows, 8, 1, GATE>(a, pairs, stream);
+template <class Half, int BITS, int TILES, bool GATE>
+int launch_variant(const ProductArguments &a, int lists, void *stream) {
+    constexpr auto kernel = product_kernel<Half, BITS, TILES, GATE>;
+    const LaunchOptions options{a.stages * a.stage_bytes + lists, true};
+    const auto tiles = [](int rows) { return (rows + kTileRows - 1) / kTileRows; };
+    // At most: how many experts are active is not known here.
+    const int items = min(a.experts, a.tokens * a.places) * tiles(a.rows) + shared_items<TILES>(a);
+    const int blocks = max(1, min(items, resident_blocks<kernel>(kProductThreads, options.shared)));
+    return launch<kernel>(dim3(blocks), kProductThreads, stream, a, options);
+}
+
+// Tiles per pass and stages are the device's and the call's affair: they change no bits.
+template <class Half, int BITS, bool GATE>
+int launch_product(ProductArguments a, void *stream) {
+    const int lists = list_bytes(a.experts, a.tokens * a.places);
+    if (a.tokens > 32 && ring_fits<BITS, 8>(a, lists, 2)) return launch_variant<Half, BITS, 8, GATE>(a, lists, stream);
+    if (ring_fits<BITS, 4>(a, lists, 3)) return launch_variant<Half, BITS, 4, GATE>(a, lists, stream);
+    return DMOE_ERROR_SHAPE;
 }
 
 // As launch_product, with weights of `bits` bits, 4 or 8.
 template <class Half, bool GATE>
-int launch_quantised_product(int bits, const ProductArguments &a, int tokens, void *stream);
+int launch_quantised_product(int bits, const ProductArguments &a, void *stream);
 
 }  // namespace dmoe

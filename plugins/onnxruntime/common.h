@@ -145,6 +145,8 @@ private:
 
 void addBlockRoute(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session);
+void addHead(Ort::CustomOpDomain& domain, DmoeSession* session);
+void addMixture(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addLinear(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addAttention(Ort::CustomOpDomain& domain, DmoeSession* session);
 

@@ -1,49 +1,22 @@
-// dmoe::DmoeExperts on dmoe_experts() and dmoe_experts_quantised(), for fp16 and bf16, each with weights of that type and
-// of uint8.
-#include "common.h"
-#include "workspace.h"
+// dmoe::DmoeExperts and dmoe::DmoeMixture on dmoe_mixture(), for fp16 and bf16, each with weights of that type and of uint8.
+#include "scratch.h"
 
 namespace dmoe {
 namespace {
 
-constexpr char kName[] = "DmoeExperts";
-
-// Scratch memory of one call, given back when the launches are queued. On CUDA it belongs to the run's stream, so
-// whoever gets it next comes after our kernels; see README.md.
-class Workspace {
-public:
-    Workspace(OrtKernelContext* context, OrtAllocator* allocator, int64_t bytes) : mAllocator(allocator)
-    {
-        auto const size = roomForWorkspace(bytes);
-#ifdef DMOE_ONNXRUNTIME_CPU
-        static_cast<void>(context);
-        mMemory = allocator->Alloc(allocator, size);
-#else
-        OrtMemoryInfo const* place = nullptr;
-        Ort::ThrowOnError(Ort::GetApi().AllocatorGetInfo(allocator, &place));
-        Ort::ThrowOnError(Ort::GetApi().KernelContext_GetScratchBuffer(context, place, size, &mMemory));
-#endif
-        if (mMemory == nullptr) {
-            throw std::runtime_error("no " + std::to_string(size) + " bytes of scratch memory are left.");
-        }
-    }
-    ~Workspace() { mAllocator->Free(mAllocator, mMemory); }
-    Workspace(Workspace const&) = delete;
-    Workspace& operator=(Workspace const&) = delete;
-
-    void* data() const { return alignedWorkspace(mMemory); }
-
-private:
-    OrtAllocator* mAllocator;
-    void* mMemory = nullptr;
+// Which of the ops, and for which weights.
+struct Form {
+    char const* name;
+    int32_t type;   // DMOE_TYPE_* of the hidden state
+    bool quantised; // weights are uint8, and the node says of how many bits and in which groups
+    bool shared;    // the shared expert's weights are the last two inputs
 };
 
 class Kernel {
 public:
-    // `quantised`: the weights are uint8, and the node says of how many bits and in which groups.
-    Kernel(OrtKernelInfo const* info, int32_t type, bool quantised) : mType(type), mQuantised(quantised)
+    Kernel(OrtKernelInfo const* info, Form const& form) : mForm(form), mScratch(info)
     {
-        if (quantised) {
+        if (form.quantised) {
             Ort::ConstKernelInfo const attributes(info);
             mBits = attributes.GetAttribute<int64_t>("bits");
             mGroupSize = attributes.GetAttribute<int64_t>("group_size");
@@ -52,15 +25,11 @@ public:
                     + std::to_string(mGroupSize) + ", where 4 or 8 bits in groups of 32, 64 or 128 are needed.");
             }
         }
-        Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(info, OrtMemTypeDefault, &mAllocator));
     }
-    ~Kernel() { Ort::GetApi().ReleaseAllocator(mAllocator); }
-    Kernel(Kernel const&) = delete;
-    Kernel& operator=(Kernel const&) = delete;
 
     OrtStatus* ComputeV2(OrtKernelContext* context) const noexcept
     {
-        return guarded(kName, [&] { compute(context); });
+        return guarded(mForm.name, [&] { compute(context); });
     }
 
 private:
@@ -72,7 +41,7 @@ private:
         DmoeExpertsShape shape{};
         shape.tokens = hidden.size(0);
         shape.hidden = hidden.size(1);
-        shape.type = mType;
+        shape.type = mForm.type;
         ids.expect({shape.tokens, -1});
         shape.places = ids.size(1);
         weights.expect({shape.tokens, shape.places});
@@ -82,7 +51,7 @@ private:
         shape.width = static_cast<int32_t>(down.size(2) * perElement);
         gateUp.expect({shape.experts, 2 * int64_t{shape.width}, shape.hidden / perElement});
         DmoeQuantisation quantisation{};
-        if (mQuantised) {
+        if (mForm.quantised) {
             Input const gateUpScales(context, 5, "gate_up_scales"), downScales(context, 6, "down_scales");
             gateUpScales.expect({shape.experts, 2 * int64_t{shape.width}, shape.hidden / mGroupSize});
             downScales.expect({shape.experts, shape.hidden, shape.width / mGroupSize});
@@ -90,34 +59,43 @@ private:
                 downScales.data<void>(), nullptr, nullptr};
         }
 
-        int64_t const bytes = dmoe_experts_workspace_bytes(&shape);
+        DmoeSharedExpert shared{};
+        if (mForm.shared) {
+            size_t const at = mForm.quantised ? 7 : 5;
+            Input const sharedGateUp(context, at, "shared_gate_up"), sharedDown(context, at + 1, "shared_down");
+            sharedDown.expect({shape.hidden, -1});
+            shared = {sharedDown.size(1), sharedGateUp.data<void>(), sharedDown.data<void>()};
+            sharedGateUp.expect({2 * int64_t{shared.width}, shape.hidden});
+        }
+        auto const* const sharedExpert = mForm.shared ? &shared : nullptr;
+
+        int64_t const bytes = dmoe_mixture_workspace_bytes(&shape, sharedExpert);
         check(bytes < 0 ? bytes : 0);
         auto* const mixed = output<void>(context, 0, {shape.tokens, shape.hidden});
         if (shape.tokens == 0) {
             return; // no tensor has an address then
         }
-        Workspace const workspace(context, mAllocator, bytes);
-        check(dmoe_experts_quantised(&shape, mQuantised ? &quantisation : nullptr, nullptr, hidden.data<void>(),
+        Workspace const workspace(context, mScratch, bytes);
+        check(dmoe_mixture(&shape, sharedExpert, mForm.quantised ? &quantisation : nullptr, nullptr, hidden.data<void>(),
             ids.data<int32_t>(), weights.data<float>(), gateUp.data<void>(), down.data<void>(), mixed, workspace.data(),
             stream(context)));
     }
 
-    int32_t mType;
-    bool mQuantised;
+    Form mForm;
+    Scratch mScratch;
     int64_t mBits = 8, mGroupSize = 0; // so that a plain weight is one element
-    OrtAllocator* mAllocator = nullptr;
 };
 
 struct Op : SessionOp<Op, Kernel> {
-    Op(DmoeSession* session, int32_t type, bool quantised) : SessionOp(session), type(type), quantised(quantised) {}
+    Op(DmoeSession* session, Form const& form) : SessionOp(session), form(form) {}
 
-    char const* GetName() const { return kName; }
-    size_t GetInputTypeCount() const { return 7; }
+    char const* GetName() const { return form.name; }
+    size_t GetInputTypeCount() const { return form.shared ? 9 : 7; }
     size_t GetOutputTypeCount() const { return 1; }
 
     ONNXTensorElementDataType half() const
     {
-        return type == DMOE_TYPE_BF16 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+        return form.type == DMOE_TYPE_BF16 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
     }
 
     ONNXTensorElementDataType GetInputType(size_t index) const
@@ -126,34 +104,38 @@ struct Op : SessionOp<Op, Kernel> {
         case 1: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
         case 2: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
         case 3:
-        case 4: return quantised ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : half();
+        case 4: return form.quantised ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : half();
         default: return half();
         }
     }
 
     ONNXTensorElementDataType GetOutputType(size_t) const { return half(); }
 
-    // ONNX Runtime wants one list of inputs for all ops of a name: the scales are there with uint8 only.
+    // ONNX Runtime wants one list of inputs for all ops of a name: the scales are there with uint8 only, so the last two
+    // may be missing.
     OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const
     {
-        return index >= 5 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+        return index + 2 >= GetInputTypeCount() ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
     }
 
-    Kernel* makeKernel(OrtKernelInfo const* info) const { return new Kernel(info, type, quantised); }
+    Kernel* makeKernel(OrtKernelInfo const* info) const { return new Kernel(info, form); }
 
-    int32_t type; // DMOE_TYPE_*
-    bool quantised;
+    Form form;
 };
+
+void addForms(Ort::CustomOpDomain& domain, DmoeSession* session, char const* name, bool shared)
+{
+    for (int32_t const type : {DMOE_TYPE_FP16, DMOE_TYPE_BF16}) {
+        domain.Add(new Op(session, Form{name, type, false, shared}));
+        domain.Add(new Op(session, Form{name, type, true, shared}));
+    }
+}
 
 } // namespace
 
-void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session)
-{
-    for (int32_t const type : {DMOE_TYPE_FP16, DMOE_TYPE_BF16}) {
-        domain.Add(new Op(session, type, false));
-        domain.Add(new Op(session, type, true));
-    }
-}
+void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session) { addForms(domain, session, "DmoeExperts", false); }
+
+void addMixture(Ort::CustomOpDomain& domain, DmoeSession* session) { addForms(domain, session, "DmoeMixture", true); }
 
 bool const kAsksSource = false; // the kernels run after the op has returned
 
@@ -161,6 +143,8 @@ void addOps(Ort::CustomOpDomain& domain, DmoeSession* session)
 {
     addBlockRoute(domain, session);
     addExperts(domain, session);
+    addHead(domain, session);
+    addMixture(domain, session);
 }
 
 } // namespace dmoe

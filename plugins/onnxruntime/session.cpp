@@ -11,8 +11,15 @@
 
 namespace {
 
-constexpr std::array<char const*, 5> kOps = {
-    "DmoeAttention", "DmoeBlockRoute", "DmoeExperts", "DmoeLinear", "DmoeQuantisedLinear"};
+constexpr std::array kOps = {
+    "DmoeAttention",
+    "DmoeBlockRoute",
+    "DmoeExperts",
+    "DmoeHead",
+    "DmoeLinear",
+    "DmoeMixture",
+    "DmoeQuantisedLinear",
+};
 
 // Its place among the ops; kOps.size() for another op.
 size_t placeOf(char const* op)

@@ -1,12 +1,15 @@
 // How TensorRT finds the plugins: getCreators for registry.load_library, a constructor for plain dlopen.
 #include "block_route/plugin.h"
 #include "experts/plugin.h"
+#include "head/plugin.h"
+#include "mixture/plugin.h"
 
 #include <NvInferVersion.h>
 #include <dlfcn.h>
 
 #include <mutex>
 #include <string_view>
+#include <vector>
 
 namespace dmoe {
 
@@ -23,17 +26,20 @@ namespace {
 nvinfer1::ILoggerFinder* gLoggerFinder{};
 std::mutex gLoggerMutex;
 
-Creator<BlockRoutePlugin>& routeCreator()
+template <class P>
+nvinfer1::IPluginCreatorV3One* creator()
 {
-    static Creator<BlockRoutePlugin> creator;
-    return creator;
+    static Creator<P> one;
+    return &one;
 }
 
-Creator<ExpertsPlugin>& expertsCreator()
-{
-    static Creator<ExpertsPlugin> creator;
-    return creator;
-}
+// One of each plugin.
+nvinfer1::IPluginCreatorV3One* (*const kCreators[])() = {
+    creator<BlockRoutePlugin>,
+    creator<ExpertsPlugin>,
+    creator<HeadPlugin>,
+    creator<MixturePlugin>,
+};
 
 constexpr int32_t kRtxMajor = 1;
 
@@ -77,8 +83,9 @@ __attribute__((constructor)) void registerOnLoad()
     if (registry == nullptr || runningMajor() != NV_TENSORRT_MAJOR) {
         return;
     }
-    registry()->registerCreator(routeCreator(), kNamespace);
-    registry()->registerCreator(expertsCreator(), kNamespace);
+    for (auto* const make : kCreators) {
+        registry()->registerCreator(*make(), kNamespace);
+    }
 }
 
 } // namespace
@@ -109,7 +116,13 @@ extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1:
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count)
 {
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&dmoe::routeCreator(), &dmoe::expertsCreator()};
-    count = 2;
-    return creators;
+    static std::vector<nvinfer1::IPluginCreatorInterface*> const creators = [] {
+        std::vector<nvinfer1::IPluginCreatorInterface*> all;
+        for (auto* const make : dmoe::kCreators) {
+            all.push_back(make());
+        }
+        return all;
+    }();
+    count = static_cast<int32_t>(creators.size());
+    return creators.data();
 }

@@ -16,7 +16,7 @@ from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.engine.build import _config
 from dmoe_export.engine.callbacks import logger_of
 from dmoe_export.engine.flavour import Flavour, find_flavour
-from dmoe_export.engine.plugins import PluginLibrary, check_count
+from dmoe_export.engine.plugins import NAMES, PluginLibrary, check_count
 from dmoe_export.errors import CheckError, InputError, MissingRequirementError
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed (pip install '.[rtx]')")
@@ -46,7 +46,7 @@ def test_library_loads_by_ctypes_and_exports_what_tensorrt_asks_for():
     library = ctypes.CDLL(str(plugin_library()))
     count = ctypes.c_int32()
     library.getCreators.restype = ctypes.c_void_p
-    assert library.getCreators(ctypes.byref(count)) and count.value == 2
+    assert library.getCreators(ctypes.byref(count)) and count.value == len(NAMES)
     assert library.setLoggerFinder
     library.dmoe_build_id.restype = ctypes.c_char_p
     assert len(library.dmoe_build_id()) == 16

@@ -73,12 +73,12 @@ def assert_right(kind, bits, case, scales):
 
 
 def in_order_of_lanes(kind, bits, case, scales):
-    """Dequantised, and k where the kernel for 16-bit weights takes it in the order of this one (multiples of 64)."""
+    """Dequantised, and k where the kernel for 16-bit weights takes it in the order of this one."""
     hidden, ids, weights, gate_up, down = plain(kind, bits, case, scales)
 
     def order(depth):
-        k = np.arange(depth).reshape(-1, 4, 2, 8)  # step, lane, half of the step, value: how integers are taken
-        return k.transpose(0, 2, 1, 3).ravel()  # step, half, lane, value: how 16-bit values lie
+        k = np.arange(depth).reshape(-1, 4, 2, 2, 2)  # step of 32, lane, product, its half of k, value
+        return k.transpose(0, 2, 3, 1, 4).ravel()  # step, product, half, lane, value: how 16-bit values are taken
 
     by_hidden, by_width = order(hidden.shape[1]), order(down.shape[2])
     # Hidden sizes are k of gate_up, and the outputs of down stay; widths are k of down and row pairs of gate_up.

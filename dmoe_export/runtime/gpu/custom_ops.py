@@ -11,14 +11,19 @@ from typing import Any, Literal
 from ...bundle.reader import Bundle
 from ...errors import MissingRequirementError, as_clause
 from ...libraries import library as installed
-from ...ops import block_route, experts
+from ...ops import block_route, experts, head, mixture
 from ...ops.schema import DOMAIN
 from ..library import LibrarySession
 from ..ort import ort
 
 LIBRARY = "libdmoe_onnxruntime.so"
 INSTALLED = installed(LIBRARY)
-SERVED = {block_route.SCHEMA.name: "routing", experts.SCHEMA.name: "experts"}
+SERVED = {
+    block_route.SCHEMA.name: "routing",
+    experts.SCHEMA.name: "experts",
+    head.SCHEMA.name: "the vocabulary head",
+    mixture.SCHEMA.name: "experts with the shared one",
+}
 
 CustomOps = Literal["auto", "on", "off"]
 

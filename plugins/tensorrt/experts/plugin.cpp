@@ -9,7 +9,7 @@ namespace {
 
 enum Input { kHidden, kIds, kWeights, kGateUp, kDown };
 constexpr char kResidency[] = "residency", kBits[] = "bits", kGroupSize[] = "group_size";
-constexpr int32_t kMaxInputs = 12;
+constexpr int32_t kMaxInputs = 14;
 
 std::string text(Dims const& dims)
 {
@@ -37,12 +37,7 @@ Dims const& mostOf(DynamicPluginTensorDesc const& desc) { return desc.max; }
 
 } // namespace
 
-ExpertsPlugin::ExpertsPlugin(bool residency, int32_t bits, int32_t groupSize)
-    : mResidency(residency), mBits(bits), mGroupSize(groupSize)
-{
-}
-
-ExpertsPlugin* ExpertsPlugin::create(FieldReader& fields)
+bool ExpertsPlugin::read(FieldReader& fields, char const* op, Form& form)
 {
     int32_t const residency = fields.has(kResidency) ? fields.integer(kResidency) : 0;
     int32_t const bits = fields.has(kBits) ? fields.integer(kBits) : 16;
@@ -57,22 +52,29 @@ ExpertsPlugin* ExpertsPlugin::create(FieldReader& fields)
             + (bits == 16 ? "left out with weights of 16 bits" : "32, 64 or 128");
     }
     if (!problem.empty()) {
-        logError(std::string(name) + ": " + problem + ".");
-        return nullptr;
+        logError(std::string(op) + ": " + problem + ".");
+        return false;
     }
-    return new ExpertsPlugin(residency == 1, bits, group);
+    form = {residency == 1, bits, group};
+    return true;
+}
+
+ExpertsPlugin* ExpertsPlugin::create(FieldReader& fields)
+{
+    Form form{};
+    return read(fields, name, form) ? new ExpertsPlugin(form) : nullptr;
 }
 
 IPluginV3* ExpertsPlugin::clone() noexcept
 {
-    return new (std::nothrow) ExpertsPlugin(mResidency, mBits, mGroupSize);
+    return new (std::nothrow) ExpertsPlugin(mForm);
 }
 
 int32_t ExpertsPlugin::getOutputDataTypes(DataType* outputs, int32_t nbOutputs, DataType const* inputs,
     int32_t nbInputs) const noexcept
 {
     if (nbOutputs != 1 || nbInputs != inputCount()) {
-        logError(std::string(name) + ": " + std::to_string(nbInputs) + " inputs where "
+        logError(std::string(mName) + ": " + std::to_string(nbInputs) + " inputs where "
             + std::to_string(inputCount()) + " are needed.");
         return -1;
     }
@@ -103,14 +105,14 @@ bool ExpertsPlugin::supportsFormatCombination(int32_t position, DynamicPluginTen
     case kWeights: return linear(tensor, DataType::kFLOAT);
     default: break;
     }
-    if (mResidency && position == slotsAt()) {
+    if (mForm.residency && position == slotsAt()) {
         return linear(tensor, DataType::kINT32);
     }
-    bool const pooled = mResidency && (position == slotsAt() + 1 || position == slotsAt() + 2);
+    bool const pooled = mForm.residency && (position == slotsAt() + 1 || position == slotsAt() + 2);
     if (quantised() && (position == kGateUp || position == kDown || pooled)) {
         return linear(tensor, DataType::kINT8); // the bytes of unsigned integers: TensorRT gives a plugin no uint8
     }
-    return linear(tensor, inOut[kHidden].desc.type); // other weights, scales and the output have the hidden state's type
+    return linear(tensor, inOut[kHidden].desc.type); // other weights, scales, a shared expert, the output: as hidden
 }
 
 DmoeExpertsShape ExpertsPlugin::shapeOf(Dims const* const* inputs, DataType type) const
@@ -123,6 +125,11 @@ DmoeExpertsShape ExpertsPlugin::shapeOf(Dims const* const* inputs, DataType type
     shape.width = static_cast<int32_t>(inputs[kGateUp]->d[1] / 2);
     shape.type = type == DataType::kBF16 ? DMOE_TYPE_BF16 : DMOE_TYPE_FP16;
     return shape;
+}
+
+DmoeSharedExpert ExpertsPlugin::sharedOf(Dims const* const* inputs) const
+{
+    return {static_cast<int32_t>(inputs[sharedAt() + 1]->d[1]), nullptr, nullptr};
 }
 
 std::string ExpertsPlugin::complaint(Dims const* const* inputs) const
@@ -144,12 +151,12 @@ std::string ExpertsPlugin::complaint(Dims const* const* inputs) const
         return "hidden and expert_ids must have two axes, gate_up three";
     }
     int64_t const experts = gateUp.d[0], rows = gateUp.d[1], size = hidden.d[1], width = rows / 2;
-    int64_t const group = quantised() ? mGroupSize : 1;
+    int64_t const group = quantised() ? mForm.groupSize : 1;
     if (size % group != 0 || width % group != 0 || rows % 2 != 0) {
         return "the hidden size " + std::to_string(size) + " and the expert width " + std::to_string(width)
             + " must be whole groups of " + std::to_string(group);
     }
-    int64_t const shift = quantised() ? mBits : 8; // weights of 16 bits are counted, the others are bytes
+    int64_t const shift = quantised() ? mForm.bits : 8; // weights of 16 bits are counted, the others are bytes
     expect(kWeights, "expert_weights", Dims{2, {hidden.d[0], inputs[kIds]->d[1]}});
     expect(kGateUp, "gate_up", Dims{3, {experts, rows, size * shift / 8}});
     expect(kDown, "down", Dims{3, {experts, size, width * shift / 8}});
@@ -157,7 +164,12 @@ std::string ExpertsPlugin::complaint(Dims const* const* inputs) const
         expect(scalesAt(), "gate_up_scales", Dims{3, {experts, rows, size / group}});
         expect(scalesAt() + 1, "down_scales", Dims{3, {experts, size, width / group}});
     }
-    if (mResidency) {
+    if (mShared) {
+        int64_t const sharedWidth = inputs[sharedAt() + 1]->nbDims == 2 ? inputs[sharedAt() + 1]->d[1] : 0;
+        expect(sharedAt() + 1, "shared_down", Dims{2, {size, sharedWidth}});
+        expect(sharedAt(), "shared_gate_up", Dims{2, {2 * sharedWidth, size}});
+    }
+    if (mForm.residency) {
         int64_t const slots = inputs[slotsAt() + 1]->d[0];
         expect(slotsAt(), "slot_of_expert", Dims{1, {experts}});
         expect(slotsAt() + 1, "gate_up_pool", Dims{3, {slots, rows, size * shift / 8}});
@@ -178,7 +190,7 @@ int32_t ExpertsPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, in
     }
     std::string const problem = complaint(InputDims(inputs, nbInputs, mostOf).all);
     if (!problem.empty()) {
-        logError(std::string(name) + ": " + problem + ".");
+        logError(std::string(mName) + ": " + problem + ".");
         return DMOE_ERROR_SHAPE;
     }
     return 0;
@@ -187,10 +199,12 @@ int32_t ExpertsPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, in
 size_t ExpertsPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
     DynamicPluginTensorDesc const*, int32_t) const noexcept
 {
-    auto const shape = shapeOf(InputDims(inputs, nbInputs, mostOf).all, inputs[kHidden].desc.type);
-    int64_t const bytes = dmoe_experts_workspace_bytes(&shape);
+    InputDims const dims(inputs, nbInputs, mostOf);
+    auto const shape = shapeOf(dims.all, inputs[kHidden].desc.type);
+    auto const shared = mShared ? sharedOf(dims.all) : DmoeSharedExpert{};
+    int64_t const bytes = dmoe_mixture_workspace_bytes(&shape, mShared ? &shared : nullptr);
     if (bytes < 0) {
-        logError(std::string(name) + ": " + dmoe_error_string(static_cast<int32_t>(bytes)) + ".");
+        logError(std::string(mName) + ": " + dmoe_error_string(static_cast<int32_t>(bytes)) + ".");
         return 0; // enqueue refuses the same shape again
     }
     return roomForWorkspace(bytes);
@@ -202,30 +216,34 @@ int32_t ExpertsPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDe
     InputDims const dims(inputDesc, inputCount(), dimsOf);
     std::string const problem = complaint(dims.all);
     if (!problem.empty()) {
-        logError(std::string(name) + ": " + problem + ".");
+        logError(std::string(mName) + ": " + problem + ".");
         return DMOE_ERROR_SHAPE;
     }
     auto const shape = shapeOf(dims.all, inputDesc[kHidden].type);
     DmoeExpertPool pool{};
-    DmoeQuantisation quantisation{mBits, mGroupSize, nullptr, nullptr, nullptr, nullptr};
+    DmoeQuantisation quantisation{mForm.bits, mForm.groupSize, nullptr, nullptr, nullptr, nullptr};
     if (quantised()) {
         quantisation.gate_up_scales = inputs[scalesAt()];
         quantisation.down_scales = inputs[scalesAt() + 1];
     }
-    if (mResidency) {
+    if (mForm.residency) {
         pool = {static_cast<int32_t>(dims.all[slotsAt() + 1]->d[0]), static_cast<int32_t const*>(inputs[slotsAt()]),
             inputs[slotsAt() + 1], inputs[slotsAt() + 2]};
     }
-    if (quantised() && mResidency) {
+    if (quantised() && mForm.residency) {
         quantisation.gate_up_pool_scales = inputs[slotsAt() + 3];
         quantisation.down_pool_scales = inputs[slotsAt() + 4];
     }
-    int32_t const status = dmoe_experts_quantised(&shape, quantised() ? &quantisation : nullptr,
-        mResidency ? &pool : nullptr, inputs[kHidden], static_cast<int32_t const*>(inputs[kIds]),
+    DmoeSharedExpert shared{};
+    if (mShared) {
+        shared = {sharedOf(dims.all).width, inputs[sharedAt()], inputs[sharedAt() + 1]};
+    }
+    int32_t const status = dmoe_mixture(&shape, mShared ? &shared : nullptr, quantised() ? &quantisation : nullptr,
+        mForm.residency ? &pool : nullptr, inputs[kHidden], static_cast<int32_t const*>(inputs[kIds]),
         static_cast<float const*>(inputs[kWeights]), inputs[kGateUp], inputs[kDown], outputs[0],
         alignedWorkspace(workspace), stream);
     if (status != 0) {
-        logError(std::string(name) + ": " + dmoe_error_string(status) + ".");
+        logError(std::string(mName) + ": " + dmoe_error_string(status) + ".");
     }
     return status;
 }
@@ -233,12 +251,12 @@ int32_t ExpertsPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDe
 PluginFieldCollection const* ExpertsPlugin::getFieldsToSerialize() noexcept
 {
     mFields = Fields();
-    if (mResidency) {
+    if (mForm.residency) {
         mFields.add(kResidency, int32_t{1});
     }
     if (quantised()) {
-        mFields.add(kBits, mBits);
-        mFields.add(kGroupSize, mGroupSize);
+        mFields.add(kBits, mForm.bits);
+        mFields.add(kGroupSize, mForm.groupSize);
     }
     mFields.add(kBuildField, std::string(dmoe_build_id()));
     return mFields.collection();

@@ -1,4 +1,5 @@
-// DmoeExperts as an IPluginV3; README.md beside this says what goes in and out.
+// DmoeExperts as an IPluginV3; README.md beside this says what goes in and out. DmoeMixture is the same with the shared
+// expert's weights as two more inputs (../mixture).
 #pragma once
 
 #include "../../kernels/dmoe_kernels.h"
@@ -10,7 +11,7 @@
 
 namespace dmoe {
 
-class ExpertsPlugin final : public Plugin {
+class ExpertsPlugin : public Plugin {
 public:
     static constexpr char name[] = "DmoeExperts";
     static constexpr std::array<std::pair<char const*, nvinfer1::PluginFieldType>, 3> attributes{{
@@ -19,14 +20,20 @@ public:
         {"group_size", nvinfer1::PluginFieldType::kINT32},
     }};
 
-    // `residency`: there are further inputs, the table and the pool of resident experts. `bits` of a weight: 16, or 8 or 4
-    // with a scale per `groupSize` of them as further inputs.
-    ExpertsPlugin(bool residency, int32_t bits, int32_t groupSize);
+    // What the attributes say. `residency`: there are further inputs, the table and the pool of resident experts. `bits` of a
+    // weight: 16, or 8 or 4 with a scale per `groupSize` of them as further inputs.
+    struct Form {
+        bool residency;
+        int32_t bits, groupSize;
+    };
 
+    explicit ExpertsPlugin(Form const& form) : ExpertsPlugin(form, name, false) {}
+
+    // Null where the fields make no sense, and the logger knows why.
     static ExpertsPlugin* create(FieldReader& fields);
 
     nvinfer1::IPluginV3* clone() noexcept override;
-    char const* getPluginName() const noexcept override { return name; }
+    char const* getPluginName() const noexcept final { return mName; }
     int32_t getNbOutputs() const noexcept override { return 1; }
     int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t nbOutputs, nvinfer1::DataType const* inputs,
         int32_t nbInputs) const noexcept override;
@@ -43,19 +50,31 @@ public:
         void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
+protected:
+    // `shared`: the shared expert's weights are further inputs.
+    ExpertsPlugin(Form const& form, char const* op, bool shared) : mForm(form), mName(op), mShared(shared) {}
+
+    // For the op of this name; true and `form`, or false.
+    static bool read(FieldReader& fields, char const* op, Form& form);
+
+    Form const& form() const noexcept { return mForm; }
+
 private:
     // Where inputs are that not every form has; only what is there may be asked for.
     int32_t scalesAt() const noexcept { return 5; }
-    int32_t slotsAt() const noexcept { return quantised() ? 7 : 5; }
-    int32_t inputCount() const noexcept { return slotsAt() + (mResidency ? quantised() ? 5 : 3 : 0); }
-    bool quantised() const noexcept { return mBits != 16; }
+    int32_t sharedAt() const noexcept { return quantised() ? 7 : 5; }
+    int32_t slotsAt() const noexcept { return sharedAt() + (mShared ? 2 : 0); }
+    int32_t inputCount() const noexcept { return slotsAt() + (mForm.residency ? quantised() ? 5 : 3 : 0); }
+    bool quantised() const noexcept { return mForm.bits != 16; }
 
-    // The kernel's shape from the inputs' dimensions, and one sentence about the first input that does not fit.
+    // The kernel's shapes from the inputs' dimensions, and one sentence about the first input that does not fit.
     DmoeExpertsShape shapeOf(nvinfer1::Dims const* const* inputs, nvinfer1::DataType type) const;
+    DmoeSharedExpert sharedOf(nvinfer1::Dims const* const* inputs) const; // without addresses
     std::string complaint(nvinfer1::Dims const* const* inputs) const;
 
-    bool mResidency;
-    int32_t mBits, mGroupSize;
+    Form mForm;
+    char const* mName;
+    bool mShared;
     Fields mFields;
 };
 
