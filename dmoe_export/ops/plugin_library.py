@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import MissingRequirementError
 from ..libraries import library as installed
-from . import block_route, experts, head, mixture
+from . import block_route, experts, head, mixture, self_attention
 from .schema import PLUGIN_NAMESPACE
 
 LIBRARY = "libdmoe_plugins.so"
@@ -23,6 +23,7 @@ NAMES = (
     experts.SCHEMA.name,
     head.SCHEMA.name,
     mixture.SCHEMA.name,
+    self_attention.SCHEMA.name,
 )
 
 

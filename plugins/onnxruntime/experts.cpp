@@ -145,6 +145,7 @@ void addOps(Ort::CustomOpDomain& domain, DmoeSession* session)
     addExperts(domain, session);
     addHead(domain, session);
     addMixture(domain, session);
+    addSelfAttention(domain, session);
 }
 
 } // namespace dmoe

@@ -19,6 +19,7 @@ constexpr std::array kOps = {
     "DmoeLinear",
     "DmoeMixture",
     "DmoeQuantisedLinear",
+    "DmoeSelfAttention",
 };
 
 // Its place among the ops; kOps.size() for another op.

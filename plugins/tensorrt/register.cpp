@@ -3,6 +3,7 @@
 #include "experts/plugin.h"
 #include "head/plugin.h"
 #include "mixture/plugin.h"
+#include "self_attention/plugin.h"
 
 #include <NvInferVersion.h>
 #include <dlfcn.h>
@@ -39,6 +40,7 @@ nvinfer1::IPluginCreatorV3One* (*const kCreators[])() = {
     creator<ExpertsPlugin>,
     creator<HeadPlugin>,
     creator<MixturePlugin>,
+    creator<SelfAttentionPlugin>,
 };
 
 constexpr int32_t kRtxMajor = 1;

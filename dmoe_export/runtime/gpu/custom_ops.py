@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ...bundle.reader import Bundle
 from ...errors import MissingRequirementError, as_clause
 from ...libraries import library as installed
-from ...ops import block_route, experts, head, mixture
+from ...ops import block_route, experts, head, mixture, self_attention
 from ...ops.schema import DOMAIN
 from ..library import LibrarySession
 from ..ort import ort
@@ -23,6 +23,7 @@ SERVED = {
     experts.SCHEMA.name: "experts",
     head.SCHEMA.name: "the vocabulary head",
     mixture.SCHEMA.name: "experts with the shared one",
+    self_attention.SCHEMA.name: "attention",
 }
 
 CustomOps = Literal["auto", "on", "off"]
