@@ -25,9 +25,9 @@ def plain_feeds(kind, tokens, seed=0):
     """Inputs of `SCHEMA` whose floats are exactly of the kind."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(-1, 6, (tokens, 3)).astype(np.int32)
-    shapes = ((tokens, HIDDEN), (6, 2 * WIDTH, HIDDEN), (6, HIDDEN, WIDTH), (2 * SHARED, HIDDEN), (HIDDEN, SHARED))
-    hidden, *weights = (from_half(to_half(rng.normal(size=shape) / (len(shape) == 2 or 8), kind), kind) for shape in shapes)
-    weights = [part / 8 if part.ndim == 2 else part for part in weights]
+    shapes = ((6, 2 * WIDTH, HIDDEN), (6, HIDDEN, WIDTH), (2 * SHARED, HIDDEN), (HIDDEN, SHARED))
+    hidden, *weights = (from_half(to_half(values, kind), kind) for values in (
+        rng.normal(size=(tokens, HIDDEN)), *(rng.normal(size=shape) / 4 for shape in shapes)))
     return dict(zip(SCHEMA.inputs, (hidden, ids, rng.random((tokens, 3), np.float32), *weights), strict=True))
 
 
@@ -58,7 +58,7 @@ def test_equals_the_eager_op(kind, half, tokens, quantised):
     without = {name: value for name, value in feeds.items() if not name.startswith("shared")}
     plain = quantised_model(half, **ATTRIBUTES) if quantised else experts_model(half)
     routed = session(plain).run(None, without)[0]
-    assert np.abs(mixed - routed).max() > 0.1 * scale, "the shared expert matters here"
+    assert np.abs(mixed - routed).max() > 0.1 * scale, "the shared expert does not matter"
     silent = feeds | {"shared_down": np.zeros_like(feeds["shared_down"])}
     np.testing.assert_array_equal(session(model).run(None, silent)[0], routed)
 
