@@ -135,7 +135,7 @@ DmoeSelfAttentionShape SelfAttentionPlugin::shapeOf(Dims const* const* inputs, D
     return shape;
 }
 
-std::string SelfAttentionPlugin::complaint(Dims const* const* inputs) const
+std::string SelfAttentionPlugin::complaint(Dims const* const* inputs, bool running) const
 {
     if (inputs[kQkv]->nbDims != 2 || inputs[kPositions]->nbDims != 2 || inputs[kPastKey]->nbDims != 4
         || inputs[kCos]->nbDims != 4) {
@@ -158,7 +158,9 @@ std::string SelfAttentionPlugin::complaint(Dims const* const* inputs) const
         return "qkv has rows of " + std::to_string(width) + " where a multiple of the head dimension "
             + std::to_string(past[3]) + " is needed";
     }
-    expect(kQkv, "qkv", Dims{2, {rows * tokens, width}});
+    if (running) {
+        expect(kQkv, "qkv", Dims{2, {rows * tokens, width}});
+    }
     expect(kCos, "cos", Dims{4, {rows, tokens, 1, inputs[kCos]->d[3]}});
     expect(kSin, "sin", *inputs[kCos]);
     expect(kPastPositions, "past_positions", Dims{2, {rows, past[2]}});
@@ -178,7 +180,7 @@ int32_t SelfAttentionPlugin::configurePlugin(DynamicPluginTensorDesc const* inpu
         return DMOE_ERROR_SHAPE;
     }
     InputDims const dims(inputs, nbInputs, mostOf);
-    std::string const problem = complaint(dims.all);
+    std::string const problem = complaint(dims.all, false);
     if (!problem.empty()) {
         return refuse(problem);
     }
@@ -199,7 +201,7 @@ int32_t SelfAttentionPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTe
     void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept
 {
     InputDims const dims(inputDesc, inputCount(), dimsOf);
-    std::string const problem = complaint(dims.all);
+    std::string const problem = complaint(dims.all, true);
     if (!problem.empty()) {
         return refuse(problem);
     }

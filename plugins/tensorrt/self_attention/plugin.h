@@ -44,9 +44,10 @@ public:
 private:
     int32_t inputCount() const noexcept { return mHeadNorm ? 9 : 7; }
 
-    // The kernel's shape from the inputs' dimensions, and one sentence about the first input that does not fit.
+    // The kernel's shape from the inputs' dimensions, and one sentence about the first input that does not fit. `running`:
+    // qkv has the rows of this run, not the most that a profile allows.
     DmoeSelfAttentionShape shapeOf(nvinfer1::Dims const* const* inputs, nvinfer1::DataType type) const;
-    std::string complaint(nvinfer1::Dims const* const* inputs) const;
+    std::string complaint(nvinfer1::Dims const* const* inputs, bool running) const;
 
     int32_t mBlockLength;
     float mEps;
