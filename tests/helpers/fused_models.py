@@ -13,10 +13,12 @@ _INTEGERS = {"expert_ids": TensorProto.INT32, "logit_rows": TensorProto.INT64, "
 _FLOATS = {"expert_weights", "confidence", "logits"}  # float32 whatever the hidden state is
 
 
-def one_node(schema: OpSchema, half: int, kinds: dict[str, int] | None = None, **attributes) -> bytes:
+def one_node(schema: OpSchema, half: int, kinds: dict[str, int] | None = None,
+             shapes: dict[str, list[int | str]] | None = None, **attributes) -> bytes:
     """A model of float32 inputs and outputs around a node of `half`, because numpy has no bf16.
 
-    `kinds`: other types of inputs, which are not cast. No sizes are said, so that wrong ones reach the op.
+    `kinds`: other types of inputs, which are not cast. Without `shapes` of the inputs no sizes are said, so that wrong
+    ones reach the op.
     """
     kinds = {**_INTEGERS, **(kinds or {})}
     nodes, inputs, names, outputs = [], [], [], []
@@ -25,7 +27,7 @@ def one_node(schema: OpSchema, half: int, kinds: dict[str, int] | None = None, *
         if cast:
             nodes.append(helper.make_node("Cast", [name], [f"{name}_half"], to=half))
         names.append(f"{name}_half" if cast else name)
-        inputs.append(_value(name, kinds))
+        inputs.append(_value(name, kinds, (shapes or {}).get(name)))
     results = [name if name in kinds or name in _FLOATS else f"{name}_half" for name in schema.outputs]
     nodes.append(helper.make_node(schema.name, names, results, domain=DOMAIN, **schema.plugin_attributes, **attributes))
     for name, result in zip(schema.outputs, results, strict=True):
@@ -35,8 +37,8 @@ def one_node(schema: OpSchema, half: int, kinds: dict[str, int] | None = None, *
     return model(nodes, inputs, outputs)
 
 
-def _value(name: str, kinds: dict[str, int]):
-    return helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), None)
+def _value(name: str, kinds: dict[str, int], shape: list[int | str] | None = None):
+    return helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), shape)
 
 
 def model(nodes: Iterable, inputs: Iterable, outputs: Iterable) -> bytes:

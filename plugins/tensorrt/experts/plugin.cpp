@@ -2,6 +2,8 @@
 
 #include "../../kernels/workspace.h"
 
+#include <algorithm>
+
 using namespace nvinfer1;
 
 namespace dmoe {
@@ -188,7 +190,9 @@ int32_t ExpertsPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, in
     if (nbInputs != inputCount()) {
         return DMOE_ERROR_SHAPE;
     }
-    std::string const problem = complaint(InputDims(inputs, nbInputs, mostOf).all);
+    std::string problem = complaint(InputDims(inputs, nbInputs, mostOf).all);
+    int64_t const bytes = problem.empty() ? workspaceOf(inputs) : 0;
+    problem = bytes < 0 ? dmoe_error_string(static_cast<int32_t>(bytes)) : problem;
     if (!problem.empty()) {
         logError(std::string(mName) + ": " + problem + ".");
         return DMOE_ERROR_SHAPE;
@@ -196,18 +200,18 @@ int32_t ExpertsPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, in
     return 0;
 }
 
-size_t ExpertsPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
-    DynamicPluginTensorDesc const*, int32_t) const noexcept
+int64_t ExpertsPlugin::workspaceOf(DynamicPluginTensorDesc const* inputs) const
 {
-    InputDims const dims(inputs, nbInputs, mostOf);
+    InputDims const dims(inputs, inputCount(), mostOf);
     auto const shape = shapeOf(dims.all, inputs[kHidden].desc.type);
     auto const shared = mShared ? sharedOf(dims.all) : DmoeSharedExpert{};
-    int64_t const bytes = dmoe_mixture_workspace_bytes(&shape, mShared ? &shared : nullptr);
-    if (bytes < 0) {
-        logError(std::string(mName) + ": " + dmoe_error_string(static_cast<int32_t>(bytes)) + ".");
-        return 0; // enqueue refuses the same shape again
-    }
-    return roomForWorkspace(bytes);
+    return dmoe_mixture_workspace_bytes(&shape, mShared ? &shared : nullptr);
+}
+
+size_t ExpertsPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t, DynamicPluginTensorDesc const*,
+    int32_t) const noexcept
+{
+    return roomForWorkspace(std::max<int64_t>(workspaceOf(inputs), 0)); // what is out of range was refused before
 }
 
 int32_t ExpertsPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*, void const* const* inputs,

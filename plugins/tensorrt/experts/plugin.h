@@ -71,6 +71,7 @@ private:
     DmoeExpertsShape shapeOf(nvinfer1::Dims const* const* inputs, nvinfer1::DataType type) const;
     DmoeSharedExpert sharedOf(nvinfer1::Dims const* const* inputs) const; // without addresses
     std::string complaint(nvinfer1::Dims const* const* inputs) const;
+    int64_t workspaceOf(nvinfer1::DynamicPluginTensorDesc const* inputs) const; // of the largest run, or DMOE_ERROR_*
 
     Form mForm;
     char const* mName;

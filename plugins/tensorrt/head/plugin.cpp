@@ -2,6 +2,8 @@
 
 #include "../../kernels/workspace.h"
 
+#include <algorithm>
+
 using namespace nvinfer1;
 
 namespace dmoe {
@@ -66,6 +68,15 @@ std::array<Dims, kInputs> dimsOf(Desc const* inputs, Get get)
 
 Dims now(PluginTensorDesc const& desc) { return desc.dims; }
 Dims most(DynamicPluginTensorDesc const& desc) { return desc.max; }
+
+// Bytes of the largest run, or a negative DMOE_ERROR_*.
+int64_t workspaceOf(DynamicPluginTensorDesc const* inputs)
+{
+    auto shape = shapeOf(dimsOf(inputs, most), inputs[kHidden].desc.type);
+    shape.tokens = 1; // how many there are at most says nothing about any run, and the workspace does not depend on it
+    shape.kept = 0;
+    return dmoe_head_workspace_bytes(&shape);
+}
 
 int32_t refuse(std::string const& problem)
 {
@@ -144,21 +155,17 @@ int32_t HeadPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int32
         return DMOE_ERROR_SHAPE;
     }
     std::string const problem = complaint(dimsOf(inputs, most));
-    return problem.empty() ? 0 : refuse(problem);
+    if (!problem.empty()) {
+        return refuse(problem);
+    }
+    int64_t const bytes = workspaceOf(inputs);
+    return bytes < 0 ? refuse(dmoe_error_string(static_cast<int32_t>(bytes))) : 0;
 }
 
 size_t HeadPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t, DynamicPluginTensorDesc const*,
     int32_t) const noexcept
 {
-    auto shape = shapeOf(dimsOf(inputs, most), inputs[kHidden].desc.type);
-    shape.tokens = 1; // how many there are at most says nothing about any run, and the workspace does not depend on it
-    shape.kept = 0;
-    int64_t const bytes = dmoe_head_workspace_bytes(&shape);
-    if (bytes < 0) {
-        refuse(dmoe_error_string(static_cast<int32_t>(bytes)));
-        return 0; // enqueue refuses the same shape again
-    }
-    return roomForWorkspace(bytes);
+    return roomForWorkspace(std::max<int64_t>(workspaceOf(inputs), 0)); // what is out of range was refused before
 }
 
 int32_t HeadPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*, void const* const* inputs,
