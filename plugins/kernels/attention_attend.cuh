@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kAttendThreads, SEGMENTS == 4 && TILES == 2 &&
     }
 
     if constexpr (!WHOLE) {
-        const PartialTile<kRows> all{a.partials, row_and_head * a.tiles + tile, a.chunks, a.dim};
+        const PartialTile<kRows> all(a.partials, row_and_head * a.tiles + tile, a.chunks, a.dim);
         if (a.chunks > 1) {
             all.write(part, chunk);
             if (!arrives_last(a.counters + row_and_head * a.tiles + tile, static_cast<unsigned>(a.chunks))) return;
@@ -192,8 +192,8 @@ __global__ void __launch_bounds__(kAttendThreads, SEGMENTS == 4 && TILES == 2 &&
     const int64_t heads = static_cast<int64_t>(a.kv_heads) * a.share;
     const int64_t batch = row_and_head / a.kv_heads, head = row_and_head % a.kv_heads;
     write_rows<Half>(total, a.mixed, a.dim, min(kRows, a.rows - tile * kRows), [&](int row) {
-        const int64_t at = tile * kRows + row;
-        return (batch * a.tokens + at / a.share) * heads + head * a.share + at % a.share;
+        const int at = tile * kRows + row, token = at / a.share;
+        return (batch * a.tokens + token) * heads + head * a.share + (at - token * a.share);
     });
 }
 

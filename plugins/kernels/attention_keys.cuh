@@ -87,13 +87,13 @@ DMOE_DEVICE void load_keys(uint4 (&to)[2][SEGMENTS], const AttendArguments &a, c
 DMOE_DEVICE void load_values(uint32_t (&to)[8], const AttendArguments &a, const Step &step, int first, uint32_t seen,
                              int column) {
     const int q = lane_id() % 4;
-    const uint16_t *const from = (step.fresh ? a.value : a.past_value) + step.place * a.dim + column;
+    const uint16_t *const from = (step.fresh ? a.value : a.past_value) +
+                                 (step.place + step.start + first + 8 * q) * a.dim + column;
     DMOE_UNROLL
     for (int j = 0; j < 8; ++j) {
-        const int at = first + 8 * q + j;
         to[j] = 0;
         if (column < a.dim && (seen >> (8 * q + j) & 1u)) {
-            to[j] = *reinterpret_cast<const uint32_t *>(from + static_cast<int64_t>(step.start + at) * a.dim);
+            to[j] = *reinterpret_cast<const uint32_t *>(from + j * a.dim);
         }
     }
 }
