@@ -9,11 +9,13 @@
 
 #define DMOE_DEVICE inline
 #define DMOE_UNROLL
+#define DMOE_UNROLL_BY(count)
 #define DMOE_SHARED(type, name, count) \
     type *const name = static_cast<type *>(::dmoe::emulation::shared_memory(sizeof(type) * (count)))
 
 #define __global__
 #define __device__
+#define __host__
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 

@@ -7,6 +7,8 @@
 
 #define DMOE_DEVICE __device__ __forceinline__
 #define DMOE_UNROLL _Pragma("unroll")
+#define DMOE_PRAGMA(text) _Pragma(#text)
+#define DMOE_UNROLL_BY(count) DMOE_PRAGMA(unroll count)
 #define DMOE_SHARED(type, name, count) __shared__ type name[count]
 
 namespace dmoe {
