@@ -34,12 +34,11 @@ class Watched(SalientSteps):
 
     seen: ClassVar[list[tuple[int, int, int, bool]]] = []
 
-    def _run(self, feeds, state, tail_only, step, inputs):
-        got, result = super()._run(feeds, state, tail_only, step, inputs)
+    def _run(self, feeds, past, *others):
+        got, new, result, need = super()._run(feeds, past, *others)
         positions = feeds["position_ids"][0]
-        self.seen.append((int(positions[0]), int(positions[-1]) + 1, feeds["past_positions"].shape[1],
-                          result.salient is None))
-        return got, result
+        self.seen.append((int(positions[0]), int(positions[-1]) + 1, past.positions.shape[1], result.salient is None))
+        return got, new, result, need
 
 
 @pytest.fixture
@@ -156,7 +155,7 @@ def test_a_drifting_row_is_caught_by_refreshing():
             asked = np.arange(24)[None]
             inputs = ForwardInputs(canvas, np.arange(24)[None], asked, {}, want_logits=True)
             dense = number == 0 or (interval is not None and number % interval == 0)
-            got, (result,) = steps.forward(inputs, model.new_cache(1), [0], [SalientStep(0.5, 0, dense)])
+            got, (result,) = steps.forward(inputs, model.new_cache(1), [0], [0], [SalientStep(0.5, 0, dense)])
             exact = model.forward(inputs, model.new_cache(1))
             assert got.logits is not None and exact.logits is not None and result is not None
             assert dense or not result.salient.any()  # nothing ever triggers
