@@ -114,7 +114,7 @@ def salient_llada(synthetic: Callable[..., Path], exported: Callable[..., Bundle
 
 @pytest.fixture(scope="session")
 def salient_block(tiny_bundle: Bundle, run_folder: Path) -> Bundle:
-    """`tiny_bundle` (block diffusion, experts) and the salient graph of dynamic counts; traces only that."""
+    """`tiny_bundle` (block diffusion, experts) with salient graphs; traces only those."""
     return open_bundle(once(run_folder / "exports" / "salient-block", partial(_add_salient, tiny_bundle)))
 
 
@@ -126,7 +126,7 @@ def _add_salient(tiny_bundle: Bundle, target: Path) -> None:
             writer.add_file(entry.path)
         assert manifest.experts
         salient = export_salient(ir.load(tiny_bundle.denoiser_path), manifest.model, manifest.routing, "fp32",
-                                 manifest.formats, manifest.experts.stored_width, (), writer)
+                                 manifest.formats, manifest.experts.stored_width, (4, 16), writer)
         writer.seal(manifest.model_copy(update={"salient": salient, "files": writer.entries}))
 
 
