@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Tensor:
-    """A bound tensor. `dtype`: fp32, fp16, bf16, int64, int32, bool. `host`: the same content on the host, of inputs."""
+    """A bound tensor; `dtype`: a key of ITEMSIZES; `host`: the same content in host memory, for inputs."""
 
     address: int
     shape: tuple[int, ...]
