@@ -27,6 +27,7 @@ from .custom_ops import SERVED, CustomOps, check_session, choose_custom_ops, pre
 from .device import CPU_INSTEAD, CudaDevice, Device, DeviceError
 from .memory import Pool
 from .nvidia_libraries import load_nvidia_libraries
+from .shared_weights import SharedExperts
 
 PROVIDER = "CUDAExecutionProvider"
 _BF16 = 16  # ONNX TensorProto.BFLOAT16; numpy has no such type
@@ -46,9 +47,10 @@ class OnnxRuntimeExecutor:
     def __init__(self, bundle: Bundle, device: Device, provider: str = PROVIDER,
                  options: dict[str, str] | None = None, custom_ops: Path | None = None,
                  why_not: str = "custom ops are off", profile: Path | None = None,
-                 graph: GraphEntry | None = None) -> None:
+                 graph: GraphEntry | None = None, experts: SharedExperts | None = None) -> None:
         """`options` of the provider; `custom_ops`: a library of our kernels, None for the graph's own bodies (and
         `why_not`, as a clause). `kernels` says what it came to. `graph`: of the bundle, by default the denoiser.
+        `experts`: that are on the device already.
 
         `profile`: ONNX Runtime writes what it did to a file that begins so. Raises MissingRequirementError when the
         session does not run on the provider with them.
@@ -66,6 +68,9 @@ class OnnxRuntimeExecutor:
         self.path, options = bundle.folder / graph.file, options or {}
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         library = prepare_session(bundle, settings, custom_ops) if custom_ops else None
+        self._experts = experts
+        for name, value in (experts.values if experts else {}).items():
+            settings.add_initializer(name, value)
         try:
             self._session = ort.InferenceSession(str(self.path), settings, providers=[(provider, options)],
                                                  enable_fallback=0)
@@ -107,6 +112,7 @@ class OnnxRuntimeExecutor:
     def close(self) -> None:
         """See `Executor`."""
         del self._binding, self._session  # the binding refers to the executor
+        self._experts = None
 
     def end_profile(self) -> str:
         """The file that ONNX Runtime wrote."""
@@ -207,7 +213,10 @@ def open_onnxruntime_cuda(bundle: Bundle, device: Device | None = None, cuda_gra
     # On our stream the provider's work and our copies run in order. TF32 would round the router's float32 products to
     # ten bits, and so choose other experts than the model.
     options = {"device_id": "0", "user_compute_stream": str(stream), "use_tf32": "0"}
-    opening = partial(OnnxRuntimeExecutor, bundle, device, options=options, custom_ops=library, why_not=reason)
+    several = bundle.manifest.salient is not None and bundle.manifest.experts is not None
+    experts = SharedExperts(bundle, pool, stream) if several else None
+    opening = partial(OnnxRuntimeExecutor, bundle, device, options=options, custom_ops=library, why_not=reason,
+                      experts=experts)
 
     def checked(executor: OnnxRuntimeExecutor) -> OnnxRuntimeExecutor:
         if executor.kernels.missing and (custom_ops == "on" or bundle.manifest.quantisation):
