@@ -21,7 +21,7 @@ from .attention import Attention
 from .denoiser import Denoiser, Layer, Past
 from .layers import rotary_angles
 from .moe import MoE, RoutingSettings
-from .salient_rows import AllRows, Rows, SomeRows
+from .salient_rows import AllRows, Rows, SomeRows, firsts
 
 Capacity = int | Literal["any", "all"]
 """Rows of a sequence that a layer can recompute: M, as many as are salient, or always all of them (a dense step)."""
@@ -165,8 +165,7 @@ class SalientDenoiser(nn.Module):
                 kept.append(new)
         if logit_rows is None:
             logit_rows = torch.arange(tokens, device=x.device).expand(batch, tokens)
-        first = torch.arange(batch, device=x.device)[:, None] * tokens
-        x = x[(first + logit_rows.clamp(min=0)).flatten()]
+        x = x[(firsts(batch, tokens, x.device) + logit_rows.clamp(min=0)).flatten()]
         logits = F.linear(self.norm(x), self.lm_head.weight).float()
         return out._replace(logits=logits.reshape(batch, logit_rows.shape[1], d.vocab_size))
 
