@@ -10,7 +10,7 @@ using namespace dmoe;
 
 namespace {
 
-constexpr int kMostPastChunks = 16;   // more would be folded for longer than they save
+constexpr int kMostPastChunks = 16;
 constexpr int kSplitRows = 64 * 64;   // of all key heads: from so many on, a thread block takes all chunks of its tile
 constexpr int kFewBlocks = 128;       // below, tiles are small, so that there are more
 constexpr int64_t kMost = INT32_MAX - 65536;
@@ -26,7 +26,8 @@ struct Plan {
 Plan plan_of(const DmoeSelfAttentionShape &s) {
     Plan p{};
     const auto parts = [](int64_t all, int64_t each) { return static_cast<int>((all + each - 1) / each); };
-    p.chunk_keys = kStepKeys * parts(s.past, int64_t{kStepKeys} * kMostPastChunks);
+    // Eight chunks of past keys up to 4096 of them, then up to sixteen: more are folded for longer than they save.
+    p.chunk_keys = kStepKeys * max(min(parts(s.past, 8 * kStepKeys), 4), parts(s.past, kMostPastChunks * kStepKeys));
     p.past_chunks = parts(s.past, p.chunk_keys);
     p.chunks = p.past_chunks + parts(s.tokens, p.chunk_keys);
     p.heads = static_cast<int64_t>(s.rows) * s.kv_heads;
@@ -65,7 +66,7 @@ Layout layout_of(const DmoeSelfAttentionShape &s) {
 
 int check(const DmoeSelfAttentionShape &s) {
     if (s.rows < 0 || s.tokens < 0 || s.past < 1 || s.past > kMost || s.kv_heads < 1 || s.heads < s.kv_heads ||
-        s.heads % s.kv_heads || s.head_dim < 16 || s.head_dim > 256 || s.head_dim % 16 || s.rotary_dim < 2 ||
+        s.heads % s.kv_heads || s.head_dim < 8 || s.head_dim > 256 || s.head_dim % 8 || s.rotary_dim < 2 ||
         s.rotary_dim % 2 || s.rotary_dim > s.head_dim) {
         return DMOE_ERROR_SHAPE;
     }

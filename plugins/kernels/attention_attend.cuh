@@ -99,11 +99,13 @@ DMOE_DEVICE void weigh(Mixture<TILES, PAIRS> &part, const float (&scores)[TILES]
     }
 }
 
-// SEGMENTS · 32 is the most dimensions of a head, TILES · 16 the rows of a thread block. WHOLE: it has all chunks, and asks
-// for the next step's keys while it mixes; else one chunk, in fewer registers.
+// SEGMENTS · 32 is the most dimensions of a head, TILES · 16 the rows of a thread block. WHOLE: it has all chunks; else one.
+// The next step's keys are asked for before this one's are mixed, but in small tiles of one chunk: usually that is one step,
+// and with 128 registers two thread blocks share a processor.
 template <class Half, int SEGMENTS, int TILES, bool WHOLE>
 __global__ void __launch_bounds__(kAttendThreads, SEGMENTS == 4 && TILES == 2 && !WHOLE ? 2 : 1)
     attend_kernel(AttendArguments a) {
+    constexpr bool kAskEarly = WHOLE || SEGMENTS == 8 || TILES == 4;
     constexpr int kRows = TILES * 16, kPairs = SEGMENTS / 4, kGroups = kStepKeys / 32;
     constexpr int kQueryPitch = SEGMENTS * 4 + 4, kWeightPitch = kStepKeys / 8 + 4;  // 64 bytes more: no bank conflicts
     DMOE_SHARED(uint4, queries, kRows * kQueryPitch);
@@ -136,8 +138,12 @@ __global__ void __launch_bounds__(kAttendThreads, SEGMENTS == 4 && TILES == 2 &&
         const bool last_step = step.start + kStepKeys >= step.keys;
         const bool more = !last_step || (WHOLE && step.chunk + 1 < a.chunks);
         const Step next = next_step(a, row_and_head, step);
+        const auto ask_for_next = [&] {
+            load_keys(keys, a, next);
+            position = load_position(a, row_and_head, next);
+        };
         any |= seen;
-        if (WHOLE && !seen && more) load_keys(keys, a, next);
+        if (kAskEarly && !seen && more) ask_for_next();
         if (seen) {
             uint32_t group_seen[kGroups], values[kPairs][kGroups][8];
             DMOE_UNROLL
@@ -151,7 +157,7 @@ __global__ void __launch_bounds__(kAttendThreads, SEGMENTS == 4 && TILES == 2 &&
             }
             float scores[TILES][2][4] = {};
             if (__ballot_sync(kWholeWarp, places[warp * 16 + lane % 16] < most)) score<Half>(scores, keys, queries, a.dim);
-            if (WHOLE && more) load_keys(keys, a, next);
+            if (kAskEarly && more) ask_for_next();
             mask(scores, places + warp * 16, limits, reinterpret_cast<float *>(warp_rows));
             __syncthreads();
             weigh<Half, kWeightPitch>(part, scores, warp_rows, weights);
@@ -174,8 +180,7 @@ __global__ void __launch_bounds__(kAttendThreads, SEGMENTS == 4 && TILES == 2 &&
             }
         }
         if (!more) break;
-        if (!WHOLE) load_keys(keys, a, next);
-        position = load_position(a, row_and_head, next);
+        if (!kAskEarly) ask_for_next();
         step = next;
     }
 
