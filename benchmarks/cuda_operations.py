@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STUBS = ROOT / "tests" / "cuda_stubs"
 KINDS = ("launches", "copies", "sets", "library_calls", "host_functions")
 SMALL = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 32, "moe_intermediate_size": 32, "max_position_embeddings": 512,
+         "num_key_value_heads": 2, "head_dim": 32, "moe_intermediate_size": 32, "max_position_embeddings": 1024,
          "pad_token_id": 500, "eos_token_id": 500, "mask_token_id": 501}
 
 
@@ -41,7 +41,8 @@ def count(layers: int, work: Path) -> dict[str, Any]:
     environment = prepare(ROOT / "build" / "cuda-stubs")
     write_synthetic(work / "model", GEOMETRIES["llada2.0-mini"] | SMALL | {"num_hidden_layers": layers}, merged=True)
     bundle = export_checkpoint(work / "model", work / "model.bundle", precision="fp16", compute="fp16", routing="top_p")
-    subprocess.run([sys.executable, STUBS / "drive.py", bundle.folder, "--out", work / "found.json"], check=True,
+    subprocess.run([sys.executable, STUBS / "drive.py", bundle.folder, "--out", work / "found.json",
+                    "--prefill", "512"], check=True,
                    env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
     return json.loads((work / "found.json").read_text())
 
@@ -54,6 +55,8 @@ def table(result: dict[str, Any]) -> str:
         kinds = ", ".join(f"{step[kind]} {kind.replace('_', ' ')}" for kind in KINDS)
         lines.append(f"{name:<22} {step['operations']:>5} operations ({kinds}), {step['host_calls']:>5} calls of the "
                      f"host, {step['host_ms']:.2f} ms of it; nodes: {run['placement']}")
+    prefill = result["prefill"]
+    lines.append(f"a prefill of {prefill['tokens']} tokens, custom ops: {prefill['operations']} operations")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Runs a bundle on ONNX Runtime's real CUDA provider over the stubs, and writes what it asked of the device as JSON.
 
-    python tests/cuda_stubs/drive.py BUNDLE --out FILE [--no-bodies]
+    python tests/cuda_stubs/drive.py BUNDLE --out FILE [--no-bodies] [--prefill TOKENS]
 
 In the environment that prepare.py prints. Kernels do nothing here, so tokens mean nothing; what is counted is real:
 where nodes are placed, what a step asks of the device, how many calls of CUDA the host makes for it.
@@ -45,6 +45,7 @@ def run(bundle: Bundle, prompts: list[list[int]], new_tokens: int, **how: Any) -
     backend = open_onnxruntime_cuda(bundle, device, **how)
     forward, steps, replays = backend.forward, [], []
     shapes, violations = set(), []
+    prefills: list[tuple[int, dict[str, Any]]] = []
 
     def counted(inputs: Any, cache: Any) -> Any:
         replayed = backend.graphs.replayed if backend.graphs else 0
@@ -54,6 +55,8 @@ def run(bundle: Bundle, prompts: list[list[int]], new_tokens: int, **how: Any) -
         found = summary(device.counts(), time.perf_counter() - start)
         violations.extend(device.violations())
         shapes.add((*inputs.input_ids.shape, cache.slab.length))
+        if inputs.want_keys_values:
+            prefills.append((inputs.input_ids.shape[1], found))
         if (inputs.logit_rows >= 0).any() and not inputs.want_keys_values:
             again = backend.graphs is not None and backend.graphs.replayed > replayed
             (replays if again else steps).append(found)
@@ -66,8 +69,15 @@ def run(bundle: Bundle, prompts: list[list[int]], new_tokens: int, **how: Any) -
                   if part.ep_name != "CUDAExecutionProvider" for node in part.get_nodes())
     return {"placement": backend.placement, "cpu_ops": dict(cpu), "violations": violations,
             "tokens": [len(answer.token_ids) for answer in answers], "shapes": sorted(shapes),
-            "step": _usual(steps), "replayed_step": _usual(replays),
+            "prefill": _widest(prefills), "step": _usual(steps), "replayed_step": _usual(replays),
             "graphs": graphs and {"recorded": graphs.recorded, "replayed": graphs.replayed, "off": graphs.off}}
+
+
+def _widest(prefills: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
+    """The forward of the most tokens; of those, the one with the fewest calls."""
+    tokens = max(tokens for tokens, _ in prefills)
+    return {"tokens": tokens, **min((found for of, found in prefills if of == tokens),
+                                    key=lambda found: found["host_calls"])}
 
 
 def _usual(found: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -106,6 +116,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--no-bodies", action="store_true", help="leave the graph's own bodies out")
+    parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS", help="count a long prompt's forward, too")
     options = parser.parse_args()
     ort_custom_ops.INSTALLED = Path(os.environ["DMOE_CUDA_STUBS_OPS"])
     bundle = open_bundle(options.bundle, "sizes")
@@ -116,6 +127,9 @@ def main() -> None:
     result = {"onnxruntime": ort.__version__, "rules": rules(),
               "runs": {name: run(bundle, [prompt], 96, **how) for name, how in ways.items()},
               "batch": run(bundle, [prompt, prompt[:9], prompt[:40]], 160, custom_ops="on")}
+    if options.prefill:
+        tokens = [5 + i % 80 for i in range(options.prefill)]
+        result["prefill"] = run(bundle, [tokens], 32, cuda_graphs=False, custom_ops="on")["prefill"]
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
