@@ -7,9 +7,8 @@ namespace dmoe {
 
 inline bool bf16_runs_here() { return true; }
 
-// As compute capability 9.0.
-inline int shared_bytes_per_block() { return static_cast<int>(emulation::kMostSharedBytes); }
-inline int shared_bytes_per_processor() { return static_cast<int>(emulation::kMostSharedBytes) + 1024; }
+inline int shared_bytes_per_block() { return emulation::device_shared_bytes(); }
+inline int shared_bytes_per_processor() { return emulation::device_shared_bytes() + 1024; }
 
 struct LaunchOptions {
     int shared = 0;

@@ -14,6 +14,18 @@ extern "C" {
  * even seeds, as 0xcc bytes for odd ones. */
 DMOE_API void dmoe_emulation_seed(uint64_t seed);
 
+/* Shared memory of a thread block: 65536 as compute capability 7.5, 101376 as 8.6 and 12.0, 166912 as 8.0; 0 = 232448, as
+ * 9.0. A processor has 1 KiB more. */
+DMOE_API void dmoe_emulation_shared_bytes(int32_t bytes);
+
+/* How many kernels have been launched so far. */
+DMOE_API int64_t dmoe_emulation_launches(void);
+
+/* The ring in shared memory that the products of `bits` bits take on the emulated device, with `tiles` tiles of eight tokens
+ * per pass (4 or 8), beside the lists of so many experts and pairs: stages, bytes of weights in each, thread blocks per
+ * processor. A negative DMOE_ERROR_* where none fits. */
+DMOE_API int dmoe_emulation_ring(int32_t bits, int32_t tiles, int32_t experts, int32_t pairs, int32_t *ring);
+
 /* Why the last call returned DMOE_ERROR_EMULATION; empty when it did not. */
 DMOE_API const char *dmoe_emulation_message(void);
 

@@ -47,6 +47,7 @@ struct Machine {
     std::mutex turn;
     std::string message;
     uint64_t seed = 0, random = 0;
+    int64_t launches = 0;
     const std::function<void()> *kernel = nullptr;
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<unsigned> ready;
@@ -54,7 +55,7 @@ struct Machine {
     Meeting block;
     unsigned running = 0;
     bool failed = false;
-    size_t dynamic_shared = 0;
+    size_t dynamic_shared = 0, device_shared = kMostSharedBytes;
     alignas(128) unsigned char shared[kMostSharedBytes + (kMaxArrays + 1) * kRedZone];
     std::vector<size_t> arrays;           // bytes of each, as the first thread asked for them
     std::vector<unsigned> arrays_asked;   // per thread
@@ -170,13 +171,14 @@ int run(Dim3 grid, unsigned threads, size_t dynamic_shared, const std::function<
     const std::lock_guard<std::mutex> lock(m.turn);
     m.message.clear();
     m.failed = false;
+    ++m.launches;
     m.random = m.seed * 0x9e3779b97f4a7c15u | 1;
     m.kernel = &kernel;
     if (threads == 0 || threads % kLanes || threads > 1024 || grid.y > 65535 || grid.z != 1) {
         m.message = "a launch needs whole warps, at most 1024 threads and at most 65535 blocks in y";
         return DMOE_ERROR_EMULATION;
     }
-    if (dynamic_shared > kMostSharedBytes) {
+    if (dynamic_shared > m.device_shared) {
         m.message = "a launch asks for more dynamic shared memory than a thread block can have";
         return DMOE_ERROR_EMULATION;
     }
@@ -244,7 +246,7 @@ void *shared_memory(size_t bytes) {
             total += m.arrays[i];
             place = m.array_places[i] + (m.arrays[i] + kRedZone - 1) / kRedZone * kRedZone + kRedZone;
         }
-        const size_t most = m.dynamic_shared ? kMostSharedBytes : kSharedBytes;
+        const size_t most = m.dynamic_shared ? m.device_shared : kSharedBytes;
         if (total > most || index >= kMaxArrays / 2) fail("%zu bytes of shared memory are too many", total);
         m.arrays.push_back(bytes);
         m.array_places.push_back(place);
@@ -262,9 +264,15 @@ void *dynamic_shared_memory() {
     return shared_memory(machine().dynamic_shared);
 }
 
+int device_shared_bytes() { return static_cast<int>(machine().device_shared); }
+
 unsigned char poison() { return machine().seed % 2 ? 0xcc : 0xff; }
 
 }  // namespace dmoe::emulation
 
 extern "C" void dmoe_emulation_seed(uint64_t seed) { dmoe::emulation::seed(seed); }
+extern "C" void dmoe_emulation_shared_bytes(int32_t bytes) {
+    dmoe::emulation::machine().device_shared = bytes ? static_cast<size_t>(bytes) : dmoe::emulation::kMostSharedBytes;
+}
+extern "C" int64_t dmoe_emulation_launches(void) { return dmoe::emulation::machine().launches; }
 extern "C" const char *dmoe_emulation_message(void) { return dmoe::emulation::message(); }

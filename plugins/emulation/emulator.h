@@ -24,6 +24,8 @@ extern Indices here;
 
 // What a GPU of compute capability 9.0 gives a thread block at most, static and dynamic.
 constexpr size_t kMostSharedBytes = 232448;
+// What the emulated device gives: that, or what dmoe_emulation_shared_bytes() says.
+int device_shared_bytes();
 
 // 0 or DMOE_ERROR_EMULATION, then message() says why. Not reentrant; callers of several OS threads take turns.
 // dynamic_shared: bytes of dynamic shared memory.

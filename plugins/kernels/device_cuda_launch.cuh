@@ -41,7 +41,8 @@ struct LaunchOptions {
     bool overlap = false;  // may start before its predecessor has ended; the kernel calls wait_for_predecessor()
 };
 
-// Lets the kernel have so much dynamic shared memory on the current device, once. The static 48 KiB need no permission.
+// Lets the kernel have so much dynamic shared memory on the current device, once, and asks the driver to give shared
+// memory all that it shares with L1. The static 48 KiB need no permission.
 template <auto Kernel>
 cudaError_t allow_shared(int bytes) {
     static std::atomic<int> allowed[kDevices];
@@ -49,7 +50,10 @@ cudaError_t allow_shared(int bytes) {
     if (bytes <= 49152) return cudaSuccess;
     if (const cudaError_t error = cudaGetDevice(&device)) return error;
     if (device < kDevices && allowed[device].load(std::memory_order_relaxed) >= bytes) return cudaSuccess;
-    const cudaError_t error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaError_t error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error == cudaSuccess) {
+        error = cudaFuncSetAttribute(Kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    }
     if (error == cudaSuccess && device < kDevices) allowed[device].store(bytes, std::memory_order_relaxed);
     return error;
 }

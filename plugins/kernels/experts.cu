@@ -84,12 +84,12 @@ int run_chunk(const DmoeExpertsShape &s, const Workspace &w, const Weights &weig
 
     ProductArguments a{};
     a.slot_of_expert = weights.slot_of_expert, a.slots = weights.slots, a.group_shift = weights.group_shift;
-    a.expert_ids = t.expert_ids, a.tokens = s.tokens, a.places = s.places, a.experts = s.experts;
+    a.expert_ids = t.expert_ids, a.tokens = s.tokens, a.places = Divisor(s.places), a.experts = s.experts;
 
     a.all = weights.gate_up, a.pool = weights.gate_up_pool, a.shared_weights = weights.shared.gate_up;
     a.rows = 2 * s.width, a.depth = s.hidden;
     a.shared_rows = 2 * weights.shared.width, a.shared_depth = s.hidden;
-    a.inputs = a.shared_inputs = t.hidden;
+    a.inputs = t.hidden, a.shared_inputs = 0;
     a.activations = activations, a.shared_activations = shared_activations;
     if (const int error = launch_product<Half, true>(weights, a, stream)) return error;
 
@@ -97,7 +97,7 @@ int run_chunk(const DmoeExpertsShape &s, const Workspace &w, const Weights &weig
     a.rows = s.hidden, a.depth = s.width;
     a.shared_rows = weights.shared.width ? s.hidden : 0, a.shared_depth = weights.shared.width;
     a.inputs = reinterpret_cast<const uint4 *>(activations);
-    a.shared_inputs = reinterpret_cast<const uint4 *>(shared_activations);
+    a.shared_inputs = static_cast<unsigned>((w.shared_activations - w.activations) / 16);
     a.pair_weights = t.expert_weights, a.pair_outputs = pair_outputs, a.shared_outputs = shared_outputs;
     if (const int error = launch_product<Half, false>(weights, a, stream)) return error;
 

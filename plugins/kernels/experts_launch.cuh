@@ -2,13 +2,18 @@
 // experts.cu has the 16-bit weights, experts_quantised.cu the others.
 #pragma once
 
+#include "dmoe_kernels.h"
 #include "experts_product.cuh"
 
 namespace dmoe {
 
 constexpr int kChunkPairs = 8192;  // of one launch, at most; shared memory holds a list of them
 
-// 0, and the ring's size in `a`, when it fits into the current device's shared memory beside the lists. Two thread blocks
+// With how many stages a thread block still shares its processor with a second one.
+template <int TILES>
+constexpr int kFewestStages = TILES == 4 ? 3 : 2;
+
+// Whether a ring fits, its size then in `a`, into the current device's shared memory beside the lists. Two thread blocks
 // per processor if each gets `fewest` stages, else one.
 template <int BITS, int TILES>
 bool ring_fits(ProductArguments &a, int lists, int fewest) {
@@ -26,9 +31,8 @@ template <class Half, int BITS, int TILES, bool GATE>
 int launch_variant(const ProductArguments &a, int lists, void *stream) {
     constexpr auto kernel = product_kernel<Half, BITS, TILES, GATE>;
     const LaunchOptions options{a.stages * a.stage_bytes + lists, true};
-    const auto tiles = [](int rows) { return (rows + kTileRows - 1) / kTileRows; };
     // At most: how many experts are active is not known here.
-    const int items = min(a.experts, a.tokens * a.places) * tiles(a.rows) + shared_items<TILES>(a);
+    const int items = min(a.experts, pair_count(a)) * static_cast<int>(a.tiles.by) + shared_items<TILES>(a);
     const int blocks = max(1, min(items, resident_blocks<kernel>(kProductThreads, options.shared)));
     return launch<kernel>(dim3(blocks), kProductThreads, stream, a, options);
 }
@@ -36,9 +40,11 @@ int launch_variant(const ProductArguments &a, int lists, void *stream) {
 // Tiles per pass and stages are the device's and the call's affair: they change no bits.
 template <class Half, int BITS, bool GATE>
 int launch_product(ProductArguments a, void *stream) {
-    const int lists = list_bytes(a.experts, a.tokens * a.places);
-    if (a.tokens > 32 && ring_fits<BITS, 8>(a, lists, 2)) return launch_variant<Half, BITS, 8, GATE>(a, lists, stream);
-    if (ring_fits<BITS, 4>(a, lists, 3)) return launch_variant<Half, BITS, 4, GATE>(a, lists, stream);
+    const auto tiles = [](int rows) { return Divisor(max(1, (rows + kTileRows - 1) / kTileRows)); };
+    a.tiles = tiles(a.rows), a.shared_tiles = tiles(a.shared_rows);
+    const int lists = list_bytes(a.experts, pair_count(a));
+    if (a.tokens > 32 && ring_fits<BITS, 8>(a, lists, kFewestStages<8>)) return launch_variant<Half, BITS, 8, GATE>(a, lists, stream);
+    if (ring_fits<BITS, 4>(a, lists, kFewestStages<4>)) return launch_variant<Half, BITS, 4, GATE>(a, lists, stream);
     return DMOE_ERROR_SHAPE;
 }
 

@@ -18,22 +18,25 @@ using Sums = float[2][TILES][4];
 
 template <class Half, int TILES>
 DMOE_DEVICE void multiply_plain(Sums<TILES> &sums, const char *stage, int tiles, int depth) {
-    const int lane = lane_id(), row = warp_id() / kSplit * 32, step = warp_id() % kSplit;
+    const int lane = lane_id(), step = warp_id() % kSplit;
     if (step * kStep >= depth) return;
+    // Sixteen rows further is one place further in the order of units, and so are eight tokens.
+    const int row = warp_id() / kSplit * 32 + lane % 8 * 2 + (lane / 8 & 1);
     uint32_t weights[2][2][4];
     DMOE_UNROLL
-    for (int half = 0; half < 2; ++half) {  // the matrices: even rows, odd rows, the same of the next unit
+    for (int k = 0; k < 2; ++k) {
+        const char *const from = stage + weight_place<16>(row, step * 4 + k * 2 + lane / 16);
         DMOE_UNROLL
-        for (int k = 0; k < 2; ++k) {
-            load_matrices(weights[half][k], stage + weight_place<16>(row + half * 16 + lane % 8 * 2 + (lane / 8 & 1),
-                                                                     step * 4 + k * 2 + lane / 16));
+        for (int half = 0; half < 2; ++half) {  // the matrices: even rows, odd rows, the same of the next unit
+            load_matrices(weights[half][k], from + half * 16 * kWeightUnits<16> * 16);
         }
     }
+    const char *const from = stage + token_place<16>(lane % 8, step * 4 + lane / 8);
     DMOE_UNROLL
     for (int j = 0; j < TILES; ++j) {
-        if (j >= tiles) continue;
+        if (j >= tiles) break;
         uint32_t tokens[4];  // the matrices: four units
-        load_matrices(tokens, stage + token_place<16>(j * 8 + lane % 8, step * 4 + lane / 8));
+        load_matrices(tokens, from + j * 8 * kTokenUnits<16> * 16);
         DMOE_UNROLL
         for (int k = 0; k < 2; ++k) {
             DMOE_UNROLL
@@ -68,27 +71,28 @@ template <class Half, int BITS, int TILES>
 DMOE_DEVICE void multiply_integers(Sums<TILES> &sums, const char *stage, int tiles, int depth, int shift, bool odd_rows,
                                    bool odd) {
     const int g = lane_id() / 4, q = lane_id() % 4, row = warp_id() / kSplit * 32 + 2 * g;
-    DMOE_UNROLL
+    DMOE_UNROLL_BY((TILES == 4 ? 2 : 1))  // with more tiles there are no registers for two
     for (int piece = 0; piece < kChunk<BITS> / kStep / kSplit; ++piece) {
         const int step = piece * kSplit + warp_id() % kSplit;
         if (step * kStep >= depth) continue;
+        const int byte = step * kStep * BITS / 8 + q * BITS;  // of a row
+        const char *const words = stage + weight_place<BITS>(row, byte / 16) + byte % 16;
         uint4 weights[2][2];
         DMOE_UNROLL
         for (int half = 0; half < 2; ++half) {
             DMOE_UNROLL
-            for (int r = 0; r < 2; ++r) {
-                const int mine = row + half * 16 + r, place = (step * kStep >> shift) + (odd != (r && odd_rows));
+            for (int r = 0; r < 2; ++r) {  // as far apart as in multiply_plain(); a row and the one below share an order
+                const int below = half * 16 + r, place = (step * kStep >> shift) + (odd != (r && odd_rows));
                 const uint32_t scale =
-                    reinterpret_cast<const uint16_t *>(stage + scale_place<BITS, TILES>(mine, 0))[place];
-                const int at = step * kStep * BITS / 8 + q * BITS;  // byte of the row
-                weights[half][r] = dequantised<Half, BITS>(stage + weight_place<BITS>(mine, at / 16) + at % 16,
-                                                           scale | scale << 16);
+                    reinterpret_cast<const uint16_t *>(stage + scale_place<BITS, TILES>(row + below, 0))[place];
+                weights[half][r] = dequantised<Half, BITS>(words + below * kWeightUnits<BITS> * 16, scale | scale << 16);
             }
         }
+        const char *const tokens = stage + token_place<BITS>(g, step * 4 + q);
         DMOE_UNROLL
         for (int j = 0; j < TILES; ++j) {
-            if (j >= tiles) continue;
-            const uint4 b = *reinterpret_cast<const uint4 *>(stage + token_place<BITS>(j * 8 + g, step * 4 + q));
+            if (j >= tiles) break;
+            const uint4 b = *reinterpret_cast<const uint4 *>(tokens + j * 8 * kTokenUnits<BITS> * 16);
             DMOE_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const uint4 even = weights[half][0], other = weights[half][1];

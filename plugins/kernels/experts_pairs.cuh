@@ -18,7 +18,7 @@ struct PairLists {
     uint16_t *pairs;   // [pair_count]
 
     DMOE_DEVICE int first(int expert) const { return expert ? static_cast<int>(ends[expert - 1]) : 0; }
-    DMOE_DEVICE int count(int expert) const { return static_cast<int>(ends[expert]) - first(expert); }
+    DMOE_DEVICE int end(int expert) const { return static_cast<int>(ends[expert]); }
 };
 
 constexpr int list_bytes(int experts, int pair_count) { return (experts * 6 + pair_count * 2 + 127) / 128 * 128; }

@@ -15,34 +15,31 @@ constexpr int kStaticBytes = 128;  // at least what group_pairs() has beside the
 
 // Until the oldest of the ring's stages has arrived; all but one are under way.
 DMOE_DEVICE void wait_for_stage(int stages) {
-    switch (stages) {
-        case 2: return wait_for_copies<0>();
-        case 3: return wait_for_copies<1>();
-        case 4: return wait_for_copies<2>();
-        case 5: return wait_for_copies<3>();
-        default: return wait_for_copies<4>();
-    }
+    if (stages == 4) return wait_for_copies<2>();
+    if (stages == 3) return wait_for_copies<1>();
+    if (stages == 2) return wait_for_copies<0>();
+    if (stages == 5) return wait_for_copies<3>();
+    wait_for_copies<4>();
 }
 
-// c: rows `row` and `row + 1` of tokens 2q and 2q + 1 of the tile that starts at `token`.
+// c: rows `row` and `row + 1` of pairs 2q and 2q + 1 of the tile that starts at `pair`.
 template <class Half, bool GATE>
 DMOE_DEVICE void write_tile(const ProductArguments &a, const PairLists &lists, const Item &item, const float (&c)[4], int row,
-                            int token) {
-    const bool shared = item.expert == kSharedExpert;
-    const int q = lane_id() % 4, rows = shared ? a.shared_rows : a.rows;
+                            int pair) {
+    const int q = lane_id() % 4, rows = item.shared ? a.shared_rows : a.rows;
     if (row >= rows) return;
     DMOE_UNROLL
     for (int i = 0; i < 2; ++i) {
-        const int place = token + 2 * q + i;
+        const int place = pair + 2 * q + i;
         if (place >= item.end) continue;
-        const int64_t pair = shared ? place : lists.pairs[item.first + place];
+        const int64_t to = item.shared ? place : lists.pairs[place];
         if constexpr (GATE) {
             const float gate = c[i], up = c[2 + i];
-            (shared ? a.shared_activations : a.activations)[pair * (rows / 2) + row / 2] =
+            (item.shared ? a.shared_activations : a.activations)[to * (rows / 2) + row / 2] =
                 Half::narrow(gate / (1.0f + expf(-gate)) * up);
         } else {
-            const float weight = shared ? 1.0f : a.pair_weights[pair];
-            *reinterpret_cast<float2 *>((shared ? a.shared_outputs : a.pair_outputs) + pair * rows + row) =
+            const float weight = item.shared ? 1.0f : a.pair_weights[to];
+            *reinterpret_cast<float2 *>((item.shared ? a.shared_outputs : a.pair_outputs) + to * rows + row) =
                 make_float2(weight * c[i], weight * c[2 + i]);
         }
     }
@@ -55,8 +52,8 @@ DMOE_DEVICE void add(float (&sum)[4], const float4 &part) {
 // The four warps that share rows add up in pairs, (0 + 2) + (1 + 3), and each writes a quarter of the tiles. `memory`: the
 // stage that was multiplied last; a barrier follows before it is filled again.
 template <class Half, int TILES, bool GATE>
-DMOE_DEVICE void finish_pass(const ProductArguments &a, const PairLists &lists, const Item &item, const Sums<TILES> &sums,
-                             int tiles, char *memory) {
+DMOE_DEVICE void finish_pass(const ProductArguments &a, const PairLists &lists, const Item &item, int pair,
+                             const Sums<TILES> &sums, int tiles, char *memory) {
     const int warp = warp_id(), lane = lane_id();
     const bool high = warp & 2, odd = warp & 1;
     const auto part_of = [&](int w, int half, int tile) -> float4 & {
@@ -106,7 +103,7 @@ DMOE_DEVICE void finish_pass(const ProductArguments &a, const PairLists &lists, 
             DMOE_UNROLL
             for (int i = 0; i < 4; ++i) sum[i] = odd ? pairs[half][TILES / 4 + j][i] : pairs[half][j][i];
             add(sum, part_of(warp ^ 3, half, j));
-            write_tile<Half, GATE>(a, lists, item, sum, row, item.token + (mine + j) * 8);
+            write_tile<Half, GATE>(a, lists, item, sum, row, pair + (mine + j) * 8);
         }
     }
 }
@@ -118,59 +115,67 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
     DMOE_DYNAMIC_SHARED(char, memory);
     const PairLists lists = lists_at(memory + a.stages * a.stage_bytes, a.experts);
     const auto stage_at = [&](int slot) { return memory + slot * a.stage_bytes; };
-    const int every = static_cast<int>(gridDim.x), start = static_cast<int>(blockIdx.x), shared = shared_items<TILES>(a);
+    const int every = static_cast<int>(gridDim.x), start = static_cast<int>(blockIdx.x);
+    const auto next = [&](int slot) { return slot + 1 == a.stages ? 0 : slot + 1; };
+    const auto group = [&] { return group_pairs(lists, a.expert_ids, pair_count(a), a.experts) * static_cast<int>(a.tiles.by); };
 
     // Before the last launch has ended: what does not depend on it. Weights never do; which ones are wanted the shared
     // expert's items know at once, and those of `down` from ids that gate_up has been able to read.
     Feeder<BITS, TILES, GATE> feeder;
-    int items = shared, early = 0;
-    if (!GATE) items += group_pairs(lists, a.expert_ids, a.tokens * a.places, a.experts) * ((a.rows + kTileRows - 1) / kTileRows);
-    if (start < items) {
-        feeder.open(a, lists, start, shared);
-        for (; early < a.stages - 1 && feeder.cursor.at < feeder.cursor.item.depth; ++early) {
+    feeder.shared = shared_items<TILES>(a);
+    int items = feeder.shared, early = 0;
+    if (!GATE) items += group();
+    const bool opened = start < items;
+    if (opened) {
+        feeder.open(a, lists, start);
+        for (; early < a.stages - 1 && feeder.cursor.at < feeder.depth(a); ++early) {
             feeder.fill_weights(a, stage_at(early));
-            feeder.cursor.at += feeder.plain() ? kChunk<16> : kChunk<BITS>;
+            feeder.cursor.at += feeder.chunk();
         }
+        feeder.cursor.at = 0;
     }
     wait_for_predecessor();
     let_successor_start();
-    if (GATE) items += group_pairs(lists, a.expert_ids, a.tokens * a.places, a.experts) * ((a.rows + kTileRows - 1) / kTileRows);
+    if (GATE) items += group();
     if (start >= items) return;
-    feeder.open(a, lists, start, shared);
+    if (!opened) feeder.open(a, lists, start);
     feeder.find_tokens(a, lists);
     Cursor cursor = feeder.cursor;
+    int tiles = min(TILES, (feeder.end - cursor.pair + 7) / 8);
 
-    for (int slot = 0; slot < a.stages - 1; ++slot) {
-        if (feeder.cursor.index < items) {
-            if (slot >= early) feeder.fill_weights(a, stage_at(slot));
-            feeder.fill_tokens(stage_at(slot));
-            feeder.advance(a, lists, items, every, shared);
-        }
-        commit_copies();
-    }
     Sums<TILES> sums = {};
-    for (int slot = 0, empty = a.stages - 1; cursor.index < items;) {
-        wait_for_stage(a.stages);
-        __syncthreads();  // everybody's copies have arrived, and everybody is done with the stage before
+    int slot = 0, empty = 0;
+    for (int step = 1 - a.stages;; ++step) {
+        if (step >= 0) {
+            wait_for_stage(a.stages);
+            __syncthreads();  // everybody's copies have arrived, and everybody is done with the stage before
+        }
         if (feeder.cursor.index < items) {
-            feeder.fill_weights(a, stage_at(empty));
-            feeder.fill_tokens(stage_at(empty));
-            feeder.advance(a, lists, items, every, shared);
+            if (early > 0) {
+                --early;
+            } else {
+                feeder.fill_weights(a, stage_at(empty));
+            }
+            feeder.fill_tokens(a, stage_at(empty));
+            feeder.advance(a, lists, items, every);
         }
         commit_copies();
-        Item &item = cursor.item;
+        empty = next(empty);
+        if (step < 0) continue;
         char *const stage = stage_at(slot);
-        const int tiles = min(TILES, (item.end - item.token + 7) / 8), left = item.depth - cursor.at;
-        if (BITS == 16 || item.expert == kSharedExpert) {
-            multiply_plain<Half, TILES>(sums, stage, tiles, left);
+        const bool shared = cursor.index < feeder.shared;
+        const int depth = shared ? a.shared_depth : a.depth;
+        if (BITS == 16 || shared) {
+            multiply_plain<Half, TILES>(sums, stage, tiles, depth - cursor.at);
             cursor.at += kChunk<16>;
         } else if constexpr (BITS != 16) {
             const bool odd_rows = a.depth >> a.group_shift & 1, odd = cursor.at >> a.group_shift & 1;
-            multiply_integers<Half, BITS, TILES>(sums, stage, tiles, left, a.group_shift, odd_rows, odd);
+            multiply_integers<Half, BITS, TILES>(sums, stage, tiles, depth - cursor.at, a.group_shift, odd_rows, odd);
             cursor.at += kChunk<BITS>;
         }
-        if (cursor.at >= item.depth) {
-            finish_pass<Half, TILES, GATE>(a, lists, item, sums, tiles, stage);
+        if (cursor.at >= depth) {
+            Item item = item_at<TILES>(a, lists, cursor.index, feeder.shared);
+            finish_pass<Half, TILES, GATE>(a, lists, item, cursor.pair, sums, tiles, stage);
             DMOE_UNROLL
             for (int half = 0; half < 2; ++half) {
                 DMOE_UNROLL
@@ -179,15 +184,16 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
                     for (int i = 0; i < 4; ++i) sums[half][j][i] = 0.0f;
                 }
             }
-            cursor.at = 0;
-            item.token += TILES * 8;
-            if (item.token >= item.end) {
+            cursor.at = 0, cursor.pair += TILES * 8;
+            if (cursor.pair >= item.end) {
                 cursor.index += every;
-                if (cursor.index < items) item = item_at<TILES>(a, lists, cursor.index, shared);
+                if (cursor.index >= items) break;
+                item = item_at<TILES>(a, lists, cursor.index, feeder.shared);
+                cursor.pair = item.first;
             }
+            tiles = min(TILES, (item.end - cursor.pair + 7) / 8);
         }
-        slot = slot + 1 == a.stages ? 0 : slot + 1;
-        empty = empty + 1 == a.stages ? 0 : empty + 1;
+        slot = next(slot);
     }
 }
 

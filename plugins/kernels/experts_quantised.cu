@@ -1,5 +1,4 @@
 // The products with weights of 8 and 4 bits.
-#include "dmoe_kernels.h"
 #include "experts_launch.cuh"
 
 namespace dmoe {

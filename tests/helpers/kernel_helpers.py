@@ -36,6 +36,10 @@ class QuantisationC(ctypes.Structure):
                                              "down_pool_scales")]
 
 
+class SharedExpertC(ctypes.Structure):
+    _fields_ = [("width", ctypes.c_int32), ("gate_up", ctypes.c_void_p), ("down", ctypes.c_void_p)]
+
+
 class KernelError(Exception):
     def __init__(self, code: int, text: str):
         super().__init__(f"{code}: {text}")
@@ -53,6 +57,9 @@ def library() -> ctypes.CDLL:
         getattr(lib, name).restype = ctypes.c_char_p
     lib.dmoe_experts_workspace_bytes.restype = ctypes.c_int64
     lib.dmoe_self_attention_workspace_bytes.restype = ctypes.c_int64
+    lib.dmoe_mixture_workspace_bytes.restype = ctypes.c_int64
+    lib.dmoe_emulation_launches.restype = ctypes.c_int64
+    lib.dmoe_emulation_ring.argtypes = [ctypes.c_int32] * 4 + [ctypes.c_void_p]
     lib.dmoe_emulation_seed.argtypes = [ctypes.c_uint64]
     return lib
 
@@ -133,16 +140,17 @@ def from_half(words: np.ndarray, kind: int) -> np.ndarray:
     return (words.astype(np.uint32) << 16).view(np.float32)
 
 
-def kernel_experts(kind: int, hidden, ids, weights, gate_up, down, pool=None, scales=None) -> np.ndarray:
+def kernel_experts(kind: int, hidden, ids, weights, gate_up, down, pool=None, scales=None, shared=None) -> np.ndarray:
     """Raw words of `mixed` from raw words of hidden, gate_up and down; float32 weights, int32 ids.
 
     `pool`: slot_of_expert and the slots' words of gate_up and down, for `dmoe_experts_resident`. `scales`: words
     of the scales of gate_up and down and, with a pool, of its two, for `dmoe_experts_quantised` (uint8 weights).
+    `shared`: words of the shared expert's gate_up and down, for `dmoe_mixture`.
     """
     element = np.uint16 if scales is None else np.uint8
     inputs = [_input(hidden, np.uint16), _input(ids, np.int32), _input(weights, np.float32), _input(gate_up, element),
               _input(down, element)]
-    keep, quantisation, slots = [_input(part, np.uint16) for part in scales or ()], None, None
+    keep, quantisation, slots, common = [_input(part, np.uint16) for part in scales or ()], None, None, None
     width = down.shape[2]
     if scales is not None:
         bits = 8 * gate_up.shape[2] // hidden.shape[1]
@@ -153,17 +161,23 @@ def kernel_experts(kind: int, hidden, ids, weights, gate_up, down, pool=None, sc
         table, *parts = _input(pool[0], np.int32), _input(pool[1], element), _input(pool[2], element)
         keep += [table, *parts]
         slots = ExpertPoolC(len(parts[0]), *map(pointer, (table, *parts)))
+    if shared is not None:
+        parts = [_input(part, np.uint16) for part in shared]
+        keep += parts
+        common = SharedExpertC(parts[1].shape[1], *map(pointer, parts))
     shape = ExpertsShapeC(len(hidden), ids.shape[1], len(gate_up), hidden.shape[1], width, kind)
-    size = library().dmoe_experts_workspace_bytes(ctypes.byref(shape))
+    given = [part and ctypes.byref(part) for part in (common, quantisation, slots)]
+    size = library().dmoe_mixture_workspace_bytes(ctypes.byref(shape), given[0])
     check(min(size, 0))
     workspace, mixed = Output(size, np.uint8), Output(hidden.shape, np.uint16)
     workspace.array[:] = 0x7f  # huge counts, NaN halfs, huge floats: what is read before it is written shows
     arguments = [*map(pointer, inputs), pointer(mixed.array), pointer(workspace.array), None]
-    if quantisation is not None:
-        check(library().dmoe_experts_quantised(ctypes.byref(shape), ctypes.byref(quantisation),
-                                               slots and ctypes.byref(slots), *arguments))
+    if shared is not None:
+        check(library().dmoe_mixture(ctypes.byref(shape), *given, *arguments))
+    elif quantisation is not None:
+        check(library().dmoe_experts_quantised(ctypes.byref(shape), *given[1:], *arguments))
     elif slots is not None:
-        check(library().dmoe_experts_resident(ctypes.byref(shape), ctypes.byref(slots), *arguments))
+        check(library().dmoe_experts_resident(ctypes.byref(shape), given[2], *arguments))
     else:
         check(library().dmoe_experts(ctypes.byref(shape), *arguments))
     workspace.checked()

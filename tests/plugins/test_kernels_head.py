@@ -20,6 +20,7 @@ KINDS = pytest.mark.parametrize("kind", [FP16, BF16], ids=["fp16", "bf16"])
 def _start_seed():
     yield
     library().dmoe_emulation_seed(0)
+    library().dmoe_emulation_shared_bytes(0)
 
 
 def allowed(logits, mask_id):
@@ -90,6 +91,25 @@ def test_a_token_depends_on_nothing_else(kind):
         rows[0, -1] = case.logit_rows[0, 0]
         ids, confidence, logits = kernel_head(replace(case, logit_rows=rows, kept=count))
         assert [ids[:, -1:].tobytes(), confidence[:, -1:].tobytes(), logits[:, -1:].tobytes()] == want
+
+
+@pytest.mark.parametrize("shared", [64, 99, 163], ids=["7.5", "8.6, 8.9, 12.0", "8.0"])
+def test_devices_with_less_shared_memory_give_the_same_bits(shared):
+    """In more passes, where the stages for many tokens do not fit."""
+    case = make_case(BF16, 2, 30, 70, kept=2, hidden=80, vocabulary=150)
+    want = [part.tobytes() for part in kernel_head(case)]
+    library().dmoe_emulation_shared_bytes(shared << 10)
+    assert [part.tobytes() for part in kernel_head(case)] == want
+
+
+def test_launches():
+    """Three for any number of tokens up to 1024."""
+    counts = []
+    for wanted in (1, 40, 200):
+        before = library().dmoe_emulation_launches()
+        kernel_head(make_case(FP16, wanted=wanted, hidden=16, vocabulary=40))
+        counts.append(library().dmoe_emulation_launches() - before)
+    assert counts == [3, 3, 3]
 
 
 @KINDS

@@ -1,0 +1,31 @@
+// The size of the products' ring, for tests that count the bytes under way.
+#include "../kernels/experts_launch.cuh"
+#include "dmoe_emulation.h"
+
+namespace {
+
+template <int BITS, int TILES>
+int ring(int lists, int32_t *out) {
+    dmoe::ProductArguments a{};
+    a.shared_rows = 64;
+    if (!dmoe::ring_fits<BITS, TILES>(a, lists, dmoe::kFewestStages<TILES>)) return DMOE_ERROR_SHAPE;
+    out[0] = a.stages;
+    out[1] = dmoe::kTokensAt<BITS>;
+    out[2] = a.stages * a.stage_bytes + lists + dmoe::kStaticBytes <= dmoe::shared_bytes_per_processor() / 2 - 1024 ? 2 : 1;
+    return 0;
+}
+
+}  // namespace
+
+extern "C" int dmoe_emulation_ring(int32_t bits, int32_t tiles, int32_t experts, int32_t pairs, int32_t *out) {
+    const int lists = dmoe::list_bytes(experts, pairs);
+    switch (bits * 10 + tiles) {
+        case 164: return ring<16, 4>(lists, out);
+        case 168: return ring<16, 8>(lists, out);
+        case 84: return ring<8, 4>(lists, out);
+        case 88: return ring<8, 8>(lists, out);
+        case 44: return ring<4, 4>(lists, out);
+        case 48: return ring<4, 8>(lists, out);
+        default: return DMOE_ERROR_ATTRIBUTE;
+    }
+}

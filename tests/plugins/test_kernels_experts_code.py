@@ -1,0 +1,72 @@
+"""The products' machine code: a wait per stage with later stages under way, no spills; and what the ring holds."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from kernel_helpers import FP16, check, kernel_experts, library
+from machine_code import compile_for, instructions, loop_around, resources
+from test_kernels_experts import make_case
+from test_kernels_mixture import make_shared
+
+ONE_PRODUCT = """
+#include "experts_product.cuh"
+template __global__ void dmoe::product_kernel<dmoe::Fp16, {bits}, 4, true>(dmoe::ProductArguments);
+"""
+
+
+@pytest.fixture(autouse=True)
+def _start_device():
+    yield
+    library().dmoe_emulation_shared_bytes(0)
+
+
+@pytest.mark.parametrize("bits", [16, pytest.param(8, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_one_wait_per_stage(tmp_path, bits):
+    cubin = compile_for(ONE_PRODUCT.format(bits=bits), 90, tmp_path)
+    used = resources(cubin)
+    assert used["REG"] <= 128 and used["STACK"] == 0, "two thread blocks of 256 per processor, nothing spilt"
+    loop = loop_around(instructions(cubin), "LDGDEPBAR")  # the one place where a group of copies ends
+    # One of the waits is taken, by the number of stages: all but the oldest 1 … 4 groups may be under way after it.
+    waits = [i for i, body in enumerate(loop) if "DEPBAR.LE SB0" in body]
+    left = sorted(int(re.search(r"SB0, (0x\d+)", loop[i])[1], 16) for i in waits)
+    assert left == [0, 1, 2, 3, 4]
+    barrier = next(i for i, body in enumerate(loop) if body.startswith("BAR.SYNC"))
+    copies = [i for i, body in enumerate(loop) if re.search(r"\bLDGSTS\b", body)]
+    commit = next(i for i, body in enumerate(loop) if body.startswith("LDGDEPBAR"))
+    products = [i for i, body in enumerate(loop) if "HMMA.16816" in body]
+    assert max(waits) < barrier < min(copies) and max(copies) < commit < min(products), "wait, fill, multiply"
+    # Between the barrier and the last product nothing else waits for memory: weights and tokens come by those copies alone.
+    first_fill_done = loop[commit:max(products)]
+    assert not [body for body in first_fill_done if re.search(r"\b(LDG|LD|LDL|DEPBAR)\b", body)]
+    assert len([body for body in first_fill_done if "LDSM" in body]) == 4 + 4, "weights four times, a tile of tokens once"
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(16, (4, 16384, 2)), (8, (4, 8192, 2)), (4, (4, 8192, 2))])
+def test_bytes_under_way_on_a_hopper(bits, expected):
+    """Of a step of 32 tokens. 23 KB per processor are needed for 3.0 TB/s on an H100, 33 KB for 4.3 on an H200."""
+    ring = np.zeros(3, np.int32)
+    check(library().dmoe_emulation_ring(bits, 4, 256, 256, ring.ctypes.data))
+    stages, weights, blocks = ring
+    assert tuple(ring) == expected
+    assert (stages - 1) * weights * blocks >= 33_000
+
+
+@pytest.mark.parametrize("kibibytes", [64, 99, 163, 227])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_ring_fits_into_every_device(bits, kibibytes):
+    library().dmoe_emulation_shared_bytes(kibibytes << 10)
+    ring = np.zeros(3, np.int32)
+    pairs = 2048 if kibibytes == 64 else 8192
+    check(library().dmoe_emulation_ring(bits, 4, 1024, pairs, ring.ctypes.data))
+    assert ring[0] >= 2
+
+
+def test_three_launches():
+    case = make_case(FP16, 32, 4, 6, 72, 40, seed=1)
+    for shared in (None, make_shared(FP16, 72, 24)):
+        before = library().dmoe_emulation_launches()
+        kernel_experts(FP16, *case, shared=shared)
+        assert library().dmoe_emulation_launches() - before == 3
