@@ -11,7 +11,7 @@ from ..description import RUNTIME_SETTINGS, RoutingMode
 from ..model.denoiser import Denoiser, Past
 from ..model.moe import RoutingSettings
 from ..ops.head.eager import best_tokens, wanted
-from ..ops.torch_ops import head
+from ..ops.torch_ops import first_rows, head
 
 
 class DenoiserGraph(nn.Module):
@@ -38,10 +38,9 @@ class DenoiserGraph(nn.Module):
             best = head(x, model.norm.weight, model.lm_head.weight, logit_rows, logits_kept, eps=d.rms_eps,
                         mask_id=d.mask_id)
         else:
-            logits = model.lm_head(model.norm(wanted(x, logit_rows))).float()
+            logits = model.lm_head(model.norm(wanted(x, logit_rows, input_ids.shape[1]))).float()
             logits = logits.reshape(*logit_rows.shape, d.vocab_size)
-            kept = torch.arange(logits_kept.shape[0], device=x.device)
-            best = (*best_tokens(logits, d.mask_id), logits.index_select(1, kept))
+            best = (*best_tokens(logits, d.mask_id), first_rows(logits, logits_kept))
         ids = (torch.stack(out.expert_ids),) if out.expert_ids else ()
         return *best, *ids, out.keys, out.values
 

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from ..description import ExpertQuantisation, ModelDescription, RoutingDescription
 from ..ops.head.eager import wanted
-from ..ops.torch_ops import add_norm
 from .attention import Attention
-from .layers import FeedForward, rotary_angles
+from .layers import AddNorm, FeedForward, rotary_angles
 from .moe import MoE, RoutingSettings
 
 
@@ -39,9 +38,9 @@ class Layer(nn.Module):
     def __init__(self, d: ModelDescription, routing: RoutingDescription, index: int, dtype: torch.dtype,
                  stored_width: int | None, quantisation: ExpertQuantisation | None = None) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(d.hidden_size, eps=d.rms_eps, dtype=dtype)
+        self.attention_norm = AddNorm(d.hidden_size, d.rms_eps, dtype)
         self.attention = Attention(d, routing.block_length, dtype)
-        self.ffn_norm = nn.RMSNorm(d.hidden_size, eps=d.rms_eps, dtype=dtype)
+        self.ffn_norm = AddNorm(d.hidden_size, d.rms_eps, dtype)
         self.ffn: FeedForward | MoE = (MoE(d, routing, dtype, stored_width, quantisation) if index in d.moe_layers
                                        else FeedForward(d.hidden_size, d.dense_width, dtype))
 
@@ -90,7 +89,7 @@ class Denoiser(nn.Module):
         rows, tokens = input_ids.shape
         if logit_rows is None:
             logit_rows = torch.arange(tokens, device=x.device).expand(rows, tokens)
-        logits = self.lm_head(self.norm(wanted(x, logit_rows))).float()
+        logits = self.lm_head(self.norm(wanted(x, logit_rows, tokens))).float()
         return out._replace(logits=logits.reshape(rows, logit_rows.shape[1], self.description.vocab_size))
 
     def trunk(self, input_ids: Tensor, position_ids: Tensor, past: Past | None = None,
@@ -102,20 +101,17 @@ class Denoiser(nn.Module):
         angles = rotary_angles(position_ids, d.rope_theta, d.rotary_dim, torch.float32)
         out = DenoiserOutput(input_ids, [], [], [], [])
         x = self.embed(input_ids.flatten())  # [N, H]: products of two dimensions take weights as stored
-        h = self.layers[0].attention_norm(x)
-        for index, (layer, past_key, past_value) in enumerate(zip(self.layers, past.keys, past.values, strict=True)):
+        mixed = None
+        for layer, past_key, past_value in zip(self.layers, past.keys, past.values, strict=True):
+            x, h = layer.attention_norm(x, mixed)
             attended, key, value = layer.attention(h, angles, (position_ids, past.positions), past_key, past_value)
-            x, h = add_norm(x, attended, layer.ffn_norm.weight, d.rms_eps)
+            x, h = layer.ffn_norm(x, attended)
             if isinstance(layer.ffn, MoE):
                 mixed, ids, router_logits = layer.ffn(h, position_ids, settings)
                 out.expert_ids.append(ids)
                 out.router_logits.append(router_logits)
             else:
                 mixed = layer.ffn(h)
-            if index + 1 < d.num_layers:
-                x, h = add_norm(x, mixed, self.layers[index + 1].attention_norm.weight, d.rms_eps)
-            else:
-                x = x + mixed
             out.keys.append(key)
             out.values.append(value)
-        return x, out
+        return x if mixed is None else x + mixed, out

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.mixture.eager import shared_expert
+from ..ops.torch_ops import add_norm
 
 
 class FeedForward(nn.Module):
@@ -21,6 +22,20 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, H] → [N, H]."""
         return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class AddNorm(nn.Module):
+    """What is added to the residual stream, and the RMSNorm behind it."""
+
+    def __init__(self, hidden: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(hidden, dtype=dtype)), eps
+
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, delta [N,H] → their sum and its norm [N,H]."""
+        if delta is None:
+            return x, F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return add_norm(x, delta, self.weight, self.eps)
 
 
 class SharedExpert(nn.Module):

@@ -21,7 +21,7 @@ from .attention import Attention
 from .denoiser import Denoiser, Layer, Past
 from .layers import rotary_angles
 from .moe import MoE, RoutingSettings
-from .salient_rows import AllRows, Rows, SomeRows
+from .salient_rows import AllRows, Rows, SomeRows, firsts
 
 Capacity = int | Literal["any", "all"]
 """Rows of a sequence that a layer can recompute: M, as many as are salient, or always all of them (a dense step)."""
@@ -143,7 +143,7 @@ class SalientDenoiser(nn.Module):
         x = self.embed(input_ids.flatten())  # [N, H], N = B·T
         for index, layer in enumerate(self.layers):
             before = None if old is None else (old.keys[index], old.values[index], old.contexts[index])
-            key, value, context = layer.attention(layer.attention_norm(x), rows, angles, bias,
+            key, value, context = layer.attention(layer.attention_norm(x)[1], rows, angles, bias,
                                                   (past.keys[index], past.values[index]), before)
             x = x + layer.attention.out(context.flatten(0, 1))
             salient = valid
@@ -151,7 +151,7 @@ class SalientDenoiser(nn.Module):
                 cosine = F.cosine_similarity(context.float(), before[2].float(), dim=-1)  # [B, T]
                 salient = (cosine < threshold) & valid
                 rows = SomeRows.lowest(salient, cosine, self.capacity, least)
-            h = layer.ffn_norm(rows.take(x))
+            _, h = layer.ffn_norm(rows.take(x))
             if isinstance(layer.ffn, MoE):
                 mixed, ids, _ = layer.ffn(h, rows.take_positions(position_ids), settings)
                 out.expert_ids.append(rows.put_ids(ids, tokens))
@@ -165,8 +165,7 @@ class SalientDenoiser(nn.Module):
                 kept.append(new)
         if logit_rows is None:
             logit_rows = torch.arange(tokens, device=x.device).expand(batch, tokens)
-        first = torch.arange(batch, device=x.device)[:, None] * tokens
-        x = x[(first + logit_rows.clamp(min=0)).flatten()]
+        x = x[(firsts(batch, tokens, x.device) + logit_rows.clamp(min=0)).flatten()]
         logits = F.linear(self.norm(x), self.lm_head.weight).float()
         return out._replace(logits=logits.reshape(batch, logit_rows.shape[1], d.vocab_size))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import MissingRequirementError
 from ..libraries import library as installed
-from . import add_norm, block_route, experts, head, mixture, router
+from . import add_norm, block_route, experts, head, mixture, router, self_attention
 from .schema import PLUGIN_NAMESPACE
 
 LIBRARY = "libdmoe_plugins.so"
@@ -25,6 +25,7 @@ NAMES = (
     head.SCHEMA.name,
     mixture.SCHEMA.name,
     router.SCHEMA.name,
+    self_attention.SCHEMA.name,
 )
 
 

@@ -97,6 +97,17 @@ def head(hidden: Tensor, norm: Tensor, weight: Tensor, logit_rows: Tensor, logit
     return token_ids, confidence, logits
 
 
+def first_rows(logits: Tensor, kept: Tensor) -> Tensor:
+    """[B, M, V] → the first L of axis 1, L the length of `kept`."""
+    if not torch.onnx.is_in_onnx_export():
+        return logits[:, :kept.shape[0]]
+    # As nodes: torch would have to know that L ≤ M.
+    length = torch.onnx.ops.symbolic("Shape", (kept,), dtype=torch.int64, shape=(1,))
+    first, axis = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    return torch.onnx.ops.symbolic("Slice", (logits, first, length, axis), dtype=logits.dtype,
+                                   shape=(logits.shape[0], kept.shape[0], logits.shape[2]))
+
+
 def _integers(quantisation: ExpertQuantisation | None) -> dict[str, Any]:
     """As attributes."""
     return quantisation.model_dump() if quantisation else {}

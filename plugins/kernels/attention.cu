@@ -10,30 +10,33 @@ using namespace dmoe;
 
 namespace {
 
-constexpr int kMostPastChunks = 16;   // more would be folded for longer than they save
+constexpr int kMostPastChunks = 16;
 constexpr int kSplitRows = 64 * 64;   // of all key heads: from so many on, a thread block takes all chunks of its tile
 constexpr int kFewBlocks = 128;       // below, tiles are small, so that there are more
 constexpr int64_t kMost = INT32_MAX - 65536;
 
 struct Plan {
-    int chunk_keys, past_chunks, chunks, splits, tile_rows, tiles;
+    int chunk_keys, past_chunks, chunks, tile_rows, tiles;
+    bool whole;      // a thread block has all chunks of its tile, not one
     int64_t heads;   // rows · kv_heads
     int64_t blocks;  // of the second launch
 };
 
-// The chunk depends on S alone, and chunks decide a row's bits; splits and tiles do not, and follow what fills a GPU.
+// The chunk depends on S alone, and chunks decide a row's bits; who has them and tiles do not, and follow what fills a GPU.
 Plan plan_of(const DmoeSelfAttentionShape &s) {
     Plan p{};
     const auto parts = [](int64_t all, int64_t each) { return static_cast<int>((all + each - 1) / each); };
-    p.chunk_keys = kStepKeys * parts(s.past, int64_t{kStepKeys} * kMostPastChunks);
+    // Eight chunks of past keys up to 4096 of them, then up to sixteen: more are folded for longer than they save.
+    p.chunk_keys = kStepKeys * max(min(parts(s.past, 8 * kStepKeys), 4), parts(s.past, kMostPastChunks * kStepKeys));
     p.past_chunks = parts(s.past, p.chunk_keys);
     p.chunks = p.past_chunks + parts(s.tokens, p.chunk_keys);
     p.heads = static_cast<int64_t>(s.rows) * s.kv_heads;
     const int64_t rows = static_cast<int64_t>(s.tokens) * (s.heads / s.kv_heads);
-    p.splits = p.heads * parts(rows, 64) * 64 < kSplitRows ? p.chunks : 1;
-    p.tile_rows = s.head_dim <= 128 && p.heads * parts(rows, 64) * p.splits >= kFewBlocks ? 64 : 32;
+    p.whole = p.heads * parts(rows, 64) * 64 >= kSplitRows;
+    const int splits = p.whole ? 1 : p.chunks;
+    p.tile_rows = s.head_dim <= 128 && p.heads * parts(rows, 64) * splits >= kFewBlocks ? 64 : 32;
     p.tiles = parts(rows, p.tile_rows);
-    p.blocks = p.heads * p.tiles * p.splits;
+    p.blocks = p.heads * p.tiles * splits;
     return p;
 }
 
@@ -63,7 +66,7 @@ Layout layout_of(const DmoeSelfAttentionShape &s) {
 
 int check(const DmoeSelfAttentionShape &s) {
     if (s.rows < 0 || s.tokens < 0 || s.past < 1 || s.past > kMost || s.kv_heads < 1 || s.heads < s.kv_heads ||
-        s.heads % s.kv_heads || s.head_dim < 16 || s.head_dim > 256 || s.head_dim % 16 || s.rotary_dim < 2 ||
+        s.heads % s.kv_heads || s.head_dim < 8 || s.head_dim > 256 || s.head_dim % 8 || s.rotary_dim < 2 ||
         s.rotary_dim % 2 || s.rotary_dim > s.head_dim) {
         return DMOE_ERROR_SHAPE;
     }
@@ -77,14 +80,22 @@ bool usable(const void *pointer, uintptr_t alignment = 16) {
     return pointer && reinterpret_cast<uintptr_t>(pointer) % alignment == 0;
 }
 
+template <class Half, bool WHOLE>
+int launch_attend(const Plan &plan, const AttendArguments &a, void *stream) {
+    const dim3 grid(static_cast<unsigned>(plan.blocks));
+    const LaunchOptions options{0, true};
+    if (a.dim > 128) return launch<attend_kernel<Half, 8, 2, WHOLE>>(grid, kAttendThreads, stream, a, options);
+    return plan.tile_rows == 32 ? launch<attend_kernel<Half, 4, 2, WHOLE>>(grid, kAttendThreads, stream, a, options)
+                                : launch<attend_kernel<Half, 4, 4, WHOLE>>(grid, kAttendThreads, stream, a, options);
+}
+
 template <class Half>
 int run(const Plan &plan, const PrepareArguments &prepare, const AttendArguments &attend, void *stream) {
-    const int blocks = (prepare.count + kPrepareWarps - 1) / kPrepareWarps;
-    if (const int error = launch(prepare_kernel<Half>, dim3(blocks), kPrepareThreads, stream, prepare)) return error;
-    const dim3 grid(static_cast<unsigned>(plan.blocks));
-    if (attend.dim > 128) return launch(attend_kernel<Half, 8, 2>, grid, kAttendThreads, stream, attend);
-    return plan.tile_rows == 32 ? launch(attend_kernel<Half, 4, 2>, grid, kAttendThreads, stream, attend)
-                                : launch(attend_kernel<Half, 4, 4>, grid, kAttendThreads, stream, attend);
+    const dim3 grid(static_cast<unsigned>((prepare.count + kPrepareWarps - 1) / kPrepareWarps));
+    if (const int error = launch<prepare_kernel<Half>>(grid, kPrepareThreads, stream, prepare, LaunchOptions{0, true})) {
+        return error;
+    }
+    return plan.whole ? launch_attend<Half, true>(plan, attend, stream) : launch_attend<Half, false>(plan, attend, stream);
 }
 
 }  // namespace
@@ -135,6 +146,6 @@ extern "C" int dmoe_self_attention(const DmoeSelfAttentionShape *shape, const vo
     a.counters = p.counters;
     a.tokens = s.tokens, a.past = s.past, a.kv_heads = s.kv_heads, a.share = share, a.dim = s.head_dim;
     a.block_length = s.block_length, a.rows = s.tokens * share, a.tiles = plan.tiles;
-    a.chunk_keys = plan.chunk_keys, a.past_chunks = plan.past_chunks, a.chunks = plan.chunks, a.splits = plan.splits;
+    a.chunk_keys = plan.chunk_keys, a.past_chunks = plan.past_chunks, a.chunks = plan.chunks;
     return s.type == DMOE_TYPE_FP16 ? run<Fp16>(plan, p, a, stream) : run<Bf16>(plan, p, a, stream);
 }

@@ -12,7 +12,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kFoldWarps = 8;
 
 // exp(score − base); `base` is finite, or infinite or NaN if a score is.
-DMOE_DEVICE float weight_of(float score, float base) { return exp2f((score - base) * kLog2E); }
+DMOE_DEVICE float weight_of(float score, float base) { return fast_exp2((score - base) * kLog2E); }
 
 template <int TILES, int PAIRS>
 struct Mixture {
@@ -53,22 +53,24 @@ struct Mixture {
         return base;
     }
 
-    // Adds the mixture of other keys. Into an empty one: the very same bits.
+    // Adds the mixture of other keys; into an empty one: the very same bits. No branches, so that loads of many parts can be
+    // under way. A part whose sum is 0 changes nothing, whatever its other numbers are.
     DMOE_DEVICE void fold(Mixture &part) {
         DMOE_UNROLL
         for (int m = 0; m < TILES; ++m) {
             DMOE_UNROLL
             for (int half = 0; half < 2; ++half) {
-                if (part.sum[m][half] == 0.0f) continue;
+                const bool none = part.sum[m][half] == 0.0f;
                 const float now = fmaxf(peak[m][half], part.peak[m][half]), base = now == -INFINITY ? 0.0f : now;
                 const float keep = weight_of(peak[m][half], base), add = weight_of(part.peak[m][half], base);
-                peak[m][half] = now;
-                sum[m][half] = fmaf(sum[m][half], keep, part.sum[m][half] * add);
+                peak[m][half] = none ? peak[m][half] : now;
+                sum[m][half] = none ? sum[m][half] : fmaf(sum[m][half], keep, part.sum[m][half] * add);
                 DMOE_UNROLL
                 for (int p = 0; p < PAIRS; ++p) {
                     DMOE_UNROLL
                     for (int c = 0; c < 4; ++c) {
-                        at(p, m, half, c) = fmaf(at(p, m, half, c), keep, part.at(p, m, half, c) * add);
+                        const float both = fmaf(at(p, m, half, c), keep, part.at(p, m, half, c) * add);
+                        at(p, m, half, c) = none ? at(p, m, half, c) : both;
                     }
                 }
             }
@@ -111,62 +113,82 @@ struct Partials {
 
 // The partial mixtures of one tile, one per chunk.
 template <int ROWS>
-struct PartialTile {
-    Partials all;
-    int tile, chunks, dim;
-
-    DMOE_DEVICE int64_t row_of(int chunk, int m, int half) const {
-        return (static_cast<int64_t>(tile) * chunks + chunk) * ROWS + m * 16 + half * 8 + lane_id() / 4;
-    }
-    DMOE_DEVICE int column(int pair) const { return (pair * kFoldWarps + warp_id()) * 16 + lane_id() % 4 * 4; }
+class PartialTile {
+public:
+    DMOE_DEVICE PartialTile(const Partials &partials, int tile_, int chunks_, int dim_)
+        : all(partials), tile(tile_), chunks(chunks_), dim(dim_) {}
 
     template <int TILES, int PAIRS>
     DMOE_DEVICE void write(Mixture<TILES, PAIRS> &from, int chunk) const {
+        float2 *const stats = all.stats + row_of(chunk);
+        float4 *const mixed = all.mixed + row_of(chunk) * (dim / 4);
         DMOE_UNROLL
         for (int m = 0; m < TILES; ++m) {
             DMOE_UNROLL
             for (int half = 0; half < 2; ++half) {
-                const int64_t row = row_of(chunk, m, half);
                 if (warp_id() == 0 && lane_id() % 4 == 0) {
-                    all.stats[row] = make_float2(from.peak[m][half], from.sum[m][half]);
+                    stats[offset(m, half)] = make_float2(from.peak[m][half], from.sum[m][half]);
                 }
                 if (from.sum[m][half] == 0.0f) continue;
                 DMOE_UNROLL
                 for (int p = 0; p < PAIRS; ++p) {
                     if (column(p) >= dim) continue;
-                    all.mixed[(row * dim + column(p)) / 4] = make_float4(from.at(p, m, half, 0), from.at(p, m, half, 1),
-                                                                         from.at(p, m, half, 2), from.at(p, m, half, 3));
+                    mixed[(offset(m, half) * dim + column(p)) / 4] =
+                        make_float4(from.at(p, m, half, 0), from.at(p, m, half, 1), from.at(p, m, half, 2),
+                                    from.at(p, m, half, 3));
                 }
             }
         }
     }
 
-    // All chunks folded in order. Loads do not wait for sums, so that many are under way.
+    // All chunks folded in order.
     template <int TILES, int PAIRS>
     DMOE_DEVICE void read(Mixture<TILES, PAIRS> &to) const {
+        constexpr int kAhead = 3;  // loads that one wait is for; more do not fit into registers
         to.clear();
-        DMOE_UNROLL_BY(2)
-        for (int chunk = 0; chunk < chunks; ++chunk) {
-            Mixture<TILES, PAIRS> part;
+        for (int first = 0; first < chunks; first += kAhead) {
+            Mixture<TILES, PAIRS> parts[kAhead];
             DMOE_UNROLL
-            for (int m = 0; m < TILES; ++m) {
-                DMOE_UNROLL
-                for (int half = 0; half < 2; ++half) {
-                    const int64_t row = row_of(chunk, m, half);
-                    const float2 stats = all.stats[row];
-                    part.peak[m][half] = stats.x, part.sum[m][half] = stats.y;
-                    DMOE_UNROLL
-                    for (int p = 0; p < PAIRS; ++p) {
-                        float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                        if (column(p) < dim) v = all.mixed[(row * dim + column(p)) / 4];
-                        part.at(p, m, half, 0) = v.x, part.at(p, m, half, 1) = v.y;
-                        part.at(p, m, half, 2) = v.z, part.at(p, m, half, 3) = v.w;
-                    }
-                }
+            for (int i = 0; i < kAhead; ++i) load(parts[i], min(first + i, chunks - 1));
+            DMOE_UNROLL
+            for (int i = 0; i < kAhead; ++i) {
+                if (first + i < chunks) to.fold(parts[i]);
             }
-            to.fold(part);
         }
     }
+
+private:
+    // The lane's first row of a chunk; its others are at `offset(m, half)`.
+    DMOE_DEVICE int64_t row_of(int chunk) const {
+        return (static_cast<int64_t>(tile) * chunks + chunk) * ROWS + lane_id() / 4;
+    }
+    static DMOE_DEVICE int offset(int m, int half) { return m * 16 + half * 8; }
+    DMOE_DEVICE int column(int pair) const { return (pair * kFoldWarps + warp_id()) * 16 + lane_id() % 4 * 4; }
+
+    // Also where the sum is 0: then what comes means nothing, but nothing has to wait for the sums.
+    template <int TILES, int PAIRS>
+    DMOE_DEVICE void load(Mixture<TILES, PAIRS> &part, int chunk) const {
+        const float2 *const stats = all.stats + row_of(chunk);
+        const float4 *const mixed = all.mixed + row_of(chunk) * (dim / 4);
+        DMOE_UNROLL
+        for (int m = 0; m < TILES; ++m) {
+            DMOE_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const float2 of_row = stats[offset(m, half)];
+                part.peak[m][half] = of_row.x, part.sum[m][half] = of_row.y;
+                DMOE_UNROLL
+                for (int p = 0; p < PAIRS; ++p) {
+                    float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                    if (column(p) < dim) v = mixed[(offset(m, half) * dim + column(p)) / 4];
+                    part.at(p, m, half, 0) = v.x, part.at(p, m, half, 1) = v.y;
+                    part.at(p, m, half, 2) = v.z, part.at(p, m, half, 3) = v.w;
+                }
+            }
+        }
+    }
+
+    Partials all;
+    int tile, chunks, dim;
 };
 
 // Rows of the result, rounded; zeros for a row that sees no key. `place_of(row)`: a row's place among those of `mixed`.

@@ -22,6 +22,8 @@ struct PrepareArguments {
 
 template <class Half>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(PrepareArguments a) {
+    wait_for_predecessor();
+    let_successor_start();
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * kPrepareThreads + threadIdx.x;
     if (thread < a.counter_count) a.counters[thread] = 0;
     const int index = static_cast<int>(blockIdx.x) * kPrepareWarps + warp_id(), lane = lane_id();

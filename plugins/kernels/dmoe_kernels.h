@@ -148,7 +148,7 @@ typedef struct DmoeSelfAttentionShape {
     int32_t past;         /* S, at least 1 */
     int32_t heads;        /* Hq, a multiple of Hkv */
     int32_t kv_heads;     /* Hkv */
-    int32_t head_dim;     /* D, a multiple of 16 up to 256 */
+    int32_t head_dim;     /* D, a multiple of 8 up to 256 */
     int32_t rotary_dim;   /* R, even, 2..D */
     int32_t block_length; /* 0 = every token sees every place */
     int32_t type;         /* DMOE_TYPE_* of all but angles and positions */

@@ -149,6 +149,7 @@ void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addHead(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addMixture(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addRouter(Ort::CustomOpDomain& domain, DmoeSession* session);
+void addSelfAttention(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addLinear(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addAttention(Ort::CustomOpDomain& domain, DmoeSession* session);
 

@@ -147,6 +147,7 @@ void addOps(Ort::CustomOpDomain& domain, DmoeSession* session)
     addHead(domain, session);
     addMixture(domain, session);
     addRouter(domain, session);
+    addSelfAttention(domain, session);
 }
 
 } // namespace dmoe

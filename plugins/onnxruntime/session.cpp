@@ -21,6 +21,7 @@ constexpr std::array kOps = {
     "DmoeMixture",
     "DmoeQuantisedLinear",
     "DmoeRouter",
+    "DmoeSelfAttention",
 };
 
 // Its place among the ops; kOps.size() for another op.

@@ -5,6 +5,7 @@
 #include "head/plugin.h"
 #include "mixture/plugin.h"
 #include "router/plugin.h"
+#include "self_attention/plugin.h"
 
 #include <NvInferVersion.h>
 #include <dlfcn.h>
@@ -43,6 +44,7 @@ nvinfer1::IPluginCreatorV3One* (*const kCreators[])() = {
     creator<HeadPlugin>,
     creator<MixturePlugin>,
     creator<RouterPlugin>,
+    creator<SelfAttentionPlugin>,
 };
 
 constexpr int32_t kRtxMajor = 1;

@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from dmoe_export.ops.plugin_library import NAMES
+
 SCRATCH = (70_000, 3_000)  # of the profiles
 
 
@@ -78,7 +80,7 @@ class IPluginRegistry:
         self.libraries, self.known, self.refuses = [], False, False
 
     def get_creator(self, type, version, plugin_namespace):
-        ours = type in ("DmoeBlockRoute", "DmoeExperts") and (version, plugin_namespace) == ("1", "dmoe")
+        ours = type in NAMES and (version, plugin_namespace) == ("1", "dmoe")
         return object() if ours and self.known else None
 
     def load_library(self, plugin_path):
@@ -172,7 +174,8 @@ class ICudaEngine:
 
     def get_tensor_profile_shape(self, name, profile_index):
         profile = self._profiles[profile_index]
-        sizes = {"B": profile["batch"], "T": profile["tokens"], "S": profile["past"], "M": profile["rows"]}
+        sizes = {"B": profile["batch"], "T": profile["tokens"], "S": profile["past"], "M": profile["rows"],
+                 "L": (1, 1, profile["rows"][2])}
         return [tuple(dim if isinstance(dim, int) else sizes[dim][which] for dim in self._tensors[name][1].shape)
                 for which in range(3)]
 
@@ -218,11 +221,13 @@ class IExecutionContext:
     def set_input_shape(self, name, shape):
         mode, entry = self._engine._tensors[name]
         assert mode is TensorIOMode.INPUT and isinstance(shape, tuple)
-        sizes = {"B": "batch", "T": "tokens", "S": "past", "M": "rows"}
+        sizes = {"B": "batch", "T": "tokens", "S": "past", "M": "rows", "L": "kept"}
         for dim, got in zip(entry.shape, shape, strict=True):
             if dim == "P":
                 continue
-            low, _, high = self._engine._profiles[self.profile][sizes[dim]] if dim in sizes else (dim, dim, dim)
+            profile = self._engine._profiles[self.profile]
+            kept = {"kept": (1, 1, profile["rows"][2])}
+            low, _, high = (profile | kept)[sizes[dim]] if dim in sizes else (dim, dim, dim)
             if not low <= got <= high:
                 return self._fail(f"{name}: {got} is not in {low} … {high}.")
         if self._shapes.get(name) != shape:
