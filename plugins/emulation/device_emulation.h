@@ -73,12 +73,6 @@ template <class T>
 T max(T a, T b) { return a < b ? b : a; }
 
 // Fibers only change places inside the functions below, so a plain read and write is atomic.
-inline unsigned atomicOr(unsigned *address, unsigned bits) {
-    const unsigned old = *address;
-    *address = old | bits;
-    return old;
-}
-
 inline unsigned atomicAdd(unsigned *address, unsigned value) {
     const unsigned old = *address;
     *address = old + value;

@@ -57,7 +57,8 @@ extern "C" int dmoe_block_route(const DmoeRouteAttributes *attributes, int32_t r
                                 int32_t *expert_ids, float *expert_weights, uint8_t *coreset, void *stream) {
     if (!attributes) return DMOE_ERROR_POINTER;
     RouteArguments a{*attributes, rows,        tokens,       experts,    router_logits,  expert_bias, position_ids,
-                     top_p,       min_experts, coreset_size, expert_ids, expert_weights, coreset};
+                     top_p,       min_experts, coreset_size, expert_ids, expert_weights, coreset,
+                     0,           0,           false};
     const int error = check_route(a);
     if (error || rows == 0 || tokens == 0) return error;
     if (!router_logits || !aligned_16(router_logits)) return DMOE_ERROR_POINTER;

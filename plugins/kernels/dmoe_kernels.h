@@ -68,7 +68,8 @@ DMOE_API int64_t dmoe_router_workspace_bytes(const DmoeRouterShape *shape);
 /* Router logits = hidden [rows * tokens, H] x router_weight [experts, H] (float32) in float32, then dmoe_block_route() on
  * them, whose further arguments are those of the same names. router_logits [rows, tokens, experts] may be NULL.
  * workspace: dmoe_router_workspace_bytes() bytes, 256-byte aligned, contents irrelevant. Two kernel launches. A token's
- * logits have the same bits whatever the other tokens are. */
+ * logits have the same bits whatever the other tokens are. router_weight is a constant: it may be read before work queued
+ * just before has ended. */
 DMOE_API int dmoe_router(const DmoeRouterShape *shape, const DmoeRouteAttributes *attributes, const void *hidden,
                          const float *router_weight, const float *expert_bias, const int64_t *position_ids,
                          const float *top_p, const int64_t *min_experts, const int64_t *coreset_size,
@@ -82,7 +83,8 @@ typedef struct DmoeAddNormShape {
 } DmoeAddNormShape;
 
 /* total = x + delta, rounded; normed = total / sqrt(mean(total^2) + eps) * weight, float32 inside. x, delta, total, normed
- * [N, H], weight [H]; total may be x or delta, normed may be none of the others. One kernel launch. */
+ * [N, H], weight [H]; total may be x or delta, normed may be none of the others. One kernel launch. weight is a constant,
+ * as router_weight is. */
 DMOE_API int dmoe_add_norm(const DmoeAddNormShape *shape, float eps, const void *x, const void *delta, const void *weight,
                            void *total, void *normed, void *stream);
 

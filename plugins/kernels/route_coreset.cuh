@@ -66,12 +66,22 @@ DMOE_DEVICE void write_votes(const RouteArguments &a, const float (&r)[PER_LANE]
 
 // votes[e] and the column of e in the first `active` rows: their sum in order, or the largest.
 DMOE_DEVICE void add_votes(const float *rows, int stride, int active, int experts, bool sum, float *votes) {
+    constexpr int kAtOnce = 16;
     for (int e = threadIdx.x; e < experts; e += blockDim.x) {
         float total = votes[e];
-        for (int w = 0; sum && w < active; ++w) total += rows[w * stride + e];
-        for (int w = 0; !sum && w < active; ++w) {
-            const float value = rows[w * stride + e];
-            total = value > total || value != value ? value : total;
+        for (int w = 0; w < active; w += kAtOnce) {
+            float values[kAtOnce];  // asked for together
+            DMOE_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) values[i] = w + i < active ? rows[(w + i) * stride + e] : sum ? 0.0f : -INFINITY;
+            if (sum) {
+                DMOE_UNROLL
+                for (int i = 0; i < kAtOnce; ++i) total += values[i];
+            } else {
+                DMOE_UNROLL
+                for (int i = 0; i < kAtOnce; ++i) {
+                    total = values[i] > total || values[i] != values[i] ? values[i] : total;
+                }
+            }
         }
         votes[e] = total;
     }

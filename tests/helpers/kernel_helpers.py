@@ -58,6 +58,7 @@ def library() -> ctypes.CDLL:
     lib.dmoe_experts_workspace_bytes.restype = ctypes.c_int64
     lib.dmoe_self_attention_workspace_bytes.restype = ctypes.c_int64
     lib.dmoe_mixture_workspace_bytes.restype = ctypes.c_int64
+    lib.dmoe_router_workspace_bytes.restype = ctypes.c_int64
     lib.dmoe_emulation_launches.restype = ctypes.c_int64
     lib.dmoe_emulation_ring.argtypes = [ctypes.c_int32] * 4 + [ctypes.c_void_p]
     lib.dmoe_emulation_seed.argtypes = [ctypes.c_uint64]

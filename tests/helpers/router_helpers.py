@@ -20,9 +20,7 @@ class AddNormShapeC(ctypes.Structure):
 
 def router_workspace(shape: RouterShapeC) -> int:
     """Bytes, or an error code."""
-    function = library().dmoe_router_workspace_bytes
-    function.restype = ctypes.c_int64
-    return function(ctypes.byref(shape))
+    return library().dmoe_router_workspace_bytes(ctypes.byref(shape))
 
 
 def kernel_router(kind: int, attributes: RouteAttributes, hidden, weight, bias, positions, top_p=0.6, min_experts=1,

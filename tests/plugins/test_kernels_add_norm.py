@@ -58,6 +58,12 @@ def test_same_bits_in_any_order_and_company(kind):
     assert alone[0][0].tobytes() == together[0][4].tobytes() and alone[1][0].tobytes() == together[1][4].tobytes()
 
 
+def test_one_launch():
+    before = library().dmoe_emulation_launches()
+    kernel_add_norm(FP16, *make_case(FP16, 300, 16), 1e-6)
+    assert library().dmoe_emulation_launches() == before + 1
+
+
 def test_overflow_and_not_a_number_stay_with_their_token():
     case = make_case(FP16, 3, 64)
     case[0][1, 7], case[1][1, 7], case[0][2, 0] = 0x7bff, 0x7bff, 0x7e00

@@ -139,6 +139,7 @@ def test_kernels_use_whole_warps_and_no_float_atomics():
     """Results may not depend on the order threads happen to run in."""
     sources = list(itertools.chain.from_iterable((ROOT / "plugins" / "kernels").glob(p) for p in ("*.cu", "*.cuh")))
     text = "\n".join(path.read_text() for path in sources)
-    assert set(re.findall(r"\batomic[A-Z]\w*", text)) <= {"atomicOr", "atomicAdd"}
-    assert len(re.findall("atomicAdd", text)) == 1, "only arrives_last counts, and it counts unsigned integers"
+    calls = re.findall(r"\b(atomic[A-Z]\w*)\([^;]*?, (\w+)\)", text)
+    assert set(calls) == {("atomicAdd", "1u")}, "only unsigned integers are counted"
+    assert len(calls) == len(re.findall(r"\batomic[A-Z]", text))
     assert "cudaMalloc" not in text and "Synchronize" not in text

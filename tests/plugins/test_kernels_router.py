@@ -94,6 +94,18 @@ def test_a_token_does_not_depend_on_its_company_nor_on_the_order_of_threads(kind
         assert alone[2].tobytes() == together[2].reshape(-1, 40)[token].tobytes()
 
 
+@pytest.mark.parametrize("tokens", [1, 32, 200])
+def test_two_launches(tokens):
+    """For any number of tokens; routing on logits that are there is one."""
+    case = make_case(FP16, 2, tokens, 16, 8)
+    attributes = RouteAttributes("top_p", 32, 3, 1, 1, 2.5)
+    before = library().dmoe_emulation_launches()
+    logits = kernel_router(FP16, attributes, *case)[2]
+    between = library().dmoe_emulation_launches()
+    kernel_route(attributes, logits, *case[2:])
+    assert (between - before, library().dmoe_emulation_launches() - between) == (2, 1)
+
+
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_without_the_logits_output(score):
     attributes = RouteAttributes("top_p", 8, 3, 2, 1, 2.5, score)
