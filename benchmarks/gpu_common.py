@@ -68,6 +68,7 @@ class KernelLibrary:
         for name in ("dmoe_error_string", "dmoe_build_id"):
             getattr(self._library, name).restype = ctypes.c_char_p
         self._library.dmoe_experts_workspace_bytes.restype = ctypes.c_int64
+        self._library.dmoe_self_attention_workspace_bytes.restype = ctypes.c_int64
 
     @property
     def build(self) -> str:
@@ -101,6 +102,16 @@ class KernelLibrary:
         """`dmoe_experts_quantised`; addresses as in `experts`."""
         self._call("dmoe_experts_quantised", ctypes.byref(shape), ctypes.byref(quantisation),
                    pool and ctypes.byref(pool), *_pointers(addresses, 7), ctypes.c_void_p(stream))
+
+    def self_attention_workspace_bytes(self, shape: ctypes.Structure) -> int:
+        """`dmoe_self_attention_workspace_bytes`."""
+        size = self._library.dmoe_self_attention_workspace_bytes(ctypes.byref(shape))
+        self._check(min(size, 0))
+        return size
+
+    def self_attention(self, shape: ctypes.Structure, addresses: Sequence[int | None], stream: int) -> None:
+        """`dmoe_self_attention`; addresses in the header's order, nine inputs, three outputs and the workspace."""
+        self._call("dmoe_self_attention", ctypes.byref(shape), *_pointers(addresses, 13), ctypes.c_void_p(stream))
 
     def _call(self, name: str, *arguments: Any) -> None:
         self._check(getattr(self._library, name)(*arguments))
