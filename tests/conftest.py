@@ -114,19 +114,26 @@ def salient_llada(synthetic: Callable[..., Path], exported: Callable[..., Bundle
 
 @pytest.fixture(scope="session")
 def salient_block(tiny_bundle: Bundle, run_folder: Path) -> Bundle:
-    """`tiny_bundle` (block diffusion, experts) and the salient graph of dynamic counts; traces only that."""
-    return open_bundle(once(run_folder / "exports" / "salient-block", partial(_add_salient, tiny_bundle)))
+    """`tiny_bundle` (block diffusion, experts) with salient graphs; traces only those."""
+    return open_bundle(once(run_folder / "exports" / "salient-block", partial(_add_salient, tiny_bundle, (4, 16))))
 
 
-def _add_salient(tiny_bundle: Bundle, target: Path) -> None:
-    manifest = tiny_bundle.manifest
+@pytest.fixture(scope="session")
+def salient_half_sample(half_sample_bundle: Bundle, run_folder: Path) -> Bundle:
+    """`half_sample_bundle` likewise."""
+    return open_bundle(once(run_folder / "exports" / "salient-half",
+                            partial(_add_salient, half_sample_bundle, (8, 24))))
+
+
+def _add_salient(bundle: Bundle, capacities: tuple[int, ...], target: Path) -> None:
+    manifest = bundle.manifest
     with BundleWriter(target) as writer:
         for entry in manifest.files:
-            shutil.copyfile(tiny_bundle.folder / entry.path, writer.folder / entry.path)
+            shutil.copyfile(bundle.folder / entry.path, writer.folder / entry.path)
             writer.add_file(entry.path)
         assert manifest.experts
-        salient = export_salient(ir.load(tiny_bundle.denoiser_path), manifest.model, manifest.routing, "fp32",
-                                 manifest.formats, manifest.experts.stored_width, (), writer)
+        salient = export_salient(ir.load(bundle.denoiser_path), manifest.model, manifest.routing, manifest.precision,
+                                 manifest.formats, manifest.experts.stored_width, capacities, writer)
         writer.seal(manifest.model_copy(update={"salient": salient, "files": writer.entries}))
 
 

@@ -24,7 +24,7 @@ _LAYER_PARTS = {
     "attention": (r"attention\.qkv|past_(key|value)", r"attention\.out\b"),
     "router": (r"ffn\.router\.weight", r"ffn\.router\.end"),
     "experts": (r"ffn\.gate_up", r"ffn\.down(?!\.weight)"),
-    "ffn": (r"ffn\.(shared\.)?(gate|up)\.weight", r"ffn\.(shared\.)?down\.weight"),
+    "ffn": (r"ffn\.(shared\.)?(gate|up|gate_up)\.weight", r"ffn\.(shared\.)?down\.weight"),
 }
 _FUNCTIONS = {"DmoeBlockRoute": "router", "DmoeExperts": "experts"}
 _MARK = re.compile(rf"({'|'.join(PARTS)})\|(\d*)\|")

@@ -31,6 +31,7 @@ except ImportError as _error:
 
 from ..ops.block_route.attributes import RouteAttributes
 from ..ops.block_route.eager import block_route
+from ..ops.mixture.eager import shared_expert
 
 
 def weights_of(bundle: Bundle) -> dict[str, Tensor]:
@@ -189,6 +190,12 @@ class Peer:
         gate, up = F.linear(h, w[name + "gate.weight"]), F.linear(h, w[name + "up.weight"])
         return F.linear(F.silu(gate) * up, w[name + "down.weight"])
 
+    def _shared(self, h: Tensor, name: str) -> Tensor:
+        w = self._weights
+        if f"{name}gate_up.weight" not in w:  # of an older bundle
+            return self._feed_forward(h, name)
+        return shared_expert(h, w[f"{name}gate_up.weight"], w[f"{name}down.weight"])
+
     def _moe(self, h: Tensor, name: str, positions: Tensor, settings: Mapping[str, float | int]
              ) -> tuple[Tensor, Tensor]:
         d, w, route = self.description, self._weights, self.routing
@@ -200,7 +207,7 @@ class Peer:
             logits[None], bias, positions[None], torch.tensor([chosen["top_p"]], dtype=torch.float32),
             torch.tensor([chosen["min_experts"]]), torch.tensor([chosen["coreset_size"]]), self._route)
         mixed = self._experts(h, ids[0].long(), weights[0], w[name + "gate_up"], w[name + "down"])
-        return (mixed + self._feed_forward(h, name + "shared.") if d.experts.shared_width else mixed), ids[0]
+        return (mixed + self._shared(h, name + "shared.") if d.experts.shared_width else mixed), ids[0]
 
     def _experts(self, h: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """Tokens sorted by expert, experts one after the other, results back in order and weighted."""

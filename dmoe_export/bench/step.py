@@ -23,6 +23,7 @@ from ..bundle.reader import Bundle
 from ..decoding.telemetry import unique_experts
 from ..description import ITEMSIZES, ExportPrecision, Frozen
 from ..errors import CheckError, MissingRequirementError, RequestError
+from ..ops.fused import inlined
 from ..runtime.backend import ForwardInputs, ForwardOutputs
 from ..runtime.cpu.backend import OnnxRuntimeBackend
 from ..runtime.cpu.library import CpuOps
@@ -225,7 +226,7 @@ def _graph(bundle: Bundle, active: int | None, tokens: int, named: bool = False)
     if active is None and not named:
         return None
     try:
-        model = load_graph(bundle)
+        model = inlined(load_graph(bundle))
     except ImportError as error:
         raise MissingRequirementError(f"bench step edits the graph and needs onnx ({error}); install it with: "
                                       "pip install onnx.") from None

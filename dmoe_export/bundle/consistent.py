@@ -102,11 +102,12 @@ def check_graphs(manifest: Manifest) -> None:
         graphs += [("fill", salient.fill)] if salient.fill else []
     model, mode, precision = manifest.model, manifest.routing.mode, manifest.precision
     for kind, graph in graphs:
-        if len(graph.inputs) != (wanted := how_many(model, mode, kind)):
+        kept = kind == "denoiser" and graph.keeps_logits
+        if len(graph.inputs) != (wanted := how_many(model, mode, kind, kept)):
             raise ValueError(f"{graph.file} has {len(graph.inputs)} inputs, that of a model of {model.num_layers} "
                              f"layers has {wanted}")
-        _compare(graph.file, "input", graph.inputs, inputs_of(model, mode, precision, kind))
-        _compare(graph.file, "output", graph.outputs, outputs_of(model, precision, kind))
+        _compare(graph.file, "input", graph.inputs, inputs_of(model, mode, precision, kind, kept))
+        _compare(graph.file, "output", graph.outputs, outputs_of(model, precision, kind, kept))
 
 
 def check_engine(engine: EngineEntry) -> None:

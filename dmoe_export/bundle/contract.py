@@ -7,17 +7,23 @@ from typing import Literal
 from ..description import RUNTIME_SETTINGS, ModelDescription, Precision, RoutingMode
 
 Tensor = tuple[str, str, list[int | str]]  # name, dtype, shape
+KEPT = "logits_kept"
 GraphKind = Literal["denoiser", "salient", "fill"]
 
 _DTYPES: dict[Precision, str] = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def inputs_of(model: ModelDescription, mode: RoutingMode, precision: Precision, kind: GraphKind) -> list[Tensor]:
-    """All inputs in order; as much work as the model has layers, so count with `how_many` first."""
+def inputs_of(model: ModelDescription, mode: RoutingMode, precision: Precision, kind: GraphKind,
+              kept: bool = False) -> list[Tensor]:
+    """All inputs in order; as much work as the model has layers, so count with `how_many` first.
+
+    `kept`: logits leave for the first L wanted tokens of a row; in older bundles for all.
+    """
     dtype, d = _DTYPES[precision], model
     settings = [(name, "float" if name == "top_p" else "int64") for name in RUNTIME_SETTINGS[mode]]
     found: list[Tensor] = [("input_ids", "int64", ["B", "T"]), ("position_ids", "int64", ["B", "T"]),
                            ("past_positions", "int64", ["B", "S"]), ("logit_rows", "int64", ["B", "M"])]
+    found += [(KEPT, "int64", ["L"])] if kept else []
     found += [(name, kind_of, [1]) for name, kind_of in settings]
     found += [(f"past_{part}.{layer}", dtype, ["B", d.num_kv_heads, "S", d.head_dim])
               for part in ("key", "value") for layer in range(d.num_layers)]
@@ -27,11 +33,11 @@ def inputs_of(model: ModelDescription, mode: RoutingMode, precision: Precision, 
     return found
 
 
-def outputs_of(model: ModelDescription, precision: Precision, kind: GraphKind) -> list[Tensor]:
+def outputs_of(model: ModelDescription, precision: Precision, kind: GraphKind, kept: bool = False) -> list[Tensor]:
     """All outputs in order, likewise."""
     dtype, d = _DTYPES[precision], model
     found: list[Tensor] = [("token_ids", "int64", ["B", "M"]), ("confidence", "float", ["B", "M"]),
-                           ("logits", "float", ["B", "M", d.vocab_size])]
+                           ("logits", "float", ["B", "L" if kept else "M", d.vocab_size])]
     if d.moe and len(d.moe_layers):
         found.append(("expert_ids", "int32", [len(d.moe_layers), "B", "T", d.moe.experts_per_token]))
     if kind == "salient":
@@ -42,10 +48,10 @@ def outputs_of(model: ModelDescription, precision: Precision, kind: GraphKind) -
     return found + _state(d, dtype)
 
 
-def how_many(model: ModelDescription, mode: RoutingMode, kind: GraphKind) -> int:
+def how_many(model: ModelDescription, mode: RoutingMode, kind: GraphKind, kept: bool = False) -> int:
     """How many inputs there are."""
     state = 2 + 4 * model.num_layers if kind == "salient" else 0
-    return 4 + len(RUNTIME_SETTINGS[mode]) + 2 * model.num_layers + state
+    return 4 + kept + len(RUNTIME_SETTINGS[mode]) + 2 * model.num_layers + state
 
 
 def _state(d: ModelDescription, dtype: str) -> list[Tensor]:

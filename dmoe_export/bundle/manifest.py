@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -16,7 +17,9 @@ from ..description import (
     RoutingDescription,
     WeightFormats,
 )
+from ..ops.schema import nodes_of
 from .consistent import check_dense_size, check_engine, check_formats, check_graphs, check_numbers, check_once
+from .contract import KEPT
 from .layout import ExpertsEntry, check_expert_layout
 
 SCHEMA_VERSION = 2
@@ -54,6 +57,7 @@ class OpEntry(Frozen):
     domain: str
     version: int
     count: int = Field(ge=1)
+    inside: dict[str, int] = Field({}, description="ops in the body of one node, and how many nodes of each")
 
 
 class GraphEntry(Frozen):
@@ -64,6 +68,15 @@ class GraphEntry(Frozen):
     inputs: list[TensorEntry]
     outputs: list[TensorEntry]
     ops: list[OpEntry]
+
+    def nodes(self, served: Collection[str]) -> dict[str, int]:
+        """How many nodes of each op there are where a library has kernels for the ops named: others are their bodies."""
+        return nodes_of({op.name: op.count for op in self.ops}, {op.name: op.inside for op in self.ops}, served)
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether it has the input `logits_kept`: logits leave for the first wanted tokens alone. Older ones have not."""
+        return any(entry.name == KEPT for entry in self.inputs)
 
 
 class CapacityEntry(Frozen):

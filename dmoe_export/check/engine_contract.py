@@ -7,9 +7,9 @@ from typing import Any
 import onnx
 from onnx import NodeProto, helper
 
-from ..bundle.graph_file import load_graph
 from ..bundle.manifest import EngineEntry, ProfileEntry
 from ..bundle.reader import Bundle
+from ..engine.network import plain
 from ..engine.plan import PlanPlugin, PlanTensor, Range
 from ..engine.plugins import EXPERTS_OPS, plugin_ops
 from ..engine.resident import SLOTS, slot_range
@@ -20,9 +20,9 @@ _SIZES = {"B": "batch", "T": "tokens", "S": "past", "M": "rows"}  # symbolic dim
 _ITEM = {"float": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1}
 
 
-def graph_of(bundle: Bundle) -> onnx.ModelProto:
-    """The bundle's graph, without weights."""
-    return load_graph(bundle)
+def graph_of(bundle: Bundle, entry: EngineEntry) -> onnx.ModelProto:
+    """The bundle's graph as the builder got it, without weights: bodies in place of fused ops that are no plugins."""
+    return plain(bundle, plugin_ops(entry.experts_op))
 
 
 def wrong_source(bundle: Bundle, entry: EngineEntry) -> str | None:
@@ -100,7 +100,7 @@ def wrong_plugins(graph: onnx.ModelProto, entry: EngineEntry, profiles: list[lis
 def wrong_counts(bundle: Bundle, entry: EngineEntry) -> str | None:
     """The manifest's own arithmetic, and what TensorRT counted before it built."""
     ops = plugin_ops(entry.experts_op)
-    wanted = sum(op.count for op in bundle.manifest.denoiser.ops if op.name in ops)
+    wanted = sum(count for op, count in bundle.manifest.denoiser.nodes(ops).items() if op in ops)
     counted = entry.network.layers.get("PLUGIN_V3", 0)
     if counted != entry.plugin_nodes:
         return f"its network had {count(counted, 'plugin')}, the manifest says {entry.plugin_nodes}"
@@ -165,7 +165,7 @@ def _sizes(bundle: Bundle, profile: ProfileEntry) -> dict[str, tuple[int, int, i
     """Least, usual and largest size of each symbolic dimension."""
     moe = bundle.manifest.model.moe
     slots = {SLOTS: slot_range(moe.num_experts)} if moe else {}
-    return {dim: getattr(profile, field) for dim, field in _SIZES.items()} | slots
+    return {dim: getattr(profile, field) for dim, field in _SIZES.items()} | slots | {"L": (1, 1, profile.rows[2])}
 
 
 def _same_shape(have: tuple[int, ...], want: tuple[int | str, ...], sizes: dict[str, tuple[int, int, int]]) -> bool:

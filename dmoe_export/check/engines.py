@@ -30,10 +30,7 @@ def check_engines(bundle: Bundle, device: Device | None = None) -> list[EngineCh
     `device` None takes the machine's GPU. Where GPU and library fit, the engine is deserialised, which loads the plugin
     library inside it; one of a hub's bundle only where the caller vouched for it.
     """
-    if not bundle.manifest.engines:
-        return []
-    graph = contract.graph_of(bundle)
-    return [_check(bundle, entry, graph, device) for entry in bundle.manifest.engines]
+    return [_check(bundle, entry, contract.graph_of(bundle, entry), device) for entry in bundle.manifest.engines]
 
 
 def _check(bundle: Bundle, entry: EngineEntry, graph: onnx.ModelProto, device: Device | None) -> EngineCheck:

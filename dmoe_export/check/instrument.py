@@ -11,6 +11,7 @@ from ..bundle.graph_file import load_graph
 from ..bundle.reader import Bundle
 from ..description import ModelDescription
 from ..errors import BundleError
+from ..ops.fused import inlined
 from ..runtime.edited import EditedGraph
 
 _ROUTE = "DmoeBlockRoute"
@@ -61,7 +62,7 @@ class _View:
 
     def __init__(self, bundle: Bundle, layers: int) -> None:
         self._bundle, self.path, d = bundle, bundle.denoiser_path, bundle.manifest.model
-        self._model: ModelProto = load_graph(bundle)
+        self._model: ModelProto = inlined(load_graph(bundle))
         self.graph: GraphProto = self._model.graph
         self._layers, self._total = layers, d.num_layers
         self.moe_layers = _moe_layers(d, layers)

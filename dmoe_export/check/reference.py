@@ -99,7 +99,7 @@ class _Layers(nn.Module):
         with torch.no_grad():
             for name, parameter in layer.named_parameters():
                 parameter.copy_(source.dense(f"layers.{index}.{name}"))
-        layer.attention_norm.register_forward_pre_hook(lambda _, given: self._see(f"stream.{index}", given[0]))
+        layer.attention_norm.register_forward_hook(lambda _, __, out: self._see(f"stream.{index}", out[0]))
         layer.attention.register_forward_hook(lambda _, __, out: self._see(f"attention.{index}", out[0]))
         layer.ffn.register_forward_hook(
             lambda _, __, out: self._see(f"feed_forward.{index}", out[0] if isinstance(out, tuple) else out))

@@ -11,6 +11,7 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
+from ..bundle.contract import KEPT
 from ..bundle.reader import Bundle
 from ..description import ModelDescription, Precision
 from ..runtime.backend import Backend, ForwardOutputs, Limits
@@ -116,7 +117,7 @@ class LayersRunner(_Runner):
 
     def run(self, feed: Arrays) -> Arrays:
         """All layers, each from the reference's stream."""
-        given = {**feed, **self._routing}
+        given = {**feed, **self._routing, KEPT: np.zeros(feed["logit_rows"].shape[1], np.int64)}
         names = [i.name for i in self._session.get_inputs()]
         feeds = {name: self._converted(name, given[name]) for name in names}
         raw = self._session.run(list(self._graph.outputs.values()), feeds)

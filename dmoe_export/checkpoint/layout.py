@@ -53,6 +53,12 @@ def swiglu(base: str) -> Names:
     return weights(**{part: f"{base}.{part}_proj" for part in ("gate", "up", "down")})
 
 
+def shared_swiglu(base: str) -> Names:
+    """The shared expert of ours, gate rows above up rows, from `{base}.{gate,up,down}_proj`."""
+    return {"gate_up.weight": (f"{base}.gate_proj.weight", f"{base}.up_proj.weight"),
+            "down.weight": (f"{base}.down_proj.weight",)}
+
+
 def split_qkv(base: str, bias: bool) -> Names:
     """Fused QKV of ours from separate `{base}{q,k,v}_proj`."""
     kinds = ("weight", "bias") if bias else ("weight",)
@@ -91,21 +97,22 @@ def _shapes(d: ModelDescription) -> dict[str, tuple[int, ...]]:
         "attention.qkv.weight": (qkv, hidden), "attention.qkv.bias": (qkv,),
         "attention.q_norm.weight": (d.head_dim,), "attention.k_norm.weight": (d.head_dim,),
         "attention.out.weight": (hidden, d.num_heads * d.head_dim)}
-    widths = {"ffn": d.dense_width}
+    shapes |= {"ffn.gate.weight": (d.dense_width, hidden), "ffn.up.weight": (d.dense_width, hidden),
+               "ffn.down.weight": (hidden, d.dense_width)}
     if d.moe is not None:
-        shapes |= {"ffn.router.weight": (d.moe.num_experts, hidden), "ffn.router.expert_bias": (d.moe.num_experts,)}
-        widths["ffn.shared"] = d.moe.shared_width
-    for name, width in widths.items():
-        shapes |= {f"{name}.gate.weight": (width, hidden), f"{name}.up.weight": (width, hidden),
-                   f"{name}.down.weight": (hidden, width)}
+        shapes |= {"ffn.router.weight": (d.moe.num_experts, hidden), "ffn.router.expert_bias": (d.moe.num_experts,),
+                   "ffn.shared.gate_up.weight": (2 * d.moe.shared_width, hidden),
+                   "ffn.shared.down.weight": (hidden, d.moe.shared_width)}
     return shapes
 
 
 def _parts(d: ModelDescription, ours: str, shape: tuple[int, ...],
            names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """A parameter's shape, divided among the tensors that make it up: only q, k and v are ever apart."""
+    """A parameter's shape, divided among the tensors that make it up: q, k and v, or gate and up, may be apart."""
     if len(names) == 1:
         return {names[0]: shape}
+    if ours == "ffn.shared.gate_up.weight":
+        return {name: (shape[0] // 2, *shape[1:]) for name in names}
     assert ours.startswith("attention.qkv."), ours
     rows = (d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim, d.num_kv_heads * d.head_dim)
     return {name: (count, *shape[1:]) for name, count in zip(names, rows, strict=True)}

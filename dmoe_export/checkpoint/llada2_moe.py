@@ -8,7 +8,7 @@ from typing import Any
 from ..description import ModelDescription, MoeDescription
 from .config_fields import MOST_LAYERS, MOST_POSITIONS, Fields
 from .harmless_fields import words
-from .layout import Layout, below, swiglu, weights
+from .layout import Layout, below, shared_swiglu, swiglu, weights
 from .rope import read_rotary
 
 _PUBLISHED = 157184, 156895, 156892  # vocabulary, mask, EOS: what generate takes where config.json lacks them
@@ -39,7 +39,7 @@ class Llada2Moe:
         layer={**weights(attention_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
                **below("attention.", weights(qkv="attention.query_key_value", q_norm="attention.query_layernorm",
                                              k_norm="attention.key_layernorm", out="attention.dense"))},
-        dense_ffn=below("ffn.", swiglu("mlp")), shared_ffn=below("ffn.shared.", swiglu("mlp.shared_experts")),
+        dense_ffn=below("ffn.", swiglu("mlp")), shared_ffn=below("ffn.shared.", shared_swiglu("mlp.shared_experts")),
         router={"ffn.router.weight": ("mlp.gate.weight",), "ffn.router.expert_bias": ("mlp.gate.expert_bias",)})
 
     def describe(self, config: dict[str, Any], source: Path) -> ModelDescription:

@@ -234,11 +234,12 @@ class JoiningBatch:
 
     def _compute(self, inputs: ForwardInputs, places: list[int], handles: list[Handle],
                  plans: list[Plan]) -> tuple[ForwardOutputs, list[SalientResult | None]]:
-        part, graphs = self._cache.part(places), handles[0].way.graphs
+        graphs = handles[0].way.graphs
         if plans[0].salient is None or graphs is None:
-            return self._backend.forward(inputs, part), [None] * len(handles)
+            return self._backend.forward(inputs, self._cache.part(places)), [None] * len(handles)
         salient = self._salient.setdefault(graphs.capacity, SalientSteps(graphs))
-        return salient.forward(inputs, part, [handle.serial for handle in handles], [plan.salient for plan in plans])
+        return salient.forward(inputs, self._cache, places, [handle.serial for handle in handles],
+                               [plan.salient for plan in plans])
 
     def _finished_block(self, handle: Handle) -> list[Decoded]:
         """What the row has new, if that is a block or the end."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..bundle.contract import KEPT
 from ..bundle.manifest import EngineEntry, ProfileEntry
 from ..bundle.reader import Bundle
 from ..errors import CheckError, DmoeError, MissingRequirementError
@@ -109,7 +110,7 @@ def _sources(bundle: Bundle) -> dict[str, str]:
 def _wanted_plugins(bundle: Bundle, settings: BuildSettings) -> int:
     """Custom nodes that should be plugins, whether or not a library was found."""
     wanted = plugin_ops(settings.experts_op)
-    return sum(op.count for op in bundle.manifest.denoiser.ops if op.name in wanted)
+    return sum(count for op, count in bundle.manifest.denoiser.nodes(wanted).items() if op in wanted)
 
 
 def _parse(plan: BuildPlan, builder: Any, logger: Any) -> Any:
@@ -161,6 +162,9 @@ def _profile(builder: Any, network: Any, entry: ProfileEntry, slots: dict[str, t
             continue
         if tensor.name in slots:
             profile.set_shape(tensor.name, *((count, *shape[1:]) for count in slots[tensor.name]))
+            continue
+        if tensor.name == KEPT:
+            profile.set_shape(KEPT, (1,), (1,), (entry.rows[2],))
             continue
         second = {"input_ids": entry.tokens, "position_ids": entry.tokens, "past_positions": entry.past,
                   "logit_rows": entry.rows}.get(tensor.name)

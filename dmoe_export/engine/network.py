@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ..bundle.manifest import ExpertPool, WeightInput
 from ..bundle.reader import Bundle
 from ..errors import BundleError
 from ..ops import experts, linear
-from ..ops.attention.onnx_body import inlined
+from ..ops.fused import PLAIN, inlined
 from ..ops.experts.onnx_capacity import DEFAULT_CAPACITY, experts_capacity_body
 from ..ops.linear.onnx_body import inline
 from ..ops.schema import DOMAIN
@@ -39,8 +40,8 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
 
     `library` None leaves the route node's body in (with `allow_fallback`).
     """
-    model = plain_attention(bundle)
     as_plugins = plugin_ops(settings.experts_op) if library else set()
+    model = plain(bundle, as_plugins)
     _set_bodies(model, bundle, settings, as_plugins)
     nodes = 0
     for node in model.graph.node:
@@ -62,14 +63,14 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
     return PreparedNetwork(model, nodes, weights, pools)
 
 
-def plain_attention(bundle: Bundle) -> ModelProto:
-    """The bundle's graph with plain nodes for attention, as in bundles without the op.
+def plain(bundle: Bundle, plugins: Collection[str] = ()) -> ModelProto:
+    """The bundle's graph with the nodes of their bodies for fused ops, but those named, and for attention.
 
     Raises BundleError for a graph whose functions fit together in no model.
     """
     graph = load_graph(bundle)
     try:
-        return inlined(graph)
+        return inlined(graph, PLAIN - set(plugins))
     except Exception as error:  # onnx raises its own kinds
         raise BundleError(f"{bundle.denoiser_path} is no ONNX model ({type(error).__name__}); copy or export the "
                           "bundle again.") from error

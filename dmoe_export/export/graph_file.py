@@ -7,9 +7,8 @@ import onnx_ir as ir
 
 from ..bundle.manifest import GraphEntry, OpEntry, TensorEntry
 from ..bundle.writer import BundleWriter
-from ..ops import attention, block_route, experts, linear
-from ..ops.schema import DOMAIN, OPSET
-from .trace import custom_node_counts
+from ..ops.schema import DOMAIN, OPSET, VERSION
+from .bodies import inside, node_counts
 
 
 def save_graph(model: ir.Model, writer: BundleWriter, name: str) -> GraphEntry:
@@ -18,10 +17,8 @@ def save_graph(model: ir.Model, writer: BundleWriter, name: str) -> GraphEntry:
     ir.save(model, path)
     onnx.checker.check_model(str(path), full_check=True)
     writer.add_file(name)
-    counts = custom_node_counts(model)
-    schemas = (block_route.SCHEMA, experts.SCHEMA, linear.SCHEMA, linear.QUANTISED_SCHEMA, attention.SCHEMA)
-    ops = [OpEntry(name=op.name, domain=DOMAIN, version=op.version, count=counts[op.name])
-           for op in schemas if counts[op.name]]
+    ops = [OpEntry(name=op, domain=DOMAIN, version=VERSION, count=count, inside=dict(sorted(inside(model, op).items())))
+           for op, count in sorted(node_counts(model).items())]
     return GraphEntry(file=name, opset=OPSET, inputs=[_entry(v) for v in model.graph.inputs],
                       outputs=[_entry(v) for v in model.graph.outputs], ops=ops)
 

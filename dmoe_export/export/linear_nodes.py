@@ -11,18 +11,15 @@ _LINEAR = {"transA": 0, "transB": 1, "alpha": 1.0, "beta": 1.0}  # what a Gemm t
 _DEFAULTS = {**_LINEAR, "transB": 0}
 
 
-def name_linear_layers(model: ir.Model) -> bool:
+def name_linear_layers(model: ir.Model) -> None:
     """Turn every Gemm that is a linear layer, its weights among the initializers, into a `DmoeLinear` node.
 
-    Names, outputs and their recorded shapes stay; the model still needs the op's body. Returns whether one has a bias.
+    Names, outputs and their recorded shapes stay; the model still needs the op's body.
     """
-    bias = False
     for node in model.graph:
         if node.domain == "" and node.op_type == "Gemm" and _is_linear(node):
             node.domain, node.op_type = DOMAIN, linear.SCHEMA.name
             node.attributes.clear()
-            bias |= len(node.inputs) == len(linear.SCHEMA.inputs)
-    return bias
 
 
 def _is_linear(node: ir.Node) -> bool:

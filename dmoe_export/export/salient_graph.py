@@ -11,7 +11,7 @@ from ..description import RUNTIME_SETTINGS, ModelDescription, RoutingMode
 from ..model.denoiser import Denoiser, Past
 from ..model.moe import RoutingSettings
 from ..model.salient import Capacity, RangeState, SalientDenoiser
-from .graph import best_tokens
+from ..ops.head.eager import best_tokens
 
 PARTS = ("key", "value", "context", "ffn")
 """What a step leaves to the next, per layer."""

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..description import ModelDescription, MoeDescription, Precision, RoutingDescription, WeightFormats
+from ..description import ModelDescription, Precision, RoutingDescription, WeightFormats
 from ..model.denoiser import Denoiser
-from ..model.salient import SalientDenoiser
-from ..ops import attention as attention_op
-from ..ops import block_route as route_op
-from ..ops import experts as experts_op
-from ..ops import linear as linear_op
-from ..ops.attention.onnx_body import attention_body
-from ..ops.block_route.attributes import RouteAttributes
-from ..ops.block_route.onnx_body import block_route_body
-from ..ops.experts.onnx_body import experts_body
-from ..ops.linear.onnx_body import linear_body, quantised_linear_body
+from ..model.moe import MoE
 from ..ops.schema import DOMAIN, OPSET
+from .bodies import add_bodies
 from .conversion import DTYPES
 from .graph import DenoiserGraph, example_inputs, input_names, output_names
 from .linear_nodes import name_linear_layers
@@ -49,7 +39,7 @@ def trace_denoiser(description: ModelDescription, routing: RoutingDescription, c
                             formats.quantisation(formats.experts)).eval()
         inputs, axes = example_inputs(denoiser, routing.mode)
     layers = description.num_layers
-    return trace_graph(DenoiserGraph(denoiser), inputs, axes, input_names(routing.mode, layers),
+    return trace_graph(DenoiserGraph(denoiser, formats.quantisation(formats.head) is None), inputs, axes, input_names(routing.mode, layers),
                        output_names(layers, bool(description.moe_layers)), compute, formats)
 
 
@@ -59,6 +49,9 @@ def trace_graph(graph: DenoiserGraph | SalientGraph, inputs: tuple[Any, ...], ax
     """A module over fake parameters as an ONNX model; see `trace_denoiser`."""
     denoiser = graph.denoiser
     description = denoiser.description
+    for layer in denoiser.layers:
+        if isinstance(layer.ffn, MoE):
+            layer.ffn.one_op = formats.quantisation(formats.dense) is None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _quiet("torch.onnx", "onnx_ir"):
@@ -78,14 +71,9 @@ def trace_graph(graph: DenoiserGraph | SalientGraph, inputs: tuple[Any, ...], ax
     _name_dimensions(model)
     _strip_metadata(model)
     if compute != "bf16":  # no kernels of ours take it
-        biased = name_linear_layers(model)
+        name_linear_layers(model)
         store_weights(model, formats, compute)
-        _add_linear_bodies(model, biased)
-        if custom_node_counts(model)[attention_op.SCHEMA.name]:  # salient graphs have their own attention
-            _add_body(model, attention_body(half=compute == "fp16"))
-    if description.moe is not None:
-        _add_routed_bodies(model, description.moe, denoiser,
-                           formats.experts != compute and not denoiser.quantisation)
+    add_bodies(model, denoiser, formats, compute)
     return model
 
 
@@ -103,17 +91,12 @@ def _quiet(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def custom_node_counts(model: ir.Model) -> Counter[str]:
-    """How many nodes of each custom op the main graph holds."""
-    return Counter(node.op_type for node in model.graph if node.domain == DOMAIN)
-
-
 def _name_dimensions(model: ir.Model) -> None:
-    """Name the symbolic dimensions B, T, S, M: of some graphs torch keeps its own names (s15)."""
+    """Name the symbolic dimensions B, T, S, M, L: of some graphs torch keeps its own names (s15)."""
     inputs = {value.name: value for value in model.graph.inputs}
     names = {str(inputs[name].shape[axis]): letter
              for name, axis, letter in (("input_ids", 0, "B"), ("input_ids", 1, "T"), ("past_positions", 1, "S"),
-                                        ("logit_rows", 1, "M"))}
+                                        ("logit_rows", 1, "M"), ("logits_kept", 0, "L")) if name in inputs}
     for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
         if value.shape is not None:
             value.shape = ir.Shape([dim if isinstance(dim, int) else names.get(str(dim), str(dim))
@@ -133,33 +116,3 @@ def _strip_metadata(model: ir.Model) -> None:
         values.extend(node.outputs)
     for value in values:
         value.metadata_props.clear()
-
-
-def _add_routed_bodies(model: ir.Model, moe: MoeDescription, denoiser: Denoiser | SalientDenoiser,
-                       narrow: bool) -> None:
-    """`narrow`: experts are floats of another type than what is computed with."""
-    elem = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16,
-            torch.bfloat16: onnx.TensorProto.BFLOAT16}[denoiser.dtype]
-    hidden, routing = denoiser.description.hidden_size, denoiser.routing
-    attributes = RouteAttributes.of(moe, routing.mode, routing.block_length)
-    _add_body(model, block_route_body(attributes, moe.num_experts))
-    _add_body(model, experts_body(moe.num_experts, moe.experts_per_token, hidden, elem, denoiser.quantisation,
-                                  denoiser.stored_width, narrow))
-
-
-def _add_linear_bodies(model: ir.Model, biased: bool) -> None:
-    """Of the linear layers that the graph has; `biased`: some have a bias."""
-    nodes = [node for node in model.graph if node.domain == DOMAIN]
-    plain = [node for node in nodes if node.op_type == linear_op.SCHEMA.name]
-    if plain:
-        narrow = any(node.inputs[0].dtype != node.inputs[1].dtype for node in plain)
-        _add_body(model, linear_body(biased, narrow))
-    if any(node.op_type == linear_op.QUANTISED_SCHEMA.name for node in nodes):
-        _add_body(model, quantised_linear_body())
-
-
-def _add_body(model: ir.Model, body: onnx.FunctionProto) -> None:
-    function = ir.serde.deserialize_function(body)
-    model.functions[function.identifier()] = function
-    model.opset_imports.update(function.opset_imports)
-    model.opset_imports[DOMAIN] = max(op.SCHEMA.version for op in (route_op, experts_op, linear_op, attention_op))

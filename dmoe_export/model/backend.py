@@ -10,6 +10,7 @@ import torch
 from ..runtime.backend import ForwardInputs, ForwardOutputs, Limits
 from ..runtime.cache import HostCache
 from ..runtime.salient import PARTS, Arrays, GraphName
+from ..runtime.salient_host import HostSalient
 from .denoiser import Denoiser, Past
 from .moe import RoutingSettings
 from .salient import Capacity, RangeState, SalientDenoiser
@@ -56,15 +57,16 @@ class EagerBackend:
         """See `Backend`; the model is its owner's."""
 
 
-class EagerSalient:
+class EagerSalient(HostSalient):
     """`SalientGraphs` over a float32 `Denoiser` on the CPU."""
 
     def __init__(self, model: Denoiser, capacity: int | None) -> None:
-        self._model, self.description, self.capacity = model, model.description, capacity
+        super().__init__(model.description, capacity)
+        self._model = model
 
     @torch.no_grad()
-    def run(self, graph: GraphName, feeds: Arrays, settings: dict[str, float | int], want_logits: bool) -> Arrays:
-        """See `SalientGraphs`."""
+    def compute(self, graph: GraphName, feeds: Arrays, settings: dict[str, float | int], want_logits: bool) -> Arrays:
+        """See `HostSalient`."""
         given: dict[str, Any] = {name: torch.from_numpy(value) for name, value in feeds.items()}
         layers = range(self.description.num_layers)
 
@@ -73,7 +75,7 @@ class EagerSalient:
 
         fixed = RoutingSettings.of(self._model.routing)._asdict()
         changed = {name: torch.tensor([value], dtype=fixed[name].dtype) for name, value in settings.items()}
-        capacity: Capacity = {"fill": "all", "fixed": self.capacity}.get(graph) or "any"
+        capacity: Capacity = "all" if graph == "fill" else graph
         old = None if graph == "fill" else RangeState(*(per_layer(f"range_{part}") for part in PARTS))
         out = SalientDenoiser(self._model, capacity)(
             given["input_ids"], given["position_ids"],

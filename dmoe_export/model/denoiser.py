@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..description import ExpertQuantisation, ModelDescription, RoutingDescription
+from ..ops.head.eager import wanted
 from .attention import Attention
-from .layers import FeedForward, attention_bias, full_bias, rotary_angles
+from .layers import AddNorm, FeedForward, rotary_angles
 from .moe import MoE, RoutingSettings
 
 
@@ -37,9 +38,9 @@ class Layer(nn.Module):
     def __init__(self, d: ModelDescription, routing: RoutingDescription, index: int, dtype: torch.dtype,
                  stored_width: int | None, quantisation: ExpertQuantisation | None = None) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(d.hidden_size, eps=d.rms_eps, dtype=dtype)
-        self.attention = Attention(d, dtype)
-        self.ffn_norm = nn.RMSNorm(d.hidden_size, eps=d.rms_eps, dtype=dtype)
+        self.attention_norm = AddNorm(d.hidden_size, d.rms_eps, dtype)
+        self.attention = Attention(d, routing.block_length, dtype)
+        self.ffn_norm = AddNorm(d.hidden_size, d.rms_eps, dtype)
         self.ffn: FeedForward | MoE = (MoE(d, routing, dtype, stored_width, quantisation) if index in d.moe_layers
                                        else FeedForward(d.hidden_size, d.dense_width, dtype))
 
@@ -84,33 +85,33 @@ class Denoiser(nn.Module):
 
         `logit_rows [B,M]` names the tokens (indices into T) whose logits are wanted, all of them by default.
         """
+        x, out = self.trunk(input_ids, position_ids, past, settings)
+        rows, tokens = input_ids.shape
+        if logit_rows is None:
+            logit_rows = torch.arange(tokens, device=x.device).expand(rows, tokens)
+        logits = self.lm_head(self.norm(wanted(x, logit_rows, tokens))).float()
+        return out._replace(logits=logits.reshape(rows, logit_rows.shape[1], self.description.vocab_size))
+
+    def trunk(self, input_ids: Tensor, position_ids: Tensor, past: Past | None = None,
+              settings: RoutingSettings | None = None) -> tuple[Tensor, DenoiserOutput]:
+        """The residual stream [N,H] after the last layer, N = B·T, and the output but for its logits."""
         d = self.description
         past = past or self.empty_past(len(input_ids))
         settings = settings or RoutingSettings.of(self.routing)
-        angles = rotary_angles(position_ids, d.rope_theta, d.rotary_dim, self.dtype)
-        keys_at = torch.cat([past.positions, position_ids], dim=1)
-        bias = (full_bias(keys_at) if d.attention == "full"
-                else attention_bias(position_ids, keys_at, self.routing.block_length))
+        angles = rotary_angles(position_ids, d.rope_theta, d.rotary_dim, torch.float32)
         out = DenoiserOutput(input_ids, [], [], [], [])
-        x = self.embed(input_ids.flatten())  # [N, H], N = B·T: products of two dimensions take weights as stored
+        x = self.embed(input_ids.flatten())  # [N, H]: products of two dimensions take weights as stored
+        mixed = None
         for layer, past_key, past_value in zip(self.layers, past.keys, past.values, strict=True):
-            attended, key, value = layer.attention(layer.attention_norm(x), angles, bias, past_key, past_value)
-            x = x + attended
-            h = layer.ffn_norm(x)
+            x, h = layer.attention_norm(x, mixed)
+            attended, key, value = layer.attention(h, angles, (position_ids, past.positions), past_key, past_value)
+            x, h = layer.ffn_norm(x, attended)
             if isinstance(layer.ffn, MoE):
                 mixed, ids, router_logits = layer.ffn(h, position_ids, settings)
                 out.expert_ids.append(ids)
                 out.router_logits.append(router_logits)
             else:
                 mixed = layer.ffn(h)
-            x = x + mixed
             out.keys.append(key)
             out.values.append(value)
-        rows, tokens = input_ids.shape
-        if logit_rows is None:
-            logit_rows = torch.arange(tokens, device=x.device).expand(rows, tokens)
-        # First tokens of the rows, without a factor from the host: that would be a copy to the device in every step.
-        first = torch.arange(rows * tokens, device=x.device).reshape(rows, tokens)[:, :1]
-        x = x[(first + logit_rows.clamp(min=0)).flatten()]  # [B·M, H]
-        logits = self.lm_head(self.norm(x)).float()
-        return out._replace(logits=logits.reshape(rows, logit_rows.shape[1], d.vocab_size))
+        return x if mixed is None else x + mixed, out

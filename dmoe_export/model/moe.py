@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..description import ExpertQuantisation, ModelDescription, RoutingDescription
 from ..ops.block_route.attributes import RouteAttributes
-from ..ops.torch_ops import block_route, experts
-from .layers import FeedForward
+from ..ops.torch_ops import experts, mixture, router
+from .layers import SharedExpert
 
 
 class RoutingSettings(NamedTuple):
@@ -29,7 +28,7 @@ class RoutingSettings(NamedTuple):
 
 
 class Router(nn.Module):
-    """Router weights, float32 whatever the model's precision: logits decide, and halves tie."""
+    """Router weights, float32 whatever the model's precision: logits decide, and halves tie. The op multiplies."""
 
     def __init__(self, hidden: int, num_experts: int, biased: bool) -> None:
         super().__init__()
@@ -38,10 +37,6 @@ class Router(nn.Module):
                             if biased else None)
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=hidden**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, H] → router logits [N, E] float32."""
-        return F.linear(x.float(), self.weight)
 
 
 class MoE(nn.Module):
@@ -58,22 +53,27 @@ class MoE(nn.Module):
         self.quantisation = quantisation
         self.gate_up, self.gate_up_scales = _weights((moe.num_experts, 2 * width, d.hidden_size), dtype, quantisation)
         self.down, self.down_scales = _weights((moe.num_experts, d.hidden_size, width), dtype, quantisation)
-        self.shared = FeedForward(d.hidden_size, moe.shared_width, dtype) if moe.shared_width else None
+        self.shared = SharedExpert(d.hidden_size, moe.shared_width, dtype) if moe.shared_width else None
+        self.one_op = True  # routed and shared experts together; False: linear layers that may become integers
         if not self.gate_up.is_meta and quantisation is None:
             nn.init.normal_(self.gate_up, std=d.hidden_size**-0.5)
             nn.init.normal_(self.down, std=moe.expert_width**-0.5)
 
     def forward(self, x: Tensor, position_ids: Tensor, settings: RoutingSettings) -> tuple[Tensor, Tensor, Tensor]:
         """x [N,H], positions [B,T] → output [N,H], expert ids [B,T,k] int32, router logits [B,T,E]; N = B·T."""
-        rows, tokens = position_ids.shape
-        logits = self.router(x).reshape(rows, tokens, self.num_experts)
         bias = self.router.expert_bias
         if bias is None:  # the op always takes one; in the graph it is a constant of zeros
             bias = torch.zeros(self.num_experts, device=x.device)
-        ids, weights, _ = block_route(logits, bias, position_ids, *settings, self.attributes)
+        ids, weights, logits = router(x, self.router.weight, bias, position_ids, *settings, self.attributes)
         scales = None if self.quantisation is None else (self.gate_up_scales, self.down_scales)
-        mixed = experts(x, ids.flatten(0, 1), weights.flatten(0, 1), self.gate_up, self.down, scales, self.quantisation)
-        return (mixed if self.shared is None else mixed + self.shared(x)), ids, logits
+        routed = (x, ids, weights, self.gate_up, self.down, scales, self.quantisation)
+        if self.shared is None:
+            mixed = experts(*routed)
+        elif self.one_op:
+            mixed = mixture(*routed, (self.shared.gate_up.weight, self.shared.down.weight))
+        else:
+            mixed = experts(*routed) + self.shared(x)
+        return mixed, ids.reshape(*position_ids.shape, -1), logits
 
 
 def _weights(shape: tuple[int, int, int], dtype: torch.dtype,

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.self_attention.eager import attention_bias, rotate
 from .attention import Attention
 from .denoiser import Denoiser, Layer, Past
-from .layers import attention_bias, full_bias, rotary_angles, rotate
+from .layers import rotary_angles
 from .moe import MoE, RoutingSettings
-from .salient_rows import AllRows, Rows, SomeRows
+from .salient_rows import AllRows, Rows, SomeRows, firsts
 
 Capacity = int | Literal["any", "all"]
 """Rows of a sequence that a layer can recompute: M, as many as are salient, or always all of them (a dense step)."""
@@ -65,14 +66,14 @@ class SalientAttention(nn.Module):
         batch, tokens = angles[0].shape[:2]
         share = self.heads // self.kv_heads
         q = self.q_norm(self.q(x).reshape(batch, tokens, self.heads, self.head_dim))
-        q = rotate(q, angles) * self.head_dim**-0.5
+        q = rotate(q, *angles) * self.head_dim**-0.5
         q = q.unflatten(2, (self.kv_heads, share)).permute(0, 2, 3, 1, 4)  # [B, Hkv, share, T, D]
         q = q.reshape(batch, self.kv_heads, share * tokens, self.head_dim)
         k, v = self.kv(rows.take(x)).split(self.kv_heads * self.head_dim, dim=1)
         heads = (batch, rows.count, self.kv_heads, self.head_dim)
         # Two dimensions for the norm: with more of them torch cannot trace a count that comes from the data.
         k = self.k_norm(k.reshape(batch * rows.count * self.kv_heads, self.head_dim)).reshape(heads)
-        k = rotate(k, rows.take_pair(angles)).transpose(1, 2)  # [B, Hkv, M, D]
+        k = rotate(k, *rows.take_pair(angles)).transpose(1, 2)  # [B, Hkv, M, D]
         v = v.reshape(heads).transpose(1, 2)
         key = rows.put_heads(old[0], k) if old else k
         value = rows.put_heads(old[1], v) if old else v
@@ -130,8 +131,7 @@ class SalientDenoiser(nn.Module):
         settings = settings or RoutingSettings.of(self.routing)
         angles = rotary_angles(position_ids, d.rope_theta, d.rotary_dim, self.dtype)
         keys_at = torch.cat([past.positions, position_ids], dim=1)
-        bias = (full_bias(keys_at) if d.attention == "full"
-                else attention_bias(position_ids, keys_at, self.routing.block_length))
+        bias = attention_bias(position_ids, keys_at, 0 if d.attention == "full" else self.routing.block_length)
         valid = position_ids >= 0
         least = 1 if d.moe else 0  # ONNX Runtime expands no empty tensors in the routing body: one row that only fills
         rows: Rows = AllRows(batch, tokens)
@@ -143,7 +143,7 @@ class SalientDenoiser(nn.Module):
         x = self.embed(input_ids.flatten())  # [N, H], N = B·T
         for index, layer in enumerate(self.layers):
             before = None if old is None else (old.keys[index], old.values[index], old.contexts[index])
-            key, value, context = layer.attention(layer.attention_norm(x), rows, angles, bias,
+            key, value, context = layer.attention(layer.attention_norm(x)[1], rows, angles, bias,
                                                   (past.keys[index], past.values[index]), before)
             x = x + layer.attention.out(context.flatten(0, 1))
             salient = valid
@@ -151,7 +151,7 @@ class SalientDenoiser(nn.Module):
                 cosine = F.cosine_similarity(context.float(), before[2].float(), dim=-1)  # [B, T]
                 salient = (cosine < threshold) & valid
                 rows = SomeRows.lowest(salient, cosine, self.capacity, least)
-            h = layer.ffn_norm(rows.take(x))
+            _, h = layer.ffn_norm(rows.take(x))
             if isinstance(layer.ffn, MoE):
                 mixed, ids, _ = layer.ffn(h, rows.take_positions(position_ids), settings)
                 out.expert_ids.append(rows.put_ids(ids, tokens))
@@ -165,8 +165,7 @@ class SalientDenoiser(nn.Module):
                 kept.append(new)
         if logit_rows is None:
             logit_rows = torch.arange(tokens, device=x.device).expand(batch, tokens)
-        first = torch.arange(batch, device=x.device)[:, None] * tokens
-        x = x[(first + logit_rows.clamp(min=0)).flatten()]
+        x = x[(firsts(batch, tokens, x.device) + logit_rows.clamp(min=0)).flatten()]
         logits = F.linear(self.norm(x), self.lm_head.weight).float()
         return out._replace(logits=logits.reshape(batch, logit_rows.shape[1], d.vocab_size))
 

@@ -109,8 +109,7 @@ class SomeRows:
             torch._check(count >= least)
             torch._check(count <= tokens)
         index = torch.topk(torch.where(wanted, cosine, 3.0), count, dim=1, largest=False).indices
-        first = torch.arange(batch, device=index.device)[:, None] * tokens
-        return cls(index, (first + index).flatten(), wanted.gather(1, index))
+        return cls(index, (firsts(batch, tokens, index.device) + index).flatten(), wanted.gather(1, index))
 
     @property
     def count(self) -> int:
@@ -160,5 +159,10 @@ class SomeRows:
     def _in_heads(self, heads: int, tokens: int) -> Tensor:
         """Places [B·heads·M] of the rows in [B·heads·T]."""
         batch = self.index.shape[0]
-        first = torch.arange(batch * heads, device=self.index.device).reshape(batch, heads, 1) * tokens
+        first = firsts(batch * heads, tokens, self.index.device).reshape(batch, heads, 1)
         return (first + self.index[:, None]).flatten()
+
+
+def firsts(rows: int, tokens: int, device: torch.device) -> Tensor:
+    """First token [rows, 1] of each row, without a factor from the host: that would be a copy to the device."""
+    return torch.arange(rows * tokens, device=device).reshape(rows, tokens)[:, :1]

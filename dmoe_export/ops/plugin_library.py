@@ -13,16 +13,19 @@ from typing import Any
 
 from ..errors import MissingRequirementError
 from ..libraries import library as installed
-from . import block_route, experts, head, mixture
+from . import add_norm, block_route, experts, head, mixture, router, self_attention
 from .schema import PLUGIN_NAMESPACE
 
 LIBRARY = "libdmoe_plugins.so"
 INSTALLED = installed(LIBRARY).parent
 NAMES = (
+    add_norm.SCHEMA.name,
     block_route.SCHEMA.name,
     experts.SCHEMA.name,
     head.SCHEMA.name,
     mixture.SCHEMA.name,
+    router.SCHEMA.name,
+    self_attention.SCHEMA.name,
 )
 
 

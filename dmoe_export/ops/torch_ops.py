@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..description import ExpertQuantisation
-from . import attention as attention_op
-from . import block_route as route_op
+from . import add_norm as add_norm_op
 from . import experts as experts_op
-from .attention.eager import attention as eager_attention
+from . import head as head_op
+from . import mixture as mixture_op
+from . import router as router_op
+from . import self_attention as attention_op
+from .add_norm.eager import add_norm as eager_add_norm
 from .block_route.attributes import RouteAttributes
-from .block_route.eager import block_route as eager_block_route
 from .experts.eager import experts as eager_experts
+from .head.eager import head as eager_head
+from .mixture.eager import mixture as eager_mixture
+from .router.eager import router as eager_router
+from .schema import OpSchema
+from .self_attention.eager import self_attention as eager_self_attention
+
+Shape = tuple[Any, ...]
 
 
-def block_route(router_logits: Tensor, expert_bias: Tensor, position_ids: Tensor, top_p: Tensor, min_experts: Tensor,
-                coreset_size: Tensor, attributes: RouteAttributes) -> tuple[Tensor, Tensor, Tensor]:
-    """`DmoeBlockRoute`; arguments and results as in ops/block_route/__init__.py."""
-    inputs = (router_logits, expert_bias, position_ids, top_p, min_experts, coreset_size)
+def self_attention(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, past_positions: Tensor,
+                   past_key: Tensor, past_value: Tensor, norms: tuple[Tensor, ...], *, block_length: int,
+                   eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`DmoeSelfAttention`; arguments and results as in ops/self_attention/__init__.py. `norms` of q and k, or none."""
+    inputs = (qkv, cos, sin, position_ids, past_positions, past_key, past_value, *norms)
     if not torch.onnx.is_in_onnx_export():
-        return eager_block_route(*inputs, attributes)
-    rows, tokens, experts = router_logits.shape
-    places = (rows, tokens, attributes.experts_per_token)
-    schema = route_op.SCHEMA
-    ids, weights, coreset = torch.onnx.ops.symbolic_multi_out(
-        schema.qualified_name, inputs, attributes.node_attributes(),
-        dtypes=(torch.int32, torch.float32, torch.bool), shapes=(places, places, (rows, tokens, experts)),
-        version=schema.version)
-    return ids, weights, coreset
+        return eager_self_attention(*inputs, block_length=block_length, eps=eps)
+    rows, tokens = position_ids.shape
+    _, kv_heads, _, head_dim = past_key.shape
+    new = (rows, kv_heads, tokens, head_dim)
+    schema = attention_op.NORMED_SCHEMA if norms else attention_op.SCHEMA
+    mixed, key, value = _node(schema, inputs, {"block_length": block_length, "eps": eps, "head_norm": int(bool(norms))},
+                              (qkv.dtype, (qkv.shape[0], qkv.shape[1] - 2 * kv_heads * head_dim)), (qkv.dtype, new),
+                              (qkv.dtype, new))
+    return mixed, key, value
 
 
-def attention(q: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, bias: Tensor) -> Tensor:
-    """`DmoeAttention`; arguments and result as in ops/attention/__init__.py."""
-    inputs = (q, key, value, past_key, past_value, bias)
-    if not torch.onnx.is_in_onnx_export() or q.dtype == torch.bfloat16:  # no kernels of ours take that: plain nodes
-        return eager_attention(*inputs)
-    schema = attention_op.SCHEMA
-    return torch.onnx.ops.symbolic(schema.qualified_name, inputs, {}, dtype=q.dtype, shape=q.shape,
-                                   version=schema.version)
+def router(hidden: Tensor, router_weight: Tensor, expert_bias: Tensor, position_ids: Tensor, top_p: Tensor,
+           min_experts: Tensor, coreset_size: Tensor, attributes: RouteAttributes) -> tuple[Tensor, Tensor, Tensor]:
+    """`DmoeRouter`; arguments and results as in ops/router/__init__.py."""
+    inputs = (hidden, router_weight, expert_bias, position_ids, top_p, min_experts, coreset_size)
+    if not torch.onnx.is_in_onnx_export():
+        return eager_router(*inputs, attributes)
+    places = (hidden.shape[0], attributes.experts_per_token)
+    ids, weights, logits = _node(router_op.SCHEMA, inputs, attributes.node_attributes(), (torch.int32, places),
+                                 (torch.float32, places), (torch.float32, (*position_ids.shape, len(router_weight))))
+    return ids, weights, logits
 
 
 def experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor,
@@ -48,6 +62,60 @@ def experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up:
     if not torch.onnx.is_in_onnx_export():
         return eager_experts(*inputs)
     schema = experts_op.QUANTISED_SCHEMA if quantisation else experts_op.SCHEMA
-    attributes = dict(schema.plugin_attributes) | (quantisation.model_dump() if quantisation else {})
-    return torch.onnx.ops.symbolic(schema.qualified_name, inputs, attributes, dtype=hidden.dtype,
-                                   shape=hidden.shape, version=schema.version)
+    return _node(schema, inputs, _integers(quantisation), (hidden.dtype, hidden.shape))[0]
+
+
+def mixture(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor,
+            scales: tuple[Tensor, Tensor] | None, quantisation: ExpertQuantisation | None,
+            shared: tuple[Tensor, Tensor]) -> Tensor:
+    """`DmoeMixture`; arguments and results as in ops/mixture/__init__.py. `shared`: gate_up and down."""
+    inputs = (hidden, expert_ids, expert_weights, gate_up, down, *(scales or ()), *shared)
+    if not torch.onnx.is_in_onnx_export():
+        return eager_mixture(*inputs)
+    schema = mixture_op.QUANTISED_SCHEMA if quantisation else mixture_op.SCHEMA
+    return _node(schema, inputs, _integers(quantisation), (hidden.dtype, hidden.shape))[0]
+
+
+def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`DmoeAddNorm`; arguments and results as in ops/add_norm/__init__.py."""
+    if not torch.onnx.is_in_onnx_export():
+        return eager_add_norm(x, delta, weight, eps)
+    total, normed = _node(add_norm_op.SCHEMA, (x, delta, weight), {"eps": eps}, (x.dtype, x.shape), (x.dtype, x.shape))
+    return total, normed
+
+
+def head(hidden: Tensor, norm: Tensor, weight: Tensor, logit_rows: Tensor, logits_kept: Tensor, *, eps: float,
+         mask_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`DmoeHead`; arguments and results as in ops/head/__init__.py."""
+    inputs = (hidden, norm, weight, logit_rows, logits_kept)
+    if not torch.onnx.is_in_onnx_export():
+        return eager_head(*inputs, eps=eps, mask_id=mask_id)
+    few = (logit_rows.shape[0], logits_kept.shape[0], weight.shape[0])
+    token_ids, confidence, logits = _node(
+        head_op.SCHEMA, inputs, {"eps": eps, "mask_id": mask_id}, (torch.int64, logit_rows.shape),
+        (torch.float32, logit_rows.shape), (torch.float32, few))
+    return token_ids, confidence, logits
+
+
+def first_rows(logits: Tensor, kept: Tensor) -> Tensor:
+    """[B, M, V] → the first L of axis 1, L the length of `kept`."""
+    if not torch.onnx.is_in_onnx_export():
+        return logits[:, :kept.shape[0]]
+    # As nodes: torch would have to know that L ≤ M.
+    length = torch.onnx.ops.symbolic("Shape", (kept,), dtype=torch.int64, shape=(1,))
+    first, axis = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    return torch.onnx.ops.symbolic("Slice", (logits, first, length, axis), dtype=logits.dtype,
+                                   shape=(logits.shape[0], kept.shape[0], logits.shape[2]))
+
+
+def _integers(quantisation: ExpertQuantisation | None) -> dict[str, Any]:
+    """As attributes."""
+    return quantisation.model_dump() if quantisation else {}
+
+
+def _node(schema: OpSchema, inputs: tuple[Tensor, ...], attributes: dict[str, Any],
+          *outputs: tuple[torch.dtype, Shape]) -> tuple[Tensor, ...]:
+    """One node of the traced graph; types and shapes of its outputs."""
+    return tuple(torch.onnx.ops.symbolic_multi_out(
+        schema.qualified_name, inputs, schema.plugin_attributes | attributes, dtypes=[dtype for dtype, _ in outputs],
+        shapes=[tuple(shape) for _, shape in outputs], version=schema.version))

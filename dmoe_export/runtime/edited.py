@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..bundle.reader import Bundle
 from ..errors import BundleError
-from ..ops.schema import DOMAIN
+from ..ops.schema import DOMAIN, nodes_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class EditedGraph:
     model: bytes
     folder: Path  # its data files are named from there
     ops: dict[str, int]  # nodes of our ops
+    inside: dict[str, dict[str, int]]  # in the body of one of them, likewise
 
     @classmethod
     def of(cls, model: Any, bundle: Bundle) -> EditedGraph:
@@ -38,5 +40,13 @@ class EditedGraph:
         folder = os.path.commonpath([path.parent for path in real.values()] or [bundle.folder.absolute()])
         for entry in entries:
             entry.value = os.path.relpath(real[entry.value], folder)
-        ops = Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
-        return cls(model.SerializeToString(), Path(folder), dict(ops))
+        inside = {function.name: _ours(function) for function in model.functions}
+        return cls(model.SerializeToString(), Path(folder), _ours(model.graph), inside)
+
+    def nodes(self, served: Collection[str]) -> dict[str, int]:
+        """As `GraphEntry.nodes`."""
+        return nodes_of(self.ops, self.inside, served)
+
+
+def _ours(graph: Any) -> dict[str, int]:
+    return dict(Counter(node.op_type for node in graph.node if node.domain == DOMAIN))

@@ -3,7 +3,8 @@
 Every sequence runs by itself, so sequences in different phases never share a query range. A sequence keeps key, value,
 attention context and feed-forward output of a range of tokens in two parts, head and tail: a step covers both, or the
 tail alone against the frozen head. A full-canvas model has its prompt in the head and its response in the tail; a
-block-diffusion model has no head, its tail is the active block, and what is frozen lies in the ordinary cache.
+block-diffusion model has no head, its tail is the active block, and what is frozen lies in the ordinary cache. Where
+these numbers lie is the graphs' affair: in host arrays (salient_host.py), or on a device.
 """
 
 from __future__ import annotations
@@ -14,23 +15,50 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from ..bundle.manifest import GraphEntry
+from ..bundle.reader import Bundle
 from ..description import ModelDescription
-from .backend import Bools, ForwardInputs, ForwardOutputs, Ints
+from ..errors import RequestError
+from .backend import Bools, Cache, ForwardInputs, ForwardOutputs, Ints
 
 PARTS = ("key", "value", "context", "ffn")  # per layer; tokens are axis 2 of the first two, axis 1 of the others
-Arrays = dict[str, Any]  # by the graphs' names, `key.0` …
+Arrays = dict[str, Any]  # by the graphs' names, `token_ids` …
 
-GraphName = Literal["any", "fixed", "fill"]
+GraphName = int | Literal["any", "fill"]
+"""Rows that a layer of the graph recomputes: M, as many as are salient, or all of them."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a step sees and does not change."""
+
+    positions: Ints  # [1, S]
+    cached: Any = None  # one row of the backend's cache, as `Cache.part` gives it
+    head: Any = None  # or the state of a range, of whose keys and values these are the positions
 
 
 class SalientGraphs(Protocol):
-    """The salient graphs of a bundle, ready to run."""
+    """The salient graphs of a bundle, ready to run, and the states they leave: of B = 1 sequence, T tokens."""
 
     description: ModelDescription
-    capacity: int | None  # None: counts come from the data, no `fixed` or `fill` graph is used
+    capacity: int | None  # as asked for
+    capacities: tuple[int, ...]  # M of each graph of fixed shapes, ascending; none: counts come from the data
 
-    def run(self, graph: GraphName, feeds: Arrays, settings: dict[str, float | int], want_logits: bool) -> Arrays:
-        """All outputs but, unless wanted, the logits."""
+    def run(self, graph: GraphName, feeds: Arrays, past: Past, old: Any, settings: dict[str, float | int],
+            want_logits: bool) -> tuple[Arrays, Any]:
+        """What the host wants, as arrays that are the caller's, and the new state; logits only if they are wanted.
+
+        `feeds`: host arrays `input_ids`, `position_ids`, `logit_rows`; `unmasked` and `threshold` unless the graph is
+        `fill`. `old`: the state before; None where all rows are recomputed.
+        """
+        ...
+
+    def cut(self, state: Any, at: int) -> tuple[Any, Any]:
+        """Two states, of the tokens before and from `at`."""
+        ...
+
+    def joined(self, head: Any, tail: Any) -> Any:
+        """One state of the tokens of both."""
         ...
 
 
@@ -39,7 +67,7 @@ class SalientBackend(Protocol):
     """A backend that can open the salient graphs of its bundle."""
 
     def salient_graphs(self, capacity: int | None) -> SalientGraphs:
-        """Raises RequestError where the bundle has no such graph."""
+        """Raises RequestError where the bundle, or the backend, has no such graph."""
         ...
 
 
@@ -67,8 +95,9 @@ class _State:
     start: int  # position of the head's first token; the tail's where there is no head
     split: int
     ids: Ints  # tokens of the range as the last step over them saw them
-    head: Arrays | None
-    tail: Arrays
+    head: Any  # None: there is none
+    tail: Any
+    need: int | None  # most rows of a layer in the last sparse step; None: there was none
 
 
 @dataclass(frozen=True)
@@ -84,16 +113,15 @@ class SalientSteps:
 
     def __init__(self, graphs: SalientGraphs) -> None:
         self._graphs = graphs
-        self._layers = range(graphs.description.num_layers)
         self._states: dict[int, _State] = {}
 
     def forget(self, key: int) -> None:
         """A sequence has ended."""
         self._states.pop(key, None)
 
-    def forward(self, inputs: ForwardInputs, cache: Any, keys: list[int], steps: list[SalientStep | None]
-                ) -> tuple[ForwardOutputs, list[SalientResult | None]]:
-        """One step of the sequences with a `SalientStep`, against their rows of a `HostCache`.
+    def forward(self, inputs: ForwardInputs, cache: Cache, places: list[int], keys: list[int],
+                steps: list[SalientStep | None]) -> tuple[ForwardOutputs, list[SalientResult | None]]:
+        """One step of the sequences with a `SalientStep`, against their rows of a cache, which lie at `places`.
 
         Where one fails, no sequence has changed.
         """
@@ -109,7 +137,7 @@ class SalientSteps:
         for i, step in enumerate(steps):
             if step is None:
                 continue
-            got, results[i], states[keys[i]] = self._row(inputs, cache, i, keys[i], step)
+            got, results[i], states[keys[i]] = self._row(inputs, cache, places[i], i, keys[i], step)
             m, t = got["token_ids"].shape[1], int((inputs.position_ids[i] >= 0).sum())
             out.token_ids[i, :m], out.confidence[i, :m] = got["token_ids"][0], got["confidence"][0]
             if k:
@@ -121,7 +149,7 @@ class SalientSteps:
         self._states |= states
         return out, results
 
-    def _row(self, inputs: ForwardInputs, cache: Any, i: int, key: int, step: SalientStep
+    def _row(self, inputs: ForwardInputs, cache: Cache, place: int, i: int, key: int, step: SalientStep
              ) -> tuple[Arrays, SalientResult, _State]:
         valid = inputs.position_ids[i] >= 0
         ids, positions = inputs.input_ids[i:i + 1, valid], inputs.position_ids[i:i + 1, valid]
@@ -132,73 +160,82 @@ class SalientSteps:
         if state is not None and (step.split != state.split or start not in (state.start, state.split)
                                   or stop != state.start + len(state.ids)):
             state = None  # another block
-        tail_only = state is not None and start == state.split
-        if state is not None and tail_only and state.head is not None:
-            feeds["past_positions"] = np.arange(state.start, state.split)[None]
-            feeds |= {f"past_{name}": state.head[name] for name in self._names("key", "value")}
-        else:
-            feeds["past_positions"] = cache.positions[i:i + 1]
-            for layer in self._layers:
-                feeds[f"past_key.{layer}"] = cache.keys[layer][i:i + 1]
-                feeds[f"past_value.{layer}"] = cache.values[layer][i:i + 1]
-        got, result = self._run(feeds, state, tail_only, step, inputs)
-        new = {name: got[name] for name in self._names(*PARTS)}
-        if state is not None and tail_only:
+        if state is not None and start == state.split:
+            past = self._past(cache, place) if state.head is None else Past(
+                np.arange(state.start, state.split)[None], head=state.head)
+            got, tail, result, need = self._run(feeds, past, state, True, step, inputs)
             seen = np.append(state.ids[:state.split - state.start], ids[0])
-            return got, result, replace(state, ids=seen, tail=new)
-        head, tail = _cut(new, step.split - start)
-        return got, result, _State(start, step.split, ids[0], head, tail)
+            return got, result, replace(state, ids=seen, tail=tail, need=need)
+        got, whole, result, need = self._run(feeds, self._past(cache, place), state, False, step, inputs)
+        head, tail = self._graphs.cut(whole, step.split - start) if step.split > start else (None, whole)
+        return got, result, _State(start, step.split, ids[0], head, tail, need)
 
-    def _run(self, feeds: Arrays, state: _State | None, tail_only: bool, step: SalientStep, inputs: ForwardInputs
-             ) -> tuple[Arrays, SalientResult]:
-        """A sparse step; a dense one where asked for, without a state, and where the capacity is too small."""
-        ids, capacity = feeds["input_ids"], self._graphs.capacity
-        options = (inputs.settings, inputs.want_logits)
-        overflowed = False
+    @staticmethod
+    def _past(cache: Cache, place: int) -> Past:
+        part = cache.part([place])
+        return Past(part.positions, cached=part)
+
+    def _run(self, feeds: Arrays, past: Past, state: _State | None, tail_only: bool, step: SalientStep,
+             inputs: ForwardInputs) -> tuple[Arrays, Any, SalientResult, int | None]:
+        """A sparse step; a dense one where asked for, without a state, and where no capacity is large enough.
+
+        Outputs, the new state of the range, what it recomputed, and the need to remember.
+        """
+        ids, options = feeds["input_ids"], (inputs.settings, inputs.want_logits)
+        need, overflowed = state.need if state else None, False
         if state is not None and not step.dense:
             unmasked = ids != state.ids[-ids.shape[1]:]
             if step.exact_entry:
                 unmasked = np.ones_like(unmasked)
-            old = state.tail if tail_only or state.head is None else _joined(state.head, state.tail)
-            sparse = {"unmasked": unmasked, "threshold": np.array([step.threshold], np.float32),
-                      **{f"range_{name}": value for name, value in old.items()}}
-            overflowed = capacity is not None and not unmasked.sum() <= capacity <= ids.shape[1]
-            if not overflowed:
-                got = self._graphs.run("any" if capacity is None else "fixed", feeds | sparse, *options)
+            entering = int(unmasked.sum())
+            graph = self._sparse_graph(entering, need, ids.shape[1])
+            overflowed = graph is None
+            if graph is not None:
+                old = state.tail if tail_only or state.head is None else self._graphs.joined(state.head, state.tail)
+                sparse = {"unmasked": unmasked, "threshold": np.array([step.threshold], np.float32)}
+                got, new = self._graphs.run(graph, feeds | sparse, past, old, *options)
                 salient = got["salient"][:, 0]
-                overflowed = capacity is not None and bool(salient.sum(axis=-1).max() > capacity)
+                need = max(entering, int(salient.sum(axis=-1).max()))
+                overflowed = isinstance(graph, int) and need > graph
                 if not overflowed:
-                    return got, SalientResult(salient, False)
-        if capacity is not None:
-            return self._graphs.run("fill", feeds, *options), SalientResult(None, overflowed)
-        everything = {"unmasked": np.ones_like(ids, bool), "threshold": np.array([2], np.float32),
-                      **self._nothing(feeds)}
-        return self._graphs.run("any", feeds | everything, *options), SalientResult(None, overflowed)
+                    return got, new, SalientResult(salient, False), need
+                del old, new  # their memory may serve the dense step
+        if self._graphs.capacities:
+            got, new = self._graphs.run("fill", feeds, past, None, *options)
+        else:
+            everything = {"unmasked": np.ones_like(ids, bool), "threshold": np.array([2], np.float32)}
+            got, new = self._graphs.run("any", feeds | everything, past, None, *options)
+        return got, new, SalientResult(None, overflowed), need
 
-    def _nothing(self, feeds: Arrays) -> Arrays:
-        """A state of zeros: a step in which all rows are recomputed does not see it."""
-        d, tokens, dtype = self._graphs.description, feeds["input_ids"].shape[1], feeds["past_key.0"].dtype
-        heads = np.zeros((1, d.num_kv_heads, tokens, d.head_dim), dtype)
-        wide = {"key": heads, "value": heads, "context": np.zeros((1, tokens, d.num_heads * d.head_dim), dtype),
-                "ffn": np.zeros((1, tokens, d.hidden_size), dtype)}
-        return {f"range_{name}": wide[name.partition(".")[0]] for name in self._names(*PARTS)}
+    def _sparse_graph(self, entering: int, need: int | None, tokens: int) -> GraphName | None:
+        """The smallest capacity with twice the room of the last step's need, the largest where none has, or none is
+        known; None where not even the rows that enter fit.
 
-    def _names(self, *parts: str) -> list[str]:
-        return [f"{part}.{layer}" for part in parts for layer in self._layers]
-
-
-def _axis(name: str) -> int:
-    return 2 if name.startswith(("key", "value")) else 1
-
-
-def _cut(arrays: Arrays, at: int) -> tuple[Arrays | None, Arrays]:
-    """Head and tail; no head where there is nothing in it."""
-    if at == 0:
-        return None, arrays
-    halves = {name: np.split(value, [at], axis=_axis(name)) for name, value in arrays.items()}
-    return ({name: np.ascontiguousarray(head) for name, (head, _) in halves.items()},
-            {name: np.ascontiguousarray(tail) for name, (_, tail) in halves.items()})
+        Rows that only fill a graph are routed to no expert, so room costs little; without it the step is repeated.
+        """
+        if not self._graphs.capacities:
+            return "any"
+        usable = [m for m in self._graphs.capacities if entering <= m <= tokens]  # a range has no more rows to list
+        roomy = [m for m in usable if need is not None and m >= 2 * need]
+        return next(iter(roomy or usable[-1:]), None)
 
 
-def _joined(head: Arrays, tail: Arrays) -> Arrays:
-    return {name: np.concatenate([head[name], tail[name]], axis=_axis(name)) for name in tail}
+def salient_files(bundle: Bundle, capacity: int | None, fixed_only: bool = False) -> dict[GraphName, GraphEntry]:
+    """The graphs that serve a capacity: that one and `fill`; None: the one of any count, or with `fixed_only` all
+    capacities and `fill`. Raises RequestError where the bundle has none.
+    """
+    entry = bundle.manifest.salient
+    if entry is None:
+        raise RequestError(f"{bundle.folder} has no salient graph; export it with --salient, or leave "
+                           "salient_threshold out.")
+    if capacity is None and not fixed_only:
+        return {"any": entry.graph}
+    fixed: dict[GraphName, GraphEntry] = {e.capacity: e.graph for e in sorted(entry.fixed, key=lambda e: e.capacity)
+                                          if capacity in (None, e.capacity)}
+    if not fixed or entry.fill is None:
+        known = (f"has graphs for {', '.join(str(e.capacity) for e in entry.fixed)}" if entry.fixed
+                 else "has none of fixed capacity")
+        wanted = f"for capacity {capacity}" if capacity else "whose sizes a GPU could know beforehand"
+        raise RequestError(f"{bundle.folder} has no salient graph {wanted}, it {known}; export it with "
+                           f"--salient-capacity {capacity or 16}.")
+    return {**fixed, "fill": entry.fill}

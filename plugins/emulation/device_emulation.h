@@ -168,6 +168,10 @@ void load_once(uint32_t (&to)[2][WORDS], uint32_t (&scales)[2], const char *row0
 }
 
 DMOE_DEVICE uint16_t narrow_fp16(float value) { return emulation::narrow_fp16(value); }
+DMOE_DEVICE float fast_exp2(float value) {
+    const float power = std::exp2(value);
+    return power < 0x1p-126f ? 0.0f : power;
+}
 DMOE_DEVICE float widen_fp16(uint16_t half) { return emulation::widen_fp16(half); }
 DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {
     return emulation::each_half(emulation::widen_fp16, emulation::narrow_fp16, a, b, 0u,

@@ -45,8 +45,8 @@ DMOE_DEVICE bool arrives_last(unsigned *counter, unsigned expected) {
     return __syncthreads_or(last) != 0;
 }
 
-// Element types as raw 16-bit words: how a float is rounded (to nearest, ties to even), how small integers become such
-// words, and which mma multiplies them.
+// Element types as raw 16-bit words: how a float is rounded (to nearest, ties to even) and got back, how small integers
+// become such words, and which mma multiplies them.
 //
 // dequantise: two unsigned integers of BITS bits, bytes i and i+1 of `word` (`spread`: 0x4140 or 0x4342, what puts them
 // into the low bytes of two halfs), less 2^(BITS − 1), times `scale` (given twice), rounded once. A byte u below an upper
@@ -93,5 +93,13 @@ struct Bf16 {
         mma_bf16(c, a0, a1, a2, a3, b0, b1);
     }
 };
+
+// Value i of eight in 16 bytes, and of four; i is known at compile time.
+template <class Half>
+DMOE_DEVICE float widen_at(const uint4 &eight, int i) {
+    const uint32_t word = i < 2 ? eight.x : i < 4 ? eight.y : i < 6 ? eight.z : eight.w;
+    return Half::widen(static_cast<uint16_t>(word >> 16 * (i % 2)));
+}
+DMOE_DEVICE float float_at(const float4 &four, int i) { return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w; }
 
 }  // namespace dmoe

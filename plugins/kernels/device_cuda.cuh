@@ -73,6 +73,13 @@ DMOE_DEVICE uint16_t narrow_fp16(float value) {
     return half;
 }
 
+// 2^value to two units in the last place; values below 2^−126 are 0.
+DMOE_DEVICE float fast_exp2(float value) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
+    return power;
+}
+
 DMOE_DEVICE float widen_fp16(uint16_t half) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));

@@ -54,6 +54,38 @@ DMOE_API int dmoe_block_route(const DmoeRouteAttributes *attributes, int32_t row
                               const float *top_p, const int64_t *min_experts, const int64_t *coreset_size,
                               int32_t *expert_ids, float *expert_weights, uint8_t *coreset, void *stream);
 
+typedef struct DmoeRouterShape {
+    int32_t rows;    /* B, at most 65535 */
+    int32_t tokens;  /* T; rows * tokens may be 0, at most 2^30 */
+    int32_t experts; /* E, 1..1024 */
+    int32_t hidden;  /* H, a multiple of 8, at most 2^18 */
+    int32_t type;    /* DMOE_TYPE_* of hidden */
+} DmoeRouterShape;
+
+/* Bytes of the workspace dmoe_router() needs for this shape, or a negative DMOE_ERROR_*: 4 * rows * tokens * experts. */
+DMOE_API int64_t dmoe_router_workspace_bytes(const DmoeRouterShape *shape);
+
+/* Router logits = hidden [rows * tokens, H] x router_weight [experts, H] (float32) in float32, then dmoe_block_route() on
+ * them, whose further arguments are those of the same names. router_logits [rows, tokens, experts] may be NULL.
+ * workspace: dmoe_router_workspace_bytes() bytes, 256-byte aligned, contents irrelevant. Two kernel launches. A token's
+ * logits have the same bits whatever the other tokens are. */
+DMOE_API int dmoe_router(const DmoeRouterShape *shape, const DmoeRouteAttributes *attributes, const void *hidden,
+                         const float *router_weight, const float *expert_bias, const int64_t *position_ids,
+                         const float *top_p, const int64_t *min_experts, const int64_t *coreset_size,
+                         int32_t *expert_ids, float *expert_weights, float *router_logits, void *workspace,
+                         void *stream);
+
+typedef struct DmoeAddNormShape {
+    int32_t tokens; /* N, may be 0 */
+    int32_t hidden; /* H, a multiple of 8, at most 2^18 */
+    int32_t type;   /* DMOE_TYPE_* of all tensors */
+} DmoeAddNormShape;
+
+/* total = x + delta, rounded; normed = total / sqrt(mean(total^2) + eps) * weight, float32 inside. x, delta, total, normed
+ * [N, H], weight [H]; total may be x or delta, normed may be none of the others. One kernel launch. */
+DMOE_API int dmoe_add_norm(const DmoeAddNormShape *shape, float eps, const void *x, const void *delta, const void *weight,
+                           void *total, void *normed, void *stream);
+
 typedef struct DmoeExpertsShape {
     int32_t tokens;  /* N, may be 0 */
     int32_t places;  /* k, 1..32 */
@@ -107,6 +139,35 @@ DMOE_API int dmoe_experts_quantised(const DmoeExpertsShape *shape, const DmoeQua
                                     const DmoeExpertPool *pool, const void *hidden, const int32_t *expert_ids,
                                     const float *expert_weights, const void *gate_up, const void *down, void *mixed,
                                     void *workspace, void *stream);
+
+typedef struct DmoeSelfAttentionShape {
+    int32_t rows;         /* B, may be 0 */
+    int32_t tokens;       /* T, may be 0 */
+    int32_t past;         /* S, at least 1 */
+    int32_t heads;        /* Hq, a multiple of Hkv */
+    int32_t kv_heads;     /* Hkv */
+    int32_t head_dim;     /* D, a multiple of 8 up to 256 */
+    int32_t rotary_dim;   /* R, even, 2..D */
+    int32_t block_length; /* 0 = every token sees every place */
+    int32_t type;         /* DMOE_TYPE_* of all but angles and positions */
+    float eps;            /* of the norms of heads, above 0 */
+} DmoeSelfAttentionShape;
+
+/* Bytes of the workspace dmoe_self_attention() needs for this shape and every one of fewer rows, tokens and past places,
+ * or a negative DMOE_ERROR_*. */
+DMOE_API int64_t dmoe_self_attention_workspace_bytes(const DmoeSelfAttentionShape *shape);
+
+/* Semantics: dmoe_export/ops/self_attention/__init__.py. qkv [B*T, (Hq + 2 Hkv) D], cos and sin [B, T, R / 2] float32,
+ * position_ids [B, T], past_positions [B, S] (-1: a place nobody sees; positions from 2^32 - 2 on are one), past_key and
+ * past_value [B, Hkv, S, D], q_norm and k_norm [D], both NULL = no norm of heads; mixed [B*T, Hq D], key and value
+ * [B, Hkv, T, D]. Sizes times each other must stay below 2^31 blocks and heads. workspace as in dmoe_experts().
+ * Rounded to 16 bits: q, key, the weights exp(score - largest score) as operand of the tensor cores, mixed. A row that sees
+ * no place is 0. What lies in a place whose position is -1 does not matter; a value that is NaN or infinite in a place that
+ * some tokens see may make NaN of tokens that do not see it. Two kernel launches. */
+DMOE_API int dmoe_self_attention(const DmoeSelfAttentionShape *shape, const void *qkv, const float *cos, const float *sin,
+                                 const int64_t *position_ids, const int64_t *past_positions, const void *past_key,
+                                 const void *past_value, const void *q_norm, const void *k_norm, void *mixed, void *key,
+                                 void *value, void *workspace, void *stream);
 
 /* The expert that every token takes with weight 1: floats of the shape's type, also where the others are integers. */
 typedef struct DmoeSharedExpert {

@@ -11,6 +11,7 @@ template <int BITS, int TILES, bool GATE>
 struct Feeder {
     static constexpr int kThreads = 16;  // that copy a token together, every sixteenth unit each
     static constexpr int kEvery = kProductThreads / kThreads, kTokens = TILES * 8 / kEvery;
+    static constexpr int kScaleThreads = kProductThreads / kTileRows;  // that copy the scales of a row together
     static constexpr unsigned kNoToken = ~0u;
 
     Cursor cursor;
@@ -21,6 +22,7 @@ struct Feeder {
     int rows;                    // from the thread's first row to the matrix's last
     int weights_to, inputs_to;   // where the thread's first units go in a stage
     const uint16_t *scales;      // of the item's first row
+    int scales_before;           // from there to those of the thread's row; negative: it has no row
     unsigned inputs[kTokens];    // units from a.inputs to the thread's first unit of its tokens
 
     static DMOE_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
@@ -57,7 +59,11 @@ struct Feeder {
         const int pitch = a.depth / 8 * WIDTH;
         weights = static_cast<const char *>(from.weights) + (first + row) * pitch + unit * 16;
         weight_pitch = pitch * kApart;
-        if constexpr (WIDTH != 16) scales = from.scales + (first + item.row) * (a.depth >> a.group_shift);
+        if constexpr (WIDTH != 16) {
+            const int groups = a.depth >> a.group_shift;
+            scales = from.scales + (first + item.row) * groups;
+            scales_before = item.row + thread() / kScaleThreads < a.rows ? thread() / kScaleThreads * groups : -1;
+        }
     }
 
     // At the start of a pass: which tokens it has.
@@ -92,16 +98,14 @@ struct Feeder {
     // words are the matrix's own.
     template <int WIDTH>
     DMOE_DEVICE void fill_scales(const ProductArguments &a, char *stage) const {
-        const int groups = a.depth >> a.group_shift, first = cursor.at >> a.group_shift;
-        const int last = min(groups, (cursor.at + kChunk<WIDTH>) >> a.group_shift) - 1;
-        DMOE_UNROLL
-        for (int i = 0; i < (kTileRows * kScaleWords<WIDTH> + kProductThreads - 1) / kProductThreads; ++i) {
-            const int row = (thread() + i * kProductThreads) / kScaleWords<WIDTH>;
-            const int word = (thread() + i * kProductThreads) % kScaleWords<WIDTH> + (row * groups + first) / 2;
-            if (row < kTileRows && row < rows + thread() / kWeightUnits<WIDTH> && word <= (row * groups + last) / 2) {
-                copy_async_4(stage + scale_place<WIDTH, TILES>(row, word - (row * groups + first) / 2), scales + word * 2, true);
-            }
-        }
+        if (scales_before < 0) return;
+        const unsigned groups = a.depth >> a.group_shift, first = cursor.at >> a.group_shift;
+        const unsigned beyond = min(groups, first + (kChunk<WIDTH> >> a.group_shift));
+        const unsigned word = (scales_before + first) / 2, last = (scales_before + beyond - 1) / 2;
+        const int row = thread() / kScaleThreads, w = thread() % kScaleThreads;
+        char *const to = stage + scale_place<WIDTH, TILES>(row, w);
+        if (w < kScaleWords<WIDTH> && word + w <= last) copy_async_4(to, scales + (word + w) * 2, true);
+        if (word + kScaleThreads <= last && w == 0) copy_async_4(to + kScaleThreads * 4, scales + (word + kScaleThreads) * 2, true);
     }
 
     DMOE_DEVICE void fill_tokens(const ProductArguments &a, char *stage) const {

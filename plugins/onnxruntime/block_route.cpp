@@ -1,47 +1,10 @@
 // dmoe::DmoeBlockRoute on dmoe_block_route().
-#include "common.h"
+#include "route_attributes.h"
 
 namespace dmoe {
 namespace {
 
 constexpr char kName[] = "DmoeBlockRoute";
-constexpr char const* kModes[] = {"token", "top_p", "top_c"};
-
-int32_t integer(Ort::ConstKernelInfo const& info, char const* name)
-{
-    int64_t const value = info.GetAttribute<int64_t>(name);
-    if (value < std::numeric_limits<int32_t>::min() || value > std::numeric_limits<int32_t>::max()) {
-        throw std::runtime_error("attribute " + std::string(name) + " is " + std::to_string(value) + ", not an int32.");
-    }
-    return static_cast<int32_t>(value);
-}
-
-DmoeRouteAttributes attributesOf(Ort::ConstKernelInfo const& info)
-{
-    DmoeRouteAttributes a{};
-    auto const mode = info.GetAttribute<std::string>("mode");
-    auto const score = info.GetAttribute<std::string>("score_function");
-    a.mode = -1;
-    for (int32_t i = 0; i < 3; ++i) {
-        if (mode == kModes[i]) {
-            a.mode = i;
-        }
-    }
-    if (a.mode < 0) {
-        throw std::runtime_error("mode is '" + mode + "' where 'token', 'top_p' or 'top_c' is needed.");
-    }
-    if (score != "softmax" && score != "sigmoid") {
-        throw std::runtime_error("score_function is '" + score + "' where 'sigmoid' or 'softmax' is needed.");
-    }
-    a.softmax = score == "softmax";
-    a.block_length = integer(info, "block_length");
-    a.experts_per_token = integer(info, "experts_per_token");
-    a.num_groups = integer(info, "num_groups");
-    a.groups_kept = integer(info, "groups_kept");
-    a.routed_scaling = info.GetAttribute<float>("routed_scaling");
-    a.renormalise = integer(info, "renormalise") != 0;
-    return a;
-}
 
 struct Kernel {
     DmoeRouteAttributes attributes;
@@ -98,7 +61,7 @@ struct Op : SessionOp<Op, Kernel> {
         return index == 2 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
     }
 
-    Kernel* makeKernel(OrtKernelInfo const* info) const { return new Kernel{attributesOf(Ort::ConstKernelInfo(info))}; }
+    Kernel* makeKernel(OrtKernelInfo const* info) const { return new Kernel{routeAttributesOf(Ort::ConstKernelInfo(info))}; }
 };
 
 } // namespace

@@ -143,10 +143,13 @@ private:
     DmoeSession* mSession;
 };
 
+void addAddNorm(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addBlockRoute(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addHead(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addMixture(Ort::CustomOpDomain& domain, DmoeSession* session);
+void addRouter(Ort::CustomOpDomain& domain, DmoeSession* session);
+void addSelfAttention(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addLinear(Ort::CustomOpDomain& domain, DmoeSession* session);
 void addAttention(Ort::CustomOpDomain& domain, DmoeSession* session);
 

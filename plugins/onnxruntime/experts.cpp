@@ -141,10 +141,13 @@ bool const kAsksSource = false; // the kernels run after the op has returned
 
 void addOps(Ort::CustomOpDomain& domain, DmoeSession* session)
 {
+    addAddNorm(domain, session);
     addBlockRoute(domain, session);
     addExperts(domain, session);
     addHead(domain, session);
     addMixture(domain, session);
+    addRouter(domain, session);
+    addSelfAttention(domain, session);
 }
 
 } // namespace dmoe

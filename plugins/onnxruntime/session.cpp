@@ -12,6 +12,7 @@
 namespace {
 
 constexpr std::array kOps = {
+    "DmoeAddNorm",
     "DmoeAttention",
     "DmoeBlockRoute",
     "DmoeExperts",
@@ -19,6 +20,8 @@ constexpr std::array kOps = {
     "DmoeLinear",
     "DmoeMixture",
     "DmoeQuantisedLinear",
+    "DmoeRouter",
+    "DmoeSelfAttention",
 };
 
 // Its place among the ops; kOps.size() for another op.

@@ -1,8 +1,11 @@
 // How TensorRT finds the plugins: getCreators for registry.load_library, a constructor for plain dlopen.
+#include "add_norm/plugin.h"
 #include "block_route/plugin.h"
 #include "experts/plugin.h"
 #include "head/plugin.h"
 #include "mixture/plugin.h"
+#include "router/plugin.h"
+#include "self_attention/plugin.h"
 
 #include <NvInferVersion.h>
 #include <dlfcn.h>
@@ -35,10 +38,13 @@ nvinfer1::IPluginCreatorV3One* creator()
 
 // One of each plugin.
 nvinfer1::IPluginCreatorV3One* (*const kCreators[])() = {
+    creator<AddNormPlugin>,
     creator<BlockRoutePlugin>,
     creator<ExpertsPlugin>,
     creator<HeadPlugin>,
     creator<MixturePlugin>,
+    creator<RouterPlugin>,
+    creator<SelfAttentionPlugin>,
 };
 
 constexpr int32_t kRtxMajor = 1;

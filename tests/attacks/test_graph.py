@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from dmoe_export.bundle.graph_file import load_graph
 from dmoe_export.bundle.reader import open_bundle
-from dmoe_export.engine.network import plain_attention
+from dmoe_export.engine.network import plain
 from dmoe_export.errors import BundleError
 from dmoe_export.generator import Generator
 
@@ -112,7 +112,7 @@ def test_functions_that_fit_together_in_no_model(bundle):
     """As build takes attention apart; found by the fuzzer: an opset below that of the bodies."""
     edited(bundle, lambda model: model.opset_import[0].__setattr__("version", 1))
     with pytest.raises(BundleError, match=r"denoiser\.onnx is no ONNX model \(RuntimeError\); copy or export"):
-        plain_attention(open_bundle(bundle))
+        plain(open_bundle(bundle))
 
 
 def test_python_reads_no_weights_outside_the_listed_files(bundle):

@@ -71,13 +71,13 @@ def test_real_engines_pass_and_say_what_is_in_them(engines):
     details = {finding.name: finding.detail for finding in plugin.findings}
     unknown = [finding.name for finding in plugin.findings if finding.passed is None]
     assert unknown in ([], ["on this machine"])  # all else is known without a GPU
-    assert details["targets"] == "sm80, sm120." and details["plugins"].startswith("6 custom nodes are plugins")
+    assert details["targets"] == "sm80, sm120." and details["plugins"].startswith("18 custom nodes are plugins")
     assert engines.manifest.engines[0].plugin_build in details["plugin library"]
-    assert "34 names" in details["inputs and outputs"] and "8 weights" in details["weights"]
+    assert "35 names" in details["inputs and outputs"] and "8 weights" in details["weights"]
     assert "prefill: T 32 … 416, S ≤ 497, B ≤ 3" in details["profiles"]
     details = {finding.name: finding.detail for finding in standard.findings}
-    assert "3 custom nodes are plugins, the experts in standard ops as asked" in details["plugins"]
-    assert "26 names" in details["inputs and outputs"] and "inside" in details["weights"]
+    assert "15 custom nodes are plugins, the experts in standard ops as asked" in details["plugins"]
+    assert "27 names" in details["inputs and outputs"] and "inside" in details["weights"]
 
 
 def test_what_the_builder_recorded_is_what_the_file_says(engines):
@@ -101,12 +101,12 @@ def _counted(entry, plugins):
 def test_experts_that_silently_became_bodies(engines):
     """The second engine, under an entry that claims plugins: as if the parser had fallen back."""
     plugin, standard = engines.manifest.engines
-    claims = _only(engines, 1, experts_op="plugin", plugin_nodes=6, network=_counted(standard, 6))
-    assert ("3 of 6 custom nodes are no plugins in profile prefill, first node__symbolic_2 (DmoeExperts): they "
+    claims = _only(engines, 1, experts_op="plugin", plugin_nodes=18, network=_counted(standard, 18))
+    assert ("3 of 18 custom nodes are no plugins in profile prefill, first node__symbolic_2 (DmoeExperts): they "
             "became ONNX bodies") in _failed(claims)["plugins"]
-    assert "its network had 3 plugins, the manifest says 6" in _failed(
-        _only(engines, 1, experts_op="plugin", plugin_nodes=6))["plugins"]
-    assert "3 plugins and 0 ONNX bodies are not the graph's 6 custom nodes" in _failed(
+    assert "its network had 15 plugins, the manifest says 18" in _failed(
+        _only(engines, 1, experts_op="plugin", plugin_nodes=18))["plugins"]
+    assert "15 plugins and 0 ONNX bodies are not the graph's 18 custom nodes" in _failed(
         _only(engines, 1, experts_op="plugin"))["plugins"]
     permitted = _only(engines, 1, experts_op="plugin", fallback_nodes=3)
     assert "plugins" not in _failed(permitted)

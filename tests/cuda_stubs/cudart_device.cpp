@@ -162,6 +162,10 @@ STUB cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, in
 STUB cudaError_t cudaMemGetInfo(size_t* free, size_t* total)
 {
     *free = *total = size_t{80} << 30;
+    Lock lock(state().mutex);
+    for (auto const& [address, block] : state().blocks) {
+        *free -= block.second == cudaMemoryTypeDevice ? block.first : 0;
+    }
     return cudaSuccess;
 }
 // Functions of the driver that are looked up by name: each answers success.

@@ -87,6 +87,12 @@ class StubCudart:
     def cudaEventCreateWithFlags(self, flags: int) -> Any:
         return self._made("cudaEventCreateWithFlags", _P, flags)
 
+    def cudaEventRecord(self, event: int, stream: int) -> Any:
+        return (self._call("cudaEventRecord", _P(event), _P(stream)),)
+
+    def cudaEventSynchronize(self, event: int) -> Any:
+        return (self._call("cudaEventSynchronize", _P(event)),)
+
     def cudaStreamBeginCapture(self, stream: int, mode: Any) -> Any:
         return (self._call("cudaStreamBeginCapture", _P(stream), int(mode)),)
 

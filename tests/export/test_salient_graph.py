@@ -118,7 +118,7 @@ def test_dense_fill(llada):
     length = model.routing.block_length
     ids, at = random_ids(2, 2, length), positions(2, length, length).clone()
     at[1, 5:] = -1
-    got = both.fixed.run("fill", both.feeds(ids, at, past), {}, True)
+    got = both.fixed.compute("fill", both.feeds(ids, at, past), {}, True)
     both.compare(got, SalientDenoiser(model, "all")(ids, at, past))
 
 
@@ -138,10 +138,10 @@ def test_sparse_steps(both, seed, data):
     tau = data.draw(st.sampled_from([-2.0, 0.5, 0.9, 0.999, 2.0]))
     want = SalientDenoiser(model)(ids, at, past, old, torch.from_numpy(unmasked), torch.tensor([tau]))
     feeds = both.feeds(ids, at, past, old, unmasked, tau)
-    got = both.dynamic.run("any", feeds, {}, True)
+    got = both.dynamic.compute("any", feeds, {}, True)
     both.compare(got, want)
     np.testing.assert_array_equal(got["salient"], torch.stack(want.salient).numpy())
-    fixed = both.fixed.run("fixed", feeds, {}, True)
+    fixed = both.fixed.compute(CAPACITY, feeds, {}, True)
     entering = (unmasked & (at >= 0).numpy()).sum(-1).max()
     if max(entering, got["salient"].sum(-1).max()) <= CAPACITY:
         both.compare(fixed, want)
@@ -160,7 +160,7 @@ def test_exact_oracle_over_steps(both):
     for number in range(3):
         ids = ids.clone()
         ids[0, [number, tokens - 1 - number]] = torch.tensor([3 + number, 9 + number])
-        got = both.dynamic.run("any", both.feeds(ids, at, past, old, np.ones((1, tokens), bool), 1.5), {}, True)
+        got = both.dynamic.compute("any", both.feeds(ids, at, past, old, np.ones((1, tokens), bool), 1.5), {}, True)
         np.testing.assert_allclose(got["logits"], model(ids, at).logits.numpy(), atol=1e-4)
         assert got["salient"].all()
         old = RangeState(*([torch.from_numpy(got[f"{part}.{i}"]) for i in both.layers] for part in PARTS))

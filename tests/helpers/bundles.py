@@ -38,6 +38,8 @@ def full_forward(session: ort.InferenceSession, ids: np.ndarray, positions: np.n
              "past_positions": np.full((rows, 1), -1, np.int64), **(past or {})}
     for name, value in settings.items():
         feeds[name] = np.array([value], np.float32 if name == "top_p" else np.int64)
+    if any(entry.name == "logits_kept" for entry in session.get_inputs()):
+        feeds["logits_kept"] = np.zeros(tokens, np.int64)
     for entry in session.get_inputs():
         if entry.name.startswith("past_") and entry.name not in feeds:
             dtype = np.float16 if "float16" in entry.type else np.float32

@@ -15,6 +15,8 @@ from dmoe_export.bundle.reader import Bundle, hash_file, open_bundle
 from dmoe_export.bundle.writer import write_manifest
 from dmoe_export.ops.block_route.attributes import RouteAttributes
 from dmoe_export.ops.block_route.onnx_body import block_route_body
+from dmoe_export.ops.fused import inlined
+from dmoe_export.ops.self_attention.onnx_body import self_attention_body
 
 
 def tampered(bundle: Bundle, folder: Path, change: Callable[[Path, Manifest], None]) -> Bundle:
@@ -70,7 +72,7 @@ def wrong_scaling(folder: Path, manifest: Manifest) -> None:
 
 def shared_expert_twice(folder: Path, manifest: Manifest) -> None:
     """Layer 2 adds its shared expert a second time."""
-    model = onnx.load(folder / manifest.denoiser.file, load_external_data=False)
+    model = _flat(folder, manifest)
     nodes = model.graph.node
     shared = next(n.output[0] for n in nodes if "layers.2.ffn.shared.down.weight" in n.input)
     place, total = next((i, n) for i, n in enumerate(nodes) if n.op_type == "Add" and shared in n.input)
@@ -81,31 +83,19 @@ def shared_expert_twice(folder: Path, manifest: Manifest) -> None:
 
 
 def rotary_on_all_dims(folder: Path, manifest: Manifest) -> None:
-    """Angles for, and slices of, the whole head in place of its first `rotary_dim` dims."""
+    """Angles for the whole head in place of its first `rotary_dim` dims, and bodies that rotate all of it."""
     d = manifest.model
     model = onnx.load(folder / manifest.denoiser.file, load_external_data=False)
     graph, constants = model.graph, _constants(model)
     angles = next(n for n in graph.node if n.output[0] == next(c for c in graph.node if c.op_type == "Cos").input[0])
     rates = next(name for name in angles.input if name in constants)
-    assert constants[rates].size == d.rotary_dim // 2
+    assert constants[rates].size == d.rotary_dim // 2 < d.head_dim // 2
     wide = d.rope_theta ** (-np.arange(0, d.head_dim, 2) / d.head_dim)
     next(t for t in graph.initializer if t.name == rates).CopyFrom(
         numpy_helper.from_array(wide.astype(np.float32).reshape(*constants[rates].shape[:-1], -1), rates))
-    half, end = d.rotary_dim // 2, 2**62
-    bounds = {(0, half): (0, 2 * half), (half, 2 * half): (2 * half, 4 * half), (2 * half, None): (4 * half, end)}
-    changed = 0
-    for node in graph.node:
-        if node.op_type != "Slice" or not all(name in constants for name in node.input[1:3]):
-            continue
-        start, stop = (int(constants[name].item()) for name in node.input[1:3])
-        new = bounds.get((start, stop if stop < end // 2 else None))
-        if new is not None and "rms_norm" in node.input[0]:
-            for place, value in zip((1, 2), new, strict=True):
-                name = f"rotary_{changed}_{place}"
-                graph.initializer.append(numpy_helper.from_array(np.array([value]), name))
-                node.input[place] = name
-            changed += 1
-    assert changed == 3 * 2 * d.num_layers  # left, right and rest of queries and keys
+    body = next(f for f in model.functions if f.name == "DmoeSelfAttention")
+    body.CopyFrom(self_attention_body(d.num_heads, d.num_kv_heads, d.head_dim, d.head_dim, normed=d.qk_norm,
+                                      full=d.attention == "full", wide=manifest.precision == "fp32"))
     onnx.save(model, folder / manifest.denoiser.file)
 
 
@@ -113,13 +103,17 @@ def block_length_16(folder: Path, manifest: Manifest) -> None:
     """Mask and routing count blocks of 16, the manifest says 32."""
     assert manifest.routing.block_length == 32
     model = onnx.load(folder / manifest.denoiser.file, load_external_data=False)
-    for name in {node.input[1] for node in model.graph.node if node.op_type == "Div"}:
-        tensor = next(t for t in model.graph.initializer if t.name == name)
-        value = numpy_helper.to_array(tensor)
-        assert (value == 32).all()
-        tensor.CopyFrom(numpy_helper.from_array(value / 2, name))
+    _attribute(model, {"DmoeSelfAttention", "DmoeRouter"}, "block_length", 16)
     _reroute(model, manifest, block_length=16)
     onnx.save(model, folder / manifest.denoiser.file)
+
+
+def _attribute(model: onnx.ModelProto, ops: set[str], name: str, value: float) -> None:
+    """Another value of an attribute, in every node of these ops."""
+    found = [a for node in model.graph.node if node.op_type in ops for a in node.attribute if a.name == name]
+    assert len(found) >= len(ops)
+    for attribute in found:
+        attribute.CopyFrom(helper.make_attribute(name, value))
 
 
 def _reroute(model: onnx.ModelProto, manifest: Manifest, block_length: int | None = None,
@@ -128,15 +122,14 @@ def _reroute(model: onnx.ModelProto, manifest: Manifest, block_length: int | Non
     moe, routing = manifest.model.moe, manifest.routing
     wrong = RouteAttributes.of(moe.model_copy(update={"routed_scaling": routed_scaling or moe.routed_scaling}),
                                routing.mode, block_length or routing.block_length)
-    for node in model.graph.node:
-        if node.op_type == "DmoeBlockRoute":
-            for attribute in node.attribute:
-                if attribute.name == "routed_scaling":
-                    attribute.f = wrong.routed_scaling
-                elif attribute.name == "block_length":
-                    attribute.i = wrong.block_length
+    _attribute(model, {"DmoeRouter"}, "routed_scaling", wrong.routed_scaling)
     body = next(f for f in model.functions if f.name == "DmoeBlockRoute")
     body.CopyFrom(block_route_body(wrong, moe.num_experts))
+
+
+def _flat(folder: Path, manifest: Manifest) -> onnx.ModelProto:
+    """The graph without fused ops."""
+    return inlined(onnx.load(folder / manifest.denoiser.file, load_external_data=False))
 
 
 def _constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:

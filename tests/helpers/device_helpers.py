@@ -14,8 +14,8 @@ from dmoe_export.runtime.gpu.onnxruntime import OnnxRuntimeExecutor
 class HostExecutor(OnnxRuntimeExecutor):
     """The session runs when its turn on the stream comes, as the CUDA provider's would."""
 
-    def __init__(self, bundle, device, recordable):
-        super().__init__(bundle, device, "CPUExecutionProvider")
+    def __init__(self, bundle, device, recordable, graph=None):
+        super().__init__(bundle, device, "CPUExecutionProvider", graph=graph)
         self._fake, self._recordable = device.fake, recordable
         self.sizes = []  # of every call
 
@@ -45,8 +45,13 @@ def host_backend(bundle, cuda_graphs=False, recordable=True, **device_options):
     device = HostDevice(**device_options)
     pool, stream = Pool(device), device.stream()
     executor = HostExecutor(bundle, device, recordable)
-    backend = DeviceBackend("host", bundle, device, pool, stream, executor, cuda_graphs)
-    backend.fake, backend.executor = device.fake, executor
+    salient = {}
+
+    def open_graph(graph):
+        return salient.setdefault(graph.file, HostExecutor(bundle, device, recordable, graph))
+
+    backend = DeviceBackend("host", bundle, device, pool, stream, executor, cuda_graphs, open_graph=open_graph)
+    backend.fake, backend.executor, backend.salient_executors = device.fake, executor, salient
     return backend
 
 

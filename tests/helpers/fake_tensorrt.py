@@ -218,11 +218,13 @@ class IExecutionContext:
     def set_input_shape(self, name, shape):
         mode, entry = self._engine._tensors[name]
         assert mode is TensorIOMode.INPUT and isinstance(shape, tuple)
-        sizes = {"B": "batch", "T": "tokens", "S": "past", "M": "rows"}
+        sizes = {"B": "batch", "T": "tokens", "S": "past", "M": "rows", "L": "kept"}
         for dim, got in zip(entry.shape, shape, strict=True):
             if dim == "P":
                 continue
-            low, _, high = self._engine._profiles[self.profile][sizes[dim]] if dim in sizes else (dim, dim, dim)
+            profile = self._engine._profiles[self.profile]
+            kept = {"kept": (1, 1, profile["rows"][2])}
+            low, _, high = (profile | kept)[sizes[dim]] if dim in sizes else (dim, dim, dim)
             if not low <= got <= high:
                 return self._fail(f"{name}: {got} is not in {low} … {high}.")
         if self._shapes.get(name) != shape:

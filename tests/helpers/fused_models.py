@@ -14,11 +14,11 @@ _FLOATS = {"expert_weights", "confidence", "logits"}  # float32 whatever the hid
 
 
 def one_node(schema: OpSchema, half: int, kinds: dict[str, int] | None = None,
-             shapes: dict[str, list[int | str]] | None = None, **attributes) -> bytes:
+             shapes: dict[str, list[int | str]] | None = None, without: tuple[str, ...] = (), **attributes) -> bytes:
     """A model of float32 inputs and outputs around a node of `half`, because numpy has no bf16.
 
     `kinds`: other types of inputs, which are not cast. Without `shapes` of the inputs no sizes are said, so that wrong
-    ones reach the op.
+    ones reach the op. `without`: outputs that the graph leaves out.
     """
     kinds = {**_INTEGERS, **(kinds or {})}
     nodes, inputs, names, outputs = [], [], [], []
@@ -28,9 +28,12 @@ def one_node(schema: OpSchema, half: int, kinds: dict[str, int] | None = None,
             nodes.append(helper.make_node("Cast", [name], [f"{name}_half"], to=half))
         names.append(f"{name}_half" if cast else name)
         inputs.append(_value(name, kinds, (shapes or {}).get(name)))
-    results = [name if name in kinds or name in _FLOATS else f"{name}_half" for name in schema.outputs]
+    results = ["" if name in without else name if name in kinds or name in _FLOATS else f"{name}_half"
+               for name in schema.outputs]
     nodes.append(helper.make_node(schema.name, names, results, domain=DOMAIN, **schema.plugin_attributes, **attributes))
     for name, result in zip(schema.outputs, results, strict=True):
+        if name in without:
+            continue
         if name != result:
             nodes.append(helper.make_node("Cast", [result], [name], to=TensorProto.FLOAT))
         outputs.append(_value(name, kinds))

@@ -56,6 +56,7 @@ def library() -> ctypes.CDLL:
     for name in ("dmoe_error_string", "dmoe_build_id", "dmoe_emulation_message"):
         getattr(lib, name).restype = ctypes.c_char_p
     lib.dmoe_experts_workspace_bytes.restype = ctypes.c_int64
+    lib.dmoe_self_attention_workspace_bytes.restype = ctypes.c_int64
     lib.dmoe_mixture_workspace_bytes.restype = ctypes.c_int64
     lib.dmoe_emulation_launches.restype = ctypes.c_int64
     lib.dmoe_emulation_ring.argtypes = [ctypes.c_int32] * 4 + [ctypes.c_void_p]
@@ -101,14 +102,18 @@ def _input(array, dtype) -> np.ndarray:
     return copy
 
 
+def route_attributes(attributes: RouteAttributes) -> RouteAttributesC:
+    return RouteAttributesC(_MODES[attributes.mode], attributes.block_length, attributes.experts_per_token,
+                            attributes.num_groups, attributes.groups_kept, attributes.score_function == "softmax",
+                            attributes.renormalise, attributes.routed_scaling)
+
+
 def kernel_route(attributes: RouteAttributes, logits, bias, positions, top_p=0.6, min_experts=1, coreset_size=8,
                  with_coreset=True):
     """Expert ids, weights and coreset, as route_helpers.eager_route."""
     rows, tokens, experts = logits.shape
     k = attributes.experts_per_token
-    c = RouteAttributesC(_MODES[attributes.mode], attributes.block_length, k, attributes.num_groups,
-                         attributes.groups_kept, attributes.score_function == "softmax", attributes.renormalise,
-                         attributes.routed_scaling)
+    c = route_attributes(attributes)
     inputs = [_input(logits, np.float32), _input(bias, np.float32), _input(positions, np.int64),
               _input([top_p], np.float32), _input([min_experts], np.int64), _input([coreset_size], np.int64)]
     ids, weights = Output((rows, tokens, k), np.int32), Output((rows, tokens, k), np.float32)

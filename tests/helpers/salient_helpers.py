@@ -7,7 +7,8 @@ import torch
 
 from dmoe_export.description import ModelDescription, MoeDescription, RoutingDescription
 from dmoe_export.model.denoiser import Denoiser, Past
-from dmoe_export.model.layers import attention_bias, full_bias, rotary_angles, rotate
+from dmoe_export.model.layers import rotary_angles
+from dmoe_export.ops.self_attention.eager import attention_bias, rotate
 from dmoe_export.model.moe import MoE, RoutingSettings
 from dmoe_export.model.salient import RangeState, SalientDenoiser
 
@@ -70,17 +71,17 @@ def by_hand(model: Denoiser, ids, at, past: Past, old: RangeState, unmasked, tau
     split = d.num_heads * d.head_dim
     share = d.num_heads // d.num_kv_heads
     keys_at = torch.cat([past.positions[0], at])
-    bias = (full_bias(keys_at[None]) if d.attention == "full"
-            else attention_bias(at[None], keys_at[None], model.routing.block_length))[0, 0, 0].expand(tokens, -1)
+    length = 0 if d.attention == "full" else model.routing.block_length
+    bias = attention_bias(at[None], keys_at[None], length)[0, 0, 0].expand(tokens, -1)
     angles = rotary_angles(at[None], d.rope_theta, d.rotary_dim, torch.float32)
     x, entering = model.embed(ids), np.flatnonzero(unmasked)
     salient_rows, state = [], RangeState([], [], [], [])
     for i, layer in enumerate(model.layers):
         a = layer.attention
         qkv = a.qkv(layer.attention_norm(x))
-        q = rotate(a.q_norm(qkv[:, :split].reshape(1, tokens, d.num_heads, d.head_dim)), angles)[0]
+        q = rotate(a.q_norm(qkv[:, :split].reshape(1, tokens, d.num_heads, d.head_dim)), *angles)[0]
         kv = qkv[:, split:].reshape(1, tokens, 2, d.num_kv_heads, d.head_dim)
-        k, v = rotate(a.k_norm(kv[:, :, 0]), angles)[0], kv[0, :, 1]
+        k, v = rotate(a.k_norm(kv[:, :, 0]), *angles)[0], kv[0, :, 1]
         key, value = old.keys[i][0].clone(), old.values[i][0].clone()  # [Hkv, T, D]
         difference = torch.zeros(tokens, d.num_kv_heads, d.head_dim)
         for s in entering:

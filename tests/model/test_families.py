@@ -119,11 +119,11 @@ def test_softmax_router_in_every_mode(checkpoints, exported, mode):
 def test_dense_bundle_says_so(dense_bundle):
     manifest = open_bundle(dense_bundle.folder).manifest
     assert manifest.model.moe is None and manifest.experts is None
-    assert [op.name for op in manifest.denoiser.ops] == ["DmoeLinear", "DmoeAttention"]
+    assert [op.name for op in manifest.denoiser.ops] == ["DmoeAddNorm", "DmoeHead", "DmoeLinear", "DmoeSelfAttention"]
     assert {f.path for f in manifest.files} == {"denoiser.onnx", "denoiser.onnx.data"}
     assert "expert_ids" not in {o.name for o in manifest.denoiser.outputs}
     assert {i.name for i in manifest.denoiser.inputs if not i.name.startswith("past_")} == {
-        "input_ids", "position_ids", "logit_rows"}
+        "input_ids", "position_ids", "logit_rows", "logits_kept"}
     assert manifest.routing.mode == "token" and manifest.routing.block_length == 8
     assert manifest.bytes_per_expert == 0 and not manifest.model.moe_layers
 

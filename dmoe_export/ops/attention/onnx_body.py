@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import onnx
-import onnx.inliner
 import onnx.parser
 
 from ..schema import DOMAIN, OPSET, int64s
@@ -46,13 +45,3 @@ def attention_body(half: bool) -> onnx.FunctionProto:
       mixed = Add (past_mixed, new_mixed)
     }}
     """)
-
-
-def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with the body's nodes in place of each `DmoeAttention`, named after it."""
-    if not any(node.op_type == SCHEMA.name and node.domain == DOMAIN for node in model.graph.node):
-        return model
-    plain = onnx.inliner.inline_selected_functions(model, [(DOMAIN, SCHEMA.name)])
-    for i, node in enumerate(plain.graph.node):
-        node.name = node.name or f"{node.op_type}_{i}"
-    return plain

@@ -10,17 +10,18 @@ from torch import Tensor
 def head(hidden: Tensor, norm: Tensor, weight: Tensor, logit_rows: Tensor, logits_kept: Tensor, *, eps: float,
          mask_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as in `SCHEMA`."""
-    logits = F.linear(F.rms_norm(wanted(hidden, logit_rows), norm.shape, norm, eps), weight.to(hidden.dtype)).float()
+    rows = wanted(hidden, logit_rows, hidden.shape[0] // max(1, logit_rows.shape[0]))
+    logits = F.linear(F.rms_norm(rows, norm.shape, norm, eps), weight.to(hidden.dtype)).float()
     logits = logits.reshape(*logit_rows.shape, weight.shape[0])
     token_ids, confidence = best_tokens(logits, mask_id)
     return token_ids, confidence, logits[:, :logits_kept.shape[0]]
 
 
-def wanted(hidden: Tensor, logit_rows: Tensor) -> Tensor:
-    """Rows [B·M, H] of hidden [N, H]."""
+def wanted(hidden: Tensor, logit_rows: Tensor, tokens: int) -> Tensor:
+    """Rows [B·M, H] of hidden [N, H], N = B·tokens."""
     rows = logit_rows.shape[0]
     # First tokens of the rows, without a factor from the host: that would be a copy to the device in every step.
-    first = torch.arange(hidden.shape[0], device=hidden.device).reshape(rows, -1)[:, :1]
+    first = torch.arange(hidden.shape[0], device=hidden.device).reshape(rows, tokens)[:, :1]
     return hidden[(first + logit_rows.clamp(min=0)).flatten()]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ...bundle.contract import KEPT
 from ...bundle.manifest import GraphEntry
 from ...bundle.reader import Bundle
 from ...errors import MissingRequirementError
@@ -60,6 +61,7 @@ class OnnxRuntimeBackend:
         self.kernels = self._session.kernels
         on = "ONNX Runtime's own ops" if self.kernels.missing else products_of(manifest, products)
         self.products = f"{products} ({on})"  # fast ones have no kernels missing
+        self._keeps_logits = manifest.denoiser.keeps_logits
         given = {entry.name for entry in manifest.denoiser.inputs}
         defaults: dict[str, Any] = {
             "top_p": np.array([self.routing.top_p], np.float32),
@@ -90,6 +92,8 @@ class OnnxRuntimeBackend:
         head = Wanted(inputs.logit_rows, inputs.input_ids.shape[1])
         feeds: dict[str, Any] = {"input_ids": inputs.input_ids, "position_ids": inputs.position_ids,
                                  "past_positions": cache.positions, "logit_rows": head.logit_rows}
+        if self._keeps_logits:
+            feeds[KEPT] = np.zeros(head.logit_rows.shape[1] if inputs.want_logits else 1, np.int64)
         for name, default in self._defaults.items():
             feeds[name] = np.asarray([inputs.settings.get(name, default[0])], default.dtype)
         feeds.update(zip((f"past_{name}" for name in self._kv_names), (*cache.keys, *cache.values), strict=True))

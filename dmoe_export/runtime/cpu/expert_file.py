@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BundleError, MissingRequirementError
-from .expert_layout import ExpertTensor
+from ..expert_layout import ExpertTensor
 from .mapped_memory import DONTDUMP, PAGE, RANDOM, advise
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..expert_layout import ExpertTensor
 from ..library import ExpertSource, load
 from ..residency.policy import Costs, Move
 from .expert_file import ExpertFile
-from .expert_layout import ExpertTensor
 
 _COUNTS, _TIMES = ("brought", "missed", "dropped", "peak"), ("bring_seconds", "miss_seconds", "drop_seconds")
 

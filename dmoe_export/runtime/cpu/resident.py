@@ -7,13 +7,13 @@ from pathlib import Path
 
 from ...bundle.reader import Bundle
 from ...errors import MissingRequirementError
+from ..expert_layout import expert_tensors
 from ..ort import ort
 from ..residency.backend import ResidentBackend
 from ..residency.budget import ExpertBudget
 from ..residency.policy import Interval, Residency
 from . import library
 from .backend import OnnxRuntimeBackend, check_precision
-from .expert_layout import expert_tensors
 from .mapped_experts import MappedExperts
 from .products import Products
 

@@ -76,11 +76,10 @@ def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int |
     ort.set_default_logger_severity(FATAL)
     model: str | bytes
     if isinstance(graph, EditedGraph):
-        model, name, ops = graph.model, f"{bundle.folder} (an edited graph)", graph.ops
+        model, name = graph.model, f"{bundle.folder} (an edited graph)"
         options.add_session_config_entry(EXTERNAL_FOLDER, str(graph.folder))
     else:
         model = name = str(bundle.folder / graph.file)
-        ops = {op.name: op.count for op in graph.ops}
     if products == "fast" and cpu_ops == "off":
         raise RequestError("Fast products are those of our CPU kernels, which are off; leave --cpu-products fast out.")
     library, why_not = open_library("on" if products == "fast" else cpu_ops, options, source)
@@ -96,7 +95,7 @@ def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int |
     except Exception as error:  # onnxruntime raises its own kinds, all of them about this graph
         folder = None if isinstance(graph, EditedGraph) else bundle.folder
         raise not_loaded(error, name, folder, bundle.manifest.denoiser.opset) from error
-    kernels = kernels_of(library, ops, SERVED, "our CPU kernels", why_not)
+    kernels = kernels_of(library, graph.nodes(SERVED), SERVED, "our CPU kernels", why_not)
     if library and kernels.missing and (cpu_ops == "on" or products == "fast"):
         raise MissingRequirementError(f"Our CPU kernels do not fit {name}, which would run with {kernels.sentence}; "
                                       f"{library.rebuild}.")

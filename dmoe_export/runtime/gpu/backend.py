@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ...bundle.contract import KEPT
+from ...bundle.manifest import GraphEntry
 from ...bundle.reader import Bundle
-from ...description import RUNTIME_SETTINGS
+from ...errors import RequestError
 from ..backend import ForwardInputs, ForwardOutputs, closed
 from ..library import Kernels
 from .cache import DeviceCache, DevicePart, Positions
-from .call import ITEMSIZES, Call, Executor, Layout, Sizes, Tensor, round_up
-from .device import Device, Strided
+from .call import ITEMSIZES, Call, Executor, Layout, Settings, Sizes, Tensor
+from .device import Device
 from .graphs import GraphCache
-from .memory import Buffer, Pool
+from .memory import Pool
+from .salient import DeviceSalient
 from .slab import Geometry, Slab
+from .staging import Staging
 
 
 class DeviceBackend:
@@ -31,10 +34,12 @@ class DeviceBackend:
     """
 
     def __init__(self, name: str, bundle: Bundle, device: Device, pool: Pool, stream: int, executor: Executor,
-                 cuda_graphs: bool = True, lock: threading.RLock | None = None) -> None:
+                 cuda_graphs: bool = True, lock: threading.RLock | None = None,
+                 open_graph: Callable[[GraphEntry], Executor] | None = None) -> None:
         """`pool` and `executor` must use `stream`. `cuda_graphs`: record steps of one block that repeat.
 
         `lock` is taken around everything that is enqueued on `stream`; others who use the stream share it.
+        `open_graph`: an executor of another graph of the bundle, for salient steps; None where there is none.
         """
         manifest = bundle.manifest
         self.name, self.limits = name, executor.limits
@@ -44,11 +49,12 @@ class DeviceBackend:
         self.graphs = GraphCache(device, executor) if cuda_graphs else None
         d = self.description
         self._geometry = Geometry(2 * d.num_layers, d.num_kv_heads, d.head_dim, ITEMSIZES[executor.precision])
-        self._settings = {name: getattr(self.routing, name) for name in RUNTIME_SETTINGS[self.routing.mode]}
+        self._keeps_logits = manifest.denoiser.keeps_logits
+        self._settings = Settings(self.routing)
         self._lock = lock or threading.RLock()
-        # Buffers that every step uses keep their addresses, so that recorded steps can be replayed.
-        self._buffers: dict[str, Buffer] = {}
-        self._pinned: dict[str, NDArray[np.uint8]] = {}
+        self._bundle, self._open_graph = bundle, open_graph
+        self._salient: dict[int | None, DeviceSalient] = {}
+        self._staging = Staging(device, pool, stream)
         self._closed = False
         self._dropped: Slab | None = None  # where keys and values go that nobody wants
 
@@ -68,6 +74,22 @@ class DeviceBackend:
         capacity = self.limits.max_context if self.limits else None
         return DeviceCache(rows, self._geometry, self._pool, self._stream, self._lock, capacity)
 
+    def salient_graphs(self, capacity: int | None) -> DeviceSalient:
+        """The bundle's salient graphs of that capacity, by default of all it has (`SalientBackend`).
+
+        Raises RequestError where the bundle has none of fixed shapes, or this backend cannot run them.
+        """
+        with self._lock:
+            if self._closed:
+                raise closed(self.name)
+            if self._open_graph is None:
+                raise RequestError(f"Backend {self.name} runs no salient steps; use backend onnxruntime-cuda or "
+                                   "onnxruntime, or leave salient_threshold out.")
+            if capacity not in self._salient:
+                self._salient[capacity] = DeviceSalient(self._bundle, capacity, self._open_graph, self._staging,
+                                                        self._pool, self._stream, self._lock, self.graphs is not None)
+            return self._salient[capacity]
+
     def forward(self, inputs: ForwardInputs, cache: DeviceCache | DevicePart) -> ForwardOutputs:
         """One forward; raises RequestError past the engine's limits, DeviceError when the device fails."""
         with self._lock:
@@ -84,9 +106,10 @@ class DeviceBackend:
             self._device.synchronize(self._stream)
             if self.graphs:
                 self.graphs.clear()
+            for salient in self._salient.values():
+                salient.close()
             self._executor.close()
-            self._buffers.clear()
-            self._pinned.clear()
+            self._staging.clear()
             self._dropped = None
             self._pool.release()
 
@@ -97,30 +120,31 @@ class DeviceBackend:
         # A forward that wants no vocabulary row keeps M = 1; all others come in multiples of the block length.
         step = block if (inputs.logit_rows >= 0).any() else 1
         sizes = self._executor.fit(Sizes(rows, tokens, past.length, wanted), step)
-        staged, host = self._stage(inputs, past.table, sizes)
+        # Places of a row whose logits leave: all of them, where the graph is older than `logits_kept`.
+        kept = sizes.rows if inputs.want_logits or not self._keeps_logits else 1
+        staged = self._stage(inputs, past.table, sizes, kept)
         experts = (len(d.moe_layers), rows, sizes.tokens, d.moe.experts_per_token if d.moe else 0)
         results = Layout([("token_ids", (rows, sizes.rows), "int64"), ("confidence", (rows, sizes.rows), "fp32"),
                           *([("expert_ids", experts, "int32")] if d.moe else [])])
         new = self._new_slab(rows, sizes.tokens, inputs.want_keys_values)
-        places = (self._buffer("staged", staged.size), self._buffer("results", results.size),
-                  self._buffer("logits", rows * sizes.rows * d.vocab_size * 4))
+        places = (staged["input_ids"].address, self._staging.buffer("results", results.size),
+                  self._staging.buffer("logits", rows * kept * d.vocab_size * 4))
 
         def call() -> Call:
-            logits = Tensor(places[2], (rows, sizes.rows, d.vocab_size), "fp32")
+            logits = Tensor(places[2], (rows, kept, d.vocab_size), "fp32")
             positions = Tensor(past.positions_address, (rows, past.length), "int64")
-            return Call(sizes, {**staged.tensors(places[0], host), "past_positions": positions,
-                                **self._layers("past_", past)},
+            return Call(sizes, {**staged, "past_positions": positions, **self._layers("past_", past)},
                         {**results.tensors(places[1]), "logits": logits, **self._layers("", new)})
 
         # What repeats: steps of a block, alone or with what lies before it (a block; shifted logits: a place), and of
         # a whole canvas.
         if self.graphs is not None and (sizes.tokens <= 2 * block or d.attention == "full"):
-            self.graphs.run((sizes, *places, past.address, past.slab.part_bytes, new.address), call, self._stream)
+            self.graphs.run((sizes, kept, *places, past.address, past.slab.part_bytes, new.address), call, self._stream)
         else:
             self._executor.execute(call(), self._stream)
-        fetched = self._host("results", results.size)
-        self._device.copy(fetched.ctypes.data, places[1], results.size, self._stream)
-        logits = self._fetch_logits(places[2], sizes, wanted) if inputs.want_logits else None
+        fetched = self._staging.fetch(results, places[1])
+        logits = (self._staging.fetch_logits(places[2], (rows, kept, d.vocab_size), wanted)
+                  if inputs.want_logits else None)
         self._device.synchronize(self._stream)
         past.table.stale = False
         return ForwardOutputs(results.view(fetched, "token_ids")[:, :wanted].copy(),
@@ -129,37 +153,19 @@ class DeviceBackend:
                               else np.zeros((0, rows, tokens, 0), np.int32),
                               None if logits is None else logits.copy(), new if inputs.want_keys_values else None)
 
-    def _stage(self, inputs: ForwardInputs, table: Positions, sizes: Sizes) -> tuple[Layout, int]:
-        """Enqueue what the host gives; its layout on the device, and the address of the host's copy."""
+    def _stage(self, inputs: ForwardInputs, table: Positions, sizes: Sizes,
+               kept: int) -> dict[str, Tensor]:
+        """Enqueue what the host gives; the tensors on the device."""
         layout = Layout([("input_ids", (sizes.batch, sizes.tokens), "int64"),
                          ("position_ids", (sizes.batch, sizes.tokens), "int64"),
                          ("logit_rows", (sizes.batch, sizes.rows), "int64"),
-                         *((name, (1,), "fp32" if name == "top_p" else "int64") for name in self._settings)])
-        block = self._host("staged", layout.size)
-        for name, values, padding in (("input_ids", inputs.input_ids, 0), ("position_ids", inputs.position_ids, -1),
-                                      ("logit_rows", inputs.logit_rows, -1)):
-            array = layout.view(block, name)
-            array[:, :values.shape[1]] = values
-            array[:, values.shape[1]:] = padding
-        for name, default in self._settings.items():
-            layout.view(block, name)[0] = inputs.settings.get(name, default)
-        self._device.copy(self._buffer("staged", layout.size), block.ctypes.data, layout.size, self._stream)
-        if table.stale:
-            size = table.values.nbytes
-            positions = self._host("positions", size)
-            positions[:size].view(np.int64)[:] = table.values.ravel()
-            self._device.copy(table.address, positions.ctypes.data, size, self._stream)
-        return layout, block.ctypes.data
-
-    def _fetch_logits(self, address: int, sizes: Sizes, wanted: int) -> NDArray[Any]:
-        """Enqueue fetching the wanted rows of [B, M, V]; a view of pinned memory, valid until the next forward."""
-        row = self.description.vocab_size * 4
-        size = sizes.batch * wanted * row
-        fetched = self._host("logits", size)
-        self._device.copy_3d(Strided(fetched.ctypes.data, wanted * row, sizes.batch),
-                             Strided(address, sizes.rows * row, sizes.batch), (1, sizes.batch, wanted * row),
-                             self._stream)
-        return fetched[:size].view(np.float32).reshape(sizes.batch, wanted, -1)
+                         *([(KEPT, (kept,), "int64")] if self._keeps_logits else []), *self._settings.layout])
+        staged = self._staging.send(layout, {
+            "input_ids": (inputs.input_ids, 0), "position_ids": (inputs.position_ids, -1),
+            "logit_rows": (inputs.logit_rows, -1), **({KEPT: (0, 0)} if self._keeps_logits else {}),
+            **self._settings.values(inputs.settings)})
+        self._staging.send_positions(table)
+        return staged
 
     def _new_slab(self, rows: int, tokens: int, wanted: bool) -> Slab:
         """Where the new keys and values go; a wanted one belongs to the caller until it is committed."""
@@ -173,15 +179,3 @@ class DeviceBackend:
         layers = self.description.num_layers
         return {f"{prefix}{part}.{layer}": Tensor(slab.part(i * layers + layer), slab.shape, self._executor.precision)
                 for i, part in enumerate(("key", "value")) for layer in range(layers)}
-
-    def _buffer(self, name: str, size: int) -> int:
-        """Address of a buffer that lasts, made larger when it must be."""
-        if name not in self._buffers or self._buffers[name].size < size:
-            self._buffers[name] = self._pool.allocate(size)
-        return self._buffers[name].address
-
-    def _host(self, name: str, size: int) -> NDArray[np.uint8]:
-        """Pinned memory that lasts, likewise."""
-        if name not in self._pinned or len(self._pinned[name]) < size:
-            self._pinned[name] = self._device.pinned(round_up(size, 4096))
-        return self._pinned[name]

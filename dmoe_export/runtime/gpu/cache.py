@@ -53,6 +53,11 @@ class DevicePart:
         return self.rows, *self.slab.shape[1:]
 
     @property
+    def positions(self) -> Ints:
+        """Positions [B, S] on the host."""
+        return self.table.values[self.first:self.first + self.rows]
+
+    @property
     def positions_address(self) -> int:
         """Positions [B, S] int64 on the device."""
         return self.table.address + self.first * self.length * self.table.values.itemsize

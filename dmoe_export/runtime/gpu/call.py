@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...description import Precision
+from ...description import RUNTIME_SETTINGS, Precision, RoutingDescription
 from ..backend import Limits
 from .memory import ALIGNMENT
 
-ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "int32": 4}
+ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "int32": 4, "bool": 1}
 
 
 class Sizes(NamedTuple):
@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Tensor:
-    """A bound tensor. `dtype`: fp32, fp16, bf16, int64, int32. `host`: the same content in host memory, for inputs."""
+    """A bound tensor; `dtype`: a key of ITEMSIZES; `host`: the same content in host memory, for inputs."""
 
     address: int
     shape: tuple[int, ...]
@@ -86,6 +86,18 @@ class Executor(Protocol):
         ...
 
 
+class Settings:
+    """Routing settings that a graph takes as inputs of one number each, with the bundle's as defaults."""
+
+    def __init__(self, routing: RoutingDescription) -> None:
+        self._defaults = {name: getattr(routing, name) for name in RUNTIME_SETTINGS[routing.mode]}
+        self.layout = [(name, (1,), "fp32" if name == "top_p" else "int64") for name in self._defaults]
+
+    def values(self, changed: Mapping[str, float | int]) -> dict[str, tuple[float | int, int]]:
+        """As `Staging.send` takes them."""
+        return {name: (changed.get(name, default), 0) for name, default in self._defaults.items()}
+
+
 class Layout:
     """Arrays packed into one block of bytes, each at a multiple of 256, so that one copy moves all."""
 
@@ -97,6 +109,11 @@ class Layout:
             self._places[name] = (offset, shape, dtype)
             offset += round_up(math.prod(shape) * ITEMSIZES[dtype], ALIGNMENT)
         self.size = offset
+
+    @property
+    def names(self) -> list[str]:
+        """Of the arrays, in order."""
+        return list(self._places)
 
     def view(self, block: NDArray[np.uint8], name: str) -> NDArray[Any]:
         """One array in a host copy of the block."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ...bundle.reader import Bundle
 from ...errors import MissingRequirementError, as_clause
 from ...libraries import library as installed
-from ...ops import block_route, experts, head, mixture
+from ...ops import add_norm, block_route, experts, head, mixture, router, self_attention
 from ...ops.schema import DOMAIN
 from ..library import LibrarySession
 from ..ort import ort
@@ -19,10 +19,13 @@ from ..ort import ort
 LIBRARY = "libdmoe_onnxruntime.so"
 INSTALLED = installed(LIBRARY)
 SERVED = {
+    add_norm.SCHEMA.name: "sums and norms of the residual stream",
     block_route.SCHEMA.name: "routing",
     experts.SCHEMA.name: "experts",
     head.SCHEMA.name: "the vocabulary head",
     mixture.SCHEMA.name: "experts with the shared one",
+    router.SCHEMA.name: "router logits with routing",
+    self_attention.SCHEMA.name: "attention",
 }
 
 CustomOps = Literal["auto", "on", "off"]

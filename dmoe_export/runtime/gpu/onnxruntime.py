@@ -6,11 +6,13 @@ CUDA provider on stubs of CUDA's libraries, whose kernels do nothing (tests/runt
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...bundle.manifest import GraphEntry
 from ...bundle.reader import Bundle
 from ...description import Precision
 from ...errors import MissingRequirementError
@@ -25,10 +27,12 @@ from .custom_ops import SERVED, CustomOps, check_session, choose_custom_ops, pre
 from .device import CPU_INSTEAD, CudaDevice, Device, DeviceError
 from .memory import Pool
 from .nvidia_libraries import load_nvidia_libraries
+from .shared_weights import SharedExperts
 
 PROVIDER = "CUDAExecutionProvider"
 _BF16 = 16  # ONNX TensorProto.BFLOAT16; numpy has no such type
-_DTYPES: dict[str, Any] = {"int64": np.int64, "int32": np.int32, "fp32": np.float32, "fp16": np.float16, "bf16": _BF16}
+_DTYPES: dict[str, Any] = {"int64": np.int64, "int32": np.int32, "fp32": np.float32, "fp16": np.float16, "bf16": _BF16,
+                           "bool": np.bool_}
 # What the CPU may compute beside the provider: arithmetic on shapes, which no model has more of for being deeper.
 SHAPE_OPS = frozenset({"Shape", "Size", "Squeeze", "Unsqueeze", "Concat", "Add", "Sub", "Mul", "Div", "Reshape",
                        "Slice", "Gather", "Cast", "Constant", "Identity"})
@@ -42,9 +46,11 @@ class OnnxRuntimeExecutor:
 
     def __init__(self, bundle: Bundle, device: Device, provider: str = PROVIDER,
                  options: dict[str, str] | None = None, custom_ops: Path | None = None,
-                 why_not: str = "custom ops are off", profile: Path | None = None) -> None:
+                 why_not: str = "custom ops are off", profile: Path | None = None,
+                 graph: GraphEntry | None = None, experts: SharedExperts | None = None) -> None:
         """`options` of the provider; `custom_ops`: a library of our kernels, None for the graph's own bodies (and
-        `why_not`, as a clause). `kernels` says what it came to.
+        `why_not`, as a clause). `kernels` says what it came to. `graph`: of the bundle, by default the denoiser.
+        `experts`: that are on the device already.
 
         `profile`: ONNX Runtime writes what it did to a file that begins so. Raises MissingRequirementError when the
         session does not run on the provider with them.
@@ -58,21 +64,24 @@ class OnnxRuntimeExecutor:
         settings.log_severity_level = FATAL
         if profile:
             settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
-        path, options = bundle.denoiser_path, options or {}
+        graph = graph or bundle.manifest.denoiser
+        self.path, options = bundle.folder / graph.file, options or {}
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         library = prepare_session(bundle, settings, custom_ops) if custom_ops else None
+        self._experts = experts
+        for name, value in (experts.values if experts else {}).items():
+            settings.add_initializer(name, value)
         try:
-            self._session = ort.InferenceSession(str(path), settings, providers=[(provider, options)],
+            self._session = ort.InferenceSession(str(self.path), settings, providers=[(provider, options)],
                                                  enable_fallback=0)
         except Exception as error:  # onnxruntime raises its own kinds
-            raise not_loaded(error, str(path), bundle.folder, bundle.manifest.denoiser.opset, "onnxruntime-gpu",
+            raise not_loaded(error, str(self.path), bundle.folder, graph.opset, "onnxruntime-gpu",
                              f" on {provider}") from error
         self._session.disable_fallback()
         self.placement = _check_provider(self._session, provider, options)
         if library:
             check_session(self._session, provider)
-        ops = {op.name: op.count for op in bundle.manifest.denoiser.ops}
-        self.kernels = kernels_of(library, ops, SERVED, "our CUDA kernels", why_not)
+        self.kernels = kernels_of(library, graph.nodes(SERVED), SERVED, "our CUDA kernels", why_not)
         self._inputs = {entry.name for entry in self._session.get_inputs()}
         # Our stream is waited for once a step, when the results are on the host; the end of a run is no reason to.
         self._run_options = ort.RunOptions()
@@ -102,6 +111,7 @@ class OnnxRuntimeExecutor:
     def close(self) -> None:
         """See `Executor`."""
         del self._binding, self._session  # the binding refers to the executor
+        self._experts = None
 
     def end_profile(self) -> str:
         """The file that ONNX Runtime wrote."""
@@ -202,10 +212,19 @@ def open_onnxruntime_cuda(bundle: Bundle, device: Device | None = None, cuda_gra
     # On our stream the provider's work and our copies run in order. TF32 would round the router's float32 products to
     # ten bits, and so choose other experts than the model.
     options = {"device_id": "0", "user_compute_stream": str(stream), "use_tf32": "0"}
-    executor = OnnxRuntimeExecutor(bundle, device, options=options, custom_ops=library, why_not=reason, profile=profile)
-    if executor.kernels.missing and (custom_ops == "on" or bundle.manifest.quantisation):
-        raise MissingRequirementError(f"Our CUDA kernels do not fit {bundle.denoiser_path}, which would run with "
-                                      f"{executor.kernels.sentence}; build them again with `make ort-ops`.")
-    backend = DeviceBackend("onnxruntime-cuda", bundle, device, pool, stream, executor, cuda_graphs)
+    several = bundle.manifest.salient is not None and bundle.manifest.experts is not None
+    experts = SharedExperts(bundle, pool, stream) if several else None
+    opening = partial(OnnxRuntimeExecutor, bundle, device, options=options, custom_ops=library, why_not=reason,
+                      experts=experts)
+
+    def checked(executor: OnnxRuntimeExecutor) -> OnnxRuntimeExecutor:
+        if executor.kernels.missing and (custom_ops == "on" or bundle.manifest.quantisation):
+            raise MissingRequirementError(f"Our CUDA kernels do not fit {executor.path}, which would run with "
+                                          f"{executor.kernels.sentence}; build them again with `make ort-ops`.")
+        return executor
+
+    executor = checked(opening(profile=profile))
+    backend = DeviceBackend("onnxruntime-cuda", bundle, device, pool, stream, executor, cuda_graphs,
+                            open_graph=lambda graph: checked(opening(graph=graph)))
     backend.kernels = executor.kernels
     return backend

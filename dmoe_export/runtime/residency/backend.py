@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ...errors import RequestError
 from ..backend import Backend, ForwardInputs, ForwardOutputs, closed
 from ..library import Kernels
-from ..salient import Arrays, GraphName, SalientBackend, SalientGraphs
+from ..salient import Arrays, GraphName, Past, SalientBackend, SalientGraphs
 from .budget import ExpertBudget
 from .policy import Costs, Interval, Residency, Tier
 
@@ -198,12 +198,14 @@ class ResidentSalient:
     """Salient graphs of another backend (`SalientGraphs`), under a `ResidentBackend`'s budget."""
 
     def __init__(self, under: ResidentBackend, graphs: SalientGraphs) -> None:
-        self.description, self.capacity = graphs.description, graphs.capacity
+        self.description, self.capacity, self.capacities = graphs.description, graphs.capacity, graphs.capacities
         self._under, self._graphs = under, graphs
+        self.cut, self.joined = graphs.cut, graphs.joined
 
-    def run(self, graph: GraphName, feeds: Arrays, settings: dict[str, float | int], want_logits: bool) -> Arrays:
+    def run(self, graph: GraphName, feeds: Arrays, past: Past, old: Any, settings: dict[str, float | int],
+            want_logits: bool) -> tuple[Arrays, Any]:
         """As the other's; raises as `ResidentBackend.watched`."""
-        return self._under.watched(lambda: self._graphs.run(graph, feeds, settings, want_logits))
+        return self._under.watched(lambda: self._graphs.run(graph, feeds, past, old, settings, want_logits))
 
     def step_ends(self, inputs: ForwardInputs, expert_ids: NDArray[np.int32]) -> None:
         """See `WatchesSteps`."""

@@ -6,37 +6,13 @@ namespace dmoe {
 namespace {
 
 constexpr int32_t kInputs = 6; // router_logits, expert_bias, position_ids, top_p, min_experts, coreset_size
-constexpr char const* kModes[] = {"token", "top_p", "top_c"};
 
 } // namespace
 
 BlockRoutePlugin* BlockRoutePlugin::create(FieldReader& fields)
 {
     DmoeRouteAttributes a{};
-    std::string const mode = fields.text("mode");
-    a.mode = -1;
-    for (int32_t i = 0; i < 3; ++i) {
-        if (mode == kModes[i]) {
-            a.mode = i;
-        }
-    }
-    a.block_length = fields.integer("block_length");
-    a.experts_per_token = fields.integer("experts_per_token");
-    a.num_groups = fields.integer("num_groups");
-    a.groups_kept = fields.integer("groups_kept");
-    a.routed_scaling = fields.real("routed_scaling");
-    std::string const score = fields.text("score_function");
-    a.softmax = score == "softmax";
-    a.renormalise = fields.integer("renormalise");
-    if (!fields.problem().empty()) {
-        logError(std::string(name) + ": " + fields.problem() + ".");
-        return nullptr;
-    }
-    if (a.mode < 0 || (score != "softmax" && score != "sigmoid")) {
-        logError(std::string(name) + ": mode '" + mode + "' or score function '" + score + "' is not known.");
-        return nullptr;
-    }
-    return new BlockRoutePlugin(a);
+    return readRouteAttributes(fields, name, a) ? new BlockRoutePlugin(a) : nullptr;
 }
 
 IPluginV3* BlockRoutePlugin::clone() noexcept
@@ -96,14 +72,7 @@ int32_t BlockRoutePlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTenso
 PluginFieldCollection const* BlockRoutePlugin::getFieldsToSerialize() noexcept
 {
     mFields = Fields();
-    mFields.add("mode", std::string(kModes[mAttributes.mode]));
-    mFields.add("block_length", mAttributes.block_length);
-    mFields.add("experts_per_token", mAttributes.experts_per_token);
-    mFields.add("num_groups", mAttributes.num_groups);
-    mFields.add("groups_kept", mAttributes.groups_kept);
-    mFields.add("routed_scaling", mAttributes.routed_scaling);
-    mFields.add("score_function", std::string(mAttributes.softmax ? "softmax" : "sigmoid"));
-    mFields.add("renormalise", mAttributes.renormalise);
+    addRouteAttributes(mFields, mAttributes);
     mFields.add(kBuildField, std::string(dmoe_build_id()));
     return mFields.collection();
 }

@@ -3,25 +3,14 @@
 
 #include "../../kernels/dmoe_kernels.h"
 #include "../common.h"
-
-#include <array>
-#include <utility>
+#include "../route_attributes.h"
 
 namespace dmoe {
 
 class BlockRoutePlugin final : public Plugin {
 public:
     static constexpr char name[] = "DmoeBlockRoute";
-    static constexpr std::array<std::pair<char const*, nvinfer1::PluginFieldType>, 8> attributes{{
-        {"mode", nvinfer1::PluginFieldType::kCHAR},
-        {"block_length", nvinfer1::PluginFieldType::kINT32},
-        {"experts_per_token", nvinfer1::PluginFieldType::kINT32},
-        {"num_groups", nvinfer1::PluginFieldType::kINT32},
-        {"groups_kept", nvinfer1::PluginFieldType::kINT32},
-        {"routed_scaling", nvinfer1::PluginFieldType::kFLOAT32},
-        {"score_function", nvinfer1::PluginFieldType::kCHAR},
-        {"renormalise", nvinfer1::PluginFieldType::kINT32},
-    }};
+    static constexpr auto attributes = kRouteAttributes;
 
     static BlockRoutePlugin* create(FieldReader& fields);
     explicit BlockRoutePlugin(DmoeRouteAttributes const& attributes) : mAttributes(attributes) {}

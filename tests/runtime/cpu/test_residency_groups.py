@@ -18,9 +18,9 @@ from source_helpers import ACQUIRE, RELEASE
 
 from dmoe_export.errors import BundleError, MissingRequirementError
 from dmoe_export.runtime.cpu import expert_file
-from dmoe_export.runtime.cpu.expert_layout import ExpertTensor
 from dmoe_export.runtime.cpu.mapped_experts import MappedExperts
 from dmoe_export.runtime.cpu.mapped_memory import FileIdentity
+from dmoe_export.runtime.expert_layout import ExpertTensor
 from dmoe_export.runtime.residency.policy import Move
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="the tier is Linux's"),

@@ -59,7 +59,7 @@ def test_a_library_that_cannot_be_loaded(tiny_bundle, tmp_path, monkeypatch, len
 def test_a_library_that_does_not_serve_every_node(half_sample_bundle, monkeypatch):
     """The one for the CUDA provider, built for the CPU, has neither linear layers nor attention: their bodies run."""
     monkeypatch.setattr(cpu_ops, "INSTALLED", library())
-    nodes = {op.name: op.count for op in half_sample_bundle.manifest.denoiser.ops}
+    nodes = half_sample_bundle.manifest.denoiser.nodes(cpu_ops.SERVED)
     linear, attention = nodes["DmoeLinear"], nodes["DmoeAttention"]
     sentence = ("experts on our CPU kernels, linear layers and attention on ONNX Runtime's own ops (our CPU kernels "
                 f"serve 0 of {linear} DmoeLinear nodes and 0 of {attention} DmoeAttention nodes)")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle.manifest import Manifest
+from ..bundle.manifest import Manifest
 
 _DTYPES: dict[str | None, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}  # bfloat16 as its bits
