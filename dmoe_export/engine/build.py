@@ -109,7 +109,7 @@ def _sources(bundle: Bundle) -> dict[str, str]:
 
 def _wanted_plugins(bundle: Bundle, settings: BuildSettings) -> int:
     """Custom nodes that should be plugins, whether or not a library was found."""
-    wanted = plugin_ops(settings.experts_op)
+    wanted = plugin_ops(settings.experts_op, bundle.manifest.precision)
     return sum(count for op, count in bundle.manifest.denoiser.nodes(wanted).items() if op in wanted)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..description import Precision
 from ..errors import CheckError
-from ..ops import experts, mixture
+from ..ops import block_route, experts, mixture
 from ..ops.plugin_library import INSTALLED, LIBRARY, NAMES, PluginLibrary, find_library, is_embedded, register
 from .settings import ExpertsOp
 
@@ -16,8 +17,10 @@ EXPERTS_OPS = (experts.SCHEMA.name, mixture.SCHEMA.name)
 """The ops that read the routed experts' weights."""
 
 
-def plugin_ops(experts_op: ExpertsOp) -> set[str]:
-    """The ops whose nodes become plugins in an engine; other custom nodes become their bodies."""
+def plugin_ops(experts_op: ExpertsOp, precision: Precision) -> set[str]:
+    """The ops whose nodes become plugins in an engine of that precision; other custom nodes become their bodies."""
+    if precision == "fp32":  # of routing alone, which is always float32, is there a kernel
+        return {block_route.SCHEMA.name}
     return set(NAMES) - (set(EXPERTS_OPS) if experts_op == "onnx" else set())
 
 

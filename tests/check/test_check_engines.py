@@ -102,8 +102,8 @@ def test_experts_that_silently_became_bodies(engines):
     """The second engine, under an entry that claims plugins: as if the parser had fallen back."""
     plugin, standard = engines.manifest.engines
     claims = _only(engines, 1, experts_op="plugin", plugin_nodes=18, network=_counted(standard, 18))
-    assert ("3 of 18 custom nodes are no plugins in profile prefill, first node__symbolic_2 (DmoeExperts): they "
-            "became ONNX bodies") in _failed(claims)["plugins"]
+    assert ("3 of 18 custom nodes are no plugins in profile prefill, first "
+            "node__symbolic_multi_out_6__0 (DmoeMixture): they became ONNX bodies") in _failed(claims)["plugins"]
     assert "its network had 15 plugins, the manifest says 18" in _failed(
         _only(engines, 1, experts_op="plugin", plugin_nodes=18))["plugins"]
     assert "15 plugins and 0 ONNX bodies are not the graph's 18 custom nodes" in _failed(

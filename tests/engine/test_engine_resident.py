@@ -43,7 +43,7 @@ def test_the_plugins_have_a_table_and_a_pool(bundle, entry):
     """As TensorRT wrote it into the file: attribute, names, types, shapes and ranges."""
     plan = read_plan(bundle.folder / entry.file)
     experts = bundle.manifest.model.experts.num_experts
-    found = [layer.attributes for layers in plan.plugins for layer in layers if layer.op == "DmoeExperts"]
+    found = [layer.attributes for layers in plan.plugins for layer in layers if layer.op == "DmoeMixture"]
     assert [attributes["residency"] for attributes in found] == [1] * 2 * len(entry.expert_pools)  # two profiles
     weights = {weight.name: weight for weight in entry.weight_inputs}
     for tensors, ranges in zip(plan.tensors, plan.profiles, strict=True):

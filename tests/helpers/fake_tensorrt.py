@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from dmoe_export.ops.plugin_library import NAMES
+
 SCRATCH = (70_000, 3_000)  # of the profiles
 
 
@@ -78,7 +80,7 @@ class IPluginRegistry:
         self.libraries, self.known, self.refuses = [], False, False
 
     def get_creator(self, type, version, plugin_namespace):
-        ours = type in ("DmoeBlockRoute", "DmoeExperts") and (version, plugin_namespace) == ("1", "dmoe")
+        ours = type in NAMES and (version, plugin_namespace) == ("1", "dmoe")
         return object() if ours and self.known else None
 
     def load_library(self, plugin_path):
@@ -172,7 +174,8 @@ class ICudaEngine:
 
     def get_tensor_profile_shape(self, name, profile_index):
         profile = self._profiles[profile_index]
-        sizes = {"B": profile["batch"], "T": profile["tokens"], "S": profile["past"], "M": profile["rows"]}
+        sizes = {"B": profile["batch"], "T": profile["tokens"], "S": profile["past"], "M": profile["rows"],
+                 "L": (1, 1, profile["rows"][2])}
         return [tuple(dim if isinstance(dim, int) else sizes[dim][which] for dim in self._tensors[name][1].shape)
                 for which in range(3)]
 

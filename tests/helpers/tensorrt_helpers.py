@@ -14,6 +14,7 @@ from fake_tensorrt import FakeTensorRT, weights_as_inputs
 
 from dmoe_export.bundle.manifest import EngineEntry, NetworkEntry, ProfileEntry, WeightInput
 from dmoe_export.bundle.reader import Bundle
+from dmoe_export.engine.plugins import EXPERTS_OPS
 from dmoe_export.engine.resident import add_pools
 from dmoe_export.runtime.gpu.resident import open_tensorrt_under_budget
 from dmoe_export.runtime.gpu.tensorrt import open_tensorrt
@@ -50,13 +51,14 @@ def bundle_with_resident_engine(bundle, folder):
     pools = add_pools(model, entry.weight_inputs)
     nodes, left = [], iter(pools)
     for node in model.graph.node:
-        if node.op_type == "DmoeExperts":
+        if node.op_type in EXPERTS_OPS:
             pool = next(left)
-            assert list(node.input[3:]) == [*(weight for weight, _ in pool.pairs), pool.slot_of_expert,
+            shared = [name for name in node.input[3:] if ".shared." in name]
+            assert list(node.input[3:]) == [*(weight for weight, _ in pool.pairs), *shared, pool.slot_of_expert,
                                             *(slots for _, slots in pool.pairs)]
             found = [_looked_up(nodes, pool.slot_of_expert, slots, weight) for weight, slots in pool.pairs]
             del node.input[3:]
-            node.input.extend(found)
+            node.input.extend([*found, *shared])
             node.attribute.remove(next(a for a in node.attribute if a.name == "residency"))
         nodes.append(node)
     del model.graph.node[:]

@@ -19,12 +19,12 @@ from ..ort import ort
 LIBRARY = "libdmoe_onnxruntime.so"
 INSTALLED = installed(LIBRARY)
 SERVED = {
-    add_norm.SCHEMA.name: "sums and norms of the residual stream",
+    add_norm.SCHEMA.name: "norms",
     block_route.SCHEMA.name: "routing",
     experts.SCHEMA.name: "experts",
-    head.SCHEMA.name: "the vocabulary head",
-    mixture.SCHEMA.name: "experts with the shared one",
-    router.SCHEMA.name: "router logits with routing",
+    head.SCHEMA.name: "vocabulary head",
+    mixture.SCHEMA.name: "experts",
+    router.SCHEMA.name: "routing",
     self_attention.SCHEMA.name: "attention",
 }
 
