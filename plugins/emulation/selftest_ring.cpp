@@ -1,4 +1,4 @@
-// The size of the products' ring, for tests that count the bytes under way.
+// The size of the products' ring and its layout, for tests that count bytes under way and accesses.
 #include "../kernels/experts_launch.cuh"
 #include "dmoe_emulation.h"
 
@@ -15,7 +15,18 @@ int ring(int lists, int32_t *out) {
     return 0;
 }
 
+template <int BITS>
+int place(int32_t kind, int32_t row, int32_t unit) {
+    return kind == 0   ? dmoe::weight_place<BITS>(row, unit)
+           : kind == 1 ? dmoe::token_place<BITS>(row, unit)
+                       : dmoe::scale_place<BITS, 4>(row, unit);
+}
+
 }  // namespace
+
+extern "C" int dmoe_emulation_place(int32_t kind, int32_t bits, int32_t row, int32_t unit) {
+    return bits == 16 ? place<16>(kind, row, unit) : bits == 8 ? place<8>(kind, row, unit) : place<4>(kind, row, unit);
+}
 
 extern "C" int dmoe_emulation_ring(int32_t bits, int32_t tiles, int32_t experts, int32_t pairs, int32_t *out) {
     const int lists = dmoe::list_bytes(experts, pairs);

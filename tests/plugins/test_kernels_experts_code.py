@@ -38,10 +38,10 @@ def test_one_wait_per_stage(tmp_path, bits):
     commit = next(i for i, body in enumerate(loop) if body.startswith("LDGDEPBAR"))
     products = [i for i, body in enumerate(loop) if "HMMA.16816" in body]
     assert max(waits) < barrier < min(copies) and max(copies) < commit < min(products), "wait, fill, multiply"
-    # Between the barrier and the last product nothing else waits for memory: weights and tokens come by those copies alone.
-    first_fill_done = loop[commit:max(products)]
-    assert not [body for body in first_fill_done if re.search(r"\b(LDG|LD|LDL|DEPBAR)\b", body)]
-    assert len([body for body in first_fill_done if "LDSM" in body]) == 4 + 4, "weights four times, a tile of tokens once"
+    # From there to the last product nothing else waits for memory: weights and tokens come by those copies alone.
+    multiplied = loop[commit:max(products)]
+    assert not [body for body in multiplied if re.search(r"\b(LDG|LD|LDL|DEPBAR)\b", body)]
+    assert len([body for body in multiplied if "LDSM" in body]) == 4 + 4, "weights four times, a tile of tokens once"
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(16, (4, 16384, 2)), (8, (4, 8192, 2)), (4, (4, 8192, 2))])
@@ -62,6 +62,41 @@ def test_a_ring_fits_into_every_device(bits, kibibytes):
     pairs = 2048 if kibibytes == 64 else 8192
     check(library().dmoe_emulation_ring(bits, 4, 1024, pairs, ring.ctypes.data))
     assert ring[0] >= 2
+
+
+def _accesses(bytes_per_lane: int, addresses) -> int:
+    """Accesses to shared memory, 128 bytes of 32 banks each, that a warp's load or store takes (lanes of 16 bytes go by
+    eights, of 8 by sixteens); lanes that want the same word share it."""
+    lanes, total = 128 // bytes_per_lane if bytes_per_lane > 4 else 32, 0
+    for start in range(0, 32, lanes):
+        words = {(a + b) // 4 for a in addresses[start:start + lanes] for b in range(0, bytes_per_lane, 4)}
+        banks = [word % 32 for word in words]
+        total += max(banks.count(bank) for bank in set(banks))
+    return total
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_no_bank_conflicts(bits):
+    """Copies of weights and tokens, and what experts_multiply.cuh loads, take no more accesses than bytes need."""
+    place = library().dmoe_emulation_place
+    chunk = 256 if bits == 4 else 128
+    weight_units, lanes = chunk * bits // 128, range(32)
+    for warp in range(8):
+        threads = [32 * warp + lane for lane in lanes]
+        assert _accesses(16, [place(0, bits, t // weight_units, t % weight_units) for t in threads]) == 4
+        assert _accesses(16, [place(1, bits, t // 16, t % 16) for t in threads]) == 4
+    for step in range(chunk // 32):
+        if bits == 16:
+            for k in range(2):
+                rows = [place(0, 16, m % 8 * 2 + (m // 8 & 1), step * 4 + k * 2 + m // 16) for m in lanes]
+                assert _accesses(16, rows) == 4
+            assert _accesses(16, [place(1, 16, lane % 8, step * 4 + lane // 8) for lane in lanes]) == 4
+            continue
+        for r in range(2):
+            at = [(step * 4 * bits + lane % 4 * bits, lane // 4 * 2 + r) for lane in lanes]
+            assert _accesses(bits, [place(0, bits, row, byte // 16) + byte % 16 for byte, row in at]) == bits // 4
+            assert _accesses(2, [place(2, bits, row, 0) + 2 * (step % 4) for _, row in at]) == 1
+        assert _accesses(16, [place(1, bits, lane // 4, step * 4 + lane % 4) for lane in lanes]) == 4
 
 
 def test_three_launches():
