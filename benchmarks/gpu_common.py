@@ -67,7 +67,8 @@ class KernelLibrary:
         self.path, self._library = path, ctypes.CDLL(str(path))
         for name in ("dmoe_error_string", "dmoe_build_id"):
             getattr(self._library, name).restype = ctypes.c_char_p
-        for name in ("dmoe_experts_workspace_bytes", "dmoe_head_workspace_bytes"):
+        for name in ("dmoe_experts_workspace_bytes", "dmoe_head_workspace_bytes",
+                     "dmoe_self_attention_workspace_bytes"):
             getattr(self._library, name).restype = ctypes.c_int64
 
     @property
@@ -114,6 +115,16 @@ class KernelLibrary:
         """`dmoe_head`; hidden, norm, weight, logit_rows, token_ids, confidence, logits, workspace."""
         self._call("dmoe_head", ctypes.byref(shape), ctypes.byref(attributes), *_pointers(addresses, 8),
                    ctypes.c_void_p(stream))
+
+    def self_attention_workspace_bytes(self, shape: ctypes.Structure) -> int:
+        """`dmoe_self_attention_workspace_bytes`."""
+        size = self._library.dmoe_self_attention_workspace_bytes(ctypes.byref(shape))
+        self._check(min(size, 0))
+        return size
+
+    def self_attention(self, shape: ctypes.Structure, addresses: Sequence[int | None], stream: int) -> None:
+        """`dmoe_self_attention`; addresses in the header's order, nine inputs, three outputs and the workspace."""
+        self._call("dmoe_self_attention", ctypes.byref(shape), *_pointers(addresses, 13), ctypes.c_void_p(stream))
 
     def _call(self, name: str, *arguments: Any) -> None:
         self._check(getattr(self._library, name)(*arguments))

@@ -8,8 +8,8 @@ extern "C" const char *dmoe_error_string(int code) {
         case 0: return "no error";
         case DMOE_ERROR_SHAPE: return "a size is outside the kernel's limits: experts 1..1024, at most 65535 rows, "
                                       "hidden size and expert width multiples of 8, slots 1..experts, a vocabulary of 2..2^24; "
-                                      "attention: heads a multiple of key heads, a head of 16..256 dimensions in "
-                                      "sixteens, an even number of them rotated, at least one cached place";
+                                      "attention: heads a multiple of key heads, a head of 8..256 dimensions in "
+                                      "eights, an even number of them rotated, at least one cached place";
         case DMOE_ERROR_ATTRIBUTE: return "an attribute does not fit: block length 1..128, experts per token 1..32, "
                                           "groups a divisor of the experts, kept groups 1..groups; quantised "
                                           "weights of 4 or 8 bits in groups of 32, 64 or 128 that divide hidden size "

@@ -128,6 +128,10 @@ class Space:
         """Enqueue `dmoe_head`."""
         self._enqueue(stream, lambda: self.library.head(shape, attributes, addresses, stream))
 
+    def self_attention(self, shape: Any, addresses: list[int | None], stream: int) -> None:
+        """Enqueue `dmoe_self_attention`."""
+        self._enqueue(stream, lambda: self.library.self_attention(shape, addresses, stream))
+
     def recorded(self, work: Callable[[int], None]) -> Any:
         """A CUDA graph of what `work(stream)` enqueues."""
         self.device.begin_capture(self.stream)
