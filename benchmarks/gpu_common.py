@@ -67,8 +67,9 @@ class KernelLibrary:
         self.path, self._library = path, ctypes.CDLL(str(path))
         for name in ("dmoe_error_string", "dmoe_build_id"):
             getattr(self._library, name).restype = ctypes.c_char_p
-        self._library.dmoe_experts_workspace_bytes.restype = ctypes.c_int64
-        self._library.dmoe_self_attention_workspace_bytes.restype = ctypes.c_int64
+        for name in ("dmoe_experts_workspace_bytes", "dmoe_head_workspace_bytes",
+                     "dmoe_self_attention_workspace_bytes"):
+            getattr(self._library, name).restype = ctypes.c_int64
 
     @property
     def build(self) -> str:
@@ -102,6 +103,18 @@ class KernelLibrary:
         """`dmoe_experts_quantised`; addresses as in `experts`."""
         self._call("dmoe_experts_quantised", ctypes.byref(shape), ctypes.byref(quantisation),
                    pool and ctypes.byref(pool), *_pointers(addresses, 7), ctypes.c_void_p(stream))
+
+    def head_workspace_bytes(self, shape: ctypes.Structure) -> int:
+        """`dmoe_head_workspace_bytes`; a DmoeHeadShape."""
+        size = self._library.dmoe_head_workspace_bytes(ctypes.byref(shape))
+        self._check(min(size, 0))
+        return int(size)
+
+    def head(self, shape: ctypes.Structure, attributes: ctypes.Structure, addresses: Sequence[int | None],
+             stream: int) -> None:
+        """`dmoe_head`; hidden, norm, weight, logit_rows, token_ids, confidence, logits, workspace."""
+        self._call("dmoe_head", ctypes.byref(shape), ctypes.byref(attributes), *_pointers(addresses, 8),
+                   ctypes.c_void_p(stream))
 
     def self_attention_workspace_bytes(self, shape: ctypes.Structure) -> int:
         """`dmoe_self_attention_workspace_bytes`."""

@@ -1,4 +1,4 @@
-"""The CUDA kernels alone: experts against a device copy of the same run, dMoE against token routing, routing itself.
+"""The CUDA kernels alone: experts and head against a device copy of the same run, dMoE against token routing, routing.
 
     python benchmarks/gpu_kernels.py [--out FOLDER] [--quick]
 
@@ -31,6 +31,7 @@ from gpu_common import (
     write_result,
 )
 from gpu_findings import append_finding
+from gpu_head import measure_head
 from gpu_memory import Memory
 from gpu_outcome import against, predicted_experts, predicted_route, said
 
@@ -38,6 +39,8 @@ GEOMETRIES = {"mini": (256, 8, 2048, 512), "flash": (256, 8, 4096, 1024)}  # E, 
 TOKENS = (32, 128, 512)
 ACTIVE = (10, 15, 20, 40, 70, 87, 256)
 DMOE, TOKEN_ROUTING = 15, 87  # experts of a block of 32 in a layer, with a coreset and without one
+HEADS = {"mini": (157_184, 2048)}  # V, H
+HEAD_ROWS = (1, 2, 4, 8)  # of 32 wanted tokens
 GROUP = 64  # integer weights per scale
 ROUTE_EXPERTS, ROUTE_TOKENS, ROUTE_CALLS = (64, 256, 1024), (32, 128, 512, 4096), 20
 
@@ -196,6 +199,9 @@ def run(device: Any, library: KernelLibrary, quick: bool = False, geometries: An
                        for experts in (ROUTE_EXPERTS[:2] if quick else ROUTE_EXPERTS)
                        for tokens in (ROUTE_TOKENS[:1] if quick else ROUTE_TOKENS)]
     keep("kernels route", result["route"])
+    result["head"] = [measure_head(device, stream, library, kind, size, rows, result["copy"]["bytes_per_second"])
+                      for size in HEADS.values() for kind in TYPES for rows in (HEAD_ROWS[:1] if quick else HEAD_ROWS)]
+    keep("kernels head", result["head"])
     # Once more: a clock that moved during the run shows in the difference.
     result["copy_again"] = measure_copy(device, stream, min(copy_bytes, device.memory()[0] // 4))
     return result
@@ -218,6 +224,9 @@ def table(result: dict[str, Any]) -> str:
               for r in result["dmoe_against_token_routing"]]
     lines += [f"route {r['mode']:>6} E {r['experts']:>4} T {r['tokens']:>4}: {1e3 * r['ms']:.2f} us{_beside(r)}"
               for r in result["route"] if r["tokens"] in (32, 512)]
+    lines += [f"head {r['type']} V {r['vocabulary']} H {r['hidden']} N {r['tokens']:>3}: {1e3 * r['ms']:.1f} us, "
+              f"{r['bytes_per_second'] / 1e12:.2f} TB/s, {r['of_copy']:.0%} of copy{_beside(r)}"
+              for r in result["head"]]
     return "\n".join(lines)
 
 

@@ -48,6 +48,14 @@ def predicted_route(device: str, experts: int, tokens: int) -> Range | None:
     return next(((row["low"], row["high"]) for row in _rows("route", device)), None)
 
 
+def predicted_head(device: str, vocabulary: int, hidden: int, tokens: int) -> Range | None:
+    """us of a call of the vocabulary head."""
+    about = predictions()["head"]
+    if (vocabulary, hidden, tokens) != (about["vocabulary"], about["hidden"], about["tokens"]):
+        return None
+    return next(((row["low"], row["high"]) for row in _rows("head", device)), None)
+
+
 def predicted_step(device: str, run: dict[str, Any]) -> Range | None:
     """ms of a denoise step of gpu_generate with the smaller coreset; scaled to its layers, as predictions.json says."""
     about = predictions()["step"]

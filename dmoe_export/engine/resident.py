@@ -1,6 +1,6 @@
 """Experts in a slot pool: the nodes of a graph get a table and a pool as inputs beside all their weights.
 
-Ensures: every node of routed experts has all of its plugin's inputs (README.md of plugins/tensorrt/experts and mixture).
+Ensures: every node of routed experts has all inputs of its plugin (README.md of plugins/tensorrt/experts and mixture).
 The number of slots is one open dimension, P, so that the budget is chosen when the engine is opened.
 """
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import gpu  # puts the benchmarks on the path
 import gpu_common
 import gpu_findings
+import gpu_head
 import gpu_kernels
 import gpu_outcome
 import gpu_smoke
@@ -57,7 +58,7 @@ def library(device, monkeypatch):
     def later(call):
         return lambda *a: device.fake.enqueue(a[-1], lambda: call(*a))
 
-    for name in ("route", "experts", "experts_quantised"):
+    for name in ("route", "experts", "experts_quantised", "head"):
         monkeypatch.setattr(library, name, later(getattr(library, name)))
     return library
 
@@ -105,7 +106,9 @@ class TestBenchmarks:
         monkeypatch.setattr(gpu_kernels, "ROUTE_TOKENS", (32,))
         monkeypatch.setattr(gpu_kernels, "ROUTE_CALLS", 2)
         monkeypatch.setattr(gpu_kernels, "MODES", {"top_p": 1})
-        monkeypatch.setattr(gpu_kernels, "time_calls", functools.partial(gpu_common.time_calls, replays=2, warm_up=1))
+        monkeypatch.setattr(gpu_kernels, "HEADS", {"mini": (300, 64)})
+        for module in (gpu_kernels, gpu_head):
+            monkeypatch.setattr(module, "time_calls", functools.partial(gpu_common.time_calls, replays=2, warm_up=1))
         seen, kept = [], {}
         result = gpu_kernels.run(device, library, quick=True, geometries={"mini": (12, 2, 64, 32)},
                                  baseline=lambda *a: seen.append(a) or {"graph_ms": 4.0}, copy_bytes=1 << 20,
@@ -121,13 +124,16 @@ class TestBenchmarks:
         assert first["bytes_per_second"] == pytest.approx(first["expert_bytes"] / first["ms"] * 1e3)
         assert first["torch_over_ours"] == pytest.approx(4.0 * 6 / 2) and len(seen) == 6
         assert result["dmoe_against_token_routing"][0]["bytes_ratio"] == 3
+        assert [(r["type"], r["tokens"]) for r in result["head"]] == [("fp16", 32), ("bf16", 32)]
+        assert result["head"][0]["bytes_per_second"] == pytest.approx(2 * 300 * 64 / 2e-3)
+        assert "head fp16 V 300 H 64 N  32: 2000.0 us" in gpu_kernels.table(result)
         assert "L2 warm" not in gpu_kernels.table(result) and "of copy" in gpu_kernels.table(result)
         path = gpu_common.write_result(result, tmp_path)
         monkeypatch.setattr(sys, "argv", ["gpu_outcome.py", str(tmp_path)])
         gpu_outcome.main()
         assert "| experts int4, 5 active |" not in capsys.readouterr().out, "another size than the predicted one"
         assert path.name.startswith("gpu_kernels_host-memory_20") and json.loads(path.read_text()) == result
-        assert len(kept) == 14 and kept["kernels experts int4 H64 N32 active 2"] == result["experts"][9]
+        assert len(kept) == 15 and kept["kernels experts int4 H64 N32 active 2"] == result["experts"][9]
         lines = gpu_outcome.kernels_table(result)
         assert len([line for line in lines if line.startswith("| route")]) == 1
 

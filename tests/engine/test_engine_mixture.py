@@ -1,4 +1,4 @@
-"""DmoeMixture as a plugin of TensorRT-RTX in each of its forms: parsed, built, and what it refuses while it is built."""
+"""DmoeMixture as a plugin of TensorRT-RTX in each form: parsed, built, and what it refuses while it is built."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not install
 
 FLOATS = {"hidden": ["N", 64], "expert_ids": ["N", 2], "expert_weights": ["N", 2], "gate_up": [4, 64, 64],
           "down": [4, 64, 32], "shared_gate_up": [80, 64], "shared_down": [64, 40]}
-INTEGERS = FLOATS | {"gate_up": [4, 64, 32], "down": [4, 64, 16], "gate_up_scales": [4, 64, 2], "down_scales": [4, 64, 1]}
+INTEGERS = FLOATS | {"gate_up": [4, 64, 32], "down": [4, 64, 16],
+                     "gate_up_scales": [4, 64, 2], "down_scales": [4, 64, 1]}
 POOLED = ("gate_up", "down", "gate_up_scales", "down_scales")
 SIZES = {"N": (1, 32, 512), "P": (1, 2, 4)}
 BYTES = TensorProto.INT8  # of unsigned integers, as network.py calls them

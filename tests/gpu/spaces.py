@@ -124,6 +124,10 @@ class Space:
         """Enqueue `dmoe_experts_quantised`."""
         self._enqueue(stream, lambda: self.library.experts_quantised(shape, quantisation, addresses, stream))
 
+    def head(self, shape: Any, attributes: Any, addresses: list[int | None], stream: int) -> None:
+        """Enqueue `dmoe_head`."""
+        self._enqueue(stream, lambda: self.library.head(shape, attributes, addresses, stream))
+
     def self_attention(self, shape: Any, addresses: list[int | None], stream: int) -> None:
         """Enqueue `dmoe_self_attention`."""
         self._enqueue(stream, lambda: self.library.self_attention(shape, addresses, stream))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from head_helpers import make_case
+from kernel_helpers import BF16, FP16
 
-from . import expert_checks, route_checks
+from . import expert_checks, head_checks, route_checks
 from .expert_checks import ExpertCase, QuantisedCase, odd_ids, routed_ids
 
 MINI, FLASH = (2048, 512), (4096, 1024)  # H, I of LLaDA2.0
@@ -110,3 +112,11 @@ def test_quantised_experts_same_bits_and_in_graphs(space, bits, tokens):
     case = QuantisedCase("fp16", routed_ids(tokens, 8, 64, 15), 64, *MINI, bits=bits)
     expert_checks.check_same_bits(space, case, runs=10)
     expert_checks.check_graph_follows_inputs(space, case)
+
+
+@pytest.mark.parametrize("kind", [FP16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(("rows", "wanted", "kept", "hidden", "vocabulary"), [
+    (1, 32, 1, 2048, 40_000), (2, 32, 32, 2048, 20_001), (4, 32, 2, 4096, 9_000), (1, 1, 1, 2048, 40_000),
+    (1, 1100, 3, 264, 1_000), (3, 7, 7, 8, 2), (1, 33, 0, 72, 129)])
+def test_head(space, kind, rows, wanted, kept, hidden, vocabulary):
+    head_checks.check_head(space, make_case(kind, rows, 40, wanted, kept, hidden, vocabulary, mask_id=vocabulary - 1))

@@ -90,3 +90,26 @@ def reference_logits(case: HeadCase) -> tuple[np.ndarray, np.ndarray]:
     unsure, tiny = np.abs(high - low), 2.0**-25 if case.kind == FP16 else 0.0
     size = np.abs(weight).T
     return middle @ weight.T, (unsure + tiny) @ size + 2e-6 * (np.abs(middle) @ size)
+
+
+def _allowed(logits: np.ndarray, mask_id: int) -> np.ndarray:
+    """Logits with the mask token's at minus infinity."""
+    return np.where(np.arange(logits.shape[-1]) == mask_id, -np.inf, logits)
+
+
+def assert_head(case: HeadCase, results: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    """Logits within their bound; ids and confidence those of the logits, where all are there."""
+    token_ids, confidence, logits = results
+    want, error = reference_logits(case)
+    assert (np.abs(logits - want[:, :case.kept]) <= error[:, :case.kept]).all()
+    options, size = _allowed(want, case.mask_id), error.max()
+    best = options.max(-1)
+    chosen = np.take_along_axis(options, token_ids[..., None], -1)[..., 0]
+    assert (best - chosen <= 2 * size).all()
+    # Every exponent may be off by two errors; expf and sums of float32 by 1e-5 in all.
+    np.testing.assert_allclose(confidence, 1 / np.exp(options - best[..., None]).sum(-1),
+                               rtol=np.expm1(2 * size) + 1e-5)
+    own = _allowed(logits.astype(np.float64), case.mask_id)
+    np.testing.assert_array_equal(token_ids[:, :case.kept], own.argmax(-1))  # the first of equal ones, as ours
+    own -= own.max(-1, keepdims=True)
+    np.testing.assert_allclose(confidence[:, :case.kept], 1 / np.exp(own).sum(-1), rtol=1e-5)

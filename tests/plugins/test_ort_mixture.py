@@ -36,7 +36,8 @@ def quantised_feeds(kind, tokens, seed=0):
     case, scales = make_case(kind, 4, 32, tokens, 3, 6, HIDDEN, WIDTH, seed=seed)
     hidden, ids, weights, gate_up, down = case
     shared = list(plain_feeds(kind, tokens, seed).values())[-2:]
-    values = (from_half(hidden, kind), ids, weights, gate_up, down, *(from_half(part, kind) for part in scales), *shared)
+    scales = [from_half(part, kind) for part in scales]
+    values = (from_half(hidden, kind), ids, weights, gate_up, down, *scales, *shared)
     return dict(zip(QUANTISED_SCHEMA.inputs, values, strict=True))
 
 
