@@ -73,7 +73,7 @@ def test_steps_are_recorded_and_the_next_request_replays_them(salient_block):
     for _ in range(3):  # what a request does once is recorded by its second and replayed by its third
         run(backend, PROMPTS[:2], salient_capacity=16)
     calls = [len(executor.sizes) for executor in backend.salient_executors.values()]
-    graphs = [graphs for _, graphs in backend.salient_graphs(16)._ready.values()]
+    graphs = [graphs for _, graphs in backend.salient_graphs(16).opened.values()]
     assert len(graphs) == 2 and all(not g.off and g.recorded for g in graphs)
     replayed = sum(g.replayed for g in graphs)
     run(backend, PROMPTS[:2], salient_capacity=16)
