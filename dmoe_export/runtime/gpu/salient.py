@@ -94,6 +94,7 @@ class DeviceSalient:
                 graphs.clear()
             executor.close()
         self.opened.clear()
+        del self._open_graph  # it may hold weights
 
     def _run(self, graph: GraphName, feeds: Arrays, past: Past, old: DeviceState | None,
              settings: dict[str, float | int], want_logits: bool) -> tuple[Arrays, DeviceState]:

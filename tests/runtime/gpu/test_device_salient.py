@@ -100,17 +100,19 @@ def test_a_step_is_two_copies_and_one_wait(salient_block):
     assert all(copies <= 3 and waits == 1 for copies, _, waits, _, _ in counts)
 
 
-def test_memory_returns_and_closing_frees_it(salient_llada):
-    backend = host_backend(salient_llada, True)
+@pytest.mark.parametrize("bundle", ["salient_llada", "salient_block"])
+def test_memory_returns_and_closing_frees_it(bundle, request):
+    """Also the experts that all graphs share; the sessions hold nothing else of the device's."""
+    backend = host_backend(request.getfixturevalue(bundle), True)
     used = []
     for _ in range(3):
-        run(backend, PROMPTS[:2], salient_capacity=8, full_steps=1)
+        run(backend, PROMPTS[:2], full_steps=1)
         used.append(backend.fake.used)
     assert used[1] == used[2]
-    salient = backend.salient_graphs(8)
+    salient = backend.salient_graphs(None)
     backend.close()
     assert backend.fake.used == 0 and not backend.fake.host
-    for call in (lambda: backend.salient_graphs(8), lambda: salient.run("fill", {}, None, None, {}, False)):
+    for call in (lambda: backend.salient_graphs(None), lambda: salient.run("fill", {}, None, None, {}, False)):
         with pytest.raises(RequestError, match=r"was closed; open the bundle again\.$"):
             call()
 
