@@ -114,12 +114,12 @@ profile() {  # four product launches, each read in full; the table is in the log
 
 tests() { "$PYTHON" -m pytest -m gpu -rs -p no:cacheprovider "$@"; }
 
-generate() {  # precision, options; 28 GB of models at 6 layers, in memory where there is room: exports wait for disks
+generate() {  # step, precision, options; 28 GB of models at 6 layers, in memory where there is room: exports wait for disks
     local work=$STASH/work free
     free=$(df --output=avail --block-size=1G /dev/shm 2> /dev/null | tail -n 1)
     if [ -d /dev/shm/dmoe-work ] || ((${free:-0} >= 34)); then work=/dev/shm/dmoe-work; fi
-    PROOF='denoise +[0-9.]+ ms' SHOWN=16 step "generate-$1" 200 "$PYTHON" benchmarks/gpu_generate.py \
-        --layers "$LAYERS" --precision "$1" --out "$OUT" --work "$work" "${@:2}"
+    PROOF='denoise +[0-9.]+ ms' SHOWN=16 step "$1" 200 "$PYTHON" benchmarks/gpu_generate.py \
+        --layers "$LAYERS" --precision "$2" --out "$OUT" --work "$work" "${@:3}"
 }
 
 run() {  # the steps of these names
@@ -141,8 +141,9 @@ run() {  # the steps of these names
             $gpu/test_gpu_ort_custom_ops.py tests/runtime/gpu/test_device_gpu.py" ;;
         test-generation) PROOF='[0-9]+ passed' step "$name" 180 bash -c "OMP_NUM_THREADS=2 tests -n 4 -v \
             --dist worksteal $gpu/test_gpu_generation.py -k onnxruntime" ;;
-        generate-fp16) generate fp16 --profile 3 ;;
-        generate-int8 | generate-int4) generate "${name#generate-}" ;;
+        generate-fp16) generate "$name" fp16 --profile 3 ;;
+        generate-int8 | generate-int4) generate "$name" "${name#generate-}" ;;
+        generate-salient) generate "$name" fp16 --salient 16 ;;
         cli-export) step "$name" 60 "$PYTHON" -m dmoe_export export samples/tiny-dmoe --precision fp16 --compute fp16 --force \
             --out "$STASH/sample.bundle" ;;
         # As a user would: nothing names CUDA's libraries but the package itself.

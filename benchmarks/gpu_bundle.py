@@ -40,8 +40,12 @@ def write_checkpoint(folder: Path, config: dict[str, Any], dtype: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1))  # last: who finds it finds all of them
 
 
-def random_bundle(work: Path, geometry: str, layers: int, precision: Any) -> tuple[Any, dict[str, Any]]:
-    """The bundle (routing by coresets), and how long it took; one that is in `work` already is used again."""
+def random_bundle(work: Path, geometry: str, layers: int, precision: Any,
+                  salient: int = 0) -> tuple[Any, dict[str, Any]]:
+    """The bundle (routing by coresets), and how long it took; one that is in `work` already is used again.
+
+    `salient`: capacity of its salient graphs, 0 for none.
+    """
     import torch
 
     from dmoe_export import export_checkpoint
@@ -49,7 +53,8 @@ def random_bundle(work: Path, geometry: str, layers: int, precision: Any) -> tup
     from dmoe_export.checkpoint.synthetic import GEOMETRIES
     from dmoe_export.errors import DmoeError
 
-    folder, start = work / f"{geometry}-{layers}-{precision}.bundle", time.perf_counter()
+    name = f"{geometry}-{layers}-{precision}" + (f"-salient-{salient}" if salient else "")
+    folder, start = work / f"{name}.bundle", time.perf_counter()
     try:
         return open_bundle(folder, "sizes"), {"reused": True}
     except DmoeError:
@@ -61,6 +66,7 @@ def random_bundle(work: Path, geometry: str, layers: int, precision: Any) -> tup
     written = time.perf_counter()
     bundle = export_checkpoint(checkpoint, folder, routing="top_p", precision=precision, overwrite=True,
                                compute="fp32" if precision == "fp32" else "fp16",
-                               dense_precision="fp16" if precision in ("int8", "int4") else None)
+                               dense_precision="fp16" if precision in ("int8", "int4") else None,
+                               salient=bool(salient), salient_capacity=[salient] if salient else [])
     return bundle, {"reused": False, "checkpoint_seconds": written - start,
                     "export_seconds": time.perf_counter() - written}

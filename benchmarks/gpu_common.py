@@ -252,3 +252,15 @@ def time_calls(device: Device, stream: int, calls: Sequence[Callable[[int], None
     low, median, high = np.percentile(times / len(calls), [10, 50, 90])
     return {"ms": float(median), "ms_p10": float(low), "ms_p90": float(high), "spread": float((high - low) / median),
             "replays": replays, "calls_per_replay": len(calls)}
+
+
+def salient_figures(backend: Any, stats: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """What salient steps recomputed, and which of their graphs' steps were recorded."""
+    if "salient_capacity" not in settings:
+        return {}
+    opened = backend.salient_graphs(settings["salient_capacity"]).opened
+    return {"salient": {"rows": stats.salient_rows, "steps": len(stats.salient_by_step),
+                        "overflows": stats.salient_overflows, "graphs": {
+                            str(name): {"placement": executor.placement, "recorded": graphs.recorded,
+                                        "replayed": graphs.replayed, "off": graphs.off}
+                            for name, (executor, graphs) in opened.items()}}}

@@ -1,10 +1,13 @@
 """Time of a denoise step through every backend of this GPU, at LLaDA2.0-mini's size, beside the prediction.
 
     python benchmarks/gpu_generate.py [--layers 6] [--precision fp16] [--work FOLDER] [--out FOLDER] [--profile 3]
+                                      [--salient 16]
 
 Weights are random and made here, so text and coresets mean nothing: p = 0 and a guard of 15 give coresets of exactly 15
 experts (a block of dMoE-16B has 14.6); a guard of all experts lets each token choose as token routing does, which
-spreads over more experts than in a trained model. The unique experts of every run are in the result. Every entry is
+spreads over more experts than in a trained model. The unique experts of every run are in the result. `--salient`: the
+custom ops with CUDA graphs also with salient steps of that capacity (random weights have almost no salient rows, so it
+is the least that such a step takes). Every entry is
 kept as soon as it is there; runs of a day add up in gpu_generate_<device>_<date>.json. Exit code 1 when a run broke (or
 when DMOE_REQUIRE_CUSTOM_OPS=1 and the custom ops were missing). Without a GPU: one sentence, exit code 3 (`--cpu` runs
 the CPU backend instead, to try the program).
@@ -36,6 +39,7 @@ from gpu_common import (
     describe_run,
     require_gpu,
     result_path,
+    salient_figures,
     write_result,
 )
 from gpu_findings import append_finding
@@ -51,6 +55,15 @@ def coreset_settings(bundle: Any, coreset: str) -> dict[str, Any]:
     """Options of `generate` for so many experts a block, or `all`."""
     experts = bundle.manifest.model.moe.num_experts
     return {"coreset_top_p": 0.0, "min_experts": experts if coreset == "all" else min(int(coreset), experts)}
+
+
+def settings_of(bundle: Any, name: str, capacity: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Backend as it is called in an entry, coreset, and options of `generate`, of each run of a backend."""
+    for coreset in CORESETS:
+        yield name, coreset, coreset_settings(bundle, coreset)
+    if capacity and name == OPS[0]:
+        yield f"{name}, salient {capacity}", CORESETS[0], {**coreset_settings(bundle, CORESETS[0]),
+                                                           "salient_threshold": 0.99, "salient_capacity": capacity}
 
 
 def backends(bundle: Any, device: Any, context: int) -> Iterator[tuple[str, Opener | str]]:
@@ -114,6 +127,7 @@ def measure(bundle: Any, backend: Any, prompt_tokens: int, blocks: int, steps: i
             "placement": getattr(backend, "placement", {}),
             "graphs": graphs and {"recorded": graphs.recorded - before[0], "replayed": graphs.replayed - before[1],
                                   "off": graphs.off},  # warm-up included
+            **salient_figures(backend, stats, settings),
             **{f"{phase}_ms": 1e3 * seconds[phase] / count for phase, count in forwards.items() if count}}
 
 
@@ -132,9 +146,8 @@ def measure_backend(bundle: Any, open_one: Opener | str, options: argparse.Names
         return keep({**about, "coreset": "any", "missing": str(error)})
     except Exception as error:  # the other backends are still measured, and the exit code tells
         return keep({**about, "coreset": "any", "broke": f"{type(error).__name__}: {error}"})
-    for coreset in CORESETS:
-        settings = coreset_settings(bundle, coreset)
-        entry = {**about, "coreset": coreset, "settings": settings, "open_seconds": opened}
+    for name, coreset, settings in settings_of(bundle, about["backend"], options.salient):
+        entry = {**about, "backend": name, "coreset": coreset, "settings": settings, "open_seconds": opened}
         try:
             entry |= measure(bundle, backend, options.prompt, options.blocks, options.steps, settings)
         except Exception as error:
@@ -145,7 +158,7 @@ def measure_backend(bundle: Any, open_one: Opener | str, options: argparse.Names
 
 def run(work: Path, options: argparse.Namespace, device: Any, keep: Callable[[dict[str, Any]], None]) -> None:
     """All backends, each closed before the next; then the profile."""
-    bundle, made = random_bundle(work, options.geometry, options.layers, options.precision)
+    bundle, made = random_bundle(work, options.geometry, options.layers, options.precision, options.salient)
     print(f"bundle: {json.dumps(made)}", flush=True)
     context = options.prompt + (options.blocks + 1) * bundle.manifest.routing.block_length
     every: Any = backends(bundle, device, context)
@@ -207,6 +220,8 @@ def line(r: dict[str, Any]) -> str:
         text += " (as on stubs)" if expected == r["placement"] else f" (on stubs {expected})"
     if r["graphs"]:
         text += f", graphs {r['graphs']}"
+    if "salient" in r:
+        text += f", salient {r['salient']}"
     return text + ("; " + said(r["denoise_ms"], tuple(r["predicted"]), "ms") if "predicted" in r else "")
 
 
@@ -231,6 +246,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=3, help="blocks to generate [3]")
     parser.add_argument("--steps", type=int, default=16, help="denoise steps per block, 2 or more [16]")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="profile N denoise steps, by kind of node")
+    parser.add_argument("--salient", type=int, default=0, metavar="M", help="salient steps of this capacity, too")
     parser.add_argument("--work", type=Path, help="scratch folder, needs twice the model's size [a temporary one]; "
                                                   "bundles that are there already are used again")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON [benchmarks/results]")

@@ -29,7 +29,7 @@ from dmoe_export.runtime.gpu.memory import Pool
 from dmoe_export.runtime.gpu.onnxruntime import OnnxRuntimeExecutor
 
 OPTIONS = argparse.Namespace(geometry="tiny", layers=2, precision="fp16", prompt=32, blocks=2, steps=4, profile=0,
-                             cpu=False)
+                             cpu=False, salient=0)
 RESULT = {"benchmark": "gpu_generate", "date": "2030-01-01T00:00", "device": {"name": "NVIDIA H100"}}
 
 
@@ -76,6 +76,20 @@ def measured(monkeypatch, tmp_path, tiny_bundle):
         return entries, result
 
     return measured
+
+
+def test_salient_steps_have_an_entry_of_their_own(salient_block, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_generate, "random_bundle", lambda *_: (salient_block, {"reused": True}))
+    name = "onnxruntime-cuda ops, CUDA graphs"
+    monkeypatch.setattr(gpu_generate, "backends", lambda *_: iter([
+        (name, lambda: host_backend(salient_block, cuda_graphs=True))]))
+    result, options = {**RESULT, "runs": []}, argparse.Namespace(**{**vars(OPTIONS), "salient": 16})
+    gpu_generate.run(tmp_path, options, None, lambda entry: gpu_generate.add_entry(result, tmp_path, entry))
+    *_, last = result["runs"]
+    assert [e["backend"] for e in result["runs"]] == [name, name, f"{name}, salient 16"] and last["denoise_ms"] > 0
+    figures = last["salient"]
+    assert figures["steps"] + figures["overflows"] > 0 and figures["graphs"].keys() >= {"fill"}
+    assert all(g["off"] == "" for g in figures["graphs"].values()) and "salient {" in gpu_generate.line(last)
 
 
 def test_every_backend_has_its_entries(measured, tiny_bundle, monkeypatch, capsys):

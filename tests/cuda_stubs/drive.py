@@ -1,6 +1,6 @@
 """Runs a bundle on ONNX Runtime's real CUDA provider over the stubs, and writes what it asked of the device as JSON.
 
-    python tests/cuda_stubs/drive.py BUNDLE --out FILE [--no-bodies] [--prefill TOKENS]
+    python tests/cuda_stubs/drive.py BUNDLE --out FILE [--no-bodies | --salient CAPACITY] [--prefill TOKENS]
 
 In the environment that prepare.py prints. Kernels do nothing here, so tokens mean nothing; what is counted is real:
 where nodes are placed, what a step asks of the device, how many calls of CUDA the host makes for it.
@@ -65,12 +65,53 @@ def run(bundle: Bundle, prompts: list[list[int]], new_tokens: int, **how: Any) -
     backend.forward = counted  # type: ignore[method-assign]
     answers = Generator(bundle, backend).generate(prompts, max_new_tokens=new_tokens, **OPTIONS)
     graphs = backend.graphs
-    cpu = Counter(node.op_type for part in backend._executor._session.get_provider_graph_assignment_info()
-                  if part.ep_name != "CUDAExecutionProvider" for node in part.get_nodes())
-    return {"placement": backend.placement, "cpu_ops": dict(cpu), "violations": violations,
+    return {"placement": backend.placement, "cpu_ops": _on_the_cpu(backend._executor), "violations": violations,
             "tokens": [len(answer.token_ids) for answer in answers], "shapes": sorted(shapes),
             "prefill": _widest(prefills), "step": _usual(steps), "replayed_step": _usual(replays),
-            "graphs": graphs and {"recorded": graphs.recorded, "replayed": graphs.replayed, "off": graphs.off}}
+            "graphs": graphs and _recordings(graphs)}
+
+
+def salient(bundle: Bundle, prompt: list[int], capacity: int) -> dict[str, Any]:
+    """Salient steps of one generation: counts by graph, and bytes of device memory before and after the first step."""
+    device = StubDevice()
+    backend = open_onnxruntime_cuda(bundle, device, custom_ops="on")
+    graphs = backend.salient_graphs(capacity)
+    step, seen, violations = graphs.run, {}, []
+
+    def counted(name: Any, *others: Any) -> Any:
+        before = graphs.opened[name][1].replayed if name in graphs.opened else 0
+        device.reset()
+        start = time.perf_counter()
+        got = step(name, *others)
+        found = summary(device.counts(), time.perf_counter() - start)
+        violations.extend(device.violations())
+        seen.setdefault((name, graphs.opened[name][1].replayed > before), []).append(found)
+        return got
+
+    graphs.run = counted  # type: ignore[method-assign]
+    bytes_used = [_used(device)]
+    answers = Generator(bundle, backend).generate([prompt], max_new_tokens=96, salient_threshold=0.9,
+                                                  salient_capacity=capacity, **OPTIONS)
+    bytes_used.append(_used(device))
+    return {"violations": violations, "bytes_used": bytes_used, "tokens": [len(a.token_ids) for a in answers],
+            "graphs": {str(name): {"placement": executor.placement, "cpu_ops": _on_the_cpu(executor),
+                                   "step": _usual(seen.get((name, False), [])),
+                                   "replayed_step": _usual(seen.get((name, True), [])), **_recordings(recorded)}
+                       for name, (executor, recorded) in graphs.opened.items()}}
+
+
+def _used(device: StubDevice) -> int:
+    free, total = device.memory()
+    return total - free
+
+
+def _on_the_cpu(executor: Any) -> dict[str, int]:
+    return dict(Counter(node.op_type for part in executor._session.get_provider_graph_assignment_info()
+                        if part.ep_name != "CUDAExecutionProvider" for node in part.get_nodes()))
+
+
+def _recordings(graphs: Any) -> dict[str, Any]:
+    return {"recorded": graphs.recorded, "replayed": graphs.replayed, "off": graphs.off}
 
 
 def _widest(prefills: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
@@ -117,10 +158,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--no-bodies", action="store_true", help="leave the graph's own bodies out")
     parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS", help="count a long prompt's forward, too")
+    parser.add_argument("--salient", type=int, metavar="CAPACITY", help="salient steps, and nothing else")
     options = parser.parse_args()
     ort_custom_ops.INSTALLED = Path(os.environ["DMOE_CUDA_STUBS_OPS"])
     bundle = open_bundle(options.bundle, "sizes")
     prompt = [5 + i % 80 for i in range(60)]
+    if options.salient:
+        options.out.write_text(json.dumps(salient(bundle, prompt, options.salient), indent=1) + "\n")
+        return
     ways = {"custom ops": {"cuda_graphs": False, "custom_ops": "on"},
             "custom ops, recorded": {"custom_ops": "on"},
             **({} if options.no_bodies else {"bodies": {"cuda_graphs": False, "custom_ops": "off"}})}

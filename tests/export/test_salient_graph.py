@@ -39,11 +39,11 @@ class Both:
         self.bundle, self.model = bundle, load_denoiser(Checkpoint(checkpoint), bundle.manifest.routing)
         self.layers = range(self.model.description.num_layers)
         entry = bundle.manifest.salient
-        if not entry.fixed:  # tracing takes seconds: derive here what the export would have derived
+        if CAPACITY not in {e.capacity for e in entry.fixed}:  # derive here what the export would have derived
             name = "derived.onnx"
             ir.save(with_capacity(ir.load(bundle.folder / entry.graph.file), CAPACITY), bundle.folder / name)
             fixed = CapacityEntry(capacity=CAPACITY, graph=entry.graph.model_copy(update={"file": name}))
-            entry = entry.model_copy(update={"fixed": [fixed], "fill": entry.graph})
+            entry = entry.model_copy(update={"fixed": [fixed]})
         told = replace(bundle, manifest=bundle.manifest.model_copy(update={"salient": entry}))
         backend = OnnxRuntimeBackend(told, threads=1)
         self.dynamic, self.fixed = (backend.salient_graphs(capacity) for capacity in (None, CAPACITY))

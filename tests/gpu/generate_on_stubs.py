@@ -34,7 +34,7 @@ def main() -> None:
     gpu_generate.random_bundle = lambda *_: (bundle, {"reused": True})
     gpu_generate.build = lambda *_: gpu_generate._again(NotImplementedError("no TensorRT on stubs"))
     options = argparse.Namespace(geometry="sample", layers=4, precision="fp16", prompt=64, blocks=2, steps=4, profile=0,
-                                 cpu=False)
+                                 cpu=False, salient=0)
     result = {"benchmark": "gpu_generate", "date": "2030-01-01", "device": {"name": "stubs"}, "runs": []}
     gpu_generate.run(out, options, device, lambda entry: gpu_generate.add_entry(result, out, entry))
     backend = open_onnxruntime_cuda(bundle, device, cuda_graphs=False, custom_ops="on", profile=out / "profile")

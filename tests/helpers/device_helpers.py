@@ -9,13 +9,14 @@ from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.runtime.gpu.backend import DeviceBackend
 from dmoe_export.runtime.gpu.memory import Pool
 from dmoe_export.runtime.gpu.onnxruntime import OnnxRuntimeExecutor
+from dmoe_export.runtime.gpu.shared_weights import SharedExperts
 
 
 class HostExecutor(OnnxRuntimeExecutor):
     """The session runs when its turn on the stream comes, as the CUDA provider's would."""
 
-    def __init__(self, bundle, device, recordable, graph=None):
-        super().__init__(bundle, device, "CPUExecutionProvider", graph=graph)
+    def __init__(self, bundle, device, recordable, graph=None, experts=None):
+        super().__init__(bundle, device, "CPUExecutionProvider", graph=graph, experts=experts)
         self._fake, self._recordable = device.fake, recordable
         self.sizes = []  # of every call
 
@@ -44,11 +45,13 @@ def host_backend(bundle, cuda_graphs=False, recordable=True, **device_options):
     """A DeviceBackend on host memory; its parts are attributes for the tests."""
     device = HostDevice(**device_options)
     pool, stream = Pool(device), device.stream()
-    executor = HostExecutor(bundle, device, recordable)
+    manifest = bundle.manifest
+    experts = SharedExperts(bundle, pool, stream) if manifest.salient and manifest.experts else None
+    executor = HostExecutor(bundle, device, recordable, experts=experts)
     salient = {}
 
     def open_graph(graph):
-        return salient.setdefault(graph.file, HostExecutor(bundle, device, recordable, graph))
+        return salient.setdefault(graph.file, HostExecutor(bundle, device, recordable, graph, experts))
 
     backend = DeviceBackend("host", bundle, device, pool, stream, executor, cuda_graphs, open_graph=open_graph)
     backend.fake, backend.executor, backend.salient_executors = device.fake, executor, salient

@@ -108,6 +108,7 @@ class DeviceBackend:
                 self.graphs.clear()
             for salient in self._salient.values():
                 salient.close()
+            self._open_graph = None  # it may hold weights
             self._executor.close()
             self._staging.clear()
             self._dropped = None

@@ -212,7 +212,8 @@ def open_onnxruntime_cuda(bundle: Bundle, device: Device | None = None, cuda_gra
     # On our stream the provider's work and our copies run in order. TF32 would round the router's float32 products to
     # ten bits, and so choose other experts than the model.
     options = {"device_id": "0", "user_compute_stream": str(stream), "use_tf32": "0"}
-    several = bundle.manifest.salient is not None and bundle.manifest.experts is not None
+    salient = bundle.manifest.salient
+    several = salient is not None and salient.fixed and bundle.manifest.experts is not None
     experts = SharedExperts(bundle, pool, stream) if several else None
     opening = partial(OnnxRuntimeExecutor, bundle, device, options=options, custom_ops=library, why_not=reason,
                       experts=experts)

@@ -54,7 +54,7 @@ class DeviceSalient:
         self._staging, self._pool, self._stream, self._lock = staging, pool, stream, lock
         self._cuda_graphs, self._closed = cuda_graphs, False
         self._block, self._settings = manifest.routing.block_length, Settings(manifest.routing)
-        self._ready: dict[GraphName, tuple[Executor, GraphCache | None]] = {}
+        self.opened: dict[GraphName, tuple[Executor, GraphCache | None]] = {}  # with its recorded steps
         layers, size = d.num_layers, ITEMSIZES[manifest.precision]
         self._geometries = (Geometry(2 * layers, d.num_kv_heads, d.head_dim, size),
                             Geometry(layers, 1, d.num_heads * d.head_dim, size),
@@ -89,11 +89,12 @@ class DeviceSalient:
     def close(self) -> None:
         """Let go of graphs and sessions; the backend has waited for the stream."""
         self._closed = True
-        for executor, graphs in self._ready.values():
+        for executor, graphs in self.opened.values():
             if graphs:
                 graphs.clear()
             executor.close()
-        self._ready.clear()
+        self.opened.clear()
+        del self._open_graph  # it may hold weights
 
     def _run(self, graph: GraphName, feeds: Arrays, past: Past, old: DeviceState | None,
              settings: dict[str, float | int], want_logits: bool) -> tuple[Arrays, DeviceState]:
@@ -174,9 +175,9 @@ class DeviceSalient:
             copy_tokens(self._pool, (mine, 0, to[1]), (theirs, 0, source[1]), 1, tokens, self._stream)
 
     def _executor(self, graph: GraphName) -> tuple[Executor, GraphCache | None]:
-        if graph not in self._ready:
+        if graph not in self.opened:
             check_unchanged(self._bundle)
             executor = self._open_graph(self._files[graph])
             graphs = GraphCache(self._pool.device, executor, _RECORDED) if self._cuda_graphs else None
-            self._ready[graph] = executor, graphs
-        return self._ready[graph]
+            self.opened[graph] = executor, graphs
+        return self.opened[graph]

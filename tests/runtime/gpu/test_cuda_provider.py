@@ -119,6 +119,22 @@ def test_other_families_are_recorded_too(driven, golden, exported, family):
     assert found["batch"]["replayed_step"]["calls"] == REPLAYED
 
 
+@pytest.mark.slow
+def test_salient_steps_are_recorded_too(driven, salient_half_sample):
+    """TopK and scattering on the provider; the experts lie on the device once, for three sessions."""
+    found = driven(salient_half_sample, "--salient", "8")
+    assert found["violations"] == [] and found["graphs"].keys() == {"8", "fill"}
+    for graph in found["graphs"].values():
+        assert graph["placement"].keys() == {CUDA, CPU} and graph["cpu_ops"].keys() <= SHAPE_OPS
+        assert graph["off"] == "" and graph["recorded"] > 0
+    sparse = found["graphs"]["8"]
+    assert sparse["replayed"] > sparse["recorded"] and sparse["replayed_step"]["calls"] == REPLAYED
+    assert sparse["step"]["calls"]["cudaStreamSynchronize"] == 1
+    opened, after = found["bytes_used"]
+    experts = (salient_half_sample.folder / salient_half_sample.manifest.experts.file).stat().st_size
+    assert opened > experts and after - opened < experts, "two more sessions hold no experts of their own"
+
+
 def test_libraries_of_nvidia_s_packages_are_found(tmp_path, monkeypatch):
     """The run above finds its libraries so, in packages nvidia.* that are not beside ONNX Runtime's."""
     for folder, file in (("cu13", "libcublas.so.13"), ("cudnn", "libcudnn.so.9"), ("nccl", "libnccl.so.2")):

@@ -53,7 +53,7 @@ def test_full_canvas(salient_llada, graphs):
 def test_all_capacities_serve_where_none_is_asked_for(salient_block):
     """The dynamic result, as no step overflows; which of them run depends on what is salient."""
     backend = host_backend(salient_block)
-    options = {"salient_threshold": 0.6}
+    options = {"prompts": PROMPTS[:1], "steps": 16, "max_new_tokens": 32}
     statistics = same(salient_block, run(backend, **options), **options)
     assert not any(s.salient_overflows for s in statistics)
     entry = salient_block.manifest.salient
@@ -73,7 +73,7 @@ def test_steps_are_recorded_and_the_next_request_replays_them(salient_block):
     for _ in range(3):  # what a request does once is recorded by its second and replayed by its third
         run(backend, PROMPTS[:2], salient_capacity=16)
     calls = [len(executor.sizes) for executor in backend.salient_executors.values()]
-    graphs = [graphs for _, graphs in backend.salient_graphs(16)._ready.values()]
+    graphs = [graphs for _, graphs in backend.salient_graphs(16).opened.values()]
     assert len(graphs) == 2 and all(not g.off and g.recorded for g in graphs)
     replayed = sum(g.replayed for g in graphs)
     run(backend, PROMPTS[:2], salient_capacity=16)
@@ -100,17 +100,19 @@ def test_a_step_is_two_copies_and_one_wait(salient_block):
     assert all(copies <= 3 and waits == 1 for copies, _, waits, _, _ in counts)
 
 
-def test_memory_returns_and_closing_frees_it(salient_llada):
-    backend = host_backend(salient_llada, True)
+@pytest.mark.parametrize("bundle", ["salient_llada", "salient_block"])
+def test_memory_returns_and_closing_frees_it(bundle, request):
+    """Also the experts that all graphs share; the sessions hold nothing else of the device's."""
+    backend = host_backend(request.getfixturevalue(bundle), True)
     used = []
     for _ in range(3):
-        run(backend, PROMPTS[:2], salient_capacity=8, full_steps=1)
+        run(backend, PROMPTS[:2], full_steps=1)
         used.append(backend.fake.used)
     assert used[1] == used[2]
-    salient = backend.salient_graphs(8)
+    salient = backend.salient_graphs(None)
     backend.close()
     assert backend.fake.used == 0 and not backend.fake.host
-    for call in (lambda: backend.salient_graphs(8), lambda: salient.run("fill", {}, None, None, {}, False)):
+    for call in (lambda: backend.salient_graphs(None), lambda: salient.run("fill", {}, None, None, {}, False)):
         with pytest.raises(RequestError, match=r"was closed; open the bundle again\.$"):
             call()
 
