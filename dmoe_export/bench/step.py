@@ -1,8 +1,7 @@
 """One forward of a bundle on ONNX Runtime's CPU provider: its time, where it goes, and what it is measured against.
 
 In one process and in turns, so that a machine that slows down slows all of them: the step, and every matrix product of
-it by itself. The machine's limits are measured before; ONNX Runtime's profile of the step is taken after, in a session
-of its own, because profiling costs time.
+it by itself. The machine's limits are measured before; ONNX Runtime's profile is taken after, in a session of its own.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,10 +17,10 @@ from ..description import (
     RoutingDescription,
     WeightFormats,
 )
-from ..ops.schema import nodes_of
 from .consistent import check_dense_size, check_engine, check_formats, check_graphs, check_numbers, check_once
 from .contract import KEPT
 from .layout import ExpertsEntry, check_expert_layout
+from .nodes import nodes_of
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -57,7 +57,8 @@ class OpEntry(Frozen):
     domain: str
     version: int
     count: int = Field(ge=1)
-    inside: dict[str, int] = Field({}, description="ops in the body of one node, and how many nodes of each")
+    inside: dict[str, Annotated[int, Field(ge=1, le=100)]] = Field(
+        {}, description="ops in the body of one node, and how many nodes of each")
 
 
 class GraphEntry(Frozen):
@@ -70,12 +71,12 @@ class GraphEntry(Frozen):
     ops: list[OpEntry]
 
     def nodes(self, served: Collection[str]) -> dict[str, int]:
-        """How many nodes of each op there are where a library has kernels for the ops named: others are their bodies."""
+        """How many nodes of each op there are where a library has kernels for the ops named, and others are bodies."""
         return nodes_of({op.name: op.count for op in self.ops}, {op.name: op.inside for op in self.ops}, served)
 
     @property
     def keeps_logits(self) -> bool:
-        """Whether it has the input `logits_kept`: logits leave for the first wanted tokens alone. Older ones have not."""
+        """Whether logits leave for the first wanted tokens alone (input `logits_kept`); in older graphs for all."""
         return any(entry.name == KEPT for entry in self.inputs)
 
 

@@ -13,8 +13,8 @@ from ..bundle.manifest import ExpertPool, WeightInput
 from ..bundle.reader import Bundle
 from ..errors import BundleError
 from ..ops import experts, linear
-from ..ops.fused import PLAIN, inlined
 from ..ops.experts.onnx_capacity import DEFAULT_CAPACITY, experts_capacity_body
+from ..ops.fused import PLAIN, inlined
 from ..ops.linear.onnx_body import inline
 from ..ops.schema import DOMAIN
 from .plugins import PluginLibrary, plugin_ops

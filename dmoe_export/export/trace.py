@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..description import ModelDescription, Precision, RoutingDescription, WeightFormats
 from ..model.denoiser import Denoiser
 from ..model.moe import MoE
-from ..ops.schema import DOMAIN, OPSET
+from ..ops.schema import OPSET
 from .bodies import add_bodies
 from .conversion import DTYPES
 from .graph import DenoiserGraph, example_inputs, input_names, output_names
@@ -39,7 +39,8 @@ def trace_denoiser(description: ModelDescription, routing: RoutingDescription, c
                             formats.quantisation(formats.experts)).eval()
         inputs, axes = example_inputs(denoiser, routing.mode)
     layers = description.num_layers
-    return trace_graph(DenoiserGraph(denoiser, formats.quantisation(formats.head) is None), inputs, axes, input_names(routing.mode, layers),
+    graph = DenoiserGraph(denoiser, one_head=formats.quantisation(formats.head) is None)
+    return trace_graph(graph, inputs, axes, input_names(routing.mode, layers),
                        output_names(layers, bool(description.moe_layers)), compute, formats)
 
 

@@ -25,9 +25,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], positions: tuple[Tensor, Tensor], past_key: Tensor,
                 past_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N,H], positions [B,T] and of the past [B,S], past [B,Hkv,S,D] → output [N,H], new key and value [B,Hkv,T,D].
+        """x [N,H] → output [N,H], new key and value [B,Hkv,T,D]; N = B·T.
 
-        N = B·T; angles are float32.
+        Angles are float32; positions [B,T] and of the past [B,S], past [B,Hkv,S,D].
         """
         norms = tuple(norm.weight for norm in (self.q_norm, self.k_norm) if isinstance(norm, nn.RMSNorm))
         mixed, key, value = self_attention(self.qkv(x), *angles, *positions, past_key, past_value, norms,

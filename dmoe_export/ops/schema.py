@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 DOMAIN = "dmoe"
@@ -36,16 +34,3 @@ class OpSchema:
 def int64s(*values: int) -> str:
     """ONNX text of a one-dimensional int64 constant (ONNX Runtime 1.23 infers no shape from `value_ints`)."""
     return f"Constant <value = int64[{len(values)}] {{{', '.join(map(str, values))}}}> ()"
-
-
-def nodes_of(ops: Mapping[str, int], inside: Mapping[str, Mapping[str, int]], served: Collection[str]) -> dict[str, int]:
-    """Nodes of each op where a library has kernels for the ops `served`, and every other one is its body.
-
-    `ops`: nodes of a graph; `inside`: nodes in the body of an op, which are no bodies with more inside.
-    """
-    counts: Counter[str] = Counter()
-    for name, count in ops.items():
-        counts[name] += count
-        if name not in served:
-            counts.update({inner: count * each for inner, each in inside.get(name, {}).items()})
-    return dict(counts)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..bundle.nodes import nodes_of
 from ..bundle.reader import Bundle
 from ..errors import BundleError
-from ..ops.schema import DOMAIN, nodes_of
+from ..ops.schema import DOMAIN
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_numbers_of_another_model(bundle, field, factor):
     (lambda m: m["model"]["moe"].update(experts_per_token=17), "experts_per_token 17 is more than 16"),
     (lambda m: m["denoiser"]["inputs"].pop(), "inputs, that of a model of 2 layers has"),
     (lambda m: m["denoiser"]["outputs"].reverse(), "has the output .* where that of this model is 'token_ids' int64"),
-    (lambda m: m["denoiser"]["inputs"][6].update(dtype="float16"), "has the input 'past_key.0' float16"),
+    (lambda m: m["denoiser"]["inputs"][7].update(dtype="float16"), "has the input 'past_key.0' float16"),
     (lambda m: m.update(precision="fp16"), "has the input 'past_key.0' float "),
     (lambda m: m["weights"].update(experts="int8", group_size=32), "weights say experts int8 in groups of 32, and "),
     (lambda m: m["weights"].update(experts=None), "weights say experts None"),

@@ -20,6 +20,7 @@ from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.cli import main
 from dmoe_export.errors import BundleError, OutputError, RequestError
 from dmoe_export.export.conversion import padded_width
+from dmoe_export.ops.fused import FUSED
 
 
 @pytest.fixture
@@ -40,15 +41,21 @@ def test_manifest_tells_the_truth(tiny_bundle):
     assert {f.path for f in manifest.files} == {"denoiser.onnx", "denoiser.onnx.data", "experts.bin"}
     assert manifest.routing.min_experts == 2 + 4 - 2
     assert [(op.name, op.count) for op in manifest.denoiser.ops] == [
-        ("DmoeBlockRoute", 1), ("DmoeExperts", 1), ("DmoeLinear", 12), ("DmoeAttention", 2)]
+        ("DmoeAddNorm", 3), ("DmoeHead", 1), ("DmoeLinear", 7), ("DmoeMixture", 1), ("DmoeRouter", 1),
+        ("DmoeSelfAttention", 2)]
+    inside = {op.name: op.inside for op in manifest.denoiser.ops}
+    assert inside["DmoeMixture"] == {"DmoeExperts": 1, "DmoeLinear": 2} and inside["DmoeLinear"] == {}
+    assert manifest.denoiser.nodes(FUSED)["DmoeLinear"] == 7
+    assert manifest.denoiser.nodes({"DmoeLinear", "DmoeExperts", "DmoeAttention"})["DmoeLinear"] == 7 + 2 + 1 + 1
     model = onnx.load(tiny_bundle.denoiser_path, load_external_data=False)
     assert [i.name for i in model.graph.input] == [i.name for i in manifest.denoiser.inputs]
     assert [o.name for o in model.graph.output] == [o.name for o in manifest.denoiser.outputs]
-    plugins = [node for node in model.graph.node if node.op_type in ("DmoeBlockRoute", "DmoeExperts")]
+    plugins = [node for node in model.graph.node if node.op_type in FUSED]
     for node in plugins:
         attributes = {a.name: a.s for a in node.attribute}
         assert attributes["plugin_namespace"] == b"dmoe" and attributes["plugin_version"] == b"1"
-    assert len(plugins) == 2 and {f.name for f in model.functions} == {op.name for op in manifest.denoiser.ops}
+    known = {*inside, *(op for ops in inside.values() for op in ops)}
+    assert len(plugins) == 8 and {f.name for f in model.functions} == known
     onnx.checker.check_model(str(tiny_bundle.denoiser_path), full_check=True)
 
 

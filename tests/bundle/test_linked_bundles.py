@@ -113,7 +113,7 @@ def test_custom_ops_open_it(half_sample_bundle, tmp_path, layout):
     options = ort.SessionOptions()
     bundle = open_bundle(layout(half_sample_bundle.folder, tmp_path), "sizes")
     kernels = prepare_session(bundle, options, library())
-    assert ort.InferenceSession(bundle.denoiser_path, options, providers=[CPU]) and kernels.kernels("DmoeExperts")
+    assert ort.InferenceSession(bundle.denoiser_path, options, providers=[CPU]) and kernels.kernels("DmoeMixture")
 
 
 @every_layout

@@ -67,7 +67,7 @@ def test_attributes_that_do_not_fit_are_refused(tmp_path):
     for changed, text in (({"mode": "best"}, "DmoeRouter: mode 'best' or score function 'sigmoid' is not known"),
                           ({"num_groups": 4.0}, "DmoeRouter: attribute num_groups is missing or has another type")):
         with pytest.raises(AssertionError, match=text):
-            built_plugin(one_node(router.SCHEMA, TensorProto.FLOAT16, KINDS, SHAPES, **ROUTING | changed), SHAPES, SIZES,
-                         tmp_path)
+            model = one_node(router.SCHEMA, TensorProto.FLOAT16, KINDS, SHAPES, **ROUTING | changed)
+            built_plugin(model, SHAPES, SIZES, tmp_path)
     with pytest.raises(AssertionError, match="DmoeAddNorm: attribute eps is missing or has another type"):
         built_plugin(one_node(add_norm.SCHEMA, TensorProto.FLOAT16, None, NORM_SHAPES), NORM_SHAPES, SIZES, tmp_path)

@@ -8,9 +8,9 @@ import torch
 from dmoe_export.description import ModelDescription, MoeDescription, RoutingDescription
 from dmoe_export.model.denoiser import Denoiser, Past
 from dmoe_export.model.layers import rotary_angles
-from dmoe_export.ops.self_attention.eager import attention_bias, rotate
 from dmoe_export.model.moe import MoE, RoutingSettings
 from dmoe_export.model.salient import RangeState, SalientDenoiser
+from dmoe_export.ops.self_attention.eager import attention_bias, rotate
 
 VOCABULARY, MASK = 61, 60
 
@@ -78,7 +78,7 @@ def by_hand(model: Denoiser, ids, at, past: Past, old: RangeState, unmasked, tau
     salient_rows, state = [], RangeState([], [], [], [])
     for i, layer in enumerate(model.layers):
         a = layer.attention
-        qkv = a.qkv(layer.attention_norm(x))
+        qkv = a.qkv(layer.attention_norm(x)[1])
         q = rotate(a.q_norm(qkv[:, :split].reshape(1, tokens, d.num_heads, d.head_dim)), *angles)[0]
         kv = qkv[:, split:].reshape(1, tokens, 2, d.num_kv_heads, d.head_dim)
         k, v = rotate(a.k_norm(kv[:, :, 0]), *angles)[0], kv[0, :, 1]
@@ -103,7 +103,7 @@ def by_hand(model: Denoiser, ids, at, past: Past, old: RangeState, unmasked, tau
         x = x + a.out(context)
         ffn = old.ffns[i][0].clone()
         if len(entering):
-            h = layer.ffn_norm(x)[entering]
+            h = layer.ffn_norm(x)[1][entering]
             ffn[entering] = (layer.ffn(h, at[entering][None], RoutingSettings.of(model.routing))[0]
                              if isinstance(layer.ffn, MoE) else layer.ffn(h))
         x = x + ffn

@@ -121,7 +121,7 @@ def bundle(exported, tiny_checkpoint):
 
 def test_the_exported_graph_has_no_groups(bundle):
     (node,) = [n for n in onnx.load(str(bundle.denoiser_path), load_external_data=False).graph.node
-               if n.op_type == "DmoeBlockRoute"]
+               if n.op_type == "DmoeRouter"]
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     assert (attributes["mode"], attributes["num_groups"], attributes["groups_kept"]) == (b"top_c", 1, 1)
 

@@ -93,7 +93,8 @@ def test_the_cuda_provider_generates_the_same(cuda, golden, golden_bundle):
     generator = Generator.open(golden_bundle.folder)
     assert generator.backend.name == "onnxruntime-cuda" and generator.backend.placement.keys() == {PROVIDER}
     assert generator.backend_choice == ("the bundle holds no engine; the CUDA provider runs here; norms, vocabulary "
-                                        "head, experts, routing and attention on ONNX Runtime's own ops (the custom ops have no fp32 kernels)")
+                                        "head, experts, routing and attention on ONNX Runtime's own ops (the custom "
+                                        "ops have no fp32 kernels)")
     options = {"max_new_tokens": 48, "threshold": 0.99, "steps": 8, "eos_id": 317}
     for batch in (prompts, prompts[:1]):
         assert decode(generator.backend, batch, **options)[0] == decode(

@@ -1,6 +1,6 @@
 """`DmoeAddNorm`: what a layer's half adds to the residual stream, and the norm that the next half reads.
 
-`total = x + delta`, rounded; `normed = total / sqrt(mean(total²) + eps) · weight`, float32 inside, of the rounded total.
+`total = x + delta`, rounded; `normed = total / sqrt(mean(total²) + eps) · weight` of the rounded total, float32 inside.
 """
 
 from ..schema import OpSchema

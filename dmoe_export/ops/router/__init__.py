@@ -1,7 +1,8 @@
 """`DmoeRouter`: router logits and block routing in one op.
 
-`router_logits = hidden · router_weightᵀ` in float32 (products of the hidden state's values with float32 weights, summed in
-float32: logits decide, and halves tie), then `DmoeBlockRoute` (`ops/block_route/__init__.py`) on them, with its attributes.
+`router_logits = hidden · router_weightᵀ` in float32 (products of the hidden state's values with float32 weights, summed
+in float32: logits decide, and halves tie), then `DmoeBlockRoute` (`ops/block_route/__init__.py`) on them, with its
+attributes.
 The ONNX body is these two ops.
 """
 

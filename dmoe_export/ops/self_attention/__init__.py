@@ -1,12 +1,12 @@
-"""`DmoeSelfAttention`: a layer's attention between its two projections, of grouped query heads over cached and new places.
+"""`DmoeSelfAttention`: a layer's attention between its projections, of grouped query heads over cached and new places.
 
-From the fused projection's rows: split into query, key and value; RMSNorm of each head of query and key, if the model has
-it; rotary positions (rotate-half) on the first R dimensions of a head; query times D^−1/2; softmax over [past | new]
-places; the mixture of their values. Everything up to the roundings of query, key and result is float32.
+From the fused projection's rows: split into query, key and value; RMSNorm of each head of query and key, if the model
+has it; rotary positions (rotate-half) on the first R dimensions of a head; query times D^−1/2; softmax over [past |
+new] places; the mixture of their values. Everything up to the roundings of query, key and result is float32.
 
-A token sees the places whose position is ≥ 0 and, with `block_length` > 0, whose block (position // block_length) is not
-later than its own; `block_length` 0 is full attention. A token that sees none belongs to padding: its result is finite and
-means nothing (kernels: zeros). Eagerly: `eager.py`. The ONNX body has `DmoeAttention` inside.
+A token sees the places whose position is ≥ 0 and, with `block_length` > 0, whose block (position // block_length) is
+not later than its own; `block_length` 0 is full attention. A token that sees none belongs to padding: its result is
+finite and means nothing (kernels: zeros). Eagerly: `eager.py`. The ONNX body has `DmoeAttention` inside.
 """
 
 from ..schema import OpSchema

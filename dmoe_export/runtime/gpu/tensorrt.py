@@ -22,7 +22,8 @@ from .expert_pools import DeviceExperts
 from .memory import Buffer, Pool, upload
 from .tensorrt_engine import deserialise, find_engine, last_error, weight_path
 
-_DTYPES = {"input_ids": "INT64", "position_ids": "INT64", "past_positions": "INT64", "logit_rows": "INT64", "logits_kept": "INT64",
+_DTYPES = {"input_ids": "INT64", "position_ids": "INT64", "past_positions": "INT64", "logit_rows": "INT64",
+           "logits_kept": "INT64",
            "top_p": "FLOAT", "min_experts": "INT64", "coreset_size": "INT64", "token_ids": "INT64",
            "confidence": "FLOAT", "logits": "FLOAT", "expert_ids": "INT32"}
 _PRECISIONS = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
