@@ -11,11 +11,13 @@ bool usable(const void *pointer) { return pointer && reinterpret_cast<uintptr_t>
 
 }  // namespace
 
-extern "C" int dmoe_add_norm(const DmoeAddNormShape *shape, float eps, const void *x, const void *delta, const void *weight,
-                             void *total, void *normed, void *stream) {
+extern "C" int dmoe_add_norm(const DmoeAddNormShape *shape, float eps, const void *x, const void *delta,
+                             const void *weight, void *total, void *normed, void *stream) {
     if (!shape) return DMOE_ERROR_POINTER;
     if (shape->type != DMOE_TYPE_FP16 && shape->type != DMOE_TYPE_BF16) return DMOE_ERROR_TYPE;
-    if (shape->tokens < 0 || shape->hidden < 8 || shape->hidden % 8 != 0 || shape->hidden > 1 << 18) return DMOE_ERROR_SHAPE;
+    if (shape->tokens < 0 || shape->hidden < 8 || shape->hidden % 8 != 0 || shape->hidden > 1 << 18) {
+        return DMOE_ERROR_SHAPE;
+    }
     if (!(eps >= 0.0f)) return DMOE_ERROR_ATTRIBUTE;
     if (shape->tokens == 0) return 0;
     if (!usable(x) || !usable(delta) || !usable(weight) || !usable(total) || !usable(normed)) return DMOE_ERROR_POINTER;

@@ -100,6 +100,8 @@ DMOE_DEVICE float widen_at(const uint4 &eight, int i) {
     const uint32_t word = i < 2 ? eight.x : i < 4 ? eight.y : i < 6 ? eight.z : eight.w;
     return Half::widen(static_cast<uint16_t>(word >> 16 * (i % 2)));
 }
-DMOE_DEVICE float float_at(const float4 &four, int i) { return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w; }
+DMOE_DEVICE float float_at(const float4 &four, int i) {
+    return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
+}
 
 }  // namespace dmoe

@@ -1,5 +1,4 @@
-// The best of a warp's keys, one after another. Lane l has the keys of experts l · per_lane, l · per_lane + 1, …; a key of 0
-// is none.
+// The best of a warp's keys. Lane l has the keys of experts l · per_lane, l · per_lane + 1, …; a key of 0 is none.
 #pragma once
 
 #include "device.cuh"
@@ -76,9 +75,10 @@ DMOE_DEVICE int collect(const uint32_t (&keys)[PER_LANE], int per_lane, uint32_t
 
 constexpr int kBestScratch = 3 * kWarp;  // words
 
-// The best `wanted` (at most 32), larger first, then the lower expert: lane j gets place j. `scratch`: kBestScratch words of
-// the warp's own, 16-byte aligned. `few`: no more than 32 keys are expected. `ordered`: which place is whose matters. The keys that may be among the best are put
-// side by side; each lane takes one and counts those that are not smaller, so nothing is found one after another.
+// The best `wanted` (at most 32), larger first, then the lower expert: lane j gets place j. `scratch`: the warp's own,
+// kBestScratch words, 16-byte aligned. `few`: no more than 32 keys are expected. `ordered`: which place is whose matters.
+// The keys that may be among the best are put side by side; each lane takes one and counts those that are not smaller,
+// so nothing is found one after another.
 template <int PER_LANE>
 DMOE_DEVICE Place best_experts(uint32_t (&keys)[PER_LANE], int per_lane, int wanted, bool few, bool ordered,
                                uint32_t *scratch) {

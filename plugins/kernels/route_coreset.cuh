@@ -41,8 +41,8 @@ DMOE_DEVICE int gather_tokens(int64_t position, int start, int64_t block_start, 
     return total;
 }
 
-// What a token gives to its block: r of its top-k and 0 elsewhere (top_p), or every r (top_c). `row`: a value per expert,
-// 16-byte aligned, and scratch before.
+// What a token gives to its block: r of its top-k and 0 elsewhere (top_p), or every r (top_c). `row`: a value per
+// expert, 16-byte aligned, and scratch before.
 template <int PER_LANE>
 DMOE_DEVICE void write_votes(const RouteArguments &a, const float (&r)[PER_LANE], bool top_k_only, float *row) {
     const int lane = lane_id(), first = lane * a.per_lane;
@@ -72,7 +72,9 @@ DMOE_DEVICE void add_votes(const float *rows, int stride, int active, int expert
         for (int w = 0; w < active; w += kAtOnce) {
             float values[kAtOnce];  // asked for together
             DMOE_UNROLL
-            for (int i = 0; i < kAtOnce; ++i) values[i] = w + i < active ? rows[(w + i) * stride + e] : sum ? 0.0f : -INFINITY;
+            for (int i = 0; i < kAtOnce; ++i) {
+                values[i] = w + i < active ? rows[(w + i) * stride + e] : sum ? 0.0f : -INFINITY;
+            }
             if (sum) {
                 DMOE_UNROLL
                 for (int i = 0; i < kAtOnce; ++i) total += values[i];
@@ -87,8 +89,8 @@ DMOE_DEVICE void add_votes(const float *rows, int stride, int active, int expert
     }
 }
 
-// How many of the votes in order (as ordered_bits) the top_p rule keeps; a whole warp. Sums in double, so that a threshold
-// that is met exactly is met here too (and as torch does).
+// How many of the votes in order (as ordered_bits) the top_p rule keeps; a whole warp. Sums in double, so that a
+// threshold that is met exactly is met here too (and as torch does).
 DMOE_DEVICE int count_top_p(const uint32_t *keys, int count, float top_p) {
     double before = 0.0;
     for (int start = 0; start < count; start += kWarp) {
@@ -134,8 +136,8 @@ struct CoresetScratch {
     int count;  // of places
 };
 
-// Keys of all experts, and which of them are ranked. In top_p those without a vote are not: they follow the positive votes
-// and precede the negative ones, in order.
+// Keys of all experts, and which of them are ranked. In top_p those without a vote are not: they follow the positive
+// votes and precede the negative ones, in order.
 template <int EXPERTS>
 DMOE_DEVICE void key_votes(const float *votes, int experts, bool sum, CoresetScratch<EXPERTS> &s) {
     const int warps = static_cast<int>(blockDim.x) / kWarp, words = (experts + kWarp - 1) / kWarp;
@@ -164,7 +166,7 @@ DMOE_DEVICE void key_votes(const float *votes, int experts, bool sum, CoresetScr
 template <int EXPERTS>
 DMOE_DEVICE void rank_places(CoresetScratch<EXPERTS> &s) {
     constexpr int kLanes = 8;
-    const int count = s.count, part = static_cast<int>(threadIdx.x) % kLanes, step = static_cast<int>(blockDim.x) / kLanes;
+    const int count = s.count, part = lane_id() % kLanes, step = static_cast<int>(blockDim.x) / kLanes;
     // Whole warps go round, for the shuffles.
     for (int first = warp_id() * (kWarp / kLanes); first < count; first += step) {
         const int place = first + lane_id() / kLanes;

@@ -29,7 +29,8 @@ struct TopTwo {
 
 // Groups that are the experts of a power of two of lanes: their scores meet in registers.
 template <int PER_LANE>
-DMOE_DEVICE uint32_t kept_groups_of_lanes(const RouteArguments &a, const float (&r)[PER_LANE], uint32_t usable, int lanes) {
+DMOE_DEVICE uint32_t kept_groups_of_lanes(const RouteArguments &a, const float (&r)[PER_LANE], uint32_t usable,
+                                          int lanes) {
     TopTwo top;
     DMOE_UNROLL
     for (int i = 0; i < PER_LANE; ++i) top.add(usable >> i & 1u ? r[i] : -INFINITY);
@@ -94,7 +95,8 @@ DMOE_DEVICE uint32_t kept_groups(const RouteArguments &a, const float (&r)[PER_L
     DMOE_UNROLL
     for (int i = 0; i < PER_LANE; ++i) {
         const uint32_t e = first + i;
-        if (i < a.per_lane && e < static_cast<uint32_t>(a.experts) && scratch[e * reciprocal >> 20] != 0.0f) bits |= 1u << i;
+        const bool there = i < a.per_lane && e < static_cast<uint32_t>(a.experts);
+        if (there && scratch[e * reciprocal >> 20] != 0.0f) bits |= 1u << i;
     }
     __syncwarp();
     return bits;

@@ -40,9 +40,10 @@ extern "C" int dmoe_router(const DmoeRouterShape *shape, const DmoeRouteAttribut
     if (const int error = check_shape(shape)) return error;
     if (!attributes) return DMOE_ERROR_POINTER;
     auto *const values = static_cast<float *>(workspace);
-    RouteArguments route{*attributes, shape->rows, shape->tokens, shape->experts, values,         expert_bias, position_ids,
-                         top_p,       min_experts, coreset_size,  expert_ids,     expert_weights, nullptr,
-                         0,           0,           !attributes->softmax};
+    const RouteArguments route{*attributes,  shape->rows, shape->tokens,  shape->experts, values,
+                               expert_bias,  position_ids, top_p,         min_experts,    coreset_size,
+                               expert_ids,   expert_weights, nullptr,     0,              0,
+                               !attributes->softmax};
     const int error = check_route(route);
     if (error || shape->rows == 0 || shape->tokens == 0) return error;
     if (!hidden || !router_weight || !workspace || !aligned_16(hidden) || !aligned_16(router_weight) ||

@@ -83,7 +83,8 @@ IPluginV3* RouterPlugin::clone() noexcept
     return new (std::nothrow) RouterPlugin(mAttributes);
 }
 
-int32_t RouterPlugin::getOutputDataTypes(DataType* outputs, int32_t nbOutputs, DataType const*, int32_t nbInputs) const noexcept
+int32_t RouterPlugin::getOutputDataTypes(DataType* outputs, int32_t nbOutputs, DataType const*,
+    int32_t nbInputs) const noexcept
 {
     if (nbInputs != kInputs || nbOutputs != kOutputs) {
         return refuse(std::to_string(nbInputs) + " inputs where " + std::to_string(kInputs) + " are needed");
