@@ -21,11 +21,7 @@ namespace dmoe::emulation {
 
 namespace {
 constexpr size_t kGuardBytes = 65536;  // a multiple of any page size; below the stack, not accessible
-#if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kStackBytes = 1048576;  // frames are several times as large
-#else
 constexpr size_t kStackBytes = 131072;
-#endif
 }  // namespace
 
 Fiber::Fiber(void (*body)()) : body_(body) {

@@ -35,12 +35,12 @@ DMOE_DEVICE void write_tile(const ProductArguments &a, const PairLists &lists, c
         const int64_t to = item.shared ? place : lists.pairs[place];
         if constexpr (GATE) {
             const float gate = c[i], up = c[2 + i];
-            (item.shared ? a.shared_activations : a.activations)[to * (rows / 2) + row / 2] =
-                Half::narrow(gate / (1.0f + expf(-gate)) * up);
+            uint16_t *const activations = item.shared ? a.shared_activations : a.activations;
+            activations[to * (rows / 2) + row / 2] = Half::narrow(gate / (1.0f + expf(-gate)) * up);
         } else {
             const float weight = item.shared ? 1.0f : a.pair_weights[to];
-            *reinterpret_cast<float2 *>((item.shared ? a.shared_outputs : a.pair_outputs) + to * rows + row) =
-                make_float2(weight * c[i], weight * c[2 + i]);
+            float *const outputs = item.shared ? a.shared_outputs : a.pair_outputs;
+            *reinterpret_cast<float2 *>(outputs + to * rows + row) = make_float2(weight * c[i], weight * c[2 + i]);
         }
     }
 }
