@@ -41,7 +41,7 @@ def test_export_generate_inspect(tiny_checkpoint, tmp_path):
     assert inspected["manifest"] == exported["manifest"]
     assert inspected["sizes"]["bytes_per_expert"] == 3 * 32 * 32 * 4
     shown = run("inspect", out).stdout
-    for word in ("LLaDA2MoeModelLM", "top_c", "asked for; trained", "DmoeExperts", "experts.bin", "tokenizer"):
+    for word in ("LLaDA2MoeModelLM", "top_c", "asked for; trained", "DmoeMixture", "experts.bin", "tokenizer"):
         assert word in shown
     result = run("generate", out, "--prompt-ids", "1,2,3", "--max-new-tokens", 12, "--eos-id", -1, "--json",
                  "--coreset-size", 6, "--block-length", 8)
