@@ -42,7 +42,7 @@ def test_equals_eager(kind, tokens, hidden, scale, eps):
     exact = add_norm(want.float(), zero, halves[2].float(), eps)[1].numpy()
     unit, tiny = (2.0**-11, 2.0**-25) if kind == FP16 else (2.0**-8, 2.0**-140)
     error = np.abs(from_half(normed, kind) - exact)
-    assert (error <= (unit + 4e-6) * np.abs(exact) + tiny).all()  # 4e-6: float32 sums in another order, and five operations
+    assert (error <= (unit + 4e-6) * np.abs(exact) + tiny).all()  # 4e-6: sums in another order, five operations
 
 
 @KINDS

@@ -80,7 +80,7 @@ def test_bundle_equals_its_bodies(tiny_checkpoint, exported):
     options = ort.SessionOptions()
     kernels = prepare_session(bundle, options, library())
     loaded = ort.InferenceSession(bundle.denoiser_path, options, providers=[CPU])
-    assert kernels.kernels("DmoeExperts") == len(bundle.manifest.experts.layers)
+    assert kernels.kernels("DmoeMixture") == len(bundle.manifest.experts.layers)
     check_session(loaded, CPU)
     prompt = np.random.default_rng(1).integers(0, bundle.manifest.model.mask_id, (2, 40))
     positions = np.tile(np.arange(40), (2, 1))

@@ -1,4 +1,4 @@
-"""DmoeRouter and DmoeAddNorm as custom ops of ONNX Runtime, on the emulated kernels: against the kernels, and what is refused."""
+"""DmoeRouter and DmoeAddNorm as custom ops of ONNX Runtime, on the emulated kernels; and what is refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def router_feeds(kind, rows=2, tokens=13):
 def add_norm_feeds(tokens=5, hidden=72):
     rng = np.random.default_rng(tokens)
     return {name: rng.normal(size=shape).astype(np.float32)
-            for name, shape in zip(add_norm.SCHEMA.inputs, ((tokens, hidden), (tokens, hidden), (hidden,)), strict=True)}
+            for name, shape in zip(add_norm.SCHEMA.inputs, ((tokens, hidden), (tokens, hidden), (hidden,)),
+                                   strict=True)}
 
 
 @HALVES
@@ -99,7 +100,8 @@ def test_wrong_shapes_of_a_router_are_refused(name, shape, text):
 
 
 @pytest.mark.parametrize(("feeds", "text"), [
-    (add_norm_feeds() | {"delta": np.zeros((4, 72), np.float32)}, r"delta has shape \[4, 72\] where \[5, 72\] is needed"),
+    (add_norm_feeds() | {"delta": np.zeros((4, 72), np.float32)},
+     r"delta has shape \[4, 72\] where \[5, 72\] is needed"),
     (add_norm_feeds() | {"weight": np.zeros(64, np.float32)}, r"weight has shape \[64\] where \[72\] is needed"),
     (add_norm_feeds(hidden=12), "a size is outside the kernel's limits"),
 ])

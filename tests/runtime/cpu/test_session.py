@@ -57,13 +57,14 @@ def test_a_library_that_cannot_be_loaded(tiny_bundle, tmp_path, monkeypatch, len
 
 
 def test_a_library_that_does_not_serve_every_node(half_sample_bundle, monkeypatch):
-    """The one for the CUDA provider, built for the CPU, has neither linear layers nor attention: their bodies run."""
+    """The one for the CUDA provider, built for the CPU, takes fused nodes, so none of those inside get a kernel."""
     monkeypatch.setattr(cpu_ops, "INSTALLED", library())
     nodes = half_sample_bundle.manifest.denoiser.nodes(cpu_ops.SERVED)
-    linear, attention = nodes["DmoeLinear"], nodes["DmoeAttention"]
-    sentence = ("experts on our CPU kernels, linear layers and attention on ONNX Runtime's own ops (our CPU kernels "
-                f"serve 0 of {linear} DmoeLinear nodes and 0 of {attention} DmoeAttention nodes)")
-    assert linear and attention and said(half_sample_bundle) == sentence
+    experts, linear, attention = nodes["DmoeExperts"], nodes["DmoeLinear"], nodes["DmoeAttention"]
+    sentence = ("experts, linear layers and attention on ONNX Runtime's own ops (our CPU kernels serve 0 of "
+                f"{experts} DmoeExperts nodes and 0 of {linear} DmoeLinear nodes and 0 of {attention} DmoeAttention "
+                "nodes)")
+    assert experts and linear and attention and said(half_sample_bundle) == sentence
     with pytest.raises(MissingRequirementError) as raised:
         said(half_sample_bundle, "on")
     assert f"do not fit {half_sample_bundle.denoiser_path}, which would run with {sentence}; build" in str(raised.value)
