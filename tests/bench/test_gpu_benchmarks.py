@@ -167,7 +167,7 @@ class TestPredictions:
                 assert found == (row["low"], row["high"]) and row["limit"] < row["low"]
                 assert gpu_outcome.predicted_experts("NVIDIA GH200 480GB", result) is None
                 assert gpu_outcome.predicted_experts("NVIDIA H100", {**result, "tokens": 64}) is None
-        assert gpu_outcome.predicted_route("NVIDIA H100", 256, 32) == (10, 13)
+        assert gpu_outcome.predicted_route("NVIDIA H100", 256, 32) == (4.5, 5.5)
 
     def test_the_page_says_the_same(self):
         page = (BENCHMARKS.parent / "docs" / "gpu.md").read_text()

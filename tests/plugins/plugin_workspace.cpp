@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <dlfcn.h>
 
 #include "dmoe_kernels.h"
@@ -23,7 +24,12 @@ int main(int, char** argv)
     auto* const needed = reinterpret_cast<decltype(&dmoe_experts_workspace_bytes)>(
         dlsym(library, "dmoe_experts_workspace_bytes"));
     int32_t count = 0;
-    auto* const creator = static_cast<IPluginCreatorV3One*>(creators(count)[1]); // DmoeExperts
+    IPluginCreatorInterface* const* const all = creators(count);
+    IPluginCreatorV3One* creator = nullptr;
+    for (int32_t i = 0; i < count; ++i) {
+        auto* const one = static_cast<IPluginCreatorV3One*>(all[i]);
+        creator = std::strcmp(one->getPluginName(), "DmoeExperts") == 0 ? one : creator;
+    }
     PluginFieldCollection const none{0, nullptr};
     auto* const plugin = creator->createPlugin("experts", &none, TensorRTPhase::kBUILD);
     auto* const build = static_cast<IPluginV3OneBuild*>(plugin->getCapabilityInterface(PluginCapabilityType::kBUILD));
