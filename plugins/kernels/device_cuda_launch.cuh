@@ -25,6 +25,12 @@ inline bool bf16_runs_here() {
     return device_attribute(cudaDevAttrComputeCapabilityMajor, known) >= 8;
 }
 
+// 0, or CUDA's error where there is no device to ask.
+inline int device_error() {
+    int device = 0;
+    return static_cast<int>(cudaGetDevice(&device));
+}
+
 // Bytes of shared memory, static and dynamic together, that a thread block can have, and that a processor has for all its
 // blocks (1 KiB of it goes to the system with each block).
 inline int shared_bytes_per_block() {

@@ -169,6 +169,7 @@ extern "C" int dmoe_mixture(const DmoeExpertsShape *shape, const DmoeSharedExper
         !usable(workspace, 256)) {
         return DMOE_ERROR_POINTER;
     }
+    if (const int error = device_error()) return error;
     if (shape->type == DMOE_TYPE_BF16 && !bf16_runs_here()) return DMOE_ERROR_TYPE;
 
     const Workspace w = workspace_of(*shape, weights.shared.width);
