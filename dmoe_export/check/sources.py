@@ -15,6 +15,7 @@ from ..bundle.reader import Bundle
 from ..checkpoint.family import Checkpoint
 from ..description import ModelDescription
 from ..errors import BundleError
+from ..export.conversion import SHARED_GATE_UP, two_names
 from ..model.load import interleave
 from ..ops.experts.quantised import dequantise
 
@@ -80,6 +81,8 @@ class BundleWeights:
 
     def dense(self, name: str, rows: slice | None = None) -> Tensor:
         """As in WeightSource."""
+        if name.endswith(SHARED_GATE_UP) and name not in self._tensors:
+            return torch.cat([self.dense(part) for part in two_names(name)])
         stored = self._read(name, rows)
         if stored.dtype != torch.uint8:
             return stored.float()

@@ -14,7 +14,7 @@ from .. import words
 from ..bundle.graph_file import load_graph
 from ..bundle.reader import Bundle
 from ..checkpoint.family import Checkpoint
-from ..export.conversion import Conversion, Digests, StoredTensor
+from ..export.conversion import SHARED_GATE_UP, Conversion, Digests, StoredTensor, two_names
 from .identity import compared_layers, describe_difference, first_difference
 from .result import WeightsCheck
 
@@ -69,8 +69,9 @@ def check_weights_and_digest(bundle: Bundle, checkpoint: Checkpoint, layers: int
     manifest, tally = bundle.manifest, _Tally()
     count = compared_layers(bundle, checkpoint, layers)
     width = manifest.experts.stored_width if manifest.experts else 0
-    conversion = Conversion(checkpoint, manifest.formats, manifest.precision, width, count)
     places = _places(bundle)
+    older = any(name.endswith(two_names(SHARED_GATE_UP)[0]) for name in places)
+    conversion = Conversion(checkpoint, manifest.formats, manifest.precision, width, count, older)
     kept = [name for name in places if (_layer(name) or 0) < count]
     total = sum(places[name].length for name in kept)
     for tensors, slabs in ((conversion.dense(), False), (conversion.experts(), True)):

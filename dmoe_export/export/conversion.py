@@ -21,6 +21,7 @@ from ..model.load import interleave
 from ..ops.experts.quantised import quantise
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SHARED_GATE_UP = "ffn.shared.gate_up.weight"
 DENSE_FILE, EXPERTS_FILE = "denoiser.onnx.data", "experts.bin"
 
 
@@ -43,6 +44,11 @@ def padded_width(hidden: int, width: int, itemsize: int, how: ExpertQuantisation
     bits = how.bits if how else 8 * itemsize
     step = math.lcm(8 * PAGE // math.gcd(8 * PAGE, hidden * bits), how.group_size if how else 1)
     return -(-width // step) * step
+
+
+def two_names(gate_up: str) -> tuple[str, str]:
+    """Names of the two matrices that older bundles have in the place of a shared expert's gate_up."""
+    return gate_up.replace("gate_up", "gate"), gate_up.replace("gate_up", "up")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -78,8 +84,12 @@ class Conversion:
     """Reads trunk and first layers of a checkpoint tensor by tensor: one chunk or one expert is in memory at a time."""
 
     def __init__(self, checkpoint: Checkpoint, formats: WeightFormats, compute: Precision, stored_width: int,
-                 layers: int | None = None) -> None:
-        """`compute`: type of norms, biases and scales. `layers` None: all that the checkpoint object keeps."""
+                 layers: int | None = None, two_shared: bool = False) -> None:
+        """`compute`: type of norms, biases and scales. `layers` None: all that the checkpoint object keeps.
+
+        `two_shared`: gate and up of shared experts are two matrices, as in older bundles.
+        """
+        self._two_shared = two_shared
         self._checkpoint, self._formats, self._compute, self._width = checkpoint, formats, compute, stored_width
         self._layers = checkpoint.description.num_layers if layers is None else layers
         self.digests = Digests(self._layers)
@@ -87,7 +97,7 @@ class Conversion:
     def dense(self) -> Iterator[StoredTensor]:
         """Everything but the routed experts; the router stays float32. Quantised ones each before its scales."""
         reader = self._checkpoint.reader
-        for ours, tensors in self._checkpoint.weights.dense.items():
+        for ours, tensors in self._parameters():
             match = re.match(r"layers\.(\d+)\.", ours)
             layer = int(match[1]) if match else None
             if layer is not None and layer >= self._layers:
@@ -102,6 +112,14 @@ class Conversion:
                 yield from self._quantised(ours, layer, shape, chunks, how)
             else:
                 yield StoredTensor(ours, layer, dtype, shape, map(raw_bytes, chunks))
+
+    def _parameters(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Names of ours, and the checkpoint's tensors for each."""
+        for ours, tensors in self._checkpoint.weights.dense.items():
+            if self._two_shared and ours.endswith(SHARED_GATE_UP):
+                yield from ((name, (tensor,)) for name, tensor in zip(two_names(ours), tensors, strict=True))
+            else:
+                yield ours, tensors
 
     def experts(self) -> Iterator[StoredTensor]:
         """Routed experts: per layer [E, 2I', H] interleaved, then [E, H, I']; quantised, each before its scales."""
