@@ -48,7 +48,7 @@ archive() {  # rtx, ort or ort-whole: fetched, made smaller, packed, cut; what i
     rm -f "$CARRY/$name".* "$CARRY/base/$name".*
     echo "$name: packing, some minutes"
     tar -C "$scratch/site" -c . | xz --x86 --lzma2=preset=9e,dict=256MiB -T1 > "$scratch/$name.txz" || return 1
-    split -b 32M -d -a 1 "$scratch/$name.txz" "$CARRY/$name."
+    split -b 31M -d -a 1 "$scratch/$name.txz" "$CARRY/$name."
     # Parts and sum travel with the base, so that a missing part is noticed.
     (cd "$scratch" && sha256sum "$name.txz") > "$CARRY/base/$name.sha256"
     (cd "$CARRY" && ls "$name".[0-9]) > "$CARRY/base/$name.parts"
