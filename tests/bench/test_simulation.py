@@ -131,7 +131,7 @@ def test_a_fit_finds_the_seconds_and_keeps_their_sum(model):
 
 
 def test_predictions_give_back_the_predicted_step(h100):
-    for times, step, rides in zip(h100, (3.6e-3, 4.2e-3), ((4.2e-3, 5.1e-3),) * 2, strict=True):
+    for times, step, rides in zip(h100, (1.5e-3, 1.75e-3), ((2.0e-3, 2.6e-3),) * 2, strict=True):
         assert times.source == "predicted" and times.seconds(forward(1, 1, 32)) == pytest.approx(step)
         assert rides[0] < times.seconds(forward(1, 2, 32)) < rides[1]  # docs/gpu.md: a step that takes a block along
     assert expected_experts(2, 15, 256) == pytest.approx(30 - 15 * 15 / 256) and expected_experts(2, 0, 0) == 0
