@@ -102,6 +102,21 @@ bool sameBuild(FieldReader& fields, TensorRTPhase phase, char const* plugin) noe
     return false;
 }
 
+std::string text(Dims const& dims)
+{
+    std::string all;
+    for (int32_t i = 0; i < dims.nbDims; ++i) {
+        all += (i ? ", " : "") + std::to_string(dims.d[i]);
+    }
+    return "[" + all + "]";
+}
+
+int32_t Plugin::refuse(std::string const& problem) const noexcept
+{
+    logError(std::string(getPluginName()) + ": " + problem + ".");
+    return DMOE_ERROR_SHAPE;
+}
+
 IPluginCapability* Plugin::getCapabilityInterface(PluginCapabilityType type) noexcept
 {
     switch (type) {

@@ -1,4 +1,4 @@
-// What both plugins share: fields, logging, and the creator. Written for TensorRT 10.14 headers and later, and for
+// What the plugins share: fields, logging, and the creator. Written for TensorRT 10.14 headers and later, and for
 // TensorRT-RTX, whose plugin interfaces are the same classes.
 #pragma once
 
@@ -65,6 +65,27 @@ inline bool linear(nvinfer1::PluginTensorDesc const& tensor, nvinfer1::DataType 
     return tensor.type == type && tensor.format == nvinfer1::PluginFormat::kLINEAR;
 }
 
+// Such as [32, 64].
+std::string text(nvinfer1::Dims const& dims);
+
+inline nvinfer1::Dims const& dimsOf(nvinfer1::PluginTensorDesc const& desc) { return desc.dims; }
+inline nvinfer1::Dims const& mostOf(nvinfer1::DynamicPluginTensorDesc const& desc) { return desc.max; }
+
+// The dimensions of inputs, wherever TensorRT keeps them: dimsOf when it runs, mostOf while it builds.
+struct InputDims {
+    template <class Desc, class Get>
+    InputDims(Desc const* inputs, int32_t count, Get get)
+    {
+        for (int32_t i = 0; i < count && i < kMost; ++i) {
+            all[i] = &get(inputs[i]);
+        }
+    }
+    nvinfer1::Dims const& operator[](int32_t i) const { return *all[i]; }
+
+    static constexpr int32_t kMost = 14; // a mixture with scales and pools has so many
+    nvinfer1::Dims const* all[kMost]{};
+};
+
 // Parts of IPluginV3 that do not differ between our plugins.
 class Plugin : public nvinfer1::IPluginV3,
                public nvinfer1::IPluginV3OneCore,
@@ -80,6 +101,8 @@ public:
     {
         return 0;
     }
+    // Tells the host's logger half a sentence, after the plugin's name; DMOE_ERROR_SHAPE.
+    int32_t refuse(std::string const& problem) const noexcept;
     int32_t onShapeChange(nvinfer1::PluginTensorDesc const*, int32_t, nvinfer1::PluginTensorDesc const*,
         int32_t) noexcept final
     {

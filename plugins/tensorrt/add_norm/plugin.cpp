@@ -11,12 +11,6 @@ enum Input { kX, kDelta, kWeight, kInputs };
 constexpr int32_t kOutputs = 2; // total, normed
 constexpr char kEps[] = "eps";
 
-int32_t refuse(std::string const& problem)
-{
-    logError(std::string(AddNormPlugin::name) + ": " + problem + ".");
-    return DMOE_ERROR_SHAPE;
-}
-
 // What is wrong with the sizes, as half a sentence; empty if nothing. The number of tokens counts where it is known.
 std::string complaint(Dims const& x, Dims const& delta, Dims const& weight)
 {

@@ -11,31 +11,6 @@ namespace {
 
 enum Input { kHidden, kIds, kWeights, kGateUp, kDown };
 constexpr char kResidency[] = "residency", kBits[] = "bits", kGroupSize[] = "group_size";
-constexpr int32_t kMaxInputs = 14;
-
-std::string text(Dims const& dims)
-{
-    std::string all;
-    for (int32_t i = 0; i < dims.nbDims; ++i) {
-        all += (i ? ", " : "") + std::to_string(dims.d[i]);
-    }
-    return "[" + all + "]";
-}
-
-// The dimensions of inputs, wherever TensorRT keeps them: desc.dims when it runs, max while it builds.
-struct InputDims {
-    template <class Desc, class Get>
-    InputDims(Desc const* inputs, int32_t count, Get get)
-    {
-        for (int32_t i = 0; i < count && i < kMaxInputs; ++i) {
-            all[i] = &get(inputs[i]);
-        }
-    }
-    Dims const* all[kMaxInputs]{};
-};
-
-Dims const& dimsOf(PluginTensorDesc const& desc) { return desc.dims; }
-Dims const& mostOf(DynamicPluginTensorDesc const& desc) { return desc.max; }
 
 } // namespace
 

@@ -13,7 +13,7 @@ enum Input { kHidden, kNorm, kWeight, kRows, kKept, kInputs };
 constexpr char kEps[] = "eps", kMaskId[] = "mask_id";
 
 // The kernel's shape from the dimensions of the inputs.
-DmoeHeadShape shapeOf(std::array<Dims, kInputs> const& inputs, DataType type)
+DmoeHeadShape shapeOf(InputDims const& inputs, DataType type)
 {
     DmoeHeadShape shape{};
     shape.rows = static_cast<int32_t>(inputs[kRows].d[0]);
@@ -27,7 +27,7 @@ DmoeHeadShape shapeOf(std::array<Dims, kInputs> const& inputs, DataType type)
 }
 
 // What is wrong with sizes that no profile leaves open, as half a sentence; empty if nothing.
-std::string complaint(std::array<Dims, kInputs> const& inputs)
+std::string complaint(InputDims const& inputs)
 {
     if (inputs[kHidden].nbDims != 2 || inputs[kNorm].nbDims != 1 || inputs[kWeight].nbDims != 2
         || inputs[kRows].nbDims != 2 || inputs[kKept].nbDims != 1) {
@@ -42,7 +42,7 @@ std::string complaint(std::array<Dims, kInputs> const& inputs)
 }
 
 // Sizes of a run that depend on each other: whole rows of tokens, and no more logits kept than wanted.
-std::string complaintOfRun(std::array<Dims, kInputs> const& inputs)
+std::string complaintOfRun(InputDims const& inputs)
 {
     int64_t const tokens = inputs[kHidden].d[0], rows = inputs[kRows].d[0];
     if (rows > 0 ? tokens % rows != 0 : tokens != 0) {
@@ -56,32 +56,13 @@ std::string complaintOfRun(std::array<Dims, kInputs> const& inputs)
     return {};
 }
 
-template <class Desc, class Get>
-std::array<Dims, kInputs> dimsOf(Desc const* inputs, Get get)
-{
-    std::array<Dims, kInputs> all;
-    for (int32_t i = 0; i < kInputs; ++i) {
-        all[i] = get(inputs[i]);
-    }
-    return all;
-}
-
-Dims now(PluginTensorDesc const& desc) { return desc.dims; }
-Dims most(DynamicPluginTensorDesc const& desc) { return desc.max; }
-
 // Bytes of the largest run, or a negative DMOE_ERROR_*.
 int64_t workspaceOf(DynamicPluginTensorDesc const* inputs)
 {
-    auto shape = shapeOf(dimsOf(inputs, most), inputs[kHidden].desc.type);
+    auto shape = shapeOf(InputDims(inputs, kInputs, mostOf), inputs[kHidden].desc.type);
     shape.tokens = 1; // how many there are at most says nothing about any run, and the workspace does not depend on it
     shape.kept = 0;
     return dmoe_head_workspace_bytes(&shape);
-}
-
-int32_t refuse(std::string const& problem)
-{
-    logError(std::string(HeadPlugin::name) + ": " + problem + ".");
-    return DMOE_ERROR_SHAPE;
 }
 
 } // namespace
@@ -154,7 +135,7 @@ int32_t HeadPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int32
     if (nbInputs != kInputs) {
         return DMOE_ERROR_SHAPE;
     }
-    std::string const problem = complaint(dimsOf(inputs, most));
+    std::string const problem = complaint(InputDims(inputs, kInputs, mostOf));
     if (!problem.empty()) {
         return refuse(problem);
     }
@@ -171,7 +152,7 @@ size_t HeadPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32
 int32_t HeadPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*, void const* const* inputs,
     void* const* outputs, void* workspace, cudaStream_t stream) noexcept
 {
-    auto const dims = dimsOf(inputDesc, now);
+    InputDims const dims(inputDesc, kInputs, dimsOf);
     for (std::string const& problem : {complaint(dims), complaintOfRun(dims)}) {
         if (!problem.empty()) {
             return refuse(problem);

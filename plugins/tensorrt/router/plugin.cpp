@@ -3,7 +3,6 @@
 #include "../../kernels/workspace.h"
 
 #include <algorithm>
-#include <array>
 #include <string>
 
 using namespace nvinfer1;
@@ -15,7 +14,7 @@ enum Input { kHidden, kWeight, kBias, kPositions, kTopP, kMinExperts, kCoresetSi
 constexpr int32_t kOutputs = 3; // expert_ids, expert_weights, router_logits
 
 // The kernel's shape from the dimensions of the inputs.
-DmoeRouterShape shapeOf(std::array<Dims, kInputs> const& inputs, DataType type)
+DmoeRouterShape shapeOf(InputDims const& inputs, DataType type)
 {
     DmoeRouterShape shape{};
     shape.rows = static_cast<int32_t>(inputs[kPositions].d[0]);
@@ -27,7 +26,7 @@ DmoeRouterShape shapeOf(std::array<Dims, kInputs> const& inputs, DataType type)
 }
 
 // What is wrong with sizes that no profile leaves open, as half a sentence; empty if nothing.
-std::string complaint(std::array<Dims, kInputs> const& inputs)
+std::string complaint(InputDims const& inputs)
 {
     if (inputs[kHidden].nbDims != 2 || inputs[kWeight].nbDims != 2 || inputs[kBias].nbDims != 1
         || inputs[kPositions].nbDims != 2) {
@@ -49,25 +48,6 @@ std::string complaint(std::array<Dims, kInputs> const& inputs)
         }
     }
     return {};
-}
-
-template <class Desc, class Get>
-std::array<Dims, kInputs> dimsOf(Desc const* inputs, Get get)
-{
-    std::array<Dims, kInputs> all;
-    for (int32_t i = 0; i < kInputs; ++i) {
-        all[i] = get(inputs[i]);
-    }
-    return all;
-}
-
-Dims now(PluginTensorDesc const& desc) { return desc.dims; }
-Dims most(DynamicPluginTensorDesc const& desc) { return desc.max; }
-
-int32_t refuse(std::string const& problem)
-{
-    logError(std::string(RouterPlugin::name) + ": " + problem + ".");
-    return DMOE_ERROR_SHAPE;
 }
 
 } // namespace
@@ -136,11 +116,11 @@ int32_t RouterPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int
     if (nbInputs != kInputs) {
         return DMOE_ERROR_SHAPE;
     }
-    std::string const problem = complaint(dimsOf(inputs, most));
+    std::string const problem = complaint(InputDims(inputs, kInputs, mostOf));
     if (!problem.empty()) {
         return refuse(problem);
     }
-    auto shape = shapeOf(dimsOf(inputs, most), inputs[kHidden].desc.type);
+    auto shape = shapeOf(InputDims(inputs, kInputs, mostOf), inputs[kHidden].desc.type);
     if (int64_t const bytes = dmoe_router_workspace_bytes(&shape); bytes < 0) {
         return refuse(dmoe_error_string(static_cast<int32_t>(bytes)));
     }
@@ -153,14 +133,14 @@ int32_t RouterPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int
 size_t RouterPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t, DynamicPluginTensorDesc const*,
     int32_t) const noexcept
 {
-    auto const shape = shapeOf(dimsOf(inputs, most), inputs[kHidden].desc.type);
+    auto const shape = shapeOf(InputDims(inputs, kInputs, mostOf), inputs[kHidden].desc.type);
     return roomForWorkspace(std::max<int64_t>(dmoe_router_workspace_bytes(&shape), 0)); // what is out of range was refused
 }
 
 int32_t RouterPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*, void const* const* inputs,
     void* const* outputs, void* workspace, cudaStream_t stream) noexcept
 {
-    auto const dims = dimsOf(inputDesc, now);
+    InputDims const dims(inputDesc, kInputs, dimsOf);
     std::string problem = complaint(dims);
     auto const shape = shapeOf(dims, inputDesc[kHidden].type);
     if (problem.empty() && dims[kHidden].d[0] != dims[kPositions].d[0] * dims[kPositions].d[1]) {

@@ -7,38 +7,8 @@ using namespace nvinfer1;
 namespace dmoe {
 namespace {
 
-enum Input { kQkv, kCos, kSin, kPositions, kPastPositions, kPastKey, kPastValue, kQueryNorm, kKeyNorm, kMostInputs };
+enum Input { kQkv, kCos, kSin, kPositions, kPastPositions, kPastKey, kPastValue, kQueryNorm, kKeyNorm };
 constexpr char kBlockLength[] = "block_length", kEps[] = "eps", kHeadNorm[] = "head_norm";
-
-std::string text(Dims const& dims)
-{
-    std::string all;
-    for (int32_t i = 0; i < dims.nbDims; ++i) {
-        all += (i ? ", " : "") + std::to_string(dims.d[i]);
-    }
-    return "[" + all + "]";
-}
-
-// The dimensions of inputs, wherever TensorRT keeps them: desc.dims when it runs, max while it builds.
-struct InputDims {
-    template <class Desc, class Get>
-    InputDims(Desc const* inputs, int32_t count, Get get)
-    {
-        for (int32_t i = 0; i < count && i < kMostInputs; ++i) {
-            all[i] = &get(inputs[i]);
-        }
-    }
-    Dims const* all[kMostInputs]{};
-};
-
-Dims const& dimsOf(PluginTensorDesc const& desc) { return desc.dims; }
-Dims const& mostOf(DynamicPluginTensorDesc const& desc) { return desc.max; }
-
-int32_t refuse(std::string const& problem)
-{
-    logError(std::string(SelfAttentionPlugin::name) + ": " + problem + ".");
-    return DMOE_ERROR_SHAPE;
-}
 
 } // namespace
 
@@ -60,7 +30,7 @@ SelfAttentionPlugin* SelfAttentionPlugin::create(FieldReader& fields)
         problem = "attribute head_norm is " + std::to_string(headNorm) + ", it must be 0 or 1";
     }
     if (!problem.empty()) {
-        refuse(problem);
+        logError(std::string(name) + ": " + problem + ".");
         return nullptr;
     }
     return new SelfAttentionPlugin(blockLength, eps, headNorm == 1);
