@@ -40,8 +40,12 @@ def summary(events: list[dict[str, Any]], phases: list[bool], steps: int) -> dic
     rows = [{"op": op, "provider": provider, "calls": len(found) / len(windows), "us": sum(found) / len(windows)}
             for (op, provider), found in times.items()]
     rows.sort(key=lambda row: -row["us"])
+    providers: dict[str, float] = defaultdict(float)
+    for row in rows:
+        providers[row["provider"]] += row["us"]
     return {"steps": len(windows), "run_us": sum(end - begin for begin, end in windows) / len(windows),
             "nodes_us": sum(row["us"] for row in rows), "nodes": sum(row["calls"] for row in rows), "rows": rows[:ROWS],
+            "providers_us": dict(providers),
             "what": "host time of nodes, each waited for (CUDA_LAUNCH_BLOCKING=1)"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import random
 import signal
 import sys
@@ -42,7 +43,7 @@ CALLS = {
     "traceback": lambda folder: _raise(Panic("a panic")),
     "hang": lambda folder: time.sleep(60),
     "killed": lambda folder: signal.raise_signal(signal.SIGSEGV),
-    "memory": lambda folder: ctypes.memset(ctypes.create_string_buffer(300 << 20), 1, 300 << 20) and [],
+    "memory": lambda folder: ctypes.memset(ctypes.create_string_buffer(600 << 20), 1, 600 << 20) and [],
     "noise": lambda folder: _print("2026-01-01 [E:onnxruntime] something"),
     "sentences": lambda folder: _print("dmoe-export: This is wrong.") or _raise(RequestError("And that.")),
     "left behind": lambda folder: (folder / "out" / ".x.partial-1").touch() or _raise(RequestError("No.")),
@@ -56,6 +57,7 @@ def run(tmp_path, monkeypatch):
     """The verdict on a call, run as a case."""
     (tmp_path / "base").mkdir()
     monkeypatch.setattr(child, "SECONDS", 2)
+    gc.collect()  # what earlier tests left would leave the child too, after it was counted
     monkeypatch.setattr("fuzz.verdict.BYTES", child.memory_of_this_process() + (200 << 20))
 
     def verdict(call, **more):
