@@ -17,6 +17,7 @@ from ...errors import BundleError, MissingRequirementError, RequestError
 from ..backend import Limits
 from .backend import DeviceBackend
 from .call import Call, Sizes, round_up
+from .candidates import installed
 from .device import CudaDevice, Device, DeviceError, DeviceMemoryError
 from .expert_pools import DeviceExperts
 from .memory import Buffer, Pool, upload
@@ -278,4 +279,5 @@ def _open(bundle: Bundle, device: Device | None, cuda_graphs: bool,
     entry, trt = find_engine(bundle, device, resident=slots is not None)
     pool, stream, lock = Pool(device), device.stream(), threading.RLock()
     executor = TensorRTExecutor(bundle, entry, trt, pool, stream, slots, lock)
-    return DeviceBackend("tensorrt", bundle, device, pool, stream, executor, cuda_graphs, lock), executor
+    backend = DeviceBackend("tensorrt", bundle, device, pool, stream, executor, cuda_graphs, lock, ranking=installed())
+    return backend, executor
