@@ -46,8 +46,7 @@ extern "C" int dmoe_candidates(const DmoeCandidatesShape *shape, int32_t mask_id
     const CandidatesArguments a{logits, shape->wanted, shape->kept, shape->vocabulary, mask_id, shape->candidates,
                                 group, groups, static_cast<uint32_t *>(workspace), token_ids, values};
     const int places = static_cast<int>(places_of(*shape));
-    constexpr int kWarps = kBestThreads / kWarp;
-    const int blocks = places * ((groups + kWarps - 1) / kWarps);
-    if (const int error = launch(candidates_best_kernel, dim3(blocks), kBestThreads, stream, a)) return error;
+    const dim3 grid(places, (groups + kGroupsAtOnce - 1) / kGroupsAtOnce);
+    if (const int error = launch(candidates_best_kernel, grid, kBestThreads, stream, a)) return error;
     return launch<candidates_rank_kernel>(dim3(places), kRankThreads, stream, a, {0, true});
 }

@@ -11,10 +11,12 @@ namespace dmoe {
 constexpr int kGroupUnit = 128;       // logits of a group, or a multiple: a warp reads as many at once, four a lane
 constexpr int kMostGroups = 2048;     // of a row
 constexpr int kBestThreads = 256;     // of the first launch
+constexpr int kGroupsAtOnce = 32;     // that a thread block of it takes
 constexpr int kRankThreads = 1024;    // of the second
 constexpr int kRankRoom = 2048;       // keys that a row's thread block holds
 constexpr int kMostCandidates = 1024; // so that there is room for what every thread adds
 constexpr int kBoundBits = 20;        // of 32: what the others would keep out is little
+constexpr float kLowest = -__builtin_huge_valf();
 
 struct CandidatesArguments {
     const float *logits;                       // [rows, kept, vocabulary]
@@ -26,33 +28,38 @@ struct CandidatesArguments {
     float *values;                             // [rows · wanted, K]
 };
 
-DMOE_DEVICE const float *logits_of(const CandidatesArguments &a, int64_t place) {
-    return a.logits + (place / a.wanted * a.kept + place % a.wanted) * a.vocabulary;
+DMOE_DEVICE const float *logits_of(const CandidatesArguments &a, int place) {
+    return a.logits + (static_cast<int64_t>(place / a.wanted) * a.kept + place % a.wanted) * a.vocabulary;
 }
 
-// 0: no token that may be chosen.
-DMOE_DEVICE uint64_t key_at(const CandidatesArguments &a, const float *row, int token) {
-    return token < a.vocabulary && token != a.mask_id ? best_key(row[token], token) : 0;
+DMOE_DEVICE bool is_choice(const CandidatesArguments &a, int token) {
+    return token < a.vocabulary && token != a.mask_id;
 }
 
-// A warp per group: the upper half of its best key.
+// The upper half of the best key of each group, a group per warp at a time; minus infinity's where no token is a choice.
 __global__ void __launch_bounds__(kBestThreads) candidates_best_kernel(CandidatesArguments a) {
+    wait_for_predecessor();
     let_successor_start();
-    constexpr int kWarps = kBestThreads / kWarp;
-    const int blocks = (a.groups + kWarps - 1) / kWarps;  // of a place
-    const int64_t place = blockIdx.x / blocks;
-    const int group = static_cast<int>(blockIdx.x) % blocks * kWarps + warp_id();
-    if (group >= a.groups) return;
+    const int place = static_cast<int>(blockIdx.x);
     const float *const row = logits_of(a, place);
-    uint32_t best = 0;
-    for (int token = group * a.group + lane_id(), end = token + a.group; token < end; token += kGroupUnit) {
-        DMOE_UNROLL
-        for (int i = 0; i < kGroupUnit / kWarp; ++i) {
-            best = max(best, static_cast<uint32_t>(key_at(a, row, token + i * kWarp) >> 32));
+    uint32_t *const best = a.best + static_cast<int64_t>(place) * a.groups;
+    const int first = static_cast<int>(blockIdx.y) * kGroupsAtOnce + warp_id();
+    DMOE_UNROLL
+    for (int group = first; group < first + kGroupsAtOnce; group += kBestThreads / kWarp) {
+        if (group >= a.groups) break;
+        float most = kLowest;
+        bool is_nan = false;
+        for (int token = group * a.group + lane_id(), end = token + a.group; token < end; token += kGroupUnit) {
+            DMOE_UNROLL
+            for (int i = 0; i < kGroupUnit; i += kWarp) {
+                const float logit = is_choice(a, token + i) ? row[token + i] : kLowest;
+                most = fmaxf(most, logit);
+                is_nan = is_nan || logit != logit;
+            }
         }
+        const uint32_t upper = warp_max(is_nan ? ~0u : static_cast<uint32_t>(best_key(most, 0) >> 32));
+        if (lane_id() == 0) best[group] = upper;
     }
-    best = warp_max(best);
-    if (lane_id() == 0) a.best[place * a.groups + group] = best;
 }
 
 // Sorts the first `count` of `keys`, which has kRankRoom places, the largest first. Pairs that a warp keeps to itself
@@ -81,16 +88,16 @@ DMOE_DEVICE void sort_keys(uint64_t *keys, int count) {
 }
 
 // A thread block per place. What the order of threads decides, where a key lies before the sort, does not outlive it.
-__global__ void __launch_bounds__(kRankThreads) candidates_rank_kernel(CandidatesArguments a) {
+__global__ void __launch_bounds__(kRankThreads, 1) candidates_rank_kernel(CandidatesArguments a) {
     DMOE_SHARED(uint64_t, keys, kRankRoom);
     DMOE_SHARED(int, chosen, kMostGroups);
     DMOE_SHARED(unsigned, counters, 2);  // chosen groups, keys
     wait_for_predecessor();
     let_successor_start();
     const int thread = static_cast<int>(threadIdx.x);
-    const int64_t place = blockIdx.x;
+    const int place = static_cast<int>(blockIdx.x);
     const float *const row = logits_of(a, place);
-    const uint32_t *const best = a.best + place * a.groups;
+    const uint32_t *const best = a.best + static_cast<int64_t>(place) * a.groups;
     if (thread < 2) counters[thread] = 0;
     uint32_t mine[kMostGroups / kRankThreads];
     DMOE_UNROLL
@@ -106,7 +113,7 @@ __global__ void __launch_bounds__(kRankThreads) candidates_rank_kernel(Candidate
         if (a.groups > kRankThreads) reached += __syncthreads_count(mine[1] >= higher);
         if (reached >= a.candidates) bound = higher;
     }
-    bound = max(bound, 1u);  // 0 is no token
+    bound = max(bound, 1u);  // 0 is no group and no token
     DMOE_UNROLL
     for (int i = 0; i < kMostGroups / kRankThreads; ++i) {
         if (mine[i] >= bound) chosen[atomicAdd(&counters[0], 1u)] = i * kRankThreads + thread;
@@ -123,7 +130,7 @@ __global__ void __launch_bounds__(kRankThreads) candidates_rank_kernel(Candidate
             found[i] = 0;
             if (unit < all) {
                 const int token = chosen[unit / units] * a.group + unit % units * kGroupUnit + i * kWarp + lane_id();
-                found[i] = key_at(a, row, token);
+                if (is_choice(a, token)) found[i] = best_key(row[token], token);
             }
         }
         DMOE_UNROLL
@@ -142,10 +149,10 @@ __global__ void __launch_bounds__(kRankThreads) candidates_rank_kernel(Candidate
     }
     __syncthreads();
     sort_keys(keys, count);
+    const int64_t to = static_cast<int64_t>(place) * a.candidates;
     for (int i = thread; i < a.candidates; i += kRankThreads) {
-        const bool there = i < count;
-        a.token_ids[place * a.candidates + i] = there ? token_of(keys[i]) : -1;
-        a.values[place * a.candidates + i] = there ? logit_of(keys[i]) : __uint_as_float(0xff800000u);
+        a.token_ids[to + i] = i < count ? token_of(keys[i]) : -1;
+        a.values[to + i] = i < count ? logit_of(keys[i]) : kLowest;
     }
 }
 

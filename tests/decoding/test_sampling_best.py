@@ -1,4 +1,4 @@
-"""Drawing from the best few tokens is drawing from all logits: the same tokens, bit for bit, and what each path asks."""
+"""Drawing from the best few tokens gives the same tokens as from all logits, bit for bit; and who asks for which."""
 
 from __future__ import annotations
 
@@ -47,17 +47,14 @@ def test_when_the_best_are_enough(options, count):
     assert draws_from(DecodeSettings(**options), 4) == min(count, 4)
 
 
-class LogitsOnly(Toy):
-    """Makes candidates of nothing: rows must draw from all logits, as before there were candidates."""
+class Generous(Toy):
+    """Gives more candidates than were asked for, as where another row of the batch wants more."""
 
     def forward(self, inputs, cache):
         count, self.asked = inputs.candidates, getattr(self, "asked", [])
         self.asked.append((inputs.want_logits, count))
         outputs = super().forward(replace(inputs, want_logits=True, candidates=0), cache)
-        if count:
-            whole = best_of(outputs.logits, MASK, VOCAB)  # every token is a candidate
-            outputs = replace(outputs, candidates=whole)
-        return outputs
+        return replace(outputs, candidates=best_of(outputs.logits, MASK, VOCAB)) if count else outputs
 
 
 PROMPTS = [[5, 6, 7, 8, 9], [4, 4], [9, 8, 7, 6, 5, 4, 3]]
@@ -67,7 +64,7 @@ def test_rows_ask_for_what_they_draw_from():
     options = {"max_new_tokens": 12, "eos_id": -1, "temperature": 0.8, "seed": 5}
     for extra, asked in (({"top_k": 3}, {(False, 0), (False, 3)}), ({"top_k": 200}, {(False, 0), (False, VOCAB)}),
                          ({}, {(False, 0), (True, 0)}), ({"top_p": 0.9}, {(False, 0), (True, 0)})):
-        backend = LogitsOnly()
+        backend = Generous()
         got = decode(backend, PROMPTS, **options, **extra)[0]
         assert set(backend.asked) <= asked and any(one != (False, 0) for one in backend.asked)
         assert got == decode(Toy(), PROMPTS, **options, **extra)[0]

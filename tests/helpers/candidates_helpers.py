@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import numpy as np
+from builds import build
 from kernel_helpers import Output, _input, check, library, pointer
 
 from dmoe_export.runtime.candidates import Candidates
@@ -25,6 +27,11 @@ def kernel_candidates(logits: np.ndarray, mask_id: int, count: int, wanted: int 
                                     *[pointer(output.array) for output in outputs], pointer(workspace.array), None))
     workspace.checked()
     return Candidates(*[output.checked() for output in outputs])
+
+
+def emulated_ops() -> Path:
+    """The custom ops' library whose kernels are emulated."""
+    return build("emulation") / "libdmoe_onnxruntime_cpu.so"
 
 
 def draw(rng: np.random.Generator, shape: tuple[int, int, int], kind: str) -> np.ndarray:
