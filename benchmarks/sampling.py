@@ -46,7 +46,8 @@ def main() -> None:
             start = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - start)
-    sent = {name: logits.nbytes if name != "candidates" else ranked.token_ids.nbytes + ranked.logits.nbytes for name in ways}
+    sent = {name: logits.nbytes if name != "candidates" else ranked.token_ids.nbytes + ranked.logits.nbytes
+            for name in ways}
     print(f"{asked.tokens} tokens, vocabulary {asked.vocabulary}, top_k {asked.top_k}")
     for name, times in seconds.items():
         print(f"{name:26} median {np.median(times) * 1e3:9.2f} ms, least {min(times) * 1e3:9.2f} ms, "

@@ -35,8 +35,10 @@ def sample(logits: Reals, settings: DecodeSettings, rng: np.random.Generator) ->
     """
     drawn = np.zeros(len(logits), np.int64)
     for i, (row, u) in enumerate(zip(logits, rng.random(len(logits)), strict=True)):
-        order = np.argsort(-row, kind="stable")[:settings.top_k or None]
-        drawn[i] = order[_draw(row[order], settings, u)]
+        rising = np.sort(-row)[:settings.top_k or None]  # numbers alone: several times as fast as to sort tokens
+        place = _draw(-rising, settings, u)
+        equals = place - np.searchsorted(rising, rising[place])  # of equal logits the lower token comes first
+        drawn[i] = np.flatnonzero(row == -rising[place])[equals]
     return drawn, _probabilities(logits, drawn)
 
 

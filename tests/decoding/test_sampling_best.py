@@ -19,6 +19,28 @@ from dmoe_export.runtime.candidates import MOST, Candidates, best_of
 OFTEN = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
+def sorted_tokens(logits, asked, rng):
+    """The definition: tokens in the order of their logits, the lower first of equal ones."""
+    for row, u in zip(logits, rng.random(len(logits)), strict=True):
+        order = np.argsort(-row, kind="stable")[:asked.top_k or None]
+        shares = np.exp(row[order] / asked.temperature - (row[order] / asked.temperature).max())
+        below = (shares / shares.sum()).cumsum()
+        if asked.top_p < 1:
+            below = below[:int(np.searchsorted(below, asked.top_p)) + 1]
+        yield int(order[min(int(np.searchsorted(below, u * below[-1], side="right")), len(below) - 1)])
+
+
+@OFTEN
+@given(st.integers(2, 900), st.integers(0, 300), st.floats(0.05, 4), st.sampled_from([1.0, 0.95, 0.5, 1e-9]),
+       st.sampled_from(["spread", "near", "few", "equal"]), st.integers(0, 2**32 - 1))
+def test_numbers_are_sorted_and_tokens_found(vocabulary, top_k, temperature, top_p, kind, seed):
+    rng = np.random.default_rng(seed)
+    logits = without(draw(rng, (1, 20, vocabulary), kind)[0], int(rng.integers(vocabulary)))
+    asked = DecodeSettings(temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens, _ = sample(logits, asked, np.random.default_rng(seed))
+    assert tokens.tolist() == list(sorted_tokens(logits, asked, np.random.default_rng(seed)))
+
+
 @OFTEN
 @given(st.integers(2, 900), st.integers(1, 300), st.floats(0.05, 4), st.sampled_from([1.0, 0.95, 0.5, 1e-9]),
        st.sampled_from(["spread", "near", "few", "equal"]), st.integers(0, 300), st.integers(0, 2**32 - 1))
