@@ -1,8 +1,9 @@
 """Host time of drawing a step's tokens: from all logits, from all logits ranked here first, and from ranked ones.
 
-The last is what is left on the host where a GPU ranks. In turns, so that all three meet the same machine.
+The last is what is left on the host where a GPU ranks; only draws with `top_k` can be made from ranked ones. In turns,
+so that all three meet the same machine.
 
-    python benchmarks/sampling.py [--vocabulary 157184] [--tokens 32] [--top-k 50] [--rounds 9]
+    python benchmarks/sampling.py [--vocabulary 157184] [--tokens 32] [--top-k 50] [--top-p 1] [--rounds 9]
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from dmoe_export.decoding.sampling import sample, sample_best, without
 from dmoe_export.decoding.settings import DecodeSettings
-from dmoe_export.runtime.candidates import best_of
+from dmoe_export.runtime.candidates import Candidates, best_of
 
 MASK = 5
 
@@ -25,30 +26,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("vocabulary", 157_184), ("tokens", 32), ("top-k", 50), ("rounds", 9)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--top-p", type=float, default=1.0)
     asked = parser.parse_args()
-    settings = DecodeSettings(temperature=0.7, top_k=asked.top_k)
+    settings = DecodeSettings(temperature=0.7, top_k=asked.top_k, top_p=asked.top_p)
     logits = np.random.default_rng(0).normal(0, 3, (1, asked.tokens, asked.vocabulary)).astype(np.float32)
-    ranked = best_of(logits, MASK, asked.top_k)
     confidence = np.full(asked.tokens, 0.5, np.float32)
 
-    def from_ranked(found: object = ranked) -> np.ndarray:
+    def from_ranked(found: Candidates) -> np.ndarray:
         return sample_best(found.token_ids[0], found.logits[0], confidence, settings, np.random.default_rng(1))[0]
 
     ways: dict[str, Callable[[], np.ndarray]] = {
-        "all logits": lambda: sample(without(logits[0], MASK), settings, np.random.default_rng(1))[0],
-        "all logits, ranked here": lambda: from_ranked(best_of(logits, MASK, asked.top_k)),
-        "candidates": from_ranked}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+        "all logits": lambda: sample(without(logits[0], MASK), settings, np.random.default_rng(1))[0]}
+    sent = {"all logits": logits.nbytes}
+    if asked.top_k:
+        ranked = best_of(logits, MASK, asked.top_k)
+        ways["all logits, ranked here"] = lambda: from_ranked(best_of(logits, MASK, asked.top_k))
+        ways["candidates"] = lambda: from_ranked(ranked)
+        sent |= {"all logits, ranked here": logits.nbytes,
+                 "candidates": ranked.token_ids.nbytes + ranked.logits.nbytes}
     tokens = {name: way() for name, way in ways.items()}
     assert all((one == tokens["all logits"]).all() for one in tokens.values()), "the ways draw different tokens"
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(asked.rounds):
         for name, way in ways.items():
             start = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - start)
-    sent = {name: logits.nbytes if name != "candidates" else ranked.token_ids.nbytes + ranked.logits.nbytes
-            for name in ways}
-    print(f"{asked.tokens} tokens, vocabulary {asked.vocabulary}, top_k {asked.top_k}")
+    print(f"{asked.tokens} tokens, vocabulary {asked.vocabulary}, top_k {asked.top_k}, top_p {asked.top_p}")
     for name, times in seconds.items():
         print(f"{name:26} median {np.median(times) * 1e3:9.2f} ms, least {min(times) * 1e3:9.2f} ms, "
               f"{sent[name]:>12,} bytes to the host")
