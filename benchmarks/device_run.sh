@@ -130,7 +130,8 @@ run() {  # the steps of these names
         bench-kernels) SHOWN=24 PROOF='TB/s' step "$name" 180 "$PYTHON" benchmarks/gpu_kernels.py --out "$OUT" ;;
         bench-residency) PROOF='a miss:' step "$name" 70 "$PYTHON" benchmarks/gpu_residency.py --out "$OUT" ;;
         test-kernels) PROOF='[0-9]+ passed' step "$name" 180 bash -c "OMP_NUM_THREADS=2 tests -n 6 -v --durations=10 \
-            --dist worksteal $gpu/test_gpu_kernels.py tests/runtime/gpu/test_device_gpu.py" ;;
+            --dist worksteal $gpu/test_gpu_kernels.py $gpu/test_gpu_fused.py \
+            $gpu/test_gpu_self_attention.py tests/runtime/gpu/test_device_gpu.py" ;;
         test-residency) PROOF='[0-9]+ passed' step "$name" 60 bash -c "tests -vv $gpu/test_gpu_residency.py" ;;
         memcheck | racecheck | initcheck | synccheck)
             PROOF='[0-9]+ passed' step "$name" 90 bash -c "tests -vv $gpu/test_gpu_sanitizer.py -k $name" ;;
