@@ -23,7 +23,8 @@ CARRY=.carry
 STASH=${DMOE_STASH:-$HOME/.cache/dmoe-device-run}   # outside the tree: survives what a later call replaces
 LAYERS=${LAYERS:-6}
 DRIVER_PATH=${LD_LIBRARY_PATH:-}  # where this machine may have its driver
-FIRST=(smoke bench-quick test-kernels test-residency bench-residency memcheck racecheck ncu bench-kernels initcheck
+# By worth: what does not fit into $BUDGET is left out.
+FIRST=(smoke bench-quick test-kernels ncu memcheck test-residency bench-residency racecheck bench-kernels initcheck
        synccheck)
 ENGINES=(unpack-ort test-custom-ops generate-fp16 test-generation cli-export cli-generate generate-int8 generate-int4)
 RTX=(unpack-rtx rtx-finding)
