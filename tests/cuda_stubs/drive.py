@@ -41,7 +41,10 @@ def summary(counts: Counter[str], seconds: float) -> dict[str, Any]:
 
 def run(bundle: Bundle, prompts: list[list[int]], new_tokens: int, asked: dict[str, Any] | None = None,
         **how: Any) -> dict[str, Any]:
-    """One generation, `asked` for with these options beside the usual; every forward's counts, and a denoise step's as it is when nothing is new any more."""
+    """One generation; every forward's counts, and a denoise step's as it is when nothing is new any more.
+
+    `asked`: options beside the usual ones.
+    """
     device = StubDevice()
     backend = open_onnxruntime_cuda(bundle, device, **how)
     forward, steps, replays = backend.forward, [], []
