@@ -22,26 +22,45 @@ DMOE_DEVICE void wait_for_stage(int stages) {
     wait_for_copies<4>();
 }
 
+// Where the products of a pair (a token, when shared) go.
+template <bool GATE>
+struct Target {
+    int rows;
+    float weight;            // of the pair
+    uint16_t *activations;   // its first one
+    float *outputs;          // its first one
+
+    DMOE_DEVICE Target(const ProductArguments &a, const PairLists &lists, const Item &item, int place) {
+        rows = item.shared ? a.shared_rows : a.rows;
+        const int64_t to = item.shared ? place : lists.pairs[place];
+        if constexpr (GATE) {
+            activations = (item.shared ? a.shared_activations : a.activations) + to * (rows / 2);
+        } else {
+            weight = item.shared ? 1.0f : a.pair_weights[to];
+            outputs = (item.shared ? a.shared_outputs : a.pair_outputs) + to * rows;
+        }
+    }
+
+    // The values of two neighbouring rows: a gate with its up, or two outputs.
+    template <class Half>
+    DMOE_DEVICE void write(int row, float first, float second) const {
+        if constexpr (GATE) {
+            activations[row / 2] = Half::narrow(first / (1.0f + expf(-first)) * second);
+        } else {
+            *reinterpret_cast<float2 *>(outputs + row) = make_float2(weight * first, weight * second);
+        }
+    }
+};
+
 // c: rows `row` and `row + 1` of pairs 2q and 2q + 1 of the tile that starts at `pair`.
 template <class Half, bool GATE>
 DMOE_DEVICE void write_tile(const ProductArguments &a, const PairLists &lists, const Item &item, const float (&c)[4], int row,
                             int pair) {
-    const int q = lane_id() % 4, rows = item.shared ? a.shared_rows : a.rows;
-    if (row >= rows) return;
+    if (row >= (item.shared ? a.shared_rows : a.rows)) return;
     DMOE_UNROLL
     for (int i = 0; i < 2; ++i) {
-        const int place = pair + 2 * q + i;
-        if (place >= item.end) continue;
-        const int64_t to = item.shared ? place : lists.pairs[place];
-        if constexpr (GATE) {
-            const float gate = c[i], up = c[2 + i];
-            uint16_t *const activations = item.shared ? a.shared_activations : a.activations;
-            activations[to * (rows / 2) + row / 2] = Half::narrow(gate / (1.0f + expf(-gate)) * up);
-        } else {
-            const float weight = item.shared ? 1.0f : a.pair_weights[to];
-            float *const outputs = item.shared ? a.shared_outputs : a.pair_outputs;
-            *reinterpret_cast<float2 *>(outputs + to * rows + row) = make_float2(weight * c[i], weight * c[2 + i]);
-        }
+        const int place = pair + 2 * (lane_id() % 4) + i;
+        if (place < item.end) Target<GATE>(a, lists, item, place).template write<Half>(row, c[i], c[2 + i]);
     }
 }
 
@@ -49,13 +68,13 @@ DMOE_DEVICE void add(float (&sum)[4], const float4 &part) {
     sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
 }
 
-// The four warps that share rows add up in pairs, (0 + 2) + (1 + 3), and each writes a quarter of the tiles. `memory`: the
+// The four warps that share rows add up in pairs, (0 + 1) + (2 + 3), and each writes a quarter of the tiles. `memory`: the
 // stage that was multiplied last; a barrier follows before it is filled again.
 template <class Half, int TILES, bool GATE>
 DMOE_DEVICE void finish_pass(const ProductArguments &a, const PairLists &lists, const Item &item, int pair,
                              const Sums<TILES> &sums, int tiles, char *memory) {
     const int warp = warp_id(), lane = lane_id();
-    const bool high = warp & 2, odd = warp & 1;
+    const bool high = warp & 1, odd = warp & 2;
     const auto part_of = [&](int w, int half, int tile) -> float4 & {
         return reinterpret_cast<float4 *>(memory)[(w * TILES + half * (TILES / 2) + tile) * kWarp + lane];
     };
@@ -79,7 +98,7 @@ DMOE_DEVICE void finish_pass(const ProductArguments &a, const PairLists &lists, 
         for (int j = 0; j < TILES / 2; ++j) {
             DMOE_UNROLL
             for (int i = 0; i < 4; ++i) pairs[half][j][i] = high ? sums[half][TILES / 2 + j][i] : sums[half][j][i];
-            if (kept + j < tiles) add(pairs[half][j], part_of(warp ^ 2, half, j));
+            if (kept + j < tiles) add(pairs[half][j], part_of(warp ^ 1, half, j));
         }
     }
     const int mine = kept + (odd ? TILES / 4 : 0), other = kept + (odd ? 0 : TILES / 4);
@@ -88,7 +107,7 @@ DMOE_DEVICE void finish_pass(const ProductArguments &a, const PairLists &lists, 
         DMOE_UNROLL
         for (int j = 0; j < TILES / 4; ++j) {  // into what this warp alone has just read
             if (other + j < tiles) {
-                part_of(warp ^ 2, half, j) = odd ? float4_of(pairs[half][j]) : float4_of(pairs[half][TILES / 4 + j]);
+                part_of(warp ^ 1, half, j) = odd ? float4_of(pairs[half][j]) : float4_of(pairs[half][TILES / 4 + j]);
             }
         }
     }
