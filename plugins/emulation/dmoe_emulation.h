@@ -29,6 +29,13 @@ DMOE_API int dmoe_emulation_ring(int32_t bits, int32_t tiles, int32_t experts, i
 /* Byte of a stage of 4 tiles where a row's unit of weights (kind 0), unit of tokens (1) or word of scales (2) is. */
 DMOE_API int dmoe_emulation_place(int32_t kind, int32_t bits, int32_t row, int32_t unit);
 
+/* How the experts op cuts a call on the emulated device: whether the product for many tokens multiplies (1), tokens of a
+ * chunk, outputs of a launch of down, stages of that product's ring. */
+DMOE_API int dmoe_emulation_plan(const DmoeExpertsShape *shape, int32_t bits, int32_t *plan);
+
+/* As dmoe_emulation_place(), kinds 0 and 1, in a stage of the product for many tokens. */
+DMOE_API int dmoe_emulation_large_place(int32_t kind, int32_t row, int32_t unit);
+
 /* Why the last call returned DMOE_ERROR_EMULATION; empty when it did not. */
 DMOE_API const char *dmoe_emulation_message(void);
 

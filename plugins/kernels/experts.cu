@@ -1,7 +1,7 @@
 // dmoe_mixture and the functions it has grown from: arguments checked, tokens in chunks, three launches per chunk; more
 // where outputs go in slices.
 #include "dmoe_kernels.h"
-#include "experts_launch.cuh"
+#include "experts_plan.cuh"
 #include "experts_reduce.cuh"
 
 using namespace dmoe;
@@ -9,36 +9,6 @@ using namespace dmoe;
 namespace {
 
 constexpr int kMaxSize = 1 << 18;  // of H and I'; keeps every 32-bit index in range
-constexpr int kMaxChunkTokens = 4096, kMaxChunkPairs = 32768;  // where experts_large.cuh multiplies; pairs are 16-bit numbers
-// From so many tokens per expert on, on average, experts_product.cuh takes longer to multiply a weight than to read it:
-// 150 TFLOP/s against 3.0 TB/s.
-constexpr int kManyTokens = 48;
-
-// How a call is cut. Neither says anything about the bits of a result.
-struct Plan {
-    bool large;     // experts_large.cuh multiplies
-    int tokens;     // of a chunk; its experts are read once
-    int down_rows;  // outputs of a launch of down: what a chunk has more than kChunkPairs pairs, it has in slices of H
-};
-
-// Outputs per slice, so that the pairs' are at most kChunkPairs · hidden, or a tile's rows.
-int slice_rows(int64_t pairs, int hidden) {
-    if (pairs <= kChunkPairs) return hidden;
-    const int rows = static_cast<int>(static_cast<int64_t>(kChunkPairs) * hidden / pairs / kLargeRows) * kLargeRows;
-    return min(hidden, max(rows, kLargeRows));
-}
-
-// Devices with little shared memory (compute capability 7.5) get short lists of pairs; none for many tokens.
-Plan plan_of(const DmoeExpertsShape &s, int bits) {
-    const int few = min(kMaxChunkTokens / 4, (shared_bytes_per_block() < 96 << 10 ? kChunkPairs / 4 : kChunkPairs) / s.places);
-    const Plan small{false, few, s.hidden};
-    if (bits != 16 || (s.tokens <= few && static_cast<int64_t>(s.tokens) * s.places <= kManyTokens * s.experts)) return small;
-    int pairs = kMaxChunkPairs;
-    while (pairs >= kChunkPairs && large_stages(list_bytes(s.experts, pairs)) < 2) pairs /= 2;
-    if (pairs < kChunkPairs) return small;
-    const int tokens = min(kMaxChunkTokens, pairs / s.places);
-    return {true, tokens, slice_rows(static_cast<int64_t>(min(tokens, s.tokens)) * s.places, s.hidden)};
-}
 
 struct Workspace {
     int64_t activations, pair_outputs, shared_activations, shared_outputs, bytes;
@@ -46,7 +16,7 @@ struct Workspace {
 
 // For every plan of the shape and of fewer tokens.
 Workspace workspace_of(const DmoeExpertsShape &s, int shared_width) {
-    const int64_t tokens = min(s.tokens, min(kMaxChunkTokens, kMaxChunkPairs / s.places)), pairs = tokens * s.places;
+    const int64_t tokens = min(s.tokens, min(kManyTokens, kManyPairs / s.places)), pairs = tokens * s.places;
     const int64_t outputs = max(min(pairs, static_cast<int64_t>(kChunkPairs)) * s.hidden, pairs * min(s.hidden, kLargeRows));
     Workspace w{};
     const auto part = [&w](int64_t bytes) {

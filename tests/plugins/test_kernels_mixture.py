@@ -91,8 +91,8 @@ def test_any_size(kind, size, seed, order, empty):
 @pytest.mark.parametrize(("tokens", "k", "count", "hidden", "width", "shared"), [
     (32, 2, 3, 520, 24, 136),  # a ring that goes round, tails of k in both
     (20, 2, 3, 72, 520, 24),   # the shared expert narrower
-    (130, 2, 3, 136, 72, 72),  # several passes of 64 tokens
-    (1030, 1, 2, 8, 8, 16),    # more tokens than a chunk
+    (130, 2, 9, 136, 72, 72),  # several passes of 64 tokens
+    (1030, 1, 2, 8, 8, 16),    # many tokens per expert: the other product
     (1, 1, 1, 8, 8, 8),
 ])
 @pytest.mark.parametrize("seed", [0, 2])
