@@ -49,6 +49,13 @@ DMOE_DEVICE float widen_fp16(uint16_t half) {
     return value;
 }
 
+// (word & mask) | more as one instruction: the compiler makes two of two constants.
+DMOE_DEVICE uint32_t mask_or(uint32_t word, uint32_t mask, uint32_t more) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(word), "r"(mask), "r"(more));
+    return d;
+}
+
 DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {
     uint32_t d;
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
