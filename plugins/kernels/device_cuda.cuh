@@ -49,6 +49,13 @@ DMOE_DEVICE float widen_fp16(uint16_t half) {
     return value;
 }
 
+// The number, kept where it is made: the compiler would rather make it anew in every round of a loop.
+DMOE_DEVICE int kept(int number) {
+    int same;
+    asm volatile("mov.b32 %0, %1;" : "=r"(same) : "r"(number));
+    return same;
+}
+
 // (word & mask) | more as one instruction: the compiler makes two of two constants.
 DMOE_DEVICE uint32_t mask_or(uint32_t word, uint32_t mask, uint32_t more) {
     uint32_t d;
