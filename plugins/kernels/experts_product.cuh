@@ -162,6 +162,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
     Cursor cursor = feeder.cursor;
     int tiles = min(TILES, (feeder.end - cursor.pair + 7) / 8);
 
+    const auto places = LanePlaces<BITS == 16 ? 8 : BITS>::template of<TILES>();
     Sums<TILES> sums = {};
     int slot = 0, empty = 0;
     for (int step = 1 - a.stages;; ++step) {
@@ -188,9 +189,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
             multiply_plain<Half, TILES>(sums, stage, tiles, depth - cursor.at);
             cursor.at += kChunk<16>;
         } else if constexpr (BITS != 16) {
-            const bool odd_rows = a.depth >> a.group_shift & 1;
-            const bool odd = kChunk<BITS> < 256 && cursor.at >> a.group_shift & 1;  // 256 are an even number of groups
-            multiply_integers<Half, BITS, TILES>(sums, stage, tiles, depth - cursor.at, a.group_shift, odd_rows, odd);
+            multiply_integers<Half, BITS, TILES>(sums, places, stage, tiles, depth - cursor.at, a.group_shift);
             cursor.at += kChunk<BITS>;
         }
         if (cursor.at >= depth) {
