@@ -67,9 +67,16 @@ struct Tensors {
     char *workspace;
 };
 
+// `from` without its first rows; of integers a multiple of 16.
+Matrices rows_from(const Matrices &from, int64_t row, const Weights &weights, int depth) {
+    if (!from.weights) return from;
+    return {static_cast<const char *>(from.weights) + row * depth * weights.bits / 8,
+            from.scales ? from.scales + row * (depth >> weights.group_shift) : nullptr};
+}
+
 template <class Half, bool GATE>
 int launch_product(const Plan &plan, const Weights &weights, const LargeArguments &a, void *stream) {
-    return plan.large             ? launch_large_product<Half, GATE>(a, stream)
+    return plan.large           ? launch_large_product<Half, GATE>(weights.bits, a, stream)
            : weights.bits == 16 ? launch_product<Half, 16, GATE>(a, stream)
                                 : launch_quantised_product<Half, GATE>(weights.bits, a, stream);
 }
@@ -98,12 +105,8 @@ int run_chunk(const DmoeExpertsShape &s, const Plan &plan, const Workspace &w, c
     a.shared_inputs = static_cast<unsigned>((w.shared_activations - w.activations) / 16);
     a.pair_weights = t.expert_weights, a.pair_outputs = pair_outputs, a.shared_outputs = shared_outputs;
     for (int row = 0; row < s.hidden; row += plan.down_rows) {
-        const auto from = [row](const void *matrix, int depth) {  // a slice is of 16-bit weights
-            return matrix ? static_cast<const char *>(matrix) + static_cast<int64_t>(row) * depth * 2 : nullptr;
-        };
-        a.all = {from(weights.down.weights, a.depth), weights.down.scales};
-        a.pool = {from(weights.down_pool.weights, a.depth), weights.down_pool.scales};
-        a.shared_weights = from(weights.shared.down, a.shared_depth);
+        a.all = rows_from(weights.down, row, weights, a.depth), a.pool = rows_from(weights.down_pool, row, weights, a.depth);
+        a.shared_weights = static_cast<const char *>(weights.shared.down) + static_cast<int64_t>(row) * a.shared_depth * 2;
         a.rows = min(plan.down_rows, s.hidden - row), a.shared_rows = weights.shared.width ? a.rows : 0;
         if (const int error = launch_product<Half, false>(plan, weights, a, stream)) return error;
 

@@ -4,9 +4,9 @@
 
 namespace dmoe {
 
-template <class Half, bool GATE>
-int launch_large_product(const LargeArguments &arguments, void *stream) {
-    constexpr auto kernel = large_product_kernel<Half, GATE>;
+template <class Half, int BITS, bool GATE>
+int launch_large_variant(const LargeArguments &arguments, void *stream) {
+    constexpr auto kernel = large_product_kernel<Half, BITS, GATE>;
     LargeArguments a = arguments;
     const auto tiles = [](int rows) { return Divisor(max(1, (rows + kLargeRows - 1) / kLargeRows)); };
     a.tiles = tiles(a.rows), a.shared_tiles = tiles(a.shared_rows);
@@ -20,9 +20,16 @@ int launch_large_product(const LargeArguments &arguments, void *stream) {
     return launch<kernel>(dim3(blocks), kProductThreads, stream, a, options);
 }
 
-template int launch_large_product<Fp16, true>(const LargeArguments &, void *);
-template int launch_large_product<Fp16, false>(const LargeArguments &, void *);
-template int launch_large_product<Bf16, true>(const LargeArguments &, void *);
-template int launch_large_product<Bf16, false>(const LargeArguments &, void *);
+template <class Half, bool GATE>
+int launch_large_product(int bits, const LargeArguments &a, void *stream) {
+    return bits == 16  ? launch_large_variant<Half, 16, GATE>(a, stream)
+           : bits == 8 ? launch_large_variant<Half, 8, GATE>(a, stream)
+                       : launch_large_variant<Half, 4, GATE>(a, stream);
+}
+
+template int launch_large_product<Fp16, true>(int, const LargeArguments &, void *);
+template int launch_large_product<Fp16, false>(int, const LargeArguments &, void *);
+template int launch_large_product<Bf16, true>(int, const LargeArguments &, void *);
+template int launch_large_product<Bf16, false>(int, const LargeArguments &, void *);
 
 }  // namespace dmoe

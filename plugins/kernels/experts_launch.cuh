@@ -61,8 +61,8 @@ inline int large_stages(int lists) {
     return stages < kLargeStages ? stages : kLargeStages;
 }
 
-// As launch_product, for many tokens and 16-bit weights: the same bits.
+// As launch_product, for many tokens and weights of 16, 8 or 4 bits: the same bits.
 template <class Half, bool GATE>
-int launch_large_product(const LargeArguments &a, void *stream);
+int launch_large_product(int bits, const LargeArguments &a, void *stream);
 
 }  // namespace dmoe

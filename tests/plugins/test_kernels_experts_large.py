@@ -70,8 +70,10 @@ def test_plan_on_other_devices(kibibytes, experts, expected):
     assert plan(4096, 8, experts, 2048) == expected
 
 
-def test_integers_take_the_product_for_few_tokens():
-    assert plan(4096, 8, 64, 2048, bits=4)[:2] == plan(4096, 8, 64, 2048, bits=8)[:2] == (0, 1024)
+def test_plan_for_integers():
+    """Further chunks of few tokens cost them nothing."""
+    assert plan(1025, 8, 256, 2048, bits=8) == plan(1536, 8, 256, 2048, bits=4) == (0, 1024, 2048, 0)
+    assert plan(1537, 8, 256, 2048, bits=4) == plan(1537, 8, 256, 2048, bits=8) == (1, 4096, 1280, 4)
 
 
 @pytest.mark.parametrize(("tokens", "places"), [
