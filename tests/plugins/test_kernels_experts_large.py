@@ -6,6 +6,7 @@ import ctypes
 
 import numpy as np
 import pytest
+import test_kernels_quantised as quantised
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from kernel_helpers import BF16, FP16, ExpertsShapeC, kernel_experts, library, pointer
@@ -31,14 +32,14 @@ def plan(tokens, places, experts, hidden, width=512, bits=16):
     return tuple(numbers.tolist())
 
 
-def is_large(case):
-    return plan(*case[1].shape, len(case[3]), case[0].shape[1])[0] == 1
+def is_large(case, bits=16):
+    return plan(*case[1].shape, len(case[3]), case[0].shape[1], bits=bits)[0] == 1
 
 
 def with_few(kind, case, **how):
     """The result of the product for few tokens."""
     library().dmoe_emulation_shared_bytes(FEW)
-    assert not is_large(case)
+    assert not is_large(case) and not is_large(case, 4)
     got = kernel_experts(kind, *case, **how)
     library().dmoe_emulation_shared_bytes(0)
     return got
@@ -134,6 +135,44 @@ def test_outputs_in_slices():
 def test_more_tokens_than_a_chunk():
     case = make_case(FP16, 4100, 1, 3, 8, 8, seed=2)
     np.testing.assert_array_equal(kernel_experts(FP16, *case), with_few(FP16, case))
+
+
+@quantised.BITS
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from([32, 64, 128]), st.integers(49, 140), st.integers(1, 5), st.integers(1, 5), st.integers(0, 3))
+def test_integers_have_the_same_bits_as_few(bits, group, tokens, hidden, width, order):
+    """Any depth: a line's first step, half blocks of 4 bits, every residue of lines."""
+    library().dmoe_emulation_seed(order)
+    case, scales = quantised.make_case(FP16, bits, group, tokens, 1, 1, group * hidden, group * width, empty=0)
+    shared = make_shared(FP16, group * hidden, 72)
+    assert is_large(case, bits)
+    got = kernel_experts(FP16, *case, scales=scales, shared=shared)
+    np.testing.assert_array_equal(got, with_few(FP16, case, scales=scales, shared=shared))
+
+
+@quantised.BITS
+@pytest.mark.parametrize(("group", "tokens", "hidden", "width"), [
+    (32, 130, 544, 96), (64, 65, 192, 320), (128, 97, 384, 128)])
+def test_integers_are_right(bits, group, tokens, hidden, width):
+    case, scales = quantised.make_case(BF16, bits, group, tokens, 2, 2, hidden, width, seed=4)
+    assert is_large(case, bits)
+    plain = quantised.plain(BF16, bits, case, scales)
+    assert_right(BF16, case, make_shared(BF16, hidden, 40), scales, plain)
+
+
+@quantised.BITS
+def test_integers_in_slices_and_slots(bits):
+    ids = np.full((1025, 8), -1)
+    ids[::9, 5], ids[1::7, 0] = 1, 0
+    case, scales = quantised.make_case(FP16, bits, 32, 1025, 8, 2, 160, 32, ids)
+    assert plan(1025, 8, 2, 160, bits=bits)[2] == 128
+    got = kernel_experts(FP16, *case, scales=scales)
+    np.testing.assert_array_equal(got, with_few(FP16, case, scales=scales))
+    slots = (np.array([-1, 0]), *(part[1:].copy() for part in case[3:]))
+    both = [*scales, *(part[1:].copy() for part in scales)]
+    for part in (*case[3:], *scales):
+        part[1:] = 0xee
+    np.testing.assert_array_equal(got, kernel_experts(FP16, *case, pool=slots, scales=both))
 
 
 @KINDS
