@@ -112,7 +112,10 @@ class TestBenchmarks:
         seen, kept = [], {}
         result = gpu_kernels.run(device, library, quick=True, geometries={"mini": (12, 2, 64, 32)},
                                  baseline=lambda *a: seen.append(a) or {"graph_ms": 4.0}, copy_bytes=1 << 20,
-                                 keep=kept.__setitem__)
+                                 many={(2, 2, 64, 32): (100,)}, keep=kept.__setitem__)
+        large = result["experts"].pop()
+        assert (large["tokens"], large["active"], large["type"]) == (100, 2, "fp16")
+        assert large["flops_per_second"] == pytest.approx(6 * 100 * 2 * 64 * 32 / large["ms"] * 1e3)
         assert result["copy"]["bytes_per_second"] == 2 * (1 << 20) / 2e-3
         assert [(r["type"], r["active"]) for r in result["experts"]] == [
             (kind, active) for kind in ("fp16", "bf16", "int8", "int4") for active in (2, 5, 6)], "17 cannot be active"
@@ -133,7 +136,7 @@ class TestBenchmarks:
         gpu_outcome.main()
         assert "| experts int4, 5 active |" not in capsys.readouterr().out, "another size than the predicted one"
         assert path.name.startswith("gpu_kernels_host-memory_20") and json.loads(path.read_text()) == result
-        assert len(kept) == 15 and kept["kernels experts int4 H64 N32 active 2"] == result["experts"][9]
+        assert len(kept) == 16 and kept["kernels experts int4 H64 N32 active 2"] == result["experts"][9]
         lines = gpu_outcome.kernels_table(result)
         assert len([line for line in lines if line.startswith("| route")]) == 1
 
