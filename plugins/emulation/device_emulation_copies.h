@@ -34,9 +34,6 @@ inline void load_matrices_transposed(uint32_t (&words)[4], const void *row, int 
 inline void copy_async_16(void *shared, const void *from, bool wanted, int line = __builtin_LINE()) {
     emulation::copy_async(shared, wanted ? from : nullptr, 16, line);
 }
-inline void copy_async_4(void *shared, const void *from, bool wanted, int line = __builtin_LINE()) {
-    emulation::copy_async(shared, wanted ? from : nullptr, 4, line);
-}
 inline void commit_copies() { emulation::commit_copies(); }
 template <int N>
 void wait_for_copies() {
