@@ -146,9 +146,9 @@ struct Feeder {
         for (int i = 0; i < kTokens; ++i) {
             DMOE_UNROLL
             for (int u = 0; u < kTokenUnits<WIDTH>; u += kThreads) {
-                // Zeros where there is no token: a condition more of a copy costs less than a branch around it.
+                // Where there is no token, a column of a tile holds what it held; nobody looks at its products.
                 copy_async_16(stage + inputs_to + (i * kEvery * kTokenUnits<WIDTH> + u) * 16,
-                              a.inputs + (inputs[i] + at / kUnit) + u, inputs[i] != kNoToken && at / kUnit + unit + u < units);
+                              a.inputs + (inputs[i] + at / kUnit) + u, at / kUnit + unit + u < units, inputs[i] != kNoToken);
             }
         }
     }
