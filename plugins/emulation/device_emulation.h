@@ -182,5 +182,6 @@ DMOE_DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
 
 }  // namespace dmoe
 
+#include "device_emulation_bulk.h"
 #include "device_emulation_copies.h"
 #include "device_emulation_launch.h"

@@ -113,5 +113,6 @@ DMOE_DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
 
 }  // namespace dmoe
 
+#include "device_cuda_bulk.cuh"
 #include "device_cuda_copies.cuh"
 #include "device_cuda_launch.cuh"

@@ -82,7 +82,7 @@ DMOE_DEVICE void multiply_integers(Sums<TILES> &sums, const LanePlaces<BITS> &pl
         uint32_t weights[kAtOnce][2][2][4];
         DMOE_UNROLL
         for (int s = 0; s < kAtOnce; ++s) {  // a step beyond the last is made, and not multiplied
-            const int group = k + (first + s) * kStep >> shift;
+            const int group = (k + (first + s) * kStep) >> shift;
             DMOE_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const uint32_t scales = *reinterpret_cast<const uint32_t *>(
