@@ -38,6 +38,7 @@ from gpu_outcome import against, predicted_experts, predicted_route, said
 from dmoe_export.runtime.gpu.candidates import CandidateKernel
 
 GEOMETRIES = {"mini": (256, 8, 2048, 512), "flash": (256, 8, 4096, 1024)}  # E, k, H, I of LLaDA2.0
+MANY = {(256, 8, 2048, 512): (1024, 4096), (64, 8, 2048, 1024): (512, 1024, 4096)}  # tokens; LLaDA2.0-mini, LLaDA-MoE
 TOKENS = (32, 128, 512)
 ACTIVE = (10, 15, 20, 40, 70, 87, 256)
 DMOE, TOKEN_ROUTING = 15, 87  # experts of a block of 32 in a layer, with a coreset and without one
@@ -127,6 +128,7 @@ def measure_case(device: Any, stream: int, library: KernelLibrary, shape: Expert
             return lambda s: library.experts(shape, addresses, s)
 
         result: dict[str, Any] = {"sets": len(sets), **time_calls(device, stream, [on(memory.put(x)) for x in sets])}
+        result["flops_per_second"] = 6.0 * tokens * k * hidden * shape.width / result["ms"] * 1e3
         if baseline:
             result["torch"] = baseline(kind, (states, *weights), sets, hidden, shape.width, shape.experts)
     return result
@@ -172,7 +174,7 @@ def routing_ratio(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run(device: Any, library: KernelLibrary, quick: bool = False, geometries: Any = None,
-        baseline: Callable[..., dict[str, Any]] | None = None, copy_bytes: int = 2 << 30,
+        baseline: Callable[..., dict[str, Any]] | None = None, copy_bytes: int = 2 << 30, many: Any = None,
         keep: Callable[[str, Any], None] = lambda name, value: None) -> dict[str, Any]:
     """All of it, as one JSON object; `keep` gets what is known so far, part by part."""
     about, stream = describe_device(device), device.stream()
@@ -197,6 +199,8 @@ def run(device: Any, library: KernelLibrary, quick: bool = False, geometries: An
             add(measure_experts(device, stream, library, geometry, kind, cases, baseline))
         for bits in (8, 4) if name == "mini" else ():
             add(measure_quantised(device, stream, library, geometry, bits, cases))
+    for geometry, many_tokens in (many or ({} if quick else MANY)).items():
+        add(measure_experts(device, stream, library, geometry, "fp16", [(n, geometry[0]) for n in many_tokens], None))
     result["dmoe_against_token_routing"] = routing_ratio(result["experts"])
     result["route"] = [measure_route(device, stream, library, experts, tokens, mode) for mode in MODES
                        for experts in (ROUTE_EXPERTS[:2] if quick else ROUTE_EXPERTS)
@@ -219,12 +223,12 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{result['device']['name']}: device copy {copy / 1e12:.2f} TB/s read and written, at the end "
              f"{result['copy_again']['bytes_per_second'] / 1e12:.2f}",
              f"{'H':>5} {'type':>4} {'N':>4} {'active':>6} {'us':>8} {'spread':>6} {'TB/s':>6} {'of copy':>7} "
-             f"{'torch/ours':>10}"]
+             f"{'TFLOP/s':>7} {'torch/ours':>10}"]
     for r in result["experts"]:
         lines.append(f"{r['hidden']:>5} {r['type']:>4} {r['tokens']:>4} {r['active']:>6} {1e3 * r['ms']:>8.1f} "
                      f"{r['spread']:>6.1%} {r['bytes_per_second'] / 1e12:>6.2f} {r['of_copy']:>7.0%} "
-                     f"{r.get('torch_over_ours', float('nan')):>10.1f}" + ("" if r["l2_cold"] else "  (L2 warm)")
-                     + _beside(r))
+                     f"{r['flops_per_second'] / 1e12:>7.0f} {r.get('torch_over_ours', float('nan')):>10.1f}"
+                     + ("" if r["l2_cold"] else "  (L2 warm)") + _beside(r))
     lines += [f"dMoE ({r['dmoe_experts']} experts) against token routing ({r['token_experts']}), H {r['hidden']} "
               f"{r['type']}: {r['time_ratio']:.2f} times faster; bytes {r['bytes_ratio']:.2f}"
               for r in result["dmoe_against_token_routing"]]

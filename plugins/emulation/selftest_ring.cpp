@@ -1,5 +1,5 @@
-// The size of the products' ring and its layout, for tests that count bytes under way and accesses.
-#include "../kernels/experts_launch.cuh"
+// How the products cut a call, the size of their rings and the layout, for tests that count bytes under way and accesses.
+#include "../kernels/experts_plan.cuh"
 #include "dmoe_emulation.h"
 
 namespace {
@@ -17,9 +17,9 @@ int ring(int lists, int32_t *out) {
 
 template <int BITS>
 int place(int32_t kind, int32_t row, int32_t unit) {
-    return kind == 0   ? dmoe::weight_place<BITS>(row, unit)
-           : kind == 1 ? dmoe::token_place<BITS>(row, unit)
-                       : dmoe::scale_place<BITS, 4>(row, unit);
+    if (kind == 1) return dmoe::token_place<BITS>(row, unit);
+    if (kind == 2) return dmoe::scale_place<BITS, 4>(row, unit);
+    return BITS == 16 ? dmoe::weight_place(row, unit) : dmoe::block_place<BITS>(row, unit);
 }
 
 }  // namespace
@@ -39,4 +39,16 @@ extern "C" int dmoe_emulation_ring(int32_t bits, int32_t tiles, int32_t experts,
         case 48: return ring<4, 8>(lists, out);
         default: return DMOE_ERROR_ATTRIBUTE;
     }
+}
+
+extern "C" int dmoe_emulation_plan(const DmoeExpertsShape *shape, int32_t bits, int32_t *plan) {
+    const dmoe::Plan p = dmoe::plan_of(*shape, bits);
+    const int tokens = min(p.tokens, shape->tokens);
+    plan[0] = p.large, plan[1] = p.tokens, plan[2] = p.down_rows;
+    plan[3] = p.large ? dmoe::large_stages(dmoe::list_bytes(shape->experts, tokens * shape->places)) : 0;
+    return 0;
+}
+
+extern "C" int dmoe_emulation_large_place(int32_t kind, int32_t row, int32_t unit) {
+    return kind == 0 ? dmoe::large_weight_place(row, unit) : dmoe::large_token_place(row, unit);
 }

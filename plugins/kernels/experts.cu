@@ -1,26 +1,23 @@
-// dmoe_mixture and the functions it has grown from: arguments checked, tokens in chunks, three launches per chunk.
+// dmoe_mixture and the functions it has grown from: arguments checked, tokens in chunks, three launches per chunk; more
+// where outputs go in slices.
 #include "dmoe_kernels.h"
-#include "experts_launch.cuh"
+#include "experts_plan.cuh"
 #include "experts_reduce.cuh"
 
 using namespace dmoe;
 
 namespace {
 
-// Bounds the workspace (75 MB for 8 places, H 2048, I' 512); a longer prompt reads its experts once per chunk.
-constexpr int kChunkTokens = 1024;
 constexpr int kMaxSize = 1 << 18;  // of H and I'; keeps every 32-bit index in range
-
-// Tokens per chunk. Devices with little shared memory (compute capability 7.5) get short lists of pairs.
-int chunk_tokens(int places, int pairs) { return min(kChunkTokens, pairs / places); }
-int chunk_pairs_here() { return shared_bytes_per_block() < 96 << 10 ? kChunkPairs / 4 : kChunkPairs; }
 
 struct Workspace {
     int64_t activations, pair_outputs, shared_activations, shared_outputs, bytes;
 };
 
+// For every plan of the shape and of fewer tokens.
 Workspace workspace_of(const DmoeExpertsShape &s, int shared_width) {
-    const int64_t tokens = min(s.tokens, static_cast<int32_t>(chunk_tokens(s.places, kChunkPairs))), pairs = tokens * s.places;
+    const int64_t tokens = min(s.tokens, min(kManyTokens, kManyPairs / s.places)), pairs = tokens * s.places;
+    const int64_t outputs = max(min(pairs, static_cast<int64_t>(kChunkPairs)) * s.hidden, pairs * min(s.hidden, kLargeRows));
     Workspace w{};
     const auto part = [&w](int64_t bytes) {
         const int64_t at = w.bytes;
@@ -28,9 +25,9 @@ Workspace workspace_of(const DmoeExpertsShape &s, int shared_width) {
         return at;
     };
     w.activations = part(pairs * s.width * 2);
-    w.pair_outputs = part(pairs * s.hidden * 4);
+    w.pair_outputs = part(outputs * 4);
     w.shared_activations = part(tokens * shared_width * 2);
-    w.shared_outputs = part(shared_width ? tokens * s.hidden * 4 : 0);
+    w.shared_outputs = part(shared_width ? (outputs + s.places - 1) / s.places * 4 : 0);
     w.bytes = max(w.bytes, static_cast<int64_t>(256));
     return w;
 }
@@ -46,6 +43,7 @@ int check(const DmoeExpertsShape &s) {
 int check(const DmoeExpertsShape &s, const DmoeQuantisation &q) {
     if (q.bits != 4 && q.bits != 8) return DMOE_ERROR_ATTRIBUTE;
     if (q.group_size != 32 && q.group_size != 64 && q.group_size != 128) return DMOE_ERROR_ATTRIBUTE;
+    // So matrices have a multiple of 32 rows, which are whole bands, and of 32 k.
     return s.hidden % q.group_size || s.width % q.group_size ? DMOE_ERROR_ATTRIBUTE : 0;
 }
 
@@ -69,44 +67,57 @@ struct Tensors {
     char *workspace;
 };
 
+// `from` without its first rows; of integers a multiple of 16.
+Matrices rows_from(const Matrices &from, int64_t row, const Weights &weights, int depth) {
+    if (!from.weights) return from;
+    return {static_cast<const char *>(from.weights) + row * depth * weights.bits / 8,
+            from.scales ? from.scales + row * (depth >> weights.group_shift) : nullptr};
+}
+
 template <class Half, bool GATE>
-int launch_product(const Weights &weights, const ProductArguments &a, void *stream) {
-    return weights.bits == 16 ? launch_product<Half, 16, GATE>(a, stream)
-                              : launch_quantised_product<Half, GATE>(weights.bits, a, stream);
+int launch_product(const Plan &plan, const Weights &weights, const LargeArguments &a, void *stream) {
+    return plan.large           ? launch_large_product<Half, GATE>(weights.bits, a, stream)
+           : weights.bits == 16 ? launch_product<Half, 16, GATE>(a, stream)
+                                : launch_quantised_product<Half, GATE>(weights.bits, a, stream);
 }
 
 template <class Half>
-int run_chunk(const DmoeExpertsShape &s, const Workspace &w, const Weights &weights, const Tensors &t, void *stream) {
+int run_chunk(const DmoeExpertsShape &s, const Plan &plan, const Workspace &w, const Weights &weights, const Tensors &t,
+              void *stream) {
     auto *const activations = reinterpret_cast<uint16_t *>(t.workspace + w.activations);
     auto *const shared_activations = reinterpret_cast<uint16_t *>(t.workspace + w.shared_activations);
     auto *const pair_outputs = reinterpret_cast<float *>(t.workspace + w.pair_outputs);
     auto *const shared_outputs = reinterpret_cast<float *>(t.workspace + w.shared_outputs);
 
-    ProductArguments a{};
+    LargeArguments a{};
     a.slot_of_expert = weights.slot_of_expert, a.slots = weights.slots, a.group_shift = weights.group_shift;
     a.expert_ids = t.expert_ids, a.tokens = s.tokens, a.places = Divisor(s.places), a.experts = s.experts;
 
     a.all = weights.gate_up, a.pool = weights.gate_up_pool, a.shared_weights = weights.shared.gate_up;
-    a.rows = 2 * s.width, a.depth = s.hidden;
+    a.rows = a.matrix_rows = 2 * s.width, a.depth = s.hidden;
     a.shared_rows = 2 * weights.shared.width, a.shared_depth = s.hidden;
     a.inputs = t.hidden, a.shared_inputs = 0;
     a.activations = activations, a.shared_activations = shared_activations;
-    if (const int error = launch_product<Half, true>(weights, a, stream)) return error;
+    if (const int error = launch_product<Half, true>(plan, weights, a, stream)) return error;
 
-    a.all = weights.down, a.pool = weights.down_pool, a.shared_weights = weights.shared.down;
-    a.rows = s.hidden, a.depth = s.width;
-    a.shared_rows = weights.shared.width ? s.hidden : 0, a.shared_depth = weights.shared.width;
+    a.matrix_rows = s.hidden, a.depth = s.width, a.shared_depth = weights.shared.width;
     a.inputs = reinterpret_cast<const uint4 *>(activations);
     a.shared_inputs = static_cast<unsigned>((w.shared_activations - w.activations) / 16);
     a.pair_weights = t.expert_weights, a.pair_outputs = pair_outputs, a.shared_outputs = shared_outputs;
-    if (const int error = launch_product<Half, false>(weights, a, stream)) return error;
+    for (int row = 0; row < s.hidden; row += plan.down_rows) {
+        a.all = rows_from(weights.down, row, weights, a.depth), a.pool = rows_from(weights.down_pool, row, weights, a.depth);
+        a.shared_weights = static_cast<const char *>(weights.shared.down) + static_cast<int64_t>(row) * a.shared_depth * 2;
+        a.rows = min(plan.down_rows, s.hidden - row), a.shared_rows = weights.shared.width ? a.rows : 0;
+        if (const int error = launch_product<Half, false>(plan, weights, a, stream)) return error;
 
-    const ReduceArguments reduce{reinterpret_cast<const float4 *>(pair_outputs),
-                                 weights.shared.width ? reinterpret_cast<const float4 *>(shared_outputs) : nullptr,
-                                 t.expert_ids, s.tokens, s.places, s.experts, s.hidden / 4, t.mixed};
-    const int64_t threads = static_cast<int64_t>(s.tokens) * reduce.quads;
-    return launch<reduce_kernel<Half>>(dim3(static_cast<unsigned>((threads + kReduceThreads - 1) / kReduceThreads)),
-                                       kReduceThreads, stream, reduce, {0, true});
+        const ReduceArguments reduce{reinterpret_cast<const float4 *>(pair_outputs),
+                                     weights.shared.width ? reinterpret_cast<const float4 *>(shared_outputs) : nullptr,
+                                     t.expert_ids, s.tokens, s.places, s.experts, a.rows / 4, t.mixed + row / 4, s.hidden / 4};
+        const int64_t threads = static_cast<int64_t>(s.tokens) * reduce.quads;
+        const dim3 blocks(static_cast<unsigned>((threads + kReduceThreads - 1) / kReduceThreads));
+        if (const int error = launch<reduce_kernel<Half>>(blocks, kReduceThreads, stream, reduce, {0, true})) return error;
+    }
+    return 0;
 }
 
 bool usable(const void *pointer, uintptr_t alignment = 16) {
@@ -173,16 +184,16 @@ extern "C" int dmoe_mixture(const DmoeExpertsShape *shape, const DmoeSharedExper
     if (shape->type == DMOE_TYPE_BF16 && !bf16_runs_here()) return DMOE_ERROR_TYPE;
 
     const Workspace w = workspace_of(*shape, weights.shared.width);
-    const int32_t most = chunk_tokens(shape->places, chunk_pairs_here());
-    for (int32_t start = 0; start < shape->tokens; start += most) {
+    const Plan plan = plan_of(*shape, weights.bits);
+    for (int32_t start = 0; start < shape->tokens; start += plan.tokens) {
         DmoeExpertsShape chunk = *shape;
-        chunk.tokens = min(most, shape->tokens - start);
+        chunk.tokens = min(plan.tokens, shape->tokens - start);
         const int64_t at = static_cast<int64_t>(start) * shape->hidden;  // a multiple of 8 halfs
         const int64_t pairs = static_cast<int64_t>(start) * shape->places;
         const Tensors t{static_cast<const uint4 *>(hidden) + at / 8, expert_ids + pairs, expert_weights + pairs,
                         static_cast<uint2 *>(mixed) + at / 4, static_cast<char *>(workspace)};
-        const int error = shape->type == DMOE_TYPE_FP16 ? run_chunk<Fp16>(chunk, w, weights, t, stream)
-                                                        : run_chunk<Bf16>(chunk, w, weights, t, stream);
+        const int error = shape->type == DMOE_TYPE_FP16 ? run_chunk<Fp16>(chunk, plan, w, weights, t, stream)
+                                                        : run_chunk<Bf16>(chunk, plan, w, weights, t, stream);
         if (error) return error;
     }
     return 0;

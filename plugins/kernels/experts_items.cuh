@@ -66,15 +66,15 @@ inline __device__ __host__ int shared_items(const ProductArguments &a) {
     return a.shared_rows ? static_cast<int>(a.shared_tiles.by) * ((a.tokens + TILES * 8 - 1) / (TILES * 8)) : 0;
 }
 
-// `shared`: how many items the shared expert has.
-template <int TILES>
+// `shared`: how many items the shared expert has. ROWS: weight rows of an item.
+template <int TILES, int ROWS = kTileRows>
 DMOE_DEVICE Item item_at(const ProductArguments &a, const PairLists &lists, int index, int shared) {
     if (index < shared) {
         const int first = a.shared_tiles.quotient(index) * TILES * 8;
-        return {true, 0, a.shared_tiles.remainder(index) * kTileRows, first, min(first + TILES * 8, a.tokens)};
+        return {true, 0, a.shared_tiles.remainder(index) * ROWS, first, min(first + TILES * 8, a.tokens)};
     }
     const int expert = lists.active[a.tiles.quotient(index - shared)];
-    return {false, expert, a.tiles.remainder(index - shared) * kTileRows, lists.first(expert), lists.end(expert)};
+    return {false, expert, a.tiles.remainder(index - shared) * ROWS, lists.first(expert), lists.end(expert)};
 }
 
 // A place in the block's sequence of stages. Few registers: the item itself is looked up where a pass starts or ends.

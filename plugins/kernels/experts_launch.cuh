@@ -1,8 +1,9 @@
-// Which variant of the products a call takes, and its launch. Compiled in two files, because it is most of the work:
-// experts.cu has the 16-bit weights, experts_quantised.cu the others.
+// Which variant of the products a call takes, and its launch. Compiled in three files, because it is most of the work:
+// experts.cu has the 16-bit weights, experts_quantised.cu the others, experts_large.cu many tokens.
 #pragma once
 
 #include "dmoe_kernels.h"
+#include "experts_large_fill.cuh"
 #include "experts_product.cuh"
 
 namespace dmoe {
@@ -51,5 +52,17 @@ int launch_product(ProductArguments a, void *stream) {
 // As launch_product, with weights of `bits` bits, 4 or 8.
 template <class Half, bool GATE>
 int launch_quantised_product(int bits, const ProductArguments &a, void *stream);
+
+constexpr int kLargeStages = 4;  // of the ring for many tokens, at most
+
+// How many stages of that ring fit into the current device's shared memory beside the lists; it takes at least two.
+inline int large_stages(int lists) {
+    const int stages = (shared_bytes_per_block() - lists - kStaticBytes) / kLargeStageBytes;
+    return stages < kLargeStages ? stages : kLargeStages;
+}
+
+// As launch_product, for many tokens and weights of 16, 8 or 4 bits: the same bits.
+template <class Half, bool GATE>
+int launch_large_product(int bits, const LargeArguments &a, void *stream);
 
 }  // namespace dmoe

@@ -22,26 +22,45 @@ DMOE_DEVICE void wait_for_stage(int stages) {
     wait_for_copies<4>();
 }
 
+// Where the products of a pair (a token, when shared) go.
+template <bool GATE>
+struct Target {
+    int rows;
+    float weight;            // of the pair
+    uint16_t *activations;   // its first one
+    float *outputs;          // its first one
+
+    DMOE_DEVICE Target(const ProductArguments &a, const PairLists &lists, const Item &item, int place) {
+        rows = item.shared ? a.shared_rows : a.rows;
+        const int64_t to = item.shared ? place : lists.pairs[place];
+        if constexpr (GATE) {
+            activations = (item.shared ? a.shared_activations : a.activations) + to * (rows / 2);
+        } else {
+            weight = item.shared ? 1.0f : a.pair_weights[to];
+            outputs = (item.shared ? a.shared_outputs : a.pair_outputs) + to * rows;
+        }
+    }
+
+    // The values of two neighbouring rows: a gate with its up, or two outputs.
+    template <class Half>
+    DMOE_DEVICE void write(int row, float first, float second) const {
+        if constexpr (GATE) {
+            activations[row / 2] = Half::narrow(first / (1.0f + expf(-first)) * second);
+        } else {
+            *reinterpret_cast<float2 *>(outputs + row) = make_float2(weight * first, weight * second);
+        }
+    }
+};
+
 // c: rows `row` and `row + 1` of pairs 2q and 2q + 1 of the tile that starts at `pair`.
 template <class Half, bool GATE>
 DMOE_DEVICE void write_tile(const ProductArguments &a, const PairLists &lists, const Item &item, const float (&c)[4], int row,
                             int pair) {
-    const int q = lane_id() % 4, rows = item.shared ? a.shared_rows : a.rows;
-    if (row >= rows) return;
+    if (row >= (item.shared ? a.shared_rows : a.rows)) return;
     DMOE_UNROLL
     for (int i = 0; i < 2; ++i) {
-        const int place = pair + 2 * q + i;
-        if (place >= item.end) continue;
-        const int64_t to = item.shared ? place : lists.pairs[place];
-        if constexpr (GATE) {
-            const float gate = c[i], up = c[2 + i];
-            uint16_t *const activations = item.shared ? a.shared_activations : a.activations;
-            activations[to * (rows / 2) + row / 2] = Half::narrow(gate / (1.0f + expf(-gate)) * up);
-        } else {
-            const float weight = item.shared ? 1.0f : a.pair_weights[to];
-            float *const outputs = item.shared ? a.shared_outputs : a.pair_outputs;
-            *reinterpret_cast<float2 *>(outputs + to * rows + row) = make_float2(weight * c[i], weight * c[2 + i]);
-        }
+        const int place = pair + 2 * (lane_id() % 4) + i;
+        if (place < item.end) Target<GATE>(a, lists, item, place).template write<Half>(row, c[i], c[2 + i]);
     }
 }
 
@@ -49,13 +68,13 @@ DMOE_DEVICE void add(float (&sum)[4], const float4 &part) {
     sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
 }
 
-// The four warps that share rows add up in pairs, (0 + 2) + (1 + 3), and each writes a quarter of the tiles. `memory`: the
+// The four warps that share rows add up in pairs, (0 + 1) + (2 + 3), and each writes a quarter of the tiles. `memory`: the
 // stage that was multiplied last; a barrier follows before it is filled again.
 template <class Half, int TILES, bool GATE>
 DMOE_DEVICE void finish_pass(const ProductArguments &a, const PairLists &lists, const Item &item, int pair,
                              const Sums<TILES> &sums, int tiles, char *memory) {
     const int warp = warp_id(), lane = lane_id();
-    const bool high = warp & 2, odd = warp & 1;
+    const bool high = warp & 1, odd = warp & 2;
     const auto part_of = [&](int w, int half, int tile) -> float4 & {
         return reinterpret_cast<float4 *>(memory)[(w * TILES + half * (TILES / 2) + tile) * kWarp + lane];
     };
@@ -79,7 +98,7 @@ DMOE_DEVICE void finish_pass(const ProductArguments &a, const PairLists &lists, 
         for (int j = 0; j < TILES / 2; ++j) {
             DMOE_UNROLL
             for (int i = 0; i < 4; ++i) pairs[half][j][i] = high ? sums[half][TILES / 2 + j][i] : sums[half][j][i];
-            if (kept + j < tiles) add(pairs[half][j], part_of(warp ^ 2, half, j));
+            if (kept + j < tiles) add(pairs[half][j], part_of(warp ^ 1, half, j));
         }
     }
     const int mine = kept + (odd ? TILES / 4 : 0), other = kept + (odd ? 0 : TILES / 4);
@@ -88,7 +107,7 @@ DMOE_DEVICE void finish_pass(const ProductArguments &a, const PairLists &lists, 
         DMOE_UNROLL
         for (int j = 0; j < TILES / 4; ++j) {  // into what this warp alone has just read
             if (other + j < tiles) {
-                part_of(warp ^ 2, half, j) = odd ? float4_of(pairs[half][j]) : float4_of(pairs[half][TILES / 4 + j]);
+                part_of(warp ^ 1, half, j) = odd ? float4_of(pairs[half][j]) : float4_of(pairs[half][TILES / 4 + j]);
             }
         }
     }
@@ -113,6 +132,17 @@ template <class Half, int BITS, int TILES, bool GATE>
 __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArguments a) {
     static_assert(TILES == 4 || TILES == 8, "finish_pass() halves them twice");
     DMOE_DYNAMIC_SHARED(char, memory);
+    DMOE_SHARED(uint64_t, barriers, kMostStages);
+    const Arrivals arrivals = arrivals_at(barriers);
+    const bool bulk = BITS != 16 && has_bulk_copies();  // then stages have barriers, else groups of copies
+    if (bulk) {
+        if (threadIdx.x == 0) {
+            DMOE_UNROLL
+            for (int s = 0; s < kMostStages; ++s) init_arrivals(arrivals[s], kProductThreads);
+            publish_arrivals();
+        }
+        __syncthreads();
+    }
     const PairLists lists = lists_at(memory + a.stages * a.stage_bytes, a.experts);
     const auto stage_at = [&](int slot) { return memory + slot * a.stage_bytes; };
     const int every = static_cast<int>(gridDim.x), start = static_cast<int>(blockIdx.x);
@@ -129,7 +159,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
     if (opened) {
         feeder.open(a, lists, start);
         for (; early < a.stages - 1 && feeder.cursor.at < feeder.depth(a); ++early) {
-            feeder.fill_weights(a, stage_at(early));
+            feeder.fill_weights(a, stage_at(early), early, arrivals[early]);
             feeder.cursor.at += feeder.chunk();
         }
         feeder.cursor.at = 0;
@@ -143,25 +173,29 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
     Cursor cursor = feeder.cursor;
     int tiles = min(TILES, (feeder.end - cursor.pair + 7) / 8);
 
+    const auto places = LanePlaces<BITS == 16 ? 8 : BITS>::template of<TILES>();
     Sums<TILES> sums = {};
     int slot = 0, empty = 0;
+    unsigned parity = 0;
     for (int step = 1 - a.stages;; ++step) {
         if (step >= 0) {
-            wait_for_stage(a.stages);
-            __syncthreads();  // everybody's copies have arrived, and everybody is done with the stage before
+            if (!bulk) wait_for_stage(a.stages);
+            __syncthreads();  // everybody is done with the stage before; without barriers: everybody's copies have arrived
         }
         if (feeder.cursor.index < items) {
             if (early > 0) {
                 --early;
             } else {
-                feeder.fill_weights(a, stage_at(empty));
+                feeder.fill_weights(a, stage_at(empty), empty, arrivals[empty]);
             }
             feeder.fill_tokens(a, stage_at(empty));
+            if (bulk) arrive_with_copies(arrivals[empty]);
             feeder.advance(a, lists, items, every);
         }
-        commit_copies();
+        if (!bulk) commit_copies();
         empty = next(empty);
         if (step < 0) continue;
+        if (bulk) wait_for_arrivals(arrivals[slot], parity);
         char *const stage = stage_at(slot);
         const bool shared = cursor.index < feeder.shared;
         const int depth = shared ? a.shared_depth : a.depth;
@@ -169,9 +203,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
             multiply_plain<Half, TILES>(sums, stage, tiles, depth - cursor.at);
             cursor.at += kChunk<16>;
         } else if constexpr (BITS != 16) {
-            const bool odd_rows = a.depth >> a.group_shift & 1;
-            const bool odd = kChunk<BITS> < 256 && cursor.at >> a.group_shift & 1;  // 256 are an even number of groups
-            multiply_integers<Half, BITS, TILES>(sums, stage, tiles, depth - cursor.at, a.group_shift, odd_rows, odd);
+            multiply_integers<Half, BITS, TILES>(sums, places, stage, tiles, depth - cursor.at, a.group_shift);
             cursor.at += kChunk<BITS>;
         }
         if (cursor.at >= depth) {
@@ -195,6 +227,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
             tiles = min(TILES, (item.end - cursor.pair + 7) / 8);
         }
         slot = next(slot);
+        parity ^= slot == 0;
     }
 }
 

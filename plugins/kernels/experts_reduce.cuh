@@ -14,7 +14,8 @@ struct ReduceArguments {
     const float4 *shared_outputs;  // [tokens, quads], or null
     const int32_t *expert_ids;     // [tokens, places]
     int tokens, places, experts, quads;
-    uint2 *mixed;  // [tokens, quads]
+    uint2 *mixed;  // [tokens, pitch], of which the first `quads` are written
+    int pitch;
 };
 
 template <class Half>
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(ReduceArguments 
         }
     }
     if (a.shared_outputs) add(a.shared_outputs[static_cast<int64_t>(token) * a.quads + quad]);
-    a.mixed[static_cast<int64_t>(token) * a.quads + quad] =
+    a.mixed[static_cast<int64_t>(token) * a.pitch + quad] =
         make_uint2(Half::narrow(sum.x) | static_cast<unsigned>(Half::narrow(sum.y)) << 16,
                    Half::narrow(sum.z) | static_cast<unsigned>(Half::narrow(sum.w)) << 16);
 }

@@ -122,7 +122,10 @@ class TestBenchmarks:
         seen, kept = [], {}
         result = gpu_kernels.run(device, library, quick=True, geometries={"mini": (12, 2, 64, 32)},
                                  baseline=lambda *a: seen.append(a) or {"graph_ms": 4.0}, copy_bytes=1 << 20,
-                                 keep=kept.__setitem__)
+                                 many={(2, 2, 64, 32): (100,)}, keep=kept.__setitem__)
+        large = result["experts"].pop()
+        assert (large["tokens"], large["active"], large["type"]) == (100, 2, "fp16")
+        assert large["flops_per_second"] == pytest.approx(6 * 100 * 2 * 64 * 32 / large["ms"] * 1e3)
         assert result["copy"]["bytes_per_second"] == 2 * (1 << 20) / 2e-3
         assert [(r["type"], r["active"]) for r in result["experts"]] == [
             (kind, active) for kind in ("fp16", "bf16", "int8", "int4") for active in (2, 5, 6)], "17 cannot be active"
