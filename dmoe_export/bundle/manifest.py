@@ -103,7 +103,12 @@ class SalientEntry(Frozen):
     @property
     def graphs(self) -> list[GraphEntry]:
         """All of them."""
-        return [self.graph, *([self.fill] if self.fill else []), *(entry.graph for entry in self.fixed)]
+        return [self.graph, *self.static]
+
+    @property
+    def static(self) -> list[GraphEntry]:
+        """Those of static shapes, which engines are built of."""
+        return [*([self.fill] if self.fill else []), *(entry.graph for entry in self.fixed)]
 
 
 class CheckpointEntry(Frozen):
@@ -127,7 +132,7 @@ class TokenizerEntry(Frozen):
 class ProfileEntry(Frozen):
     """An optimization profile: least, usual and largest size of each symbolic dimension."""
 
-    name: Literal["prefill", "denoise"]
+    name: Literal["prefill", "denoise", "salient"]
     batch: tuple[int, int, int]
     tokens: tuple[int, int, int]
     past: tuple[int, int, int]
@@ -190,6 +195,7 @@ class EngineEntry(Frozen):
     """An engine file and what it needs to run."""
 
     file: str
+    graph: str | None = Field(None, description="file of the salient graph that it is of; null: of the denoiser")
     flavour: Literal["tensorrt", "tensorrt-rtx"]
     version: str = Field(description="of the TensorRT library that built it; another one refuses it")
     targets: list[str] = Field(description="compute capabilities, such as sm89")
@@ -258,8 +264,18 @@ class Manifest(Frozen):
         check_once((str(PurePosixPath(file.path)) for file in self.files), "file")
         check_once((engine.file for engine in self.engines), "engine")
         for engine in self.engines:
-            check_engine(engine)
+            check_engine(engine, [graph.file for graph in self.salient.static] if self.salient else [])
         return self
+
+    @property
+    def denoiser_engines(self) -> list[EngineEntry]:
+        """Those that open the bundle; the others run salient steps beside one of them."""
+        return [engine for engine in self.engines if engine.graph is None]
+
+    def graph_of(self, engine: EngineEntry) -> GraphEntry:
+        """What an engine was built from."""
+        graphs = self.salient.static if self.salient else []
+        return next((graph for graph in graphs if graph.file == engine.graph), self.denoiser)
 
     @property
     def bytes_per_expert(self) -> int:
