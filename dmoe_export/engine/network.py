@@ -72,8 +72,9 @@ def plain(bundle: Bundle, plugins: Collection[str] = (), graph: GraphEntry | Non
     try:
         return inlined(model, PLAIN - set(plugins))
     except Exception as error:  # onnx raises its own kinds
-        raise BundleError(f"{bundle.folder / (graph or bundle.manifest.denoiser).file} is no ONNX model ({type(error).__name__}); copy or export the "
-                          "bundle again.") from error
+        path = bundle.folder / (graph or bundle.manifest.denoiser).file
+        raise BundleError(f"{path} is no ONNX model ({type(error).__name__}); copy or export the bundle "
+                          "again.") from error
 
 
 def _set_bodies(model: ModelProto, bundle: Bundle, settings: BuildSettings, as_plugins: set[str]) -> None:

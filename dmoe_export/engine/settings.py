@@ -111,8 +111,8 @@ def _check(settings: BuildSettings, manifest: Manifest) -> None:
                              "--experts-op onnx and --allow-fallback out.")
     copies = len(graphs_to_build(settings, manifest))
     if moe and settings.experts == "inline" and copies > 1:
-        raise InputError(f"--experts inline would put all experts into each of {copies} engines, those of salient steps "
-                         "among them, which share external and resident ones; leave it out, or give --no-salient.")
+        raise InputError(f"--experts inline would put all experts into each of {copies} engines, those of salient "
+                         "steps among them, which share experts outside; leave it out, or give --no-salient.")
     if "refit" in settings.flags and settings.experts != "inline":
         raise InputError(f"--refit has nothing to do with --experts {settings.experts}: those weights are read "
                          "from the bundle's files whenever the engine is opened; use --experts inline, or leave "
