@@ -21,6 +21,7 @@ from .consistent import check_dense_size, check_engine, check_formats, check_gra
 from .contract import KEPT
 from .layout import ExpertsEntry, check_expert_layout
 from .nodes import nodes_of
+from .origin import CheckpointEntry, TokenizerEntry
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -109,24 +110,6 @@ class SalientEntry(Frozen):
     def static(self) -> list[GraphEntry]:
         """Those of static shapes, which engines are built of."""
         return [*([self.fill] if self.fill else []), *(entry.graph for entry in self.fixed)]
-
-
-class CheckpointEntry(Frozen):
-    """Which checkpoint the bundle was made from."""
-
-    identity: str = Field(description="sha256 over the description and `parts`")
-    layers_total: int
-    source: str = Field(description="the hub id it was fetched by, or the folder's name")
-    parts: list[str] = Field(min_length=1, description="sha256 of what was read outside layers, then of each exported "
-                             "layer")
-
-
-class TokenizerEntry(Frozen):
-    """Text side of the model."""
-
-    file: str
-    chat_template: str | None
-    special_tokens: dict[str, str] = Field(description="what a template knows by name: bos_token, eos_token, …")
 
 
 class ProfileEntry(Frozen):
