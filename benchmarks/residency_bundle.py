@@ -20,7 +20,8 @@ import onnx_ir as ir
 
 from dmoe_export import __version__
 from dmoe_export.bundle.layout import ExpertLayer, ExpertsEntry
-from dmoe_export.bundle.manifest import CheckpointEntry, FileEntry, Manifest
+from dmoe_export.bundle.manifest import FileEntry, Manifest
+from dmoe_export.bundle.origin import CheckpointEntry
 from dmoe_export.bundle.writer import PAGE, BundleWriter
 from dmoe_export.checkpoint.family import family_of
 from dmoe_export.checkpoint.synthetic import GEOMETRIES

@@ -79,5 +79,6 @@ def _meaning(manifest: Manifest, path: str) -> str:
         if manifest.tokenizer.chat_template:
             known |= {manifest.tokenizer.chat_template: "chat template"}
     for engine in manifest.engines:
-        known[engine.file] = f"engine of {engine.flavour} {engine.version} for {', '.join(engine.targets)}"
+        graph = "engine of salient steps, " if engine.graph else "engine of "
+        known[engine.file] = f"{graph}{engine.flavour} {engine.version} for {', '.join(engine.targets)}"
     return known.get(path, "")

@@ -110,10 +110,18 @@ def check_graphs(manifest: Manifest) -> None:
         _compare(graph.file, "output", graph.outputs, outputs_of(model, precision, kind, kept))
 
 
-def check_engine(engine: EngineEntry) -> None:
-    """Raise ValueError where an engine's entry names what it does not have, or profiles are none."""
-    if [profile.name for profile in engine.profiles] != ["prefill", "denoise"]:
-        raise ValueError(f"engine {engine.file} has not the profiles prefill and denoise")
+def check_engine(engine: EngineEntry, graphs: Sequence[str]) -> None:
+    """Raise ValueError where an engine's entry names what it does not have, or profiles are none.
+
+    `graphs`: files of those that an engine may be of beside the denoiser.
+    """
+    if engine.graph is not None and engine.graph not in graphs:
+        raise ValueError(f"engine {engine.file} is of {engine.graph[:100]!r}, which is no salient graph of static "
+                         "shapes")
+    names = ["prefill", "denoise"] if engine.graph is None else ["salient"]
+    if [profile.name for profile in engine.profiles] != names:
+        raise ValueError(f"engine {engine.file} has not the profile{'s' if len(names) > 1 else ''} "
+                         f"{' and '.join(names)}")
     for profile in engine.profiles:
         for least, usual, most in (profile.batch, profile.tokens, profile.past, profile.rows):
             if not 1 <= least <= usual <= most <= _LARGEST:

@@ -6,17 +6,19 @@ import math
 from typing import Any
 
 from ..errors import BundleError
+from .manifest import GraphEntry
 from .reader import Bundle
 
 
-def load_graph(bundle: Bundle) -> Any:
-    """The denoiser graph as an onnx.ModelProto, weights left where they lie.
+def load_graph(bundle: Bundle, graph: GraphEntry | None = None) -> Any:
+    """A graph, by default the denoiser, as an onnx.ModelProto, weights left where they lie.
 
     Raises BundleError for what is no graph, and for weights that lie outside the listed files.
     """
     import onnx  # of those who build and check, not of those who run
 
-    path, sizes = bundle.denoiser_path, {entry.path: entry.size for entry in bundle.manifest.files}
+    path = bundle.folder / (graph or bundle.manifest.denoiser).file
+    sizes = {entry.path: entry.size for entry in bundle.manifest.files}
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf raises its own kinds

@@ -21,6 +21,7 @@ from .consistent import check_dense_size, check_engine, check_formats, check_gra
 from .contract import KEPT
 from .layout import ExpertsEntry, check_expert_layout
 from .nodes import nodes_of
+from .origin import CheckpointEntry, TokenizerEntry
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -103,31 +104,18 @@ class SalientEntry(Frozen):
     @property
     def graphs(self) -> list[GraphEntry]:
         """All of them."""
-        return [self.graph, *([self.fill] if self.fill else []), *(entry.graph for entry in self.fixed)]
+        return [self.graph, *self.static]
 
-
-class CheckpointEntry(Frozen):
-    """Which checkpoint the bundle was made from."""
-
-    identity: str = Field(description="sha256 over the description and `parts`")
-    layers_total: int
-    source: str = Field(description="the hub id it was fetched by, or the folder's name")
-    parts: list[str] = Field(min_length=1, description="sha256 of what was read outside layers, then of each exported "
-                             "layer")
-
-
-class TokenizerEntry(Frozen):
-    """Text side of the model."""
-
-    file: str
-    chat_template: str | None
-    special_tokens: dict[str, str] = Field(description="what a template knows by name: bos_token, eos_token, …")
+    @property
+    def static(self) -> list[GraphEntry]:
+        """Those of static shapes, which engines are built of."""
+        return [*([self.fill] if self.fill else []), *(entry.graph for entry in self.fixed)]
 
 
 class ProfileEntry(Frozen):
     """An optimization profile: least, usual and largest size of each symbolic dimension."""
 
-    name: Literal["prefill", "denoise"]
+    name: Literal["prefill", "denoise", "salient"]
     batch: tuple[int, int, int]
     tokens: tuple[int, int, int]
     past: tuple[int, int, int]
@@ -190,6 +178,7 @@ class EngineEntry(Frozen):
     """An engine file and what it needs to run."""
 
     file: str
+    graph: str | None = Field(None, description="file of the salient graph that it is of; null: of the denoiser")
     flavour: Literal["tensorrt", "tensorrt-rtx"]
     version: str = Field(description="of the TensorRT library that built it; another one refuses it")
     targets: list[str] = Field(description="compute capabilities, such as sm89")
@@ -258,8 +247,18 @@ class Manifest(Frozen):
         check_once((str(PurePosixPath(file.path)) for file in self.files), "file")
         check_once((engine.file for engine in self.engines), "engine")
         for engine in self.engines:
-            check_engine(engine)
+            check_engine(engine, [graph.file for graph in self.salient.static] if self.salient else [])
         return self
+
+    @property
+    def denoiser_engines(self) -> list[EngineEntry]:
+        """Those that open the bundle; the others run salient steps beside one of them."""
+        return [engine for engine in self.engines if engine.graph is None]
+
+    def graph_of(self, engine: EngineEntry) -> GraphEntry:
+        """What an engine was built from."""
+        graphs = self.salient.static if self.salient else []
+        return next((graph for graph in graphs if graph.file == engine.graph), self.denoiser)
 
     @property
     def bytes_per_expert(self) -> int:

@@ -7,22 +7,21 @@ from typing import Any
 import onnx
 from onnx import NodeProto, helper
 
-from ..bundle.manifest import EngineEntry, ProfileEntry
+from ..bundle.manifest import EngineEntry
 from ..bundle.reader import Bundle
 from ..engine.network import plain
 from ..engine.plan import PlanPlugin, PlanTensor, Range
 from ..engine.plugins import EXPERTS_OPS, plugin_ops
-from ..engine.resident import SLOTS, slot_range
+from ..engine.settings import sizes_of
 from ..ops.schema import DOMAIN
 from ..words import count
 
-_SIZES = {"B": "batch", "T": "tokens", "S": "past", "M": "rows"}  # symbolic dimension → field of a profile
 _ITEM = {"float": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1}
 
 
 def graph_of(bundle: Bundle, entry: EngineEntry) -> onnx.ModelProto:
     """The bundle's graph as the builder got it, without weights: bodies in place of fused ops that are no plugins."""
-    return plain(bundle, plugin_ops(entry.experts_op, entry.precision))
+    return plain(bundle, plugin_ops(entry.experts_op, entry.precision), bundle.manifest.graph_of(entry))
 
 
 def wrong_source(bundle: Bundle, entry: EngineEntry) -> str | None:
@@ -50,7 +49,7 @@ def wrong_tensors(bundle: Bundle, entry: EngineEntry, profiles: list[list[PlanTe
             if have.dtype != want.dtype:
                 return f"its {name} is {have.dtype}, the bundle's graph has {want.dtype}"
             profile = entry.profiles[min(index, len(entry.profiles) - 1)]
-            if not _same_shape(have.shape, want.shape, _sizes(bundle, profile)):
+            if not _same_shape(have.shape, want.shape, sizes_of(profile, bundle.manifest)):
                 return f"its {name} has shape {list(have.shape)}, the bundle's graph {list(want.shape)}"
     return None
 
@@ -60,8 +59,8 @@ def wrong_profiles(bundle: Bundle, entry: EngineEntry, profiles: list[dict[str, 
     if len(profiles) != len(entry.profiles):
         return f"it has {len(profiles)} profiles, the manifest says {len(entry.profiles)}"
     for said, found in zip(entry.profiles, profiles, strict=True):
-        sizes = _sizes(bundle, said)
-        for tensor in (*bundle.manifest.denoiser.inputs, *entry.pool_inputs):
+        sizes = sizes_of(said, bundle.manifest)
+        for tensor in (*bundle.manifest.graph_of(entry).inputs, *entry.pool_inputs):
             if all(isinstance(dim, int) for dim in tensor.shape):
                 continue
             if tensor.name not in found:
@@ -100,7 +99,7 @@ def wrong_plugins(graph: onnx.ModelProto, entry: EngineEntry, profiles: list[lis
 def wrong_counts(bundle: Bundle, entry: EngineEntry) -> str | None:
     """The manifest's own arithmetic, and what TensorRT counted before it built."""
     ops = plugin_ops(entry.experts_op, entry.precision)
-    wanted = sum(count for op, count in bundle.manifest.denoiser.nodes(ops).items() if op in ops)
+    wanted = sum(count for op, count in bundle.manifest.graph_of(entry).nodes(ops).items() if op in ops)
     counted = entry.network.layers.get("PLUGIN_V3", 0)
     if counted != entry.plugin_nodes:
         return f"its network had {count(counted, 'plugin')}, the manifest says {entry.plugin_nodes}"
@@ -150,7 +149,7 @@ def _wrong_attribute(node: NodeProto, layer: PlanPlugin, entry: EngineEntry) -> 
 
 def _wanted_tensors(bundle: Bundle, entry: EngineEntry) -> dict[str, Any]:
     """By name: tensors as the manifest describes them, with symbolic dimensions."""
-    graph = bundle.manifest.denoiser
+    graph = bundle.manifest.graph_of(entry)
     groups: tuple[tuple[Any, bool], ...] = ((graph.inputs, True), (entry.weight_inputs, True),
                                             (entry.pool_inputs, True), (graph.outputs, False))
     return {tensor.name: PlanTensor(tensor.name, _dtype(tensor.dtype), tuple(tensor.shape), is_input)
@@ -159,13 +158,6 @@ def _wanted_tensors(bundle: Bundle, entry: EngineEntry) -> dict[str, Any]:
 
 def _dtype(name: str) -> str:
     return {"float32": "float"}.get(name, name)
-
-
-def _sizes(bundle: Bundle, profile: ProfileEntry) -> dict[str, tuple[int, int, int]]:
-    """Least, usual and largest size of each symbolic dimension."""
-    moe = bundle.manifest.model.moe
-    slots = {SLOTS: slot_range(moe.num_experts)} if moe else {}
-    return {dim: getattr(profile, field) for dim, field in _SIZES.items()} | slots | {"L": (1, 1, profile.rows[2])}
 
 
 def _same_shape(have: tuple[int, ...], want: tuple[int | str, ...], sizes: dict[str, tuple[int, int, int]]) -> bool:

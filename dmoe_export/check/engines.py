@@ -6,8 +6,6 @@ TensorRT said of the network before it built (in the manifest). What neither tel
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import onnx
 
 from .. import words
@@ -17,7 +15,7 @@ from ..engine.facts import of_engine, of_network
 from ..engine.plan import DamagedPlanError, Plan, UnknownLayoutError, read_plan
 from ..errors import BundleError, MissingRequirementError
 from ..runtime.gpu.device import CudaDevice, Device
-from ..runtime.gpu.tensorrt_engine import deserialise, find_engine
+from ..runtime.gpu.tensorrt_engine import deserialise, first_that_runs
 from . import engine_contract as contract
 from .result import EngineCheck, EngineFinding
 
@@ -126,9 +124,8 @@ def _shapes(bundle: Bundle, entry: EngineEntry, plan: Plan | None) -> list[Engin
 
 def _alive(bundle: Bundle, entry: EngineEntry, device: Device | None) -> EngineFinding:
     """The engine itself, where a GPU and the right library are."""
-    alone = replace(bundle, manifest=bundle.manifest.model_copy(update={"engines": [entry]}))
     try:
-        _, trt = find_engine(alone, device or CudaDevice.open())
+        _, trt = first_that_runs(bundle, [entry], device or CudaDevice.open())
         engine = of_engine(deserialise(bundle, entry, trt))
     except MissingRequirementError as error:
         return _unknown("on this machine", f"Not opened: {error}")

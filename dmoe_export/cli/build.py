@@ -61,6 +61,8 @@ EXPORT = "export of a checkpoint"
         shown="made by `make plugins`", help="libdmoe_plugins.so")
 @option("--allow-fallback", is_flag=True, group="engine",
         help="Let custom nodes become ONNX bodies where plugins are missing; slower")
+@option("--no-salient", "salient", is_flag=True, flag_value=False, default=True, group="engine",
+        help="Build the denoiser's engine alone, and none of the graphs of salient steps")
 @option("--max-batch", default=1, group="largest sizes", values="between 1 and 1024",
         help="Most rows of a batch; larger sizes take more device memory")
 @option("--max-prefill", type=click.IntRange(1), group="largest sizes",
@@ -222,10 +224,12 @@ def _engines(bundle: Bundle, folder: Path, settings: BuildSettings, flavour: Any
     from dataclasses import replace
 
     from ..engine.build import build_engine, known_before, plan_build
+    from ..engine.settings import graphs_to_build
 
     targets = flavour.targets(settings.targets)
     groups = [(t,) for t in targets] if split else [targets]
-    plans = [plan_build(bundle, replace(settings, targets=group), flavour, library) for group in groups]
+    plans = [plan_build(bundle, replace(settings, targets=group), flavour, library, graph) for group in groups
+             for graph in graphs_to_build(settings, bundle.manifest)]
     results = []
     for plan in plans:
         start = time.perf_counter()

@@ -140,15 +140,16 @@ def _backend(manifest: Manifest, gpus: int, expert_budget: str | None) -> Named:
     """By name: with `auto`, a pod whose GPU cannot be used would run on the processor."""
     if not gpus:
         return "onnxruntime"
-    if expert_budget and not any(engine.expert_pools for engine in manifest.engines):
+    if expert_budget and not any(engine.expert_pools for engine in manifest.denoiser_engines):
         raise RequestError(f"--expert-budget {expert_budget} with --gpus needs an engine with expert pools; make one "
                            "with: dmoe-export build BUNDLE --experts resident.")
-    return "tensorrt" if manifest.engines else "onnxruntime-cuda"
+    return "tensorrt" if manifest.denoiser_engines else "onnxruntime-cuda"
 
 
 def _rows(manifest: Manifest, backend: str, asked: int | None) -> int:
     """Answers at once, at most what every engine of the bundle takes."""
-    most = min((engine.profiles[0].batch[2] for engine in manifest.engines), default=0) if backend == "tensorrt" else 0
+    engines = manifest.denoiser_engines if backend == "tensorrt" else []
+    most = min((engine.profiles[0].batch[2] for engine in engines), default=0)
     if most and asked and asked > most:
         raise RequestError(f"--max-batch {asked} is more than the {most} rows of the bundle's engine; give less, or "
                            "build another engine.")
@@ -157,7 +158,7 @@ def _rows(manifest: Manifest, backend: str, asked: int | None) -> int:
 
 def _context(manifest: Manifest, backend: str, asked: int | None) -> int:
     """Tokens of one answer and its prompt, at most what the model and every engine take."""
-    engines = manifest.engines if backend == "tensorrt" else []
+    engines = manifest.denoiser_engines if backend == "tensorrt" else []
     most = min([manifest.model.max_positions, *(engine.profiles[1].past[2] for engine in engines)])
     if asked and asked > most:
         raise RequestError(f"--max-context {asked} is more than the {most} tokens that this bundle takes; give less, "

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle.contract import KEPT
-from ..bundle.manifest import EngineEntry, ProfileEntry
+from ..bundle.manifest import EngineEntry, GraphEntry, ProfileEntry
 from ..bundle.reader import Bundle
 from ..errors import CheckError, DmoeError, MissingRequirementError
 from .callbacks import Report, logger_of, make_monitor, make_writer, signals_kept
 from .facts import network_entry
 from .flavour import Flavour
-from .network import PreparedNetwork, model_path, prepare
+from .network import PreparedNetwork, prepare
 from .plugins import PluginLibrary, check_count, count_plugins, find_library, is_embedded, plugin_ops, register
-from .resident import slot_range
-from .settings import BuildSettings, profiles, resolved
+from .settings import BuildSettings, profiles, resolved, sizes_of
 
 
 @dataclass(frozen=True)
@@ -25,18 +23,19 @@ class BuildPlan:
     """Everything decided before the builder starts; making one finds all errors of usage."""
 
     bundle: Bundle
+    graph: GraphEntry
     settings: BuildSettings
     flavour: Flavour
     targets: tuple[str, ...]
     library: PluginLibrary | None
     network: PreparedNetwork
-    profiles: tuple[ProfileEntry, ProfileEntry]
+    profiles: tuple[ProfileEntry, ...]
 
     @property
     def file_name(self) -> str:
-        """The engine's name in the bundle: flavour and targets, and whether its experts are in a slot pool."""
+        """The engine's name in the bundle: graph, flavour and targets, and whether its experts are in a slot pool."""
         resident = ".resident" if self.network.expert_pools else ""
-        return f"denoiser.{self.flavour.name}.{'-'.join(self.targets)}{resident}.engine"
+        return f"{self.graph.file.removesuffix('.onnx')}.{self.flavour.name}.{'-'.join(self.targets)}{resident}.engine"
 
 
 def find_plugins(settings: BuildSettings, path: Path | None) -> PluginLibrary | None:
@@ -50,14 +49,18 @@ def find_plugins(settings: BuildSettings, path: Path | None) -> PluginLibrary | 
 
 
 def plan_build(bundle: Bundle, settings: BuildSettings, flavour: Flavour,
-               plugin_library: Path | None = None) -> BuildPlan:
-    """Check the request against bundle, flavour and plugins; raises one-sentence errors."""
+               plugin_library: Path | None = None, graph: GraphEntry | None = None) -> BuildPlan:
+    """Check the request against bundle, flavour and plugins; raises one-sentence errors.
+
+    `graph`: of the bundle, by default the denoiser.
+    """
+    graph = graph or bundle.manifest.denoiser
     settings = resolved(settings, bundle.manifest)
     flavour.check_flags(settings.flags)
     targets = flavour.targets(settings.targets)
-    library = find_plugins(settings, plugin_library) if _wanted_plugins(bundle, settings) else None
-    return BuildPlan(bundle, settings, flavour, targets, library, prepare(bundle, settings, library),
-                     profiles(settings, bundle.manifest))
+    library = find_plugins(settings, plugin_library) if _wanted_plugins(bundle, settings, graph) else None
+    return BuildPlan(bundle, graph, settings, flavour, targets, library, prepare(bundle, settings, library, graph),
+                     profiles(settings, bundle.manifest, graph))
 
 
 def build_engine(plan: BuildPlan, path: Path, report: Report | None = None) -> EngineEntry:
@@ -78,8 +81,9 @@ def _built(plan: BuildPlan, path: Path, report: Report | None, stopped: Sequence
     builder = trt.Builder(logger)
     network = _parse(plan, builder, logger)
     plugins = count_plugins(trt, network)
-    fallbacks = check_count(plugins, _wanted_plugins(plan.bundle, plan.settings), plan.settings.allow_fallback)
-    shapes = [_profile(builder, network, entry, _slots(plan)) for entry in plan.profiles]
+    fallbacks = check_count(plugins, _wanted_plugins(plan.bundle, plan.settings, plan.graph),
+                            plan.settings.allow_fallback)
+    shapes = [_profile(plan, builder, network, entry) for entry in plan.profiles]
     config = _config(plan, builder, shapes)
     config.progress_monitor = make_monitor(trt, report, stopped)
     _build(plan, builder, network, config, path, logger.told)
@@ -91,9 +95,10 @@ def _built(plan: BuildPlan, path: Path, report: Report | None, stopped: Sequence
 
 def known_before(plan: BuildPlan) -> dict[str, Any]:
     """What an engine's entry says that is known before it is built."""
-    settings, network = plan.settings, plan.network
-    return {"file": plan.file_name, "flavour": plan.flavour.name, "version": plan.flavour.version,
-            "targets": list(plan.targets), "precision": plan.bundle.manifest.precision, "experts": settings.experts,
+    settings, network, manifest = plan.settings, plan.network, plan.bundle.manifest
+    graph = None if plan.graph.file == manifest.denoiser.file else plan.graph.file
+    return {"file": plan.file_name, "graph": graph, "flavour": plan.flavour.name, "version": plan.flavour.version,
+            "targets": list(plan.targets), "precision": manifest.precision, "experts": settings.experts,
             "experts_op": settings.experts_op, "profiles": list(plan.profiles), "weight_inputs": network.weight_inputs,
             "expert_pools": network.expert_pools, "flags": list(settings.flags)}
 
@@ -107,25 +112,25 @@ def _sources(bundle: Bundle) -> dict[str, str]:
     return {entry.path: entry.sha256 for entry in manifest.files if entry.path in used}
 
 
-def _wanted_plugins(bundle: Bundle, settings: BuildSettings) -> int:
+def _wanted_plugins(bundle: Bundle, settings: BuildSettings, graph: GraphEntry) -> int:
     """Custom nodes that should be plugins, whether or not a library was found."""
     wanted = plugin_ops(settings.experts_op, bundle.manifest.precision)
-    return sum(count for op, count in bundle.manifest.denoiser.nodes(wanted).items() if op in wanted)
+    return sum(count for op, count in graph.nodes(wanted).items() if op in wanted)
 
 
 def _parse(plan: BuildPlan, builder: Any, logger: Any) -> Any:
     trt = plan.flavour.trt
     network = builder.create_network(plan.flavour.network_flags())
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(plan.network.model.SerializeToString(), str(model_path(plan.bundle))):
+    path = plan.bundle.folder / plan.graph.file  # beside which external data lies
+    if not parser.parse(plan.network.model.SerializeToString(), str(path)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         first = (f"{errors[0].desc()} (node {errors[0].node_name()}, {errors[0].node_operator()})" if errors
                  else "no reason was given")
         # TensorRT only says that a plugin was not created; the plugin says why.
         own = [line.removeprefix("error: ").rstrip(".") for line in logger.told if line.startswith("error: Dmoe")]
         first = own[0] if own else first
-        raise CheckError(f"{plan.flavour.name} {plan.flavour.version} cannot parse {plan.bundle.denoiser_path}: "
-                         f"{first}.")
+        raise CheckError(f"{plan.flavour.name} {plan.flavour.version} cannot parse {path}: {first}.")
     return network
 
 
@@ -145,32 +150,18 @@ def _config(plan: BuildPlan, builder: Any, shapes: list[Any]) -> Any:
     return config
 
 
-def _slots(plan: BuildPlan) -> dict[str, tuple[int, int, int]]:
-    """Least, usual and largest number of slots of every pool."""
-    moe = plan.bundle.manifest.model.moe
-    return {name: slot_range(moe.num_experts) for pool in plan.network.expert_pools if moe
-            for _, name in pool.pairs}
-
-
-def _profile(builder: Any, network: Any, entry: ProfileEntry, slots: dict[str, tuple[int, int, int]]) -> Any:
+def _profile(plan: BuildPlan, builder: Any, network: Any, entry: ProfileEntry) -> Any:
     """Sizes of every input with a symbolic dimension."""
-    profile = builder.create_optimization_profile()
+    profile, sizes = builder.create_optimization_profile(), sizes_of(entry, plan.bundle.manifest)
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for tensor in plan.network.model.graph.input:
+        dims = [sizes[dim.dim_param] if dim.dim_param else (dim.dim_value,) * 3
+                for dim in tensor.type.tensor_type.shape.dim]
+        shapes[tensor.name] = [tuple(dim[which] for dim in dims) for which in range(3)]
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        shape = tuple(tensor.shape)
-        if -1 not in shape:
-            continue
-        if tensor.name in slots:
-            profile.set_shape(tensor.name, *((count, *shape[1:]) for count in slots[tensor.name]))
-            continue
-        if tensor.name == KEPT:
-            profile.set_shape(KEPT, (1,), (1,), (entry.rows[2],))
-            continue
-        second = {"input_ids": entry.tokens, "position_ids": entry.tokens, "past_positions": entry.past,
-                  "logit_rows": entry.rows}.get(tensor.name)
-        sizes = [(b, s) if second else (b, shape[1], s, shape[3])
-                 for b, s in zip(entry.batch, second or entry.past, strict=True)]
-        profile.set_shape(tensor.name, *sizes)
+        if -1 in tuple(tensor.shape):
+            profile.set_shape(tensor.name, *shapes[tensor.name])
     return profile
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 from onnx import ModelProto, TensorProto, helper
 
 from ..bundle.graph_file import load_graph
-from ..bundle.manifest import ExpertPool, WeightInput
+from ..bundle.manifest import ExpertPool, GraphEntry, WeightInput
 from ..bundle.reader import Bundle
 from ..errors import BundleError
 from ..ops import experts, linear
@@ -35,13 +34,14 @@ class PreparedNetwork:
     expert_pools: list[ExpertPool]
 
 
-def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | None) -> PreparedNetwork:
-    """The bundle's graph for this build; weights stay outside, as file, offset and length.
+def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | None,
+            graph: GraphEntry | None = None) -> PreparedNetwork:
+    """A graph of the bundle, by default the denoiser, for this build; weights stay outside, as file, offset and length.
 
     `library` None leaves the route node's body in (with `allow_fallback`).
     """
     as_plugins = plugin_ops(settings.experts_op, bundle.manifest.precision) if library else set()
-    model = plain(bundle, as_plugins)
+    model = plain(bundle, as_plugins, graph)
     _set_bodies(model, bundle, settings, as_plugins)
     nodes = 0
     for node in model.graph.node:
@@ -63,17 +63,18 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
     return PreparedNetwork(model, nodes, weights, pools)
 
 
-def plain(bundle: Bundle, plugins: Collection[str] = ()) -> ModelProto:
-    """The bundle's graph with the nodes of their bodies for fused ops, but those named, and for attention.
+def plain(bundle: Bundle, plugins: Collection[str] = (), graph: GraphEntry | None = None) -> ModelProto:
+    """A graph, by default the denoiser, with the nodes of their bodies for fused ops, but those named, and attention.
 
     Raises BundleError for a graph whose functions fit together in no model.
     """
-    graph = load_graph(bundle)
+    model = load_graph(bundle, graph)
     try:
-        return inlined(graph, PLAIN - set(plugins))
+        return inlined(model, PLAIN - set(plugins))
     except Exception as error:  # onnx raises its own kinds
-        raise BundleError(f"{bundle.denoiser_path} is no ONNX model ({type(error).__name__}); copy or export the "
-                          "bundle again.") from error
+        path = bundle.folder / (graph or bundle.manifest.denoiser).file
+        raise BundleError(f"{path} is no ONNX model ({type(error).__name__}); copy or export the bundle "
+                          "again.") from error
 
 
 def _set_bodies(model: ModelProto, bundle: Bundle, settings: BuildSettings, as_plugins: set[str]) -> None:
@@ -111,8 +112,3 @@ def _externalise(model: ModelProto, bundle: Bundle) -> list[WeightInput]:
         model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
         model.graph.initializer.remove(tensor)
     return weights
-
-
-def model_path(bundle: Bundle) -> Path:
-    """Where the parser looks for external data."""
-    return bundle.denoiser_path

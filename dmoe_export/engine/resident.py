@@ -11,8 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from ..bundle.manifest import ExpertPool, WeightInput
 from ..ops import experts, mixture
 from .plugins import EXPERTS_OPS
-
-SLOTS = "P"
+from .settings import SLOTS
 
 
 def add_pools(model: ModelProto, weights: list[WeightInput]) -> list[ExpertPool]:
@@ -42,8 +41,3 @@ def _routed_weights(node: NodeProto) -> dict[str, str]:
     shared = len(mixture.SCHEMA.inputs) - len(experts.SCHEMA.inputs) if node.op_type == mixture.SCHEMA.name else 0
     given = node.input[3:len(node.input) - shared]
     return dict(zip(("gate_up", "down", "gate_up_scales", "down_scales"), given, strict=False))  # scales or none
-
-
-def slot_range(num_experts: int) -> tuple[int, int, int]:
-    """Least, usual and largest number of slots of an engine: any."""
-    return 1, max(1, num_experts // 4), num_experts

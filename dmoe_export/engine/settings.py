@@ -6,12 +6,14 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..bundle.manifest import Manifest, ProfileEntry
+from ..bundle.manifest import GraphEntry, Manifest, ProfileEntry
 from ..errors import InputError
 
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
 ExpertsPlace = Literal["inline", "external", "resident"]
 ExpertsOp = Literal["plugin", "onnx"]
+SLOTS = "P"
+"""Dimension of slot pools."""
 FLAGS = ("hardware-compatible", "version-compatible", "refit")
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -32,6 +34,7 @@ class BuildSettings:
     optimization_level: int | None = None
     allow_fallback: bool = False
     flags: tuple[str, ...] = ()
+    salient: bool = True  # engines of the salient graphs of static shapes, too
 
 
 def parse_size(text: str) -> int:
@@ -106,23 +109,48 @@ def _check(settings: BuildSettings, manifest: Manifest) -> None:
         if settings.experts_op == "onnx" or settings.allow_fallback:
             raise InputError("--experts resident needs the experts plugin, which alone reads a slot pool; leave "
                              "--experts-op onnx and --allow-fallback out.")
+    copies = len(graphs_to_build(settings, manifest))
+    if moe and settings.experts == "inline" and copies > 1:
+        raise InputError(f"--experts inline would put all experts into each of {copies} engines, those of salient "
+                         "steps among them, which share experts outside; leave it out, or give --no-salient.")
     if "refit" in settings.flags and settings.experts != "inline":
         raise InputError(f"--refit has nothing to do with --experts {settings.experts}: those weights are read "
                          "from the bundle's files whenever the engine is opened; use --experts inline, or leave "
                          "--refit out.")
 
 
-def profiles(settings: BuildSettings, manifest: Manifest) -> tuple[ProfileEntry, ProfileEntry]:
-    """Prefill (index 0) and denoise (index 1), of resolved settings; least, usual and largest size per dimension.
+def graphs_to_build(settings: BuildSettings, manifest: Manifest) -> list[GraphEntry]:
+    """The denoiser, and what salient steps run."""
+    return [manifest.denoiser, *(manifest.salient.static if manifest.salient and settings.salient else [])]
 
-    A step of a block may take the block before along; where everything sees the whole canvas none does.
+
+def profiles(settings: BuildSettings, manifest: Manifest, graph: GraphEntry) -> tuple[ProfileEntry, ...]:
+    """Of resolved settings; least, usual and largest size per dimension.
+
+    The denoiser's are prefill (index 0) and denoise (index 1): a step of a block may take the block before along; where
+    everything sees the whole canvas none does. A salient graph runs one sequence, and lists M rows, so no fewer tokens.
     """
     assert settings.max_prefill and settings.max_context
     n = manifest.routing.block_length
-    steps = n if manifest.model.attention == "full" else min(2 * n, manifest.model.max_positions)
+    full = manifest.model.attention == "full"
+    steps = n if full else min(2 * n, manifest.model.max_positions)
     batch = (1, 1, settings.max_batch)
     past = (1, max(1, settings.max_context // 4), settings.max_context)
+    if graph.file != manifest.denoiser.file:
+        assert manifest.salient
+        least = next((entry.capacity for entry in manifest.salient.fixed if entry.graph.file == graph.file), 1)
+        usual, most = (settings.max_prefill, settings.max_prefill) if full else (n, steps)
+        return (ProfileEntry(name="salient", batch=(1, 1, 1), tokens=(least, max(least, usual), max(least, most)),
+                             past=past, rows=(1, n, n)),)
     return (
         ProfileEntry(name="prefill", batch=batch, tokens=(n, settings.max_prefill, settings.max_prefill), past=past,
                      rows=(1, n, n)),
         ProfileEntry(name="denoise", batch=batch, tokens=(n, n, steps), past=past, rows=(1, n, n)))
+
+
+def sizes_of(profile: ProfileEntry, manifest: Manifest) -> dict[str, tuple[int, int, int]]:
+    """Least, usual and largest size of each symbolic dimension of a graph and its inputs."""
+    moe = manifest.model.moe
+    slots = {SLOTS: (1, max(1, moe.num_experts // 4), moe.num_experts)} if moe else {}  # any number
+    return {"B": profile.batch, "T": profile.tokens, "S": profile.past, "M": profile.rows,
+            "L": (1, 1, profile.rows[2]), **slots}

@@ -8,7 +8,8 @@ from typing import get_args
 
 from .. import __version__
 from ..bundle.card import CARD_NAME
-from ..bundle.manifest import CheckpointEntry, Manifest
+from ..bundle.manifest import Manifest
+from ..bundle.origin import CheckpointEntry
 from ..bundle.reader import Bundle, open_bundle
 from ..bundle.writer import BundleWriter
 from ..checkpoint.family import Checkpoint

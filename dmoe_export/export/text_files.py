@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..bundle.manifest import TokenizerEntry
+from ..bundle.origin import TokenizerEntry
 from ..bundle.writer import BundleWriter
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.text import read_text_side

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from ..bundle.consistent import part_bytes
 from ..bundle.manifest import EngineEntry, Manifest
 from ..description import ITEMSIZES
 from ..runtime.gpu.expert_pools import DeviceExperts
-from ..runtime.gpu.memory import CHUNK, IDLE_LIMIT, padded_height
+from ..runtime.gpu.memory import CHUNK, IDLE_LIMIT
+from ..runtime.gpu.salient import state_geometries
+from ..runtime.gpu.slab import Geometry
 from ..runtime.residency.budget import ExpertBudget
 from .activations import HEAD, head_tensor, layer_bytes
 from .cpu import PROCESS, expert_bytes
@@ -18,12 +21,15 @@ _LIBRARIES = 1_500_000_000  # pages of CUDA's, cuDNN's and TensorRT's files on t
 
 def engine_of(manifest: Manifest, resident: bool) -> EngineEntry | None:
     """The engine that TensorRT would open: one with expert pools under a budget, else one without."""
-    return next((engine for engine in manifest.engines if bool(engine.expert_pools) == resident), None)
+    return next((engine for engine in manifest.denoiser_engines if bool(engine.expert_pools) == resident), None)
 
 
 def device_parts(manifest: Manifest, work: Work, backend: Named, engine: EngineEntry | None, program: Program,
                  budget: ExpertBudget | None, prefix_cache: int) -> list[Part]:
-    """All parts on the device and on the host. Without an engine, TensorRT is taken to bind all weights."""
+    """All parts on the device and on the host. Without an engine, TensorRT is taken to bind all weights.
+
+    Where the backend could run salient steps, all rows are taken to, with all graphs that the bundle has for them.
+    """
     sizes = {file.path: file.size for file in manifest.files}
     dense, experts = sizes[f"{manifest.denoiser.file}.data"], expert_bytes(manifest)
     host = [Part(name="interpreter and libraries", bytes=PROCESS[program], place="anonymous"),
@@ -55,11 +61,31 @@ def device_parts(manifest: Manifest, work: Work, backend: Named, engine: EngineE
         Part(name="workspace", bytes=live, place="device"),
         Part(name="freed blocks that are kept", bytes=min(IDLE_LIMIT, live), place="device"),
         Part(name="prefix cache", bytes=prefix_cache, place="device")]
-    return [part for part in (*host, *device) if part.bytes]
+    return [part for part in (*host, *device, *_salient_parts(manifest, work, backend, engine, dense)) if part.bytes]
+
+
+def _salient_parts(manifest: Manifest, work: Work, backend: Named, engine: EngineEntry | None,
+                   dense: int) -> list[Part]:
+    """Dense weights of the graphs of static shapes, and states: an old and a new one of each row, and one of a whole
+    canvas while it is cut or joined."""
+    d, graphs = manifest.model, manifest.salient.static if manifest.salient else []
+    weights = len(graphs) * dense
+    if backend == "tensorrt" and engine:
+        beside = {e.file for e in manifest.engines if e.graph is not None and (e.flavour, e.targets, e.expert_pools)
+                  == (engine.flavour, engine.targets, engine.expert_pools)}
+        weights = sum(file.size for file in manifest.files if file.path in beside)
+    elif backend == "tensorrt":  # the vocabulary's matrices are bound
+        parts = part_bytes(d, manifest.formats, manifest.precision)
+        weights -= len(graphs) * (parts["embedding"] + parts["head"])
+    tokens = work.widest.width if d.attention == "full" else work.block
+    state = sum(geometry.slab_bytes(1, tokens) for geometry in state_geometries(d, manifest.precision))
+    return [Part(name="dense weights of salient graphs", bytes=weights, place="device"),
+            Part(name="states of salient steps", bytes=(2 * work.widest.rows + 1) * state if weights else 0,
+                 place="device")]
 
 
 def _slab(manifest: Manifest, rows: int, length: int) -> int:
     """Keys and values of so many rows and places, as `runtime/gpu/slab.py` lays them out, and positions."""
     d = manifest.model
-    pitch = length * d.head_dim * ITEMSIZES[manifest.precision]
-    return 2 * d.num_layers * pitch * padded_height(rows * d.num_kv_heads, pitch) + 8 * rows * length
+    cache = Geometry(2 * d.num_layers, d.num_kv_heads, d.head_dim, ITEMSIZES[manifest.precision])
+    return cache.slab_bytes(rows, length) + 8 * rows * length

@@ -63,7 +63,7 @@ def budget_that_fits(manifest: Manifest, memory: int, gpu_memory: int | None, **
     moe, each = manifest.model.moe, manifest.bytes_per_expert
     if moe is None or asked.get("backend") == "onnxruntime-cuda":
         return None
-    if asked.get("backend") == "tensorrt" and not any(engine.expert_pools for engine in manifest.engines):
+    if asked.get("backend") == "tensorrt" and not any(engine.expert_pools for engine in manifest.denoiser_engines):
         return None
     least, everything = -(-moe.experts_per_token * each // MEBIBYTE), expert_bytes(manifest) // MEBIBYTE
 

@@ -43,7 +43,7 @@ def open_backend(bundle: Bundle, name: BackendName = "auto", threads: int | None
         return _with_kernels(OnnxRuntimeBackend(bundle, threads, products=products),
                              "fast products of the CPU were asked for")
     reasons = []
-    if not bundle.manifest.engines:
+    if not bundle.manifest.denoiser_engines:
         reasons.append("the bundle holds no engine")
     else:
         try:
@@ -77,15 +77,16 @@ def open_under_budget(bundle: Bundle, budget: ExpertBudget, interval: Interval, 
     why = "the bundle has no engine with expert pools" if name == "auto" else "as asked for"
     if products == "fast" and name == "auto":
         why, name = "fast products of the CPU were asked for", "onnxruntime"
-    if name == "auto" and any(entry.expert_pools for entry in bundle.manifest.engines):
+    if name == "auto" and any(entry.expert_pools for entry in bundle.manifest.denoiser_engines):
         try:
             return (open_tensorrt_under_budget(bundle, budget, interval),
                     "the bundle has an engine with expert pools for this GPU")
         except MissingRequirementError as error:
             why = as_clause(error)
     if name not in ("auto", "onnxruntime"):
-        raise MissingRequirementError(f"An expert budget works with backend onnxruntime, not yet with {name}; choose "
-                                      "--backend onnxruntime.")
+        raise MissingRequirementError(f"Backend {name} keeps no expert budget, as its experts op reads no slots; "
+                                      "choose --backend onnxruntime, or --backend tensorrt with an engine built with "
+                                      "--experts resident.")
     return _with_kernels(open_resident(bundle, budget, interval, threads, products), why)
 
 

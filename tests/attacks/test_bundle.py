@@ -103,6 +103,7 @@ def test_manifests_that_contradict_themselves(bundle, change, words):
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"profiles": []}, "has not the profiles prefill and denoise"),
+    ({"graph": "denoiser.onnx"}, "is of 'denoiser.onnx', which is no salient graph of static shapes"),
     ({"profiles": [{"name": "prefill", **SIZES, "past": (2, 1, 3)}, {"name": "denoise", **SIZES}]}, "2 … 1 … 3"),
     ({"weight_inputs": [{"name": "w", "file": "experts.bin", "offset": 0, "bytes": 4, "dtype": "float16",
                          "shape": [2**40, 2**40]}]}, "has a weight 'w' of shape"),

@@ -176,7 +176,7 @@ def test_a_profile_is_summed_up(tiny_bundle, tmp_path):
     device = HostDevice()
     pool, stream = Pool(device), device.stream()
     executor = Profiled(tiny_bundle, device, tmp_path / "p")
-    backend = DeviceBackend("host", tiny_bundle, device, pool, stream, executor, False)
+    backend = DeviceBackend("host", tiny_bundle, device, pool, stream, executor, None, False)
     settings = gpu_generate.coreset_settings(tiny_bundle, "15")
     found = gpu_profile.profile(tiny_bundle, backend, 3, settings)
     assert found["steps"] == 3 and 0 < len(found["rows"]) <= gpu_profile.ROWS and not list(tmp_path.iterdir())

@@ -279,7 +279,7 @@ def test_manifests_of_the_page_hold_against_the_schemas():
 
 def test_with_an_engine_its_limits_are_the_servers(bundle, monkeypatch):
     profile = SimpleNamespace(batch=[1, 1, 4], tokens=[1, 32, 32], past=[1, 64, 256])
-    changed(bundle, monkeypatch, engines=[SimpleNamespace(profiles=[profile, profile])])
+    changed(bundle, monkeypatch, engines=[SimpleNamespace(profiles=[profile, profile], graph=None)])
     monkeypatch.setattr(deploy_kubernetes, "predict", lambda *_, **asked: SimpleNamespace(
         host_bytes=asked["max_batch"] << 30, compared="never compared", **asked))
     args = container(made(bundle, "--gpus", "1"))["args"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dmoe_export.bundle import card
 from dmoe_export.bundle.engines import add_engine, copied_bundle, engine_file
-from dmoe_export.bundle.manifest import CheckpointEntry
+from dmoe_export.bundle.origin import CheckpointEntry
 from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.bundle.writer import BundleWriter
 from dmoe_export.check.card import in_markdown, record

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
+from device_helpers import decode, host_backend
 
 from dmoe_export.bench.workload import random_prompt
 from dmoe_export.errors import RequestError
@@ -12,6 +15,7 @@ from dmoe_export.fit.predict import COMPARED, predict
 from dmoe_export.fit.work import work_of
 from dmoe_export.generator import Generator
 from dmoe_export.runtime.cache import HostCache, bucketed
+from dmoe_export.runtime.gpu.salient import DeviceSalient
 from dmoe_export.runtime.gpu.slab import Geometry, Slab
 
 MIB = 1 << 20
@@ -44,6 +48,31 @@ def test_a_slab_is_as_large_as_the_device_cache_makes_it(sample_bundle, rows, le
     d, room = sample_bundle.manifest.model, Room()
     Slab(room, Geometry(2 * d.num_layers, d.num_kv_heads, d.head_dim, 4), rows, length, 8 * rows * length)
     assert _slab(sample_bundle.manifest, rows, length) == room.size
+
+
+@pytest.mark.parametrize("bundle, rows", [("salient_llada", 2), ("salient_block", 2), ("salient_block", 1)])
+def test_states_of_salient_steps_on_a_gpu(request, monkeypatch, bundle, rows):
+    """As many bytes as there are at most, of rows whose canvases fill the context."""
+    bundle, context, live, most = request.getfixturevalue(bundle), 64, {}, 0
+    manifest, new = bundle.manifest, DeviceSalient._new
+
+    def counted(self, tokens):
+        nonlocal most
+        state = new(self, tokens)
+        live[id(state)] = sum(slab.bytes for slab in state.slabs)
+        weakref.finalize(state, live.pop, id(state))
+        most = max(most, sum(live.values()))
+        return state
+
+    monkeypatch.setattr(DeviceSalient, "_new", counted)
+    prompts = [[5, 9, 2 + row, *[7] * (context - 35)] for row in range(rows)]
+    decode(host_backend(bundle), prompts, max_new_tokens=32, eos_id=-1, steps=8, salient_threshold=0.9)
+    told = predict(manifest, backend="onnxruntime-cuda", max_batch=rows, max_context=context)
+    states = _part(told, "states of salient steps")
+    assert 0.6 * states < most <= states
+    dense = next(file.size for file in manifest.files if file.path == "denoiser.onnx.data")
+    assert _part(told, "dense weights of salient graphs") == len(manifest.salient.static) * dense
+    assert not _part(predict(manifest, max_batch=rows, max_context=context), "states of salient steps")
 
 
 @pytest.mark.parametrize("bundle, context", [("tiny_bundle", 96), ("tiny_bundle", 250), ("salient_llada", 60)])

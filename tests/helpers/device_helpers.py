@@ -52,10 +52,10 @@ def host_backend(bundle, cuda_graphs=False, recordable=True, **device_options):
     executor = HostExecutor(bundle, device, recordable, experts=experts)
     salient = {}
 
-    def open_graph(graph):
-        return salient.setdefault(graph.file, HostExecutor(bundle, device, recordable, graph, experts))
+    def find_graph(graph):
+        return lambda: salient.setdefault(graph.file, HostExecutor(bundle, device, recordable, graph, experts))
 
-    backend = DeviceBackend("host", bundle, device, pool, stream, executor, cuda_graphs, open_graph=open_graph)
+    backend = DeviceBackend("host", bundle, device, pool, stream, executor, find_graph, cuda_graphs)
     backend.fake, backend.executor, backend.salient_executors = device.fake, executor, salient
     return backend
 

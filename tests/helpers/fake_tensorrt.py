@@ -55,15 +55,16 @@ class DataType(enum.Enum):
     INT32 = "tensor(int32)"
     INT64 = "tensor(int64)"
     UINT8 = "tensor(uint8)"
+    BOOL = "tensor(bool)"
 
     @property
     def itemsize(self):
-        return {"FLOAT": 4, "HALF": 2, "INT32": 4, "INT64": 8, "UINT8": 1}[self.name]
+        return np.dtype(self.numpy).itemsize
 
     @property
     def numpy(self):
         return {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64,
-                "UINT8": np.uint8}[self.name]
+                "UINT8": np.uint8, "BOOL": np.bool_}[self.name]
 
 
 class ILogger:

@@ -24,30 +24,55 @@ PROFILES = [ProfileEntry(name="prefill", batch=(1, 1, 4), tokens=(32, 96, 96), p
             ProfileEntry(name="denoise", batch=(1, 1, 4), tokens=(32, 32, 64), past=(1, 256, 620), rows=(1, 32, 32))]
 
 
+SALIENT = [ProfileEntry(name="salient", batch=(1, 1, 1), tokens=(1, 32, 128), past=(1, 128, 620), rows=(1, 32, 32))]
+
+
 def bundle_with_engine(golden_bundle, folder):
     """A copy of the golden bundle with an engine whose experts are external."""
     shutil.copytree(golden_bundle.folder, folder)
-    found = weights_as_inputs(folder / "denoiser.onnx", folder / "external.onnx", "experts.bin")
-    tensors = 4 if golden_bundle.manifest.quantisation else 2
-    assert len(found) == tensors * len(golden_bundle.manifest.model.moe_layers)
-    (folder / "a.engine").write_text(json.dumps({
-        "onnx": str(folder / "external.onnx"), "plugins": True, "version_compatible": False,
-        "profiles": [p.model_dump() for p in PROFILES]}))
-    weights = [WeightInput(name=name, file="experts.bin", offset=offset, bytes=size, dtype=dtype, shape=shape)
-               for name, offset, size, dtype, shape in found]
-    entry = EngineEntry(file="a.engine", flavour="tensorrt", version="11.4.0.0", targets=["sm86", "sm89"],
-                        precision="fp32", experts="external", experts_op="plugin", profiles=PROFILES,
-                        plugin_build="b1", plugin_nodes=4, fallback_nodes=0, weight_inputs=weights, expert_pools=[],
-                        flags=[], made_from={"denoiser.onnx": "0"},
-                        network=NetworkEntry(inputs=[], outputs=[], profiles=[], layers={"PLUGIN_V3": 4}))
-    return Bundle(folder, golden_bundle.manifest.model_copy(update={"engines": [entry]}))
+    return Bundle(folder, golden_bundle.manifest.model_copy(update={"engines": [_engine(golden_bundle, folder)]}))
 
 
 def bundle_with_resident_engine(bundle, folder):
-    """The same with a slot pool: in front of each experts node, ONNX takes an expert from its slot if it has one."""
+    """The same with a slot pool."""
     plain = bundle_with_engine(bundle, folder)
-    (entry,) = plain.manifest.engines
-    model = onnx.load(folder / "external.onnx", load_external_data=False)
+    return changed(plain, experts="resident", expert_pools=_pooled(folder, plain.manifest.engines[0]))
+
+
+def with_salient_engines(bundle):
+    """The bundle with engines of its salient graphs of static shapes, too, of the same kind as the denoiser's."""
+    (denoiser,) = bundle.manifest.engines
+    entries = []
+    for graph in bundle.manifest.salient.static:
+        entry = _engine(bundle, bundle.folder, graph.file)
+        pools = _pooled(bundle.folder, entry) if denoiser.expert_pools else []
+        entries.append(entry.model_copy(update={"experts": denoiser.experts, "expert_pools": pools}))
+    return Bundle(bundle.folder, bundle.manifest.model_copy(update={"engines": [denoiser, *entries]}))
+
+
+def _engine(bundle, folder, graph=None):
+    """An engine of a graph, by default the denoiser; its file, and the graph that it runs."""
+    manifest, name = bundle.manifest, f"a.{graph}.engine" if graph else "a.engine"
+    external, profiles = folder / f"external.{graph or 'onnx'}", SALIENT if graph else PROFILES
+    found = weights_as_inputs(folder / (graph or "denoiser.onnx"), external, "experts.bin")
+    tensors = 4 if manifest.quantisation else 2
+    assert len(found) == tensors * len(manifest.model.moe_layers)
+    (folder / name).write_text(json.dumps({
+        "onnx": str(external), "plugins": True, "version_compatible": False,
+        "profiles": [p.model_dump() for p in profiles]}))
+    weights = [WeightInput(name=name, file="experts.bin", offset=offset, bytes=size, dtype=dtype, shape=shape)
+               for name, offset, size, dtype, shape in found]
+    return EngineEntry(file=name, graph=graph, flavour="tensorrt", version="11.4.0.0", targets=["sm86", "sm89"],
+                       precision="fp32", experts="external", experts_op="plugin", profiles=profiles,
+                       plugin_build="b1", plugin_nodes=4, fallback_nodes=0, weight_inputs=weights, expert_pools=[],
+                       flags=[], made_from={"denoiser.onnx": "0"},
+                       network=NetworkEntry(inputs=[], outputs=[], profiles=[], layers={"PLUGIN_V3": 4}))
+
+
+def _pooled(folder, entry):
+    """Give an engine slot pools: in front of each experts node, ONNX takes an expert from its slot if it has one."""
+    path = folder / f"external.{entry.graph or 'onnx'}"
+    model = onnx.load(path, load_external_data=False)
     pools = add_pools(model, entry.weight_inputs)
     nodes, left = [], iter(pools)
     for node in model.graph.node:
@@ -63,10 +88,10 @@ def bundle_with_resident_engine(bundle, folder):
         nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    onnx.save(model, folder / "external.onnx")
-    engine = json.loads((folder / "a.engine").read_text())
-    (folder / "a.engine").write_text(json.dumps(engine | {"pools": [pool.model_dump() for pool in pools]}))
-    return changed(plain, experts="resident", expert_pools=pools)
+    onnx.save(model, path)
+    engine = json.loads((folder / entry.file).read_text())
+    (folder / entry.file).write_text(json.dumps(engine | {"pools": [pool.model_dump() for pool in pools]}))
+    return pools
 
 
 def _looked_up(nodes, slots, pool, weights):
@@ -98,7 +123,8 @@ class Setup:
         self.device = HostDevice(**options)
         self.trt = FakeTensorRT(self.device.fake, rtx=rtx)
         if rtx:
-            bundle = changed(bundle, flavour="tensorrt-rtx")
+            engines = [entry.model_copy(update={"flavour": "tensorrt-rtx"}) for entry in bundle.manifest.engines]
+            bundle = Bundle(bundle.folder, bundle.manifest.model_copy(update={"engines": engines}))
             # The PyPI wheel: no module tensorrt_rtx, and the bindings one level down.
             wheel = SimpleNamespace(tensorrt_rtx_bindings=self.trt)
             monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
@@ -111,6 +137,6 @@ class Setup:
         return open_tensorrt(self.bundle, self.device, self.graphs)
 
     def under_budget(self, slots, interval):
-        """Of an engine with slot pools: `slots` experts per layer on the device."""
+        """Of engines with slot pools: `slots` experts per layer on the device."""
         budget = plan_budget(self.bundle.manifest, experts_per_layer=slots)
         return open_tensorrt_under_budget(self.bundle, budget, interval, self.device, self.graphs)

@@ -11,7 +11,6 @@ import numpy as np
 from ...bundle.contract import KEPT
 from ...bundle.manifest import GraphEntry
 from ...bundle.reader import Bundle
-from ...errors import RequestError
 from ..backend import ForwardInputs, ForwardOutputs, closed
 from ..library import Kernels
 from .cache import DeviceCache, DevicePart, Positions
@@ -35,12 +34,12 @@ class DeviceBackend:
     """
 
     def __init__(self, name: str, bundle: Bundle, device: Device, pool: Pool, stream: int, executor: Executor,
-                 cuda_graphs: bool = True, lock: threading.RLock | None = None,
-                 open_graph: Callable[[GraphEntry], Executor] | None = None, ranking: Path | None = None) -> None:
+                 find_graph: Callable[[GraphEntry], Callable[[], Executor]], cuda_graphs: bool = True,
+                 lock: threading.RLock | None = None, ranking: Path | None = None) -> None:
         """`pool` and `executor` must use `stream`. `cuda_graphs`: record steps of one block that repeat.
 
         `lock` is taken around everything that is enqueued on `stream`; others who use the stream share it.
-        `open_graph`: an executor of another graph of the bundle, for salient steps; None where there is none.
+        `find_graph`: what opens an executor of another graph of the bundle, for salient steps.
         `ranking`: the library whose kernel ranks candidates; None: the host does.
         """
         manifest = bundle.manifest
@@ -54,7 +53,7 @@ class DeviceBackend:
         self._keeps_logits = manifest.denoiser.keeps_logits
         self._settings = Settings(self.routing)
         self._lock = lock or threading.RLock()
-        self._bundle, self._open_graph = bundle, open_graph
+        self._bundle, self._find_graph = bundle, find_graph
         self._salient: dict[int | None, DeviceSalient] = {}
         self._staging = Staging(device, pool, stream)
         self._logits = LogitsTaker(self._staging, stream, d.mask_id, ranking)
@@ -80,18 +79,15 @@ class DeviceBackend:
     def salient_graphs(self, capacity: int | None) -> DeviceSalient:
         """The bundle's salient graphs of that capacity, by default of all it has (`SalientBackend`).
 
-        Raises RequestError where the bundle has none of fixed shapes, or this backend cannot run them.
+        Raises RequestError where the bundle has none of fixed shapes, or no engine of one.
         """
         with self._lock:
             if self._closed:
                 raise closed(self.name)
-            if self._open_graph is None:
-                raise RequestError(f"Backend {self.name} runs no salient steps; use backend onnxruntime-cuda or "
-                                   "onnxruntime, or leave salient_threshold out.")
             if capacity not in self._salient:
-                self._salient[capacity] = DeviceSalient(self._bundle, capacity, self._open_graph, self._staging,
-                                                        self._logits, self._pool, self._stream, self._lock,
-                                                        self.graphs is not None)
+                self._salient[capacity] = DeviceSalient(
+                    self.name, self._bundle, capacity, self._find_graph, self._staging, self._logits, self._pool,
+                    self._stream, self._lock, self.graphs is not None)
             return self._salient[capacity]
 
     def forward(self, inputs: ForwardInputs, cache: DeviceCache | DevicePart) -> ForwardOutputs:
@@ -112,7 +108,7 @@ class DeviceBackend:
                 self.graphs.clear()
             for salient in self._salient.values():
                 salient.close()
-            self._open_graph = None  # it may hold weights
+            del self._find_graph  # it may hold weights
             self._executor.close()
             self._staging.clear()
             self._dropped = None

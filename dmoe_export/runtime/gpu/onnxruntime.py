@@ -226,8 +226,8 @@ def open_onnxruntime_cuda(bundle: Bundle, device: Device | None = None, cuda_gra
         return executor
 
     executor = checked(opening(profile=profile))
-    backend = DeviceBackend("onnxruntime-cuda", bundle, device, pool, stream, executor, cuda_graphs,
-                            open_graph=lambda graph: checked(opening(graph=graph)),
+    backend = DeviceBackend("onnxruntime-cuda", bundle, device, pool, stream, executor,
+                            lambda graph: lambda: checked(opening(graph=graph)), cuda_graphs,
                             ranking=None if custom_ops == "off" else installed())
     backend.kernels = executor.kernels
     return backend

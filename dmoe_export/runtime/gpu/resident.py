@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...bundle.reader import Bundle
-from ..backend import ForwardInputs, ForwardOutputs
 from ..residency.backend import ResidencyStatistics, ResidentBackend
 from ..residency.budget import ExpertBudget
 from ..residency.policy import Interval, Residency
@@ -25,17 +24,15 @@ class ResidentOnDevice(ResidentBackend):
         super().__init__(backend, residency, tier, budget)
         self._hits = self._misses = 0
 
-    def forward(self, inputs: ForwardInputs, cache: Any) -> ForwardOutputs:
+    def ran(self, expert_ids: NDArray[np.int32]) -> None:
         """See `ResidentBackend`."""
-        with self._lock:
-            outputs, pools = super().forward(inputs, cache), self._live()
-            assert isinstance(pools, DeviceExperts)
-            used = np.zeros(pools.shown.shape, bool)
-            for layer, ids in enumerate(outputs.expert_ids):
-                used[layer, ids[ids >= 0]] = True
-            self._hits += int((used & pools.shown).sum())
-            self._misses += int((used & ~pools.shown).sum())
-        return outputs
+        pools = self._live()
+        assert isinstance(pools, DeviceExperts)
+        used = np.zeros(pools.shown.shape, bool)
+        for layer, ids in enumerate(expert_ids):
+            used[layer, ids[ids >= 0]] = True
+        self._hits += int((used & pools.shown).sum())
+        self._misses += int((used & ~pools.shown).sum())
 
     def statistics(self) -> ResidencyStatistics:
         """See `ResidentBackend`; an expert whose copy was still on its way is a miss."""

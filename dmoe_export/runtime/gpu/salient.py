@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ...bundle.manifest import GraphEntry
 from ...bundle.reader import Bundle, check_unchanged
+from ...description import ModelDescription, Precision
 from ..backend import closed
 from ..salient import PARTS, Arrays, GraphName, Past, salient_files
 from .cache import DevicePart
@@ -38,38 +39,45 @@ class DeviceState:
         return tuple(slab.address for slab in self.slabs)
 
 
+def state_geometries(d: ModelDescription, precision: Precision) -> tuple[Geometry, Geometry, Geometry]:
+    """Of the slabs of a state: keys and values, contexts, feed-forward outputs."""
+    size = ITEMSIZES[precision]
+    return (Geometry(2 * d.num_layers, d.num_kv_heads, d.head_dim, size),
+            Geometry(d.num_layers, 1, d.num_heads * d.head_dim, size),
+            Geometry(d.num_layers, 1, d.hidden_size, size))
+
+
 class DeviceSalient:
     """`SalientGraphs` over executors, each opened when its graph first runs."""
 
-    def __init__(self, bundle: Bundle, capacity: int | None, open_graph: Callable[[GraphEntry], Executor],
-                 staging: Staging, logits: LogitsTaker, pool: Pool, stream: int, lock: threading.RLock,
-                 cuda_graphs: bool) -> None:
-        """`staging`, `logits`, `pool`, `stream` and `lock` are the backend's.
+    def __init__(self, name: str, bundle: Bundle, capacity: int | None,
+                 find_graph: Callable[[GraphEntry], Callable[[], Executor]], staging: Staging, logits: LogitsTaker,
+                 pool: Pool, stream: int, lock: threading.RLock, cuda_graphs: bool) -> None:
+        """`name`, `staging`, `logits`, `pool`, `stream` and `lock` are the backend's.
 
-        Raises RequestError where the bundle has no graph of this capacity (None: of any fixed one).
+        Raises RequestError where the bundle has no graph of this capacity (None: of any fixed one), or `find_graph`
+        cannot run one.
         """
         manifest = bundle.manifest
         self.description = d = manifest.model
         self.capacity = capacity
-        self._files = salient_files(bundle, capacity, fixed_only=True)
-        self.capacities = tuple(sorted(graph for graph in self._files if isinstance(graph, int)))
-        self._bundle, self._open_graph = bundle, open_graph
+        self._openers = {graph: find_graph(entry)
+                         for graph, entry in salient_files(bundle, capacity, fixed_only=True).items()}
+        self.capacities = tuple(sorted(graph for graph in self._openers if isinstance(graph, int)))
+        self._name, self._bundle = name, bundle
         self._staging, self._logits = staging, logits
         self._pool, self._stream, self._lock = pool, stream, lock
         self._cuda_graphs, self._closed = cuda_graphs, False
         self._block, self._settings = manifest.routing.block_length, Settings(manifest.routing)
         self.opened: dict[GraphName, tuple[Executor, GraphCache | None]] = {}  # with its recorded steps
-        layers, size = d.num_layers, ITEMSIZES[manifest.precision]
-        self._geometries = (Geometry(2 * layers, d.num_kv_heads, d.head_dim, size),
-                            Geometry(layers, 1, d.num_heads * d.head_dim, size),
-                            Geometry(layers, 1, d.hidden_size, size))
+        self._geometries = state_geometries(d, manifest.precision)
 
     def run(self, graph: GraphName, feeds: Arrays, past: Past, old: DeviceState | None,
             settings: dict[str, float | int], want_logits: bool, candidates: int) -> tuple[Arrays, DeviceState]:
         """See `SalientGraphs`. Raises DeviceError when the device fails."""
         with self._lock:
             if self._closed:
-                raise closed("onnxruntime-cuda")
+                raise closed(self._name)
             return self._run(graph, feeds, past, old, settings, want_logits, candidates)
 
     def cut(self, state: DeviceState, at: int) -> tuple[DeviceState, DeviceState]:
@@ -98,7 +106,7 @@ class DeviceSalient:
                 graphs.clear()
             executor.close()
         self.opened.clear()
-        del self._open_graph  # it may hold weights
+        self._openers.clear()  # they may hold weights
 
     def _run(self, graph: GraphName, feeds: Arrays, past: Past, old: DeviceState | None,
              settings: dict[str, float | int], want_logits: bool, candidates: int) -> tuple[Arrays, DeviceState]:
@@ -182,7 +190,7 @@ class DeviceSalient:
     def _executor(self, graph: GraphName) -> tuple[Executor, GraphCache | None]:
         if graph not in self.opened:
             check_unchanged(self._bundle)
-            executor = self._open_graph(self._files[graph])
+            executor = self._openers[graph]()
             graphs = GraphCache(self._pool.device, executor, _RECORDED) if self._cuda_graphs else None
             self.opened[graph] = executor, graphs
         return self.opened[graph]

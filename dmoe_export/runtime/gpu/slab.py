@@ -22,6 +22,11 @@ class Geometry:
         """Bytes of one token in one head of one part."""
         return self.head_dim * self.itemsize
 
+    def slab_bytes(self, rows: int, length: int) -> int:
+        """Of a slab of so many rows and tokens, every part of which starts at a multiple of 256 bytes."""
+        pitch = length * self.row_bytes
+        return self.parts * pitch * padded_height(rows * self.heads, pitch)
+
 
 class Slab:
     """Keys and values [2L, B, Hkv, length, D] on the device; every part starts at a multiple of 256 bytes.
@@ -35,7 +40,7 @@ class Slab:
         self.pitch = length * geometry.row_bytes
         self.height = padded_height(rows * geometry.heads, self.pitch)
         self.part_bytes = self.pitch * self.height
-        self.bytes = geometry.parts * self.part_bytes
+        self.bytes = geometry.slab_bytes(rows, length)
         self._pool = pool
         self._buffer: Buffer = pool.allocate(self.bytes + extra)
 

@@ -7,30 +7,31 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...bundle.manifest import EngineEntry, ProfileEntry, WeightInput
+from ...bundle.manifest import EngineEntry, GraphEntry, WeightInput
 from ...bundle.reader import Bundle
 from ...description import Precision
-from ...errors import BundleError, MissingRequirementError, RequestError
+from ...errors import BundleError, MissingRequirementError
 from ..backend import Limits
 from .backend import DeviceBackend
-from .call import Call, Sizes, round_up
+from .call import Call, Sizes
 from .candidates import installed
 from .device import CudaDevice, Device, DeviceError, DeviceMemoryError
 from .expert_pools import DeviceExperts
 from .memory import Buffer, Pool, upload
-from .tensorrt_engine import deserialise, find_engine, last_error, weight_path
+from .profiles import fitted, limits_of, profile_of
+from .tensorrt_engine import deserialise, engine_beside, find_engine, last_error, weight_path
 
 _DTYPES = {"input_ids": "INT64", "position_ids": "INT64", "past_positions": "INT64", "logit_rows": "INT64",
            "logits_kept": "INT64",
            "top_p": "FLOAT", "min_experts": "INT64", "coreset_size": "INT64", "token_ids": "INT64",
-           "confidence": "FLOAT", "logits": "FLOAT", "expert_ids": "INT32"}
+           "confidence": "FLOAT", "logits": "FLOAT", "expert_ids": "INT32",
+           "unmasked": "BOOL", "threshold": "FLOAT", "salient": "BOOL"}
 _PRECISIONS = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
-_NEEDED = {"token_ids", "confidence", "expert_ids"}
-_FLAGS = {"batch": ("rows", "--max-batch"), "tokens": ("tokens in one forward", "--max-prefill"),
-          "past": ("cached tokens", "--max-context"), "rows": ("vocabulary rows in one forward", "--max-prefill")}
+_NEEDED = {"token_ids", "confidence", "expert_ids", "salient"}
 
 
 @dataclass
@@ -49,46 +50,57 @@ class TensorRTExecutor:
     """
 
     era = 0  # an isolated context keeps what it was recorded with
+    experts: DeviceExperts | None
+    _scratch: Buffer
+    _weights: dict[str, tuple[Buffer, tuple[int, ...]]]
 
     def __init__(self, bundle: Bundle, entry: EngineEntry, trt: Any, pool: Pool, stream: int,
-                 slots: int | None = None, lock: threading.RLock | None = None) -> None:
+                 slots: int | None = None, lock: threading.RLock | None = None,
+                 beside: TensorRTExecutor | None = None) -> None:
         """Deserialises the engine and uploads its external weights; raises as `deserialise` and `Pool` do.
 
         `slots`: experts per layer on the device, of an engine with expert pools; None = all. `lock` guards `stream`.
+        `beside`: the bundle's other engine that is open (`engine_beside`), whose weights and experts this one reads,
+        and whose scratch memory it uses where that is large enough: they take turns on one stream.
         """
         self._trt, self._entry, self._stream = trt, entry, stream
         self._engine = engine = deserialise(bundle, entry, trt)
         self.precision: Precision = entry.precision
-        self.limits: Limits | None = _limits(entry)
+        self.limits: Limits | None = limits_of(entry)
         self._inputs, self._outputs = self._names(bundle)
         self._host_inputs = {name for name in self._inputs
                              if engine.get_tensor_location(name) == trt.TensorLocation.HOST}
         profiles = range(len(entry.profiles))
         scratch = max(int(engine.get_device_memory_size_for_profile_v2(index)) for index in profiles)
+        if beside is None:
+            self._load(bundle, pool, scratch, slots, lock or threading.RLock())
+        else:
+            self._scratch, self._weights, self.experts = beside._scratch, beside._weights, beside.experts
+            if self._scratch.size < scratch:
+                self._check_room(pool.device, scratch)
+                self._scratch = pool.allocate(scratch)
+        self._runtime_cache: Any = None
+        self._contexts: dict[int, _Context] = {}
+
+    def _load(self, bundle: Bundle, pool: Pool, scratch: int, slots: int | None, lock: threading.RLock) -> None:
+        """Bring to the device what is not in the engine."""
+        entry, moe = self._entry, bundle.manifest.model.moe
         pooled = {name for layer in entry.expert_pools for name, _ in layer.pairs}
         plain = [weight for weight in entry.weight_inputs if weight.name not in pooled]
-        moe = bundle.manifest.model.moe
         slots = slots or (moe.num_experts if moe else 0)
         self._check_room(pool.device, scratch + sum(weight.bytes for weight in plain)
                          + DeviceExperts.device_bytes(entry, slots))
         self._scratch = pool.allocate(scratch)
         self._weights = self._upload(bundle, pool, plain)
-        self.experts = DeviceExperts(bundle, entry, pool, stream, slots, lock or threading.RLock()) if pooled else None
-        self._runtime_cache: Any = None
-        self._contexts: dict[int, _Context] = {}
+        self.experts = DeviceExperts(bundle, entry, pool, self._stream, slots, lock) if pooled else None
 
     def fit(self, least: Sizes, rows_step: int) -> Sizes:
-        """See `Executor`: the sizes under the profile with the fewest tokens that takes them."""
-        fits = [p for p in self._entry.profiles if all(_within(p, least)[name] for name in Sizes._fields)]
-        if not fits:
-            raise self._too_large(least)
-        profile = min(fits, key=lambda p: p.tokens[2])
-        rows = max(profile.rows[0], min(round_up(least.rows, rows_step), profile.rows[2]))
-        return least._replace(tokens=max(least.tokens, profile.tokens[0]), rows=rows)
+        """See `Executor`."""
+        return fitted(self._entry, least, rows_step)
 
     def execute(self, call: Call, stream: int) -> None:
         """See `Executor`."""
-        profile = self._profile(call.sizes)
+        profile = profile_of(self._entry, call.sizes)
         if profile not in self._contexts:
             self._contexts[profile] = self._new_context(profile, alone=False)
         self._bind(self._contexts[profile], call)
@@ -98,7 +110,7 @@ class TensorRTExecutor:
         """See `Executor`: a context of its own, as a graph keeps what it was recorded with."""
         if self._host_inputs or self._entry.experts_op == "onnx":
             return None  # the host reads inputs, or counts the rounds of a loop, at every step: a graph cannot
-        context = self._new_context(self._profile(call.sizes), alone=True)
+        context = self._new_context(profile_of(self._entry, call.sizes), alone=True)
         self._bind(context, call)
         return _Isolated(self, context)
 
@@ -106,10 +118,6 @@ class TensorRTExecutor:
         """See `Executor`."""
         self.experts = None
         del self._contexts, self._engine, self._scratch, self._weights
-
-    def _profile(self, sizes: Sizes) -> int:
-        fits = [i for i, p in enumerate(self._entry.profiles) if all(_within(p, sizes).values())]
-        return min(fits, key=lambda i: self._entry.profiles[i].tokens[2])
 
     def _new_context(self, profile: int, alone: bool) -> _Context:
         trt, engine = self._trt, self._engine
@@ -170,7 +178,7 @@ class TensorRTExecutor:
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         outputs = [name for name in names if name not in inputs]
-        graph = bundle.manifest.denoiser
+        graph = bundle.manifest.graph_of(self._entry)
         for name in names:
             if name in weights:
                 continue
@@ -210,16 +218,6 @@ class TensorRTExecutor:
         upload(pool.device, self._stream, pieces)
         return placed
 
-    def _too_large(self, least: Sizes) -> RequestError:
-        for name, (what, flag) in _FLAGS.items():
-            most, value = max(getattr(p, name)[2] for p in self._entry.profiles), getattr(least, name)
-            if value > most:
-                return RequestError(f"{value} {what} are more than engine {self._entry.file} was built for ({most}); "
-                                    f"build one with: dmoe-export build BUNDLE {flag} {value}.")
-        return RequestError(f"No profile of engine {self._entry.file} takes {least.batch} rows of {least.tokens} "
-                            f"tokens with {least.past} cached and {least.rows} vocabulary rows at once; build one "
-                            "with larger limits: dmoe-export build BUNDLE --max-prefill, --max-context, --max-batch.")
-
 
 class _Isolated:
     """A call with a context of its own (see `Launcher`)."""
@@ -237,26 +235,13 @@ class _Isolated:
         return True if ask is None else bool(ask(stream))
 
 
-def _within(profile: ProfileEntry, sizes: Sizes) -> dict[str, bool]:
-    """Which sizes a profile takes; too few tokens or vocabulary rows can be padded."""
-    return {name: getattr(sizes, name) <= getattr(profile, name)[2] and (
-        name in ("tokens", "rows") or getattr(sizes, name) >= getattr(profile, name)[0]) for name in Sizes._fields}
-
-
-def _limits(entry: EngineEntry) -> Limits:
-    steps = min(entry.profiles, key=lambda p: p.tokens[2])  # the profile of denoise steps
-    return Limits(max_batch=min(p.batch[2] for p in entry.profiles),
-                  max_tokens=max(p.tokens[2] for p in entry.profiles), step_tokens=steps.tokens[2],
-                  max_context=steps.past[2])
-
-
 def open_tensorrt(bundle: Bundle, device: Device | None = None, cuda_graphs: bool = True) -> DeviceBackend:
     """The backend of the bundle's engine that fits this machine's GPU and TensorRT.
 
     Raises MissingRequirementError (no driver, GPU, library or fitting engine; exit code 3) or BundleError (the engine
     is damaged or not this bundle's; exit code 2).
     """
-    if not bundle.manifest.engines:  # the first thing to do, whatever else is missing
+    if not bundle.manifest.denoiser_engines:  # the first thing to do, whatever else is missing
         raise MissingRequirementError(f"{bundle.folder} holds no engine; build one with: "
                                       f"dmoe-export build {bundle.folder}.")
     return _open(bundle, device, cuda_graphs, None)[0]
@@ -279,5 +264,10 @@ def _open(bundle: Bundle, device: Device | None, cuda_graphs: bool,
     entry, trt = find_engine(bundle, device, resident=slots is not None)
     pool, stream, lock = Pool(device), device.stream(), threading.RLock()
     executor = TensorRTExecutor(bundle, entry, trt, pool, stream, slots, lock)
-    backend = DeviceBackend("tensorrt", bundle, device, pool, stream, executor, cuda_graphs, lock, ranking=installed())
-    return backend, executor
+
+    def find_graph(graph: GraphEntry) -> Callable[[], TensorRTExecutor]:
+        other = engine_beside(bundle, entry, graph, trt)
+        return lambda: TensorRTExecutor(bundle, other, trt, pool, stream, beside=executor)
+
+    return DeviceBackend("tensorrt", bundle, device, pool, stream, executor, find_graph, cuda_graphs, lock,
+                         installed()), executor

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle.manifest import EngineEntry
+from ...bundle.manifest import EngineEntry, GraphEntry
 from ...bundle.reader import Bundle
-from ...errors import BundleError, DmoeError, MissingRequirementError
+from ...errors import BundleError, DmoeError, MissingRequirementError, RequestError
 from ...extras import pip_install
 from ...ops import plugin_library
 from .device import Device
@@ -38,19 +38,49 @@ def library(flavour: str) -> Any:
 
 
 def find_engine(bundle: Bundle, device: Device, resident: bool = False) -> tuple[EngineEntry, Any]:
-    """The first of a bundle's engines for this GPU and library, and its module; raises MissingRequirementError.
+    """The first of the denoiser's engines for this GPU and library, and its module; raises MissingRequirementError.
 
-    `resident`: only among those with a pool of resident experts. Engines of a bundle in a hub's cache need a seal.
+    `resident`: only among those with a pool of resident experts.
+    """
+    engines = [entry for entry in bundle.manifest.denoiser_engines if entry.expert_pools or not resident]
+    if not engines:
+        raise MissingRequirementError(f"{bundle.folder} holds no engine that takes an expert budget; build one with: "
+                                      f"dmoe-export build {bundle.folder} --experts resident.")
+    return first_that_runs(bundle, engines, device)
+
+
+def engine_beside(bundle: Bundle, denoiser: EngineEntry, graph: GraphEntry, trt: Any) -> EngineEntry:
+    """The engine of a salient graph that goes with an open engine of the denoiser; raises RequestError.
+
+    It is for the same GPUs and of the same library, and takes the weights that are on the device already.
+    """
+    def kind(entry: EngineEntry) -> tuple[Any, ...]:
+        return (entry.flavour, entry.targets, entry.flags, entry.expert_pools,
+                sorted(entry.weight_inputs, key=lambda weight: weight.name))
+
+    for entry in bundle.manifest.engines:
+        if entry.graph == graph.file and kind(entry) == kind(denoiser) and _reads(trt.__version__, entry):
+            return entry
+    prefill = denoiser.profiles[0]
+    place = denoiser.experts if denoiser.experts != "inline" or not bundle.manifest.experts else "external"
+    raise RequestError(
+        f"{bundle.folder} holds no engine of {graph.file} that goes with {denoiser.file}; leave salient_threshold out, "
+        f"or build all of them with: dmoe-export build {bundle.folder} --flavour {denoiser.flavour} --targets "
+        f"{','.join(denoiser.targets)} --experts {place} --experts-op {denoiser.experts_op} --max-batch "
+        f"{prefill.batch[2]} --max-prefill {prefill.tokens[2]} --max-context {prefill.past[2]}"
+        f"{''.join(f' --{flag}' for flag in denoiser.flags)}.")
+
+
+def first_that_runs(bundle: Bundle, engines: list[EngineEntry], device: Device) -> tuple[EngineEntry, Any]:
+    """The first of these for this GPU and library, and its module; raises MissingRequirementError.
+
+    Engines of a bundle in a hub's cache need a seal.
     """
     if not bundle.vouched:
         raise MissingRequirementError(
             f"Engines of {bundle.folder} are native code from a hub, so they run only for a bundle that you vouch for; "
             "give --expect-sha256 or --trusted-key, or build your own with: dmoe-export build "
             f"{bundle.folder} --out BUNDLE.")
-    engines = [entry for entry in bundle.manifest.engines if entry.expert_pools or not resident]
-    if not engines:
-        raise MissingRequirementError(f"{bundle.folder} holds no engine that takes an expert budget; build one with: "
-                                      f"dmoe-export build {bundle.folder} --experts resident.")
     refused: list[tuple[int, MissingRequirementError]] = []
     for entry in engines:
         if not _runs_on(entry, device.target):

@@ -104,20 +104,18 @@ class ResidentBackend:
 
     def salient_graphs(self, capacity: int | None) -> ResidentSalient:
         """The other backend's, under the same budget. Raises RequestError where it has none."""
-        if not isinstance(self._backend, SalientBackend):
-            raise RequestError(f"Backend {self.name} runs no salient steps; use backend onnxruntime, or leave "
-                               "salient_threshold out.")
+        assert isinstance(self._backend, SalientBackend)  # as all are that keep a budget
         return ResidentSalient(self, self._backend.salient_graphs(capacity))
 
     def forward(self, inputs: ForwardInputs, cache: Any) -> ForwardOutputs:
         """Run the denoiser, count what it used, refresh when it is time. Raises as `watched`."""
         with self._lock:
-            outputs = self.watched(lambda: self._backend.forward(inputs, cache))
+            outputs = self.watched(lambda: self._backend.forward(inputs, cache), lambda out: out.expert_ids)
             self.observe(inputs, outputs.expert_ids)
         return outputs
 
-    def watched(self, run: Callable[[], Result]) -> Result:
-        """Run what reads experts.
+    def watched(self, run: Callable[[], Result], used: Callable[[Result], NDArray[np.int32]]) -> Result:
+        """Run what reads experts, and tell `ran` which: `used` finds their ids [L, …, k] in the result.
 
         Raises BundleError when the expert file was changed before or while it was read: the result is not returned.
         """
@@ -130,7 +128,11 @@ class ResidentBackend:
             finally:
                 tier.forward_ends()
             tier.check()
+            self.ran(used(result))
         return result
+
+    def ran(self, expert_ids: NDArray[np.int32]) -> None:
+        """What a forward used, for who counts by forwards; called before anything moves."""
 
     def observe(self, inputs: ForwardInputs, expert_ids: NDArray[np.int32]) -> None:
         """Count what a forward, or a step of several, used: ids [L, …, k]; refresh when it is time."""
@@ -206,7 +208,7 @@ class ResidentSalient:
             want_logits: bool, candidates: int) -> tuple[Arrays, Any]:
         """As the other's; raises as `ResidentBackend.watched`."""
         return self._under.watched(lambda: self._graphs.run(graph, feeds, past, old, settings, want_logits,
-                                                            candidates))
+                                                            candidates), lambda got: got[0]["expert_ids"])
 
     def step_ends(self, inputs: ForwardInputs, expert_ids: NDArray[np.int32]) -> None:
         """See `WatchesSteps`."""

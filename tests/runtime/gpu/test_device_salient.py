@@ -136,7 +136,3 @@ def test_refused(salient_block, salient_llada, tiny_bundle):
     with pytest.raises(RequestError, match="has no salient graph whose sizes a GPU could know beforehand, it has none "
                                            "of fixed capacity; export it with --salient-capacity 16"):
         run(host_backend(dynamic))
-    backend = host_backend(salient_block)
-    backend._open_graph = None  # as TensorRT's
-    with pytest.raises(RequestError, match="Backend host runs no salient steps; use backend onnxruntime-cuda or "):
-        run(backend)
