@@ -34,6 +34,7 @@ inline void load_matrices_transposed(uint32_t (&words)[4], const void *row, int 
 inline void copy_async_16(void *shared, const void *from, bool wanted, bool there = true, int line = __builtin_LINE()) {
     if (there) emulation::copy_async(shared, wanted ? from : nullptr, 16, line);
 }
+inline bool has_async_copies() { return true; }
 inline void commit_copies() { emulation::commit_copies(); }
 template <int N>
 void wait_for_copies() {

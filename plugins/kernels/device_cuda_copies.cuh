@@ -44,6 +44,14 @@ DMOE_DEVICE void copy_async_16(void *shared, const void *from, bool wanted, bool
     if (there) *static_cast<uint4 *>(shared) = wanted ? *static_cast<const uint4 *>(from) : make_uint4(0, 0, 0, 0);
 #endif
 }
+// Whether copies are asynchronous; known at compile time.
+__device__ constexpr bool has_async_copies() {
+#if __CUDA_ARCH__ >= 800
+    return true;
+#else
+    return false;
+#endif
+}
 DMOE_DEVICE void commit_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");

@@ -46,6 +46,7 @@ DMOE_DEVICE void write_large(const LargeArguments &a, const PairLists &lists, co
 // BITS: of the routed experts' weights.
 template <class Half, int BITS, bool GATE>
 __global__ void __launch_bounds__(kProductThreads, 1) large_product_kernel(LargeArguments a) {
+    if (!has_async_copies()) return;  // 7.5 has no room for the ring (large_stages()), so it needs no code
     DMOE_DYNAMIC_SHARED(char, memory);
     const PairLists lists = lists_at(memory + a.stages * kLargeStageBytes, a.experts);
     const int every = static_cast<int>(gridDim.x), start = static_cast<int>(blockIdx.x);

@@ -191,7 +191,7 @@ class TestChecksCanFail:
 
 
 def test_the_sanitizer_driver_runs(space):
-    assert sanitizer_driver.main(space.device, space.library, space.device.fake.enqueue) == 35
+    assert sanitizer_driver.main(space.device, space.library, space.device.fake.enqueue) == 38
 
 
 def test_the_sanitizer_driver_needs_a_gpu():
@@ -202,8 +202,8 @@ def test_the_sanitizer_driver_needs_a_gpu():
 
 
 @pytest.mark.parametrize(("says", "code", "ends"), [
-    ("24 calls were fine\n== ERROR SUMMARY: 0 errors", 0, None), ("== ERROR SUMMARY: 3 errors", 9, AssertionError),
-    ("24 calls were fine", 0, AssertionError), ("Error: Device not supported", 1, pytest.skip.Exception)])
+    ("27 calls were fine\n== ERROR SUMMARY: 0 errors", 0, None), ("== ERROR SUMMARY: 3 errors", 9, AssertionError),
+    ("27 calls were fine", 0, AssertionError), ("Error: Device not supported", 1, pytest.skip.Exception)])
 def test_the_sanitizer_s_verdict_is_read(tmp_path, monkeypatch, says, code, ends):
     tool, found = tmp_path / "compute-sanitizer", {}
     tool.write_text(f"#!/bin/sh\nprintf '{says}\\n'\nexit {code}\n")

@@ -35,14 +35,16 @@ from gpu.sanitizer_fused import RUNS
 ROUTES = [("top_p", 2, 33, 256, 8, 8, 4, 32, 0), ("token", 1, 9, 256, 8, 8, 4, 32, 0),
           ("top_c", 1, 40, 64, 6, 4, 2, 7, 1), ("top_p", 1, 17, 1023, 32, 1, 1, 128, 0),
           ("top_p", 1, 5, 1, 1, 1, 1, 32, 0), ("top_c", 2, 3, 24, 4, 8, 3, 1, 0)]
-# N, k, E, H, I', type: every variant of the products (split or not, 32 tokens or more), odd tails, more than a chunk
+# N, k, E, H, I', type: every variant of the products (split or not, 32 tokens or more, many tokens), odd tails
 EXPERTS = [(32, 8, 40, 256, 64, "fp16"), (13, 3, 2, 2120, 8, "bf16"), (40, 1, 2, 2056, 8, "fp16"),
            (20, 2, 3, 8, 2056, "bf16"), (40, 2, 2, 40, 2072, "fp16"), (70, 2, 5, 136, 72, "bf16"),
-           (1030, 1, 3, 8, 8, "fp16"), (1, 1, 1, 8, 8, "bf16"), (33, 4, 1024, 24, 8, "fp16"), (9, 8, 2, 24, 16, "fp16")]
+           (130, 2, 2, 136, 72, "bf16"), (1030, 1, 3, 8, 8, "fp16"), (1, 1, 1, 8, 8, "bf16"),
+           (33, 4, 1024, 24, 8, "fp16"), (9, 8, 2, 24, 16, "fp16")]
 # The same and bits: integers in groups of 32, whose last step may be half filled
 INTEGERS = [(32, 8, 40, 256, 64, "fp16", 4), (13, 3, 2, 2144, 32, "bf16", 4), (40, 1, 2, 2080, 32, "fp16", 8),
             (20, 2, 3, 32, 2080, "bf16", 8), (40, 2, 2, 96, 2048, "fp16", 4), (70, 2, 5, 160, 96, "bf16", 8),
-            (1, 1, 1, 32, 32, "fp16", 8), (33, 4, 64, 96, 32, "fp16", 4)]
+            (1, 1, 1, 32, 32, "fp16", 8), (33, 4, 64, 96, 32, "fp16", 4), (150, 1, 2, 160, 96, "bf16", 8),
+           (150, 1, 2, 96, 160, "fp16", 4)]
 
 
 class Memory:

@@ -79,7 +79,7 @@ def test_odd_ids_and_no_ids_and_no_tokens(space, kind):
 
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
-@pytest.mark.parametrize(("tokens", "active"), [(32, 15), (32, 64), (200, 64)])
+@pytest.mark.parametrize(("tokens", "active"), [(32, 15), (32, 64), (200, 64), (700, 64)])
 def test_experts_same_bits_over_runs_and_streams(space, kind, tokens, active):
     expert_checks.check_same_bits(space, ExpertCase(kind, routed_ids(tokens, 8, 64, active), 64, *MINI), runs=20)
 
