@@ -26,7 +26,8 @@ DMOE_API int64_t dmoe_emulation_launches(void);
  * processor. A negative DMOE_ERROR_* where none fits. */
 DMOE_API int dmoe_emulation_ring(int32_t bits, int32_t tiles, int32_t experts, int32_t pairs, int32_t *ring);
 
-/* Byte of a stage of 4 tiles where a row's unit of weights (kind 0), unit of tokens (1) or word of scales (2) is. */
+/* Byte of a stage of 4 tiles where a row's unit of weights (kind 0) or of tokens (1) is; of integers, where a band's block of
+ * weights (0) or group of scales (2) is. */
 DMOE_API int dmoe_emulation_place(int32_t kind, int32_t bits, int32_t row, int32_t unit);
 
 /* Why the last call returned DMOE_ERROR_EMULATION; empty when it did not. */

@@ -169,9 +169,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
             multiply_plain<Half, TILES>(sums, stage, tiles, depth - cursor.at);
             cursor.at += kChunk<16>;
         } else if constexpr (BITS != 16) {
-            const bool odd_rows = a.depth >> a.group_shift & 1;
-            const bool odd = kChunk<BITS> < 256 && cursor.at >> a.group_shift & 1;  // 256 are an even number of groups
-            multiply_integers<Half, BITS, TILES>(sums, stage, tiles, depth - cursor.at, a.group_shift, odd_rows, odd);
+            multiply_integers<Half, BITS, TILES>(sums, stage, tiles, depth - cursor.at, a.group_shift);
             cursor.at += kChunk<BITS>;
         }
         if (cursor.at >= depth) {
