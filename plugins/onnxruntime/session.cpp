@@ -55,6 +55,7 @@ struct DmoeSession {
     void* context;
     std::array<std::atomic<int64_t>, kOps.size()> kernels{};
     std::atomic<bool> fast{false};
+    std::atomic<int> expertsLayout{1};
 };
 
 DmoeSession* dmoe_session_create(DmoeAcquire acquire, DmoeRelease release, void* context)
@@ -93,6 +94,18 @@ void countKernel(DmoeSession* session, char const* op)
 {
     if (session != nullptr) {
         session->kernels.at(placeOf(op)) += 1;
+    }
+}
+
+void setExpertsLayout(DmoeSession* session, char const* layout) { session->expertsLayout = std::atoi(layout); }
+
+void requireExpertsLayout(DmoeSession const* session)
+{
+    int const layout = session == nullptr ? 1 : session->expertsLayout.load();
+    if (layout != kExpertsLayout) {
+        throw std::runtime_error("the quantised experts lie in layout " + std::to_string(layout)
+            + ", these kernels read layout " + std::to_string(kExpertsLayout)
+            + " (1: rows, as in files; 2: fragments); open the bundle with dmoe-export, which gives them the right one.");
     }
 }
 

@@ -2,7 +2,9 @@
 // made. A C interface, the same in libdmoe_cpu.so and libdmoe_onnxruntime.so.
 //
 // The session is named by its address, in decimal digits, in the session option "dmoe.session", which RegisterCustomOps reads.
-// Without that option there is no session: weights are simply read, and nothing is counted.
+// Without that option there is no session: weights are simply read, and nothing is counted. The option "dmoe.experts_layout"
+// says in which order the session's quantised experts lie: 1 (or no option) by rows, as in a bundle's file, 2 in fragments
+// (dmoe_export/ops/experts/fragments.py).
 #pragma once
 
 #include <cstdint>
@@ -29,9 +31,16 @@ __attribute__((visibility("default"))) void dmoe_session_set_products(DmoeSessio
 namespace dmoe {
 
 extern bool const kAsksSource; // whether this library's experts op asks a source
+extern int const kExpertsLayout; // in which its kernels read quantised experts
 
 // The session of this address, as decimal digits; throws std::runtime_error when it is none of this library.
 DmoeSession* sessionAt(char const* address);
+
+// What the option says of the session.
+void setExpertsLayout(DmoeSession* session, char const* layout);
+
+// Throws std::runtime_error where quantised experts lie in another order than this library's kernels read; `session` may be null.
+void requireExpertsLayout(DmoeSession const* session);
 
 // A node of this op has got its kernel; `session` may be null.
 void countKernel(DmoeSession* session, char const* op);

@@ -46,7 +46,7 @@ def host_backend(bundle, cuda_graphs=False, recordable=True, **device_options):
     device = HostDevice(**device_options)
     pool, stream = Pool(device), device.stream()
     manifest = bundle.manifest
-    experts = SharedExperts(bundle, pool, stream) if manifest.salient and manifest.experts else None
+    experts = SharedExperts(bundle, pool, stream, ours=False) if manifest.salient and manifest.experts else None
     executor = HostExecutor(bundle, device, recordable, experts=experts)
     salient = {}
 

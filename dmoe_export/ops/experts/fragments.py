@@ -79,8 +79,8 @@ def _order(of: Fragments) -> NDArray[np.intp]:
     units = np.arange(of.band_bytes // np.dtype(_UNITS[of.bits]).itemsize, dtype=np.intp)
     if of.bits > 8:
         return np.ascontiguousarray(units.reshape(BAND, -1).T).ravel()
+    assert of.row_bytes * 8 % (STEP * of.bits) == 0, "K is no multiple of 32"
     lanes = units.reshape(8, 2, -1, 4)  # g, row of two, step, q
-    assert lanes.shape[2] * STEP * of.bits == of.row_bytes * 8, "K is no multiple of 32"
     each = 8 // of.bits  # steps of a block
     whole, rest = np.split(lanes, [lanes.shape[2] // each * each], axis=2)
     blocks = whole.reshape(8, 2, -1, each, 4).transpose(2, 0, 4, 3, 1)  # block, g, q, step, row of two

@@ -15,6 +15,7 @@ from ...bundle.reader import Bundle
 from ...errors import BundleError, DmoeError, MissingRequirementError
 from ...extras import pip_install
 from ...ops import plugin_library
+from ...ops.experts.fragments import LAYOUT
 from .device import Device
 
 # In the PyPI wheel of TensorRT-RTX only the bindings module is sure to be there, under its own name.
@@ -65,7 +66,12 @@ def find_engine(bundle: Bundle, device: Device, resident: bool = False) -> tuple
             refused.append((1, error))
             continue
         if _reads(trt.__version__, entry):
-            return entry, trt
+            if not bundle.manifest.quantisation or entry.experts_layout == LAYOUT:
+                return entry, trt
+            refused.append((3, MissingRequirementError(
+                f"Engine {entry.file} reads quantised experts in layout {entry.experts_layout}, they are now given in "
+                f"layout {LAYOUT}; build it again with: dmoe-export build {bundle.folder}.")))
+            continue
         title = _TITLES[entry.flavour]
         refused.append((2, MissingRequirementError(
             f"Engine {entry.file} was built with {title} {entry.version}, installed is {title} {trt.__version__}; "
