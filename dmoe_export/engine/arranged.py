@@ -1,7 +1,7 @@
 """Weights inside an engine that its plugins read in another order than the bundle's file has them in.
 
-They go through files without a name, beside the engine that is made: memory never holds them all, and the system removes
-them whatever becomes of the build.
+They go through files without a name, beside the engine that is made: memory never holds them all, and the system
+removes them whatever becomes of the build.
 """
 
 from __future__ import annotations

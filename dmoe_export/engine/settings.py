@@ -106,6 +106,9 @@ def _check(settings: BuildSettings, manifest: Manifest) -> None:
         if settings.experts_op == "onnx" or settings.allow_fallback:
             raise InputError("--experts resident needs the experts plugin, which alone reads a slot pool; leave "
                              "--experts-op onnx and --allow-fallback out.")
+    if "refit" in settings.flags and manifest.quantisation:
+        raise InputError(f"--refit puts weights into an engine as a file has them, and {manifest.quantisation.name} "
+                         "experts lie in another order there; leave --refit out.")
     if "refit" in settings.flags and settings.experts != "inline":
         raise InputError(f"--refit has nothing to do with --experts {settings.experts}: those weights are read "
                          "from the bundle's files whenever the engine is opened; use --experts inline, or leave "

@@ -149,7 +149,7 @@ void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session)
 }
 
 bool const kAsksSource = true;
-int const kExpertsLayout = 1; // neighbours of a row are what these kernels multiply at once
+int32_t const kExpertsLayout = 1; // neighbours of a row are what these kernels multiply at once
 
 // Routing has its ONNX body here.
 void addOps(Ort::CustomOpDomain& domain, DmoeSession* session)

@@ -139,7 +139,7 @@ void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session) { addForms(do
 void addMixture(Ort::CustomOpDomain& domain, DmoeSession* session) { addForms(domain, session, "DmoeMixture", true); }
 
 bool const kAsksSource = false; // the kernels run after the op has returned
-int const kExpertsLayout = 2;
+int32_t const kExpertsLayout = 2;
 
 void addOps(Ort::CustomOpDomain& domain, DmoeSession* session)
 {

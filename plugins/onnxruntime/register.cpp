@@ -3,7 +3,7 @@
 
 namespace {
 
-constexpr char kSession[] = "dmoe.session", kLayout[] = "dmoe.experts_layout";
+constexpr char kSession[] = "dmoe.session";
 
 // Never released: at the end of the process ONNX Runtime may be gone before us.
 OrtCustomOpDomain* makeDomain(DmoeSession* session)
@@ -31,12 +31,6 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
         Ort::UnownedSessionOptions to(options);
         // Sessions that name none of ours share a domain.
         static OrtCustomOpDomain* const shared = makeDomain(nullptr);
-        if (!to.HasConfigEntry(kSession)) {
-            to.Add(shared);
-            return;
-        }
-        DmoeSession* const session = dmoe::sessionAt(to.GetConfigEntry(kSession).c_str());
-        dmoe::setExpertsLayout(session, to.HasConfigEntry(kLayout) ? to.GetConfigEntry(kLayout).c_str() : "1");
-        to.Add(makeDomain(session));
+        to.Add(to.HasConfigEntry(kSession) ? makeDomain(dmoe::sessionAt(to.GetConfigEntry(kSession).c_str())) : shared);
     });
 }

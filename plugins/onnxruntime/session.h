@@ -2,9 +2,7 @@
 // made. A C interface, the same in libdmoe_cpu.so and libdmoe_onnxruntime.so.
 //
 // The session is named by its address, in decimal digits, in the session option "dmoe.session", which RegisterCustomOps reads.
-// Without that option there is no session: weights are simply read, and nothing is counted. The option "dmoe.experts_layout"
-// says in which order the session's quantised experts lie: 1 (or no option) by rows, as in a bundle's file, 2 in fragments
-// (dmoe_export/ops/experts/fragments.py).
+// Without that option there is no session: weights are simply read, and nothing is counted.
 #pragma once
 
 #include <cstdint>
@@ -26,18 +24,18 @@ __attribute__((visibility("default"))) DmoeSession* dmoe_session_create(DmoeAcqu
 __attribute__((visibility("default"))) int64_t dmoe_session_kernels(DmoeSession const* session, char const* op);
 // Whether products of integers and of bfloat16 may round activations, from the next run of a kernel on; at first they may not.
 __attribute__((visibility("default"))) void dmoe_session_set_products(DmoeSession* session, int32_t fast);
+// In which order the session's quantised experts lie, from the next kernel made on: 1, as at first, by rows, as in a bundle's
+// file; 2 in fragments (dmoe_export/ops/experts/fragments.py). Kernels that read another order are refused.
+__attribute__((visibility("default"))) void dmoe_session_set_experts_layout(DmoeSession* session, int32_t layout);
 }
 
 namespace dmoe {
 
 extern bool const kAsksSource; // whether this library's experts op asks a source
-extern int const kExpertsLayout; // in which its kernels read quantised experts
+extern int32_t const kExpertsLayout; // in which its kernels read quantised experts
 
 // The session of this address, as decimal digits; throws std::runtime_error when it is none of this library.
 DmoeSession* sessionAt(char const* address);
-
-// What the option says of the session.
-void setExpertsLayout(DmoeSession* session, char const* layout);
 
 // Throws std::runtime_error where quantised experts lie in another order than this library's kernels read; `session` may be null.
 void requireExpertsLayout(DmoeSession const* session);

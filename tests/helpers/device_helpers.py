@@ -42,7 +42,7 @@ class _Launcher:
 
 
 def host_backend(bundle, cuda_graphs=False, recordable=True, custom_ops=None, **device_options):
-    """A DeviceBackend on host memory; its parts are attributes for the tests. `custom_ops`: a library of our kernels."""
+    """A DeviceBackend on host memory; its parts are attributes for the tests. `custom_ops`: a library of kernels."""
     device = HostDevice(**device_options)
     pool, stream = Pool(device), device.stream()
     manifest = bundle.manifest

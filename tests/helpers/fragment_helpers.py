@@ -1,4 +1,4 @@
-"""Fragment order written out value by value, after the words of dmoe_export/ops/experts/fragments.py; and the way back."""
+"""Fragment order written out value by value, after the words of dmoe_export/ops/experts/fragments.py; and back."""
 
 from __future__ import annotations
 

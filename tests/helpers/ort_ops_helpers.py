@@ -28,15 +28,16 @@ def library() -> Path:
 
 def session(model: bytes, custom_ops: Path | None = None, provider: str = CPU,
             layout: int | None = None) -> ort.InferenceSession:
-    """A session with the library for the CPU provider, or another one; `layout`: what it is told of quantised experts."""
+    """A session with the library for the CPU provider, or another one; `layout`: that of quantised experts."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if layout is None:
         options.register_custom_ops_library(str(custom_ops or library()))
     else:
-        options.add_session_config_entry("dmoe.experts_layout", str(layout))
-        LibrarySession(custom_ops or library()).register(options)
+        kernels = LibrarySession(custom_ops or library())
+        kernels.set_experts_layout(layout)
+        kernels.register(options)
     return ort.InferenceSession(model, options, providers=[provider])
 
 

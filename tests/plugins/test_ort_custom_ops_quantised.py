@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from bundles import cpu_session, full_forward
+from cpu_ops_helpers import built
 from fake_cudart import HostDevice
 from fused_models import one_node
 from kernel_helpers import BF16, FP16, from_half, kernel_experts
@@ -84,8 +85,16 @@ def test_another_order_is_refused_when_it_is_loaded(layout, mixture):
     model = one_node(MIXTURE, TensorProto.FLOAT16, BYTES, **attributes) if mixture else quantised_model(
         TensorProto.FLOAT16, **attributes)
     with pytest.raises(Exception, match=f"Dmoe{'Mixture' if mixture else 'Experts'}: the quantised experts lie in "
-                       rf"layout {layout or 1}, these kernels read layout 2 \(1: rows, .*; open the bundle with dmoe-exp"):
+                       rf"layout {layout or 1}, these kernels read layout 2 \(1: rows, .*; open the bundle with dmoe-"):
         session(model, layout=layout)
+
+
+def test_kernels_of_the_cpu_read_rows():
+    model = quantised_model(TensorProto.FLOAT, bits=4, group_size=32)
+    for layout in (None, 1):
+        session(model, built(), layout=layout)
+    with pytest.raises(Exception, match="the quantised experts lie in layout 2, these kernels read layout 1 "):
+        session(model, built(), layout=LAYOUT)
 
 
 def test_an_fp32_rest_is_refused(tiny_bundle):
@@ -98,13 +107,13 @@ def test_an_fp32_rest_is_refused(tiny_bundle):
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_bundle_equals_its_bodies(tiny_checkpoint, exported, precision, tmp_path):
-    """A model with fp16 dense parts: one forward of two rows, one of them padded; the file's experts are not read again."""
+    """With fp16 dense parts: one forward of two rows, one of them padded; experts are not read from the file again."""
     bundle = exported(tiny_checkpoint, precision=precision, dense_precision="fp16", compute="fp16", group_size=32)
     device = HostDevice()
     experts = SharedExperts(bundle, Pool(device), device.stream())
     options = ort.SessionOptions()
-    experts.give(options)
     kernels = prepare_session(bundle, options, library())
+    experts.give(options, kernels)
     for name in ("denoiser.onnx", "denoiser.onnx.data"):
         shutil.copy(bundle.folder / name, tmp_path)
     (tmp_path / "experts.bin").touch()  # must be there, and nothing in it is asked for

@@ -29,8 +29,8 @@ from ...bundle.manifest import EngineEntry, ExpertPool, WeightInput
 from ...bundle.reader import Bundle
 from ...ops.experts.fragments import Fragments
 from ..backend import Bools
-from ..residency.budget import machine_memory
 from ..expert_layout import fragments_of
+from ..residency.budget import machine_memory
 from ..residency.policy import Costs, Move
 from .call import round_up
 from .device import Device, DeviceError, DeviceMemoryError

@@ -67,11 +67,10 @@ class OnnxRuntimeExecutor:
         graph = graph or bundle.manifest.denoiser
         self.path, options = bundle.folder / graph.file, options or {}
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        assert custom_ops or not (experts and experts.arranged), "bodies read rows"
+        library = prepare_session(bundle, settings, custom_ops) if custom_ops else None
         self._experts = experts
         if experts:
-            experts.give(settings)
-        library = prepare_session(bundle, settings, custom_ops) if custom_ops else None
+            experts.give(settings, library)
         try:
             self._session = ort.InferenceSession(str(self.path), settings, providers=[(provider, options)],
                                                  enable_fallback=0)

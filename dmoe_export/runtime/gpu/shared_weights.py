@@ -15,11 +15,10 @@ from typing import Any
 from ...bundle.reader import Bundle, check_unchanged
 from ...ops.experts.fragments import LAYOUT
 from ..expert_layout import expert_tensors, fragments_of
+from ..library import LibrarySession
 from ..ort import ort
 from .device import Device
 from .memory import Buffer, Piece, Pool, upload
-
-_LAYOUT_ENTRY = "dmoe.experts_layout"  # plugins/onnxruntime/session.h
 
 _DEVICES = {"cpu": 1, "cuda": 2}  # DLDeviceType
 _TYPES = {"uint8": (1, 8), "fp32": (2, 32), "fp16": (2, 16), "bf16": (4, 16)}  # DLDataTypeCode, bits
@@ -60,10 +59,11 @@ class SharedExperts:
             self._values[tensor.name] = _tensor(pool.device, buffer.address, kind, tensor.shape)
         upload(pool.device, stream, pieces)
 
-    def give(self, options: Any) -> None:
-        """To the session made with these options; before a library of ours is registered with them."""
+    def give(self, options: Any, kernels: LibrarySession | None) -> None:
+        """To the session that is made with these options, and with `kernels` of ours."""
         if self.arranged:
-            options.add_session_config_entry(_LAYOUT_ENTRY, str(LAYOUT))
+            assert kernels, "bodies read rows"
+            kernels.set_experts_layout(LAYOUT)
         for name, value in self._values.items():
             options.add_initializer(name, value)
 

@@ -11,7 +11,6 @@ namespace {
 
 enum Input { kHidden, kIds, kWeights, kGateUp, kDown };
 constexpr char kResidency[] = "residency", kBits[] = "bits", kGroupSize[] = "group_size", kLayout[] = "layout";
-constexpr int32_t kFragments = 2; // the one order in which the kernels read integers
 
 } // namespace
 

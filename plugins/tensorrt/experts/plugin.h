@@ -11,6 +11,8 @@
 
 namespace dmoe {
 
+constexpr int32_t kFragments = 2; // attribute layout: the one order in which the kernels read integers
+
 class ExpertsPlugin : public Plugin {
 public:
     static constexpr char name[] = "DmoeExperts";
