@@ -1,9 +1,9 @@
 """A stand-in for the module tensorrt: its engines run ONNX Runtime on the bound addresses, in stream order.
 
-An engine file is JSON that names an ONNX file, and which inputs are in fragment order. The real thing's rules hold
-here, too: shapes lie in the profile, addresses are aligned, all is bound before a run, scratch memory is there and is written
-over, a first run after a change of shapes cannot be recorded. Names and signatures are compared with the installed
-TensorRT-RTX by a test.
+An engine file is JSON that names an ONNX file, and which inputs are in fragment order. The rules of the real thing are
+kept: shapes lie in the profile, addresses are aligned, all is bound before a run, scratch memory is there and is
+written over, a first run after a change of shapes cannot be recorded. Names and signatures are compared with the
+installed TensorRT-RTX by a test.
 """
 
 from __future__ import annotations
