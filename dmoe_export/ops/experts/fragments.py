@@ -89,13 +89,12 @@ def _order(of: Fragments) -> NDArray[np.intp]:
 
 def _even_and_odd(words: NDArray[np.uint32], spare: NDArray[np.uint32]) -> None:
     """Nibbles 0 … 7 of each word in the order 0 2 4 6 1 3 5 7, lowest first; in place."""
-    # Each turn swaps neighbours in the middle of every 16, then of every 32, bits.
+    # Each turn swaps neighbours in the middle of every 16, then of every 32, bits: what differs is flipped in both.
     for mask, shift in ((0x00F000F0, 4), (0x0000FF00, 8)):
         np.right_shift(words, np.uint32(shift), out=spare)
         np.bitwise_xor(spare, words, out=spare)
         np.bitwise_and(spare, np.uint32(mask), out=spare)
-        np.bitwise_xor(words, spare, out=words)
-        np.left_shift(spare, np.uint32(shift), out=spare)
+        np.multiply(spare, np.uint32((1 << shift) + 1), out=spare)
         np.bitwise_xor(words, spare, out=words)
 
 
