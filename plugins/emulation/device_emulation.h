@@ -153,6 +153,8 @@ DMOE_DEVICE float fast_exp2(float value) {
     return power < 0x1p-126f ? 0.0f : power;
 }
 DMOE_DEVICE float widen_fp16(uint16_t half) { return emulation::widen_fp16(half); }
+DMOE_DEVICE int kept(int number) { return number; }
+DMOE_DEVICE uint32_t mask_or(uint32_t word, uint32_t mask, uint32_t more) { return (word & mask) | more; }
 DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {
     return emulation::each_half(emulation::widen_fp16, emulation::narrow_fp16, a, b, 0u,
                                 [](float x, float y, float) { return x - y; });
@@ -180,5 +182,6 @@ DMOE_DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
 
 }  // namespace dmoe
 
+#include "device_emulation_bulk.h"
 #include "device_emulation_copies.h"
 #include "device_emulation_launch.h"

@@ -18,6 +18,9 @@ DMOE_API void dmoe_emulation_seed(uint64_t seed);
  * 9.0. A processor has 1 KiB more. */
 DMOE_API void dmoe_emulation_shared_bytes(int32_t bytes);
 
+/* Whether the emulated device has bulk copies, as compute capability 9.0 and newer ones; at the start it has. */
+DMOE_API void dmoe_emulation_bulk_copies(int32_t there);
+
 /* How many kernels have been launched so far. */
 DMOE_API int64_t dmoe_emulation_launches(void);
 
@@ -38,6 +41,9 @@ DMOE_API int dmoe_emulation_selftest(const char *name, float *out);
 
 /* Runs the small kernel `name` of selftest_copies.cpp on 1024 words; `out` as above. */
 DMOE_API int dmoe_emulation_copies(const char *name, const uint32_t *words, float *out);
+
+/* The same with the kernel of selftest_arrivals.cpp. */
+DMOE_API int dmoe_emulation_arrivals(const char *name, const uint32_t *words, float *out);
 
 /* c [16, 8] += a [16, 16] · b [8, 16]ᵀ with one mma; type: DMOE_TYPE_*. */
 DMOE_API int dmoe_emulation_mma(const uint16_t *a, const uint16_t *b, float *c, int32_t type);

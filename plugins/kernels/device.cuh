@@ -66,9 +66,9 @@ struct Fp16 {
     static DMOE_DEVICE uint32_t from_nibbles(uint32_t word, uint32_t scale) {
         const uint32_t moved = word >> N / 2 * 8;
         if constexpr (N % 2 == 0) {
-            return mul_fp16x2(sub_fp16x2((moved & 0x000f000fu) | 0x64006400u, 0x64086408u), scale);  // 1024 + u
+            return mul_fp16x2(sub_fp16x2(mask_or(moved, 0x000f000fu, 0x64006400u), 0x64086408u), scale);  // 1024 + u
         } else {  // 1024 + 16 u; a sixteenth, less 72
-            return mul_fp16x2(fma_fp16x2((moved & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u), scale);
+            return mul_fp16x2(fma_fp16x2(mask_or(moved, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u), scale);
         }
     }
     static DMOE_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
@@ -94,7 +94,7 @@ struct Bf16 {
     }
     template <int N>
     static DMOE_DEVICE uint32_t from_nibbles(uint32_t word, uint32_t scale) {
-        const uint32_t raised = (word >> 4 * N & 0x000f000fu) | 0x43004300u;  // 128 + u
+        const uint32_t raised = mask_or(word >> 4 * N, 0x000f000fu, 0x43004300u);  // 128 + u
         return fma_bf16x2(fma_bf16x2(raised, 0x3f803f80u, 0xc308c308u), scale, kMinusZero);
     }
     static DMOE_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,

@@ -49,6 +49,20 @@ DMOE_DEVICE float widen_fp16(uint16_t half) {
     return value;
 }
 
+// The number, kept where it is made: the compiler would rather make it anew in every round of a loop.
+DMOE_DEVICE int kept(int number) {
+    int same;
+    asm volatile("mov.b32 %0, %1;" : "=r"(same) : "r"(number));
+    return same;
+}
+
+// (word & mask) | more as one instruction: the compiler makes two of two constants.
+DMOE_DEVICE uint32_t mask_or(uint32_t word, uint32_t mask, uint32_t more) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(word), "r"(mask), "r"(more));
+    return d;
+}
+
 DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {
     uint32_t d;
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
@@ -99,5 +113,6 @@ DMOE_DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
 
 }  // namespace dmoe
 
+#include "device_cuda_bulk.cuh"
 #include "device_cuda_copies.cuh"
 #include "device_cuda_launch.cuh"

@@ -1,4 +1,5 @@
-// How a stage of the ring is filled: asynchronous copies of weight rows, of tokens and of scales, by all threads.
+// How a stage of the ring is filled: asynchronous copies of weight rows, of tokens and of scales, by all threads; of
+// integers and their scales bulk copies by one thread, where the device has them.
 #pragma once
 
 #include "experts_items.cuh"
@@ -16,11 +17,11 @@ struct Feeder {
     Cursor cursor;
     int end;                     // of the item's pairs
     int shared;                  // items of the shared expert
-    const char *weights;         // the thread's first unit at k = 0
-    int weight_pitch;            // bytes from one of the thread's units to its next
-    int rows;                    // from the thread's first row to the matrix's last
+    const char *weights;         // the thread's first unit at k = 0; bulk copies: the item's first band
+    int weight_pitch;            // bytes from one of the thread's units, or of the bands, to the next
+    int rows;                    // from the thread's, or the item's, first row to the matrix's last
     int weights_to, inputs_to;   // where the thread's first units go in a stage
-    const char *scales;          // the thread's unit of scales at k = 0
+    const char *scales;          // the thread's unit of scales at k = 0; bulk copies: the item's first
     bool has_scales;
     unsigned inputs[kTokens];    // units from a.inputs to the thread's first unit of its tokens
 
@@ -67,7 +68,15 @@ struct Feeder {
         weights = static_cast<const char *>(from.weights) + (first + row) * pitch + unit * 16;
         weight_pitch = pitch * kApart<WIDTH>;
         if constexpr (WIDTH != 16) {
-            const int groups = a.depth >> a.group_shift, row_of_scales = item.row + thread() / kScaleUnits * kBand;
+            const int groups = a.depth >> a.group_shift;
+            if (has_bulk_copies()) {
+                rows = a.rows - item.row;
+                weights = static_cast<const char *>(from.weights) + (first + item.row) * pitch;
+                weight_pitch = pitch * kBand;
+                scales = reinterpret_cast<const char *>(from.scales) + (first + item.row) * groups * 2;
+                return;
+            }
+            const int row_of_scales = item.row + thread() / kScaleUnits * kBand;
             has_scales = thread() < kTileRows / kBand * kScaleUnits && row_of_scales < a.rows;
             scales = reinterpret_cast<const char *>(from.scales) + (first + row_of_scales) * groups * 2 + thread() % kScaleUnits * 16;
         }
@@ -86,8 +95,27 @@ struct Feeder {
         }
     }
 
-    DMOE_DEVICE void fill_weights(const ProductArguments &a, char *stage) const {
-        plain() ? fill_weights<16>(a, stage) : fill_weights<BITS>(a, stage);
+    // slot: of the stage; its warp asks for bulk copies, so that all have their turn. barrier: of the stage, for those.
+    DMOE_DEVICE void fill_weights(const ProductArguments &a, char *stage, int slot, Arrivals barrier) const {
+        if (plain()) return fill_weights<16>(a, stage);
+        if constexpr (BITS != 16) {
+            if (!has_bulk_copies()) return fill_weights<BITS>(a, stage);
+            if (warp_id() == slot && elected()) fill_bands(a, stage, barrier);
+        }
+    }
+    DMOE_DEVICE void fill_bands(const ProductArguments &a, char *stage, Arrivals barrier) const {
+        const int k = min(kChunk<BITS>, a.depth - cursor.at), groups = k >> a.group_shift;
+        const int bands = min(kTileRows, rows) / kBand, scale_pitch = (a.depth >> a.group_shift) * kBandScales;
+        const char *from = weights + cursor.at * kBandBytes<BITS>;
+        const char *from_scales = scales + (cursor.at >> a.group_shift) * kBandScales;
+        fence_bulk_copies();
+        expect_bytes(barrier, bands * (k * kBandBytes<BITS> + groups * kBandScales));
+        DMOE_UNROLL
+        for (int band = 0; band < kTileRows / kBand; ++band, from += weight_pitch, from_scales += scale_pitch) {
+            if (band >= bands) break;
+            copy_bulk(stage + block_place<BITS>(band, 0), from, k * kBandBytes<BITS>, barrier);
+            copy_bulk(stage + scale_place<BITS, TILES>(band, 0), from_scales, groups * kBandScales, barrier);
+        }
     }
     template <int WIDTH>
     DMOE_DEVICE void fill_weights(const ProductArguments &a, char *stage) const {
@@ -116,12 +144,11 @@ struct Feeder {
         const unsigned at = cursor.at, unit = thread() % kThreads, units = depth(a) / kUnit;
         DMOE_UNROLL
         for (int i = 0; i < kTokens; ++i) {
-            // Where there is no token, a column of a tile holds what it held; nobody looks at its products.
-            if (inputs[i] == kNoToken) continue;
             DMOE_UNROLL
             for (int u = 0; u < kTokenUnits<WIDTH>; u += kThreads) {
+                // Where there is no token, a column of a tile holds what it held; nobody looks at its products.
                 copy_async_16(stage + inputs_to + (i * kEvery * kTokenUnits<WIDTH> + u) * 16,
-                              a.inputs + (inputs[i] + at / kUnit) + u, at / kUnit + unit + u < units);
+                              a.inputs + (inputs[i] + at / kUnit) + u, at / kUnit + unit + u < units, inputs[i] != kNoToken);
             }
         }
     }

@@ -21,22 +21,19 @@ template <int BITS>
 constexpr int kBandBytes = kBand * BITS / 8;
 constexpr int kBandScales = kBand * 2;
 
-// The lane's bytes of a block, which is 16-byte aligned in shared memory; of a half one (not whole) the first two words.
-DMOE_DEVICE uint4 lane_bytes(const char *block, bool whole) {
-    if (whole) return reinterpret_cast<const uint4 *>(block)[lane_id()];
-    const uint2 half = reinterpret_cast<const uint2 *>(block)[lane_id()];
+// The lane's bytes of a block in shared memory, of a half one (not whole) its first two words. at: where those of a whole
+// one are.
+DMOE_DEVICE uint4 lane_bytes(const char *at, bool whole) {
+    if (whole) return *reinterpret_cast<const uint4 *>(at);
+    const uint2 half = *reinterpret_cast<const uint2 *>(at - lane_id() * 8);
     return make_uint4(half.x, half.y, 0, 0);
 }
 
-// The scales of lane 4g + q in a band's group: those of rows 2g and 2g + 1, the first in the low half.
-DMOE_DEVICE uint32_t lane_scales(const char *group) { return *reinterpret_cast<const uint32_t *>(group + lane_id() / 4 * 4); }
-
 // A step of lane 4g + q as operand A of two products of Half::mma: a[p] are the halfs of rows 2g (a[p][0], a[p][2]) and
 // 2g + 1 (a[p][1], a[p][3]) at k = 8q + 4p … 8q + 4p + 3 of the step, two in each. So row 2g is A's row g and row 2g + 1 its
-// row g + 8, and B is words 2p and 2p + 1 of the 16 bytes of token g at k = 8q. STEP: of the block's. scales: lane_scales().
-template <class Half, int BITS, int STEP>
-DMOE_DEVICE void lane_weights(uint32_t (&a)[2][4], const uint4 &bytes, uint32_t scales) {
-    static_assert(STEP < kStepsOfBlock<BITS>, "no such step");
+// row g + 8, and B is words 2p and 2p + 1 of the 16 bytes of token g at k = 8q. step: of the block's, known at compile time. scales: lane_scales().
+template <class Half, int BITS>
+DMOE_DEVICE void lane_weights(uint32_t (&a)[2][4], const uint4 &bytes, int step, uint32_t scales) {
     const uint32_t scale[2] = {__byte_perm(scales, 0, 0x1010), __byte_perm(scales, 0, 0x3232)};
     DMOE_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -48,7 +45,7 @@ DMOE_DEVICE void lane_weights(uint32_t (&a)[2][4], const uint4 &bytes, uint32_t 
                 a[p][2 + r] = Half::from_bytes(words[p], 0x4342, scale[r]);
             }
         } else {
-            const uint32_t word = STEP ? (r ? bytes.w : bytes.z) : (r ? bytes.y : bytes.x);
+            const uint32_t word = step ? (r ? bytes.w : bytes.z) : (r ? bytes.y : bytes.x);
             a[0][r] = Half::template from_nibbles<0>(word, scale[r]);
             a[0][2 + r] = Half::template from_nibbles<1>(word, scale[r]);
             a[1][r] = Half::template from_nibbles<2>(word, scale[r]);

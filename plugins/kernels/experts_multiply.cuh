@@ -48,45 +48,65 @@ DMOE_DEVICE void multiply_plain(Sums<TILES> &sums, const char *stage, int tiles,
     }
 }
 
-// `shift`: log2 of the values per scale.
-template <class Half, int BITS, int TILES, int STEP>
-DMOE_DEVICE void multiply_step(Sums<TILES> &sums, const char *stage, const uint4 (&bytes)[2], int tiles, int shift) {
-    const int step = warp_id() % kSplit * kStepsOfBlock<BITS> + STEP, band = warp_id() / kSplit * 2;
-    uint32_t weights[2][2][4];
-    DMOE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        const char *const scales = stage + scale_place<BITS, TILES>(band + half, step * kStep >> shift);
-        lane_weights<Half, BITS, STEP>(weights[half], bytes[half], lane_scales(scales));
-    }
-    const char *const tokens = stage + token_place<BITS>(lane_id() / 4, step * 4 + lane_id() % 4);
-    DMOE_UNROLL
-    for (int j = 0; j < TILES; ++j) {
-        if (j >= tiles) break;
-        const uint4 b = *reinterpret_cast<const uint4 *>(tokens + j * 8 * kTokenUnits<BITS> * 16);
-        DMOE_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            const uint32_t(&w)[2][4] = weights[half];
-            Half::mma(sums[half][j], w[0][0], w[0][1], w[0][2], w[0][3], b.x, b.y);
-            Half::mma(sums[half][j], w[1][0], w[1][1], w[1][2], w[1][3], b.z, b.w);
-        }
-    }
-}
+// Where in a stage a lane finds what it multiplies; the same in all stages.
+template <int BITS>
+struct LanePlaces {
+    int weights, scales, tokens;  // of integers
 
-// A block of each of the warp's two bands. `depth`: k from the stage's first to the matrix's last.
+    template <int TILES>
+    static DMOE_DEVICE LanePlaces of() {
+        const int block = warp_id() % kSplit, band = warp_id() / kSplit * 2, g = lane_id() / 4, q = lane_id() % 4;
+        return {kept(block_place<BITS>(band, block) + lane_id() * 16), kept(scale_place<BITS, TILES>(band, 0) + g * 4),
+                kept(token_place<BITS>(g, block * kStepsOfBlock<BITS> * 4 + q))};
+    }
+};
+
+// A block of each of the warp's two bands: a step, or two of integers of 4 bits. `depth`: k from the stage's first to the
+// matrix's last. `shift`: log2 of the values per scale.
 template <class Half, int BITS, int TILES>
-DMOE_DEVICE void multiply_integers(Sums<TILES> &sums, const char *stage, int tiles, int depth, int shift) {
+DMOE_DEVICE void multiply_integers(Sums<TILES> &sums, const LanePlaces<BITS> &places, const char *stage, int tiles,
+                                   int depth, int shift) {
     static_assert(kBlocks<BITS> == kSplit, "a block per warp");
-    const int block = warp_id() % kSplit, k = block * kStepsOfBlock<BITS> * kStep;
+    constexpr int kSteps = kStepsOfBlock<BITS>, kAtOnce = TILES == 4 ? kSteps : 1;  // with more tiles registers are short
+    const int k = warp_id() % kSplit * kSteps * kStep;
     if (k >= depth) return;
-    const bool whole = BITS == 8 || k + kStep < depth;
+    const int steps = BITS == 8 || k + kStep < depth ? kSteps : 1;
     uint4 bytes[2];
     DMOE_UNROLL
     for (int half = 0; half < 2; ++half) {
-        bytes[half] = lane_bytes(stage + block_place<BITS>(warp_id() / kSplit * 2 + half, block), whole);
+        bytes[half] = lane_bytes(stage + places.weights + block_place<BITS>(half, 0), steps == kSteps);
     }
-    multiply_step<Half, BITS, TILES, 0>(sums, stage, bytes, tiles, shift);
-    if constexpr (BITS == 4) {
-        if (whole) multiply_step<Half, BITS, TILES, 1>(sums, stage, bytes, tiles, shift);
+    DMOE_UNROLL
+    for (int first = 0; first < kSteps; first += kAtOnce) {
+        if (first >= steps) break;
+        uint32_t weights[kAtOnce][2][2][4];
+        DMOE_UNROLL
+        for (int s = 0; s < kAtOnce; ++s) {  // a step beyond the last is made, and not multiplied
+            const int group = (k + (first + s) * kStep) >> shift;
+            DMOE_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const uint32_t scales = *reinterpret_cast<const uint32_t *>(
+                    stage + places.scales + half * kScaleBytes<BITS> + group * kBandScales);
+                lane_weights<Half, BITS>(weights[s][half], bytes[half], first + s, scales);
+            }
+        }
+        DMOE_UNROLL
+        for (int j = 0; j < TILES; ++j) {
+            if (j >= tiles) break;
+            DMOE_UNROLL
+            for (int s = 0; s < kAtOnce; ++s) {
+                if (first + s >= steps) break;
+                // A step is four units: one bit of the order of units.
+                const char *const from = stage + (places.tokens ^ (first + s) * 64) + j * 8 * kTokenUnits<BITS> * 16;
+                const uint4 b = *reinterpret_cast<const uint4 *>(from);
+                DMOE_UNROLL
+                for (int half = 0; half < 2; ++half) {
+                    const uint32_t(&w)[2][4] = weights[s][half];
+                    Half::mma(sums[half][j], w[0][0], w[0][1], w[0][2], w[0][3], b.x, b.y);
+                    Half::mma(sums[half][j], w[1][0], w[1][1], w[1][2], w[1][3], b.z, b.w);
+                }
+            }
+        }
     }
 }
 

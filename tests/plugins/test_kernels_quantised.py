@@ -29,6 +29,7 @@ BITS = pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
 def _start_seed():
     yield
     library().dmoe_emulation_seed(0)
+    library().dmoe_emulation_bulk_copies(1)
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
@@ -106,9 +107,10 @@ def sizes(draw):
 @KINDS
 @BITS
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(sizes(), st.integers(0, 2**32 - 1), st.integers(0, 3), st.sampled_from([0.0, 0.2, 0.9, 1.0]))
-def test_any_size(kind, bits, size, seed, order, empty):
+@given(sizes(), st.integers(0, 2**32 - 1), st.integers(0, 3), st.sampled_from([0.0, 0.2, 0.9, 1.0]), st.booleans())
+def test_any_size(kind, bits, size, seed, order, empty, bulk):
     library().dmoe_emulation_seed(order)
+    library().dmoe_emulation_bulk_copies(bulk)
     assert_right(kind, bits, *make_case(kind, bits, *size, seed=seed, empty=empty))
 
 
@@ -133,7 +135,7 @@ def test_every_variant(kind, bits, group, tokens, k, count, hidden, width):
 @KINDS
 @BITS
 @pytest.mark.parametrize("shape", [
-    (64, 9, 3, 5, 192, 128), (128, 40, 2, 4, 2048, 128), (64, 33, 2, 3, 64, 2048), (32, 9, 2, 3, 352, 96)])
+    (64, 9, 3, 5, 192, 128), (128, 40, 2, 4, 640, 128), (64, 33, 2, 3, 64, 576), (32, 9, 2, 3, 352, 96)])
 def test_same_bits_as_the_dequantised_weights(kind, bits, shape):
     """Whatever dequantising in registers does, the products get the very halfs that the definition names."""
     case, scales = make_case(kind, bits, *shape, seed=3)
@@ -155,6 +157,21 @@ def test_every_integer_with_every_kind_of_scale(kind, bits):
     got = kernel_experts(kind, *case, scales=scales)
     assert np.isfinite(from_half(got, kind)).all() and got.any(axis=1).all()
     np.testing.assert_array_equal(got, kernel_experts(kind, *in_order_of_lanes(kind, bits, case, scales))[:, :256])
+
+
+@BITS
+@pytest.mark.parametrize(("group", "tokens", "hidden", "width"), [
+    (32, 13, 2144, 32), (32, 40, 96, 1056), (64, 130, 128, 64), (128, 20, 128, 640)])
+def test_bulk_copies_change_no_bits(bits, group, tokens, hidden, width):
+    """Pieces at the end of k and of rows, several passes, rings that go round; as 8.x and as 9.0 fill them."""
+    case, scales = make_case(BF16, bits, group, tokens, 2, 3, hidden, width, seed=tokens)
+    results = []
+    for seed, bulk in ((0, 0), (2, 1), (5, 1)):
+        library().dmoe_emulation_seed(seed)
+        library().dmoe_emulation_bulk_copies(bulk)
+        results.append(kernel_experts(BF16, *case, scales=scales))
+    np.testing.assert_array_equal(results[1], results[0])
+    np.testing.assert_array_equal(results[2], results[0])
 
 
 @BITS
@@ -182,8 +199,9 @@ def test_ids_that_are_no_expert_and_ids_that_repeat(bits):
 def test_same_bits_in_any_thread_order_and_any_company(kind, bits):
     case, scales = make_case(kind, bits, 32, 40, 3, 4, 160, 96, seed=9, empty=0)
     results = []
-    for seed in (0, 1, 2, 1234567):
+    for seed, bulk in ((0, 0), (0, 1), (1, 1), (2, 1), (3, 0), (1234567, 1)):
         library().dmoe_emulation_seed(seed)
+        library().dmoe_emulation_bulk_copies(bulk)
         results.append(kernel_experts(kind, *case, scales=scales))
     assert len({result.tobytes() for result in results}) == 1
     for t in (0, 39):
