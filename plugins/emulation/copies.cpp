@@ -1,5 +1,6 @@
 // Asynchronous copies into shared memory: a copy happens as late as the wait for its group allows.
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "emulator.h"
@@ -7,13 +8,6 @@
 namespace dmoe::emulation {
 
 namespace {
-
-struct Copy {
-    void *to;
-    const void *from;  // null: zeros
-    size_t bytes;
-    unsigned group;
-};
 
 struct Thread {
     std::vector<Copy> copies;  // that have not arrived, in the order they were asked for
@@ -40,16 +34,21 @@ void copy_async(void *to, const void *from, size_t bytes, int line) {
 
 void commit_copies() { ++mine().group; }
 
+void arrive(const Copy &copy) {
+    if (copy.from) {
+        std::memcpy(copy.to, copy.from, copy.bytes);
+    } else {
+        std::memset(copy.to, 0, copy.bytes);
+    }
+}
+
+std::vector<Copy> take_copies() { return std::exchange(mine().copies, {}); }
+
 void wait_for_copies(unsigned groups) {
     Thread &thread = mine();
     size_t arrived = 0;
     for (; arrived < thread.copies.size() && thread.copies[arrived].group + groups < thread.group; ++arrived) {
-        const Copy &copy = thread.copies[arrived];
-        if (copy.from) {
-            std::memcpy(copy.to, copy.from, copy.bytes);
-        } else {
-            std::memset(copy.to, 0, copy.bytes);
-        }
+        arrive(thread.copies[arrived]);
     }
     thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<std::ptrdiff_t>(arrived));
 }

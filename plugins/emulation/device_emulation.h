@@ -122,7 +122,8 @@ uint16_t narrow_fp16(float value);
 uint16_t narrow_bf16(float value);
 inline float widen_bf16(uint16_t half) { return __uint_as_float(static_cast<uint32_t>(half) << 16); }
 // `work` on the low and on the high halfs. Sums and products of halfs are rounded once to float here, which changes
-// nothing for fp16 (float has more than twice its bits) and for the integers and the one product of dequantise().
+// nothing for fp16 (float has more than twice its bits) and for the integers and the one product of from_bytes() and
+// from_nibbles().
 template <class Work>
 uint32_t each_half(float (*widen)(uint16_t), uint16_t (*narrow)(float), uint32_t a, uint32_t b, uint32_t c, Work work) {
     uint32_t result = 0;
@@ -146,27 +147,14 @@ DMOE_DEVICE uint32_t warp_min(uint32_t value, int line = __builtin_LINE()) { ret
 
 DMOE_DEVICE void fence_device() {}  // blocks run one after another: what one has written the next ones see
 
-DMOE_DEVICE uint4 load_once(const uint4 *from, bool wanted) { return wanted ? *from : uint4{0, 0, 0, 0}; }
-DMOE_DEVICE uint4 load_shared_by_many(const uint4 *from) { return *from; }
-
-// Words that are not wanted are left as garbage, as the registers of a GPU are.
-template <int WORDS>
-void load_once(uint32_t (&to)[2][WORDS], uint32_t (&scales)[2], const char *row0, const char *row1,
-               const uint16_t *scale0, const uint16_t *scale1, bool wanted) {
-    std::memset(to, 0xa5, sizeof to);
-    scales[0] = scales[1] = 0;
-    if (!wanted) return;
-    std::memcpy(to[0], __builtin_assume_aligned(row0, 4 * WORDS), sizeof to[0]);
-    std::memcpy(to[1], __builtin_assume_aligned(row1, 4 * WORDS), sizeof to[1]);
-    scales[0] = *scale0, scales[1] = *scale1;
-}
-
 DMOE_DEVICE uint16_t narrow_fp16(float value) { return emulation::narrow_fp16(value); }
 DMOE_DEVICE float fast_exp2(float value) {
     const float power = std::exp2(value);
     return power < 0x1p-126f ? 0.0f : power;
 }
 DMOE_DEVICE float widen_fp16(uint16_t half) { return emulation::widen_fp16(half); }
+DMOE_DEVICE int kept(int number) { return number; }
+DMOE_DEVICE uint32_t mask_or(uint32_t word, uint32_t mask, uint32_t more) { return (word & mask) | more; }
 DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {
     return emulation::each_half(emulation::widen_fp16, emulation::narrow_fp16, a, b, 0u,
                                 [](float x, float y, float) { return x - y; });
@@ -174,6 +162,10 @@ DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {
 DMOE_DEVICE uint32_t mul_fp16x2(uint32_t a, uint32_t b) {
     return emulation::each_half(emulation::widen_fp16, emulation::narrow_fp16, a, b, 0u,
                                 [](float x, float y, float) { return x * y; });
+}
+DMOE_DEVICE uint32_t fma_fp16x2(uint32_t a, uint32_t b, uint32_t c) {
+    return emulation::each_half(emulation::widen_fp16, emulation::narrow_fp16, a, b, c,
+                                [](float x, float y, float z) { return std::fma(x, y, z); });
 }
 DMOE_DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
     return emulation::each_half(emulation::widen_bf16, emulation::narrow_bf16, a, b, c,
@@ -190,5 +182,6 @@ DMOE_DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
 
 }  // namespace dmoe
 
+#include "device_emulation_bulk.h"
 #include "device_emulation_copies.h"
 #include "device_emulation_launch.h"

@@ -31,11 +31,8 @@ inline void load_matrices_transposed(uint32_t (&words)[4], const void *row, int 
     emulation::load_matrices(words, row, true, "load_matrices_transposed", line);
 }
 
-inline void copy_async_16(void *shared, const void *from, bool wanted, int line = __builtin_LINE()) {
-    emulation::copy_async(shared, wanted ? from : nullptr, 16, line);
-}
-inline void copy_async_4(void *shared, const void *from, bool wanted, int line = __builtin_LINE()) {
-    emulation::copy_async(shared, wanted ? from : nullptr, 4, line);
+inline void copy_async_16(void *shared, const void *from, bool wanted, bool there = true, int line = __builtin_LINE()) {
+    if (there) emulation::copy_async(shared, wanted ? from : nullptr, 16, line);
 }
 inline void commit_copies() { emulation::commit_copies(); }
 template <int N>

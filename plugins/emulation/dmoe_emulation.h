@@ -18,6 +18,9 @@ DMOE_API void dmoe_emulation_seed(uint64_t seed);
  * 9.0. A processor has 1 KiB more. */
 DMOE_API void dmoe_emulation_shared_bytes(int32_t bytes);
 
+/* Whether the emulated device has bulk copies, as compute capability 9.0 and newer ones; at the start it has. */
+DMOE_API void dmoe_emulation_bulk_copies(int32_t there);
+
 /* How many kernels have been launched so far. */
 DMOE_API int64_t dmoe_emulation_launches(void);
 
@@ -26,7 +29,8 @@ DMOE_API int64_t dmoe_emulation_launches(void);
  * processor. A negative DMOE_ERROR_* where none fits. */
 DMOE_API int dmoe_emulation_ring(int32_t bits, int32_t tiles, int32_t experts, int32_t pairs, int32_t *ring);
 
-/* Byte of a stage of 4 tiles where a row's unit of weights (kind 0), unit of tokens (1) or word of scales (2) is. */
+/* Byte of a stage of 4 tiles where a row's unit of weights (kind 0) or of tokens (1) is; of integers, where a band's block of
+ * weights (0) or group of scales (2) is. */
 DMOE_API int dmoe_emulation_place(int32_t kind, int32_t bits, int32_t row, int32_t unit);
 
 /* Why the last call returned DMOE_ERROR_EMULATION; empty when it did not. */
@@ -37,6 +41,9 @@ DMOE_API int dmoe_emulation_selftest(const char *name, float *out);
 
 /* Runs the small kernel `name` of selftest_copies.cpp on 1024 words; `out` as above. */
 DMOE_API int dmoe_emulation_copies(const char *name, const uint32_t *words, float *out);
+
+/* The same with the kernel of selftest_arrivals.cpp. */
+DMOE_API int dmoe_emulation_arrivals(const char *name, const uint32_t *words, float *out);
 
 /* c [16, 8] += a [16, 16] · b [8, 16]ᵀ with one mma; type: DMOE_TYPE_*. */
 DMOE_API int dmoe_emulation_mma(const uint16_t *a, const uint16_t *b, float *c, int32_t type);

@@ -110,14 +110,20 @@ unsigned meet(Machine &m, Meeting &meeting, const char *what, int line) {
 }
 
 void complain_if_stuck(Machine &m, unsigned threads, unsigned finished) {
-    if (m.failed || finished == threads) return;
+    if (m.failed) return;
+    const std::string left = arrivals_left();
+    if (finished == threads && left.empty()) return;
     const Meeting *stuck = &m.block;
     for (const Warp &warp : m.warps) {
         if (warp.meeting.arrived) stuck = &warp.meeting;
     }
     char text[300];
-    std::snprintf(text, sizeof text, "block (%u, %u): %u of %u threads wait at %s in line %d, the others never come",
-                  here.block.x, here.block.y, stuck->arrived, stuck->expected, stuck->what, stuck->line);
+    if (left.empty()) {
+        std::snprintf(text, sizeof text, "block (%u, %u): %u of %u threads wait at %s in line %d, the others never come",
+                      here.block.x, here.block.y, stuck->arrived, stuck->expected, stuck->what, stuck->line);
+    } else {
+        std::snprintf(text, sizeof text, "block (%u, %u) ends, or is stuck, and %s", here.block.x, here.block.y, left.c_str());
+    }
     m.message = text;
     m.failed = true;
 }
@@ -126,6 +132,7 @@ void run_block(Machine &m, unsigned threads) {
     unpoison_shared(m);
     std::memset(m.shared, poison(), kSharedBytes + m.dynamic_shared + (kMaxArrays + 1) * kRedZone);
     forget_copies(threads);
+    forget_arrivals();
 #if defined(__SANITIZE_ADDRESS__)
     ASAN_POISON_MEMORY_REGION(m.shared, sizeof m.shared);
 #endif
@@ -216,6 +223,15 @@ void fail(const char *format, ...) {
     m.fibers[m.running]->leave();
     std::abort();  // a failed launch resumes nobody
 }
+
+void sleep() {
+    Machine &m = machine();
+    m.fibers[m.running]->leave();
+}
+
+void wake(unsigned thread) { machine().ready.push_back(thread); }
+
+unsigned block_barriers() { return machine().block.generation; }
 
 Votes block_barrier(const char *what, int line, bool vote) {
     Machine &m = machine();

@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
+#include <vector>
 
 namespace dmoe::emulation {
 
@@ -56,7 +58,33 @@ void commit_copies();
 // Until at most `groups` groups are under way.
 void wait_for_copies(unsigned groups);
 
-// For the emulator itself: what a place nobody has written holds; a new block; how many copies the running thread has not
+// Barriers in shared memory whose phases end when `arrivals` threads have arrived and the bytes that were expected have
+// come (arrivals.cpp). A bulk copy must have been expected exactly, and asked for behind a fence that follows the thread's
+// last barrier of the block; its bytes come when a thread waits for the phase.
+void init_arrivals(uint64_t *barrier, int arrivals);
+void fence_bulk_copies();
+void expect_bytes(uint64_t *barrier, int bytes, int line);
+void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier, int line);
+void arrive_with_copies(uint64_t *barrier, int line);
+void wait_for_arrivals(uint64_t *barrier, unsigned parity, int line);
+// Whether the emulated device has them; dmoe_emulation_bulk_copies() says.
+bool has_bulk_copies();
+
+// For the emulator itself.
+struct Copy {
+    void *to;
+    const void *from;  // null: zeros
+    size_t bytes;
+    unsigned group;
+};
+void arrive(const Copy &copy);
+std::vector<Copy> take_copies();  // of the running thread, all that it has not waited for
+void forget_arrivals();
+std::string arrivals_left();  // what is wrong with the barriers of a block that has ended, or waits for ever; or nothing
+void sleep();                 // the running thread, until somebody wakes it
+void wake(unsigned thread);
+unsigned block_barriers();    // how many the block has passed
+// What a place nobody has written holds; a new block; how many copies the running thread has not
 // waited for, which must be none when it ends.
 unsigned char poison();
 void forget_copies(unsigned threads);

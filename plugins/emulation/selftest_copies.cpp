@@ -16,14 +16,14 @@ struct CopyTest {
     bool drain;
 };
 
-// Two groups of 16 bytes per thread and one of 4; out: a word of a neighbour's first group, and own zeros.
+// Two groups of one and two copies per thread; out: a word of a neighbour's first group, and own zeros.
 void copy_kernel(CopyTest t) {
     DMOE_DYNAMIC_SHARED(uint32_t, shared);
     const int thread = static_cast<int>(threadIdx.x), other = (thread + 40) % 128;
     copy_async_16(shared + 4 * thread, t.words + 4 * thread, true);
     commit_copies();
     copy_async_16(shared + 512 + 4 * thread, t.words + 512 + 4 * thread, thread % 2 == 0);
-    copy_async_4(shared + 16000 + thread, t.words + thread, true);
+    copy_async_16(shared + 15000 + 4 * thread, t.words + 4 * thread, true);
     commit_copies();
     if (t.groups == 1) {
         wait_for_copies<1>();
@@ -33,7 +33,7 @@ void copy_kernel(CopyTest t) {
     if (t.barrier) __syncthreads();
     if (thread < 20) t.out[thread] = static_cast<float>(shared[4 * other]);
     if (thread >= 20 && thread < 40) t.out[thread] = static_cast<float>(shared[512 + 4 * thread]);
-    if (thread >= 40 && thread < 60) t.out[thread] = static_cast<float>(shared[16000 + thread]);
+    if (thread >= 40 && thread < 60) t.out[thread] = static_cast<float>(shared[15000 + 4 * thread]);
     if (t.drain) wait_for_copies<0>();
 }
 

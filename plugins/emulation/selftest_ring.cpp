@@ -17,9 +17,9 @@ int ring(int lists, int32_t *out) {
 
 template <int BITS>
 int place(int32_t kind, int32_t row, int32_t unit) {
-    return kind == 0   ? dmoe::weight_place<BITS>(row, unit)
-           : kind == 1 ? dmoe::token_place<BITS>(row, unit)
-                       : dmoe::scale_place<BITS, 4>(row, unit);
+    if (kind == 1) return dmoe::token_place<BITS>(row, unit);
+    if (kind == 2) return dmoe::scale_place<BITS, 4>(row, unit);
+    return BITS == 16 ? dmoe::weight_place(row, unit) : dmoe::block_place<BITS>(row, unit);
 }
 
 }  // namespace

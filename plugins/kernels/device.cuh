@@ -48,9 +48,10 @@ DMOE_DEVICE bool arrives_last(unsigned *counter, unsigned expected) {
 // Element types as raw 16-bit words: how a float is rounded (to nearest, ties to even) and got back, how small integers
 // become such words, and which mma multiplies them.
 //
-// dequantise: two unsigned integers of BITS bits, bytes i and i+1 of `word` (`spread`: 0x4140 or 0x4342, what puts them
-// into the low bytes of two halfs), less 2^(BITS − 1), times `scale` (given twice), rounded once. A byte u below an upper
-// byte that makes the half 2^m + u is u as a float, but for 2^m; the subtraction of 2^m and the middle is exact.
+// from_bytes, from_nibbles: two unsigned integers u of 8 or 4 bits, less the middle of their range, times `scale` (given
+// twice), rounded once. Below the upper bits of 2^m, u is the float 2^m + u; the subtraction of 2^m and the middle is exact.
+// from_bytes takes bytes i and i + 1 of `word` (`spread`: 0x4140 or 0x4342, what puts them into the low bytes of two
+// halfs), from_nibbles<N> the Nth four bits of both halfs.
 //
 // mma: c += a · b on the fragments of mma.m16n8k16; a = weights, row-major, b = tokens, column-major, c float32. With
 // g = lane / 4 and q = lane % 4: a0 = (g, 2q..2q+1), a1 = (g+8, same), a2 = (g, 2q+8..2q+9), a3 = (g+8, same);
@@ -58,10 +59,17 @@ DMOE_DEVICE bool arrives_last(unsigned *counter, unsigned expected) {
 struct Fp16 {
     static DMOE_DEVICE uint16_t narrow(float value) { return narrow_fp16(value); }
     static DMOE_DEVICE float widen(uint16_t half) { return widen_fp16(half); }
-    template <int BITS>
-    static DMOE_DEVICE uint32_t dequantise(uint32_t word, uint32_t spread, uint32_t scale) {
-        const uint32_t raised = __byte_perm(word, 0x64646464u, spread);  // 1024 + u
-        return mul_fp16x2(sub_fp16x2(raised, BITS == 8 ? 0x64806480u : 0x64086408u), scale);
+    static DMOE_DEVICE uint32_t from_bytes(uint32_t word, uint32_t spread, uint32_t scale) {
+        return mul_fp16x2(sub_fp16x2(__byte_perm(word, 0x64646464u, spread), 0x64806480u), scale);  // 1024 + u
+    }
+    template <int N>
+    static DMOE_DEVICE uint32_t from_nibbles(uint32_t word, uint32_t scale) {
+        const uint32_t moved = word >> N / 2 * 8;
+        if constexpr (N % 2 == 0) {
+            return mul_fp16x2(sub_fp16x2(mask_or(moved, 0x000f000fu, 0x64006400u), 0x64086408u), scale);  // 1024 + u
+        } else {  // 1024 + 16 u; a sixteenth, less 72
+            return mul_fp16x2(fma_fp16x2(mask_or(moved, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u), scale);
+        }
     }
     static DMOE_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                 uint32_t b1) {
@@ -70,23 +78,24 @@ struct Fp16 {
 };
 
 struct Bf16 {
+    static constexpr uint32_t kMinusZero = 0x80008000u;  // twice: what a product's sum starts from
+
     static DMOE_DEVICE uint16_t narrow(float value) {
         const uint32_t bits = __float_as_uint(value);
         if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);  // NaN stays NaN
         return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
     }
     static DMOE_DEVICE float widen(uint16_t half) { return __uint_as_float(static_cast<uint32_t>(half) << 16); }
-    template <int BITS>
-    static DMOE_DEVICE uint32_t dequantise(uint32_t word, uint32_t spread, uint32_t scale) {
-        constexpr uint32_t kOne = 0x3f803f80u, kMinusOne = 0xbf80bf80u, kMinus136 = 0xc308c308u, kMinusZero = 0x80008000u;
+    static DMOE_DEVICE uint32_t from_bytes(uint32_t word, uint32_t spread, uint32_t scale) {
+        // Seven bits of fraction: 128 + u mod 128, less 128 where u has bit 7, else 256.
         const uint32_t raised = __byte_perm(word, 0x43434343u, spread);
-        uint32_t integer;
-        if constexpr (BITS == 4) {
-            integer = fma_bf16x2(raised, kOne, kMinus136);  // 128 + u
-        } else {  // seven bits of fraction: 128 + u mod 128, less 128 where u has bit 7, else 256
-            integer = fma_bf16x2((raised ^ 0x00800080u) & 0xff80ff80u, kMinusOne, raised & 0xff7fff7fu);
-        }
+        const uint32_t integer = fma_bf16x2((raised ^ 0x00800080u) & 0xff80ff80u, 0xbf80bf80u, raised & 0xff7fff7fu);
         return fma_bf16x2(integer, scale, kMinusZero);
+    }
+    template <int N>
+    static DMOE_DEVICE uint32_t from_nibbles(uint32_t word, uint32_t scale) {
+        const uint32_t raised = mask_or(word >> 4 * N, 0x000f000fu, 0x43004300u);  // 128 + u
+        return fma_bf16x2(fma_bf16x2(raised, 0x3f803f80u, 0xc308c308u), scale, kMinusZero);
     }
     static DMOE_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                 uint32_t b1) {

@@ -1,4 +1,4 @@
-// The CUDA side of device.cuh: loads and tensor-core products; device_cuda_copies.cuh and device_cuda_launch.cuh have the rest.
+// The CUDA side of device.cuh: arithmetic and tensor-core products; device_cuda_copies.cuh and device_cuda_launch.cuh have the rest.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,43 +30,6 @@ DMOE_DEVICE uint32_t warp_min(uint32_t value) { return ~warp_max(~value); }
 // is sequentially consistent; handing data on through an atomic counter needs no more.
 DMOE_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-// 16 bytes that are read once: past L1, with the whole 128-byte line fetched into L2. Zero when not wanted.
-// volatile and not .nc: otherwise the compiler for 10.0 and 12.0 keeps a row's first words on the stack between passes.
-DMOE_DEVICE uint4 load_once(const uint4 *from, bool wanted) {
-    uint4 v;
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t"
-        "mov.u32 %0, 0;\n\tmov.u32 %1, 0;\n\tmov.u32 %2, 0;\n\tmov.u32 %3, 0;\n\t"
-        "@p ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
-        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-        : "l"(from), "r"(static_cast<unsigned>(wanted)));
-    return v;
-}
-
-// The same for integers: the words of two rows, which hold anything when not wanted, and their scales, which are 0 then.
-// Scales go through L1, because the next ones of their rows follow in the same sector. One statement, one predicate.
-DMOE_DEVICE void load_once(uint32_t (&to)[2][4], uint32_t (&scales)[2], const char *row0, const char *row1,
-                           const uint16_t *scale0, const uint16_t *scale1, bool wanted) {
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %14, 0;\n\tmov.u32 %8, 0;\n\tmov.u32 %9, 0;\n\t"
-        "@p ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%10];\n\t"
-        "@p ld.global.L1::no_allocate.L2::128B.v4.u32 {%4, %5, %6, %7}, [%11];\n\t"
-        "@p ld.global.nc.u16 %8, [%12];\n\t@p ld.global.nc.u16 %9, [%13];\n\t}"
-        : "=&r"(to[0][0]), "=&r"(to[0][1]), "=&r"(to[0][2]), "=&r"(to[0][3]), "=&r"(to[1][0]), "=&r"(to[1][1]),
-          "=&r"(to[1][2]), "=&r"(to[1][3]), "=&r"(scales[0]), "=&r"(scales[1])
-        : "l"(row0), "l"(row1), "l"(scale0), "l"(scale1), "r"(static_cast<unsigned>(wanted)));
-}
-DMOE_DEVICE void load_once(uint32_t (&to)[2][2], uint32_t (&scales)[2], const char *row0, const char *row1,
-                           const uint16_t *scale0, const uint16_t *scale1, bool wanted) {
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %10, 0;\n\tmov.u32 %4, 0;\n\tmov.u32 %5, 0;\n\t"
-        "@p ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%6];\n\t"
-        "@p ld.global.L1::no_allocate.L2::128B.v2.u32 {%2, %3}, [%7];\n\t"
-        "@p ld.global.nc.u16 %4, [%8];\n\t@p ld.global.nc.u16 %5, [%9];\n\t}"
-        : "=&r"(to[0][0]), "=&r"(to[0][1]), "=&r"(to[1][0]), "=&r"(to[1][1]), "=&r"(scales[0]), "=&r"(scales[1])
-        : "l"(row0), "l"(row1), "l"(scale0), "l"(scale1), "r"(static_cast<unsigned>(wanted)));
-}
-
-// 16 bytes that other warps read too: through L1.
-DMOE_DEVICE uint4 load_shared_by_many(const uint4 *from) { return __ldg(from); }
-
 DMOE_DEVICE uint16_t narrow_fp16(float value) {
     uint16_t half;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
@@ -86,6 +49,20 @@ DMOE_DEVICE float widen_fp16(uint16_t half) {
     return value;
 }
 
+// The number, kept where it is made: the compiler would rather make it anew in every round of a loop.
+DMOE_DEVICE int kept(int number) {
+    int same;
+    asm volatile("mov.b32 %0, %1;" : "=r"(same) : "r"(number));
+    return same;
+}
+
+// (word & mask) | more as one instruction: the compiler makes two of two constants.
+DMOE_DEVICE uint32_t mask_or(uint32_t word, uint32_t mask, uint32_t more) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(word), "r"(mask), "r"(more));
+    return d;
+}
+
 DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {
     uint32_t d;
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
@@ -94,6 +71,11 @@ DMOE_DEVICE uint32_t sub_fp16x2(uint32_t a, uint32_t b) {
 DMOE_DEVICE uint32_t mul_fp16x2(uint32_t a, uint32_t b) {
     uint32_t d;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+DMOE_DEVICE uint32_t fma_fp16x2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
 DMOE_DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
@@ -131,5 +113,6 @@ DMOE_DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
 
 }  // namespace dmoe
 
+#include "device_cuda_bulk.cuh"
 #include "device_cuda_copies.cuh"
 #include "device_cuda_launch.cuh"

@@ -30,26 +30,18 @@ DMOE_DEVICE void load_matrices_transposed(uint32_t (&words)[4], const void *row)
                  : "r"(shared_address(row)));
 }
 
-// Asynchronous copies of 16 or 4 bytes from device to shared memory, both sides aligned to their size; zeros, and no
-// read, when not wanted. commit_copies() makes a group of what the thread has asked for since the last one;
-// wait_for_copies<N>() returns when all of the thread's groups but its last N have arrived. Other threads see them
+// Asynchronous copies of 16 bytes from device to shared memory, both sides aligned to as much; zeros, and no read, when not
+// wanted; nothing at all where not `there`. commit_copies() makes a group of what the thread has asked for since the last
+// one; wait_for_copies<N>() returns when all of the thread's groups but its last N have arrived. Other threads see them
 // after a barrier. Below compute capability 8.0 a copy goes through registers and has arrived when it returns.
-DMOE_DEVICE void copy_async_16(void *shared, const void *from, bool wanted) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(from),
-                 "r"(wanted ? 16 : 0)
+DMOE_DEVICE void copy_async_16(void *shared, const void *from, bool wanted, bool there = true) {
+#if __CUDA_ARCH__ >= 800  // a predicate, where the compiler would branch
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %3, 0;\n\t"
+                 "@p cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n\t}" ::"r"(shared_address(shared)),
+                 "l"(from), "r"(wanted ? 16 : 0), "r"(static_cast<int>(there))
                  : "memory");
 #else
-    *static_cast<uint4 *>(shared) = wanted ? *static_cast<const uint4 *>(from) : make_uint4(0, 0, 0, 0);
-#endif
-}
-DMOE_DEVICE void copy_async_4(void *shared, const void *from, bool wanted) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(from),
-                 "r"(wanted ? 4 : 0)
-                 : "memory");
-#else
-    *static_cast<uint32_t *>(shared) = wanted ? *static_cast<const uint32_t *>(from) : 0;
+    if (there) *static_cast<uint4 *>(shared) = wanted ? *static_cast<const uint4 *>(from) : make_uint4(0, 0, 0, 0);
 #endif
 }
 DMOE_DEVICE void commit_copies() {

@@ -124,19 +124,19 @@ DMOE_API int dmoe_experts_resident(const DmoeExpertsShape *shape, const DmoeExpe
                                    const void *down, void *mixed, void *workspace, void *stream);
 
 /* Weights as integers: u stored unsigned, the weight is (u - 2^(bits - 1)) * scale rounded to the type of hidden. Groups
- * of group_size neighbours of a row share a scale, whose type is that of hidden. With 4 bits a byte holds two values, the
- * one of the even index in its low half. */
+ * of group_size neighbours of a row share a scale, whose type is that of hidden. Weights and scales lie in fragment order,
+ * which dmoe_export/ops/experts/fragments.py defines, and in no other. */
 typedef struct DmoeQuantisation {
     int32_t bits;                    /* 4 or 8 */
     int32_t group_size;              /* 32, 64 or 128; divides H and I' */
-    const void *gate_up_scales;      /* [E, 2I', H / group_size] */
-    const void *down_scales;         /* [E, H, I' / group_size] */
+    const void *gate_up_scales;      /* [E, 2I' / 16, H / group_size, 16] */
+    const void *down_scales;         /* [E, H / 16, I' / group_size, 16] */
     const void *gate_up_pool_scales; /* [slots, ...] of the pool; NULL without one */
     const void *down_pool_scales;
 } DmoeQuantisation;
 
-/* dmoe_experts_resident() with integer weights: gate_up and down, also those of the pool, are uint8, rows of bits * H / 8
- * and bits * I' / 8 bytes. quantisation: host memory, read before this returns; NULL = dmoe_experts_resident(). */
+/* dmoe_experts_resident() with integer weights: gate_up and down, also those of the pool, are uint8 in fragment order, as
+ * many bytes as rows of bits * H / 8 and bits * I' / 8 would be. quantisation: host memory, read before this returns; NULL = dmoe_experts_resident(). */
 DMOE_API int dmoe_experts_quantised(const DmoeExpertsShape *shape, const DmoeQuantisation *quantisation,
                                     const DmoeExpertPool *pool, const void *hidden, const int32_t *expert_ids,
                                     const float *expert_weights, const void *gate_up, const void *down, void *mixed,

@@ -46,6 +46,7 @@ int check(const DmoeExpertsShape &s) {
 int check(const DmoeExpertsShape &s, const DmoeQuantisation &q) {
     if (q.bits != 4 && q.bits != 8) return DMOE_ERROR_ATTRIBUTE;
     if (q.group_size != 32 && q.group_size != 64 && q.group_size != 128) return DMOE_ERROR_ATTRIBUTE;
+    // So matrices have a multiple of 32 rows, which are whole bands, and of 32 k.
     return s.hidden % q.group_size || s.width % q.group_size ? DMOE_ERROR_ATTRIBUTE : 0;
 }
 

@@ -1,9 +1,9 @@
 // One stage multiplied: 64 weight rows times up to eight tiles of eight tokens, by eight warps.
 //
-// A warp has 32 of the rows and every fourth step of 32 k. Weights are operand A of mma.m16n8k16, tokens operand B. A row g
+// A warp has 32 of the rows and every fourth step of 32 k (integers of 4 bits: every fourth two steps). Weights are operand A of mma.m16n8k16, tokens operand B. A row g
 // is row 2g and A row g+8 is row 2g+1 of sixteen, so that a lane ends up with two neighbouring rows of the same token: a
 // gate with its up, or two neighbouring outputs. k may be permuted as long as A and B agree: integers take the eight
-// values of a unit in one lane, 16-bit weights take k as it is.
+// values of a token's unit in one lane, 16-bit weights take k as it is.
 #pragma once
 
 #include "experts_stage.cuh"
@@ -25,7 +25,7 @@ DMOE_DEVICE void multiply_plain(Sums<TILES> &sums, const char *stage, int tiles,
     uint32_t weights[2][2][4];
     DMOE_UNROLL
     for (int k = 0; k < 2; ++k) {
-        const char *const from = stage + weight_place<16>(row, step * 4 + k * 2 + lane / 16);
+        const char *const from = stage + weight_place(row, step * 4 + k * 2 + lane / 16);
         DMOE_UNROLL
         for (int half = 0; half < 2; ++half) {  // the matrices: even rows, odd rows, the same of the next unit
             load_matrices(weights[half][k], from + half * 16 * kWeightUnits<16> * 16);
@@ -48,56 +48,63 @@ DMOE_DEVICE void multiply_plain(Sums<TILES> &sums, const char *stage, int tiles,
     }
 }
 
-// Eight integers of a row, which are unit q of a step, as halfs in the order of k.
-template <class Half, int BITS>
-DMOE_DEVICE uint4 dequantised(const char *words, uint32_t scale) {
-    uint32_t low, high;  // four integers each, a byte per integer
-    if constexpr (BITS == 8) {
-        const uint2 both = *reinterpret_cast<const uint2 *>(words);
-        low = both.x, high = both.y;
-    } else {
-        const uint32_t word = *reinterpret_cast<const uint32_t *>(words);
-        const uint32_t even = word & 0x0f0f0f0fu, odd = word >> 4 & 0x0f0f0f0fu;
-        low = __byte_perm(even, odd, 0x5140), high = __byte_perm(even, odd, 0x7362);
-    }
-    return make_uint4(Half::template dequantise<BITS>(low, 0x4140, scale), Half::template dequantise<BITS>(low, 0x4342, scale),
-                      Half::template dequantise<BITS>(high, 0x4140, scale),
-                      Half::template dequantise<BITS>(high, 0x4342, scale));
-}
+// Where in a stage a lane finds what it multiplies; the same in all stages.
+template <int BITS>
+struct LanePlaces {
+    int weights, scales, tokens;  // of integers
 
-// `shift`: log2 of the values per scale. `odd_rows`, `odd`: whether the scales of odd rows, and those of all rows, start in
-// the middle of a word (the two cancel out).
+    template <int TILES>
+    static DMOE_DEVICE LanePlaces of() {
+        const int block = warp_id() % kSplit, band = warp_id() / kSplit * 2, g = lane_id() / 4, q = lane_id() % 4;
+        return {kept(block_place<BITS>(band, block) + lane_id() * 16), kept(scale_place<BITS, TILES>(band, 0) + g * 4),
+                kept(token_place<BITS>(g, block * kStepsOfBlock<BITS> * 4 + q))};
+    }
+};
+
+// A block of each of the warp's two bands: a step, or two of integers of 4 bits. `depth`: k from the stage's first to the
+// matrix's last. `shift`: log2 of the values per scale.
 template <class Half, int BITS, int TILES>
-DMOE_DEVICE void multiply_integers(Sums<TILES> &sums, const char *stage, int tiles, int depth, int shift, bool odd_rows,
-                                   bool odd) {
-    const int g = lane_id() / 4, q = lane_id() % 4, row = warp_id() / kSplit * 32 + 2 * g;
-    DMOE_UNROLL_BY((TILES == 4 ? 2 : 1))  // with more tiles there are no registers for two
-    for (int piece = 0; piece < kChunk<BITS> / kStep / kSplit; ++piece) {
-        const int step = piece * kSplit + warp_id() % kSplit;
-        if (step * kStep >= depth) continue;
-        const int byte = step * kStep * BITS / 8 + q * BITS;  // of a row
-        const char *const words = stage + weight_place<BITS>(row, byte / 16) + byte % 16;
-        uint4 weights[2][2];
+DMOE_DEVICE void multiply_integers(Sums<TILES> &sums, const LanePlaces<BITS> &places, const char *stage, int tiles,
+                                   int depth, int shift) {
+    static_assert(kBlocks<BITS> == kSplit, "a block per warp");
+    constexpr int kSteps = kStepsOfBlock<BITS>, kAtOnce = TILES == 4 ? kSteps : 1;  // with more tiles registers are short
+    const int k = warp_id() % kSplit * kSteps * kStep;
+    if (k >= depth) return;
+    const int steps = BITS == 8 || k + kStep < depth ? kSteps : 1;
+    uint4 bytes[2];
+    DMOE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        bytes[half] = lane_bytes(stage + places.weights + block_place<BITS>(half, 0), steps == kSteps);
+    }
+    DMOE_UNROLL
+    for (int first = 0; first < kSteps; first += kAtOnce) {
+        if (first >= steps) break;
+        uint32_t weights[kAtOnce][2][2][4];
         DMOE_UNROLL
-        for (int half = 0; half < 2; ++half) {
+        for (int s = 0; s < kAtOnce; ++s) {  // a step beyond the last is made, and not multiplied
+            const int group = (k + (first + s) * kStep) >> shift;
             DMOE_UNROLL
-            for (int r = 0; r < 2; ++r) {  // as far apart as in multiply_plain(); a row and the one below share an order
-                const int below = half * 16 + r, place = (step * kStep >> shift) + (odd != (r && odd_rows));
-                const uint32_t scale =
-                    reinterpret_cast<const uint16_t *>(stage + scale_place<BITS, TILES>(row + below, 0))[place];
-                weights[half][r] = dequantised<Half, BITS>(words + below * kWeightUnits<BITS> * 16, scale | scale << 16);
+            for (int half = 0; half < 2; ++half) {
+                const uint32_t scales = *reinterpret_cast<const uint32_t *>(
+                    stage + places.scales + half * kScaleBytes<BITS> + group * kBandScales);
+                lane_weights<Half, BITS>(weights[s][half], bytes[half], first + s, scales);
             }
         }
-        const char *const tokens = stage + token_place<BITS>(g, step * 4 + q);
         DMOE_UNROLL
         for (int j = 0; j < TILES; ++j) {
             if (j >= tiles) break;
-            const uint4 b = *reinterpret_cast<const uint4 *>(tokens + j * 8 * kTokenUnits<BITS> * 16);
             DMOE_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const uint4 even = weights[half][0], other = weights[half][1];
-                Half::mma(sums[half][j], even.x, other.x, even.y, other.y, b.x, b.y);
-                Half::mma(sums[half][j], even.z, other.z, even.w, other.w, b.z, b.w);
+            for (int s = 0; s < kAtOnce; ++s) {
+                if (first + s >= steps) break;
+                // A step is four units: one bit of the order of units.
+                const char *const from = stage + (places.tokens ^ (first + s) * 64) + j * 8 * kTokenUnits<BITS> * 16;
+                const uint4 b = *reinterpret_cast<const uint4 *>(from);
+                DMOE_UNROLL
+                for (int half = 0; half < 2; ++half) {
+                    const uint32_t(&w)[2][4] = weights[s][half];
+                    Half::mma(sums[half][j], w[0][0], w[0][1], w[0][2], w[0][3], b.x, b.y);
+                    Half::mma(sums[half][j], w[1][0], w[1][1], w[1][2], w[1][3], b.z, b.w);
+                }
             }
         }
     }

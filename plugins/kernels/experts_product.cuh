@@ -113,6 +113,17 @@ template <class Half, int BITS, int TILES, bool GATE>
 __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArguments a) {
     static_assert(TILES == 4 || TILES == 8, "finish_pass() halves them twice");
     DMOE_DYNAMIC_SHARED(char, memory);
+    DMOE_SHARED(uint64_t, barriers, kMostStages);
+    const Arrivals arrivals = arrivals_at(barriers);
+    const bool bulk = BITS != 16 && has_bulk_copies();  // then stages have barriers, else groups of copies
+    if (bulk) {
+        if (threadIdx.x == 0) {
+            DMOE_UNROLL
+            for (int s = 0; s < kMostStages; ++s) init_arrivals(arrivals[s], kProductThreads);
+            publish_arrivals();
+        }
+        __syncthreads();
+    }
     const PairLists lists = lists_at(memory + a.stages * a.stage_bytes, a.experts);
     const auto stage_at = [&](int slot) { return memory + slot * a.stage_bytes; };
     const int every = static_cast<int>(gridDim.x), start = static_cast<int>(blockIdx.x);
@@ -129,7 +140,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
     if (opened) {
         feeder.open(a, lists, start);
         for (; early < a.stages - 1 && feeder.cursor.at < feeder.depth(a); ++early) {
-            feeder.fill_weights(a, stage_at(early));
+            feeder.fill_weights(a, stage_at(early), early, arrivals[early]);
             feeder.cursor.at += feeder.chunk();
         }
         feeder.cursor.at = 0;
@@ -143,25 +154,29 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
     Cursor cursor = feeder.cursor;
     int tiles = min(TILES, (feeder.end - cursor.pair + 7) / 8);
 
+    const auto places = LanePlaces<BITS == 16 ? 8 : BITS>::template of<TILES>();
     Sums<TILES> sums = {};
     int slot = 0, empty = 0;
+    unsigned parity = 0;
     for (int step = 1 - a.stages;; ++step) {
         if (step >= 0) {
-            wait_for_stage(a.stages);
-            __syncthreads();  // everybody's copies have arrived, and everybody is done with the stage before
+            if (!bulk) wait_for_stage(a.stages);
+            __syncthreads();  // everybody is done with the stage before; without barriers: everybody's copies have arrived
         }
         if (feeder.cursor.index < items) {
             if (early > 0) {
                 --early;
             } else {
-                feeder.fill_weights(a, stage_at(empty));
+                feeder.fill_weights(a, stage_at(empty), empty, arrivals[empty]);
             }
             feeder.fill_tokens(a, stage_at(empty));
+            if (bulk) arrive_with_copies(arrivals[empty]);
             feeder.advance(a, lists, items, every);
         }
-        commit_copies();
+        if (!bulk) commit_copies();
         empty = next(empty);
         if (step < 0) continue;
+        if (bulk) wait_for_arrivals(arrivals[slot], parity);
         char *const stage = stage_at(slot);
         const bool shared = cursor.index < feeder.shared;
         const int depth = shared ? a.shared_depth : a.depth;
@@ -169,9 +184,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
             multiply_plain<Half, TILES>(sums, stage, tiles, depth - cursor.at);
             cursor.at += kChunk<16>;
         } else if constexpr (BITS != 16) {
-            const bool odd_rows = a.depth >> a.group_shift & 1;
-            const bool odd = kChunk<BITS> < 256 && cursor.at >> a.group_shift & 1;  // 256 are an even number of groups
-            multiply_integers<Half, BITS, TILES>(sums, stage, tiles, depth - cursor.at, a.group_shift, odd_rows, odd);
+            multiply_integers<Half, BITS, TILES>(sums, places, stage, tiles, depth - cursor.at, a.group_shift);
             cursor.at += kChunk<BITS>;
         }
         if (cursor.at >= depth) {
@@ -195,6 +208,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArgu
             tiles = min(TILES, (item.end - cursor.pair + 7) / 8);
         }
         slot = next(slot);
+        parity ^= slot == 0;
     }
 }
 

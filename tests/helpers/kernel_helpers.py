@@ -10,6 +10,7 @@ import numpy as np
 from builds import build
 
 from dmoe_export.ops.block_route.attributes import RouteAttributes
+from dmoe_export.ops.experts.fragments import scales_in_fragments, weights_in_fragments
 
 _MODES = {"token": 0, "top_p": 1, "top_c": 2}
 FP16, BF16 = 0, 1
@@ -145,21 +146,26 @@ def kernel_experts(kind: int, hidden, ids, weights, gate_up, down, pool=None, sc
     """Raw words of `mixed` from raw words of hidden, gate_up and down; float32 weights, int32 ids.
 
     `pool`: slot_of_expert and the slots' words of gate_up and down, for `dmoe_experts_resident`. `scales`: words
-    of the scales of gate_up and down and, with a pool, of its two, for `dmoe_experts_quantised` (uint8 weights).
+    of the scales of gate_up and down and, with a pool, of its two, for `dmoe_experts_quantised` (uint8 weights);
+    integers and scales are given by rows, and put in fragment order here.
     `shared`: words of the shared expert's gate_up and down, for `dmoe_mixture`.
     """
-    element = np.uint16 if scales is None else np.uint8
-    inputs = [_input(hidden, np.uint16), _input(ids, np.int32), _input(weights, np.float32), _input(gate_up, element),
-              _input(down, element)]
-    keep, quantisation, slots, common = [_input(part, np.uint16) for part in scales or ()], None, None, None
+    element, bits = np.uint16 if scales is None else np.uint8, 8 * gate_up.shape[2] // hidden.shape[1]
+
+    def arranged(part):
+        return _input(part if scales is None else weights_in_fragments(_input(part, element), bits), element)
+
+    inputs = [_input(hidden, np.uint16), _input(ids, np.int32), _input(weights, np.float32), arranged(gate_up),
+              arranged(down)]
+    keep = [_input(scales_in_fragments(part), np.uint16) for part in scales or ()]
+    quantisation, slots, common = None, None, None
     width = down.shape[2]
     if scales is not None:
-        bits = 8 * gate_up.shape[2] // hidden.shape[1]
         width = 8 * down.shape[2] // bits
         group = hidden.shape[1] // scales[0].shape[2]
         quantisation = QuantisationC(bits, group, *map(pointer, keep))
     if pool is not None:
-        table, *parts = _input(pool[0], np.int32), _input(pool[1], element), _input(pool[2], element)
+        table, *parts = _input(pool[0], np.int32), arranged(pool[1]), arranged(pool[2])
         keep += [table, *parts]
         slots = ExpertPoolC(len(parts[0]), *map(pointer, (table, *parts)))
     if shared is not None:

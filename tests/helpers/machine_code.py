@@ -50,12 +50,15 @@ def instructions(cubin: Path) -> list[tuple[int, str]]:
 
 
 def loop_around(code: list[tuple[int, str]], mark: str) -> list[str]:
-    """Instructions of the innermost loop around the only one that starts with `mark`."""
-    (middle,) = [address for address, body in code if body.startswith(mark)]
+    """Instructions of the innermost loop around the only one called `mark…`.
+
+    The compiler's own loops over the lanes' values of an operand (BRA.U.ANY) do not count.
+    """
+    (middle,) = [address for address, body in code if re.match(rf"(@!?\w+ )?{mark}", body)]
     loops = []
     for address, body in code:
         jump = re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)$", body)
-        if jump and int(jump[1], 16) < middle < address:
+        if jump and "BRA.U.ANY" not in body and int(jump[1], 16) < middle < address:
             loops.append((address - int(jump[1], 16), int(jump[1], 16), address))
     assert loops, f"no loop around {mark}"
     _, start, end = min(loops)

@@ -26,7 +26,7 @@ def expected(seed, second_group=True):
     thread = np.arange(64)
     poison = [0xffffffff, 0xcccccccc][seed % 2]
     second = np.where(thread % 2 == 0, 519 + 4 * thread, 0) if second_group else np.full(64, poison)
-    third = 7 + thread if second_group else second
+    third = 7 + 4 * thread if second_group else second
     out = np.where(thread < 20, 7 + 4 * (thread + 40), np.where(thread < 40, second, third))
     return np.where(thread < 60, out, 0).astype(np.float32)
 

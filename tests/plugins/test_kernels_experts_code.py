@@ -1,4 +1,4 @@
-"""The products' machine code: a wait per stage with later stages under way, no spills; and what the ring holds."""
+"""The products' machine code: a wait per stage with later ones under way, no spills; and what the ring holds."""
 
 from __future__ import annotations
 
@@ -23,25 +23,58 @@ def _start_device():
     library().dmoe_emulation_shared_bytes(0)
 
 
-@pytest.mark.parametrize("bits", [16, pytest.param(8, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
-def test_one_wait_per_stage(tmp_path, bits):
-    cubin = compile_for(ONE_PRODUCT.format(bits=bits), 90, tmp_path)
-    used = resources(cubin)
-    assert used["REG"] <= 128 and used["STACK"] == 0, "two thread blocks of 256 per processor, nothing spilt"
-    loop = loop_around(instructions(cubin), "LDGDEPBAR")  # the one place where a group of copies ends
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("bits", "architecture"), [
+    (16, 90), pytest.param(8, 80, marks=SLOW), pytest.param(4, 80, marks=SLOW)])
+def test_one_wait_per_stage(tmp_path, bits, architecture):
+    """Groups of copies: 16-bit weights everywhere, integers on 8.x."""
+    code = instructions(_compiled(bits, architecture, tmp_path))
+    loop = loop_around(code, "LDGDEPBAR")  # the one place where a group of copies ends
     # One of the waits is taken, by the number of stages: all but the oldest 1 … 4 groups may be under way after it.
     waits = [i for i, body in enumerate(loop) if "DEPBAR.LE SB0" in body]
     left = sorted(int(re.search(r"SB0, (0x\d+)", loop[i])[1], 16) for i in waits)
     assert left == [0, 1, 2, 3, 4]
-    barrier = next(i for i, body in enumerate(loop) if body.startswith("BAR.SYNC"))
-    copies = [i for i, body in enumerate(loop) if re.search(r"\bLDGSTS\b", body)]
-    commit = next(i for i, body in enumerate(loop) if body.startswith("LDGDEPBAR"))
-    products = [i for i, body in enumerate(loop) if "HMMA.16816" in body]
+    barrier, copies = _first(loop, "BAR.SYNC"), _all(loop, "LDGSTS")
+    commit, products = _first(loop, "LDGDEPBAR"), _all(loop, "HMMA.16816")
     assert max(waits) < barrier < min(copies) and max(copies) < commit < min(products), "wait, fill, multiply"
-    # From there to the last product nothing else waits for memory: weights and tokens come by those copies alone.
-    multiplied = loop[commit:max(products)]
-    assert not [body for body in multiplied if re.search(r"\b(LDG|LD|LDL|DEPBAR)\b", body)]
-    assert len([body for body in multiplied if "LDSM" in body]) == 4 + 4, "weights four times, a tile of tokens once"
+    _waits_for_nothing_else(loop[commit:max(products)])
+
+
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=SLOW)])
+def test_bulk_copies_of_integers(tmp_path, bits):
+    """On 9.0: a stage's weights and scales by eight bulk copies, and a barrier that counts what has come."""
+    code = instructions(_compiled(bits, 90, tmp_path))
+    assert not _all([body for _, body in code], "DEPBAR.LE SB0")
+    loop = loop_around(code, "ARRIVES.LDGSTSBAR")  # the one place where a stage has been asked for
+    barrier, bulk, arrive = _first(loop, "BAR.SYNC"), _all(loop, "UBLKCP"), _first(loop, "ARRIVES")
+    expect, wait = _first(loop, "SYNCS.ARRIVE.TRANS64"), _first(loop, "SYNCS.PHASECHK")
+    products = _all(loop, "HMMA.16816")
+    assert len(bulk) == 8 and barrier < expect < min(bulk), "four bands; their bytes are expected first"
+    assert max([*bulk, *_all(loop, "LDGSTS")]) < arrive < wait < min(products), "fill, wait, multiply"
+    _waits_for_nothing_else(loop[wait:max(products)])
+
+
+def _compiled(bits, architecture, folder):
+    cubin = compile_for(ONE_PRODUCT.format(bits=bits), architecture, folder)
+    used = resources(cubin)
+    assert used["REG"] <= 128 and used["STACK"] == 0, "two thread blocks of 256 per processor, nothing spilt"
+    return cubin
+
+
+def _all(code, mark):
+    return [i for i, body in enumerate(code) if re.match(rf"(@!?\w+ )?{mark}", body)]
+
+
+def _first(code, mark):
+    return _all(code, mark)[0]
+
+
+def _waits_for_nothing_else(code):
+    """Up to the last product nothing else waits for memory: weights and tokens come by those copies alone."""
+    assert not [body for body in code if re.search(r"\b(LDG|LD|LDL|DEPBAR)\b", body)]
+    assert len([body for body in code if "LDSM" in body]) == 4 + 4, "16-bit weights four times, a tile of tokens once"
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(16, (4, 16384, 2)), (8, (4, 8192, 2)), (4, (4, 8192, 2))])
@@ -80,10 +113,11 @@ def test_no_bank_conflicts(bits):
     """Copies of weights and tokens, and what experts_multiply.cuh loads, take no more accesses than bytes need."""
     place = library().dmoe_emulation_place
     chunk = 256 if bits == 4 else 128
-    weight_units, lanes = chunk * bits // 128, range(32)
+    lanes = range(32)
     for warp in range(8):
         threads = [32 * warp + lane for lane in lanes]
-        assert _accesses(16, [place(0, bits, t // weight_units, t % weight_units) for t in threads]) == 4
+        if bits == 16:  # integers and scales are copied as they lie, side by side
+            assert _accesses(16, [place(0, bits, t // 16, t % 16) for t in threads]) == 4
         assert _accesses(16, [place(1, bits, t // 16, t % 16) for t in threads]) == 4
     for step in range(chunk // 32):
         if bits == 16:
@@ -92,10 +126,9 @@ def test_no_bank_conflicts(bits):
                 assert _accesses(16, rows) == 4
             assert _accesses(16, [place(1, 16, lane % 8, step * 4 + lane // 8) for lane in lanes]) == 4
             continue
-        for r in range(2):
-            at = [(step * 4 * bits + lane % 4 * bits, lane // 4 * 2 + r) for lane in lanes]
-            assert _accesses(bits, [place(0, bits, row, byte // 16) + byte % 16 for byte, row in at]) == bits // 4
-            assert _accesses(2, [place(2, bits, row, 0) + 2 * (step % 4) for _, row in at]) == 1
+        for band in range(4):
+            assert _accesses(16, [place(0, bits, band, step * bits // 8) + 16 * lane for lane in lanes]) == 4
+            assert _accesses(4, [place(2, bits, band, step % 4) + lane // 4 * 4 for lane in lanes]) == 1
         assert _accesses(16, [place(1, bits, lane // 4, step * 4 + lane % 4) for lane in lanes]) == 4
 
 

@@ -33,6 +33,7 @@ def _start_seed():
     yield
     library().dmoe_emulation_seed(0)
     library().dmoe_emulation_shared_bytes(0)
+    library().dmoe_emulation_bulk_copies(1)
 
 
 def make_shared(kind, hidden, width, seed=0):
@@ -142,7 +143,7 @@ def test_same_bits_in_any_thread_order_any_company_and_any_slots(kind, bits):
 @pytest.mark.parametrize(("tokens", "count", "hidden"), [
     (9, 5, 288), (70, 5, 288), (300, 3, 288), (1030, 2, 32), (33, 1024, 32)])
 def test_same_bits_whatever_shared_memory_a_device_has(bits, tokens, count, hidden):
-    """As 7.5, 8.6, 8.0 and 9.0 have it: rings of two to six stages, four or eight tiles, shorter chunks."""
+    """As 7.5, 8.6 and 12.0, 8.0, and 9.0 have it: rings of two to six stages, four or eight tiles, shorter chunks."""
     shared = make_shared(FP16, hidden, 40)
     if bits == 16:
         case, scales = make_case(FP16, tokens, 1, count, hidden, 32, seed=tokens), None
@@ -151,6 +152,7 @@ def test_same_bits_whatever_shared_memory_a_device_has(bits, tokens, count, hidd
     results = set()
     for kibibytes in (64, 99, 163, 227):
         library().dmoe_emulation_shared_bytes(kibibytes << 10)
+        library().dmoe_emulation_bulk_copies(kibibytes in (99, 227))  # 8.6 has none, 12.0 has
         results.add(kernel_experts(FP16, *case, scales=scales, shared=shared).tobytes())
     assert len(results) == 1
 
