@@ -1,14 +1,19 @@
-"""The vocabulary head alone, against a device copy of the same run. Part of gpu_kernels.py."""
+"""The vocabulary head alone, against a device copy of the same run, and ranking its logits. Part of gpu_kernels.py."""
 
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from typing import Any
 
 import numpy as np
 from gpu_common import TYPES, KernelLibrary, time_calls
 from gpu_memory import Memory
 from gpu_outcome import against, predicted_head
+
+from dmoe_export.runtime.gpu.candidates import CandidateKernel, ShapeC
+
+PLACES = 32  # of which logits are ranked
 
 
 class HeadShapeC(ctypes.Structure):
@@ -41,3 +46,16 @@ def measure_head(device: Any, stream: int, library: KernelLibrary, kind: str, si
     return {"type": kind, "vocabulary": vocabulary, "hidden": hidden, "tokens": wanted, **timing,
             "bytes_per_second": rate, "of_copy": rate / copy_rate,
             **against(1e3 * timing["ms"], predicted_head(device.name, vocabulary, hidden, wanted))}
+
+
+def measure_candidates(device: Any, stream: int, kernel: CandidateKernel, vocabulary: int,
+                       count: int) -> dict[str, Any]:
+    """The `count` best of each place's logits, of four sets in turn: more than the L2 cache holds."""
+    shape = ShapeC(1, PLACES, PLACES, vocabulary, count)
+    with Memory(device, stream) as memory:
+        sizes = (4 * PLACES * count, 4 * PLACES * count, kernel.workspace_bytes(shape))
+        results = [memory.empty(size) for size in sizes]
+        calls = [partial(kernel.enqueue, shape, vocabulary - 1, memory.random_floats(PLACES * vocabulary), *results)
+                 for _ in range(4)]
+        timing = time_calls(device, stream, calls)
+    return {"vocabulary": vocabulary, "tokens": PLACES, "candidates": count, **timing}

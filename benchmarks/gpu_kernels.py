@@ -31,9 +31,11 @@ from gpu_common import (
     write_result,
 )
 from gpu_findings import append_finding
-from gpu_head import measure_head
+from gpu_head import measure_candidates, measure_head
 from gpu_memory import Memory
 from gpu_outcome import against, predicted_experts, predicted_route, said
+
+from dmoe_export.runtime.gpu.candidates import CandidateKernel
 
 GEOMETRIES = {"mini": (256, 8, 2048, 512), "flash": (256, 8, 4096, 1024)}  # E, k, H, I of LLaDA2.0
 TOKENS = (32, 128, 512)
@@ -41,6 +43,7 @@ ACTIVE = (10, 15, 20, 40, 70, 87, 256)
 DMOE, TOKEN_ROUTING = 15, 87  # experts of a block of 32 in a layer, with a coreset and without one
 HEADS = {"mini": (157_184, 2048)}  # V, H
 HEAD_ROWS = (1, 2, 4, 8)  # of 32 wanted tokens
+CANDIDATES = (1, 50, 1024)
 GROUP = 64  # integer weights per scale
 ROUTE_EXPERTS, ROUTE_TOKENS, ROUTE_CALLS = (64, 256, 1024), (32, 128, 512, 4096), 20
 
@@ -202,6 +205,9 @@ def run(device: Any, library: KernelLibrary, quick: bool = False, geometries: An
     result["head"] = [measure_head(device, stream, library, kind, size, rows, result["copy"]["bytes_per_second"])
                       for size in HEADS.values() for kind in TYPES for rows in (HEAD_ROWS[:1] if quick else HEAD_ROWS)]
     keep("kernels head", result["head"])
+    result["candidates"] = [measure_candidates(device, stream, CandidateKernel(library.path), size[0], count)
+                            for size in HEADS.values() for count in CANDIDATES]
+    keep("kernels candidates", result["candidates"])
     # Once more: a clock that moved during the run shows in the difference.
     result["copy_again"] = measure_copy(device, stream, min(copy_bytes, device.memory()[0] // 4))
     return result
@@ -227,6 +233,8 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"head {r['type']} V {r['vocabulary']} H {r['hidden']} N {r['tokens']:>3}: {1e3 * r['ms']:.1f} us, "
               f"{r['bytes_per_second'] / 1e12:.2f} TB/s, {r['of_copy']:.0%} of copy{_beside(r)}"
               for r in result["head"]]
+    lines += [f"candidates {r['candidates']:>4} of V {r['vocabulary']} N {r['tokens']:>3}: {1e3 * r['ms']:.1f} us"
+              for r in result["candidates"]]
     return "\n".join(lines)
 
 

@@ -53,6 +53,10 @@ class Memory:
             values.view(np.uint32) >> 16).astype(np.uint16)
         return self._repeated(words.view(np.uint8), 2 * count)
 
+    def random_floats(self, count: int) -> int:
+        """`count` float32 numbers, likewise."""
+        return self._repeated(self._rng.standard_normal(min(count, _PATTERN), np.float32).view(np.uint8), 4 * count)
+
     def random_bytes(self, count: int) -> int:
         """`count` integers of 8 bits, or twice as many of 4."""
         return self._repeated(self._rng.integers(0, 256, min(count, _PATTERN), np.uint8), count)
@@ -66,5 +70,5 @@ class Memory:
         return address
 
     def written(self, address: int, offset: int, size: int) -> np.ndarray:
-        """Bytes that `random_halfs` or `random_bytes` put at `offset` of what they returned, from the host's memory."""
+        """Bytes that one of these put at `offset` of what they returned, from the host's memory."""
         return np.take(self._patterns[address], np.arange(offset, offset + size), mode="wrap")

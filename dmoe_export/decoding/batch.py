@@ -291,9 +291,9 @@ def _inputs(handles: list[Handle], plans: list[Plan], asked: list[Ints]) -> Forw
         ids[i, :plan.width] = row.canvas[plan.start:plan.stop]
         positions[i, :plan.width] = np.arange(plan.start, plan.stop)
         wanted[i, :len(asked[i])] = asked[i] + row.span.start - row.shift - plan.start
-    needs_logits = any(handle.way.outcome.needs_logits and len(places)
-                       for handle, places in zip(handles, asked, strict=True))
-    return ForwardInputs(ids, positions, wanted, handles[0].way.routing, want_logits=needs_logits,
-                         want_keys_values=any(plan.commit is not None for plan in plans),
-                         sequences=tuple(handle.serial for handle in handles))
+    decoding = [handle.way.outcome for handle, places in zip(handles, asked, strict=True) if len(places)]
+    return ForwardInputs(ids, positions, wanted, handles[0].way.routing,
+                         any(one.needs_logits for one in decoding), any(plan.commit is not None for plan in plans),
+                         tuple(handle.serial for handle in handles),
+                         max((one.candidates for one in decoding), default=0))
 

@@ -11,7 +11,7 @@ from ..errors import NotFiniteError
 from ..runtime.backend import Bools, ForwardOutputs, Ints
 from .acceptance import credit, edits, policy, scheduled
 from .row import Row
-from .sampling import Reals, greedy, sample, without
+from .sampling import Reals, draws_from, greedy, sample, sample_best, without
 from .settings import DecodeSettings
 
 
@@ -33,11 +33,13 @@ class Chosen:
 class Outcome:
     """Writes the outcome of decoding forwards into rows, as the settings want it."""
 
-    def __init__(self, settings: DecodeSettings, mask_id: int, precision: Precision | None = None) -> None:
+    def __init__(self, settings: DecodeSettings, mask_id: int, vocabulary: int,
+                 precision: Precision | None = None) -> None:
         """`precision` of the model, where it is known: an error then says what may help."""
         self._settings, self._mask_id, self._precision = settings, mask_id, precision
         self._accept = policy(settings)
-        self.needs_logits = settings.temperature > 0 or settings.acceptance == "credit"
+        self.candidates = draws_from(settings, vocabulary)  # wanted of each place
+        self.needs_logits = not self.candidates and (settings.temperature > 0 or settings.acceptance == "credit")
 
     def apply(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> Chosen:
         """Take row i of the outputs, predictions for `asked_places`.
@@ -64,6 +66,11 @@ class Outcome:
     def _choose(self, row: Row, gaps: Ints, outputs: ForwardOutputs, i: int) -> tuple[Ints, Reals]:
         """Tokens [m] for the masked places and their confidences [m]."""
         m, settings = len(gaps), self._settings
+        if self.candidates and m:
+            assert outputs.candidates is not None
+            ids, best = outputs.candidates.token_ids[i, :m], outputs.candidates.logits[i, :m]
+            self._check_finite(row, best[:, 0])
+            return sample_best(ids, best, outputs.confidence[i, :m], settings, row.rng)
         if not self.needs_logits or not m:
             return outputs.token_ids[i, :m], outputs.confidence[i, :m]
         assert outputs.logits is not None

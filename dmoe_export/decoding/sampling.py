@@ -1,4 +1,4 @@
-"""Choosing tokens from logits with temperature, top-k and top-p."""
+"""Choosing tokens from logits with temperature, top-k and top-p, or from the best few of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.backend import Ints
+from ..runtime.candidates import MOST
 from .settings import DecodeSettings
 
 Reals = NDArray[np.floating[Any]]
@@ -32,9 +33,36 @@ def sample(logits: Reals, settings: DecodeSettings, rng: np.random.Generator) ->
     The confidence is the model's own probability of the drawn token (temperature 1, no filter): filters must not make a
     guess look certain.
     """
-    drawn = np.array([_draw(row, settings, u) for row, u in zip(logits, rng.random(len(logits)), strict=True)],
-                     dtype=np.int64)
+    drawn = np.zeros(len(logits), np.int64)
+    for i, (row, u) in enumerate(zip(logits, rng.random(len(logits)), strict=True)):
+        rising = np.sort(-row)[:settings.top_k or None]  # numbers alone: several times as fast as to sort tokens
+        place = _draw(-rising, settings, u)
+        equals = place - np.searchsorted(rising, rising[place])  # of equal logits the lower token comes first
+        drawn[i] = np.flatnonzero(row == -rising[place])[equals]
     return drawn, _probabilities(logits, drawn)
+
+
+def draws_from(settings: DecodeSettings, vocabulary: int) -> int:
+    """How many of the best tokens are enough for `sample_best`; 0 where it takes all logits.
+
+    Without `top_k`, temperature and `top_p` share out a sum over all tokens; credit raises any token.
+    """
+    enough = settings.temperature > 0 and 0 < settings.top_k <= MOST and settings.acceptance != "credit"
+    return min(settings.top_k, vocabulary) if enough else 0
+
+
+def sample_best(token_ids: NDArray[np.int32], logits: Reals, best: Reals, settings: DecodeSettings,
+                rng: np.random.Generator) -> tuple[Ints, Reals]:
+    """As `sample`, from the best tokens alone: ids and logits [m, K], best first; K as `draws_from` says, or more.
+
+    The same tokens, bit for bit. The confidences follow from `best` [m], the best token's, and are as exact as that:
+    a sum in float32, where `sample` has float64.
+    """
+    ids, values = token_ids[:, :settings.top_k], logits[:, :settings.top_k].astype(np.float64)
+    places = np.array([_draw(row, settings, u) for row, u in zip(values, rng.random(len(values)), strict=True)],
+                      dtype=np.int64)
+    rows = np.arange(len(values))
+    return ids[rows, places].astype(np.int64), (best * np.exp(values[rows, places] - values[:, 0])).astype(np.float32)
 
 
 def _probabilities(logits: Reals, tokens: Ints) -> Reals:
@@ -47,13 +75,9 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _draw(logits: np.ndarray, settings: DecodeSettings, u: float) -> int:
-    """Inverse-CDF draw, best token first, so that one uniform number decides."""
-    order = np.argsort(-logits, kind="stable")
-    if settings.top_k:
-        order = order[:settings.top_k]
-    probs = _softmax(logits[order] / settings.temperature)
-    cumulative = probs.cumsum()
+    """Inverse-CDF draw among logits in falling order, so that one uniform number decides; the place drawn."""
+    cumulative = _softmax(logits / settings.temperature).cumsum()
     if settings.top_p < 1:
         keep = int(np.searchsorted(cumulative, settings.top_p)) + 1  # the one that crosses stays
         cumulative = cumulative[:keep]
-    return int(order[min(int(np.searchsorted(cumulative, u * cumulative[-1], side="right")), len(cumulative) - 1)])
+    return min(int(np.searchsorted(cumulative, u * cumulative[-1], side="right")), len(cumulative) - 1)

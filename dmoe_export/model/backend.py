@@ -9,6 +9,7 @@ import torch
 
 from ..runtime.backend import ForwardInputs, ForwardOutputs, Limits
 from ..runtime.cache import HostCache
+from ..runtime.candidates import best_of
 from ..runtime.salient import PARTS, Arrays, GraphName
 from ..runtime.salient_host import HostSalient
 from .denoiser import Denoiser, Past
@@ -51,7 +52,9 @@ class EagerBackend:
         confidence, token_ids = torch.softmax(allowed, dim=-1).max(dim=-1)
         return ForwardOutputs(token_ids.numpy(), confidence.numpy(), ids,
                               out.logits.numpy() if inputs.want_logits else None,
-                              ([x.numpy() for x in out.keys], [x.numpy() for x in out.values]))
+                              ([x.numpy() for x in out.keys], [x.numpy() for x in out.values]),
+                              best_of(out.logits.numpy(), self.description.mask_id, inputs.candidates)
+                              if inputs.candidates else None)
 
     def close(self) -> None:
         """See `Backend`; the model is its owner's."""

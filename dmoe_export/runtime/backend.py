@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..description import ModelDescription, RoutingDescription
 from ..errors import RequestError
+from .candidates import Candidates
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -28,6 +29,7 @@ class ForwardInputs:
     want_logits: bool = False
     want_keys_values: bool = False
     sequences: tuple[int, ...] | None = None  # [B] whose rows these are, for who counts; None: always the same
+    candidates: int = 0  # K, how many of the best tokens are wanted of each place; 0: the best alone
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class ForwardOutputs:
     expert_ids: NDArray[np.int32]  # [L, B, T, k], −1 = none
     logits: Floats | None  # [B, M, V] when wanted
     keys_values: Any  # what the backend's own cache commits, when wanted
+    candidates: Candidates | None = None  # when wanted; of places that want nothing, anything
 
 
 @dataclass(frozen=True)

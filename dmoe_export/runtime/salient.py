@@ -20,6 +20,7 @@ from ..bundle.reader import Bundle
 from ..description import ModelDescription
 from ..errors import RequestError
 from .backend import Bools, Cache, ForwardInputs, ForwardOutputs, Ints
+from .candidates import Candidates
 
 PARTS = ("key", "value", "context", "ffn")  # per layer; tokens are axis 2 of the first two, axis 1 of the others
 Arrays = dict[str, Any]  # by the graphs' names, `token_ids` …
@@ -45,11 +46,12 @@ class SalientGraphs(Protocol):
     capacities: tuple[int, ...]  # M of each graph of fixed shapes, ascending; none: counts come from the data
 
     def run(self, graph: GraphName, feeds: Arrays, past: Past, old: Any, settings: dict[str, float | int],
-            want_logits: bool) -> tuple[Arrays, Any]:
+            want_logits: bool, candidates: int) -> tuple[Arrays, Any]:
         """What the host wants, as arrays that are the caller's, and the new state; logits only if they are wanted.
 
         `feeds`: host arrays `input_ids`, `position_ids`, `logit_rows`; `unmasked` and `threshold` unless the graph is
-        `fill`. `old`: the state before; None where all rows are recomputed.
+        `fill`. `old`: the state before; None where all rows are recomputed. `candidates`: how many of each place are
+        wanted, as `Candidates` of that name; 0: none.
         """
         ...
 
@@ -131,7 +133,8 @@ class SalientSteps:
         k = d.moe.experts_per_token if d.moe else 0
         out = ForwardOutputs(np.zeros((rows, asked), np.int64), np.zeros((rows, asked), np.float32),
                              np.full((len(d.moe_layers), rows, tokens, k), -1, np.int32),
-                             np.zeros((rows, asked, d.vocab_size), np.float32) if inputs.want_logits else None, None)
+                             np.zeros((rows, asked, d.vocab_size), np.float32) if inputs.want_logits else None, None,
+                             _no_candidates(rows, asked, inputs.candidates) if inputs.candidates else None)
         results: list[SalientResult | None] = [None] * rows
         states: dict[int, _State] = {}
         for i, step in enumerate(steps):
@@ -144,6 +147,9 @@ class SalientSteps:
                 out.expert_ids[:, i, :t] = got["expert_ids"][:, 0]
             if out.logits is not None:
                 out.logits[i, :m] = got["logits"][0]
+            if out.candidates is not None:
+                out.candidates.token_ids[i, :m] = got["candidates"].token_ids[0]
+                out.candidates.logits[i, :m] = got["candidates"].logits[0]
         if isinstance(self._graphs, WatchesSteps):
             self._graphs.step_ends(inputs, out.expert_ids)
         self._states |= states
@@ -181,7 +187,7 @@ class SalientSteps:
 
         Outputs, the new state of the range, what it recomputed, and the need to remember.
         """
-        ids, options = feeds["input_ids"], (inputs.settings, inputs.want_logits)
+        ids, options = feeds["input_ids"], (inputs.settings, inputs.want_logits, inputs.candidates)
         need, overflowed = state.need if state else None, False
         if state is not None and not step.dense:
             unmasked = ids != state.ids[-ids.shape[1]:]
@@ -218,6 +224,11 @@ class SalientSteps:
         usable = [m for m in self._graphs.capacities if entering <= m <= tokens]  # a range has no more rows to list
         roomy = [m for m in usable if need is not None and m >= 2 * need]
         return next(iter(roomy or usable[-1:]), None)
+
+
+def _no_candidates(rows: int, places: int, count: int) -> Candidates:
+    return Candidates(np.full((rows, places, count), -1, np.int32),
+                      np.full((rows, places, count), -np.inf, np.float32))
 
 
 def salient_files(bundle: Bundle, capacity: int | None, fixed_only: bool = False) -> dict[GraphName, GraphEntry]:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from ..description import ModelDescription
+from .candidates import best_of
 from .salient import PARTS, Arrays, GraphName, Past
 
 
@@ -22,7 +23,7 @@ class HostSalient(ABC):
         """All outputs of a graph but, unless wanted, the logits."""
 
     def run(self, graph: GraphName, feeds: Arrays, past: Past, old: Arrays | None, settings: dict[str, float | int],
-            want_logits: bool) -> tuple[Arrays, Arrays]:
+            want_logits: bool, candidates: int) -> tuple[Arrays, Arrays]:
         """See `SalientGraphs`."""
         layers = range(self.description.num_layers)
         feeds = {**feeds, "past_positions": past.positions}
@@ -32,7 +33,9 @@ class HostSalient(ABC):
                                                  else getattr(past.cached, of)[layer])
         if graph != "fill":
             feeds |= {f"range_{name}": value for name, value in (old or self._nothing(feeds)).items()}
-        got = self.compute(graph, feeds, settings, want_logits)
+        got = self.compute(graph, feeds, settings, want_logits or candidates > 0)
+        if candidates:
+            got["candidates"] = best_of(got["logits"], self.description.mask_id, candidates)
         state = {name: got.pop(name) for name in self._names()}
         return got, state
 

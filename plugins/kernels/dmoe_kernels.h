@@ -1,6 +1,6 @@
 /* The C functions of libdmoe_plugins.so (CUDA) and libdmoe_kernels_cpu.so (emulation): one header, same meaning.
  *
- * Semantics: dmoe_export/ops/block_route/__init__.py and dmoe_export/ops/experts/__init__.py.
+ * Semantics: the folders of dmoe_export/ops/; of dmoe_candidates() dmoe_export/runtime/candidates.py.
  * Every pointer is a device pointer (emulation: host pointer), 16-byte aligned, contiguous, and must stay valid until
  * the stream has run the work. Weights may also be pinned host memory, which a device reads at the same address.
  * `stream` is a cudaStream_t; the emulation ignores it. Nothing here waits for the device or allocates, so the calls can
@@ -214,6 +214,25 @@ DMOE_API int64_t dmoe_head_workspace_bytes(const DmoeHeadShape *shape);
 DMOE_API int dmoe_head(const DmoeHeadShape *shape, const DmoeHeadAttributes *attributes, const void *hidden,
                        const void *norm, const void *weight, const int64_t *logit_rows, int64_t *token_ids,
                        float *confidence, float *logits, void *workspace, void *stream);
+
+typedef struct DmoeCandidatesShape {
+    int32_t rows;       /* B */
+    int32_t wanted;     /* M, places of a row whose candidates are wanted; B * M may be 0 */
+    int32_t kept;       /* L, M or more: places of a row that have logits */
+    int32_t vocabulary; /* V, 2..2^24 */
+    int32_t candidates; /* K, 1..1024 */
+} DmoeCandidatesShape;
+
+/* Bytes of the workspace dmoe_candidates() needs for this shape, or a negative DMOE_ERROR_*. */
+DMOE_API int64_t dmoe_candidates_workspace_bytes(const DmoeCandidatesShape *shape);
+
+/* The K best tokens of each place: logits [B, L, V] -> token_ids and values [B, M, K], best first. Equal logits: the lower
+ * token first; NaN is above all; mask_id is no candidate (outside 0..V-1: every token may be one). Where there are fewer
+ * than K tokens, id -1 and value minus infinity fill the rest. Two launches; for M places of V logits B * M * V / 128 at
+ * most 2^30 where V is up to 2^18. workspace: dmoe_candidates_workspace_bytes() bytes, 256-byte aligned, contents
+ * irrelevant. */
+DMOE_API int dmoe_candidates(const DmoeCandidatesShape *shape, int32_t mask_id, const float *logits, int32_t *token_ids,
+                             float *values, void *workspace, void *stream);
 
 /* What a returned code means, one sentence; a static string. */
 DMOE_API const char *dmoe_error_string(int code);

@@ -28,6 +28,8 @@ from gpu_common import KernelLibrary, RouteAttributesC, gpu_missing
 from gpu_findings import LINES, append_finding, write_summary
 from gpu_torch_loop import loop, steps_of
 
+from dmoe_export.runtime.gpu.candidates import CandidateKernel
+
 BENCHMARKS = Path(gpu.__file__).parents[2] / "benchmarks"
 
 
@@ -109,6 +111,14 @@ class TestBenchmarks:
         monkeypatch.setattr(gpu_kernels, "HEADS", {"mini": (300, 64)})
         for module in (gpu_kernels, gpu_head):
             monkeypatch.setattr(module, "time_calls", functools.partial(gpu_common.time_calls, replays=2, warm_up=1))
+        monkeypatch.setattr(gpu_head, "PLACES", 1)
+        monkeypatch.setattr(gpu_kernels, "CANDIDATES", (50,))
+
+        class Later(CandidateKernel):
+            def enqueue(self, *a):
+                device.fake.enqueue(a[-1], lambda: CandidateKernel.enqueue(self, *a))
+
+        monkeypatch.setattr(gpu_kernels, "CandidateKernel", Later)
         seen, kept = [], {}
         result = gpu_kernels.run(device, library, quick=True, geometries={"mini": (12, 2, 64, 32)},
                                  baseline=lambda *a: seen.append(a) or {"graph_ms": 4.0}, copy_bytes=1 << 20,
@@ -127,13 +137,14 @@ class TestBenchmarks:
         assert [(r["type"], r["tokens"]) for r in result["head"]] == [("fp16", 32), ("bf16", 32)]
         assert result["head"][0]["bytes_per_second"] == pytest.approx(2 * 300 * 64 / 2e-3)
         assert "head fp16 V 300 H 64 N  32: 2000.0 us" in gpu_kernels.table(result)
+        assert "candidates   50 of V 300 N   1: 500.0 us" in gpu_kernels.table(result)
         assert "L2 warm" not in gpu_kernels.table(result) and "of copy" in gpu_kernels.table(result)
         path = gpu_common.write_result(result, tmp_path)
         monkeypatch.setattr(sys, "argv", ["gpu_outcome.py", str(tmp_path)])
         gpu_outcome.main()
         assert "| experts int4, 5 active |" not in capsys.readouterr().out, "another size than the predicted one"
         assert path.name.startswith("gpu_kernels_host-memory_20") and json.loads(path.read_text()) == result
-        assert len(kept) == 15 and kept["kernels experts int4 H64 N32 active 2"] == result["experts"][9]
+        assert len(kept) == 16 and kept["kernels experts int4 H64 N32 active 2"] == result["experts"][9]
         lines = gpu_outcome.kernels_table(result)
         assert len([line for line in lines if line.startswith("| route")]) == 1
 

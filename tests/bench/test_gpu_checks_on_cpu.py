@@ -18,7 +18,7 @@ import pytest
 from conftest import SAMPLE
 from device_helpers import host_backend
 from fake_cudart import HostDevice
-from gpu import expert_checks, replay, route_checks, sanitizer_driver
+from gpu import candidates_checks, expert_checks, replay, route_checks, sanitizer_driver
 from gpu import test_gpu_generation as generation_tests
 from gpu import test_gpu_sanitizer as sanitizer_tests
 from gpu.conftest import missing_custom_ops
@@ -104,6 +104,15 @@ def test_same_bits_and_graphs(space):
     case = ExpertCase("fp16", routed_ids(19, 2, 6, 5), 6, 72, 24)
     expert_checks.check_same_bits(space, case, runs=2)
     expert_checks.check_graph_follows_inputs(space, case)
+
+
+def test_candidates(space):
+    logits = np.random.default_rng(0).normal(size=(2, 3, 700)).astype(np.float32)
+    candidates_checks.check_candidates(space, logits, 5, 8, 2)
+    kernel = candidates_checks.best_of
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr(candidates_checks, "best_of", lambda logits, mask_id, count: kernel(logits, -1, count))
+        candidates_checks.check_candidates(space, logits, int(logits[0, 0].argmax()), 8, 2)
 
 
 def test_no_tokens(space):

@@ -39,8 +39,12 @@ def summary(counts: Counter[str], seconds: float) -> dict[str, Any]:
             "host_ms": 1e3 * seconds}
 
 
-def run(bundle: Bundle, prompts: list[list[int]], new_tokens: int, **how: Any) -> dict[str, Any]:
-    """One generation; every forward's counts, and a denoise step's as it is when nothing is new any more."""
+def run(bundle: Bundle, prompts: list[list[int]], new_tokens: int, asked: dict[str, Any] | None = None,
+        **how: Any) -> dict[str, Any]:
+    """One generation; every forward's counts, and a denoise step's as it is when nothing is new any more.
+
+    `asked`: options beside the usual ones.
+    """
     device = StubDevice()
     backend = open_onnxruntime_cuda(bundle, device, **how)
     forward, steps, replays = backend.forward, [], []
@@ -63,7 +67,7 @@ def run(bundle: Bundle, prompts: list[list[int]], new_tokens: int, **how: Any) -
         return outputs
 
     backend.forward = counted  # type: ignore[method-assign]
-    answers = Generator(bundle, backend).generate(prompts, max_new_tokens=new_tokens, **OPTIONS)
+    answers = Generator(bundle, backend).generate(prompts, max_new_tokens=new_tokens, **OPTIONS, **(asked or {}))
     graphs = backend.graphs
     return {"placement": backend.placement, "cpu_ops": _on_the_cpu(backend._executor), "violations": violations,
             "tokens": [len(answer.token_ids) for answer in answers], "shapes": sorted(shapes),
@@ -171,6 +175,7 @@ def main() -> None:
             **({} if options.no_bodies else {"bodies": {"cuda_graphs": False, "custom_ops": "off"}})}
     result = {"onnxruntime": ort.__version__, "rules": rules(),
               "runs": {name: run(bundle, [prompt], 96, **how) for name, how in ways.items()},
+              "drawing": run(bundle, [prompt], 96, {"temperature": 0.8, "top_k": 5}, custom_ops="on"),
               "batch": run(bundle, [prompt, prompt[:9], prompt[:40]], 160, custom_ops="on")}
     if options.prefill:
         tokens = [5 + i % 80 for i in range(options.prefill)]

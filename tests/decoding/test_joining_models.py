@@ -18,9 +18,9 @@ from dmoe_export.runtime.gpu.device import DeviceMemoryError
 
 pytestmark = pytest.mark.usefixtures("our_kernels")
 
-ANY = [{}, {"temperature": 0.8, "seed": 5, "top_p": 0.9}, {"acceptance": "fixed", "steps": 5},
-       {"acceptance": "hierarchy", "threshold": 0.3}, {"edit_threshold": 0.2, "edit_passes": 2},
-       {"acceptance": "credit", "threshold": 0.4}, {"cache": "none"}]
+ANY = [{}, {"temperature": 0.8, "seed": 5, "top_p": 0.9}, {"temperature": 0.8, "seed": 6, "top_k": 4},
+       {"acceptance": "fixed", "steps": 5}, {"acceptance": "hierarchy", "threshold": 0.3},
+       {"edit_threshold": 0.2, "edit_passes": 2}, {"acceptance": "credit", "threshold": 0.4}, {"cache": "none"}]
 CAUSAL = [{"schedule": "reference"}, {"threshold": 0.2}]
 FULL = [{"cache": "prefix"}, {"cache": "dual", "block_length": 16}, {"cache": "dual"}]
 TOP_P = [{"coreset_top_p": 0.3}, {"min_experts": 4, "coreset_top_p": 0.1}]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from candidates_helpers import draw
 from head_helpers import make_case
 from kernel_helpers import BF16, FP16
 
-from . import expert_checks, head_checks, route_checks
+from . import candidates_checks, expert_checks, head_checks, route_checks
 from .expert_checks import ExpertCase, QuantisedCase, odd_ids, routed_ids
 
 MINI, FLASH = (2048, 512), (4096, 1024)  # H, I of LLaDA2.0
@@ -120,3 +121,11 @@ def test_quantised_experts_same_bits_and_in_graphs(space, bits, tokens):
     (1, 1100, 3, 264, 1_000), (3, 7, 7, 8, 2), (1, 33, 0, 72, 129)])
 def test_head(space, kind, rows, wanted, kept, hidden, vocabulary):
     head_checks.check_head(space, make_case(kind, rows, 40, wanted, kept, hidden, vocabulary, mask_id=vocabulary - 1))
+
+
+@pytest.mark.parametrize("kind", ["spread", "near", "few", "equal", "special"])
+@pytest.mark.parametrize(("rows", "wanted", "kept", "vocabulary", "count"), [
+    (1, 32, 32, 157_184, 50), (2, 5, 32, 40_001, 1024), (1, 1, 1, 300_007, 1), (3, 7, 9, 2, 4)])
+def test_candidates(space, kind, rows, wanted, kept, vocabulary, count):
+    logits = draw(np.random.default_rng(count), (rows, kept, vocabulary), kind)
+    candidates_checks.check_candidates(space, logits, vocabulary - 1, count, wanted)

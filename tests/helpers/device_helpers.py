@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from candidates_helpers import emulated_ops
 from fake_cudart import HostDevice
 
 from dmoe_export.decoding.loop import BlockDiffusion
 from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.runtime.gpu.backend import DeviceBackend
+from dmoe_export.runtime.gpu.candidates import CandidateKernel
 from dmoe_export.runtime.gpu.memory import Pool
 from dmoe_export.runtime.gpu.onnxruntime import OnnxRuntimeExecutor
 from dmoe_export.runtime.gpu.shared_weights import SharedExperts
@@ -57,6 +59,16 @@ def host_backend(bundle, cuda_graphs=False, recordable=True, custom_ops=None, **
 
     backend = DeviceBackend("host", bundle, device, pool, stream, executor, find_graph, cuda_graphs)
     backend.fake, backend.executor, backend.salient_executors = device.fake, executor, salient
+    return backend
+
+
+def ranking(backend):
+    """The backend with the emulated kernel for candidates, which runs when its turn on the stream comes."""
+    class Kernel(CandidateKernel):
+        def enqueue(self, *arguments):
+            backend.fake.enqueue(arguments[-1], lambda: CandidateKernel.enqueue(self, *arguments))
+
+    backend._logits._opened, backend._logits._kernel = True, Kernel(emulated_ops())
     return backend
 
 

@@ -10,6 +10,7 @@ from dmoe_export.decoding.loop import BlockDiffusion
 from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.description import ModelDescription, RoutingDescription
 from dmoe_export.runtime.backend import ForwardOutputs, Limits
+from dmoe_export.runtime.candidates import best_of
 
 N, EOS, MASK, VOCAB = 4, 1, 2, 24
 
@@ -94,7 +95,8 @@ class Toy:
         probabilities /= probabilities.sum(-1, keepdims=True)
         return ForwardOutputs(probabilities.argmax(-1), probabilities.max(-1).astype(np.float32),
                               np.zeros((0, *inputs.input_ids.shape, 0), np.int32),
-                              logits if inputs.want_logits else None, keys_values)
+                              logits if inputs.want_logits else None, keys_values,
+                              best_of(logits, MASK, inputs.candidates) if inputs.candidates else None)
 
     def _hash(self, query, keys, level):
         full = self.description.attention == "full"

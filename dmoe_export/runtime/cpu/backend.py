@@ -14,6 +14,7 @@ from ...bundle.reader import Bundle
 from ...errors import MissingRequirementError
 from ..backend import ForwardInputs, ForwardOutputs, Limits, closed
 from ..cache import HostCache
+from ..candidates import Candidates, best_of
 from ..edited import EditedGraph
 from ..library import ExpertSource
 from .library import CpuOps
@@ -92,23 +93,26 @@ class OnnxRuntimeBackend:
         head = Wanted(inputs.logit_rows, inputs.input_ids.shape[1])
         feeds: dict[str, Any] = {"input_ids": inputs.input_ids, "position_ids": inputs.position_ids,
                                  "past_positions": cache.positions, "logit_rows": head.logit_rows}
+        logits_leave = inputs.want_logits or inputs.candidates > 0
         if self._keeps_logits:
-            feeds[KEPT] = np.zeros(head.logit_rows.shape[1] if inputs.want_logits else 1, np.int64)
+            feeds[KEPT] = np.zeros(head.logit_rows.shape[1] if logits_leave else 1, np.int64)
         for name, default in self._defaults.items():
             feeds[name] = np.asarray([inputs.settings.get(name, default[0])], default.dtype)
         feeds.update(zip((f"past_{name}" for name in self._kv_names), (*cache.keys, *cache.values), strict=True))
         wanted = ["token_ids", "confidence", *(["expert_ids"] if self.description.moe else [])]
-        if inputs.want_logits:
+        if logits_leave:
             wanted.append("logits")
         if inputs.want_keys_values:
             wanted += self._kv_names
         results = dict(zip(wanted, session.run(wanted, feeds), strict=True))
         layers = self.description.num_layers
         new = [results[name] for name in self._kv_names] if inputs.want_keys_values else []
+        found = (best_of(results["logits"], self.description.mask_id, inputs.candidates) if inputs.candidates else None)
         return ForwardOutputs(head.spread(results["token_ids"]), head.spread(results["confidence"]),
                               results.get("expert_ids", np.zeros((0, *inputs.input_ids.shape, 0), np.int32)),
                               head.spread(results["logits"]) if inputs.want_logits else None,
-                              (new[:layers], new[layers:]) if new else None)
+                              (new[:layers], new[layers:]) if new else None,
+                              found and Candidates(head.spread(found.token_ids), head.spread(found.logits)))
 
     def close(self) -> None:
         """See `Backend`: a forward in progress keeps its session until it ends."""

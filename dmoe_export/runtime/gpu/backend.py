@@ -15,6 +15,7 @@ from ..backend import ForwardInputs, ForwardOutputs, closed
 from ..library import Kernels
 from .cache import DeviceCache, DevicePart, Positions
 from .call import ITEMSIZES, Call, Executor, Layout, Settings, Sizes, Tensor
+from .candidates import LogitsTaker
 from .device import Device
 from .graphs import GraphCache
 from .memory import Pool
@@ -34,11 +35,12 @@ class DeviceBackend:
 
     def __init__(self, name: str, bundle: Bundle, device: Device, pool: Pool, stream: int, executor: Executor,
                  find_graph: Callable[[GraphEntry], Callable[[], Executor]], cuda_graphs: bool = True,
-                 lock: threading.RLock | None = None) -> None:
+                 lock: threading.RLock | None = None, ranking: Path | None = None) -> None:
         """`pool` and `executor` must use `stream`. `cuda_graphs`: record steps of one block that repeat.
 
         `lock` is taken around everything that is enqueued on `stream`; others who use the stream share it.
         `find_graph`: what opens an executor of another graph of the bundle, for salient steps.
+        `ranking`: the library whose kernel ranks candidates; None: the host does.
         """
         manifest = bundle.manifest
         self.name, self.limits = name, executor.limits
@@ -54,6 +56,7 @@ class DeviceBackend:
         self._bundle, self._find_graph = bundle, find_graph
         self._salient: dict[int | None, DeviceSalient] = {}
         self._staging = Staging(device, pool, stream)
+        self._logits = LogitsTaker(self._staging, stream, d.mask_id, ranking)
         self._closed = False
         self._dropped: Slab | None = None  # where keys and values go that nobody wants
 
@@ -83,8 +86,8 @@ class DeviceBackend:
                 raise closed(self.name)
             if capacity not in self._salient:
                 self._salient[capacity] = DeviceSalient(
-                    self.name, self._bundle, capacity, self._find_graph, self._staging, self._pool, self._stream,
-                    self._lock, self.graphs is not None)
+                    self.name, self._bundle, capacity, self._find_graph, self._staging, self._logits, self._pool,
+                    self._stream, self._lock, self.graphs is not None)
             return self._salient[capacity]
 
     def forward(self, inputs: ForwardInputs, cache: DeviceCache | DevicePart) -> ForwardOutputs:
@@ -119,7 +122,7 @@ class DeviceBackend:
         step = block if (inputs.logit_rows >= 0).any() else 1
         sizes = self._executor.fit(Sizes(rows, tokens, past.length, wanted), step)
         # Places of a row whose logits leave: all of them, where the graph is older than `logits_kept`.
-        kept = sizes.rows if inputs.want_logits or not self._keeps_logits else 1
+        kept = sizes.rows if inputs.want_logits or inputs.candidates or not self._keeps_logits else 1
         staged = self._stage(inputs, past.table, sizes, kept)
         experts = (len(d.moe_layers), rows, sizes.tokens, d.moe.experts_per_token if d.moe else 0)
         results = Layout([("token_ids", (rows, sizes.rows), "int64"), ("confidence", (rows, sizes.rows), "fp32"),
@@ -128,8 +131,9 @@ class DeviceBackend:
         places = (staged["input_ids"].address, self._staging.buffer("results", results.size),
                   self._staging.buffer("logits", rows * kept * d.vocab_size * 4))
 
+        logits = Tensor(places[2], (rows, kept, d.vocab_size), "fp32")
+
         def call() -> Call:
-            logits = Tensor(places[2], (rows, kept, d.vocab_size), "fp32")
             positions = Tensor(past.positions_address, (rows, past.length), "int64")
             return Call(sizes, {**staged, "past_positions": positions, **self._layers("past_", past)},
                         {**results.tensors(places[1]), "logits": logits, **self._layers("", new)})
@@ -141,15 +145,15 @@ class DeviceBackend:
         else:
             self._executor.execute(call(), self._stream)
         fetched = self._staging.fetch(results, places[1])
-        logits = (self._staging.fetch_logits(places[2], (rows, kept, d.vocab_size), wanted)
-                  if inputs.want_logits else None)
+        taken = self._logits.take(logits, wanted, inputs.want_logits, inputs.candidates)
         self._device.synchronize(self._stream)
         past.table.stale = False
+        all_of_them, best = taken()
         return ForwardOutputs(results.view(fetched, "token_ids")[:, :wanted].copy(),
                               results.view(fetched, "confidence")[:, :wanted].copy(),
                               results.view(fetched, "expert_ids")[:, :, :tokens].copy() if d.moe
                               else np.zeros((0, rows, tokens, 0), np.int32),
-                              None if logits is None else logits.copy(), new if inputs.want_keys_values else None)
+                              all_of_them, new if inputs.want_keys_values else None, best)
 
     def _stage(self, inputs: ForwardInputs, table: Positions, sizes: Sizes,
                kept: int) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from ..library import kernels_of
 from ..ort import FATAL, ort
 from .backend import DeviceBackend
 from .call import Call, Sizes, Tensor, round_up
+from .candidates import installed
 from .custom_ops import SERVED, CustomOps, check_session, choose_custom_ops, prepare_session
 from .device import CPU_INSTEAD, CudaDevice, Device, DeviceError
 from .memory import Pool
@@ -226,6 +227,7 @@ def open_onnxruntime_cuda(bundle: Bundle, device: Device | None = None, cuda_gra
 
     executor = checked(opening(profile=profile))
     backend = DeviceBackend("onnxruntime-cuda", bundle, device, pool, stream, executor,
-                            lambda graph: lambda: checked(opening(graph=graph)), cuda_graphs)
+                            lambda graph: lambda: checked(opening(graph=graph)), cuda_graphs,
+                            ranking=None if custom_ops == "off" else installed())
     backend.kernels = executor.kernels
     return backend

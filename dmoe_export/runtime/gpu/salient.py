@@ -17,6 +17,7 @@ from ..backend import closed
 from ..salient import PARTS, Arrays, GraphName, Past, salient_files
 from .cache import DevicePart
 from .call import ITEMSIZES, Call, Executor, Layout, Settings, Sizes, Tensor
+from .candidates import LogitsTaker
 from .graphs import GraphCache
 from .memory import Pool
 from .slab import Geometry, Slab, copy_tokens
@@ -50,10 +51,12 @@ class DeviceSalient:
     """`SalientGraphs` over executors, each opened when its graph first runs."""
 
     def __init__(self, name: str, bundle: Bundle, capacity: int | None,
-                 find_graph: Callable[[GraphEntry], Callable[[], Executor]], staging: Staging, pool: Pool, stream: int,
-                 lock: threading.RLock, cuda_graphs: bool) -> None:
-        """`name`, `staging`, `pool`, `stream` and `lock` are the backend's. Raises RequestError where the bundle has
-        no graph of this capacity (None: of any fixed one), or `find_graph` cannot run one.
+                 find_graph: Callable[[GraphEntry], Callable[[], Executor]], staging: Staging, logits: LogitsTaker,
+                 pool: Pool, stream: int, lock: threading.RLock, cuda_graphs: bool) -> None:
+        """`name`, `staging`, `logits`, `pool`, `stream` and `lock` are the backend's.
+
+        Raises RequestError where the bundle has no graph of this capacity (None: of any fixed one), or `find_graph`
+        cannot run one.
         """
         manifest = bundle.manifest
         self.description = d = manifest.model
@@ -62,19 +65,20 @@ class DeviceSalient:
                          for graph, entry in salient_files(bundle, capacity, fixed_only=True).items()}
         self.capacities = tuple(sorted(graph for graph in self._openers if isinstance(graph, int)))
         self._name, self._bundle = name, bundle
-        self._staging, self._pool, self._stream, self._lock = staging, pool, stream, lock
+        self._staging, self._logits = staging, logits
+        self._pool, self._stream, self._lock = pool, stream, lock
         self._cuda_graphs, self._closed = cuda_graphs, False
         self._block, self._settings = manifest.routing.block_length, Settings(manifest.routing)
         self.opened: dict[GraphName, tuple[Executor, GraphCache | None]] = {}  # with its recorded steps
         self._geometries = state_geometries(d, manifest.precision)
 
     def run(self, graph: GraphName, feeds: Arrays, past: Past, old: DeviceState | None,
-            settings: dict[str, float | int], want_logits: bool) -> tuple[Arrays, DeviceState]:
+            settings: dict[str, float | int], want_logits: bool, candidates: int) -> tuple[Arrays, DeviceState]:
         """See `SalientGraphs`. Raises DeviceError when the device fails."""
         with self._lock:
             if self._closed:
                 raise closed(self._name)
-            return self._run(graph, feeds, past, old, settings, want_logits)
+            return self._run(graph, feeds, past, old, settings, want_logits, candidates)
 
     def cut(self, state: DeviceState, at: int) -> tuple[DeviceState, DeviceState]:
         """See `SalientGraphs`."""
@@ -105,7 +109,7 @@ class DeviceSalient:
         self._openers.clear()  # they may hold weights
 
     def _run(self, graph: GraphName, feeds: Arrays, past: Past, old: DeviceState | None,
-             settings: dict[str, float | int], want_logits: bool) -> tuple[Arrays, DeviceState]:
+             settings: dict[str, float | int], want_logits: bool, candidates: int) -> tuple[Arrays, DeviceState]:
         executor, graphs = self._executor(graph)
         d, tokens, wanted = self.description, feeds["input_ids"].shape[1], feeds["logit_rows"].shape[1]
         sizes = executor.fit(Sizes(1, tokens, past.positions.shape[1], wanted), self._block)
@@ -125,9 +129,10 @@ class DeviceSalient:
         places = (staged["input_ids"].address, self._staging.buffer("results", results.size),
                   self._staging.buffer("logits", sizes.rows * d.vocab_size * 4))
 
+        logits = Tensor(places[2], (1, sizes.rows, d.vocab_size), "fp32")
+
         def call() -> Call:
             before = {f"range_{name}": tensor for name, tensor in self._tensors(old).items()} if old else {}
-            logits = Tensor(places[2], (1, sizes.rows, d.vocab_size), "fp32")
             return Call(sizes, {**staged, **frozen, **before},
                         {**results.tensors(places[1]), "logits": logits, **self._tensors(new)})
 
@@ -137,14 +142,14 @@ class DeviceSalient:
         else:
             executor.execute(call(), self._stream)
         fetched = self._staging.fetch(results, places[1])
-        logits = (self._staging.fetch_logits(places[2], (1, sizes.rows, d.vocab_size), wanted)
-                  if want_logits else None)
+        taken = self._logits.take(logits, wanted, want_logits, candidates)
         self._pool.device.synchronize(self._stream)
         if past.cached is not None:
             past.cached.table.stale = False
         got = {name: results.view(fetched, name).copy() for name in results.names}
         got |= {name: got[name][:, :wanted] for name in ("token_ids", "confidence")}
-        return (got if logits is None else got | {"logits": logits.copy()}), new
+        all_of_them, best = taken()
+        return got | {"logits": all_of_them, "candidates": best}, new
 
     def _past(self, past: Past) -> tuple[dict[str, Tensor], Hashable]:
         """Tensors of what a step does not change, but for staged positions; what tells their addresses."""

@@ -65,9 +65,9 @@ class Staging:
             positions[:size].view(np.int64)[:] = table.values.ravel()
             self._device.copy(table.address, positions.ctypes.data, size, self._stream)
 
-    def fetch(self, layout: Layout, address: int) -> NDArray[np.uint8]:
-        """Enqueue fetching arrays; the host's copy of the block, valid until the next fetch."""
-        fetched = self.host("results", layout.size)
+    def fetch(self, layout: Layout, address: int, name: str = "results") -> NDArray[np.uint8]:
+        """Enqueue fetching arrays; the host's copy of the block, valid until the next fetch of that name."""
+        fetched = self.host(name, layout.size)
         self._device.copy(fetched.ctypes.data, address, layout.size, self._stream)
         return fetched
 

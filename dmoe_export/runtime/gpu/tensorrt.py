@@ -19,6 +19,7 @@ from ..backend import Limits
 from ..expert_layout import fragments_of
 from .backend import DeviceBackend
 from .call import Call, Sizes
+from .candidates import installed
 from .device import CudaDevice, Device, DeviceError, DeviceMemoryError
 from .expert_pools import DeviceExperts
 from .memory import Buffer, Piece, Pool, upload
@@ -270,4 +271,6 @@ def _open(bundle: Bundle, device: Device | None, cuda_graphs: bool,
         other = engine_beside(bundle, entry, graph, trt)
         return lambda: TensorRTExecutor(bundle, other, trt, pool, stream, beside=executor)
 
-    return DeviceBackend("tensorrt", bundle, device, pool, stream, executor, find_graph, cuda_graphs, lock), executor
+    backend = DeviceBackend("tensorrt", bundle, device, pool, stream, executor, find_graph, cuda_graphs, lock,
+                            installed())
+    return backend, executor

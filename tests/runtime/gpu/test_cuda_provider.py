@@ -92,6 +92,15 @@ def test_a_recorded_step_is_four_calls(sample):
     assert [recorded["replayed_step"][kind] for kind in same] == [plain["step"][kind] for kind in same]
 
 
+def test_drawing_adds_two_launches_and_a_small_copy(sample):
+    """Behind the recorded step, which is the greedy one; logits stay on the device."""
+    greedy, drawing = sample["runs"]["custom ops, recorded"]["replayed_step"], sample["drawing"]["replayed_step"]
+    assert sample["drawing"]["violations"] == []
+    assert [drawing[kind] - greedy[kind] for kind in ("launches", "copies", "sets", "library_calls")] == [2, 1, 0, 0]
+    launches = {name: count for name, count in drawing["calls"].items() if name.startswith("cudaLaunch")}
+    assert sum(launches.values()) == 2 and {**drawing["calls"], "cudaMemcpyAsync": 2} == REPLAYED | launches
+
+
 def test_a_batch_with_a_growing_cache(sample):
     batch = sample["batch"]
     assert batch["tokens"] == [160] * 3 and batch["replayed_step"]["calls"] == REPLAYED

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from device_helpers import decode, host_backend
+from device_helpers import decode, host_backend, ranking
 
 from dmoe_export.errors import RequestError
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
@@ -33,13 +33,22 @@ def same(bundle, got, **options):
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("options", [{"salient_capacity": 16}, {"salient_capacity": 4},
-                                     {"salient_capacity": 16, "temperature": 1.0, "seed": 3}])
+                                     {"salient_capacity": 16, "temperature": 1.0, "seed": 3},
+                                     {"salient_capacity": 16, "temperature": 1.0, "seed": 3, "top_k": 5}])
 def test_block_diffusion(salient_block, graphs, options):
     """A batch whose rows are in different phases; many steps need more than 4 rows."""
     backend = host_backend(salient_block, graphs)
     statistics = same(salient_block, run(backend, **options), **options)
     assert (statistics[0].salient_overflows > 5) == (options.get("salient_capacity") == 4)
     assert all(len(s.salient_by_step) + s.salient_overflows > 5 for s in statistics)
+
+
+def test_candidates_are_ranked_on_the_device(salient_block):
+    options = {"prompts": PROMPTS[:1], "max_new_tokens": 12, "steps": 4, "salient_capacity": 16, "temperature": 1.0,
+               "top_k": 5}
+    backend = ranking(host_backend(salient_block, True))
+    same(salient_block, run(backend, **options), **options)
+    assert "candidates" in backend._staging._pinned and "logits" not in backend._staging._pinned
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -112,7 +121,7 @@ def test_memory_returns_and_closing_frees_it(bundle, request):
     salient = backend.salient_graphs(None)
     backend.close()
     assert backend.fake.used == 0 and not backend.fake.host
-    for call in (lambda: backend.salient_graphs(None), lambda: salient.run("fill", {}, None, None, {}, False)):
+    for call in (lambda: backend.salient_graphs(None), lambda: salient.run("fill", {}, None, None, {}, False, 0)):
         with pytest.raises(RequestError, match=r"was closed; open the bundle again\.$"):
             call()
 
