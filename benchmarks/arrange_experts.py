@@ -2,8 +2,8 @@
 
     python benchmarks/arrange_experts.py [--megabytes 1024] [--runs 5]
 
-Tensors of LLaDA2.0-mini's shapes (H 2048, I 512, groups of 64) in memory, repeated to that size; the median of the runs,
-each of which writes the same target. A file that is not in the page cache, and the link to the GPU, come on top.
+Tensors with rows of LLaDA2.0-mini (H 2048, I 512, groups of 64) in memory, of that size; the median of the runs, each
+of which writes the same target. A file that is not in the page cache, and the link to the GPU, come on top.
 """
 
 from __future__ import annotations
