@@ -88,7 +88,7 @@ def measure_experts(device: Any, stream: int, library: KernelLibrary, geometry: 
 
 def measure_quantised(device: Any, stream: int, library: KernelLibrary, geometry: tuple[int, int, int, int], bits: int,
                       cases: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """The same with weights of 8 or 4 bits; scales count as bytes of an expert."""
+    """The same with weights of 8 or 4 bits, random in any order; scales count as bytes of an expert."""
     experts, k, hidden, width = geometry
     values = 3 * hidden * width
     results = []

@@ -53,7 +53,7 @@ Geometry = tuple[int, int, int, int]  # E, k, H, I
 
 
 class Weights:
-    """Random weights of all experts on the device, and what each is in float64."""
+    """Random weights of all experts on the device, as its kernels read them, and what each is in float64."""
 
     def __init__(self, memory: Memory, geometry: Geometry, type_name: str, group: int) -> None:
         experts, _, hidden, width = geometry
@@ -81,12 +81,23 @@ class Weights:
         held = self._memory.written(self.addresses[part], expert * size, size)
         if self.bits == 16:
             return to_float64(held.view(np.uint16), self.kind).reshape(rows, depth)
-        if self.bits == 4:
-            held = np.stack([held & 15, held >> 4], -1)
         size = rows * depth // self._group * 2
         scales = self._memory.written(self._scales[part], expert * size, size).view(np.float16).astype(np.float32)
-        values = held.reshape(-1, self._group).astype(np.float32) - 2 ** (self.bits - 1)
-        return (values * scales[:, None]).astype(np.float16).astype(np.float64).reshape(rows, depth)
+        scales = scales.reshape(rows // 16, -1, 16).swapaxes(1, 2).reshape(-1, 1)
+        values = by_rows(held, self.bits, rows).reshape(-1, self._group).astype(np.float32) - 2 ** (self.bits - 1)
+        return (values * scales).astype(np.float16).astype(np.float64).reshape(rows, depth)
+
+
+def by_rows(held: np.ndarray, bits: int, rows: int) -> np.ndarray:
+    """Integers [rows, K] of bytes in fragment order (dmoe_export/ops/experts/fragments.py)."""
+    if bits == 4:  # even k come before odd ones
+        held = np.stack([held & 15, held >> 4], -1).reshape(-1, 2, 4).swapaxes(1, 2)
+    bands, each, found = held.reshape(rows // 16, -1), 8 // bits, []
+    whole = bands.shape[1] // (512 * each) * (512 * each)  # of 4 bits the last block may be half as long
+    for part, steps in ((bands[:, :whole], each), (bands[:, whole:], 1)):
+        blocks = part.reshape(len(bands), -1, 8, 4, steps, 2, 8)  # block, g, q, step, row of two, k
+        found.append(blocks.transpose(0, 2, 5, 1, 4, 3, 6).reshape(rows, -1))
+    return np.concatenate(found, axis=1)
 
 
 def to_float64(words: np.ndarray, kind: str) -> np.ndarray:

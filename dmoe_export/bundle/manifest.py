@@ -185,6 +185,8 @@ class EngineEntry(Frozen):
     precision: Precision
     experts: Literal["inline", "external", "resident"]
     experts_op: Literal["plugin", "onnx"]
+    experts_layout: Literal[1, 2] = Field(1, description="order in which quantised experts are given to it: 1 rows "
+                                          "(older engines, which are refused), 2 fragments")
     profiles: list[ProfileEntry]
     plugin_build: str | None = Field(description="build id of the library its plugins come from; null = no plugins")
     plugin_nodes: int = Field(ge=0, description="custom nodes that are plugins")

@@ -13,6 +13,7 @@ from ..engine.network import plain
 from ..engine.plan import PlanPlugin, PlanTensor, Range
 from ..engine.plugins import EXPERTS_OPS, plugin_ops
 from ..engine.settings import sizes_of
+from ..ops.experts.fragments import LAYOUT
 from ..ops.schema import DOMAIN
 from ..words import count
 
@@ -136,13 +137,16 @@ def _wrong_attribute(node: NodeProto, layer: PlanPlugin, entry: EngineEntry) -> 
     if node.op_type in EXPERTS_OPS and layer.attributes.get("residency", 0) != bool(entry.expert_pools):
         return f"its {node.name} {'lacks' if entry.expert_pools else 'has'} a slot pool, against the manifest"
     said["residency"] = int(bool(entry.expert_pools))
+    if "bits" in layer.attributes and layer.attributes.get("layout", 1) != LAYOUT:
+        return f"its {node.name} reads quantised experts by rows, and they are given in another order: build it again"
+    said["layout"] = entry.experts_layout
     if layer.op != node.op_type:
         return f"its {node.name} is {layer.op}, in the bundle's graph {node.op_type}"
     for name, value in layer.attributes.items():
         want = said.get(name)
         want = want.decode() if isinstance(want, bytes) else want
         if value != want:
-            source = "manifest" if name == "dmoe_build" else "graph"
+            source = "manifest" if name in ("dmoe_build", "layout") else "graph"
             return f"its {node.name} has {name} {value}, the bundle's {source} says {want}"
     return None
 

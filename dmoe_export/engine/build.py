@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..bundle.manifest import EngineEntry, GraphEntry, ProfileEntry
 from ..bundle.reader import Bundle
 from ..errors import CheckError, DmoeError, MissingRequirementError
+from ..ops.experts.fragments import LAYOUT
+from .arranged import arranged_weights, parse
 from .callbacks import Report, logger_of, make_monitor, make_writer, signals_kept
 from .facts import network_entry
 from .flavour import Flavour
@@ -79,7 +84,8 @@ def _built(plan: BuildPlan, path: Path, report: Report | None, stopped: Sequence
         plan.flavour.prepare_plugins()
         register(trt, plan.library)
     builder = trt.Builder(logger)
-    network = _parse(plan, builder, logger)
+    weights = arranged_weights(plan.bundle, plan.network, path.parent)
+    network = _parse(plan, builder, logger, weights)
     plugins = count_plugins(trt, network)
     fallbacks = check_count(plugins, _wanted_plugins(plan.bundle, plan.settings, plan.graph),
                             plan.settings.allow_fallback)
@@ -87,6 +93,7 @@ def _built(plan: BuildPlan, path: Path, report: Report | None, stopped: Sequence
     config = _config(plan, builder, shapes)
     config.progress_monitor = make_monitor(trt, report, stopped)
     _build(plan, builder, network, config, path, logger.told)
+    del weights  # the network has had their addresses until now
     return EngineEntry(
         **known_before(plan), plugin_build=plan.library.build if plan.library and plugins else None,
         plugin_nodes=plugins, fallback_nodes=fallbacks, made_from=_sources(plan.bundle),
@@ -99,7 +106,8 @@ def known_before(plan: BuildPlan) -> dict[str, Any]:
     graph = None if plan.graph.file == manifest.denoiser.file else plan.graph.file
     return {"file": plan.file_name, "graph": graph, "flavour": plan.flavour.name, "version": plan.flavour.version,
             "targets": list(plan.targets), "precision": manifest.precision, "experts": settings.experts,
-            "experts_op": settings.experts_op, "profiles": list(plan.profiles), "weight_inputs": network.weight_inputs,
+            "experts_op": settings.experts_op, "experts_layout": LAYOUT if manifest.quantisation else 1,
+            "profiles": list(plan.profiles), "weight_inputs": network.weight_inputs,
             "expert_pools": network.expert_pools, "flags": list(settings.flags)}
 
 
@@ -118,12 +126,12 @@ def _wanted_plugins(bundle: Bundle, settings: BuildSettings, graph: GraphEntry) 
     return sum(count for op, count in graph.nodes(wanted).items() if op in wanted)
 
 
-def _parse(plan: BuildPlan, builder: Any, logger: Any) -> Any:
+def _parse(plan: BuildPlan, builder: Any, logger: Any, weights: dict[str, NDArray[np.uint8]]) -> Any:
     trt = plan.flavour.trt
     network = builder.create_network(plan.flavour.network_flags())
     parser = trt.OnnxParser(network, logger)
     path = plan.bundle.folder / plan.graph.file  # beside which external data lies
-    if not parser.parse(plan.network.model.SerializeToString(), str(path)):
+    if not parse(parser, plan.network.model.SerializeToString(), path, weights):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         first = (f"{errors[0].desc()} (node {errors[0].node_name()}, {errors[0].node_operator()})" if errors
                  else "no reason was given")

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..bundle.graph_file import load_graph
 from ..bundle.manifest import ExpertPool, GraphEntry, WeightInput
 from ..bundle.reader import Bundle
 from ..errors import BundleError
 from ..ops import experts, linear
+from ..ops.experts.fragments import LAYOUT, Fragments
 from ..ops.experts.onnx_capacity import DEFAULT_CAPACITY, experts_capacity_body
 from ..ops.fused import PLAIN, inlined
 from ..ops.linear.onnx_body import inline
 from ..ops.schema import DOMAIN
-from .plugins import PluginLibrary, plugin_ops
-from .resident import add_pools
+from .plugins import EXPERTS_OPS, PluginLibrary, plugin_ops
+from .resident import add_pools, routed_weights
 from .settings import BuildSettings
 
 _ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -32,6 +33,7 @@ class PreparedNetwork:
     plugin_nodes: int  # custom nodes that are to be plugins
     weight_inputs: list[WeightInput]
     expert_pools: list[ExpertPool]
+    arranged: dict[str, Fragments]  # initializers that plugins do not read as they lie in the file
 
 
 def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | None,
@@ -53,6 +55,8 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
             nodes += 1
             assert library
             node.attribute.append(helper.make_attribute("dmoe_build", library.build))
+            if _bits(node):
+                node.attribute.append(helper.make_attribute("layout", LAYOUT))
         else:  # without the namespace the parser takes the body even where a plugin is registered
             kept = [a for a in node.attribute if a.name not in ("plugin_namespace", "plugin_version")]
             del node.attribute[:]
@@ -60,7 +64,7 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
     _bytes_as_int8(model)
     weights = _externalise(model, bundle) if settings.experts != "inline" else []
     pools = add_pools(model, weights) if settings.experts == "resident" else []
-    return PreparedNetwork(model, nodes, weights, pools)
+    return PreparedNetwork(model, nodes, weights, pools, _arranged(model))
 
 
 def plain(bundle: Bundle, plugins: Collection[str] = (), graph: GraphEntry | None = None) -> ModelProto:
@@ -96,6 +100,24 @@ def _bytes_as_int8(model: ModelProto) -> None:
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.UINT8:
             tensor.data_type = TensorProto.INT8
+
+
+def _bits(node: NodeProto) -> int | None:
+    """Of quantised experts; None of other nodes."""
+    given = {attribute.name: attribute.i for attribute in node.attribute}
+    return given.get("bits") if node.op_type in EXPERTS_OPS else None
+
+
+def _arranged(model: ModelProto) -> dict[str, Fragments]:
+    """The quantised experts that are left inside."""
+    inside, found = {tensor.name: tensor for tensor in model.graph.initializer}, {}
+    for node in model.graph.node:
+        if bits := _bits(node):
+            for name in (name for name in routed_weights(node).values() if name in inside):
+                tensor = inside[name]
+                size = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+                found[name] = Fragments(bits if size == 1 else 8 * size, tensor.dims[-1] * size)
+    return found
 
 
 def _externalise(model: ModelProto, bundle: Bundle) -> list[WeightInput]:

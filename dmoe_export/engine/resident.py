@@ -22,7 +22,7 @@ def add_pools(model: ModelProto, weights: list[WeightInput]) -> list[ExpertPool]
     for node in model.graph.node:
         if node.op_type not in EXPERTS_OPS:
             continue
-        names = _routed_weights(node)
+        names = routed_weights(node)
         pool = ExpertPool(slot_of_expert=names["gate_up"].removesuffix("gate_up") + "slot_of_expert", **names,
                           **{f"{kind}_pool": f"{name}.pool" for kind, name in names.items()})
         added: list[tuple[str, int, list[int | str]]] = [
@@ -36,7 +36,7 @@ def add_pools(model: ModelProto, weights: list[WeightInput]) -> list[ExpertPool]
     return pools
 
 
-def _routed_weights(node: NodeProto) -> dict[str, str]:
+def routed_weights(node: NodeProto) -> dict[str, str]:
     """Inputs of a node that have a slice per routed expert, by kind; the shared expert's weights come behind them."""
     shared = len(mixture.SCHEMA.inputs) - len(experts.SCHEMA.inputs) if node.op_type == mixture.SCHEMA.name else 0
     given = node.input[3:len(node.input) - shared]

@@ -113,6 +113,9 @@ def _check(settings: BuildSettings, manifest: Manifest) -> None:
     if moe and settings.experts == "inline" and copies > 1:
         raise InputError(f"--experts inline would put all experts into each of {copies} engines, those of salient "
                          "steps among them, which share experts outside; leave it out, or give --no-salient.")
+    if "refit" in settings.flags and manifest.quantisation:
+        raise InputError(f"--refit puts weights into an engine as a file has them, and {manifest.quantisation.name} "
+                         "experts lie in another order there; leave --refit out.")
     if "refit" in settings.flags and settings.experts != "inline":
         raise InputError(f"--refit has nothing to do with --experts {settings.experts}: those weights are read "
                          "from the bundle's files whenever the engine is opened; use --experts inline, or leave "

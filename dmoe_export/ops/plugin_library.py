@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import MissingRequirementError
 from ..libraries import library as installed
 from . import add_norm, block_route, experts, head, mixture, router, self_attention
+from .experts.fragments import LAYOUT
 from .schema import PLUGIN_NAMESPACE
 
 LIBRARY = "libdmoe_plugins.so"
@@ -52,6 +53,8 @@ def read_library(path: Path) -> PluginLibrary:
     try:
         library = ctypes.CDLL(str(path))
         library.dmoe_build_id.restype = ctypes.c_char_p
+        if (layout := library.dmoe_experts_layout()) != LAYOUT:
+            raise AttributeError(f"it reads quantised experts in layout {layout}, not {LAYOUT}")
         return PluginLibrary(path.resolve(), library.dmoe_build_id().decode())
     except (OSError, AttributeError) as error:
         raise MissingRequirementError(

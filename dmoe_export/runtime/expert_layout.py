@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.manifest import Manifest
+from ..ops.experts.fragments import Fragments
 
 _DTYPES: dict[str | None, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}  # bfloat16 as its bits
@@ -40,3 +41,13 @@ def expert_tensors(manifest: Manifest) -> list[list[ExpertTensor]]:
     return [[ExpertTensor(f"layers.{layer.layer}.ffn.{part}", getattr(layer, f"{part}_offset"),
                           getattr(entry, f"{part}_slab_bytes"), dtype, shape)
              for part, (dtype, shape) in parts.items()] for layer in entry.layers]
+
+
+def fragments_of(manifest: Manifest) -> dict[str, Fragments]:
+    """How a GPU's kernels want quantised experts arranged, by name of tensor; nothing where they are floats."""
+    how = manifest.quantisation
+    if how is None:
+        return {}
+    return {tensor.name: Fragments(how.bits if tensor.dtype == np.uint8 else tensor.dtype.itemsize * 8,
+                                   tensor.shape[-1] * tensor.dtype.itemsize)
+            for layer in expert_tensors(manifest) for tensor in layer}

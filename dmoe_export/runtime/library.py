@@ -35,12 +35,14 @@ class LibrarySession:
     def __init__(self, path: Path, source: ExpertSource | None = None) -> None:
         """Raises MissingRequirementError where library or ONNX Runtime does not take the other."""
         self._path = path
-        self._library = load(path, "dmoe_session_create", "dmoe_session_kernels", "dmoe_session_set_products")
+        self._library = load(path, "dmoe_session_create", "dmoe_session_kernels", "dmoe_session_set_products",
+                             "dmoe_session_set_experts_layout")
         create, kernels = self._library.dmoe_session_create, self._library.dmoe_session_kernels
-        choose = self._library.dmoe_session_set_products
+        choose, order = self._library.dmoe_session_set_products, self._library.dmoe_session_set_experts_layout
         create.restype, create.argtypes = ctypes.c_void_p, [ctypes.c_void_p] * 3
         kernels.restype, kernels.argtypes = ctypes.c_int64, [ctypes.c_void_p, ctypes.c_char_p]
-        choose.restype, choose.argtypes = None, [ctypes.c_void_p, ctypes.c_int32]
+        choose.restype = order.restype = None
+        choose.argtypes = order.argtypes = [ctypes.c_void_p, ctypes.c_int32]
         self._address = create(*(source or (None, None, None)))
         assert self._address, f"{path.name} asks no expert source"
         self.register(ort.SessionOptions())
@@ -60,6 +62,10 @@ class LibrarySession:
     def set_fast(self, fast: bool) -> None:
         """Whether products may round activations to the integers or bfloat16 of faster instructions, from now on."""
         self._library.dmoe_session_set_products(self._address, fast)
+
+    def set_experts_layout(self, layout: int) -> None:
+        """In which order quantised experts lie (bundle.md), before a session is made; at first by rows."""
+        self._library.dmoe_session_set_experts_layout(self._address, layout)
 
     @property
     def rebuild(self) -> str:

@@ -24,6 +24,7 @@ public:
             mBits = facts.GetAttribute<int64_t>("bits");
             mGroup = facts.GetAttribute<int64_t>("group_size");
             checkQuantisation(mBits, mGroup);
+            requireExpertsLayout(session);
         }
     }
 
@@ -148,6 +149,7 @@ void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session)
 }
 
 bool const kAsksSource = true;
+int32_t const kExpertsLayout = 1; // neighbours of a row are what these kernels multiply at once
 
 // Routing has its ONNX body here.
 void addOps(Ort::CustomOpDomain& domain, DmoeSession* session)

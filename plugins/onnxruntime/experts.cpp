@@ -14,7 +14,7 @@ struct Form {
 
 class Kernel {
 public:
-    Kernel(OrtKernelInfo const* info, Form const& form) : mForm(form), mScratch(info)
+    Kernel(OrtKernelInfo const* info, Form const& form, DmoeSession const* session) : mForm(form), mScratch(info)
     {
         if (form.quantised) {
             Ort::ConstKernelInfo const attributes(info);
@@ -24,6 +24,7 @@ public:
                 throw std::runtime_error("weights of " + std::to_string(mBits) + " bits in groups of "
                     + std::to_string(mGroupSize) + ", where 4 or 8 bits in groups of 32, 64 or 128 are needed.");
             }
+            requireExpertsLayout(session);
         }
     }
 
@@ -118,7 +119,7 @@ struct Op : SessionOp<Op, Kernel> {
         return index + 2 >= GetInputTypeCount() ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
     }
 
-    Kernel* makeKernel(OrtKernelInfo const* info) const { return new Kernel(info, form); }
+    Kernel* makeKernel(OrtKernelInfo const* info) const { return new Kernel(info, form, session()); }
 
     Form form;
 };
@@ -138,6 +139,7 @@ void addExperts(Ort::CustomOpDomain& domain, DmoeSession* session) { addForms(do
 void addMixture(Ort::CustomOpDomain& domain, DmoeSession* session) { addForms(domain, session, "DmoeMixture", true); }
 
 bool const kAsksSource = false; // the kernels run after the op has returned
+int32_t const kExpertsLayout = 2;
 
 void addOps(Ort::CustomOpDomain& domain, DmoeSession* session)
 {

@@ -55,6 +55,7 @@ struct DmoeSession {
     void* context;
     std::array<std::atomic<int64_t>, kOps.size()> kernels{};
     std::atomic<bool> fast{false};
+    std::atomic<int32_t> expertsLayout{1};
 };
 
 DmoeSession* dmoe_session_create(DmoeAcquire acquire, DmoeRelease release, void* context)
@@ -76,6 +77,8 @@ int64_t dmoe_session_kernels(DmoeSession const* session, char const* op)
 
 void dmoe_session_set_products(DmoeSession* session, int32_t fast) { session->fast = fast != 0; }
 
+void dmoe_session_set_experts_layout(DmoeSession* session, int32_t layout) { session->expertsLayout = layout; }
+
 namespace dmoe {
 
 DmoeSession* sessionAt(char const* address)
@@ -93,6 +96,16 @@ void countKernel(DmoeSession* session, char const* op)
 {
     if (session != nullptr) {
         session->kernels.at(placeOf(op)) += 1;
+    }
+}
+
+void requireExpertsLayout(DmoeSession const* session)
+{
+    int32_t const layout = session == nullptr ? 1 : session->expertsLayout.load();
+    if (layout != kExpertsLayout) {
+        throw std::runtime_error("the quantised experts lie in layout " + std::to_string(layout)
+            + ", these kernels read layout " + std::to_string(kExpertsLayout)
+            + " (1: rows, as in files; 2: fragments); open the bundle with dmoe-export, which gives them the right one.");
     }
 }
 

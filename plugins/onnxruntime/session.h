@@ -24,14 +24,21 @@ __attribute__((visibility("default"))) DmoeSession* dmoe_session_create(DmoeAcqu
 __attribute__((visibility("default"))) int64_t dmoe_session_kernels(DmoeSession const* session, char const* op);
 // Whether products of integers and of bfloat16 may round activations, from the next run of a kernel on; at first they may not.
 __attribute__((visibility("default"))) void dmoe_session_set_products(DmoeSession* session, int32_t fast);
+// In which order the session's quantised experts lie, from the next kernel made on: 1, as at first, by rows, as in a bundle's
+// file; 2 in fragments (dmoe_export/ops/experts/fragments.py). Kernels that read another order are refused.
+__attribute__((visibility("default"))) void dmoe_session_set_experts_layout(DmoeSession* session, int32_t layout);
 }
 
 namespace dmoe {
 
 extern bool const kAsksSource; // whether this library's experts op asks a source
+extern int32_t const kExpertsLayout; // in which its kernels read quantised experts
 
 // The session of this address, as decimal digits; throws std::runtime_error when it is none of this library.
 DmoeSession* sessionAt(char const* address);
+
+// Throws std::runtime_error where quantised experts lie in another order than this library's kernels read; `session` may be null.
+void requireExpertsLayout(DmoeSession const* session);
 
 // A node of this op has got its kernel; `session` may be null.
 void countKernel(DmoeSession* session, char const* op);

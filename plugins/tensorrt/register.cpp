@@ -120,6 +120,9 @@ extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1:
     dmoe::gLoggerFinder = finder;
 }
 
+// So that whoever arranges quantised experts knows a library that reads them in another order.
+extern "C" __attribute__((visibility("default"))) int32_t dmoe_experts_layout() { return dmoe::kFragments; }
+
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count)
 {
     static std::vector<nvinfer1::IPluginCreatorInterface*> const creators = [] {

@@ -20,6 +20,7 @@ INTEGERS = FLOATS | {"gate_up": [4, 64, 32], "down": [4, 64, 16],
                      "gate_up_scales": [4, 64, 2], "down_scales": [4, 64, 1]}
 POOLED = ("gate_up", "down", "gate_up_scales", "down_scales")
 SIZES = {"N": (1, 32, 512), "P": (1, 2, 4)}
+QUANTISED = {"bits": 4, "group_size": 32, "layout": 2}
 BYTES = TensorProto.INT8  # of unsigned integers, as network.py calls them
 
 
@@ -27,7 +28,7 @@ def build(quantised, resident, folder, half=TensorProto.FLOAT16, changed=None, *
     """The plugin of one node; `changed`: other shapes of inputs."""
     schema, shapes = (QUANTISED_SCHEMA, INTEGERS) if quantised else (SCHEMA, FLOATS)
     kinds = {"gate_up": BYTES, "down": BYTES} if quantised else {}
-    attributes = ({"bits": 4, "group_size": 32} if quantised else {}) | attributes
+    attributes = (QUANTISED if quantised else {}) | attributes
     if resident:
         pools = {f"{name}_pool": ["P", *shapes[name][1:]] for name in POOLED if name in shapes}
         schema = replace(schema, inputs=(*schema.inputs, "slot_of_expert", *pools))
@@ -44,7 +45,7 @@ def build(quantised, resident, folder, half=TensorProto.FLOAT16, changed=None, *
 def test_it_is_a_plugin(quantised, resident, tmp_path):
     half = TensorProto.BFLOAT16 if resident else TensorProto.FLOAT16
     plugin = build(quantised, resident, tmp_path, half)
-    attributes = ({"bits": 4, "group_size": 32} if quantised else {}) | ({"residency": 1} if resident else {})
+    attributes = (QUANTISED if quantised else {}) | ({"residency": 1} if resident else {})
     assert (plugin.op, plugin.attributes) == ("DmoeMixture", {**attributes, "dmoe_build": find_library().build})
 
 
@@ -70,6 +71,7 @@ def test_a_pool_that_does_not_fit_is_refused(tmp_path):
 @pytest.mark.parametrize(("attributes", "text"), [
     ({"bits": 3, "group_size": 32}, "attribute bits is 3, it must be 4, 8 or 16"),
     ({"bits": 4, "group_size": 48}, "attribute group_size is 48, it must be 32, 64 or 128"),
+    ({"layout": 1}, r"attribute layout is 1, it must be 2 \(integers in fragment order\)"),
 ])
 def test_attributes_that_do_not_fit_are_refused(attributes, text, tmp_path):
     with pytest.raises(AssertionError, match=f"DmoeMixture: {text}"):

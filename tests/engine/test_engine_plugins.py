@@ -67,7 +67,7 @@ for name in ("DmoeBlockRoute", "DmoeExperts"):
     done = in_new_process(code, plugin_library())
     assert done.returncode == 0, done.stderr
     assert "DmoeBlockRoute ['mode', 'block_length'" in done.stdout
-    assert "DmoeExperts ['residency', 'bits', 'group_size', 'dmoe_build']" in done.stdout
+    assert "DmoeExperts ['residency', 'bits', 'group_size', 'layout', 'dmoe_build']" in done.stdout
 
 
 def test_a_build_without_the_library_says_how_to_get_it(bundle, tmp_path):
@@ -76,6 +76,15 @@ def test_a_build_without_the_library_says_how_to_get_it(bundle, tmp_path):
     (tmp_path / "text.so").write_text("no library")
     result = dmoe("build", bundle.folder, "--plugin-library", tmp_path / "text.so")
     assert result.exit_code == 3 and "cannot be used as the plugin library" in result.stderr
+
+
+@pytest.mark.parametrize(("layout", "said"), [("", "undefined symbol: dmoe_experts_layout"), (
+    "int dmoe_experts_layout(void) { return 1; }", "it reads quantised experts in layout 1, not 2")])
+def test_an_older_library_that_reads_rows_is_refused(bundle, tmp_path, layout, said):
+    (tmp_path / "old.c").write_text(f'const char *dmoe_build_id(void) {{ return "b"; }} {layout}')
+    subprocess.run(["cc", "-shared", "-o", tmp_path / "old.so", tmp_path / "old.c"], check=True)
+    result = dmoe("build", bundle.folder, "--plugin-library", tmp_path / "old.so")
+    assert result.exit_code == 3 and said in result.stderr and "build it again with `make plugins`" in result.stderr
 
 
 _WITHOUT_LIBRARY = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 
@@ -18,9 +19,11 @@ from dmoe_export.engine.flavour import find_flavour
 from dmoe_export.engine.network import prepare
 from dmoe_export.engine.plan import read_plan
 from dmoe_export.engine.plugins import count_plugins, find_library, register
-from dmoe_export.engine.settings import BuildSettings
+from dmoe_export.engine.settings import BuildSettings, resolved
+from dmoe_export.errors import InputError
 from dmoe_export.ops.experts import QUANTISED_SCHEMA
 from dmoe_export.ops.schema import DOMAIN, OPSET
+from dmoe_export.runtime.expert_layout import expert_tensors, fragments_of
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed (pip install '.[rtx]')")
 
@@ -72,7 +75,8 @@ def test_plugins_know_bits_and_groups(bundles, kind, which):
     plan = read_plan(bundle.folder / entry.file)
     found = [layer.attributes for layers in plan.plugins for layer in layers if layer.op == "DmoeMixture"]
     assert len(found) == 2 * len(model.moe_layers) and entry.fallback_nodes == 0  # two profiles
-    assert all((a["bits"], a["group_size"], a.get("residency", 0)) == (int(kind[3:]), 32, which) for a in found)
+    assert all((a["bits"], a["group_size"], a["layout"], a.get("residency", 0)) == (int(kind[3:]), 32, 2, which)
+               for a in found) and entry.experts_layout == 2
     weights = {weight.name: weight for weight in entry.weight_inputs}
     for tensors, ranges in zip(plan.tensors, plan.profiles, strict=True):
         tensors = {tensor.name: tensor for tensor in tensors}
@@ -102,9 +106,10 @@ def test_check_accepts_them_and_finds_another_width(bundles, kind):
     assert wrong.passed is False and "bytes does not fit the graph's" in wrong.detail
 
 
-def test_inline_weights_keep_their_bytes(bundles):
+def test_inline_weights_are_bytes(bundles):
     bundle = bundles["int4"]
-    model = prepare(bundle, BuildSettings(experts="inline"), find_library()).model
+    network = prepare(bundle, BuildSettings(experts="inline"), find_library())
+    model = network.model
     before = {t.name: t for t in onnx.load(str(bundle.denoiser_path), load_external_data=False).graph.initializer}
     changed = 0
     for tensor in model.graph.initializer:
@@ -116,10 +121,14 @@ def test_inline_weights_keep_their_bytes(bundles):
         else:
             assert tensor.data_type == old.data_type
     assert changed == 2 * len(bundle.manifest.model.moe_layers)
+    assert network.arranged == fragments_of(bundle.manifest)
+    for other in ("external", "resident"):
+        assert not prepare(bundle, BuildSettings(experts=other), find_library()).arranged
 
 
-def test_an_engine_with_the_weights_inside(bundles, tmp_path):
-    copy = shutil.copytree(bundles["int4"].folder, tmp_path / "copy")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engine_with_the_weights_inside(bundles, tmp_path, kind):
+    copy = shutil.copytree(bundles[kind].folder, tmp_path / "copy")
     built(copy, "--targets", "sm80", "--experts", "inline")
     bundle = open_bundle(copy)
     entry = bundle.manifest.engines[-1]
@@ -127,7 +136,40 @@ def test_an_engine_with_the_weights_inside(bundles, tmp_path):
     assert all(check.passed for check in check_engines(bundle))
     experts = bundle.manifest.bytes_per_expert * bundle.manifest.model.experts.num_experts
     library = find_library().path.stat().st_size
-    assert (copy / entry.file).stat().st_size > library + experts * len(bundle.manifest.model.moe_layers)
+    engine = (copy / entry.file).read_bytes()
+    assert len(engine) > library + experts * len(bundle.manifest.model.moe_layers)
+    for tensor in expert_tensors(bundle.manifest)[-1]:  # in fragment order, and not by rows
+        rows = np.fromfile(copy / "experts.bin", np.uint8, tensor.slab * tensor.shape[0], offset=tensor.offset)
+        arranged = np.empty_like(rows)
+        fragments_of(bundle.manifest)[tensor.name].arrange(rows, arranged)
+        same = (arranged == rows).all()  # scales, where a row has one
+        assert arranged.tobytes() in engine and (same or rows.tobytes() not in engine), tensor.name
+        assert not same or (tensor.name.endswith("_scales") and tensor.shape[-1] == 1)
+    before = {path.name for path in bundles[kind].folder.iterdir()}
+    assert {path.name for path in copy.iterdir()} == before | {entry.file}, "something was left"
+
+
+def test_a_full_disk_while_weights_are_arranged(bundles, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    copy = shutil.copytree(bundles["int4"].folder, tmp_path / "copy")
+    monkeypatch.setattr("os.posix_fallocate", full)
+    result = dmoe("build", copy, "--targets", "sm80", "--experts", "inline")
+    assert result.exit_code == 2 and "No space left on device" in result.stderr, result.stderr
+    assert open_bundle(copy).manifest == bundles["int4"].manifest
+
+
+def test_check_knows_engines_that_read_rows(bundles, monkeypatch):
+    monkeypatch.setattr("dmoe_export.check.engine_contract.LAYOUT", 3)  # as if these were of the order before
+    (wrong,) = [f for f in check_engines(bundles["int8"])[0].findings if f.name == "plugins"]
+    assert wrong.passed is False and "given in another order: build it again" in wrong.detail
+    monkeypatch.undo()
+    changed = bundles["int8"].manifest.engines[0].model_copy(update={"experts_layout": 1})
+    (check, *_) = check_engines(Bundle(bundles["int8"].folder, bundles["int8"].manifest.model_copy(
+        update={"engines": [changed]})))
+    (wrong,) = [finding for finding in check.findings if finding.name == "plugins"]
+    assert wrong.passed is False and "has layout 2, the bundle's manifest says 1" in wrong.detail
 
 
 @pytest.mark.parametrize(("options", "sentence"), [
@@ -137,6 +179,13 @@ def test_an_engine_with_the_weights_inside(bundles, tmp_path):
 def test_what_only_the_plugin_can_do(bundles, options, sentence):
     result = dmoe("build", bundles["int8"].folder, "--dry-run", *options)
     assert result.exit_code == 2 and sentence in result.stderr
+
+
+def test_weights_of_a_file_are_not_put_into_an_engine_afterwards(bundles):
+    """TensorRT-RTX refuses --refit before."""
+    settings = BuildSettings(flags=("refit",), experts="inline")
+    with pytest.raises(InputError, match="and int4 experts lie in another order there; leave --refit out"):
+        resolved(settings, bundles["int4"].manifest)
 
 
 def one_node(bits: int = 4, group: int = 64, change: dict | None = None, residency: int = 0, **attributes):
@@ -155,7 +204,8 @@ def one_node(bits: int = 4, group: int = 64, change: dict | None = None, residen
         inputs |= {"slots": (TensorProto.INT32, 4)}
         inputs |= {f"{name}_pool": (kind, "P", *shape) for name, (kind, *shape) in shapes.items()}
     inputs |= change or {}
-    attributes = {"bits": bits, "group_size": group, "residency": residency} | attributes
+    attributes = {"bits": bits, "group_size": group, "layout": 2, "residency": residency} | attributes
+    attributes = {name: value for name, value in attributes.items() if value is not None}
     node = helper.make_node("DmoeExperts", list(inputs), ["mixed"], domain=DOMAIN, dmoe_build=library.build,
                             **QUANTISED_SCHEMA.plugin_attributes, **attributes)
     graph = helper.make_graph([node], "one", [helper.make_tensor_value_info(name, kind, shape)
@@ -206,6 +256,10 @@ def test_sizes_that_do_not_fit_are_named_while_building(change, sentence):
     ({"group_size": 16}, "DmoeExperts: attribute group_size is 16, it must be 32, 64 or 128."),
     ({"bits": 16}, "DmoeExperts: attribute group_size is 64, it must be left out with weights of 16 bits."),
     ({"residency": 2}, "DmoeExperts: attribute residency is 2, it must be 0 or 1."),
+    ({"layout": None}, "DmoeExperts: attribute layout is missing, it must be 2 (integers in fragment order)."),
+    ({"layout": 1}, "DmoeExperts: attribute layout is 1, it must be 2 (integers in fragment order)."),
+    ({"bits": 16, "group_size": None},
+     "DmoeExperts: attribute layout is 2, it must be left out with weights of 16 bits."),
 ])
 def test_attributes_that_do_not_fit_are_named(attributes, sentence):
     plan, told = one_node(**attributes)

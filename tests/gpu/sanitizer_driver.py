@@ -119,6 +119,7 @@ def run_experts(device: Any, library: KernelLibrary, enqueue: Any, case: tuple[A
     slabs = (2 * width, hidden), (hidden, width)
     weights = [words(experts, *slab) for slab in slabs]
     if bits:
+        # Random, so they are random in fragment order, too.
         weights = [rng.integers(0, 256, (experts, rows, depth * bits[0] // 8), np.uint8) for rows, depth in slabs]
     addresses = [memory.put(x) for x in (words(tokens, hidden), ids, rng.standard_normal((tokens, k), np.float32),
                                          *weights)]

@@ -13,6 +13,8 @@ from functools import cache, cached_property
 import numpy as np
 import torch
 
+from dmoe_export.ops.experts.fragments import scales_in_fragments, weights_in_fragments
+
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _MANTISSA, _BIAS = {"fp16": 10, "bf16": 7}, {"fp16": 15, "bf16": 127}
 
@@ -52,7 +54,7 @@ class SlabsOf:
 
 
 class Slabs:
-    """Weights of `of.number` experts."""
+    """Weights of `of.number` experts; `stored`: as kernels read them, integers in fragment order."""
 
     def __init__(self, of: SlabsOf) -> None:
         self.of = of
@@ -64,14 +66,16 @@ class Slabs:
                       for rows, depth in of.shapes]
             steps = [rng.uniform(1, 3, (of.number, rows, depth // of.group)) / (2 ** (of.bits - 1) * math.sqrt(depth))
                      for rows, depth in of.shapes]
-            self.stored = (*packed, *(to_words(step, of.kind) for step in steps))
+            scales = [to_words(step, of.kind) for step in steps]
+            self._rows = list(zip(packed, scales, strict=True))
+            self.stored = (*(weights_in_fragments(part, of.bits) for part in packed), *map(scales_in_fragments, scales))
 
     @cached_property
     def values(self) -> tuple[torch.Tensor, ...]:
         """gate_up [number, 2I', H] and down [number, H, I'] in the type, as the kernel has them before multiplying."""
         if self.of.bits == 16:
             return tuple(halfs(words, self.of.kind) for words in self.stored)
-        return tuple(self._dequantised(*pair) for pair in zip(self.stored[:2], self.stored[2:], strict=True))
+        return tuple(self._dequantised(*pair) for pair in self._rows)
 
     def _dequantised(self, packed: np.ndarray, scales: np.ndarray) -> torch.Tensor:
         steps, found = halfs(scales, self.of.kind), []

@@ -17,8 +17,8 @@ from dmoe_export.runtime.gpu.shared_weights import SharedExperts
 class HostExecutor(OnnxRuntimeExecutor):
     """The session runs when its turn on the stream comes, as the CUDA provider's would."""
 
-    def __init__(self, bundle, device, recordable, graph=None, experts=None):
-        super().__init__(bundle, device, "CPUExecutionProvider", graph=graph, experts=experts)
+    def __init__(self, bundle, device, recordable, graph=None, experts=None, custom_ops=None):
+        super().__init__(bundle, device, "CPUExecutionProvider", graph=graph, experts=experts, custom_ops=custom_ops)
         self._fake, self._recordable = device.fake, recordable
         self.sizes = []  # of every call
 
@@ -43,17 +43,19 @@ class _Launcher:
         return True
 
 
-def host_backend(bundle, cuda_graphs=False, recordable=True, **device_options):
-    """A DeviceBackend on host memory; its parts are attributes for the tests."""
+def host_backend(bundle, cuda_graphs=False, recordable=True, custom_ops=None, **device_options):
+    """A DeviceBackend on host memory; its parts are attributes for the tests. `custom_ops`: a library of kernels."""
     device = HostDevice(**device_options)
     pool, stream = Pool(device), device.stream()
     manifest = bundle.manifest
-    experts = SharedExperts(bundle, pool, stream) if manifest.salient and manifest.experts else None
-    executor = HostExecutor(bundle, device, recordable, experts=experts)
+    shared = manifest.experts and (manifest.salient or (custom_ops and manifest.quantisation))
+    experts = SharedExperts(bundle, pool, stream, custom_ops is not None) if shared else None
+    executor = HostExecutor(bundle, device, recordable, experts=experts, custom_ops=custom_ops)
     salient = {}
 
     def find_graph(graph):
-        return lambda: salient.setdefault(graph.file, HostExecutor(bundle, device, recordable, graph, experts))
+        return lambda: salient.setdefault(graph.file,
+                                          HostExecutor(bundle, device, recordable, graph, experts, custom_ops))
 
     backend = DeviceBackend("host", bundle, device, pool, stream, executor, find_graph, cuda_graphs)
     backend.fake, backend.executor, backend.salient_executors = device.fake, executor, salient

@@ -1,8 +1,9 @@
 """A stand-in for the module tensorrt: its engines run ONNX Runtime on the bound addresses, in stream order.
 
-An engine file is JSON that names an ONNX file. The rules of the real thing are kept: shapes lie in the profile,
-addresses are aligned, all is bound before a run, scratch memory is there and is written over, a first run after a
-change of shapes cannot be recorded. Names and signatures are compared with the installed TensorRT-RTX by a test.
+An engine file is JSON that names an ONNX file, and which inputs are in fragment order. The rules of the real thing are
+kept: shapes lie in the profile, addresses are aligned, all is bound before a run, scratch memory is there and is
+written over, a first run after a change of shapes cannot be recorded. Names and signatures are compared with the
+installed TensorRT-RTX by a test.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import numpy as np
 import onnx
 import onnxruntime as ort
+from fragment_helpers import in_rows
 
 from dmoe_export.ops.plugin_library import NAMES
 
@@ -150,7 +152,7 @@ class IRuntimeConfig:
 class ICudaEngine:
     def __init__(self, trt, logger, content):
         self._trt, self._logger, self._profiles = trt, logger, content["profiles"]
-        self.pools = content.get("pools", [])
+        self.pools, self.arranged = content.get("pools", []), content.get("arranged", {})
         self._session = ort.InferenceSession(content["onnx"], providers=["CPUExecutionProvider"])
         self._tensors = {e.name: (TensorIOMode.INPUT, e) for e in self._session.get_inputs()}
         self._tensors |= {e.name: (TensorIOMode.OUTPUT, e) for e in self._session.get_outputs()}
@@ -256,6 +258,8 @@ class IExecutionContext:
             feeds = {name: host[name] if name in host else self._array(name, shape, addresses[name])
                      for name, shape in shapes.items()}
             check_slots(self._engine.pools, feeds)
+            # The bodies read rows, as the file has them.
+            feeds |= {name: in_rows(feeds[name], bits) for name, bits in self._engine.arranged.items()}
             outputs = [name for name, (mode, _) in tensors.items() if mode is TensorIOMode.OUTPUT]
             for name, result in zip(outputs, self._engine._session.run(outputs, feeds), strict=True):
                 np.copyto(self._array(name, result.shape, addresses[name]), result)

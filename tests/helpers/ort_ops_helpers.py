@@ -12,7 +12,9 @@ from builds import build
 from onnx import TensorProto, helper
 
 from dmoe_export.ops import block_route, experts
+from dmoe_export.ops.experts.fragments import scales_in_fragments, weights_in_fragments
 from dmoe_export.ops.schema import DOMAIN, OPSET
+from dmoe_export.runtime.library import LibrarySession
 
 CPU = "CPUExecutionProvider"
 
@@ -24,12 +26,18 @@ def library() -> Path:
     return Path(named) if named else build("emulation") / "libdmoe_onnxruntime_cpu.so"
 
 
-def session(model: bytes, custom_ops: Path | None = None, provider: str = CPU) -> ort.InferenceSession:
-    """A session with the library for the CPU provider, or another one."""
+def session(model: bytes, custom_ops: Path | None = None, provider: str = CPU,
+            layout: int | None = None) -> ort.InferenceSession:
+    """A session with the library for the CPU provider, or another one; `layout`: that of quantised experts."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    options.register_custom_ops_library(str(custom_ops or library()))
+    if layout is None:
+        options.register_custom_ops_library(str(custom_ops or library()))
+    else:
+        kernels = LibrarySession(custom_ops or library())
+        kernels.set_experts_layout(layout)
+        kernels.register(options)
     return ort.InferenceSession(model, options, providers=[provider])
 
 
@@ -79,6 +87,12 @@ def quantised_model(half: int, **attributes) -> bytes:
                                   **attributes))
     nodes.append(helper.make_node("Cast", ["mixed_half"], ["mixed"], to=TensorProto.FLOAT))
     return _model(nodes, inputs, [("mixed", TensorProto.FLOAT, None)])
+
+
+def in_fragments(feeds: dict[str, np.ndarray], bits: int) -> dict[str, np.ndarray]:
+    """Inputs of a node with quantised experts, as kernels for GPUs read them."""
+    weights = {name: weights_in_fragments(feeds[name], bits) for name in ("gate_up", "down")}
+    return feeds | weights | {name: scales_in_fragments(feeds[name]) for name in feeds if name.endswith("_scales")}
 
 
 def route_feeds(logits, bias, positions, top_p=0.6, min_experts=1, coreset_size=8) -> dict[str, np.ndarray]:

@@ -16,6 +16,8 @@ from dmoe_export.bundle.manifest import EngineEntry, NetworkEntry, ProfileEntry,
 from dmoe_export.bundle.reader import Bundle
 from dmoe_export.engine.plugins import EXPERTS_OPS
 from dmoe_export.engine.resident import add_pools
+from dmoe_export.ops.experts.fragments import LAYOUT
+from dmoe_export.runtime.expert_layout import fragments_of
 from dmoe_export.runtime.gpu.resident import open_tensorrt_under_budget
 from dmoe_export.runtime.gpu.tensorrt import open_tensorrt
 from dmoe_export.runtime.residency.budget import plan_budget
@@ -57,16 +59,18 @@ def _engine(bundle, folder, graph=None):
     found = weights_as_inputs(folder / (graph or "denoiser.onnx"), external, "experts.bin")
     tensors = 4 if manifest.quantisation else 2
     assert len(found) == tensors * len(manifest.model.moe_layers)
+    arranged = {name: order.bits for name, order in fragments_of(manifest).items()}
     (folder / name).write_text(json.dumps({
-        "onnx": str(external), "plugins": True, "version_compatible": False,
+        "onnx": str(external), "plugins": True, "version_compatible": False, "arranged": arranged,
         "profiles": [p.model_dump() for p in profiles]}))
     weights = [WeightInput(name=name, file="experts.bin", offset=offset, bytes=size, dtype=dtype, shape=shape)
                for name, offset, size, dtype, shape in found]
-    return EngineEntry(file=name, graph=graph, flavour="tensorrt", version="11.4.0.0", targets=["sm86", "sm89"],
-                       precision="fp32", experts="external", experts_op="plugin", profiles=profiles,
-                       plugin_build="b1", plugin_nodes=4, fallback_nodes=0, weight_inputs=weights, expert_pools=[],
-                       flags=[], made_from={"denoiser.onnx": "0"},
-                       network=NetworkEntry(inputs=[], outputs=[], profiles=[], layers={"PLUGIN_V3": 4}))
+    return EngineEntry(
+        file=name, graph=graph, flavour="tensorrt", version="11.4.0.0", targets=["sm86", "sm89"], precision="fp32",
+        experts="external", experts_op="plugin", experts_layout=LAYOUT if arranged else 1, profiles=profiles,
+        plugin_build="b1", plugin_nodes=4, fallback_nodes=0, weight_inputs=weights, expert_pools=[], flags=[],
+        made_from={"denoiser.onnx": "0"},
+        network=NetworkEntry(inputs=[], outputs=[], profiles=[], layers={"PLUGIN_V3": 4}))
 
 
 def _pooled(folder, entry):
@@ -90,6 +94,8 @@ def _pooled(folder, entry):
     model.graph.node.extend(nodes)
     onnx.save(model, path)
     engine = json.loads((folder / entry.file).read_text())
+    arranged = engine["arranged"]
+    arranged |= {slots: arranged[name] for pool in pools for name, slots in pool.pairs if name in arranged}
     (folder / entry.file).write_text(json.dumps(engine | {"pools": [pool.model_dump() for pool in pools]}))
     return pools
 

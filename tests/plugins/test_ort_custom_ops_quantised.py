@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import onnxruntime as ort
 import pytest
 from bundles import cpu_session, full_forward
+from cpu_ops_helpers import built
+from fake_cudart import HostDevice
+from fused_models import one_node
 from kernel_helpers import BF16, FP16, from_half, kernel_experts
 from onnx import TensorProto
-from ort_ops_helpers import CPU, library, quantised_model, session
+from ort_ops_helpers import CPU, in_fragments, library, quantised_model, session
 from test_kernels_quantised import make_case
 from test_ort_custom_ops import _assert_same_forward
 
@@ -16,8 +21,13 @@ from dmoe_export.bundle.reader import Bundle
 from dmoe_export.description import ExpertQuantisation
 from dmoe_export.errors import MissingRequirementError
 from dmoe_export.ops.experts import QUANTISED_SCHEMA
+from dmoe_export.ops.experts.fragments import LAYOUT
+from dmoe_export.ops.mixture import QUANTISED_SCHEMA as MIXTURE
 from dmoe_export.runtime.gpu.custom_ops import check_session, prepare_session
+from dmoe_export.runtime.gpu.memory import Pool
+from dmoe_export.runtime.gpu.shared_weights import SharedExperts
 
+BYTES = {"gate_up": TensorProto.UINT8, "down": TensorProto.UINT8}
 HALVES = [(FP16, TensorProto.FLOAT16), (BF16, TensorProto.BFLOAT16)]
 
 
@@ -33,13 +43,14 @@ def feeds_of(kind, case, scales):
 @pytest.mark.parametrize("tokens", [1, 33])
 def test_equals_the_kernel(kind, half, bits, group, tokens):
     case, scales = make_case(kind, bits, group, tokens, 3, 8, 128, 64, seed=tokens)
-    mixed = session(quantised_model(half, bits=bits, group_size=group)).run(None, feeds_of(kind, case, scales))[0]
+    loaded = session(quantised_model(half, bits=bits, group_size=group), layout=LAYOUT)
+    mixed = loaded.run(None, in_fragments(feeds_of(kind, case, scales), bits))[0]
     np.testing.assert_array_equal(mixed, from_half(kernel_experts(kind, *case, scales=scales), kind))
 
 
 def test_no_tokens():
     case, scales = make_case(FP16, 4, 32, 0, 2, 3, 64, 32)
-    run = session(quantised_model(TensorProto.FLOAT16, bits=4, group_size=32)).run
+    run = session(quantised_model(TensorProto.FLOAT16, bits=4, group_size=32), layout=LAYOUT).run
     assert run(None, feeds_of(FP16, case, scales))[0].shape == (0, 64)
 
 
@@ -63,7 +74,27 @@ def test_shapes_are_refused(name, shape, text):
     feeds = feeds_of(FP16, *make_case(FP16, 4, 32, 5, 2, 3, 64, 64))
     feeds[name] = np.zeros(shape, feeds[name].dtype)
     with pytest.raises(Exception, match=f"DmoeExperts: {text}"):
-        session(quantised_model(TensorProto.FLOAT16, bits=4, group_size=32)).run(None, feeds)
+        session(quantised_model(TensorProto.FLOAT16, bits=4, group_size=32), layout=LAYOUT).run(None, feeds)
+
+
+@pytest.mark.parametrize("layout", [None, 1, 3])
+@pytest.mark.parametrize("mixture", [False, True])
+def test_another_order_is_refused_when_it_is_loaded(layout, mixture):
+    """A plain session would compute with rows as if they were fragments."""
+    attributes = {"bits": 4, "group_size": 32}
+    model = one_node(MIXTURE, TensorProto.FLOAT16, BYTES, **attributes) if mixture else quantised_model(
+        TensorProto.FLOAT16, **attributes)
+    with pytest.raises(Exception, match=f"Dmoe{'Mixture' if mixture else 'Experts'}: the quantised experts lie in "
+                       rf"layout {layout or 1}, these kernels read layout 2 \(1: rows, .*; open the bundle with dmoe-"):
+        session(model, layout=layout)
+
+
+def test_kernels_of_the_cpu_read_rows():
+    model = quantised_model(TensorProto.FLOAT, bits=4, group_size=32)
+    for layout in (None, 1):
+        session(model, built(), layout=layout)
+    with pytest.raises(Exception, match="the quantised experts lie in layout 2, these kernels read layout 1 "):
+        session(model, built(), layout=LAYOUT)
 
 
 def test_an_fp32_rest_is_refused(tiny_bundle):
@@ -74,12 +105,19 @@ def test_an_fp32_rest_is_refused(tiny_bundle):
         prepare_session(bundle, ort.SessionOptions(), library())
 
 
-def test_bundle_equals_its_bodies(tiny_checkpoint, exported):
-    """A model with fp16 dense parts: one forward of two rows, one of them padded."""
-    bundle = exported(tiny_checkpoint, precision="int4", dense_precision="fp16", compute="fp16", group_size=32)
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_bundle_equals_its_bodies(tiny_checkpoint, exported, precision, tmp_path):
+    """With fp16 dense parts: one forward of two rows, one of them padded; experts are not read from the file again."""
+    bundle = exported(tiny_checkpoint, precision=precision, dense_precision="fp16", compute="fp16", group_size=32)
+    device = HostDevice()
+    experts = SharedExperts(bundle, Pool(device), device.stream())
     options = ort.SessionOptions()
     kernels = prepare_session(bundle, options, library())
-    loaded = ort.InferenceSession(bundle.denoiser_path, options, providers=[CPU])
+    experts.give(options, kernels)
+    for name in ("denoiser.onnx", "denoiser.onnx.data"):
+        shutil.copy(bundle.folder / name, tmp_path)
+    (tmp_path / "experts.bin").touch()  # must be there, and nothing in it is asked for
+    loaded = ort.InferenceSession(tmp_path / "denoiser.onnx", options, providers=[CPU])
     assert kernels.kernels("DmoeMixture") == len(bundle.manifest.experts.layers)
     check_session(loaded, CPU)
     prompt = np.random.default_rng(1).integers(0, bundle.manifest.model.mask_id, (2, 40))
@@ -88,3 +126,7 @@ def test_bundle_equals_its_bodies(tiny_checkpoint, exported):
     settings = {"top_p": 0.6, "min_experts": 4}
     want = full_forward(cpu_session(bundle.denoiser_path), prompt, positions, **settings)
     _assert_same_forward(full_forward(loaded, prompt, positions, **settings), want, positions >= 0)
+    plain = ort.SessionOptions()
+    prepare_session(bundle, plain, library())
+    with pytest.raises(Exception, match="DmoeMixture: the quantised experts lie in layout 1, these kernels read"):
+        ort.InferenceSession(bundle.denoiser_path, plain, providers=[CPU])

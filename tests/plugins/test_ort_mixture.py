@@ -8,9 +8,10 @@ import torch
 from fused_models import one_node
 from kernel_helpers import BF16, FP16, from_half, to_half
 from onnx import TensorProto
-from ort_ops_helpers import experts_model, quantised_model, session
+from ort_ops_helpers import experts_model, in_fragments, quantised_model, session
 from test_kernels_quantised import make_case
 
+from dmoe_export.ops.experts.fragments import LAYOUT
 from dmoe_export.ops.mixture import QUANTISED_SCHEMA, SCHEMA
 from dmoe_export.ops.mixture.eager import mixture
 
@@ -53,15 +54,17 @@ def test_equals_the_eager_op(kind, half, tokens, quantised):
         model, feeds = one_node(QUANTISED_SCHEMA, half, BYTES, **ATTRIBUTES), quantised_feeds(kind, tokens, tokens)
     else:
         model, feeds = one_node(SCHEMA, half), plain_feeds(kind, tokens, tokens)
-    mixed, want = session(model).run(None, feeds)[0], eager(feeds)
+    want, layout = eager(feeds), LAYOUT if quantised else None
+    feeds = in_fragments(feeds, 4) if quantised else feeds
+    mixed = session(model, layout=layout).run(None, feeds)[0]
     scale = np.abs(want).max()
     np.testing.assert_allclose(mixed, want, atol=scale * (0.002 if kind == FP16 else 0.016))
     without = {name: value for name, value in feeds.items() if not name.startswith("shared")}
     plain = quantised_model(half, **ATTRIBUTES) if quantised else experts_model(half)
-    routed = session(plain).run(None, without)[0]
+    routed = session(plain, layout=layout).run(None, without)[0]
     assert np.abs(mixed - routed).max() > 0.1 * scale, "the shared expert does not matter"
     silent = feeds | {"shared_down": np.zeros_like(feeds["shared_down"])}
-    np.testing.assert_array_equal(session(model).run(None, silent)[0], routed)
+    np.testing.assert_array_equal(session(model, layout=layout).run(None, silent)[0], routed)
 
 
 def test_no_tokens():
@@ -81,7 +84,7 @@ def test_wrong_shapes_are_refused(name, shape, text, quantised):
     feeds = (quantised_feeds if quantised else plain_feeds)(FP16, 5)
     feeds[name] = np.zeros(shape, feeds[name].dtype)
     with pytest.raises(Exception, match=f"DmoeMixture: {text}"):
-        session(model).run(None, feeds)
+        session(model, layout=LAYOUT if quantised else None).run(None, feeds)
 
 
 def test_attributes_are_refused_when_it_is_loaded():

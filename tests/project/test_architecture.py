@@ -14,7 +14,8 @@ FLOORS = {"cli": 7, "check": 6, "bench": 6, "serving": 6, "deploy": 6, "generato
 # Inside runtime/: its own files but choose.py are below its folders.
 ROOMS = {"runtime/choose": 3, "runtime/cpu": 2, "runtime/gpu": 2, "runtime/residency": 1, "runtime": 0}
 TORCH_SIDE = {"export", "model", "checkpoint", "ops", "check"}
-DECLARATIONS = {"ops", "ops/schema", "ops/plugin_library"}  # what an op is, in words and names, and its built library
+# What an op is, in words and names, its built library, and the order that its kernels read.
+DECLARATIONS = {"ops", "ops/schema", "ops/plugin_library", "ops/experts/fragments"}
 
 
 def _floor(module: str) -> tuple[str, float] | None:

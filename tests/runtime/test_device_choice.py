@@ -150,14 +150,15 @@ def test_without_the_provider(golden_bundle, monkeypatch):
         "the bundle holds no engine; ONNX Runtime has no CUDA provider here" + kernels(golden_bundle))
 
 
-def with_any_engine(bundle):
+def having_an_engine(bundle):
+    """Nothing is asked of it but whether it is there."""
     return Bundle(bundle.folder, bundle.manifest.model_copy(update={"engines": [SimpleNamespace(graph=None)]}))
 
 
 def test_auto_without_a_driver(golden_bundle, no_driver, monkeypatch):
     monkeypatch.setattr(choose, "has_provider", lambda: True)
     monkeypatch.setattr(onnxruntime_cuda, "has_provider", lambda: True)
-    with_engine = with_any_engine(golden_bundle)
+    with_engine = having_an_engine(golden_bundle)
     backend, why = choose.open_backend(with_engine)
     assert backend.name == "onnxruntime"
     assert why == ("No NVIDIA driver is loaded here (nvidia-smi would show it, a container needs --gpus all)"
@@ -167,7 +168,7 @@ def test_auto_without_a_driver(golden_bundle, no_driver, monkeypatch):
 def test_auto_without_onnx_runtime_says_why_the_engine_is_not_taken(golden_bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setattr(CudaDevice, "open", classmethod(lambda cls: cls(FakeCudart(driver=0))))
-    with_engine = with_any_engine(golden_bundle)
+    with_engine = having_an_engine(golden_bundle)
     with pytest.raises(MissingRequirementError, match=r"^Nothing here can run .*No NVIDIA driver .*; ONNX Runtime is"):
         choose.open_backend(with_engine)
 
@@ -177,7 +178,7 @@ def test_auto_does_not_hide_a_damaged_engine(golden_bundle, monkeypatch):
         raise BundleError("damaged")
 
     monkeypatch.setattr(choose, "open_tensorrt", broken)
-    with_engine = with_any_engine(golden_bundle)
+    with_engine = having_an_engine(golden_bundle)
     with pytest.raises(BundleError, match="damaged"):
         choose.open_backend(with_engine)
 

@@ -27,12 +27,14 @@ import numpy as np
 
 from ...bundle.manifest import EngineEntry, ExpertPool, WeightInput
 from ...bundle.reader import Bundle
+from ...ops.experts.fragments import Fragments
 from ..backend import Bools
+from ..expert_layout import fragments_of
 from ..residency.budget import machine_memory
 from ..residency.policy import Costs, Move
 from .call import round_up
 from .device import Device, DeviceError, DeviceMemoryError
-from .memory import ALIGNMENT, Buffer, Pool, upload
+from .memory import ALIGNMENT, Buffer, Piece, Pool, upload
 from .tensorrt_engine import weight_path
 
 _BATCH = 256 << 20  # bytes of copies enqueued at once: 10 ms of PCIe 4
@@ -78,7 +80,8 @@ class DeviceExperts:
             self._check_host(sum(weights[name].bytes for layer in entry.expert_pools for name, _ in layer.pairs))
         self._keep: list[Any] = []  # memory that lives as long as this
         self.bindings: dict[str, tuple[int, tuple[int, ...]]] = {}
-        self._layers = [self._load(bundle, layer, weights) for layer in entry.expert_pools]
+        orders = fragments_of(bundle.manifest)
+        self._layers = [self._load(bundle, layer, weights, orders) for layer in entry.expert_pools]
         self._pitch = round_up(experts * 4, ALIGNMENT) // 4
         self._wanted: Bools = np.zeros((len(self._layers), experts), bool)  # residents as the policy has them
         self._assigned = np.full(self._wanted.shape, -1, np.int32)  # whose a slot is, arrived or not
@@ -108,19 +111,21 @@ class DeviceExperts:
         return sum(weight.bytes // weight.shape[0] * min(slots, weight.shape[0]) for weight in entry.weight_inputs
                    if weight.name in names)
 
-    def _load(self, bundle: Bundle, layer: ExpertPool, weights: dict[str, WeightInput]) -> tuple[_Weights, ...]:
-        """Memory of a layer: its pool, and the master copy, which is read from the bundle once."""
+    def _load(self, bundle: Bundle, layer: ExpertPool, weights: dict[str, WeightInput],
+              orders: dict[str, Fragments]) -> tuple[_Weights, ...]:
+        """Memory of a layer: its pool, and the master copy, which is read from the bundle, and arranged, once."""
         found = []
         for name, pool_name in layer.pairs:
             weight = weights[name]
             path, slab = weight_path(bundle, weight.file, weight.offset, weight.bytes), weight.bytes // weight.shape[0]
             slots = self._allocate(self.slots * slab)
+            piece = Piece(slots, path, weight.offset, weight.bytes, orders.get(name))
             if self.holds_all:
-                upload(self._device, self._stream, [(slots, path, weight.offset, weight.bytes)])
+                upload(self._device, self._stream, [piece])
                 master = slots  # bound, never read
             else:
                 host = self._pinned(weight.bytes)
-                host[:weight.bytes] = np.memmap(path, np.uint8, "r", weight.offset, (weight.bytes,))
+                piece.read(0, host[:weight.bytes])
                 master = host.ctypes.data
             self.bindings[name] = master, tuple(weight.shape)
             self.bindings[pool_name] = slots, (self.slots, *weight.shape[1:])

@@ -8,9 +8,12 @@ import weakref
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ...ops.experts.fragments import Fragments
 from .device import Device, DeviceError, DeviceMemoryError
 
 ALIGNMENT = 256  # bytes: what CUDA allocates at and TensorRT asks of tensor addresses
@@ -99,26 +102,48 @@ def _free_all(device: Device, blocks: dict[int, int]) -> None:
             device.free(address)
 
 
-def upload(device: Device, stream: int, pieces: Iterable[tuple[int, Path, int, int]], chunk: int = CHUNK) -> None:
-    """Copy parts of files to the device: (address, file, offset, bytes) each, through two pinned chunks.
+class Piece(NamedTuple):
+    """A part of a file that goes to memory; `order`: in which it is arranged there, None for as it lies."""
+
+    address: int
+    path: Path
+    offset: int
+    size: int
+    order: Fragments | None = None
+
+    def read(self, start: int, target: NDArray[np.uint8]) -> None:
+        """What belongs into memory from `start` on; whole bands of an order."""
+        data = np.memmap(self.path, np.uint8, "r", self.offset + start, target.shape)
+        if self.order:
+            self.order.arrange(data, target)
+        else:
+            target[:] = data
+
+
+def upload(device: Device, stream: int, pieces: Iterable[Piece], chunk: int = CHUNK) -> None:
+    """Copy parts of files to the device, through two pinned chunks.
 
     While one chunk travels the other is read from the file. Returns when everything has arrived.
     """
     pieces = list(pieces)
-    chunk = min(chunk, max((size for *_, size in pieces), default=0))
-    staging = [device.pinned(chunk) for _ in range(2)]
+    chunks = [min(piece.size, _chunk(piece.order, chunk)) for piece in pieces]
+    staging = [device.pinned(max(chunks, default=0)) for _ in range(2)]
     events = [device.event() for _ in range(2)]
     turn = 0
-    for address, path, offset, size in pieces:
-        data = np.memmap(path, np.uint8, "r", offset, (size,)) if size else np.empty(0, np.uint8)
-        for start in range(0, size, chunk):
-            count = min(chunk, size - start)
+    for piece, most in zip(pieces, chunks, strict=True):
+        for start in range(0, piece.size, most or 1):
+            count = min(most, piece.size - start)
             device.wait(events[turn])  # its chunk has left
-            staging[turn][:count] = data[start:start + count]
-            device.copy(address + start, staging[turn].ctypes.data, count, stream)
+            piece.read(start, staging[turn][:count])
+            device.copy(piece.address + start, staging[turn].ctypes.data, count, stream)
             device.record(events[turn], stream)
             turn = 1 - turn
     device.synchronize(stream)
+
+
+def _chunk(order: Fragments | None, chunk: int) -> int:
+    """About `chunk` bytes, in whole bands of an order."""
+    return max(chunk // order.band_bytes, 1) * order.band_bytes if order else chunk
 
 
 def padded_height(rows: int, pitch: int) -> int:

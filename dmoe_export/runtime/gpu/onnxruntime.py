@@ -70,8 +70,8 @@ class OnnxRuntimeExecutor:
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         library = prepare_session(bundle, settings, custom_ops) if custom_ops else None
         self._experts = experts
-        for name, value in (experts.values if experts else {}).items():
-            settings.add_initializer(name, value)
+        if experts:
+            experts.give(settings, library)
         try:
             self._session = ort.InferenceSession(str(self.path), settings, providers=[(provider, options)],
                                                  enable_fallback=0)
@@ -215,7 +215,7 @@ def open_onnxruntime_cuda(bundle: Bundle, device: Device | None = None, cuda_gra
     options = {"device_id": "0", "user_compute_stream": str(stream), "use_tf32": "0"}
     salient = bundle.manifest.salient
     several = salient is not None and salient.fixed and bundle.manifest.experts is not None
-    experts = SharedExperts(bundle, pool, stream) if several else None
+    experts = SharedExperts(bundle, pool, stream) if several or bundle.manifest.quantisation else None
     opening = partial(OnnxRuntimeExecutor, bundle, device, options=options, custom_ops=library, why_not=reason,
                       experts=experts)
 

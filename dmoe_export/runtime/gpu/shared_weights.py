@@ -1,5 +1,7 @@
 """Experts in device memory once for all sessions over a bundle's graphs, which would each load them for themselves.
 
+Quantised ones always come this way: our kernels read them in another order than files have them in.
+
 ONNX Runtime uses an initializer that it is given in place, where it lies on the device it is wanted on; what is given
 must be memory of ours. From an address its Python package makes a tensor only by the DLPack protocol.
 """
@@ -11,10 +13,12 @@ import math
 from typing import Any
 
 from ...bundle.reader import Bundle, check_unchanged
-from ..expert_layout import expert_tensors
+from ...ops.experts.fragments import LAYOUT
+from ..expert_layout import expert_tensors, fragments_of
+from ..library import LibrarySession
 from ..ort import ort
 from .device import Device
-from .memory import Buffer, Pool, upload
+from .memory import Buffer, Piece, Pool, upload
 
 _DEVICES = {"cpu": 1, "cuda": 2}  # DLDeviceType
 _TYPES = {"uint8": (1, 8), "fp32": (2, 32), "fp16": (2, 16), "bf16": (4, 16)}  # DLDataTypeCode, bits
@@ -28,18 +32,20 @@ class _DLManagedTensor(ctypes.Structure):
 
 
 class SharedExperts:
-    """A bundle's experts on the device; `values`: by their names in the graphs, for `SessionOptions.add_initializer`.
+    """A bundle's experts on the device. Must live as long as the sessions."""
 
-    Must live as long as the sessions.
-    """
+    def __init__(self, bundle: Bundle, pool: Pool, stream: int, ours: bool = True) -> None:
+        """Loads them; raises BundleError where a file has changed, DeviceMemoryError.
 
-    def __init__(self, bundle: Bundle, pool: Pool, stream: int) -> None:
-        """Loads them; raises BundleError where a file has changed, DeviceMemoryError."""
+        `ours`: for our kernels for GPUs, which want integers arranged; else for the graphs' own bodies.
+        """
         check_unchanged(bundle)
         manifest = bundle.manifest
         assert manifest.experts is not None, "a dense model has no experts"
         path = bundle.folder / manifest.experts.file
-        self.values: dict[str, Any] = {}
+        orders = fragments_of(manifest) if ours else {}
+        self.arranged = bool(orders)
+        self._values: dict[str, Any] = {}  # by their names in the graphs
         self._buffers: list[Buffer] = []
         stored, pieces = manifest.formats.experts, []
         floats = stored if stored in _TYPES else manifest.precision  # of weights, or of integers' scales
@@ -47,11 +53,19 @@ class SharedExperts:
             size = math.prod(tensor.shape) * tensor.dtype.itemsize
             buffer = pool.allocate(size)
             self._buffers.append(buffer)
-            pieces.append((buffer.address, path, tensor.offset, size))
+            pieces.append(Piece(buffer.address, path, tensor.offset, size, orders.get(tensor.name)))
             kind = tensor.dtype.name if tensor.dtype.name in _TYPES else floats
             assert kind is not None
-            self.values[tensor.name] = _tensor(pool.device, buffer.address, kind, tensor.shape)
+            self._values[tensor.name] = _tensor(pool.device, buffer.address, kind, tensor.shape)
         upload(pool.device, stream, pieces)
+
+    def give(self, options: Any, kernels: LibrarySession | None) -> None:
+        """To the session that is made with these options, and with `kernels` of ours."""
+        if self.arranged:
+            assert kernels, "bodies read rows"
+            kernels.set_experts_layout(LAYOUT)
+        for name, value in self._values.items():
+            options.add_initializer(name, value)
 
 
 def _tensor(device: Device, address: int, kind: str, shape: tuple[int, ...]) -> Any:

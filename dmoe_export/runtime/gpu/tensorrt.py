@@ -16,12 +16,13 @@ from ...bundle.reader import Bundle
 from ...description import Precision
 from ...errors import BundleError, MissingRequirementError
 from ..backend import Limits
+from ..expert_layout import fragments_of
 from .backend import DeviceBackend
 from .call import Call, Sizes
 from .candidates import installed
 from .device import CudaDevice, Device, DeviceError, DeviceMemoryError
 from .expert_pools import DeviceExperts
-from .memory import Buffer, Pool, upload
+from .memory import Buffer, Piece, Pool, upload
 from .profiles import fitted, limits_of, profile_of
 from .tensorrt_engine import deserialise, engine_beside, find_engine, last_error, weight_path
 
@@ -205,7 +206,7 @@ class TensorRTExecutor:
 
     def _upload(self, bundle: Bundle, pool: Pool,
                 weights: list[WeightInput]) -> dict[str, tuple[Buffer, tuple[int, ...]]]:
-        placed, pieces = {}, []
+        placed, pieces, orders = {}, [], fragments_of(bundle.manifest)
         for weight in weights:
             itemsize = self._engine.get_tensor_dtype(weight.name).itemsize
             if math.prod(weight.shape) * itemsize != weight.bytes:
@@ -214,7 +215,8 @@ class TensorRTExecutor:
                                   f"build the engine again with: dmoe-export build {bundle.folder}.")
             path = weight_path(bundle, weight.file, weight.offset, weight.bytes)
             placed[weight.name] = pool.allocate(weight.bytes), tuple(weight.shape)
-            pieces.append((placed[weight.name][0].address, path, weight.offset, weight.bytes))
+            pieces.append(Piece(placed[weight.name][0].address, path, weight.offset, weight.bytes,
+                                orders.get(weight.name)))
         upload(pool.device, self._stream, pieces)
         return placed
 
@@ -269,5 +271,6 @@ def _open(bundle: Bundle, device: Device | None, cuda_graphs: bool,
         other = engine_beside(bundle, entry, graph, trt)
         return lambda: TensorRTExecutor(bundle, other, trt, pool, stream, beside=executor)
 
-    return DeviceBackend("tensorrt", bundle, device, pool, stream, executor, find_graph, cuda_graphs, lock,
-                         installed()), executor
+    backend = DeviceBackend("tensorrt", bundle, device, pool, stream, executor, find_graph, cuda_graphs, lock,
+                            installed())
+    return backend, executor

@@ -15,6 +15,7 @@ from ...bundle.reader import Bundle
 from ...errors import BundleError, DmoeError, MissingRequirementError, RequestError
 from ...extras import pip_install
 from ...ops import plugin_library
+from ...ops.experts.fragments import LAYOUT
 from .device import Device
 
 # In the PyPI wheel of TensorRT-RTX only the bindings module is sure to be there, under its own name.
@@ -55,20 +56,21 @@ def engine_beside(bundle: Bundle, denoiser: EngineEntry, graph: GraphEntry, trt:
     It is for the same GPUs and of the same library, and takes the weights that are on the device already.
     """
     def kind(entry: EngineEntry) -> tuple[Any, ...]:
-        return (entry.flavour, entry.targets, entry.flags, entry.expert_pools,
+        return (entry.flavour, entry.targets, entry.flags, entry.experts_layout, entry.expert_pools,
                 sorted(entry.weight_inputs, key=lambda weight: weight.name))
 
     for entry in bundle.manifest.engines:
         if entry.graph == graph.file and kind(entry) == kind(denoiser) and _reads(trt.__version__, entry):
             return entry
-    prefill = denoiser.profiles[0]
-    place = denoiser.experts if denoiser.experts != "inline" or not bundle.manifest.experts else "external"
+    prefill, place, flags = denoiser.profiles[0], denoiser.experts, denoiser.flags
+    if place == "inline" and bundle.manifest.experts:
+        place, flags = "external", [flag for flag in flags if flag != "refit"]
     raise RequestError(
         f"{bundle.folder} holds no engine of {graph.file} that goes with {denoiser.file}; leave salient_threshold out, "
         f"or build all of them with: dmoe-export build {bundle.folder} --flavour {denoiser.flavour} --targets "
         f"{','.join(denoiser.targets)} --experts {place} --experts-op {denoiser.experts_op} --max-batch "
         f"{prefill.batch[2]} --max-prefill {prefill.tokens[2]} --max-context {prefill.past[2]}"
-        f"{''.join(f' --{flag}' for flag in denoiser.flags)}.")
+        f"{''.join(f' --{flag}' for flag in flags)}.")
 
 
 def first_that_runs(bundle: Bundle, engines: list[EngineEntry], device: Device) -> tuple[EngineEntry, Any]:
@@ -95,7 +97,12 @@ def first_that_runs(bundle: Bundle, engines: list[EngineEntry], device: Device) 
             refused.append((1, error))
             continue
         if _reads(trt.__version__, entry):
-            return entry, trt
+            if not bundle.manifest.quantisation or entry.experts_layout == LAYOUT:
+                return entry, trt
+            refused.append((3, MissingRequirementError(
+                f"Engine {entry.file} reads quantised experts in layout {entry.experts_layout}, they are now given in "
+                f"layout {LAYOUT}; build it again with: dmoe-export build {bundle.folder}.")))
+            continue
         title = _TITLES[entry.flavour]
         refused.append((2, MissingRequirementError(
             f"Engine {entry.file} was built with {title} {entry.version}, installed is {title} {trt.__version__}; "

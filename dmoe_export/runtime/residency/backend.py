@@ -207,8 +207,9 @@ class ResidentSalient:
     def run(self, graph: GraphName, feeds: Arrays, past: Past, old: Any, settings: dict[str, float | int],
             want_logits: bool, candidates: int) -> tuple[Arrays, Any]:
         """As the other's; raises as `ResidentBackend.watched`."""
-        return self._under.watched(lambda: self._graphs.run(graph, feeds, past, old, settings, want_logits,
-                                                            candidates), lambda got: got[0]["expert_ids"])
+        return self._under.watched(
+            lambda: self._graphs.run(graph, feeds, past, old, settings, want_logits, candidates),
+            lambda got: got[0]["expert_ids"])
 
     def step_ends(self, inputs: ForwardInputs, expert_ids: NDArray[np.int32]) -> None:
         """See `WatchesSteps`."""

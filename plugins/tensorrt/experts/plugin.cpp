@@ -10,7 +10,7 @@ namespace dmoe {
 namespace {
 
 enum Input { kHidden, kIds, kWeights, kGateUp, kDown };
-constexpr char kResidency[] = "residency", kBits[] = "bits", kGroupSize[] = "group_size";
+constexpr char kResidency[] = "residency", kBits[] = "bits", kGroupSize[] = "group_size", kLayout[] = "layout";
 
 } // namespace
 
@@ -19,6 +19,7 @@ bool ExpertsPlugin::read(FieldReader& fields, char const* op, Form& form)
     int32_t const residency = fields.has(kResidency) ? fields.integer(kResidency) : 0;
     int32_t const bits = fields.has(kBits) ? fields.integer(kBits) : 16;
     int32_t const group = fields.has(kGroupSize) ? fields.integer(kGroupSize) : 0;
+    int32_t const layout = fields.has(kLayout) ? fields.integer(kLayout) : 0;
     std::string problem = fields.problem();
     if (problem.empty() && (residency < 0 || residency > 1)) {
         problem = "attribute residency is " + std::to_string(residency) + ", it must be 0 or 1";
@@ -27,6 +28,9 @@ bool ExpertsPlugin::read(FieldReader& fields, char const* op, Form& form)
     } else if (problem.empty() && (bits == 16 ? group != 0 : group != 32 && group != 64 && group != 128)) {
         problem = "attribute group_size is " + std::to_string(group) + ", it must be "
             + (bits == 16 ? "left out with weights of 16 bits" : "32, 64 or 128");
+    } else if (problem.empty() && layout != (bits == 16 ? 0 : kFragments)) {
+        problem = "attribute layout is " + (fields.has(kLayout) ? std::to_string(layout) : std::string("missing"))
+            + ", it must be " + (bits == 16 ? "left out with weights of 16 bits" : "2 (integers in fragment order)");
     }
     if (!problem.empty()) {
         logError(std::string(op) + ": " + problem + ".");
@@ -236,6 +240,7 @@ PluginFieldCollection const* ExpertsPlugin::getFieldsToSerialize() noexcept
     if (quantised()) {
         mFields.add(kBits, mForm.bits);
         mFields.add(kGroupSize, mForm.groupSize);
+        mFields.add(kLayout, kFragments);
     }
     mFields.add(kBuildField, std::string(dmoe_build_id()));
     return mFields.collection();

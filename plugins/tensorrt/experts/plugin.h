@@ -11,13 +11,16 @@
 
 namespace dmoe {
 
+constexpr int32_t kFragments = 2; // attribute layout: the one order in which the kernels read integers
+
 class ExpertsPlugin : public Plugin {
 public:
     static constexpr char name[] = "DmoeExperts";
-    static constexpr std::array<std::pair<char const*, nvinfer1::PluginFieldType>, 3> attributes{{
+    static constexpr std::array<std::pair<char const*, nvinfer1::PluginFieldType>, 4> attributes{{
         {"residency", nvinfer1::PluginFieldType::kINT32},
         {"bits", nvinfer1::PluginFieldType::kINT32},
         {"group_size", nvinfer1::PluginFieldType::kINT32},
+        {"layout", nvinfer1::PluginFieldType::kINT32},
     }};
 
     // What the attributes say. `residency`: there are further inputs, the table and the pool of resident experts. `bits` of a

@@ -152,3 +152,12 @@ def test_libraries_of_nvidia_s_packages_are_found(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     ours = [folder.parent.name for folder in nvidia_folders() if tmp_path in folder.parents]
     assert ours == ["cu13", "cudnn"]
+
+
+def test_quantised_experts(driven, tiny_checkpoint, exported):
+    """Their tensors are ours, in memory that the provider takes as it is; the library takes the nodes with them."""
+    found = driven(exported(tiny_checkpoint, precision="int4", dense_precision="fp16", compute="fp16", group_size=32),
+                   "--no-bodies")
+    for run in (*found["runs"].values(), found["batch"]):
+        assert run["cpu_ops"].keys() <= SHAPE_OPS and run["violations"] == []
+    assert found["batch"]["replayed_step"]["calls"] == REPLAYED

@@ -12,9 +12,10 @@ import pytest
 from fake_cudart import FakeCudart, HostDevice, real
 
 from dmoe_export.errors import MissingRequirementError
+from dmoe_export.ops.experts.fragments import Fragments, scales_in_fragments, weights_in_fragments
 from dmoe_export.runtime.gpu import device as device_module
 from dmoe_export.runtime.gpu.device import CudaDevice, DeviceError, DeviceMemoryError, Strided
-from dmoe_export.runtime.gpu.memory import Pool, padded_height, upload
+from dmoe_export.runtime.gpu.memory import Piece, Pool, padded_height, upload
 
 SOURCE = Path(device_module.__file__).read_text()
 
@@ -201,9 +202,28 @@ def test_upload(device, tmp_path, chunk):
     stream, pool = device.stream(), Pool(device)
     pieces = [(0, 4096), (4096, 5000), (17, 0), (9999, 1)]
     buffers = [pool.allocate(size) for _, size in pieces]
-    upload(device, stream, [(b.address, path, *piece) for b, piece in zip(buffers, pieces, strict=True)], chunk)
+    upload(device, stream, [Piece(b.address, path, *piece) for b, piece in zip(buffers, pieces, strict=True)], chunk)
     for buffer, (offset, size) in zip(buffers, pieces, strict=True):
         assert (device.fake.view(buffer.address, size) == data[offset:offset + size]).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 2000, 1 << 20])
+def test_upload_arranges(device, tmp_path, chunk):
+    """Chunks are whole bands of 16 rows, whatever they should be; what lies between two such tensors stays as it is."""
+    weights, scales = (np.random.default_rng(i).integers(0, 256, shape, np.uint8) for i, shape in enumerate(
+        [(3, 32, 48), (3, 32, 6)]))
+    path, orders = tmp_path / "weights", (Fragments(4, 48), None, Fragments(16, 6))
+    path.write_bytes(weights.tobytes() + bytes(range(100)) + scales.tobytes())
+    stream, pool = device.stream(), Pool(device)
+    sizes = [weights.nbytes, 100, scales.nbytes]
+    buffers, starts = [pool.allocate(size) for size in sizes], [0, sizes[0], sizes[0] + 100]
+    upload(device, stream, [Piece(b.address, path, *piece) for b, *piece in zip(
+        buffers, starts, sizes, orders, strict=True)], chunk)
+    found = [device.fake.view(buffer.address, size) for buffer, size in zip(buffers, sizes, strict=True)]
+    np.testing.assert_array_equal(found[0].reshape(weights.shape), weights_in_fragments(weights, 4))
+    assert found[1].tolist() == list(range(100))
+    np.testing.assert_array_equal(found[2].view(np.uint16).reshape(3, 32, 3),
+                                  scales_in_fragments(scales.view(np.uint16)))
 
 
 def test_layers_start_aligned():

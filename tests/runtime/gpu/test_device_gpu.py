@@ -17,7 +17,7 @@ from dmoe_export.runtime.backend import ForwardInputs, ForwardOutputs
 from dmoe_export.runtime.cache import HostCache
 from dmoe_export.runtime.gpu.cache import DeviceCache
 from dmoe_export.runtime.gpu.device import CudaDevice, DeviceError, DeviceMemoryError, Strided
-from dmoe_export.runtime.gpu.memory import Pool, upload
+from dmoe_export.runtime.gpu.memory import Piece, Pool, upload
 from dmoe_export.runtime.gpu.slab import Geometry, Slab
 
 LAYERS, HEADS, HEAD_DIM = 2, 3, 16
@@ -95,7 +95,7 @@ def test_uploads_in_chunks(device, tmp_path):
     (tmp_path / "w").write_bytes(data.tobytes())
     stream, pool = device.stream(), Pool(device)
     buffer = pool.allocate(len(data))
-    upload(device, stream, [(buffer.address, tmp_path / "w", 1, len(data) - 1)], chunk=65_536)
+    upload(device, stream, [Piece(buffer.address, tmp_path / "w", 1, len(data) - 1)], chunk=65_536)
     assert (get(device, stream, buffer.address, (len(data) - 1,)) == data[1:]).all()
 
 

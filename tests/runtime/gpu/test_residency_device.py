@@ -14,8 +14,8 @@ from device_helpers import decode
 from tensorrt_helpers import Setup, bundle_with_engine, bundle_with_resident_engine, changed
 
 from dmoe_export import Generator, export_checkpoint
-from dmoe_export.bundle.manifest import FileEntry
-from dmoe_export.bundle.reader import hash_file
+from dmoe_export.bundle.manifest import EngineEntry, FileEntry
+from dmoe_export.bundle.reader import Bundle, hash_file
 from dmoe_export.errors import MissingRequirementError, RequestError
 from dmoe_export.runtime.choose import open_under_budget
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
@@ -116,6 +116,23 @@ def test_quantised_experts(monkeypatch, quantised_subject, percent, interval):
     """Four tensors per layer: `_run` counts the bytes of scales too, the stand-in compares every slot."""
     s, _, _ = _run(monkeypatch, quantised_subject, percent, interval, pace=100_000)
     assert s.hits > 0 and (s.misses == 0) == (percent == 100)
+
+
+def test_quantised_experts_that_are_engine_inputs(monkeypatch, quantised_subject, tmp_path):
+    """No pool: uploaded once, arranged; the bodies under the stand-in get them back by rows."""
+    setup = Setup(monkeypatch, bundle_with_engine(quantised_subject.bundle, tmp_path / "b"))
+    assert quantised_subject.answer(setup.open()) == quantised_subject.tokens
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_an_engine_that_reads_quantised_experts_by_rows_is_refused(monkeypatch, quantised_subject, resident):
+    """An older entry does not say; it would compute nonsense with what it is given."""
+    bundle = quantised_subject.bundle
+    old = EngineEntry.model_validate(bundle.manifest.engines[0].model_dump(exclude={"experts_layout"}))
+    setup = Setup(monkeypatch, Bundle(bundle.folder, bundle.manifest.model_copy(update={"engines": [old]})))
+    with pytest.raises(MissingRequirementError, match=r"Engine a\.engine reads quantised experts in layout 1, they are "
+                       r"now given in layout 2; build it again with: dmoe-export build"):
+        setup.under_budget(2, 4) if resident else setup.open()
 
 
 def test_recorded_steps_follow_the_table(monkeypatch, golden_subject):

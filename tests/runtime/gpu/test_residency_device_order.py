@@ -35,7 +35,7 @@ def model(tmp_path_factory):
                            dtype="uint8", shape=[EXPERTS, SIZE])
                for i, name in enumerate(name for pool in NAMES for name in (pool.gate_up, pool.down))]
     files = [SimpleNamespace(path="experts.bin", size=LAYERS * 2 * EXPERTS * SIZE)]
-    bundle = SimpleNamespace(folder=folder, manifest=SimpleNamespace(files=files))
+    bundle = SimpleNamespace(folder=folder, manifest=SimpleNamespace(files=files, quantisation=None))
     return bundle, SimpleNamespace(expert_pools=NAMES, weight_inputs=weights)
 
 
