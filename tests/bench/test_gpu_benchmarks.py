@@ -147,7 +147,7 @@ class TestBenchmarks:
         gpu_outcome.main()
         assert "| experts int4, 5 active |" not in capsys.readouterr().out, "another size than the predicted one"
         assert path.name.startswith("gpu_kernels_host-memory_20") and json.loads(path.read_text()) == result
-        assert len(kept) == 16 and kept["kernels experts int4 H64 N32 active 2"] == result["experts"][9]
+        assert len(kept) == 17 and kept["kernels experts int4 H64 N32 active 2"] == result["experts"][9]
         lines = gpu_outcome.kernels_table(result)
         assert len([line for line in lines if line.startswith("| route")]) == 1
 

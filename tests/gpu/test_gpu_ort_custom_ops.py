@@ -17,7 +17,7 @@ from route_helpers import eager_route
 from dmoe_export.errors import MissingRequirementError
 from dmoe_export.ops.block_route.attributes import RouteAttributes
 from dmoe_export.ops.experts.eager import experts
-from dmoe_export.runtime.gpu.custom_ops import check_session, find_library, prepare_session
+from dmoe_export.runtime.gpu.custom_ops import SERVED, check_session, find_library, prepare_session
 from dmoe_export.runtime.gpu.nvidia_libraries import load_nvidia_libraries
 
 from .conftest import missing_custom_ops
@@ -82,7 +82,8 @@ def test_bundle(custom_ops, half_sample_bundle, found):
     options = ort.SessionOptions()
     kernels = prepare_session(bundle, options, custom_ops)
     gpu = ort.InferenceSession(bundle.denoiser_path, options, providers=[CUDA])
-    assert kernels.kernels("DmoeExperts") == len(bundle.manifest.experts.layers)
+    nodes = {op: n for op, n in bundle.manifest.denoiser.nodes(SERVED).items() if op in SERVED}
+    assert nodes and {op: kernels.kernels(op) for op in nodes} == nodes
     check_session(gpu, CUDA)
     rng = np.random.default_rng(0)
     ids, positions = rng.integers(0, bundle.manifest.model.vocab_size - 1, (2, 40)), np.tile(np.arange(40), (2, 1))
