@@ -61,12 +61,12 @@ def predicted_step(device: str, run: dict[str, Any]) -> Range | None:
     about = predictions()["step"]
     if any(run[name] != about[name] for name in ("geometry", "precision")) or run["coreset"] != str(about["active"]):
         return None
-    head = about["head"]
 
-    def scaled(ms: float) -> float:
-        return head + (ms - head) * run["layers"] / about["layers"]
+    def scaled(row: dict[str, Any], bound: str) -> float:
+        head = about["head"][row["gpu"]]
+        return head + (row[bound] - head) * run["layers"] / about["layers"]
 
-    return next(((scaled(row["low"]), scaled(row["high"])) for row in _rows("step", device)
+    return next(((scaled(row, "low"), scaled(row, "high")) for row in _rows("step", device)
                  if row["backend"] == run["backend"]), None)
 
 
