@@ -23,7 +23,8 @@ CARRY=.carry
 STASH=${DMOE_STASH:-$HOME/.cache/dmoe-device-run}   # outside the tree: survives what a later call replaces
 LAYERS=${LAYERS:-6}
 DRIVER_PATH=${LD_LIBRARY_PATH:-}  # where this machine may have its driver
-FIRST=(smoke bench-quick test-kernels test-residency bench-residency memcheck racecheck ncu bench-kernels initcheck
+# By worth: what does not fit into $BUDGET is left out.
+FIRST=(smoke bench-quick test-kernels ncu memcheck test-residency bench-residency racecheck bench-kernels initcheck
        synccheck)
 ENGINES=(unpack-ort test-custom-ops generate-fp16 test-generation cli-export cli-generate generate-int8 generate-int4)
 RTX=(unpack-rtx rtx-finding)
@@ -130,7 +131,8 @@ run() {  # the steps of these names
         bench-kernels) SHOWN=24 PROOF='TB/s' step "$name" 180 "$PYTHON" benchmarks/gpu_kernels.py --out "$OUT" ;;
         bench-residency) PROOF='a miss:' step "$name" 70 "$PYTHON" benchmarks/gpu_residency.py --out "$OUT" ;;
         test-kernels) PROOF='[0-9]+ passed' step "$name" 180 bash -c "OMP_NUM_THREADS=2 tests -n 6 -v --durations=10 \
-            --dist worksteal $gpu/test_gpu_kernels.py tests/runtime/gpu/test_device_gpu.py" ;;
+            --dist worksteal $gpu/test_gpu_kernels.py $gpu/test_gpu_fused.py \
+            $gpu/test_gpu_self_attention.py tests/runtime/gpu/test_device_gpu.py" ;;
         test-residency) PROOF='[0-9]+ passed' step "$name" 60 bash -c "tests -vv $gpu/test_gpu_residency.py" ;;
         memcheck | racecheck | initcheck | synccheck)
             PROOF='[0-9]+ passed' step "$name" 90 bash -c "tests -vv $gpu/test_gpu_sanitizer.py -k $name" ;;

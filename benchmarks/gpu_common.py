@@ -68,7 +68,8 @@ class KernelLibrary:
         for name in ("dmoe_error_string", "dmoe_build_id"):
             getattr(self._library, name).restype = ctypes.c_char_p
         for name in ("dmoe_experts_workspace_bytes", "dmoe_head_workspace_bytes",
-                     "dmoe_self_attention_workspace_bytes"):
+                     "dmoe_self_attention_workspace_bytes", "dmoe_router_workspace_bytes",
+                     "dmoe_mixture_workspace_bytes"):
             getattr(self._library, name).restype = ctypes.c_int64
 
     @property
@@ -126,6 +127,16 @@ class KernelLibrary:
         """`dmoe_self_attention`; addresses in the header's order, nine inputs, three outputs and the workspace."""
         self._call("dmoe_self_attention", ctypes.byref(shape), *_pointers(addresses, 13), ctypes.c_void_p(stream))
 
+    def workspace_of(self, name: str, *shapes: ctypes.Structure | ctypes.Array[Any]) -> int:
+        """Bytes of the function's workspace for these shapes."""
+        size = getattr(self._library, f"{name}_workspace_bytes")(*_references(shapes))
+        self._check(min(size, 0))
+        return int(size)
+
+    def call(self, name: str, heads: Sequence[Any], addresses: Sequence[int | None], stream: int) -> None:
+        """Any function: structures (None is NULL) and numbers first, then addresses in the header's order."""
+        self._call(name, *_references(heads), *_pointers(addresses, len(addresses)), ctypes.c_void_p(stream))
+
     def _call(self, name: str, *arguments: Any) -> None:
         self._check(getattr(self._library, name)(*arguments))
 
@@ -137,6 +148,10 @@ class KernelLibrary:
 def _pointers(addresses: Sequence[int | None], count: int) -> list[ctypes.c_void_p]:
     assert len(addresses) == count
     return [ctypes.c_void_p(address) for address in addresses]  # None is NULL
+
+
+def _references(values: Sequence[Any]) -> list[Any]:
+    return [ctypes.byref(value) if isinstance(value, (ctypes.Structure, ctypes.Array)) else value for value in values]
 
 
 def gpu_missing() -> str | None:

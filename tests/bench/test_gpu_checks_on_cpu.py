@@ -182,7 +182,7 @@ class TestChecksCanFail:
 
 
 def test_the_sanitizer_driver_runs(space):
-    assert sanitizer_driver.main(space.device, space.library, space.device.fake.enqueue) == 27
+    assert sanitizer_driver.main(space.device, space.library, space.device.fake.enqueue) == 38
 
 
 def test_the_sanitizer_driver_needs_a_gpu():

@@ -16,7 +16,7 @@ import numpy as np
 
 if __name__ == "__main__":
     _ROOT = Path(__file__).resolve().parents[2]
-    sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks")]
+    sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks"), str(_ROOT / "tests")]
 
 from gpu_common import (
     LIBRARY,
@@ -28,6 +28,8 @@ from gpu_common import (
     RouteAttributesC,
     require_gpu,
 )
+
+from gpu.sanitizer_fused import RUNS
 
 # mode, rows, tokens, E, k, groups, kept, block, softmax: 32-wide and 8-wide blocks, partial blocks, one expert, 1024
 ROUTES = [("top_p", 2, 33, 256, 8, 8, 4, 32, 0), ("token", 1, 9, 256, 8, 8, 4, 32, 0),
@@ -140,7 +142,12 @@ def main(device: Any, library: KernelLibrary, enqueue: Any) -> int:
         run_route(device, library, enqueue, case)
     for case in EXPERTS + INTEGERS:
         run_experts(device, library, enqueue, case)
-    return len(ROUTES) + len(EXPERTS) + len(INTEGERS)
+    fused = [(run, case) for run, cases in RUNS for case in cases]
+    for run, case in fused:
+        memory = Memory(device)
+        run(memory, library, enqueue, case)
+        memory.free()
+    return len(ROUTES) + len(EXPERTS) + len(INTEGERS) + len(fused)
 
 
 if __name__ == "__main__":

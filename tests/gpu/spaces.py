@@ -132,6 +132,10 @@ class Space:
         """Enqueue `dmoe_self_attention`."""
         self._enqueue(stream, lambda: self.library.self_attention(shape, addresses, stream))
 
+    def call(self, name: str, heads: tuple[Any, ...], addresses: list[int | None], stream: int) -> None:
+        """Enqueue a function of dmoe_kernels.h: structures and numbers first, then addresses, then the stream."""
+        self._enqueue(stream, lambda: self.library.call(name, heads, addresses, stream))
+
     def recorded(self, work: Callable[[int], None]) -> Any:
         """A CUDA graph of what `work(stream)` enqueues."""
         self.device.begin_capture(self.stream)
