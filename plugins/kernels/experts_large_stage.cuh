@@ -1,5 +1,5 @@
-// A stage of the ring of experts_large.cuh: 128 weight rows and up to 128 tokens, over one line of k: 64 values, which are 128
-// bytes of a token.
+// A stage of the ring of experts_large.cuh: 128 weight rows and up to 128 tokens, over one line of k: 64
+// values, which are 128 bytes of a token.
 //
 // A unit's index is xored with three bits of its row. A weight row and the one below share an order, because ldmatrix
 // takes every other one of them. Integers lie as in memory, band after band, and so do their scales behind them.
@@ -34,9 +34,9 @@ DMOE_DEVICE int large_scale_place(int band, int group) {
     return kLargeRows / kBand * kLineBlocks<BITS> * kBlockBytes + (band * 2 + group) * kBandScales;
 }
 
-// The order of lines in a pass: two halves, so that of the four sums of experts_product.cuh two are open at once. There
-// a step of 32 k belongs to sum `step mod 4`, with 4 bits two neighbours do (`pairs`): so of a line either each step has a sum of its
-// own, or both have one, that of the line's last bit.
+// The order of lines in a pass: two halves, so that of the four sums of experts_product.cuh two are open at once. There a
+// step of 32 k belongs to sum `step mod 4`, and with 4 bits two neighbours do (`pairs`). So of a line either each step has a
+// sum of its own, or both have one, that of the line's last bit.
 DMOE_DEVICE int lines_of(int depth) { return (depth + kLine - 1) / kLine; }
 DMOE_DEVICE int first_lines(int lines, bool pairs) { return pairs ? lines / 4 * 2 + min(lines % 4, 2) : (lines + 1) / 2; }
 DMOE_DEVICE int line_at(int stage, int lines, bool pairs) {
