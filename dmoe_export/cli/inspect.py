@@ -130,14 +130,15 @@ def prediction(manifest: Manifest, expert_budget: str | None) -> dict[str, int]:
 
 def _engines(manifest: Manifest) -> Table:
     """What the engine files are for."""
-    table = Table("file", "made by", "targets", "plugins", "bound at run time", "batch", "prefill", "context",
+    table = Table("file", "graph", "made by", "targets", "plugins", "bound at run time", "batch", "tokens", "context",
                   title="Engines")
     for engine in manifest.engines:
-        prefill = engine.profiles[0]
+        most = engine.profiles[0]  # the widest
         outside = sum(weight.bytes for weight in engine.weight_inputs)
-        table.add_row(_cell(engine.file), _cell(f"{engine.flavour} {engine.version}"), _cell(" ".join(engine.targets)),
-                      str(engine.plugin_nodes), f"{outside:,}", str(prefill.batch[2]), str(prefill.tokens[2]),
-                      str(prefill.past[2]))
+        table.add_row(_cell(engine.file), _cell(engine.graph or manifest.denoiser.file),
+                      _cell(f"{engine.flavour} {engine.version}"), _cell(" ".join(engine.targets)),
+                      str(engine.plugin_nodes), f"{outside:,}", str(most.batch[2]), str(most.tokens[2]),
+                      str(most.past[2]))
     for column in table.columns:
         column.overflow = "fold"  # a number or a name cut short is of no use
     return table

@@ -39,6 +39,7 @@ print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_four_targets_with_little_memory(mini):
     plugin_library()
