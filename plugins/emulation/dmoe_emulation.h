@@ -37,8 +37,8 @@ DMOE_API int dmoe_emulation_place(int32_t kind, int32_t bits, int32_t row, int32
  * chunk, outputs of a launch of down, stages of that product's ring. */
 DMOE_API int dmoe_emulation_plan(const DmoeExpertsShape *shape, int32_t bits, int32_t *plan);
 
-/* As dmoe_emulation_place(), kinds 0 and 1, in a stage of the product for many tokens. */
-DMOE_API int dmoe_emulation_large_place(int32_t kind, int32_t row, int32_t unit);
+/* Byte in a plane of tokens, or in the 16-bit weights, of a stage of the product for many tokens. */
+DMOE_API int dmoe_emulation_large_place(int32_t row, int32_t unit);
 
 /* Why the last call returned DMOE_ERROR_EMULATION; empty when it did not. */
 DMOE_API const char *dmoe_emulation_message(void);

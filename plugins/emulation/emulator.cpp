@@ -1,5 +1,6 @@
 #include "emulator.h"
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -130,7 +131,7 @@ void complain_if_stuck(Machine &m, unsigned threads, unsigned finished) {
 
 void run_block(Machine &m, unsigned threads) {
     unpoison_shared(m);
-    std::memset(m.shared, poison(), kSharedBytes + m.dynamic_shared + (kMaxArrays + 1) * kRedZone);
+    std::memset(m.shared, poison(), std::min(sizeof m.shared, kSharedBytes + m.dynamic_shared + (kMaxArrays + 1) * kRedZone));
     forget_copies(threads);
     forget_arrivals();
 #if defined(__SANITIZE_ADDRESS__)

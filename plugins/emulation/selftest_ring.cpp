@@ -45,10 +45,8 @@ extern "C" int dmoe_emulation_plan(const DmoeExpertsShape *shape, int32_t bits, 
     const dmoe::Plan p = dmoe::plan_of(*shape, bits);
     const int tokens = min(p.tokens, shape->tokens);
     plan[0] = p.large, plan[1] = p.tokens, plan[2] = p.down_rows;
-    plan[3] = p.large ? dmoe::large_stages(dmoe::list_bytes(shape->experts, tokens * shape->places)) : 0;
+    plan[3] = p.large ? dmoe::large_stages(bits, dmoe::list_bytes(shape->experts, tokens * shape->places)) : 0;
     return 0;
 }
 
-extern "C" int dmoe_emulation_large_place(int32_t kind, int32_t row, int32_t unit) {
-    return kind == 0 ? dmoe::large_weight_place(row, unit) : dmoe::large_token_place(row, unit);
-}
+extern "C" int dmoe_emulation_large_place(int32_t row, int32_t unit) { return dmoe::large_place(row, unit); }

@@ -11,9 +11,9 @@ int launch_large_variant(const LargeArguments &arguments, void *stream) {
     const auto tiles = [](int rows) { return Divisor(max(1, (rows + kLargeRows - 1) / kLargeRows)); };
     a.tiles = tiles(a.rows), a.shared_tiles = tiles(a.shared_rows);
     const int lists = list_bytes(a.experts, pair_count(a));
-    a.stages = large_stages(lists);
+    a.stages = large_stages<BITS>(lists);
     if (a.stages < 2) return DMOE_ERROR_SHAPE;
-    const LaunchOptions options{a.stages * kLargeStageBytes + lists, true};
+    const LaunchOptions options{a.stages * kLargeStageBytes<BITS> + lists, true};
     // At most: how many experts are active is not known here.
     const int items = min(a.experts, pair_count(a)) * static_cast<int>(a.tiles.by) + shared_items<kLargeTiles>(a);
     const int blocks = max(1, min(items, resident_blocks<kernel>(kProductThreads, options.shared)));

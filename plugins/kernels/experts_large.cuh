@@ -1,8 +1,8 @@
-// The two products for many tokens: 128 weight rows times 128 tokens per pass, bound by arithmetic.
+// The two products for many tokens: 128 weight rows times 192 tokens per pass, bound by arithmetic.
 //
 // Each sum is added in the order of experts_product.cuh, so both kernels give the same bits: there the steps of 32 k (of 4
-// bits: two neighbours) with the same index mod 4 are a warp, here one warp has all four and goes through k in two halves,
-// first 0 and 1 mod 4, then 2 and 3. README.md has the counts.
+// bits: two neighbours) with the same index mod 4 are a warp, and the four are added one after the other; here a warp goes
+// through k in four quarters, 0 mod 4 first. README.md has the counts.
 #pragma once
 
 #include "experts_large_fill.cuh"
@@ -12,31 +12,32 @@
 namespace dmoe {
 
 // What `use` does for every sum of a warp.
-template <class Use>
+template <int BITS, class Use>
 DMOE_DEVICE void for_each_sum(const Use &use) {
     DMOE_UNROLL
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < kWarpHalves<BITS>; ++half) {
         DMOE_UNROLL
-        for (int j = 0; j < kWarpTiles; ++j) {
+        for (int j = 0; j < kWarpTiles<BITS>; ++j) {
             DMOE_UNROLL
             for (int i = 0; i < 4; ++i) use(half, j, i);
         }
     }
 }
 
-template <class Half, bool GATE>
-DMOE_DEVICE void write_large(const LargeArguments &a, const PairLists &lists, const Item &item, const LargeSums &sums, int pair) {
+template <class Half, int BITS, bool GATE>
+DMOE_DEVICE void write_large(const LargeArguments &a, const PairLists &lists, const Item &item, const LargeSums<BITS> &sums,
+                             int pair) {
     const int g = lane_id() / 4, q = lane_id() % 4, rows = item.shared ? a.shared_rows : a.rows;
     DMOE_UNROLL
-    for (int j = 0; j < kWarpTiles; ++j) {
+    for (int j = 0; j < kWarpTiles<BITS>; ++j) {
         DMOE_UNROLL
         for (int i = 0; i < 2; ++i) {
-            const int place = pair + large_column() + j * 8 + 2 * q + i;
+            const int place = pair + (large_column<BITS>() + j * kColumns<BITS>) * 8 + 2 * q + i;
             if (place >= item.end) continue;
             const Target<GATE> to(a, lists, item, place);
             DMOE_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const int row = item.row + large_row() + half * 16 + 2 * g;
+            for (int half = 0; half < kWarpHalves<BITS>; ++half) {
+                const int row = item.row + (large_band<BITS>() + half) * kBand + 2 * g;
                 if (row < rows) to.template write<Half>(row, sums[half][j][i], sums[half][j][2 + i]);
             }
         }
@@ -46,9 +47,9 @@ DMOE_DEVICE void write_large(const LargeArguments &a, const PairLists &lists, co
 // BITS: of the routed experts' weights.
 template <class Half, int BITS, bool GATE>
 __global__ void __launch_bounds__(kProductThreads, 1) large_product_kernel(LargeArguments a) {
-    if (!has_async_copies()) return;  // 7.5 has no room for the ring (large_stages()), so it needs no code
+    if (!has_async_copies()) return;  // 7.5 takes the other product (plan_of()), so it needs no code
     DMOE_DYNAMIC_SHARED(char, memory);
-    const PairLists lists = lists_at(memory + a.stages * kLargeStageBytes, a.experts);
+    const PairLists lists = lists_at(memory + a.stages * kLargeStageBytes<BITS>, a.experts);
     const int every = static_cast<int>(gridDim.x), start = static_cast<int>(blockIdx.x);
     const auto next = [&](int slot) { return slot + 1 == a.stages ? 0 : slot + 1; };
 
@@ -61,9 +62,9 @@ __global__ void __launch_bounds__(kProductThreads, 1) large_product_kernel(Large
     if (start >= items) return;
     feeder.open(a, lists, start);
     Cursor cursor = feeder.cursor;
-    int tiles = (feeder.end - cursor.pair - large_column() + 7) / 8;  // of the warp in this pass; more than it has: all
+    int tiles = large_tiles<BITS>(feeder.end - cursor.pair);
 
-    LargeSums sums[2] = {}, first;  // first: what the first lines gave
+    LargeSums<BITS> sums = {}, total = {};  // of the quarter, and of those before
     int slot = 0, empty = 0;
     for (int step = 1 - a.stages;; ++step) {
         if (step >= 0) {
@@ -71,31 +72,31 @@ __global__ void __launch_bounds__(kProductThreads, 1) large_product_kernel(Large
             __syncthreads();  // everybody's copies have arrived, and everybody is done with the stage before
         }
         if (feeder.cursor.index < items) {
-            feeder.fill(a, lists, memory + empty * kLargeStageBytes);
+            feeder.fill(a, lists, memory + empty * kLargeStageBytes<BITS>);
             feeder.advance(a, lists, items, every);
         }
         commit_copies();
         empty = next(empty);
         if (step < 0) continue;
-        const bool plain = BITS == 16 || cursor.index < feeder.shared, pairs = BITS == 4 && !plain;
-        const int depth = cursor.index < feeder.shared ? a.shared_depth : a.depth, lines = lines_of(depth);
-        const int line = line_at(cursor.at, lines, pairs), steps = depth - line * kLine > kStep ? 2 : 1;
+        const char *const stage = memory + slot * kLargeStageBytes<BITS>;
+        const bool shared = cursor.index < feeder.shared, plain = BITS == 16 || shared;
+        const int depth = shared ? a.shared_depth : a.depth, quarter = cursor.at % 4;
+        const int stages = stages_of(depth, BITS == 4 && !plain);
         if (tiles > 0) {
-            multiply_large<Half, BITS>(sums, memory + slot * kLargeStageBytes, plain, line, steps, tiles, a.group_shift);
+            if (plain) {
+                multiply_large_rows<Half, BITS>(sums, stage, tiles);
+            } else if constexpr (BITS != 16) {
+                multiply_large_blocks<Half, BITS>(sums, stage, tiles, depth - cursor.at * kStepsOfBlock<BITS> * kStep, a.group_shift);
+            }
         }
-        if (++cursor.at == first_lines(lines, pairs)) {
-            for_each_sum([&](int half, int j, int i) {
-                first[half][j][i] = sums[0][half][j][i] + sums[1][half][j][i];
-                sums[0][half][j][i] = sums[1][half][j][i] = 0.0f;
-            });
+        cursor.at = stage_after(cursor.at, stages);
+        if (cursor.at == stages || cursor.at % 4 != quarter) {
+            for_each_sum<BITS>([&](int half, int j, int i) { total[half][j][i] += sums[half][j][i], sums[half][j][i] = 0.0f; });
         }
-        if (cursor.at == lines) {
-            for_each_sum([&](int half, int j, int i) {
-                first[half][j][i] += sums[0][half][j][i] + sums[1][half][j][i];
-                sums[0][half][j][i] = sums[1][half][j][i] = 0.0f;
-            });
+        if (cursor.at == stages) {
             Item item = item_at<kLargeTiles, kLargeRows>(a, lists, cursor.index, feeder.shared);
-            write_large<Half, GATE>(a, lists, item, first, cursor.pair);
+            write_large<Half, BITS, GATE>(a, lists, item, total, cursor.pair);
+            for_each_sum<BITS>([&](int half, int j, int i) { total[half][j][i] = 0.0f; });
             cursor.at = 0, cursor.pair += kLargeTokens;
             if (cursor.pair >= item.end) {
                 cursor.index += every;
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) large_product_kernel(Large
                 item = item_at<kLargeTiles, kLargeRows>(a, lists, cursor.index, feeder.shared);
                 cursor.pair = item.first;
             }
-            tiles = (item.end - cursor.pair - large_column() + 7) / 8;
+            tiles = large_tiles<BITS>(item.end - cursor.pair);
         }
         slot = next(slot);
     }

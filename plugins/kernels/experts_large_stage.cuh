@@ -1,47 +1,48 @@
-// A stage of the ring of experts_large.cuh: 128 weight rows and up to 128 tokens, over one line of k: 64
-// values, which are 128 bytes of a token.
+// A stage of the ring of experts_large.cuh: up to 192 tokens and 128 weight rows, over a step of 32 k; with integers of 4
+// bits over a block of 64, whose tokens are two planes.
 //
-// A unit's index is xored with three bits of its row. A weight row and the one below share an order, because ldmatrix
-// takes every other one of them. Integers lie as in memory, band after band, and so do their scales behind them.
+// Rows of a plane and of 16-bit weights are 64 bytes, four units. A unit's index is xored with bits 1 and 2 of its row, so
+// eight neighbouring rows, or all units of two, are in different banks. Integers and scales lie as in memory.
 #pragma once
 
 #include "experts_stage.cuh"
 
 namespace dmoe {
 
-constexpr int kLargeRows = 128;   // weight rows of an item
-constexpr int kLargeTiles = 16;   // of eight tokens, in a pass
+constexpr int kLargeRows = 128;  // weight rows of an item
+constexpr int kLargeTiles = 24;  // of eight tokens, in a pass
 constexpr int kLargeTokens = kLargeTiles * 8;
-constexpr int kLineUnits = 8;     // of eight halfs each: two steps of 32 k
-constexpr int kLine = kLineUnits * 8;
-constexpr int kLargeStageBytes = (kLargeRows + kLargeTokens) * kLineUnits * 16;
+constexpr int kStepUnits = kStep / kUnit;
+constexpr int kPlaneBytes = kLargeTokens * kStepUnits * 16;
 
-DMOE_DEVICE int large_weight_place(int row, int unit) { return (row * kLineUnits + (unit ^ (row >> 1 & 7))) * 16; }
-DMOE_DEVICE int large_token_place(int row, int unit) {
-    return ((kLargeRows + row) * kLineUnits + (unit ^ reversed(row))) * 16;
-}
+// BITS, here and below: of the routed experts' weights. Those of the shared expert, 16 bits, lie behind the first plane.
+template <int BITS>
+constexpr int kBlocksAt = kStepsOfBlock<BITS> * kPlaneBytes;
+template <int BITS>
+constexpr int kLargeScalesAt = kBlocksAt<BITS> + kLargeRows / kBand * kBlockBytes;
+template <int BITS>
+constexpr int kLargeStageBytes = kStepsOfBlock<BITS> == 1
+                                     ? kPlaneBytes + kLargeRows * kStepUnits * 16
+                                     : kLargeScalesAt<BITS> + kLargeRows / kBand * kStepsOfBlock<BITS> * kBandScales;
 
-// Of a band of integers: blocks of 512 bytes in a line, one per step of 8 bits and one for both steps of 4; two groups'
-// scales at most.
-template <int BITS>
-constexpr int kLineBlocks = BITS == 8 ? 2 : 1;
-template <int BITS>
-DMOE_DEVICE int large_block_place(int band, int block) {
-    return (band * kLineBlocks<BITS> + block) * kBlockBytes;
-}
+// Of 16-bit weights the even ones of sixteen rows come first, then the odd ones: neighbours here are rows of one matrix.
+DMOE_DEVICE int row_of_place(int place) { return (place & ~15) | (place & 7) << 1 | (place >> 3 & 1); }
+
+DMOE_DEVICE int large_place(int row, int unit) { return (row * kStepUnits + (unit ^ (row >> 1 & 3))) * 16; }
 template <int BITS>
 DMOE_DEVICE int large_scale_place(int band, int group) {
-    return kLargeRows / kBand * kLineBlocks<BITS> * kBlockBytes + (band * 2 + group) * kBandScales;
+    return kLargeScalesAt<BITS> + (band * kStepsOfBlock<BITS> + group) * kBandScales;
 }
 
-// The order of lines in a pass: two halves, so that of the four sums of experts_product.cuh two are open at once. There a
-// step of 32 k belongs to sum `step mod 4`, and with 4 bits two neighbours do (`pairs`). So of a line either each step has a
-// sum of its own, or both have one, that of the line's last bit.
-DMOE_DEVICE int lines_of(int depth) { return (depth + kLine - 1) / kLine; }
-DMOE_DEVICE int first_lines(int lines, bool pairs) { return pairs ? lines / 4 * 2 + min(lines % 4, 2) : (lines + 1) / 2; }
-DMOE_DEVICE int line_at(int stage, int lines, bool pairs) {
-    const int first = first_lines(lines, pairs), second = stage >= first ? 1 : 0, place = stage - second * first;
-    return pairs ? place / 2 * 4 + second * 2 + place % 2 : place * 2 + second;
+// Stages of a pass; wide: each has two steps.
+DMOE_DEVICE int stages_of(int depth, bool wide) { return (depth + (wide ? 2 : 1) * kStep - 1) >> (wide ? 6 : 5); }
+
+// The order of k in a pass: a sum of experts_product.cuh after the other. There stage s of a pass, counted as they are here,
+// belongs to sum `s mod 4`. So 0, 4, 8, …, then 1, 5, …; behind the last one comes `stages`.
+DMOE_DEVICE int stage_after(int stage, int stages) {
+    if (stage + 4 < stages) return stage + 4;
+    const int first = stage % 4 + 1;
+    return first < 4 && first < stages ? first : stages;
 }
 
 }  // namespace dmoe

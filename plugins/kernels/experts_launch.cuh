@@ -53,12 +53,14 @@ int launch_product(ProductArguments a, void *stream) {
 template <class Half, bool GATE>
 int launch_quantised_product(int bits, const ProductArguments &a, void *stream);
 
-constexpr int kLargeStages = 4;  // of the ring for many tokens, at most
-
-// How many stages of that ring fit into the current device's shared memory beside the lists; it takes at least two.
-inline int large_stages(int lists) {
-    const int stages = (shared_bytes_per_block() - lists - kStaticBytes) / kLargeStageBytes;
-    return stages < kLargeStages ? stages : kLargeStages;
+// How many stages of the ring for many tokens fit into the current device's shared memory beside the lists; it takes at
+// least two.
+template <int BITS>
+int large_stages(int lists) {
+    return min(kMostStages, (shared_bytes_per_block() - lists - kStaticBytes) / kLargeStageBytes<BITS>);
+}
+inline int large_stages(int bits, int lists) {
+    return bits == 16 ? large_stages<16>(lists) : bits == 8 ? large_stages<8>(lists) : large_stages<4>(lists);
 }
 
 // As launch_product, for many tokens and weights of 16, 8 or 4 bits: the same bits.

@@ -68,61 +68,44 @@ DMOE_DEVICE void add(float (&sum)[4], const float4 &part) {
     sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
 }
 
-// The four warps that share rows add up in pairs, (0 + 1) + (2 + 3), and each writes a quarter of the tiles. `memory`: the
-// stage that was multiplied last; a barrier follows before it is filled again.
+// The four warps that share rows have a sum each, ((0 + 1) + 2) + 3, and each adds up and writes a quarter of the tiles. They
+// hand over what is not theirs, one sixteen of the rows after the other. `memory`: the stage that was multiplied last; a
+// barrier follows before it is filled again.
 template <class Half, int TILES, bool GATE>
 DMOE_DEVICE void finish_pass(const ProductArguments &a, const PairLists &lists, const Item &item, int pair,
                              const Sums<TILES> &sums, int tiles, char *memory) {
-    const int warp = warp_id(), lane = lane_id();
-    const bool high = warp & 1, odd = warp & 2;
-    const auto part_of = [&](int w, int half, int tile) -> float4 & {
-        return reinterpret_cast<float4 *>(memory)[(w * TILES + half * (TILES / 2) + tile) * kWarp + lane];
+    constexpr int kShare = TILES / kSplit;
+    const int warp = warp_id(), lane = lane_id(), mine = warp % kSplit;
+    // Between warps `one` and `other` of those that share rows: both know it, and its two directions take turns.
+    const auto part_of = [&](int one, int other, int j) -> float4 & {
+        return reinterpret_cast<float4 *>(memory)[(((warp / kSplit * kSplit + one) * kSplit + other) * kShare + j) * kWarp + lane];
     };
-    const auto float4_of = [](const float(&c)[4]) { return make_float4(c[0], c[1], c[2], c[3]); };
-    const int kept = high ? TILES / 2 : 0, given = TILES / 2 - kept;
     __syncthreads();  // the last stage has been multiplied
     DMOE_UNROLL
     for (int half = 0; half < 2; ++half) {
+        const auto slot = [&](bool given, int other, int j) -> float4 & {  // given here, the other warp takes it
+            return given == (half == 0) ? part_of(mine, other, j) : part_of(other, mine, j);
+        };
         DMOE_UNROLL
-        for (int j = 0; j < TILES / 2; ++j) {
-            if (given + j < tiles) {
-                part_of(warp, half, j) = high ? float4_of(sums[half][j]) : float4_of(sums[half][TILES / 2 + j]);
-            }
-        }
-    }
-    __syncthreads();
-    float pairs[2][TILES / 2][4];
-    DMOE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        DMOE_UNROLL
-        for (int j = 0; j < TILES / 2; ++j) {
+        for (int w = 0; w < kSplit; ++w) {
             DMOE_UNROLL
-            for (int i = 0; i < 4; ++i) pairs[half][j][i] = high ? sums[half][TILES / 2 + j][i] : sums[half][j][i];
-            if (kept + j < tiles) add(pairs[half][j], part_of(warp ^ 1, half, j));
-        }
-    }
-    const int mine = kept + (odd ? TILES / 4 : 0), other = kept + (odd ? 0 : TILES / 4);
-    DMOE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        DMOE_UNROLL
-        for (int j = 0; j < TILES / 4; ++j) {  // into what this warp alone has just read
-            if (other + j < tiles) {
-                part_of(warp ^ 1, half, j) = odd ? float4_of(pairs[half][j]) : float4_of(pairs[half][TILES / 4 + j]);
+            for (int j = 0; j < kShare; ++j) {
+                const float(&c)[4] = sums[half][w * kShare + j];
+                if (w != mine && w * kShare + j < tiles) slot(true, w, j) = make_float4(c[0], c[1], c[2], c[3]);
             }
         }
-    }
-    __syncthreads();
-    DMOE_UNROLL
-    for (int half = 0; half < 2; ++half) {
+        __syncthreads();
         const int row = item.row + warp / kSplit * 32 + half * 16 + lane / 4 * 2;
         DMOE_UNROLL
-        for (int j = 0; j < TILES / 4; ++j) {
-            if (mine + j >= tiles) continue;
-            float sum[4];
+        for (int j = 0; j < kShare; ++j) {
+            if (mine * kShare + j >= tiles) continue;
+            float sum[4] = {};
             DMOE_UNROLL
-            for (int i = 0; i < 4; ++i) sum[i] = odd ? pairs[half][TILES / 4 + j][i] : pairs[half][j][i];
-            add(sum, part_of(warp ^ 3, half, j));
-            write_tile<Half, GATE>(a, lists, item, sum, row, pair + (mine + j) * 8);
+            for (int w = 0; w < kSplit; ++w) {
+                const float(&c)[4] = sums[half][w * kShare + j];
+                add(sum, w == mine ? make_float4(c[0], c[1], c[2], c[3]) : slot(false, w, j));
+            }
+            write_tile<Half, GATE>(a, lists, item, sum, row, pair + (mine * kShare + j) * 8);
         }
     }
 }
@@ -130,7 +113,7 @@ DMOE_DEVICE void finish_pass(const ProductArguments &a, const PairLists &lists, 
 // BITS: of the routed experts' weights. TILES: tiles of eight tokens per pass.
 template <class Half, int BITS, int TILES, bool GATE>
 __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(ProductArguments a) {
-    static_assert(TILES == 4 || TILES == 8, "finish_pass() halves them twice");
+    static_assert(TILES % kSplit == 0, "finish_pass() shares them out");
     DMOE_DYNAMIC_SHARED(char, memory);
     DMOE_SHARED(uint64_t, barriers, kMostStages);
     const Arrivals arrivals = arrivals_at(barriers);

@@ -48,22 +48,22 @@ def with_few(kind, case, **how):
 @pytest.mark.parametrize(("call", "expected"), [
     ((32, 8, 256, 2048), (0, 1024, 2048, 0)),      # a step
     ((512, 8, 256, 2048), (0, 1024, 2048, 0)),     # a prefill of LLaDA2.0-mini: 16 tokens per expert
-    ((512, 8, 64, 2048), (1, 4096, 2048, 4)),      # of LLaDA-MoE: 64
+    ((512, 8, 64, 2048), (1, 4096, 2048, 6)),      # of LLaDA-MoE: 64
     ((384, 8, 64, 2048), (0, 1024, 2048, 0)),      # 48
-    ((385, 8, 64, 2048), (1, 4096, 2048, 4)),
+    ((385, 8, 64, 2048), (1, 4096, 2048, 6)),
     ((1024, 8, 256, 2048), (0, 1024, 2048, 0)),
-    ((1025, 8, 256, 2048), (1, 4096, 1920, 4)),    # two chunks of the other would read the experts twice
-    ((4096, 8, 256, 2048), (1, 4096, 512, 4)),
-    ((9000, 8, 256, 2048), (1, 4096, 512, 4)),
-    ((9000, 32, 256, 2048), (1, 1024, 512, 4)),
-    ((4096, 8, 1024, 72), (1, 4096, 72, 4)),       # fewer outputs than a tile has rows
+    ((1025, 8, 256, 2048), (1, 4096, 1920, 6)),    # two chunks of the other would read the experts twice
+    ((4096, 8, 256, 2048), (1, 4096, 512, 6)),
+    ((9000, 8, 256, 2048), (1, 4096, 512, 6)),
+    ((9000, 32, 256, 2048), (1, 1024, 512, 6)),
+    ((4096, 8, 1024, 72), (1, 4096, 72, 6)),       # fewer outputs than a tile has rows
 ])
 def test_plan_on_a_hopper(call, expected):
     assert plan(*call) == expected
 
 
 @pytest.mark.parametrize(("kibibytes", "experts", "expected"), [
-    (163, 256, (1, 4096, 512, 3)), (99, 256, (1, 2048, 1024, 2)), (99, 1024, (1, 1024, 2048, 2)),
+    (163, 256, (1, 4096, 512, 4)), (99, 256, (1, 2048, 1024, 3)), (99, 1024, (1, 2048, 1024, 3)),
     (64, 256, (0, 256, 2048, 0)),
 ])
 def test_plan_on_other_devices(kibibytes, experts, expected):
@@ -74,7 +74,7 @@ def test_plan_on_other_devices(kibibytes, experts, expected):
 def test_plan_for_integers():
     """Further chunks of few tokens cost them nothing."""
     assert plan(1025, 8, 256, 2048, bits=8) == plan(1536, 8, 256, 2048, bits=4) == (0, 1024, 2048, 0)
-    assert plan(1537, 8, 256, 2048, bits=4) == plan(1537, 8, 256, 2048, bits=8) == (1, 4096, 1280, 4)
+    assert plan(1537, 8, 256, 2048, bits=4) == plan(1537, 8, 256, 2048, bits=8) == (1, 4096, 1280, 6)
 
 
 @pytest.mark.parametrize(("tokens", "places"), [
@@ -105,9 +105,9 @@ def test_same_bits_as_few_of_any_size(size, seed, order, empty):
 
 @KINDS
 @pytest.mark.parametrize(("tokens", "k", "count", "hidden", "width", "shared"), [
-    (129, 1, 1, 8, 8, 8),        # a token more than a pass; depths of one step
-    (300, 1, 2, 72, 72, 136),    # passes that are not full; rows more than one tile, not a multiple of it
-    (65, 2, 2, 264, 40, 520),    # depths that end in a line, in its first step and behind it
+    (193, 1, 1, 8, 8, 8),        # a token more than a pass; depths of one step
+    (430, 1, 2, 72, 72, 136),    # passes that are not full; rows more than one tile, not a multiple of it
+    (65, 2, 2, 264, 40, 520),    # depths that end in each quarter, or before it; part of a step
 ])
 def test_every_variant(kind, tokens, k, count, hidden, width, shared):
     library().dmoe_emulation_seed(2)
@@ -141,7 +141,7 @@ def test_more_tokens_than_a_chunk():
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from([32, 64, 128]), st.integers(49, 140), st.integers(1, 5), st.integers(1, 5), st.integers(0, 3))
 def test_integers_have_the_same_bits_as_few(bits, group, tokens, hidden, width, order):
-    """Any depth: a line's first step, half blocks of 4 bits, every residue of lines."""
+    """Any depth: fewer steps than quarters, half blocks of 4 bits, every residue of steps."""
     library().dmoe_emulation_seed(order)
     case, scales = quantised.make_case(FP16, bits, group, tokens, 1, 1, group * hidden, group * width, empty=0)
     shared = make_shared(FP16, group * hidden, 72)
@@ -177,7 +177,7 @@ def test_integers_in_slices_and_slots(bits):
 
 @KINDS
 def test_long_sums(kind):
-    """Several rounds of the ring in both halves of k."""
+    """Several rounds of the ring in each quarter of k."""
     case = make_case(kind, 66, 1, 1, 2120, 24, seed=1)
     assert is_large(case)
     assert_routed(kind, case)
@@ -185,9 +185,9 @@ def test_long_sums(kind):
 
 
 @KINDS
-@pytest.mark.parametrize("tokens", [49, 64, 65, 97, 128, 161])
+@pytest.mark.parametrize("tokens", [49, 64, 65, 97, 160, 192, 201])
 def test_one_expert_for_all(kind, tokens):
-    """Whole and partial tiles, columns and passes; the other experts' weights are NaN and must not matter."""
+    """Whole and partial tiles, pairs of tiles and passes; the other experts' weights are NaN and must not matter."""
     hidden, ids, weights, gate_up, down = make_case(kind, tokens, 4, 4, 72, 24, np.tile([2, -1, 2, 9], (tokens, 1)))
     gate_up[[0, 1, 3]], down[[0, 1, 3]] = 0x7fff, 0x7fff
     weights[:, [1, 3]] = np.nan
@@ -215,11 +215,14 @@ def test_same_bits_in_any_thread_order_any_company_and_any_slots(kind):
     np.testing.assert_array_equal(kernel_experts(kind, *case[:3], *forgotten, pool=pool, shared=shared), results[0])
 
 
-@pytest.mark.parametrize("kibibytes", [99, 163])
-def test_same_bits_with_the_shared_memory_of_other_devices(kibibytes):
-    """Rings of two and three stages."""
-    case = make_case(FP16, 130, 2, 2, 264, 72, seed=3)
-    want = kernel_experts(FP16, *case)
+@pytest.mark.parametrize(("kibibytes", "tokens", "places", "bits", "stages"), [
+    (99, 512, 32, 16, 3), (163, 130, 2, 16, 6), (99, 1025, 8, 4, 2), (99, 130, 2, 4, 3)])
+def test_same_bits_with_the_shared_memory_of_other_devices(kibibytes, tokens, places, bits, stages):
+    ids = np.full((tokens, places), -1)
+    ids[::9, 1], ids[1::7, 0] = 1, 0
+    case, scales = (make_case(FP16, tokens, places, 2, 264, 72, ids), None) if bits == 16 else (
+        quantised.make_case(FP16, bits, 32, tokens, places, 2, 288, 64, ids))
+    want = with_few(FP16, case, scales=scales)
     library().dmoe_emulation_shared_bytes(kibibytes << 10)
-    assert is_large(case)
-    np.testing.assert_array_equal(kernel_experts(FP16, *case), want)
+    assert plan(tokens, places, 2, 264, bits=bits)[::3] == (1, stages)
+    np.testing.assert_array_equal(kernel_experts(FP16, *case, scales=scales), want)

@@ -23,22 +23,25 @@ template __global__ void dmoe::large_product_kernel<dmoe::{half}, {bits}, {gate}
 ])
 def test_products_and_what_they_wait_for(tmp_path, architecture, half, bits, gate):
     cubin = compile_for(ONE_PRODUCT.format(half=half, bits=bits, gate=gate), architecture, tmp_path)
-    assert resources(cubin)["STACK"] <= (0 if bits == 16 else 8), "three sums of 64 and the operands stay in registers"
+    # Two sums of 96 and the operands stay in registers; with 4 bits a few numbers that are the same in all stages do not.
+    assert resources(cubin)["STACK"] <= (32 if bits == 4 else 0)
     loop = loop_around(instructions(cubin), "LDGDEPBAR")
     places = {name: [i for i, body in enumerate(loop) if re.search(rf"\b{name}", body)]
               for name in ("DEPBAR.LE SB0", "BAR.SYNC", "LDGSTS", "LDGDEPBAR", "HMMA.16816.F32", "LDSM.16.M88.4")}
-    # 32 rows, 64 tokens and 64 k: of the shared expert, and of integers for each sum that they may belong to.
-    assert len(places["HMMA.16816.F32"]) == 64 * {16: 1, 8: 2, 4: 3}[bits]
-    assert len(places["LDSM.16.M88.4"]) == 24, "per 32 k four of weights and eight of tokens"
+    # 128 rows, 192 tokens and 32 k by eight warps: of the shared expert, and of each step of integers.
+    assert len(places["HMMA.16816.F32"]) == 48 * {16: 1, 8: 2, 4: 3}[bits]
+    # 64 rows and 48 tokens, or 32 and 96; 16 k at once.
+    assert len(places["LDSM.16.M88.4"]) == 2 * ((4 + 3) if bits == 16 else (2 + 6))
     assert len(places["BAR.SYNC"]) == 1
     products, commit = places["HMMA.16816.F32"], places["LDGDEPBAR"][0]
     order = [max(places["DEPBAR.LE SB0"]), *places["BAR.SYNC"], min(places["LDGSTS"]), max(places["LDGSTS"]), commit,
              min(products)]
     assert order == sorted(order), "wait, fill, multiply"
     multiplied = loop[commit:max(products)]
-    assert not [body for body in multiplied if re.search(r"\b(LDG|LD|LDL|STL|DEPBAR)\b", body)]
+    assert not [body for body in multiplied if re.search(r"\b(LDG|LD|STL|DEPBAR)\b", body)]
+    assert len([body for body in multiplied if re.search(r"\bLDL\b", body)]) <= (4 if bits == 4 else 0)
     if bits == 16:
-        assert len(multiplied) < 2.3 * (64 + 24), "little beside products and their operands"
+        assert len(multiplied) < 2.3 * (48 + 14), "little beside products and their operands"
 
 
 def _free_of_conflicts(places):
@@ -47,13 +50,10 @@ def _free_of_conflicts(places):
 
 
 def test_no_bank_conflicts():
-    place, lanes = library().dmoe_emulation_large_place, range(8)
-    for kind in (0, 1):
-        for row in range(0, 128, 8):
-            assert _free_of_conflicts([place(kind, row, lane) for lane in lanes]), "copies: a row"
-            for unit in range(8):
-                first, apart = (row // 16 * 16 + row // 8 % 2, 2) if kind == 0 else (row, 1)
-                rows = [first + apart * lane for lane in lanes]
-                assert _free_of_conflicts([place(kind, r, unit) for r in rows]), "a matrix: every other row of weights"
-    everything = {place(kind, row, unit) for kind in (0, 1) for row in range(128) for unit in range(8)}
-    assert everything == set(range(0, 32768, 16))
+    place = library().dmoe_emulation_large_place
+    for row in range(0, 192, 2):
+        assert _free_of_conflicts([place(r, unit) for r in (row, row + 1) for unit in range(4)]), "copies, operands of integers"
+    for row in range(0, 192, 8):
+        for unit in range(4):
+            assert _free_of_conflicts([place(row + lane, unit) for lane in range(8)]), "a matrix"
+    assert {place(row, unit) for row in range(192) for unit in range(4)} == set(range(0, 192 * 64, 16))
