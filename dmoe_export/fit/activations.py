@@ -11,7 +11,7 @@ from ..description import ITEMSIZES
 from .work import Forward
 
 FLOAT = 4
-HEAD = 4  # tensors as large as the logits that live at once: logits, without the mask, less the largest, their powers
+HEAD = 3  # tensors as large as the logits that live at once: logits, less the largest, their powers
 # Bytes per token and expert of the routing body's tensors [N, E] that live at once.
 _ROUTING = {"token": 22, "top_p": 36, "top_c": 30}
 
@@ -31,18 +31,19 @@ def layer_bytes(manifest: Manifest, forward: Forward, body_attention: bool = Fal
     """Most bytes of the layers' tensors at once. `body_attention`: the op's ONNX body computes it, with all scores."""
     d, moe, n, c = manifest.model, manifest.model.moe, forward.tokens, ITEMSIZES[manifest.precision]
     kv = output_bytes(manifest, forward)
-    throughout = FLOAT * (n if d.attention == "block_causal" else forward.rows) * forward.places  # the mask
+    both = c if c == FLOAT else c + FLOAT  # ONNX Runtime casts 16-bit values for a SiLU or a mask, and back
+    masks = both * (n if d.attention == "block_causal" else forward.rows) * forward.places
     if moe and manifest.routing.mode != "token":
-        throughout += (FLOAT + 2) * n * forward.width  # which tokens are in the same block
+        masks += (FLOAT + 2) * n * forward.width  # which tokens are in the same block
     hidden, heads = n * d.hidden_size * c, d.num_heads * d.head_dim
-    attention = hidden + 2 * n * (heads + 2 * d.num_kv_heads * d.head_dim) * c
+    attention = hidden + 2 * n * (heads + 2 * d.num_kv_heads * d.head_dim) * FLOAT  # rotated in float32
     if body_attention:
         attention = max(attention, hidden + 2 * n * heads * c + 3 * FLOAT * n * d.num_heads * forward.places)
-    dense = hidden + 3 * n * d.dense_width * c if len(d.moe_layers) < d.num_layers else 0
+    dense = hidden + 3 * n * d.dense_width * both if len(d.moe_layers) < d.num_layers else 0
     mixture = 0
     if moe:
         routing = n * moe.num_experts * _ROUTING[manifest.routing.mode]
         if manifest.routing.mode == "top_c":
             routing += 2 * FLOAT * n * forward.width * moe.num_experts  # every token's candidates, block by block
         mixture = 2 * hidden + (hidden if moe.shared_width else 0) + max(routing, hidden)
-    return throughout + max(kv + max(attention, mixture), kv // d.num_layers + dense)
+    return max(kv + masks + max(attention, mixture), kv // d.num_layers + dense)

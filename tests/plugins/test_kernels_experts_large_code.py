@@ -23,7 +23,7 @@ template __global__ void dmoe::large_product_kernel<dmoe::{half}, {bits}, {gate}
 ])
 def test_products_and_what_they_wait_for(tmp_path, architecture, half, bits, gate):
     cubin = compile_for(ONE_PRODUCT.format(half=half, bits=bits, gate=gate), architecture, tmp_path)
-    # Two sums of 96 and the operands stay in registers; with 4 bits a few numbers that are the same in all stages do not.
+    # Two sums of 96 and the operands stay in registers; with 4 bits a few numbers of all stages do not.
     assert resources(cubin)["STACK"] <= (32 if bits == 4 else 0)
     loop = loop_around(instructions(cubin), "LDGDEPBAR")
     places = {name: [i for i, body in enumerate(loop) if re.search(rf"\b{name}", body)]
@@ -52,7 +52,8 @@ def _free_of_conflicts(places):
 def test_no_bank_conflicts():
     place = library().dmoe_emulation_large_place
     for row in range(0, 192, 2):
-        assert _free_of_conflicts([place(r, unit) for r in (row, row + 1) for unit in range(4)]), "copies, operands of integers"
+        places = [place(r, unit) for r in (row, row + 1) for unit in range(4)]
+        assert _free_of_conflicts(places), "copies, operands of integers"
     for row in range(0, 192, 8):
         for unit in range(4):
             assert _free_of_conflicts([place(row + lane, unit) for lane in range(8)]), "a matrix"
