@@ -125,10 +125,47 @@ class MoeDescription(Frozen, allow_inf_nan=False):
     renormalise: bool = True
     expert_bias: bool = Field(True, description="a learnt bias selects experts; it never weighs them")
     first_dense_layers: int = Field(ge=0)
+    expert_scale: bool = Field(False, description="a learnt factor per expert on its weight, after renormalising")
+    own_norm: bool = Field(False, description="the router reads the residual stream itself, through a norm of its own")
+    beside_dense: bool = Field(False, description="layers with experts have a dense feed-forward, too; they are added")
 
     def tight_guard(self) -> int:
         """Least coreset size k + G − Kg that the group limit can never force a token out of, at most E."""
         return min(self.experts_per_token + self.num_groups - self.groups_kept, self.num_experts)
+
+
+class AttentionDescription(Frozen, allow_inf_nan=False):
+    """The attention of some layers: what may differ from one layer to another."""
+
+    num_kv_heads: int = Field(gt=0, le=_SIZE)
+    head_dim: int = Field(gt=0, le=_SIZE)
+    rope_theta: float = Field(gt=0)
+    rotary_dim: int = Field(gt=0, le=_SIZE, description="R: dims of a head that turn")
+    rotary_spread: bool = Field(False, description="frequencies over the whole head, of which pairs i and i + D/2 turn "
+                                "for i < R/2 (\"proportional\"); else over the first R dims")
+    window: int | None = Field(None, gt=0, description="W: a token sees the last W positions, its own among them")
+
+
+class GlobalAttention(Frozen, allow_inf_nan=False):
+    """Layers whose attention is another than that of the rest."""
+
+    layers: tuple[Annotated[int, Field(ge=0, lt=MOST_LAYERS)], ...]
+    attention: AttentionDescription
+
+
+class CanvasDescription(Frozen):
+    """A model that denoises a canvas of random tokens (DiffusionGemma): text is encoded causally, a canvas sees itself.
+    """
+
+    length: int = Field(gt=0, le=MOST_POSITIONS, description="C: tokens of a canvas")
+    conditioning_width: int = Field(gt=0, le=_SIZE, description="inner width of the self-conditioning feed-forward")
+
+
+class EditTokens(Frozen):
+    """Control tokens of a model that inserts and deletes (LLaDA2.2); neither is ever a part of an answer."""
+
+    delete: int = Field(ge=0, description="says that its place is to be removed")
+    split: int = Field(ge=0, description="says that a mask is to be put before its place's token")
 
 
 class ModelDescription(Frozen, allow_inf_nan=False):
@@ -150,14 +187,40 @@ class ModelDescription(Frozen, allow_inf_nan=False):
     rms_eps: float = Field(gt=0)
     max_positions: int = Field(gt=0, le=MOST_POSITIONS)
     tie_embeddings: bool
-    mask_id: int = Field(ge=0)
+    mask_id: int | None = Field(ge=0, description="null for a model with a canvas of random tokens")
     eos_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, description="each of them ends an answer; "
                                                              "the first is the one that templates and padding mean")
     pad_id: int = Field(ge=0)
-    attention: Literal["block_causal", "full"] = Field(
-        "block_causal", description="who sees whom: earlier blocks and the own one (block diffusion), or everyone")
+    attention: Literal["block_causal", "full", "canvas"] = Field(
+        "block_causal", description="who sees whom: earlier blocks and the own one (block diffusion), everyone, or "
+        "text what is before it and a canvas all (two phases)")
     logit_shift: bool = Field(False, description="position i is predicted by the row of position i − 1 (Dream)")
     qkv_bias: bool = False
+    edit_tokens: EditTokens | None = Field(None, description="null for a model that cannot insert and delete")
+    canvas: CanvasDescription | None = Field(None, description="where attention is \"canvas\"")
+    window: int | None = Field(None, gt=0, description="of all layers but those of `global_attention`; null: no limit")
+    global_attention: GlobalAttention | None = Field(None, description="null where all layers are alike")
+    attention_scale: float | None = Field(None, gt=0, description="of query · key; null: head_dim^-1/2")
+    value_norm: bool = Field(False, description="values of a head go through an RMSNorm without weight")
+    activation: Literal["silu", "gelu_tanh"] = Field("silu", description="of every gated feed-forward")
+    sandwich: bool = Field(False, description="halves of a layer have a norm behind them, too, and a layer a learnt "
+                           "scale (per phase)")
+    scaled_embedding: bool = Field(False, description="embeddings times the root of hidden_size")
+    logit_softcap: float | None = Field(None, gt=0, description="c: logits are c · tanh(x / c); null: x")
+
+    def attention_of(self, layer: int) -> AttentionDescription:
+        """What a layer's attention is."""
+        one = self.global_attention
+        if one and layer in one.layers:
+            return one.attention
+        return AttentionDescription(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, rope_theta=self.rope_theta,
+                                    rotary_dim=self.rotary_dim, window=self.window)
+
+    @model_validator(mode="after")
+    def _canvas_or_mask(self) -> ModelDescription:
+        if (self.attention == "canvas") != (self.canvas is not None) or (self.canvas is None) == (self.mask_id is None):
+            raise ValueError("a model has either a mask id or a canvas of random tokens")
+        return self
 
     @model_validator(mode="after")
     def _ends_are_tokens(self) -> ModelDescription:
@@ -165,6 +228,11 @@ class ModelDescription(Frozen, allow_inf_nan=False):
         if wrong is not None:
             raise ValueError(f"eos id {wrong} is the mask or outside the vocabulary of {self.vocab_size}")
         return self
+
+    @property
+    def barred_id(self) -> int:
+        """The id that is never an answer, the mask's; −1 where there is none."""
+        return -1 if self.mask_id is None else self.mask_id
 
     @property
     def eos_id(self) -> int:

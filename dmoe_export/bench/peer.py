@@ -122,7 +122,7 @@ class Peer:
         """One forward, and the best token of every row but the mask."""
         raw = self.logits(inputs, cache)
         allowed = raw.logits.clone()
-        allowed[:, self.description.mask_id] = float("-inf")
+        allowed[:, self.description.barred_id] = float("-inf")
         confidence, tokens = torch.softmax(allowed, dim=-1).max(dim=-1)
         rows = torch.from_numpy(inputs.logit_rows.clip(min=0))  # [1, M]
         return ForwardOutputs(tokens[rows].numpy(), confidence[rows].numpy(), raw.expert_ids,

@@ -77,5 +77,5 @@ class DiffusersPeer:
             input_ids=torch.tensor([prompt]), use_chat_template=False, gen_length=max_new_tokens,
             block_length=self._block, num_inference_steps=steps, threshold=threshold, editing_threshold=None,
             sampling_method="greedy", temperature=0.0, eos_early_stop=False, output_type="seq",
-            eos_token_id=self._description.eos_id, mask_token_id=self._description.mask_id)
+            eos_token_id=self._description.eos_id, mask_token_id=self._description.barred_id)
         return found.sequences[0].tolist(), model.seconds / model.forwards

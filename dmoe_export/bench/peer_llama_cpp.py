@@ -177,7 +177,7 @@ class LlamaCppBackend:
         self.forwards += 1
         chosen = logits[inputs.logit_rows[0].clip(min=0)]  # a copy
         allowed = torch.from_numpy(chosen.copy() if inputs.want_logits else chosen)
-        allowed[:, d.mask_id] = float("-inf")
+        allowed[:, d.barred_id] = float("-inf")
         confidence, tokens = torch.softmax(allowed, dim=-1).max(dim=-1)
         experts = np.full((len(d.moe_layers), 1, len(ids), d.moe.experts_per_token if d.moe else 1), -1, np.int32)
         return ForwardOutputs(tokens.numpy()[None], confidence.numpy()[None], experts,

@@ -111,7 +111,7 @@ class _Case:
         self.kernels, self.kind = backend.kernels, backend.products
         d, rng, tokens = bundle.manifest.model, np.random.default_rng(options.seed), options.tokens
         ids = rng.integers(0, d.vocab_size, (1, tokens))
-        ids[np.isin(ids, [d.mask_id, *d.eos_ids, d.pad_id])] = 0
+        ids[np.isin(ids, [d.barred_id, *d.eos_ids, d.pad_id])] = 0
         commit = options.phase == "commit"
         rows = (np.full((1, 1), -1, np.int64) if commit else
                 np.linspace(0, tokens - 1, options.rows or tokens).astype(np.int64)[None])

@@ -61,7 +61,7 @@ def random_prompt(bundle: Bundle, tokens: int, seed: int) -> list[int]:
     """Token ids of no special token."""
     d = bundle.manifest.model
     ids = np.random.default_rng(seed).integers(0, d.vocab_size, tokens)
-    ids[np.isin(ids, [d.mask_id, *d.eos_ids, d.pad_id])] = 0
+    ids[np.isin(ids, [d.barred_id, *d.eos_ids, d.pad_id])] = 0
     return ids.tolist()
 
 

@@ -28,7 +28,7 @@ def check_numbers(model: ModelDescription, routing: RoutingDescription) -> None:
     for name, value in (numbers | routing.model_dump()).items():
         if isinstance(value, int) and not isinstance(value, bool) and value > _LARGEST:
             raise ValueError(f"{name} {_short(value)} is more than {_LARGEST}")
-    pairs = [("the mask id", model.mask_id, "of the vocabulary", model.vocab_size - 1),
+    pairs = [("the mask id", model.barred_id, "of the vocabulary", model.vocab_size - 1),
              ("the pad id", model.pad_id, "of the vocabulary", model.vocab_size - 1),
              ("rotary_dim", model.rotary_dim, "of a head", model.head_dim),
              ("num_kv_heads", model.num_kv_heads, "of the heads", model.num_heads),

@@ -75,7 +75,7 @@ def make_inputs(d: ModelDescription, routing: RoutingDescription, text: TextCode
     prompts = _prompts(d, text, extra, n, rng)
     prefix = [min(count, blocks - 1) for count in _PREFIX_BLOCKS]
     rows = [_stretch(prompts, row, (count + 1) * n) for row, count in enumerate(prefix)]
-    feeds = [_denoise(rows, prefix, n, d.mask_id, rng)]
+    feeds = [_denoise(rows, prefix, n, d.barred_id, rng)]
     if max(prefix):
         feeds.insert(0, _prefill(rows, prefix, n))
     return CheckInputs(feeds, prompts, InputsUsed(
@@ -88,7 +88,7 @@ def _prompts(d: ModelDescription, text: TextCodec | None, extra: list[str], n: i
              rng: np.random.Generator) -> list[Prompt]:
     if text is not None:
         return [Prompt(p, text.encode_chat([{"role": "user", "content": p}])) for p in (*extra, *PROMPTS)]
-    ordinary = np.setdiff1d(np.arange(d.vocab_size), [d.mask_id, *d.eos_ids, d.pad_id])
+    ordinary = np.setdiff1d(np.arange(d.vocab_size), [d.barred_id, *d.eos_ids, d.pad_id])
     return [Prompt(None, rng.choice(ordinary, size).tolist()) for size in (n // 2 + 1, n + n // 4 + 1, 3)]
 
 

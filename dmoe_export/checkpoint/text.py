@@ -104,7 +104,7 @@ def _tokens(tokenizer: Tokenizer) -> dict[int, str]:
 def _check_covers(tokenizer: Tokenizer, d: ModelDescription, folder: Path) -> None:
     """A converted tokenizer must know the ids that the model cannot do without."""
     for name, id_ in (("mask", d.mask_id), *(("EOS", eos) for eos in d.eos_ids)):
-        if tokenizer.id_to_token(id_) is None:
+        if id_ is not None and tokenizer.id_to_token(id_) is None:
             raise CheckpointError(f"The tokenizer of vocab.json and merges.txt in {folder} has no token of the {name} "
                                   f"id {id_}; added_tokens.json or added_tokens_decoder of {CONFIG} is missing or "
                                   "incomplete.")

@@ -128,7 +128,7 @@ def _questions(generator: Generator, prompts: tuple[str, ...], file: Path | None
         if random_prompt > d.max_positions:
             raise RequestError(f"--random-prompt {random_prompt} is more than the model's {d.max_positions} positions.")
         ids = np.random.default_rng(seed).integers(0, d.vocab_size, random_prompt)
-        special = {d.mask_id, *d.eos_ids, d.pad_id}
+        special = {d.barred_id, *d.eos_ids, d.pad_id}
         return [Question([int(i) if int(i) not in special else 0 for i in ids])]
     if file is None:
         return [Question(text) for text in prompts or _DEFAULT_PROMPTS]

@@ -29,7 +29,7 @@ class Row:
         self.end = len(prompt) + settings.max_new_tokens
         self._full = description.attention == "full"
         size = self.end if self._full else -(-self.end // block_length) * block_length
-        self.canvas = np.full(size, description.mask_id, np.int64)
+        self.canvas = np.full(size, description.barred_id, np.int64)
         self.canvas[:len(prompt)] = prompt
         # What is masked is remembered apart from the ids: a mask id in the prompt is text, not a gap.
         self.masked = np.arange(size) >= len(prompt)

@@ -15,9 +15,10 @@ Reals = NDArray[np.floating[Any]]
 
 
 def without(logits: Reals, mask_id: int) -> Reals:
-    """Logits [m, V] in float64 in which the mask token cannot be chosen."""
+    """Logits [m, V] in float64 in which the mask token cannot be chosen; −1: there is none."""
     allowed = logits.astype(np.float64)
-    allowed[:, mask_id] = -np.inf
+    if mask_id >= 0:
+        allowed[:, mask_id] = -np.inf
     return allowed
 
 

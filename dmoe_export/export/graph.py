@@ -36,11 +36,11 @@ class DenoiserGraph(nn.Module):
         d = model.description
         if self.one_head:
             best = head(x, model.norm.weight, model.lm_head.weight, logit_rows, logits_kept, eps=d.rms_eps,
-                        mask_id=d.mask_id)
+                        mask_id=d.barred_id)
         else:
             logits = model.lm_head(model.norm(wanted(x, logit_rows, input_ids.shape[1]))).float()
             logits = logits.reshape(*logit_rows.shape, d.vocab_size)
-            best = (*best_tokens(logits, d.mask_id), first_rows(logits, logits_kept))
+            best = (*best_tokens(logits, d.barred_id), first_rows(logits, logits_kept))
         ids = (torch.stack(out.expert_ids),) if out.expert_ids else ()
         return *best, *ids, out.keys, out.values
 

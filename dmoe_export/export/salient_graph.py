@@ -34,7 +34,7 @@ class SalientGraph(nn.Module):
         state = RangeState(*old) if old else None
         out = self.denoiser(input_ids, position_ids, Past(past_key, past_value, past_positions), state, unmasked,
                             threshold, RoutingSettings(**{**fixed, **settings}), logit_rows)
-        token_ids, confidence = best_tokens(out.logits, self.denoiser.description.mask_id)
+        token_ids, confidence = best_tokens(out.logits, self.denoiser.description.barred_id)
         outputs = [token_ids, confidence, out.logits]
         if out.expert_ids:
             outputs.append(torch.stack(out.expert_ids))

@@ -48,12 +48,12 @@ class EagerBackend:
         ids = (torch.stack(out.expert_ids).numpy() if out.expert_ids
                else np.zeros((0, *inputs.input_ids.shape, 0), np.int32))
         allowed = out.logits.clone()
-        allowed[..., self.description.mask_id] = float("-inf")
+        allowed[..., self.description.barred_id] = float("-inf")
         confidence, token_ids = torch.softmax(allowed, dim=-1).max(dim=-1)
         return ForwardOutputs(token_ids.numpy(), confidence.numpy(), ids,
                               out.logits.numpy() if inputs.want_logits else None,
                               ([x.numpy() for x in out.keys], [x.numpy() for x in out.values]),
-                              best_of(out.logits.numpy(), self.description.mask_id, inputs.candidates)
+                              best_of(out.logits.numpy(), self.description.barred_id, inputs.candidates)
                               if inputs.candidates else None)
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class EagerSalient(HostSalient):
             Past(per_layer("past_key"), per_layer("past_value"), given["past_positions"]), old, given.get("unmasked"),
             given.get("threshold"), RoutingSettings(**{**fixed, **changed}), given["logit_rows"])
         allowed = out.logits.clone()
-        allowed[..., self.description.mask_id] = float("-inf")
+        allowed[..., self.description.barred_id] = float("-inf")
         confidence, token_ids = torch.softmax(allowed, dim=-1).max(dim=-1)
         named: dict[str, Any] = {"token_ids": token_ids, "confidence": confidence}
         if want_logits:

@@ -19,6 +19,25 @@ Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
+class CanvasInputs:
+    """What a model with a canvas of random tokens takes besides (`ModelDescription.canvas`)."""
+
+    denoise: Bools  # [B] phase of each row: True denoises a canvas, False encodes text
+    soft_embeddings: Floats  # [B, T, H] of the step before; zeros in a canvas's first step and for text
+    temperature: Floats  # [B] above 0
+    uniform: Floats  # [B, M] in [0, 1): draws of `sampled_ids`
+
+
+@dataclass(frozen=True)
+class CanvasOutputs:
+    """What such a model gives besides, of softmax(logits / temperature) in float32."""
+
+    sampled_ids: Ints  # [B, M] the first token whose cumulative probability exceeds the uniform number
+    entropy: Floats  # [B, M] natural logarithm
+    soft_embeddings: Floats  # [B, M, H] mean embedding, scaled as embeddings are
+
+
+@dataclass(frozen=True)
 class ForwardInputs:
     """One forward. B rows, T tokens, M tokens whose vocabulary row is wanted."""
 
@@ -30,6 +49,7 @@ class ForwardInputs:
     want_keys_values: bool = False
     sequences: tuple[int, ...] | None = None  # [B] whose rows these are, for who counts; None: always the same
     candidates: int = 0  # K, how many of the best tokens are wanted of each place; 0: the best alone
+    canvas: CanvasInputs | None = None  # of a model with a canvas, which needs it
 
 
 @dataclass(frozen=True)
@@ -42,6 +62,7 @@ class ForwardOutputs:
     logits: Floats | None  # [B, M, V] when wanted
     keys_values: Any  # what the backend's own cache commits, when wanted
     candidates: Candidates | None = None  # when wanted; of places that want nothing, anything
+    canvas: CanvasOutputs | None = None  # of a model with a canvas; `confidence` is without temperature
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class HostSalient(ABC):
             feeds |= {f"range_{name}": value for name, value in (old or self._nothing(feeds)).items()}
         got = self.compute(graph, feeds, settings, want_logits or candidates > 0)
         if candidates:
-            got["candidates"] = best_of(got["logits"], self.description.mask_id, candidates)
+            got["candidates"] = best_of(got["logits"], self.description.barred_id, candidates)
         state = {name: got.pop(name) for name in self._names()}
         return got, state
 

@@ -107,7 +107,8 @@ class OnnxRuntimeBackend:
         results = dict(zip(wanted, session.run(wanted, feeds), strict=True))
         layers = self.description.num_layers
         new = [results[name] for name in self._kv_names] if inputs.want_keys_values else []
-        found = (best_of(results["logits"], self.description.mask_id, inputs.candidates) if inputs.candidates else None)
+        found = (best_of(results["logits"], self.description.barred_id, inputs.candidates)
+                 if inputs.candidates else None)
         return ForwardOutputs(head.spread(results["token_ids"]), head.spread(results["confidence"]),
                               results.get("expert_ids", np.zeros((0, *inputs.input_ids.shape, 0), np.int32)),
                               head.spread(results["logits"]) if inputs.want_logits else None,

@@ -56,7 +56,7 @@ class DeviceBackend:
         self._bundle, self._find_graph = bundle, find_graph
         self._salient: dict[int | None, DeviceSalient] = {}
         self._staging = Staging(device, pool, stream)
-        self._logits = LogitsTaker(self._staging, stream, d.mask_id, ranking)
+        self._logits = LogitsTaker(self._staging, stream, d.barred_id, ranking)
         self._closed = False
         self._dropped: Slab | None = None  # where keys and values go that nobody wants
 
