@@ -20,7 +20,6 @@ from ..runtime.salient import SalientResult, SalientSteps
 from ..words import count
 from .caching import Plan
 from .limits import check_batch, check_prompt
-from .outcome import asked_places
 from .prefixes import RowPrefix, store_of
 from .row import FinishReason, Row
 from .settings import DecodeSettings
@@ -184,7 +183,7 @@ class JoiningBatch:
             for handle, plan in zip(handles, plans, strict=True):
                 if plan.clear:
                     handle.row.cached = 0
-        asked = [asked_places(handle.row) if plan.decodes else np.zeros(0, np.int64)
+        asked = [handle.way.outcome.asked(handle.row) if plan.decodes else np.zeros(0, np.int64)
                  for handle, plan in zip(handles, plans, strict=True)]
         inputs = _inputs(handles, plans, asked)
         start = time.perf_counter()

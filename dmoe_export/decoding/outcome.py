@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -15,19 +16,29 @@ from .sampling import Reals, draws_from, greedy, sample, sample_best, without
 from .settings import DecodeSettings
 
 
-def asked_places(row: Row) -> Ints:
-    """Places of the active block whose prediction is wanted: the masked ones, then those that may be edited."""
-    return np.append(row.gaps(), row.editable())
-
-
 @dataclass(frozen=True)
 class Chosen:
     """What a forward said about places of the active block, and which of them it wrote."""
 
-    asked: Ints  # places [m], as `asked_places`
+    asked: Ints  # places [m], as `Outcome.asked`
     tokens: Ints  # [m] the best of each, or a sample
     confidence: Reals  # [m]
     changed: Ints  # places that were written
+
+
+class Decides(Protocol):
+    """What the batch asks of a way to decode: which predictions it wants of a forward, and what they make of a row."""
+
+    needs_logits: bool
+    candidates: int  # wanted of each place
+
+    def asked(self, row: Row) -> Ints:
+        """Places of the active block whose prediction is wanted."""
+        ...
+
+    def apply(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> Chosen:
+        """Take row i of the outputs, predictions for what `asked` says; raises NotFiniteError for no numbers."""
+        ...
 
 
 class Outcome:
@@ -41,8 +52,12 @@ class Outcome:
         self.candidates = draws_from(settings, vocabulary)  # wanted of each place
         self.needs_logits = not self.candidates and (settings.temperature > 0 or settings.acceptance == "credit")
 
+    def asked(self, row: Row) -> Ints:
+        """Places of the active block whose prediction is wanted: the masked ones, then those that may be edited."""
+        return np.append(row.gaps(), row.editable())
+
     def apply(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> Chosen:
-        """Take row i of the outputs, predictions for `asked_places`.
+        """Take row i of the outputs, predictions for what `asked` says.
 
         Raises NotFiniteError where these are NaN or infinite: one such logit makes the row's confidence NaN.
         """

@@ -9,7 +9,7 @@ from ..errors import RequestError
 from ..runtime.backend import Backend, Limits
 from ..runtime.salient import SalientBackend, SalientGraphs
 from .caching import Plan, Widths, policy
-from .outcome import Outcome
+from .outcome import Decides, Outcome
 from .routing import routing_inputs
 from .row import Row
 from .salient import policy as salient_policy
@@ -57,7 +57,7 @@ class Way:
                 raise RequestError(f"Backend {backend.name} runs no salient steps; use backend onnxruntime, or leave "
                                    "salient_threshold out.")
             self.graphs = backend.salient_graphs(settings.salient_capacity)
-        self.outcome = Outcome(settings, backend.description.barred_id, vocabulary, precision)
+        self.outcome: Decides = Outcome(settings, backend.description.barred_id, vocabulary, precision)
 
     def plan(self, row: Row) -> Plan:
         """What the row asks of its next forward; goes on to the next block where the active one needs nothing more."""
