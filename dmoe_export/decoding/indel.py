@@ -43,7 +43,7 @@ class Step:
     masked: Bools
     tokens: Ints  # chosen
     confidence: Reals
-    write: Bools | None = None  # which places take their choice
+    write: Bools = field(default_factory=lambda: np.zeros(0, bool))  # which places take their choice
 
 
 class InsertDelete:
@@ -80,7 +80,6 @@ class InsertDelete:
             row.memory = Memory(step.masked.copy())
         memory: Memory = row.memory
         last = self._select(row, step, memory, ranked, outputs, i)
-        assert step.write is not None
         if not step.write.any():
             row.write(asked[:0], step.tokens[:0], settled=True)
             return Chosen(asked, step.tokens, step.confidence, asked[:0])
@@ -143,8 +142,9 @@ class InsertDelete:
             drawn = sample(without(outputs.logits[i, gaps], self._mask_id), s, row.rng, barred)
         else:
             assert outputs.candidates is not None
-            found = outputs.candidates.token_ids[i, gaps], outputs.candidates.logits[i, gaps], outputs.confidence[i, gaps]
-            drawn = sample_best(*(spared(*found, barred) if barred else found), s, row.rng)
+            ids, logits, best = (of[i, gaps] for of in (outputs.candidates.token_ids, outputs.candidates.logits,
+                                                        outputs.confidence))
+            drawn = sample_best(*spared(ids, logits, best, barred), s, row.rng)
         step.tokens[gaps], step.confidence[gaps] = drawn
 
     def _clean(self, step: Step, ranked: Ranked) -> None:

@@ -49,7 +49,8 @@ def sample(logits: Reals, settings: DecodeSettings, rng: np.random.Generator, ba
 def draws_from(settings: DecodeSettings, vocabulary: int, barred: int = 0) -> int:
     """How many of the best tokens are enough for `sample_best`; 0 where it takes all logits.
 
-    `barred`: how many tokens are not drawn (`spared` leaves them out). Without `top_k`, temperature and `top_p` share out a sum over all tokens; credit raises any token.
+    `barred`: how many tokens are not drawn (`spared` leaves them out). Without `top_k`, temperature and `top_p` share
+    out a sum over all tokens; credit raises any token.
     """
     enough = settings.temperature > 0 and 0 < settings.top_k <= MOST - barred and settings.acceptance != "credit"
     return min(settings.top_k + barred, vocabulary) if enough else 0
