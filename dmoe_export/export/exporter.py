@@ -12,6 +12,7 @@ from ..bundle.manifest import Manifest
 from ..bundle.origin import CheckpointEntry
 from ..bundle.reader import Bundle, open_bundle
 from ..bundle.writer import BundleWriter
+from ..checkpoint.edit_tokens import give_edit_tokens
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.hub import resolve_checkpoint
 from ..description import ExportPrecision, ModelDescription, Precision, RoutingChoice, WeightFormats
@@ -40,7 +41,8 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
                       routing: RoutingChoice | None = "auto", block_length: int | None = None,
                       layers: int | None = None, top_p: float | None = None, min_experts: int | None = None,
                       coreset_size: int | None = None, salient: bool = False, salient_capacity: Sequence[int] = (),
-                      overwrite: bool = False, report: Report | None = None) -> Bundle:
+                      edit_tokens: Sequence[int] | None = None, overwrite: bool = False,
+                      report: Report | None = None) -> Bundle:
     """Export a checkpoint folder or hub id to the bundle folder `out`, and open it.
 
     `precision` is how weights are stored; None: bf16, fp16 or fp32, as the checkpoint stores its matrices, else fp32.
@@ -54,6 +56,7 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
     top_p) and `coreset_size` (of top_c) set the bundle's defaults: the checkpoint's core_threshold or 0.6; k + groups −
     groups kept; its expert_capacity, or 48/256 of the experts and no less than k. `salient` adds the graph
     of salient-token decoding, `salient_capacity` a graph of static shapes for each M it names (docs/salient.md).
+    `edit_tokens`: DELETE and SPLIT of a model that inserts and deletes, where its config.json does not say them.
     Raises CheckpointError for what cannot be read, OutputError for what cannot be written; `out` is complete or absent.
     """
     if precision not in (None, *get_args(ExportPrecision)) or routing not in (None, *get_args(RoutingChoice)):
@@ -61,6 +64,8 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
                          f"{', '.join(get_args(ExportPrecision))} and {', '.join(get_args(RoutingChoice))}.")
     source = (checkpoint if isinstance(checkpoint, Checkpoint)
               else Checkpoint(resolve_checkpoint(checkpoint), layers))
+    if edit_tokens is not None:
+        give_edit_tokens(source, edit_tokens)
     d = source.description
     formats, odd = choose_formats(source, precision, compute, dense=dense_precision, head=head_precision,
                                   embedding=embedding_precision, group_size=group_size)
