@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,6 +23,9 @@ from .layout import ExpertsEntry, check_expert_layout
 from .origin import CheckpointEntry, TokenizerEntry
 
 SCHEMA_VERSION = 2
+DecodeValues = dict[str, int | float | bool | str]
+"""Settings of a request by their names in DecodeSettings (decoding/settings.py)."""
+PresetName = Annotated[str, Field(pattern="^[a-z][a-z0-9_-]{0,31}$")]
 MANIFEST_NAME = "manifest.json"
 
 
@@ -59,8 +62,10 @@ class Manifest(Frozen):
     tokenizer: TokenizerEntry | None
     files: list[FileEntry]
     engines: list[EngineEntry]
-    decode_defaults: dict[str, int | float | bool | str] = Field(
-        description="fields of DecodeSettings that the checkpoint's generation_config.json sets")
+    decode_defaults: DecodeValues = Field(
+        description="settings where a request says none, of the checkpoint's generation_config.json and of a recipe")
+    presets: dict[PresetName, DecodeValues] = Field({}, description="settings under a name that a request can ask "
+                                                    "for; they win over decode_defaults. Empty in older bundles")
     warnings: list[str] = Field(description="sentences that the export printed")
 
     @model_validator(mode="after")

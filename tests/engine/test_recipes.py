@@ -10,13 +10,13 @@ import pytest
 from conftest import SAMPLE
 from engine_helpers import RTX_TARGETS, built, dmoe, plugin_library
 
+from dmoe_export import recipe
 from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.cli import main
 from dmoe_export.cli.recipes import check_bundle, with_recipe
-from dmoe_export.engine import recipe
-from dmoe_export.engine.recipe import FOLDER, load_recipe, recipe_names
 from dmoe_export.errors import InputError
 from dmoe_export.hub import _HUB_ID
+from dmoe_export.recipe import FOLDER, load_recipe, recipe_names
 
 REPOSITORY = Path(__file__).parents[2]
 KNOWN = ["dmoe-16b", "llada-moe-7b", "llada2.0-flash", "llada2.0-mini", "sample"]
