@@ -192,12 +192,12 @@ def _peer(name: str, bundle: Bundle, threads: int, defaults: Defaults) -> Answer
         return _ours(bundle, threads, "off", "exact")[0]
     if name != "diffusers":
         raise RequestError(f"Peer {name!r} is not known; known: eager, diffusers, onnxruntime, llama-cpp, none.")
-    from .peer_diffusers import DiffusersPeer
-
     settings = defaults.settings({})
     if settings.edit_threshold is not None or settings.acceptance != "threshold":
         raise RequestError(f"The peer diffusers neither edits nor accepts by {settings.acceptance}, as the bundle's "
                            "decode defaults or the preset say; leave it out, or use peer eager.")
+    from .peer_diffusers import DiffusersPeer
+
     peer = DiffusersPeer(bundle, threads)
 
     def answer(prompt: list[int], options: dict[str, Any]) -> _Turn:

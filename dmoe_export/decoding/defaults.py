@@ -45,9 +45,11 @@ class Defaults:
         if name is None:
             return dict(self._values)
         OPTIONS["preset"].check(name)
+        if not self._presets:
+            raise RequestError(f"preset is {name!r}, but {self._folder} has no presets; leave it out.")
         if name not in self._presets:
-            has = f"has {' and '.join(self._presets)}" if self._presets else "has no presets, so leave it out"
-            raise RequestError(f"preset is {name!r}, but {self._folder} {has}.")
+            raise RequestError(f"preset is {name!r}, but the presets of {self._folder} are "
+                               f"{', '.join(self._presets)}.")
         return {**self._values, **self._presets[name], "preset": name}
 
     def settings(self, said: Values) -> DecodeSettings:
