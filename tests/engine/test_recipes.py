@@ -79,11 +79,11 @@ def test_recipes_of_models_that_edit_say_how_they_are_decoded():
     assert not load_recipe("llada2.0-mini").decode  # the program's own defaults are its
 
 
-PRESETS = "cosine = 0.999\n[decode]\nthreshold = 0.8\nmax_new_tokens = 40\n[presets.speed]\nsteps = 2"
+PRESETS = "norm_ratio = 0.02\n[decode]\nthreshold = 0.8\nmax_new_tokens = 40\n[presets.speed]\nsteps = 2"
 
 
 def test_an_export_takes_a_recipes_decoding_and_the_checkpoint_wins(tiny_checkpoint, tmp_path):
-    recipe = _write(tmp_path, checkpoint='checkpoint = "./c"', cosine=PRESETS, precision='precision = "fp32"')
+    recipe = _write(tmp_path, checkpoint='checkpoint = "./c"', norm_ratio=PRESETS, precision='precision = "fp32"')
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "c")
     (folder / "generation_config.json").write_text('{"max_new_tokens": 9}')
     done = dmoe("export", "--recipe", recipe, "--out", tmp_path / "b", "--routing", "token", "--json")
@@ -101,8 +101,8 @@ def test_an_export_takes_a_recipes_decoding_and_the_checkpoint_wins(tiny_checkpo
 
 def test_an_export_refuses_what_no_request_of_the_bundle_could_have(tiny_checkpoint, tmp_path):
     for options, sentence in (
-            ({"presets": {"speed": {"coreset_size": 4}}}, "Preset speed cannot be exported: coreset_size has no meaning"),
-            ({"decode_defaults": {"speed": 1}}, "A decode default cannot be exported: speed is no setting of a request"),
+            ({"presets": {"speed": {"coreset_size": 4}}}, "Preset speed cannot be exported: coreset_size has no"),
+            ({"decode_defaults": {"speed": 1}}, "A decode default cannot be exported: speed is no setting of a"),
             ({"decode_defaults": {"preset": "fast"}}, "A decode default cannot be exported: preset is 'fast', but")):
         with pytest.raises(InputError, match=sentence):
             export_checkpoint(tiny_checkpoint, tmp_path / "b", **options)
@@ -110,7 +110,7 @@ def test_an_export_refuses_what_no_request_of_the_bundle_could_have(tiny_checkpo
 
 
 def test_a_bundle_keeps_its_own_decoding_and_that_is_said(tiny_bundle, tmp_path, capsys):
-    recipe = load_recipe(_write(tmp_path, cosine=PRESETS, mode="", block_length="", top_p="", min_experts=""))
+    recipe = load_recipe(_write(tmp_path, norm_ratio=PRESETS, mode="", block_length="", top_p="", min_experts=""))
     same = tiny_bundle.manifest.model_copy(update={"decode_defaults": dict(recipe.decode), "presets": recipe.presets})
     check_bundle(recipe, tiny_bundle.folder, same)
     assert not capsys.readouterr().err
@@ -156,14 +156,14 @@ BAD = [
     ({"targets": 'targets = ["hopper"]'}, "engine.targets names 'hopper', which is no compute capability"),
     ({"cosine": "cosine = 2"}, "check.cosine is 2"),
     ({"batch": "batch ="}, "is no TOML file"),
-    ({"cosine": "cosine = 1\n[decode]\ntreshold = 0.5"}, "decode.treshold = 0.5 is no option of a request; remove it"),
-    ({"cosine": "cosine = 1\n[decode]\nthreshold = 1.5"}, "decode.threshold is 1.5, it must be between 0 and 1."),
-    ({"cosine": "cosine = 1\n[decode]\nthreshold = [1]"}, "decode.threshold.int is [1]"),
-    ({"cosine": "cosine = 1\n[decode]\npreset = 'speed'"}, "decode.preset is 'speed', but the presets are none."),
-    ({"cosine": "cosine = 1\n[presets.speed]\nsteps = 0.5"}, "presets.speed.steps is 0.5, it must be an integer."),
-    ({"cosine": "cosine = 1\n[presets.speed]\npreset = 'x'"}, "presets.speed.preset is no setting of a preset."),
-    ({"cosine": "cosine = 1\n[presets.speed]\nfull_steps = 2"}, "presets.speed.full_steps belongs to salient steps"),
-    ({"cosine": "cosine = 1\n[presets.Speed]\nsteps = 2"}, "presets.Speed.[key] is 'Speed': string should match"),
+    ({"norm_ratio": "norm_ratio = 0.1\n[decode]\ntreshold = 0.5"}, "decode.treshold = 0.5 is no option of a request; remove it"),
+    ({"norm_ratio": "norm_ratio = 0.1\n[decode]\nthreshold = 1.5"}, "decode.threshold is 1.5, it must be between 0 and 1."),
+    ({"norm_ratio": "norm_ratio = 0.1\n[decode]\nthreshold = [1]"}, "decode.threshold.int is [1]"),
+    ({"norm_ratio": "norm_ratio = 0.1\n[decode]\npreset = 'speed'"}, "decode.preset is 'speed', but the presets are none."),
+    ({"norm_ratio": "norm_ratio = 0.1\n[presets.speed]\nsteps = 0.5"}, "presets.speed.steps is 0.5, it must be an integer."),
+    ({"norm_ratio": "norm_ratio = 0.1\n[presets.speed]\npreset = 'x'"}, "presets.speed.preset is no setting of a preset."),
+    ({"norm_ratio": "norm_ratio = 0.1\n[presets.speed]\nfull_steps = 2"}, "presets.speed.full_steps belongs to salient steps"),
+    ({"norm_ratio": "norm_ratio = 0.1\n[presets.Speed]\nsteps = 2"}, "presets.Speed.[key] is 'Speed': string should match"),
 ]
 
 

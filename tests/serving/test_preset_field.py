@@ -12,7 +12,8 @@ PRESETS = {"speed": {"threshold": 0.0, "max_new_tokens": 7}, "quality": {"thresh
 @pytest.fixture(scope="module")
 def house(tiny_bundle, tmp_path_factory):
     bundle = with_decoding(tiny_bundle, tmp_path_factory.mktemp("served") / "b", {"max_new_tokens": 9}, PRESETS)
-    yield from house_of(bundle)
+    with house_of(bundle) as house:
+        yield house
 
 
 @pytest.fixture(scope="module")
