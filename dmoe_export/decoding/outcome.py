@@ -1,4 +1,4 @@
-"""What a forward means for a row: tokens chosen for masked places, accepted or not, and decoded ones edited."""
+"""What a forward means for a row: tokens chosen for masked places, accepted or not, and decoded ones replaced."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from ..description import Precision
 from ..errors import NotFiniteError
 from ..runtime.backend import Bools, ForwardOutputs, Ints
 from .acceptance import credit, edits, policy, scheduled
+from .ranked import Ranked
 from .row import Row
-from .sampling import Reals, draws_from, greedy, sample, sample_best, without
+from .sampling import Reals, draws_from, greedy, sample, sample_best, spared, without
 from .settings import DecodeSettings
 
 
@@ -42,15 +43,29 @@ class Decides(Protocol):
 
 
 class Outcome:
-    """Writes the outcome of decoding forwards into rows, as the settings want it."""
+    """Writes the outcome of decoding forwards into rows, as the settings want it.
 
-    def __init__(self, settings: DecodeSettings, mask_id: int, vocabulary: int,
-                 precision: Precision | None = None) -> None:
-        """`precision` of the model, where it is known: an error then says what may help."""
-        self._settings, self._mask_id, self._precision = settings, mask_id, precision
+    With `edit_threshold` it is joint editing (LLaDA2.1, arXiv 2602.08676; SGLang's `JointThreshold`): every step fills
+    masked places and replaces decoded tokens. Probabilities are then of all tokens, the mask among them: where the mask
+    is best, a place stays masked, or becomes it again; not from the last of `steps` on, which fills what is left.
+    """
+
+    def __init__(self, settings: DecodeSettings, mask_id: int, vocabulary: int, precision: Precision | None = None,
+                 control: tuple[int, ...] = ()) -> None:
+        """`precision` of the model, where it is known: an error then says what may help.
+
+        `control`: tokens that are never chosen.
+        """
+        self._settings, self._mask_id, self._precision, self._control = settings, mask_id, precision, control
         self._accept = policy(settings)
-        self.candidates = draws_from(settings, vocabulary)  # wanted of each place
-        self.needs_logits = not self.candidates and (settings.temperature > 0 or settings.acceptance == "credit")
+        self._edits = settings.edit_threshold is not None
+        ranks = draws_from(settings, vocabulary, len(control))
+        draws = settings.temperature > 0 or settings.acceptance == "credit"
+        # A penalty lowers a token that may be no candidate, draws without top_k and credits are over all tokens.
+        self.needs_logits = bool(settings.penalty_lambda) or (draws and not ranks)
+        self._best = 1 + len(control)  # so many candidates hold one that may be chosen
+        # The head says best token and share of all tokens but the mask; editing needs the mask's, too.
+        self.candidates = 0 if self.needs_logits else ranks or (self._best if self._edits or control else 0)
 
     def asked(self, row: Row) -> Ints:
         """Places of the active block whose prediction is wanted: the masked ones, then those that may be edited."""
@@ -61,51 +76,95 @@ class Outcome:
 
         Raises NotFiniteError where these are NaN or infinite: one such logit makes the row's confidence NaN.
         """
-        self._check_finite(row, outputs.confidence[i, :len(asked)])
-        gaps = row.gaps()
-        tokens, confidence = self._choose(row, gaps, outputs, i)
+        check_finite(row, outputs.confidence[i, :len(asked)], self._precision)
+        gaps, logits = row.gaps(), self._logits(row, asked, outputs, i)
+        best, certain = self._predicted(row, asked, logits, outputs, i)
+        m = len(gaps)
+        tokens, confidence = self._choose(row, gaps, best[:m], certain[:m], logits, outputs, i)
         accepted = self._accepted(row, gaps, confidence)
         places, values = gaps[accepted], tokens[accepted]
         said, certainty = tokens, confidence
-        limit, decoded = self._settings.edit_threshold, asked[len(gaps):]
+        limit, decoded = self._settings.edit_threshold, asked[m:]
         if limit is not None and len(decoded):
-            there = slice(len(gaps), len(asked))
-            best, certain = outputs.token_ids[i, there], outputs.confidence[i, there]
+            best, certain = best[m:], certain[m:]
             edited = edits(best, certain, row.canvas[row.span.start + decoded], limit)
             places, values = np.append(places, decoded[edited]), np.append(values, best[edited])
             row.statistics.edits += int(edited.sum())
             said, certainty = np.append(said, best), np.append(certainty, certain)
+        written = row.canvas[row.span.start + places] != values
         row.write(places, values)
-        return Chosen(asked[:len(said)], said, certainty, places)
+        return Chosen(asked[:len(said)], said, certainty, places[written])
 
-    def _choose(self, row: Row, gaps: Ints, outputs: ForwardOutputs, i: int) -> tuple[Ints, Reals]:
+    def _logits(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> Reals | None:
+        """Logits [m, V] of the asked places, where they are needed."""
+        if not self.needs_logits or not len(asked):
+            return None
+        assert outputs.logits is not None
+        logits = outputs.logits[i, :len(asked)]
+        if self._settings.penalty_lambda:
+            logits = logits.copy()
+            behind = np.flatnonzero(asked > 0)  # the block's first place has no token before it
+            before = row.canvas[row.span.start + asked[behind] - 1]
+            logits[behind, before] -= np.float32(self._settings.penalty_lambda)
+        return logits
+
+    def _predicted(self, row: Row, asked: Ints, logits: Reals | None, outputs: ForwardOutputs, i: int
+                   ) -> tuple[Ints, Reals]:
+        """Best tokens of the asked places and their probabilities [m]."""
+        m = len(asked)
+        tokens, confidence = outputs.token_ids[i, :m], outputs.confidence[i, :m]
+        if not m:
+            return tokens, confidence
+        if self._edits:
+            ranked = (Ranked.of_outputs(outputs, i, m, self._mask_id) if logits is None else
+                      Ranked.of_logits(logits, self._mask_id, self._best))
+            check_finite(row, ranked.log_sum, self._precision)
+            return ranked.best(self._control, mask=not self._last(row))
+        if self._control and logits is None:
+            found = outputs.candidates
+            assert found is not None
+            ids, _, confidence = spared(found.token_ids[i, :m], found.logits[i, :m], confidence, self._control)
+            return ids[:, 0].astype(np.int64), confidence
+        return tokens, confidence
+
+    def _choose(self, row: Row, gaps: Ints, best: Ints, certain: Reals, logits: Reals | None,
+                outputs: ForwardOutputs, i: int) -> tuple[Ints, Reals]:
         """Tokens [m] for the masked places and their confidences [m]."""
         m, settings = len(gaps), self._settings
-        if self.candidates and m:
+        if not m or (settings.temperature == 0 and settings.acceptance != "credit"):
+            return best, certain
+        if logits is None:
             assert outputs.candidates is not None
-            ids, best = outputs.candidates.token_ids[i, :m], outputs.candidates.logits[i, :m]
-            self._check_finite(row, best[:, 0])
-            return sample_best(ids, best, outputs.confidence[i, :m], settings, row.rng)
-        if not self.needs_logits or not m:
-            return outputs.token_ids[i, :m], outputs.confidence[i, :m]
-        assert outputs.logits is not None
-        logits = without(outputs.logits[i, :m], self._mask_id)
-        self._check_finite(row, logits.max(axis=-1))  # some tokens may be at −inf, not all
+            ids, values = outputs.candidates.token_ids[i, :m], outputs.candidates.logits[i, :m]
+            check_finite(row, values[:, 0], self._precision)
+            share = outputs.confidence[i, :m]
+            if self._control:
+                ids, values, share = spared(ids, values, share, self._control)
+            return sample_best(ids, values, share, settings, row.rng)
+        logits = without(logits[:m], self._mask_id)
+        check_finite(row, logits.max(axis=-1), self._precision)  # some tokens may be at −inf, not all
         if settings.acceptance == "credit":
             logits, row.credits = credit(logits, gaps, row.credits, settings.credit_alpha, settings.credit_beta,
                                          settings.credit_gamma)
-        return sample(logits, settings, row.rng) if settings.temperature > 0 else greedy(logits)
+        return (sample(logits, settings, row.rng, self._control) if settings.temperature > 0
+                else greedy(logits, self._control))
+
+    def _last(self, row: Row) -> bool:
+        """Whether the block is out of steps."""
+        return row.step + 1 >= self._settings.steps
 
     def _accepted(self, row: Row, gaps: Ints, confidence: Reals) -> Bools:
         """Which masked places [m] keep their choice."""
-        if not len(gaps) or row.step + 1 >= self._settings.steps:
+        if not len(gaps) or self._last(row):
             return np.ones(len(gaps), bool)  # out of steps: what is still masked takes its choice
         width = row.span.stop - row.span.start
         return self._accept(confidence, gaps, scheduled(width, self._settings.steps, row.step))
 
-    def _check_finite(self, row: Row, numbers: Reals) -> None:
-        if not np.isfinite(numbers).all():
-            why = ("in fp16 likely an overflow past 65504, so export with --precision fp32, or bf16 for a GPU"
-                   if self._precision == "fp16" else "so its weights are damaged or never were good")
-            raise NotFiniteError(f"Prompt {row.index} gets no answer: in block {row.block} the model computes NaN or "
-                                 f"infinity, {why}; find the first such layer with: dmoe-export check BUNDLE.")
+
+def check_finite(row: Row, numbers: Reals, precision: Precision | None) -> None:
+    """Raise NotFiniteError, with what may help, where numbers of a row's forward are NaN or infinite."""
+    if not np.isfinite(numbers).all():
+        why = ("in fp16 likely an overflow past 65504, so export with --precision fp32, or bf16 for a GPU"
+               if precision == "fp16" else "so its weights are damaged or never were good")
+        raise NotFiniteError(f"Prompt {row.index} gets no answer: in block {row.block} the model computes NaN or "
+                             f"infinity, {why}; find the first such layer with: dmoe-export check BUNDLE.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,6 +40,8 @@ class Row:
         self.cached = 0  # tokens in the row's cache
         self.shift = int(description.logit_shift)
         self.credits: Credits = {}
+        self.memory: Any = None  # what a way to decode remembers of the active block
+        self._mask_id = description.barred_id
         self._edit_passes = 0
         self._interrupted = False
         self.emitted = len(prompt)  # positions below this were yielded
@@ -75,17 +77,20 @@ class Row:
         places = np.flatnonzero(~self.masked[self.span])
         return places[places + self.span.start >= self.prompt_length]
 
-    def write(self, places: Ints, tokens: Ints) -> None:
-        """The outcome of a step: tokens for places of the active block; see whether block or sequence have ended."""
+    def write(self, places: Ints, tokens: Ints, settled: bool | None = None) -> None:
+        """The outcome of a step: tokens, or masks, for places of the active block; see whether block or sequence have
+        ended. `settled`: whether the block has, where the way to decode says so.
+        """
         span = self.span
         had_gaps = bool(self.masked[span].any())
         self.canvas[span.start + places] = tokens
-        self.masked[span.start + places] = False
+        self.masked[span.start + places] = tokens == self._mask_id
         self.step += 1
         self._edit_passes += not had_gaps
         editing = self.settings.edit_threshold is not None and self._edit_passes < self.settings.edit_passes
         looked_over = not had_gaps and not len(places)
-        self.settled = not self.masked[span].any() and (looked_over or not editing)
+        ended = (looked_over or not editing) if settled is None else settled
+        self.settled = ended and not self.masked[span].any()
         # While tokens can still be edited, an EOS is not final.
         if self.settled or (self.settings.early_stop and self.settings.edit_threshold is None):
             self._look_for_end(span.start)
@@ -97,7 +102,7 @@ class Row:
         self.block += 1
         self.step = self._edit_passes = 0
         self.settled = False
-        self.credits = {}
+        self.credits, self.memory = {}, None
 
     def _look_for_end(self, start: int) -> None:
         """An EOS of the answer with nothing masked before it ends the sequence."""

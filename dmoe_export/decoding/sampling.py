@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,22 @@ def without(logits: Reals, mask_id: int) -> Reals:
     return allowed
 
 
-def greedy(logits: Reals) -> tuple[Ints, Reals]:
-    """Best tokens [m] and their probabilities [m] from logits [m, V]; ties: lower id first."""
-    tokens = logits.argmax(axis=-1)
+def greedy(logits: Reals, barred: Sequence[int] = ()) -> tuple[Ints, Reals]:
+    """Best tokens [m] outside `barred` and their probabilities [m] from logits [m, V]; ties: lower id first."""
+    tokens = _barring(logits, barred).argmax(axis=-1)
     return tokens, _probabilities(logits, tokens)
 
 
-def sample(logits: Reals, settings: DecodeSettings, rng: np.random.Generator) -> tuple[Ints, Reals]:
-    """Drawn tokens [m] and confidences [m] from logits [m, V].
+def sample(logits: Reals, settings: DecodeSettings, rng: np.random.Generator, barred: Sequence[int] = ()
+           ) -> tuple[Ints, Reals]:
+    """Drawn tokens [m] and confidences [m] from logits [m, V]; `barred` tokens are not drawn.
 
     The confidence is the model's own probability of the drawn token (temperature 1, no filter): filters must not make a
     guess look certain.
     """
     drawn = np.zeros(len(logits), np.int64)
-    for i, (row, u) in enumerate(zip(logits, rng.random(len(logits)), strict=True)):
+    allowed = _barring(logits, barred)
+    for i, (row, u) in enumerate(zip(allowed, rng.random(len(logits)), strict=True)):
         rising = np.sort(-row)[:settings.top_k or None]  # numbers alone: several times as fast as to sort tokens
         place = _draw(-rising, settings, u)
         equals = place - np.searchsorted(rising, rising[place])  # of equal logits the lower token comes first
@@ -43,13 +46,28 @@ def sample(logits: Reals, settings: DecodeSettings, rng: np.random.Generator) ->
     return drawn, _probabilities(logits, drawn)
 
 
-def draws_from(settings: DecodeSettings, vocabulary: int) -> int:
+def draws_from(settings: DecodeSettings, vocabulary: int, barred: int = 0) -> int:
     """How many of the best tokens are enough for `sample_best`; 0 where it takes all logits.
 
-    Without `top_k`, temperature and `top_p` share out a sum over all tokens; credit raises any token.
+    `barred`: how many tokens are not drawn (`spared` leaves them out). Without `top_k`, temperature and `top_p` share
+    out a sum over all tokens; credit raises any token.
     """
-    enough = settings.temperature > 0 and 0 < settings.top_k <= MOST and settings.acceptance != "credit"
-    return min(settings.top_k, vocabulary) if enough else 0
+    enough = settings.temperature > 0 and 0 < settings.top_k <= MOST - barred and settings.acceptance != "credit"
+    return min(settings.top_k + barred, vocabulary) if enough else 0
+
+
+def spared(token_ids: NDArray[np.int32], logits: Reals, best: Reals, barred: Sequence[int]
+           ) -> tuple[NDArray[np.int32], Reals, Reals]:
+    """Candidates as `sample_best` takes them without `barred` ones: those are last, as what there is no more of.
+
+    `best` [m]: the first's probability; that of the new first keeps the others' share, so what the model would rather
+    not say is no certain token.
+    """
+    out = np.isin(token_ids, barred)
+    order = np.argsort(out, axis=1, kind="stable")
+    ids, values = (np.take_along_axis(np.where(out, nothing, given), order, axis=1)
+                   for nothing, given in ((-1, token_ids), (-np.inf, logits)))
+    return ids, values, (best * np.exp(values[:, 0].astype(np.float64) - logits[:, 0])).astype(np.float32)
 
 
 def sample_best(token_ids: NDArray[np.int32], logits: Reals, best: Reals, settings: DecodeSettings,
@@ -64,6 +82,14 @@ def sample_best(token_ids: NDArray[np.int32], logits: Reals, best: Reals, settin
                       dtype=np.int64)
     rows = np.arange(len(values))
     return ids[rows, places].astype(np.int64), (best * np.exp(values[rows, places] - values[:, 0])).astype(np.float32)
+
+
+def _barring(logits: Reals, barred: Sequence[int]) -> Reals:
+    if not barred:
+        return logits
+    allowed = logits.copy()
+    allowed[:, list(barred)] = -np.inf
+    return allowed
 
 
 def _probabilities(logits: Reals, tokens: Ints) -> Reals:

@@ -94,6 +94,12 @@ class DecodeSettings:
         SHARE)] = None
     edit_passes: Annotated[int, Told(
         "Most forward passes that only replace tokens, after a block is filled; more is slower", UP_TO_1000)] = 16
+    penalty_lambda: Annotated[float, Told(
+        "Take this off the logit of the token before a place, so that tokens repeat less; 0 is off (with "
+        "edit_threshold; LLaDA2.1)", FINITE)] = 0.0
+    insert_delete: Annotated[bool, Told(
+        "Insert and delete tokens while editing; needs a model that was trained to and edit_threshold (LLaDA2.2)"
+        )] = False
     salient_threshold: Annotated[float | None, Told(
         "Recompute only tokens whose surroundings changed: those with a cosine to the step before below this, such as "
         "0.99; higher is slower and closer to exact; needs a bundle exported with --salient (DyLLM)", _COSINE,
@@ -146,6 +152,14 @@ class DecodeSettings:
         for name in ("full_steps", "refresh_interval", "salient_capacity", "exact_first_layer"):
             if getattr(self, name) and self.salient_threshold is None:
                 raise RequestError(f"{name} belongs to salient steps; give salient_threshold (such as 0.99), too.")
+        for name in ("penalty_lambda", "insert_delete"):
+            if getattr(self, name) and self.edit_threshold is None:
+                raise RequestError(f"{name} belongs to editing; give edit_threshold (such as 0), too.")
+        if self.insert_delete and self.acceptance != "threshold":
+            raise RequestError(f"insert_delete decides by acceptance threshold, not {self.acceptance}; leave one of "
+                               "them out.")
+        if self.insert_delete and self.penalty_lambda:
+            raise RequestError("insert_delete knows no penalty_lambda; leave one of them out.")
 
     @property
     def eos_ids(self) -> tuple[int, ...] | None:
@@ -183,6 +197,8 @@ class GenerateOptions(TypedDict, total=False):
     credit_gamma: float | None
     edit_threshold: float | None
     edit_passes: int | None
+    penalty_lambda: float | None
+    insert_delete: bool | None
     salient_threshold: float | None
     full_steps: int | None
     refresh_interval: int | None

@@ -34,7 +34,9 @@ class Statistics:
     new_tokens: int = 0
     blocks: int = 0
     prefix_tokens: int = 0  # of the prompt, taken from a prefix store
-    edits: int = 0
+    edits: int = 0  # decoded tokens that were replaced
+    inserted: int = 0  # places that were put in, each before another
+    deleted: int = 0  # places that were taken out
     forwards_by_phase: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     executed_by_phase: dict[Executed, int] = field(default_factory=lambda: dict.fromkeys(EXECUTED, 0))
     seconds_by_phase: dict[Executed, float] = field(default_factory=lambda: dict.fromkeys(EXECUTED, 0.0))

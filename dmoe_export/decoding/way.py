@@ -9,6 +9,7 @@ from ..errors import RequestError
 from ..runtime.backend import Backend, Limits
 from ..runtime.salient import SalientBackend, SalientGraphs
 from .caching import Plan, Widths, policy
+from .indel import InsertDelete
 from .outcome import Decides, Outcome
 from .routing import routing_inputs
 from .row import Row
@@ -57,7 +58,17 @@ class Way:
                 raise RequestError(f"Backend {backend.name} runs no salient steps; use backend onnxruntime, or leave "
                                    "salient_threshold out.")
             self.graphs = backend.salient_graphs(settings.salient_capacity)
-        self.outcome: Decides = Outcome(settings, backend.description.barred_id, vocabulary, precision)
+        d, edit = backend.description, backend.description.edit_tokens
+        self.outcome: Decides
+        if not settings.insert_delete:
+            control = (edit.delete, edit.split) if edit else ()
+            self.outcome = Outcome(settings, d.barred_id, vocabulary, precision, control)
+        elif edit:
+            self.outcome = InsertDelete(settings, d.barred_id, edit, vocabulary, n, precision)
+        else:
+            raise RequestError("insert_delete needs the ids of the model's control tokens, and "
+                               f"{bundle} has none; export it again with --edit-tokens DELETE,SPLIT, or leave "
+                               "insert_delete out.")
 
     def plan(self, row: Row) -> Plan:
         """What the row asks of its next forward; goes on to the next block where the active one needs nothing more."""

@@ -1,4 +1,4 @@
-"""The best few tokens of a place with their logits: enough to draw from where a request asks for `top_k`.
+"""The best few tokens of a place with their logits: enough to draw from where a request asks for `top_k`, and to edit.
 
 Source: 157 184 logits of 32 tokens are 20 MB, which a GPU would send to the host, and the host sort, at every step.
 """
@@ -23,6 +23,7 @@ class Candidates:
 
     token_ids: NDArray[np.int32]  # [B, M, K], −1 = there are no more
     logits: NDArray[np.float32]  # [B, M, K], −inf there
+    mask_logits: NDArray[np.float32]  # [B, M] of the mask itself; −inf where there is none
 
 
 def best_of(logits: NDArray[np.float32], mask_id: int, count: int) -> Candidates:
@@ -41,7 +42,13 @@ def best_of(logits: NDArray[np.float32], mask_id: int, count: int) -> Candidates
         best = best[best != mask_id][:count]
         ids[place][:len(best)], values[place][:len(best)] = best, logits[place][best]
     assert vocabulary < 1 << 31
-    return Candidates(ids, values)
+    return Candidates(ids, values, mask_logits_of(logits, mask_id))
+
+
+def mask_logits_of(logits: NDArray[np.float32], mask_id: int) -> NDArray[np.float32]:
+    """The mask's own logits [B, M] of logits [B, M, V]; −inf where there is no mask."""
+    there = 0 <= mask_id < logits.shape[-1]
+    return logits[..., mask_id].copy() if there else np.full(logits.shape[:-1], -np.inf, np.float32)
 
 
 def _likely(row: NDArray[np.float32], mask_id: int, count: int) -> NDArray[Any]:

@@ -150,6 +150,7 @@ class SalientSteps:
             if out.candidates is not None:
                 out.candidates.token_ids[i, :m] = got["candidates"].token_ids[0]
                 out.candidates.logits[i, :m] = got["candidates"].logits[0]
+                out.candidates.mask_logits[i, :m] = got["candidates"].mask_logits[0]
         if isinstance(self._graphs, WatchesSteps):
             self._graphs.step_ends(inputs, out.expert_ids)
         self._states |= states
@@ -228,7 +229,8 @@ class SalientSteps:
 
 def _no_candidates(rows: int, places: int, count: int) -> Candidates:
     return Candidates(np.full((rows, places, count), -1, np.int32),
-                      np.full((rows, places, count), -np.inf, np.float32))
+                      np.full((rows, places, count), -np.inf, np.float32),
+                      np.full((rows, places), -np.inf, np.float32))
 
 
 def salient_files(bundle: Bundle, capacity: int | None, fixed_only: bool = False) -> dict[GraphName, GraphEntry]:

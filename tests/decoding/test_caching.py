@@ -79,9 +79,10 @@ def test_every_step_makes_progress_and_no_mask_is_emitted(data, attention, promp
         statistics, lengths = end.statistics, len(prompt) % N * (attention != "full") + options["max_new_tokens"]
         assert len(answer) == statistics.new_tokens <= options["max_new_tokens"]
         assert (end.finish_reason == "length") == (len(answer) == options["max_new_tokens"])
-        edits = 0 if options["edit_threshold"] is None else options["edit_passes"]
+        editing = options["edit_threshold"] is not None  # may make masks of tokens, until steps are over
+        edits, fills = (options["edit_passes"], options["steps"]) if editing else (0, min(N, options["steps"]))
         steps = statistics.forwards_by_phase["denoise"] + statistics.forwards_by_phase["full"]
-        assert 1 <= steps <= -(-lengths // N) * (min(N, options["steps"]) + edits)
+        assert 1 <= steps <= -(-lengths // N) * (fills + edits)
         assert statistics.blocks <= -(-lengths // N)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from toy_backend import EOS, VOCAB, Toy, decode
+from toy_backend import EOS, MASK, VOCAB, Toy, decode
 
 from dmoe_export.runtime.backend import ForwardOutputs
+from dmoe_export.runtime.candidates import best_of
 
 
 class Script(Toy):
@@ -27,8 +30,10 @@ class Script(Toy):
         logits = np.full((1, len(said), VOCAB), 0.0, np.float32)
         for m, (token, confidence) in enumerate(said):  # all but the mask share what the token leaves over
             logits[0, m, token] = np.log(confidence / (1 - confidence) * (VOCAB - 2))
+            logits[0, m, MASK] = -50
         return ForwardOutputs(np.array([[t for t, _ in said]]), np.float32([[c for _, c in said]]), outputs.expert_ids,
-                              logits if inputs.want_logits else None, outputs.keys_values)
+                              logits if inputs.want_logits else None, outputs.keys_values,
+                              best_of(logits, MASK, inputs.candidates) if inputs.candidates else None)
 
 
 FIRST = {0: (10, 0.9), 1: (11, 0.9), 2: (12, 0.9), 3: (13, 0.2)}
@@ -93,3 +98,41 @@ def test_only_rules_that_need_logits_fetch_them(acceptance):
     decode(toy, [[7] * 9], max_new_tokens=4, acceptance=acceptance, eos_id=-1)
     assert [i.want_logits for i in toy.seen] == [acceptance == "credit" and bool((i.logit_rows >= 0).any())
                                                 for i in toy.seen]
+
+
+def test_where_the_mask_is_best_a_place_stays_masked_or_becomes_it_until_steps_are_over():
+    says = {0: (10, 0.9), 1: (11, 0.9), 2: (MASK, 0.9), 3: (13, 0.9)}
+    again = {**says, 1: (MASK, 0.9)}
+    for steps in (32, 3, 2):
+        toy = Masking(says, again, {1: (21, 0.9), 2: (22, 0.9), 3: (13, 0.9)})
+        tokens, _ = decode(toy, [[7]], max_new_tokens=3, threshold=0.5, edit_threshold=0.5, steps=steps, eos_id=-1)
+        assert [(i.input_ids == MASK).sum() for i in toy.seen][:3] == ([3, 1, 2] if steps > 2 else [3, 1, 0])
+        assert tokens == [[21, 22, 13]] and len(toy.seen) == 4, steps
+
+
+class Masking(Script):
+    """As told, the mask too: where it is best, the next is the lowest token."""
+
+    def forward(self, inputs, cache):
+        inputs = replace(inputs, want_logits=True)
+        out = super().forward(inputs, cache)
+        now = self.script[min(self.count - 1, len(self.script) - 1)]
+        positions = np.take_along_axis(inputs.position_ids, np.maximum(inputs.logit_rows, 0), 1)[0].tolist()
+        for m, position in enumerate(positions):
+            token, share = now[position]
+            out.logits[0, m, MASK] = np.log(share / (1 - share) * (VOCAB - 1)) if token == MASK else -50
+        others = np.delete(out.logits, MASK, -1).astype(np.float64)
+        shares = np.exp(others - others.max(-1, keepdims=True))
+        return replace(out, token_ids=np.where(out.token_ids == MASK, 0, out.token_ids),
+                       confidence=(1 / shares.sum(-1)).astype(np.float32),
+                       candidates=best_of(out.logits, MASK, max(1, inputs.candidates)))
+
+
+def test_a_penalty_is_on_the_token_before_within_the_block():
+    """The same token everywhere: a penalty lets it stand where none is before it; the prompt's counts, too."""
+    same = {p: (10, 0.6) for p in range(8)}
+    options = {"threshold": 0.5, "edit_threshold": 0.2, "steps": 8, "eos_id": -1, "cache": "none"}
+    assert decode(Script(same), [[7, 7, 7]], max_new_tokens=5, **options)[0] == [[10] * 5]
+    toy = Script(same)
+    tokens, _ = decode(toy, [[7, 7, 10]], max_new_tokens=5, penalty_lambda=20.0, **options)
+    assert tokens[0][0] != 10 and tokens[0][1] == 10 and all(i.want_logits for i in toy.seen)

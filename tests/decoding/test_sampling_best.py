@@ -14,7 +14,7 @@ from toy_backend import MASK, VOCAB, Toy, decode
 from dmoe_export.decoding.sampling import draws_from, sample, sample_best, without
 from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.errors import NotFiniteError
-from dmoe_export.runtime.candidates import MOST, Candidates, best_of
+from dmoe_export.runtime.candidates import MOST, best_of
 
 OFTEN = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -98,7 +98,7 @@ def test_a_best_logit_that_is_not_finite_ends_the_answer():
             outputs = super().forward(inputs, cache)
             if inputs.candidates:
                 values = np.full_like(outputs.candidates.logits, np.inf)
-                outputs = replace(outputs, candidates=Candidates(outputs.candidates.token_ids, values))
+                outputs = replace(outputs, candidates=replace(outputs.candidates, logits=values))
             return outputs
 
     with pytest.raises(NotFiniteError, match="Prompt 0 gets no answer"):

@@ -9,7 +9,7 @@ import numpy as np
 from builds import build
 from kernel_helpers import Output, _input, check, library, pointer
 
-from dmoe_export.runtime.candidates import Candidates
+from dmoe_export.runtime.candidates import Candidates, mask_logits_of
 from dmoe_export.runtime.gpu.candidates import ShapeC
 
 
@@ -26,7 +26,8 @@ def kernel_candidates(logits: np.ndarray, mask_id: int, count: int, wanted: int 
     check(library().dmoe_candidates(ctypes.byref(shape), mask_id, pointer(given),
                                     *[pointer(output.array) for output in outputs], pointer(workspace.array), None))
     workspace.checked()
-    return Candidates(*[output.checked() for output in outputs])
+    ids, values = (output.checked() for output in outputs)
+    return Candidates(ids, values, mask_logits_of(logits[:, :wanted], mask_id))  # the kernel ranks, and no more
 
 
 def emulated_ops() -> Path:

@@ -62,12 +62,12 @@ class Toy:
     name = "toy"
 
     def __init__(self, attention="block_causal", shift=False, depth=2, max_tokens=None,
-                 step_tokens=None):
+                 step_tokens=None, edit_tokens=None):
         self.description = ModelDescription(
             family="toy", architecture="t", vocab_size=VOCAB, hidden_size=4, num_layers=1, num_heads=1, num_kv_heads=1,
             head_dim=4, dense_width=4, moe=None, qk_norm=True, rope_theta=1e4, rotary_dim=4, rms_eps=1e-6,
             max_positions=2000, tie_embeddings=False, mask_id=MASK, eos_ids=(EOS,), pad_id=EOS, attention=attention,
-            logit_shift=shift)
+            logit_shift=shift, edit_tokens=edit_tokens)
         self.routing = RoutingDescription.default(None, block_length=N)
         self.limits = Limits(max_tokens=max_tokens, step_tokens=step_tokens)
         self.depth, self.seen = depth, []

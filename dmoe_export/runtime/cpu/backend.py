@@ -113,7 +113,8 @@ class OnnxRuntimeBackend:
                               results.get("expert_ids", np.zeros((0, *inputs.input_ids.shape, 0), np.int32)),
                               head.spread(results["logits"]) if inputs.want_logits else None,
                               (new[:layers], new[layers:]) if new else None,
-                              found and Candidates(head.spread(found.token_ids), head.spread(found.logits)))
+                              found and Candidates(head.spread(found.token_ids), head.spread(found.logits),
+                                                   head.spread(found.mask_logits)))
 
     def close(self) -> None:
         """See `Backend`: a forward in progress keeps its session until it ends."""

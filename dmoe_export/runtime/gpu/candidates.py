@@ -111,7 +111,9 @@ class LogitsTaker:
         kernel.enqueue(shape, self._mask_id, logits.address, found["token_ids"].address, found["logits"].address,
                        workspace, self._stream)
         fetched = self._staging.fetch(layout, found["token_ids"].address, "candidates")
-        return lambda: Candidates(layout.view(fetched, "token_ids").copy(), layout.view(fetched, "logits").copy())
+        masks = self._staging.fetch_column(logits.address, (rows, kept, vocabulary), wanted, self._mask_id)
+        return lambda: Candidates(layout.view(fetched, "token_ids").copy(), layout.view(fetched, "logits").copy(),
+                                  masks.copy())
 
     def _open(self) -> CandidateKernel | None:
         if not self._opened:

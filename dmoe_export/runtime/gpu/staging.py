@@ -80,3 +80,16 @@ class Staging:
         self._device.copy_3d(Strided(fetched.ctypes.data, wanted * row, batch), Strided(address, rows * row, batch),
                              (1, batch, wanted * row), self._stream)
         return fetched[:size].view(np.float32).reshape(batch, wanted, -1)
+
+    def fetch_column(self, address: int, shape: tuple[int, int, int], wanted: int, token: int) -> NDArray[Any]:
+        """Enqueue fetching one token's logits [B, wanted] of logits [B, M, V]; a view, valid until the next fetch.
+
+        −inf for a token outside the vocabulary.
+        """
+        batch, rows, vocabulary = shape
+        if not 0 <= token < vocabulary:
+            return np.full((batch, wanted), -np.inf, np.float32)
+        fetched = self.host("column", batch * wanted * 4)
+        self._device.copy_3d(Strided(fetched.ctypes.data, 4, wanted),
+                             Strided(address + token * 4, vocabulary * 4, rows), (batch, wanted, 4), self._stream)
+        return fetched[:batch * wanted * 4].view(np.float32).reshape(batch, wanted)

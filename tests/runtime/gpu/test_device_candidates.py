@@ -46,6 +46,11 @@ def test_every_backend_gives_the_same(golden_bundle, wants_logits):
         np.testing.assert_allclose(out.candidates.logits[valid], found[1].candidates.logits[valid], atol=1e-5)
         assert (out.candidates.token_ids[..., 0] == out.token_ids)[valid].all()
     np.testing.assert_array_equal(found[2].candidates.logits[valid], found[1].candidates.logits[valid])
+    for out, exactly in zip(found, (False, True, True), strict=True):
+        masks = out.candidates.mask_logits[valid]
+        np.testing.assert_allclose(masks, found[1].candidates.mask_logits[valid], atol=0 if exactly else 1e-5)
+        if wants_logits:
+            np.testing.assert_array_equal(masks, out.logits[valid][:, golden_bundle.manifest.model.mask_id])
 
 
 @pytest.mark.parametrize("library", [None, "older"])
