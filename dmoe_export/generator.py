@@ -18,10 +18,10 @@ from .batch import Batch, Request
 from .bundle.hub import resolve_bundle
 from .bundle.reader import Bundle, Verify, open_bundle
 from .decoding.answer import Block, Generation, generation_of
-from .decoding.defaults import decode_defaults
+from .decoding.defaults import Defaults
 from .decoding.limits import check_batch, check_prompt
 from .decoding.option import check_kind
-from .decoding.settings import OPTIONS, DecodeSettings, GenerateOptions
+from .decoding.settings import OPTIONS, GenerateOptions
 from .decoding.stream import Life, Stream
 from .decoding.way import Way
 from .errors import RequestError
@@ -46,18 +46,19 @@ class Generator:
     whose statistics then count all of them). Processes may not: it cannot be pickled, so open the bundle in each.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, backend_choice: str = "as given") -> None:
-        """`backend_choice`: why it is this backend, in a few words."""
+    def __init__(self, bundle: Bundle, backend: Backend, backend_choice: str = "as given",
+                 preset: str | None = None) -> None:
+        """`backend_choice`: why it is this backend, in a few words. `preset`: as in `open`."""
         self.bundle, self.backend, self.backend_choice = bundle, backend, backend_choice
         self.text = TextCodec.of(bundle)
         self._life, self._streams = Life(str(bundle.folder)), WeakSet[Stream[Block]]()
-        self._defaults = decode_defaults(bundle)
+        self.defaults = Defaults(bundle, preset)
 
     @classmethod
     def open(cls, path: str | Path, *, backend: BackendName = "auto", threads: int | None = None,
              expert_budget: str | int | None = None, experts_per_layer: int | None = None,
-             expert_refresh_interval: str | int = "auto", cpu_products: Products = "exact", verify: Verify = "full",
-             expect_sha256: str | None = None, trusted_key: str | Path | None = None,
+             expert_refresh_interval: str | int = "auto", cpu_products: Products = "exact", preset: str | None = None,
+             verify: Verify = "full", expect_sha256: str | None = None, trusted_key: str | Path | None = None,
              progress: Callable[[int], None] | None = None) -> Generator:
         """Open and verify a bundle: a folder, or the hub id (`org/name`) of one, which is fetched first.
 
@@ -73,6 +74,8 @@ class Generator:
             auto].
         cpu_products: What weights are multiplied with on the CPU: exact (float32) or fast (integers for int8 and int4,
             bfloat16 for bf16, where the processor has them; rounds activations) [default: exact].
+        preset: Settings that the bundle has under this name, such as speed or quality; what else is asked for wins [a
+            name of 1 to 100 characters; default: the bundle's, or none].
         verify: What is compared with the manifest before use: full (sizes and hashes) or sizes [default: full].
         expect_sha256: Use the bundle only if its manifest has this sha256, as export and inspect print it [default:
             any].
@@ -98,10 +101,11 @@ class Generator:
         interval = parse_interval(expert_refresh_interval)
         bundle = open_bundle(resolve_bundle(path), verify, progress, expect_sha256=expect_sha256,
                              trusted_key=trusted_key)
+        Defaults(bundle, preset)  # what is wrong with them is known before a backend takes memory
         budget = plan_budget(bundle.manifest, expert_budget, experts_per_layer)
         if budget is None:
-            return cls(bundle, *open_backend(bundle, backend, threads, products))
-        return cls(bundle, *open_under_budget(bundle, budget, interval, backend, threads, products))
+            return cls(bundle, *open_backend(bundle, backend, threads, products), preset)
+        return cls(bundle, *open_under_budget(bundle, budget, interval, backend, threads, products), preset)
 
     def __enter__(self) -> Generator:
         return self
@@ -133,8 +137,10 @@ class Generator:
         the chat template unless `chat` is false. When `cancel` is set, by another thread, the answers end at the next
         look between forwards with finish_reason "cancelled". Raises RequestError for a bad prompt or option, and once
         the generator is closed; NotFiniteError where the model computes NaN. In brackets the default of an option that
-        is left out or None, where the bundle's `decode_defaults` have no other:
+        is left out or None, where neither the preset nor the bundle's `decode_defaults` have another:
 
+        preset: Settings that the bundle has under this name, such as speed or quality; what else is asked for wins [a
+            name of 1 to 100 characters; default: the bundle's, or none].
         max_new_tokens: Most tokens of the answer [at least 1; default: the bundle's, or 128].
         block_length: Tokens that are decoded together, as one block; only full-canvas models (LLaDA, Dream) take
             another than the bundle's [at least 1; default: the bundle's].
@@ -280,7 +286,7 @@ class Generator:
         if unknown:
             raise RequestError(f"Unknown generation option: {', '.join(sorted(unknown))}.")
         said = {name: value for name, value in options.items() if value is not None}
-        settings = DecodeSettings(**self._defaults | said)
+        settings = self.defaults.settings(said)
         if settings.stops and self.text is None:
             raise RequestError(f"{self.bundle.folder} has no tokenizer to find a stop string in; leave stop out.")
         return Way(self.backend, settings, self.bundle.manifest.precision, str(self.bundle.folder))

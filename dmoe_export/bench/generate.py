@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from ..bundle.reader import Bundle
-from ..decoding.settings import DecodeSettings
+from ..decoding.defaults import Defaults
 from ..description import Frozen
 from ..errors import RequestError
 from ..generator import Generation, Generator
@@ -91,6 +91,7 @@ class GenerateBench(Frozen):
     max_new_tokens: int
     steps: int
     rounds: int
+    preset: str | None = Field(None, description="of the bundle; its settings hold where the others say none")
     limits: Limits
     results: list[GenerateResult]
 
@@ -129,8 +130,8 @@ def routing_options(bundle: Bundle, coreset: str) -> dict[str, Any]:
 
 
 def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps: int, rounds: int, threads: int,
-        seed: int, peers: Sequence[str], cpu_ops: CpuOps = "auto", cpu_products: Products = "exact",
-        gguf: Mapping[str, Path] | None = None,
+        seed: int, peers: Sequence[str], preset: str | None = None, cpu_ops: CpuOps = "auto",
+        cpu_products: Products = "exact", gguf: Mapping[str, Path] | None = None,
         advance: Callable[[str, int, int], None] = lambda what, done, of: None) -> GenerateBench:
     """Measure all settings; what is compared takes turns, round by round, after a short answer that warms up.
 
@@ -138,12 +139,13 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
     settings the bundle or a peer does not take, MissingRequirementError when a peer cannot run here, CheckError for a
     file that is not the bundle's model.
     """
-    manifest = bundle.manifest
+    manifest, defaults = bundle.manifest, Defaults(bundle, preset)
     for setting in chosen:  # before any prompt is made
         if setting.prompt_tokens + max_new_tokens > manifest.model.max_positions:
             raise RequestError(f"{setting.prompt_tokens} prompt and {max_new_tokens} new tokens are more than the "
                                f"model's {manifest.model.max_positions} positions; choose other --prompt-tokens.")
     options = {setting: {"max_new_tokens": max_new_tokens, "steps": steps, "eos_id": -1, "cache": setting.cache,
+                         "preset": defaults.values().get("preset"),
                          "temperature": 0.0,  # whatever the bundle's own default is
                          **routing_options(bundle, setting.coreset)} for setting in chosen}
     gguf = gguf or {}
@@ -152,7 +154,7 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
     limits = measure_limits(threads)
     ours, backend = _ours(bundle, threads, cpu_ops, cpu_products)
     sides = {"ours": ours} | {name: _llama_cpp(bundle, backend, gguf[name], threads, seed) if name in gguf else
-                              _peer(name, bundle, threads) for name in peers}
+                              _peer(name, bundle, threads, defaults) for name in peers}
     turns: dict[tuple[str, Setting], list[_Turn]] = {(side, setting): [] for side in sides for setting in chosen}
     total, done = len(turns) * (rounds + 1), 0
     for turn in range(-1, rounds):
@@ -168,7 +170,7 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
         model=manifest.model.architecture, layers=manifest.model.num_layers, precision=manifest.precision_in_words,
         routing=manifest.routing.mode, cpu_ops=not backend.kernels.missing, products=backend.products,
         block_length=manifest.routing.block_length, max_new_tokens=max_new_tokens,
-        steps=steps, rounds=rounds, limits=limits,
+        steps=steps, rounds=rounds, preset=defaults.values().get("preset"), limits=limits,
         results=[_result(setting, turns["ours", setting], {name: turns[name, setting] for name in peers},
                          gguf) for setting in chosen])
 
@@ -180,7 +182,7 @@ def _ours(bundle: Bundle, threads: int, cpu_ops: CpuOps, products: Products) -> 
     return lambda prompt, options: _generated(generator, watch, prompt, options), backend
 
 
-def _peer(name: str, bundle: Bundle, threads: int) -> Answer:
+def _peer(name: str, bundle: Bundle, threads: int, defaults: Defaults) -> Answer:
     if name == "eager":
         from .peer import Peer
 
@@ -190,6 +192,10 @@ def _peer(name: str, bundle: Bundle, threads: int) -> Answer:
         return _ours(bundle, threads, "off", "exact")[0]
     if name != "diffusers":
         raise RequestError(f"Peer {name!r} is not known; known: eager, diffusers, onnxruntime, llama-cpp, none.")
+    settings = defaults.settings({})
+    if settings.edit_threshold is not None or settings.acceptance != "threshold":
+        raise RequestError(f"The peer diffusers neither edits nor accepts by {settings.acceptance}, as the bundle's "
+                           "decode defaults or the preset say; leave it out, or use peer eager.")
     from .peer_diffusers import DiffusersPeer
 
     peer = DiffusersPeer(bundle, threads)
@@ -198,7 +204,7 @@ def _peer(name: str, bundle: Bundle, threads: int) -> Answer:
         names = {"coreset_top_p": "top_p", "min_experts": "min_experts", "coreset_size": "coreset_size"}
         routing = {names[key]: value for key, value in options.items() if key in names}
         start = time.perf_counter()
-        tokens, step = peer.answer(prompt, options["max_new_tokens"], options["steps"], DecodeSettings.threshold,
+        tokens, step = peer.answer(prompt, options["max_new_tokens"], options["steps"], settings.threshold,
                                    routing)
         return _Turn(time.perf_counter() - start, step, tokens)
 

@@ -17,7 +17,9 @@ from ..description import (
 from .contract import GraphKind, Tensor, how_many, inputs_of, outputs_of
 
 if TYPE_CHECKING:
-    from .manifest import EngineEntry, GraphEntry, Manifest, TensorEntry
+    from .engine_entries import EngineEntry
+    from .graph_entries import GraphEntry, TensorEntry
+    from .manifest import Manifest
 
 _LARGEST = 2**31 - 1  # of a size: what an int32 counts, as kernels do
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..errors import OutputError
 from . import card
-from .manifest import EngineEntry, FileEntry, Manifest
+from .engine_entries import EngineEntry
+from .manifest import FileEntry, Manifest
 from .partial import make_partial, unlock
 from .place import check_target, put_in_place
 from .reader import Bundle, hash_file, read_manifest

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..errors import BundleError
-from .manifest import GraphEntry
+from .graph_entries import GraphEntry
 from .reader import Bundle
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
@@ -18,12 +17,15 @@ from ..description import (
     WeightFormats,
 )
 from .consistent import check_dense_size, check_engine, check_formats, check_graphs, check_numbers, check_once
-from .contract import KEPT
+from .engine_entries import EngineEntry
+from .graph_entries import GraphEntry, SalientEntry
 from .layout import ExpertsEntry, check_expert_layout
-from .nodes import nodes_of
 from .origin import CheckpointEntry, TokenizerEntry
 
 SCHEMA_VERSION = 2
+DecodeValues = dict[str, int | float | bool | str]
+"""Settings of a request by their names in DecodeSettings (decoding/settings.py)."""
+PresetName = Annotated[str, Field(pattern="^[a-z][a-z0-9_-]{0,31}$")]
 MANIFEST_NAME = "manifest.json"
 
 
@@ -43,172 +45,6 @@ class FileEntry(Frozen):
         return value
 
 
-class TensorEntry(Frozen):
-    """A graph input or output; symbolic dimensions are names."""
-
-    name: str
-    dtype: str
-    shape: list[int | str]
-
-
-class OpEntry(Frozen):
-    """A custom op and how many nodes of the graph use it."""
-
-    name: str
-    domain: str
-    version: int
-    count: int = Field(ge=1)
-    inside: dict[str, Annotated[int, Field(ge=1, le=100)]] = Field(
-        {}, description="ops in the body of one node, and how many nodes of each")
-
-
-class GraphEntry(Frozen):
-    """An ONNX graph."""
-
-    file: str
-    opset: int
-    inputs: list[TensorEntry]
-    outputs: list[TensorEntry]
-    ops: list[OpEntry]
-
-    def nodes(self, served: Collection[str]) -> dict[str, int]:
-        """How many nodes of each op there are where a library has kernels for the ops named, and others are bodies."""
-        return nodes_of({op.name: op.count for op in self.ops}, {op.name: op.inside for op in self.ops}, served)
-
-    @property
-    def keeps_logits(self) -> bool:
-        """Whether logits leave for the first wanted tokens alone (input `logits_kept`); in older graphs for all."""
-        return any(entry.name == KEPT for entry in self.inputs)
-
-
-class CapacityEntry(Frozen):
-    """A salient graph of static shapes."""
-
-    capacity: int = Field(gt=0, description="M: rows of a sequence that a layer recomputes at most")
-    graph: GraphEntry
-
-
-class SalientEntry(Frozen):
-    """The graphs of salient-token decoding, over the same data files as the denoiser."""
-
-    graph: GraphEntry = Field(description="as many rows as are salient")
-    fill: GraphEntry | None = Field(description="dense steps of static shapes; there if `fixed` is not empty")
-    fixed: list[CapacityEntry]
-
-    @model_validator(mode="after")
-    def _fill_where_needed(self) -> SalientEntry:
-        if self.fixed and self.fill is None:
-            raise ValueError("graphs of fixed capacity need a fill graph")
-        return self
-
-    @property
-    def graphs(self) -> list[GraphEntry]:
-        """All of them."""
-        return [self.graph, *self.static]
-
-    @property
-    def static(self) -> list[GraphEntry]:
-        """Those of static shapes, which engines are built of."""
-        return [*([self.fill] if self.fill else []), *(entry.graph for entry in self.fixed)]
-
-
-class ProfileEntry(Frozen):
-    """An optimization profile: least, usual and largest size of each symbolic dimension."""
-
-    name: Literal["prefill", "denoise", "salient"]
-    batch: tuple[int, int, int]
-    tokens: tuple[int, int, int]
-    past: tuple[int, int, int]
-    rows: tuple[int, int, int]
-
-
-class WeightInput(Frozen):
-    """A weight that is an engine input, bound at run time from a file of the bundle."""
-
-    name: str
-    file: str
-    offset: int = Field(ge=0)
-    bytes: int = Field(gt=0)
-    dtype: str
-    shape: list[int]
-
-
-class ExpertPool(Frozen):
-    """Engine inputs of one MoE layer's resident experts; `gate_up`, `down` and scales are its weight inputs [E, …]."""
-
-    slot_of_expert: str = Field(description="int32 [E]: an expert's slot, −1 = none")
-    gate_up: str
-    down: str
-    gate_up_pool: str = Field(description="[P, …], P slots, otherwise as gate_up")
-    down_pool: str
-    gate_up_scales: str | None = Field(None, description="null where experts are not quantised")
-    down_scales: str | None = None
-    gate_up_scales_pool: str | None = None
-    down_scales_pool: str | None = None
-
-    @model_validator(mode="after")
-    def _all_scales_or_none(self) -> ExpertPool:
-        scales = [self.gate_up_scales, self.down_scales, self.gate_up_scales_pool, self.down_scales_pool]
-        if any(scales) and not all(scales):
-            raise ValueError("a pool of quantised experts has four tensors of scales")
-        return self
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """Each weight input and its pool, in the order in which the plugin takes them."""
-        pairs = [(self.gate_up, self.gate_up_pool), (self.down, self.down_pool)]
-        for weight, pool in ((self.gate_up_scales, self.gate_up_scales_pool),
-                             (self.down_scales, self.down_scales_pool)):
-            if weight and pool:
-                pairs.append((weight, pool))
-        return pairs
-
-
-class NetworkEntry(Frozen):
-    """What TensorRT's own objects said of an engine's network before it was built; open dimensions are −1."""
-
-    inputs: list[TensorEntry]
-    outputs: list[TensorEntry]
-    profiles: list[dict[str, list[list[int]]]] = Field(description="least, usual, largest shape of each input with an "
-                                                       "open dimension")
-    layers: dict[str, int] = Field(description="TensorRT's kinds of layers, counted")
-
-
-class EngineEntry(Frozen):
-    """An engine file and what it needs to run."""
-
-    file: str
-    graph: str | None = Field(None, description="file of the salient graph that it is of; null: of the denoiser")
-    flavour: Literal["tensorrt", "tensorrt-rtx"]
-    version: str = Field(description="of the TensorRT library that built it; another one refuses it")
-    targets: list[str] = Field(description="compute capabilities, such as sm89")
-    precision: Precision
-    experts: Literal["inline", "external", "resident"]
-    experts_op: Literal["plugin", "onnx"]
-    experts_layout: Literal[1, 2] = Field(1, description="order in which quantised experts are given to it: 1 rows "
-                                          "(older engines, which are refused), 2 fragments")
-    profiles: list[ProfileEntry]
-    plugin_build: str | None = Field(description="build id of the library its plugins come from; null = no plugins")
-    plugin_nodes: int = Field(ge=0, description="custom nodes that are plugins")
-    fallback_nodes: int = Field(ge=0, description="custom nodes that became their ONNX bodies (--allow-fallback)")
-    weight_inputs: list[WeightInput]
-    expert_pools: list[ExpertPool] = Field(description="one per MoE layer where experts are resident")
-    flags: list[str] = Field(description="hardware-compatible, version-compatible, refit")
-    made_from: dict[str, str] = Field(min_length=1, description="sha256 of the graph and data files it was built from")
-    network: NetworkEntry
-
-    @property
-    def pool_inputs(self) -> list[TensorEntry]:
-        """The inputs of `expert_pools` as tensors; P slots."""
-        weights = {weight.name: weight for weight in self.weight_inputs}
-        inputs = []
-        for pool in self.expert_pools:
-            inputs.append(TensorEntry(name=pool.slot_of_expert, dtype="int32", shape=[weights[pool.gate_up].shape[0]]))
-            inputs += [TensorEntry(name=name, dtype=weights[of].dtype, shape=["P", *weights[of].shape[1:]])
-                       for of, name in pool.pairs]
-        return inputs
-
-
 class Manifest(Frozen):
     """Everything a reader needs to know before it opens a file."""
 
@@ -226,8 +62,10 @@ class Manifest(Frozen):
     tokenizer: TokenizerEntry | None
     files: list[FileEntry]
     engines: list[EngineEntry]
-    decode_defaults: dict[str, int | float | bool | str] = Field(
-        description="fields of DecodeSettings that the checkpoint's generation_config.json sets")
+    decode_defaults: DecodeValues = Field(
+        description="settings where a request says none, of the checkpoint's generation_config.json and of a recipe")
+    presets: dict[PresetName, DecodeValues] = Field({}, description="settings under a name that a request can ask "
+                                                    "for; they win over decode_defaults. Empty in older bundles")
     warnings: list[str] = Field(description="sentences that the export printed")
 
     @model_validator(mode="after")

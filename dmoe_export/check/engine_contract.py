@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 from onnx import NodeProto, helper
 
-from ..bundle.manifest import EngineEntry
+from ..bundle.engine_entries import EngineEntry
 from ..bundle.reader import Bundle
 from ..engine.network import plain
 from ..engine.plan import PlanPlugin, PlanTensor, Range

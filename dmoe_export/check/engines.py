@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx
 
 from .. import words
-from ..bundle.manifest import EngineEntry
+from ..bundle.engine_entries import EngineEntry
 from ..bundle.reader import Bundle
 from ..engine.facts import of_engine, of_network
 from ..engine.plan import DamagedPlanError, Plan, UnknownLayoutError, read_plan

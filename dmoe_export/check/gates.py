@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..description import Precision
-from ..engine.recipe import Tolerances
+from ..recipe import Tolerances
 from .result import Gate, TensorError
 
 

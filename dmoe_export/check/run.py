@@ -17,8 +17,8 @@ from ..bundle.reader import Bundle, Verify, open_bundle
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.hub import resolve_checkpoint
 from ..description import RUNTIME_SETTINGS, WeightFormats
-from ..engine.recipe import Tolerances, load_recipe
 from ..errors import CheckError, InputError, MissingRequirementError
+from ..recipe import Tolerances, load_recipe
 from ..runtime.choose import BackendName
 from ..runtime.cpu.products import Products, check_products
 from .engines import check_engines

@@ -50,6 +50,7 @@ _DEFAULT_PROMPTS = ("what is 2 plus 3?", "what is the capital of france?")
 @option("--seed", type=int, default=0, group="prompt", help="Of the random prompt")
 @option("--max-new-tokens", type=click.IntRange(min=1), default=64, group="decoding",
         help="Most tokens of an answer")
+@request_option("preset")
 @request_option("steps")
 @request_option("eos_id")
 @request_option("coreset_top_p")

@@ -18,7 +18,7 @@ from ..runtime.cpu.session import MOST_THREADS
 from ..words import count
 from .bench_common import bundle_options, computed_by, integers, opened, outcome, words
 from .help import SETTINGS, Verb, option
-from .options import CPU_PRODUCTS, JSON, OUT, PLOT
+from .options import CPU_PRODUCTS, JSON, OUT, PLOT, request_option
 from .output import console
 from .progress import step_bar
 
@@ -38,6 +38,7 @@ from .progress import step_bar
         "without our kernels), llama-cpp (with --geometry and --cache none; of the type that fits --precision, or "
         "llama-cpp:q4_k_s and the like), none")
 @option("--max-new-tokens", type=click.IntRange(min=1), default=64, group="decoding", help="Tokens of an answer")
+@request_option("preset")
 @option("--steps", type=click.IntRange(min=1), default=16, group="decoding",
         help="Forward passes that fill one block; random weights always take all of them")
 @option("--rounds", type=click.IntRange(1, 1000), default=3, group="measuring",
@@ -97,7 +98,7 @@ def _show(result: GenerateBench) -> None:
     out.print(f"{result.model}, {count(result.layers, 'layer')}, {result.precision}, {result.routing}: "
               f"{count(result.max_new_tokens, 'new token')} in blocks of {result.block_length}, "
               f"{count(result.steps, 'step')} each, {count(limits.threads, 'thread')}, "
-              f"{count(result.rounds, 'round')}, products by "
+              f"{count(result.rounds, 'round')}{f', preset {result.preset}' if result.preset else ''}, products by "
               f"{computed_by(result.cpu_ops)}, {result.products}\nlimits: read {limits.read_gb_per_s:.1f} GB/s, "
               f"copy {limits.copy_gb_per_s:.1f} GB/s, product {limits.gflop_per_s:.0f} GFLOP/s")
     table = Table("prompt", "cache", "coreset", "experts", "forwards", "ran", "who", "tokens/s", "ms per step",

@@ -16,18 +16,18 @@ from ..bundle.hub import fetched_bundle
 from ..bundle.manifest import MANIFEST_NAME
 from ..bundle.place import check_target
 from ..bundle.reader import Bundle, open_bundle
-from ..engine.recipe import load_recipe
 from ..engine.settings import BuildSettings, parse_size, parse_targets
 from ..errors import DmoeError, InputError, MissingRequirementError
 from ..extras import pip_install
 from ..hub import hub_id
+from ..recipe import Recipe, load_recipe
 from ..words import count, size
 from .export import COMPUTE_TYPES, PRECISIONS, ROUTINGS, as_ids, as_number, warn
 from .help import SETTINGS, Verb, folders, option
 from .options import JSON, VERIFY, seal_options
 from .output import say
 from .progress import byte_bar, step_bar
-from .recipes import BUILT, check_bundle, complete_recipe, list_recipes, with_recipe
+from .recipes import BUILT, check_bundle, complete_recipe, list_recipes, of_decoding, with_recipe
 
 EXPORT_OPTIONS = {"routing": "routing", "block_length": "block_length", "layers": "layers", "coreset_top_p": "top_p",
                   "min_experts": "min_experts", "coreset_size": "coreset_size", "dense_precision": "dense_precision",
@@ -147,7 +147,7 @@ def build(context: click.Context, source: str | None, recipe_name: str | None, l
         if dry_run:
             raise InputError(f"--dry-run plans from a bundle; export {source} first with: dmoe-export export {source} "
                              f"--out {out} {_for_gpus(precision or 'fp16', export_options['dense_precision'])}.")
-        bundle = _export(source, out, precision or "fp16", export_options, force, as_json)
+        bundle = _export(source, out, precision or "fp16", export_options, recipe, force, as_json)
         place: Any = contextlib.nullcontext(bundle.folder)
     else:
         given = [f"--{key.replace('_', '-')}" for key in EXPORT_OPTIONS if context.params[key] is not None]
@@ -204,7 +204,8 @@ def _for_gpus(precision: Any, dense: Any) -> str:
     return f"--precision {precision}{kept} --compute {compute}"
 
 
-def _export(source: str, out: Path, precision: Any, options: dict[str, Any], force: bool, as_json: bool) -> Bundle:
+def _export(source: str, out: Path, precision: Any, options: dict[str, Any], recipe: Recipe | None, force: bool,
+            as_json: bool) -> Bundle:
     from .. import export_checkpoint  # needs torch: only for a checkpoint
 
     chosen = {EXPORT_OPTIONS[name]: value for name, value in options.items() if value is not None}
@@ -215,7 +216,8 @@ def _export(source: str, out: Path, precision: Any, options: dict[str, Any], for
                          "leave it out.")
     chosen["compute"] = chosen.get("dense_precision", precision)  # kernels of GPUs take weights in no other floats
     with byte_bar("read", 0, shown=not as_json) as report:
-        bundle = export_checkpoint(source, out, precision=precision, overwrite=force, report=report, **chosen)
+        bundle = export_checkpoint(source, out, precision=precision, overwrite=force, report=report, **chosen,
+                                   **of_decoding(recipe))
     warn(bundle)
     return bundle
 

@@ -12,11 +12,13 @@ import click
 from ..bundle.reader import Bundle
 from ..description import ExportPrecision, Precision, RoutingChoice
 from ..errors import InputError
+from ..recipe import load_recipe
 from ..words import count, size
 from .help import SETTINGS, Verb, folders, option
 from .options import JSON
 from .output import say
 from .progress import byte_bar
+from .recipes import complete_recipe, of_decoding, with_recipe
 
 PRECISIONS, COMPUTE_TYPES, ROUTINGS = get_args(ExportPrecision), get_args(Precision), get_args(RoutingChoice)
 
@@ -45,7 +47,10 @@ def warn(bundle: Bundle) -> None:
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
     "dmoe-export export samples/tiny-dmoe --out sample.bundle",
     "dmoe-export export samples/tiny-dmoe --out small.bundle --precision fp16 --layers 2"))
-@click.argument("checkpoint", shell_complete=folders)
+@click.argument("checkpoint", required=False, shell_complete=folders)
+@option("--recipe", "recipe_name", metavar="NAME|FILE", group="recipe", shell_complete=complete_recipe,
+        help="Take checkpoint, formats, routing, decode defaults and presets from a recipe; what the command line says "
+        "wins")
 @option("--out", required=True, type=click.Path(path_type=Path), metavar="BUNDLE", group="output",
         help="Folder of the bundle to write; needed")
 @option("--force", is_flag=True, group="output", help="Replace an existing bundle")
@@ -85,13 +90,22 @@ def warn(bundle: Bundle) -> None:
         help="Add the graph of salient steps, which recompute only tokens that changed (DyLLM)")
 @option("--salient-capacity", type=int, multiple=True, metavar="M", group="salient steps",
         help="Add one of fixed sizes, for at most M recomputed tokens per layer; may be given again")
-def export(checkpoint: str, out: Path, coreset_top_p: float | None, force: bool, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def export(context: click.Context, checkpoint: str | None, recipe_name: str | None, out: Path, force: bool,
+           as_json: bool, **options: Any) -> None:
     """Export CHECKPOINT, a folder or a hub id, to a bundle: a folder that generates text without PyTorch."""
+    recipe = load_recipe(recipe_name) if recipe_name is not None else None
+    if recipe:
+        options = with_recipe(context, recipe, options)
+        checkpoint = checkpoint or recipe.checkpoint_source
+    if checkpoint is None:
+        raise InputError("Name a CHECKPOINT or a --recipe; dmoe-export build --list-recipes shows the known ones.")
     from .. import export_checkpoint  # needs torch: only when this verb runs
 
-    start = time.perf_counter()
+    start, top_p = time.perf_counter(), options.pop("coreset_top_p")
     with byte_bar("read", 0, shown=not as_json) as report:
-        bundle = export_checkpoint(checkpoint, out, top_p=coreset_top_p, overwrite=force, report=report, **options)
+        bundle = export_checkpoint(checkpoint, out, top_p=top_p, overwrite=force, report=report, **options,
+                                   **of_decoding(recipe))
     manifest = bundle.manifest
     warn(bundle)
     total = sum(entry.size for entry in manifest.files)

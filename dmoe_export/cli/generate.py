@@ -81,9 +81,8 @@ def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[st
 
 
 def _of_bundle(generator: Generator, options: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the bundle's decode defaults gave, as no option did."""
-    return {name: value for name, value in generator.bundle.manifest.decode_defaults.items()
-            if options.get(name) is None}
+    """The settings that the bundle's decode defaults and preset gave, as no option did."""
+    return {name: value for name, value in generator.defaults.values().items() if options.get(name) is None}
 
 
 def _json(result: Generation, generator: Generator, options: dict[str, Any]) -> str:

@@ -67,7 +67,8 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool,
         "mask id": "none" if manifest.model.mask_id is None else manifest.model.mask_id,
         "eos ids": ", ".join(map(str, manifest.model.eos_ids)),
         **({"delete and split tokens": f"{edit.delete}, {edit.split}"} if (edit := manifest.model.edit_tokens) else {}),
-        "decode defaults": ", ".join(f"{name} {value}" for name, value in manifest.decode_defaults.items()) or "none",
+        "decode defaults": _listed(manifest.decode_defaults),
+        **{f"preset {name}": _listed(values) for name, values in manifest.presets.items()},
         "tokenizer": "yes" if manifest.tokenizer else "none: use --prompt-ids",
         "checkpoint": f"{manifest.checkpoint.source}, {manifest.checkpoint.identity[:16]}…",
         "made by": manifest.created_by, "sha256 of manifest.json": opened.sha256}))
@@ -92,6 +93,10 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool,
         files.add_row(_cell(entry.path), f"{entry.size:,}", entry.sha256[:16] + "…")
     files.columns[0].overflow = "fold"
     out.print(files)
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items()) or "none"
 
 
 def _fit_of(found: list[Verdict], left_out: dict[str, str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..errors import BundleError
 from ..fit.refuse import refuse_unfit
 from ..generator import Generator
 from .help import option
-from .options import BACKEND, CPU_PRODUCTS, THREADS, VERIFY, seal_options
+from .options import BACKEND, CPU_PRODUCTS, THREADS, VERIFY, request_option, seal_options
 from .progress import byte_bar
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,12 +29,12 @@ _RESIDENCY = (
 MEMORY = option("--memory", metavar="SIZE", group="bundle and machine", shown="what this machine gives a process",
                 help="Memory that may be used, such as 8G: what needs more is refused before it is opened")
 _NAMES = ("backend", "threads", "cpu_products", "verify", "expert_budget", "experts_per_layer",
-          "expert_refresh_interval", "expect_sha256", "trusted_key")
+          "expert_refresh_interval", "preset", "expect_sha256", "trusted_key")
 
 
 def opening_options(command: F) -> F:
     """All of them; the verb hands its keywords to `opening_of`."""
-    for one in (seal_options, VERIFY, CPU_PRODUCTS, THREADS, BACKEND, *reversed(_RESIDENCY)):
+    for one in (seal_options, VERIFY, CPU_PRODUCTS, THREADS, BACKEND, *reversed(_RESIDENCY), request_option("preset")):
         command = one(command)
     return command
 

@@ -59,13 +59,14 @@ def request_option(name: str) -> Callable[[F], F]:
         more = {"type": one.several, "metavar": "ID" if one.several is int else "TEXT", "multiple": True,
                 "callback": lambda context, option, values: values or None}
     else:
-        kind = next((kind for kind in (int, float) if kind in one.types), None)
-        more = {"type": kind or click.Choice(one.types), "metavar": metavar(kind)}
+        kind = next((kind for kind in (int, float, str) if kind in one.types), None)
+        more = {"type": kind or click.Choice(one.types), "metavar": "NAME" if kind is str else metavar(kind)}
     return click.option(flag, cls=GroupedOption, group=one.told.group, default=None, help=words, **more)
 
 
 def request_options(command: F) -> F:
-    """All options of a request."""
+    """All options of a request, but --preset, which belongs to opening a bundle, too."""
     for name in reversed(OPTIONS):
-        command = request_option(name)(command)
+        if name != "preset":
+            command = request_option(name)(command)
     return command

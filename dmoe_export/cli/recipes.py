@@ -12,9 +12,9 @@ from click.shell_completion import CompletionItem
 from rich.table import Table
 
 from ..bundle.manifest import Manifest
-from ..engine.recipe import Recipe, load_recipe, recipe_names
 from ..errors import InputError
-from .output import console
+from ..recipe import Recipe, load_recipe, recipe_names
+from .output import console, say
 
 BUILT = Path("engines")
 """Where bundles built from recipes land, below the current folder."""
@@ -32,8 +32,16 @@ def with_recipe(context: click.Context, recipe: Recipe, options: dict[str, Any])
     return options | wanted
 
 
+def of_decoding(recipe: Recipe | None) -> dict[str, Any]:
+    """What `export_checkpoint` is told of decoding."""
+    return {"decode_defaults": recipe.decode, "presets": recipe.presets} if recipe else {}
+
+
 def check_bundle(recipe: Recipe, bundle: Path, manifest: Manifest) -> None:
-    """Refuse a bundle that was exported another way than the recipe says (InputError)."""
+    """Refuse a bundle that was exported another way than the recipe says (InputError).
+
+    What it says of decoding is the bundle's own; where a recipe differs, standard error says so.
+    """
     routing = manifest.routing
     wanted = None if recipe.routing.mode == "auto" else recipe.routing.mode
     for what, ours, theirs in (("routing", wanted, routing.mode),
@@ -41,6 +49,10 @@ def check_bundle(recipe: Recipe, bundle: Path, manifest: Manifest) -> None:
         if ours not in (None, theirs):
             raise InputError(f"{bundle} was exported with {what} {theirs} and recipe {recipe.name} says {ours}; build "
                              "it without the recipe, or export it again.")
+    if (recipe.decode.items() - manifest.decode_defaults.items()
+            or any(manifest.presets.get(name) != values for name, values in recipe.presets.items())):
+        say(f"dmoe-export: warning: {bundle} keeps its own decode defaults and presets; those of recipe {recipe.name} "
+            "come with an export.", err=True)
 
 
 def complete_recipe(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -60,6 +72,8 @@ def list_recipes(as_json: bool) -> None:
     for r in recipes:
         sizes = f"batch {r.profiles.batch}, prefill {r.profiles.prefill}, context {r.profiles.context}"
         exported = f"{r.precision}, {r.routing.mode}, block {r.routing.block_length or 'auto'}"
+        if r.presets:
+            exported += f", presets {', '.join(r.presets)}"
         table.add_row(r.name, r.checkpoint, exported,
                       f"{r.engine.flavour} {' '.join(r.engine.targets)}, {sizes}")
     console().print(table)

@@ -84,7 +84,7 @@ class Option:
         if value is None and type(None) in self.types:
             return
         kind = next((kind for kind in _KINDS if kind in self.types), None)
-        if kind and self.several is None:  # the rule of several values looks at each
+        if kind not in (None, str) and self.several is None:  # rules of texts and of several values look at types
             check_kind(self.name, value, kind)
         if self.told.rule and not self.told.rule.holds(value):
             raise RequestError(f"{self.name} is {_quoted(value)}, it must be {self.told.rule.words}.")

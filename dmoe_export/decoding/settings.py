@@ -39,6 +39,7 @@ _ENDS = Rule(lambda value: _ids(value) == (-1,) or min(_ids(value), default=-1) 
 
 _STOPS = Rule(lambda value: 1 <= len(_texts(value)) <= 16 and all(1 <= len(one) <= 1000 for one in _texts(value)),
               "a text of 1 to 1000 characters, or 1 to 16 of them")
+_NAME = Rule(lambda value: isinstance(value, str) and 1 <= len(value) <= 100, "a name of 1 to 100 characters")
 _SECONDS = Rule(lambda value: 0 < value < float("inf"), "above 0")
 
 _SAVING, _SAMPLING, _ROUTING = "caches and salient steps", "sampling", "routing"  # groups of options
@@ -46,8 +47,14 @@ _SAVING, _SAMPLING, _ROUTING = "caches and salient steps", "sampling", "routing"
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """Settings of one request; defaults are those of LLaDA2 (spec decoding.md). Raises RequestError for bad values."""
+    """Settings of one request; defaults are those of LLaDA2 (spec decoding.md). Raises RequestError for bad values.
 
+    `preset` is the name of one that has been looked up: its values are in the other fields (`Defaults.settings`).
+    """
+
+    preset: Annotated[str | None, Told(
+        "Settings that the bundle has under this name, such as speed or quality; what else is asked for wins", _NAME,
+        shown="the bundle's, or none")] = None
     max_new_tokens: Annotated[int, Told("Most tokens of the answer", AT_LEAST_1, of_bundle=True)] = 128
     block_length: Annotated[int | None, Told(
         "Tokens that are decoded together, as one block; only full-canvas models (LLaDA, Dream) take another than the "
@@ -171,9 +178,11 @@ OPTIONS = options_of(DecodeSettings)
 class GenerateOptions(TypedDict, total=False):
     """Keywords of `Generator.generate` and `.stream`: the fields of `DecodeSettings`, each of which may be None, too.
 
-    Left out or None: as the bundle's `decode_defaults` say, else the default of `DecodeSettings`.
+    Left out or None: as the preset says, then as the bundle's `decode_defaults` do, else the default of
+    `DecodeSettings`.
     """
 
+    preset: str | None
     max_new_tokens: int | None
     block_length: int | None
     steps: int | None

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle.manifest import EngineEntry, GraphEntry, ProfileEntry
+from ..bundle.engine_entries import EngineEntry, ProfileEntry
+from ..bundle.graph_entries import GraphEntry
 from ..bundle.reader import Bundle
 from ..errors import CheckError, DmoeError, MissingRequirementError
 from ..ops.experts.fragments import LAYOUT

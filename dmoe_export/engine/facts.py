@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ..bundle.manifest import NetworkEntry, TensorEntry
+from ..bundle.engine_entries import NetworkEntry
+from ..bundle.graph_entries import TensorEntry
 from .plan import Plan, PlanTensor, Range
 
 _NAMES = {"FLOAT": "float", "HALF": "float16", "BF16": "bfloat16"}  # TensorRT's own words, where not only in case

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from ..bundle.engine_entries import ExpertPool, WeightInput
+from ..bundle.graph_entries import GraphEntry
 from ..bundle.graph_file import load_graph
-from ..bundle.manifest import ExpertPool, GraphEntry, WeightInput
 from ..bundle.reader import Bundle
 from ..errors import BundleError
 from ..ops import experts, linear

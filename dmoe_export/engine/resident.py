@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from ..bundle.manifest import ExpertPool, WeightInput
+from ..bundle.engine_entries import ExpertPool, WeightInput
 from ..ops import experts, mixture
 from .plugins import EXPERTS_OPS
 from .settings import SLOTS

@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..bundle.manifest import GraphEntry, Manifest, ProfileEntry
+from ..bundle.engine_entries import ProfileEntry
+from ..bundle.graph_entries import GraphEntry
+from ..bundle.manifest import Manifest
 from ..errors import InputError
 
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
 from .. import __version__
 from ..bundle.card import CARD_NAME
-from ..bundle.manifest import Manifest
+from ..bundle.manifest import DecodeValues, Manifest
 from ..bundle.origin import CheckpointEntry
 from ..bundle.reader import Bundle, open_bundle
 from ..bundle.writer import BundleWriter
@@ -18,6 +18,7 @@ from ..checkpoint.hub import resolve_checkpoint
 from ..description import ExportPrecision, ModelDescription, Precision, RoutingChoice, WeightFormats
 from ..errors import InputError
 from .conversion import DTYPES, identity, padded_width
+from .decoding import choose_decoding
 from .formats import choose_formats
 from .graph_file import save_graph
 from .licence import copy_licence
@@ -40,8 +41,10 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
                       embedding_precision: ExportPrecision | None = None, group_size: int | None = None,
                       routing: RoutingChoice | None = "auto", block_length: int | None = None,
                       layers: int | None = None, top_p: float | None = None, min_experts: int | None = None,
-                      coreset_size: int | None = None, salient: bool = False, salient_capacity: Sequence[int] = (),
-                      edit_tokens: Sequence[int] | None = None, overwrite: bool = False,
+                      coreset_size: int | None = None, decode_defaults: DecodeValues | None = None,
+                      presets: Mapping[str, DecodeValues] | None = None, salient: bool = False,
+                      salient_capacity: Sequence[int] = (), edit_tokens: Sequence[int] | None = None,
+                      overwrite: bool = False,
                       report: Report | None = None) -> Bundle:
     """Export a checkpoint folder or hub id to the bundle folder `out`, and open it.
 
@@ -54,7 +57,9 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
     config.json (export/routing.py); another mode is exported with a warning, which the manifest keeps, and a dense
     model takes none. `block_length` None: the checkpoint's `block_size`, else 32. `top_p`, `min_experts` (of mode
     top_p) and `coreset_size` (of top_c) set the bundle's defaults: the checkpoint's core_threshold or 0.6; k + groups −
-    groups kept; its expert_capacity, or 48/256 of the experts and no less than k. `salient` adds the graph
+    groups kept; its expert_capacity, or 48/256 of the experts and no less than k. `decode_defaults` are settings of
+    requests that say none (options of `Generator.generate`); the checkpoint's generation_config.json wins over them.
+    `presets` are such settings under names that a request can ask for. `salient` adds the graph
     of salient-token decoding, `salient_capacity` a graph of static shapes for each M it names (docs/salient.md).
     `edit_tokens`: DELETE and SPLIT of a model that inserts and deletes, where its config.json does not say them.
     Raises CheckpointError for what cannot be read, OutputError for what cannot be written; `out` is complete or absent.
@@ -74,6 +79,7 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
     if salient_capacity and not salient:
         raise InputError("salient_capacity adds to the salient graph; give salient (--salient), too.")
     check_capacities(d, route, tuple(salient_capacity))
+    defaults, chosen, replaced = choose_decoding(source, route, decode_defaults or {}, presets or {})
     width = expert_width(d, formats)
     total = _weight_bytes(d, width, formats, compute)
     written = 0
@@ -104,9 +110,9 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
             checkpoint=CheckpointEntry(identity=identity(source, stream.parts), parts=stream.parts,
                                        layers_total=source.full_description.num_layers, source=name),
             denoiser=graph, salient=salient_entry, experts=expert_entry, tokenizer=tokenizer,
-            files=writer.entries, engines=[], decode_defaults=source.decode_defaults,
+            files=writer.entries, engines=[], decode_defaults=defaults, presets=chosen,
             warnings=[without_path(w, source.folder, name)
-                      for w in (*source.warnings, *odd, *warnings, *said, *licence.warnings)])
+                      for w in (*source.warnings, *odd, *warnings, *replaced, *said, *licence.warnings)])
         (writer.folder / CARD_NAME).write_text(model_card(manifest, licence), encoding="utf-8")
         writer.seal(manifest)
     source.reader.close()

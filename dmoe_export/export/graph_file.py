@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
-from ..bundle.manifest import GraphEntry, OpEntry, TensorEntry
+from ..bundle.graph_entries import GraphEntry, OpEntry, TensorEntry
 from ..bundle.writer import BundleWriter
 from ..ops.schema import DOMAIN, OPSET, VERSION
 from .bodies import inside, node_counts

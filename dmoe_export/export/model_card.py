@@ -8,7 +8,8 @@ import shlex
 from pathlib import Path
 
 from ..bundle.card import cell, files_table, section
-from ..bundle.manifest import Manifest
+from ..bundle.manifest import DecodeValues, Manifest
+from ..decoding.settings import OPTIONS
 from ..description import RUNTIME_SETTINGS
 from ..hub import hub_id
 from .licence import Licence
@@ -53,7 +54,8 @@ def model_card(manifest: Manifest, licence: Licence) -> str:
         "precision": manifest.precision_in_words,
         "routing": _routing(manifest),
         "block length": str(manifest.routing.block_length),
-        "decode defaults": ", ".join(f"{k} {v}" for k, v in manifest.decode_defaults.items()) or "the program's",
+        "decode defaults": _listed(manifest.decode_defaults) or "the program's",
+        **{f"preset {name}": _listed(values) for name, values in manifest.presets.items()},
         "tokenizer": _text_side(manifest),
         "made by": manifest.created_by}
     table = "".join(f"| {name} | {cell(value)} |\n" for name, value in rows.items())
@@ -63,8 +65,21 @@ def model_card(manifest: Manifest, licence: Licence) -> str:
             "program needs to know to decode with them.\n\n"
             f"| | |\n|---|---|\n{table}\n"
             + (f"## Warnings of the export\n{warnings}\n" if warnings else "")
-            + f"## Run\n```\n{_run(manifest)}\n```\n\n## Make it again\n```\n{export_command(manifest)}\n```\n\n"
+            + f"## Run\n```\n{_run(manifest)}\n```\n\n## Make it again\n```\n{export_command(manifest)}\n```\n"
+            f"{_of_recipe(manifest)}\n"
             f"## Check\n{section('check', NOT_CHECKED)}\n## Files\n{section('files', files_table(manifest))}")
+
+
+def _of_recipe(manifest: Manifest) -> str:
+    """A line where the command alone would not give the bundle its presets and decode defaults."""
+    options = [OPTIONS[name] for name in manifest.decode_defaults]
+    asked = manifest.presets or not all(one.told.of_bundle for one in options)  # of no generation_config.json
+    return "With `--recipe`: decode defaults and presets are those of a recipe.\n" if asked else ""
+
+
+def _listed(values: DecodeValues) -> str:
+    """Settings in words; empty for none."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def export_command(manifest: Manifest) -> str:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..bundle.manifest import CapacityEntry, GraphEntry, SalientEntry
+from ..bundle.graph_entries import CapacityEntry, GraphEntry, SalientEntry
 from ..bundle.writer import BundleWriter
 from ..description import ModelDescription, Precision, RoutingDescription, WeightFormats
 from ..errors import InputError

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..bundle.consistent import part_bytes
-from ..bundle.manifest import EngineEntry, Manifest
+from ..bundle.engine_entries import EngineEntry
+from ..bundle.manifest import Manifest
 from ..description import ITEMSIZES
 from ..runtime.gpu.expert_pools import DeviceExperts
 from ..runtime.gpu.memory import CHUNK, IDLE_LIMIT

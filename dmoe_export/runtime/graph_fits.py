@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..bundle.manifest import GraphEntry
+from ..bundle.graph_entries import GraphEntry
 from ..description import ModelDescription
 from ..errors import BundleError
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle.manifest import GraphEntry
+from ..bundle.graph_entries import GraphEntry
 from ..bundle.reader import Bundle
 from ..description import ModelDescription
 from ..errors import RequestError

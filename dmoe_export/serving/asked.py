@@ -54,5 +54,6 @@ class Facts:
     name: str
     max_model_len: int  # tokens of prompt and answer
     block_length: int
-    usual_new_tokens: int  # of a request that names no number
+    usual_new_tokens: int  # of a request that names no number and no preset
     page: dict[str, Any]  # what the page at `/` shows (`seen.model_facts`)
+    usual_of_presets: dict[str, int] = field(default_factory=dict)  # new tokens of a request that names one

@@ -66,11 +66,13 @@ class Engine:
 
     async def facts(self) -> Facts:
         """What clients may know of the bundle."""
-        backend, manifest = self.generator.backend, self.generator.bundle.manifest
+        backend, defaults = self.generator.backend, self.generator.defaults
         most, limits = backend.description.max_positions, backend.limits
-        usual = int(manifest.decode_defaults.get("max_new_tokens") or OPTIONS["max_new_tokens"].default)
-        return Facts(self.name, min(most, (limits and limits.max_context) or most), backend.routing.block_length, usual,
-                     model_facts(self.name, self.generator.bundle))
+        usual = {name: int(defaults.values(name).get("max_new_tokens", OPTIONS["max_new_tokens"].default))
+                 for name in (None, *defaults.presets)}
+        return Facts(self.name, min(most, (limits and limits.max_context) or most), backend.routing.block_length,
+                     usual[None], model_facts(self.name, self.generator.bundle, defaults),
+                     {name: tokens for name, tokens in usual.items() if name})
 
     async def cancel(self, key: Key) -> bool:
         """End a request in progress at the next step; whether there is one."""

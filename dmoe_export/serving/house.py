@@ -85,7 +85,9 @@ async def options_of(body: Body, most: int, model: Model) -> dict[str, Any]:
         raise ApiError(400, str(error), param="max_tokens") from None
     asked = options.get("max_new_tokens")
     if asked is None:
-        options["max_new_tokens"] = min((await model.facts()).usual_new_tokens, most)
+        facts = await model.facts()
+        usual = facts.usual_of_presets.get(str(options.get("preset")), facts.usual_new_tokens)
+        options["max_new_tokens"] = min(usual, most)
     elif isinstance(asked, int) and asked > most:
         raise ApiError(400, f"max_tokens is {str(asked)[:50]}, this server's answers have at most {most} tokens.",
                        param="max_tokens")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dmoe_export.bundle.card import update
-from dmoe_export.bundle.manifest import EngineEntry, Manifest
+from dmoe_export.bundle.engine_entries import EngineEntry
+from dmoe_export.bundle.manifest import Manifest
 from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.errors import BundleError
 

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from bench_helpers import bench, bench_json, check_head, shrink
+from bundles import with_decoding
 
 from dmoe_export.bench.peer import Peer
 from dmoe_export.checkpoint.generated import GeneratedCheckpoint
@@ -53,6 +54,21 @@ def test_kernels_off_and_on_give_the_same_tokens(tiny_bundle):
     found = bench_json("generate", tiny_bundle.folder, "--prompt-tokens", 5, "--peer", "onnxruntime", *QUICK)
     assert found["results"][0]["peers"]["onnxruntime"]["same_tokens"] is True
     assert found["cpu_ops"] is INSTALLED.is_file()
+
+
+def test_a_preset_holds_for_both_sides_and_the_published_loop_refuses_what_it_cannot_do(tiny_bundle, tmp_path):
+    bundle = with_decoding(tiny_bundle, tmp_path / "b", {"edit_passes": 1}, {
+        "speed": {"threshold": 0.0, "edit_threshold": 0.0}})
+    runs = {preset: bench_json("generate", bundle.folder, "--prompt-tokens", 5, *preset, *QUICK)
+            for preset in ((), ("--preset", "speed"))}
+    assert [found["preset"] for found in runs.values()] == [None, "speed"]
+    (plain,), (fast,) = (found["results"] for found in runs.values())
+    assert plain["peers"]["eager"]["same_tokens"] and fast["peers"]["eager"]["same_tokens"]
+    assert fast["forwards"] < plain["forwards"]
+    for words, sentence in ((("speed", "--peer", "diffusers"), "The peer diffusers neither edits nor accepts by"),
+                            (("fast",), "preset is 'fast', but the presets of")):
+        result = bench("generate", bundle.folder, "--prompt-tokens", 5, "--preset", *words, *QUICK)
+        assert result.exit_code == 2 and sentence in result.stderr
 
 
 def test_without_a_peer(tiny_bundle):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from dmoe_export.bundle.engine_entries import EngineEntry
 from dmoe_export.bundle.engines import add_engine
-from dmoe_export.bundle.manifest import EngineEntry
 from dmoe_export.cli import main
 
 

@@ -12,7 +12,7 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from dmoe_export.cli import MEMBERS, main
-from dmoe_export.engine.recipe import recipe_names
+from dmoe_export.recipe import recipe_names
 
 
 def offered(*words):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from onnx import TensorProto, helper
 
-from dmoe_export.bundle.manifest import WeightInput
+from dmoe_export.bundle.engine_entries import WeightInput
 from dmoe_export.engine.resident import SLOTS, add_pools
 from dmoe_export.ops import experts, mixture
 

@@ -10,16 +10,17 @@ import pytest
 from conftest import SAMPLE
 from engine_helpers import RTX_TARGETS, built, dmoe, plugin_library
 
+from dmoe_export import export_checkpoint, recipe
 from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.cli import main
 from dmoe_export.cli.recipes import check_bundle, with_recipe
-from dmoe_export.engine import recipe
-from dmoe_export.engine.recipe import FOLDER, load_recipe, recipe_names
 from dmoe_export.errors import InputError
 from dmoe_export.hub import _HUB_ID
+from dmoe_export.recipe import FOLDER, load_recipe, recipe_names
 
 REPOSITORY = Path(__file__).parents[2]
-KNOWN = ["dmoe-16b", "llada-moe-7b", "llada2.0-flash", "llada2.0-mini", "sample"]
+KNOWN = ["dmoe-16b", "llada-moe-7b", "llada2.0-flash", "llada2.0-mini", "llada2.1-flash", "llada2.1-mini",
+         "llada2.2-flash", "sample"]
 
 
 def test_the_known_models_have_recipes_and_they_lie_in_engines():
@@ -65,6 +66,60 @@ def test_another_routing_does_not_inherit_the_settings():
         assert (options["routing"], options["coreset_top_p"], options["block_length"]) == (said, kept, 32)
 
 
+def test_recipes_of_models_that_edit_say_how_they_are_decoded():
+    """Numbers of LLaDA2.1's model card, and of LLaDA2.2's, which are those of SGLang, too."""
+    for name in ("llada2.1-mini", "llada2.1-flash"):
+        recipe = load_recipe(name)
+        assert recipe.decode == {"preset": "quality", "edit_passes": 16} and recipe.routing.mode == "token"
+        assert recipe.presets == {"speed": {"threshold": 0.5, "edit_threshold": 0.0},
+                                  "quality": {"threshold": 0.7, "edit_threshold": 0.5}}
+    recipe = load_recipe("llada2.2-flash")
+    assert (recipe.routing.mode, recipe.routing.coreset_size) == ("top_c", 48) and not recipe.presets
+    assert recipe.decode.items() >= {"threshold": 0.5, "edit_threshold": 0.0, "edit_passes": 16}.items()
+    assert not load_recipe("llada2.0-mini").decode  # the program's own defaults are its
+
+
+PRESETS = "norm_ratio = 0.02\n[decode]\nthreshold = 0.8\nmax_new_tokens = 40\n[presets.speed]\nsteps = 2"
+
+
+def test_an_export_takes_a_recipes_decoding_and_the_checkpoint_wins(tiny_checkpoint, tmp_path):
+    recipe = _write(tmp_path, checkpoint='checkpoint = "./c"', norm_ratio=PRESETS, precision='precision = "fp32"')
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "c")
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 9}')
+    done = dmoe("export", "--recipe", recipe, "--out", tmp_path / "b", "--routing", "token", "--json")
+    manifest = open_bundle(tmp_path / "b").manifest
+    assert (manifest.routing.mode, manifest.routing.block_length) == ("token", 32)
+    assert manifest.decode_defaults == {"threshold": 0.8, "max_new_tokens": 9}
+    assert manifest.presets == {"speed": {"steps": 2}}
+    assert "sets max_new_tokens 9, so the 40 that was asked for is no decode default." in done.stderr
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "| decode defaults | threshold 0.8, max\\_new\\_tokens 9 |\n| preset speed | steps 2 |\n" in card
+    assert "With `--recipe`: decode defaults and presets are those of a recipe." in card
+    nothing = dmoe("export", "--out", tmp_path / "n")
+    assert nothing.exit_code == 2 and "Name a CHECKPOINT or a --recipe; dmoe-export build" in nothing.stderr
+
+
+def test_an_export_refuses_what_no_request_of_the_bundle_could_have(tiny_checkpoint, tmp_path):
+    for options, sentence in (
+            ({"presets": {"speed": {"coreset_size": 4}}}, "Preset speed cannot be exported: coreset_size has no"),
+            ({"decode_defaults": {"speed": 1}}, "A decode default cannot be exported: speed is no setting of a"),
+            ({"decode_defaults": {"preset": "fast"}}, "A decode default cannot be exported: preset is 'fast', but")):
+        with pytest.raises(InputError, match=sentence):
+            export_checkpoint(tiny_checkpoint, tmp_path / "b", **options)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_bundle_keeps_its_own_decoding_and_that_is_said(tiny_bundle, tmp_path, capsys):
+    recipe = load_recipe(_write(tmp_path, norm_ratio=PRESETS, mode="", block_length="", top_p="", min_experts=""))
+    same = tiny_bundle.manifest.model_copy(update={"decode_defaults": dict(recipe.decode), "presets": recipe.presets})
+    check_bundle(recipe, tiny_bundle.folder, same)
+    assert not capsys.readouterr().err
+    for change in ({"presets": {}}, {"decode_defaults": {"threshold": 0.8}}):
+        check_bundle(recipe, tiny_bundle.folder, same.model_copy(update=change))
+        said = " ".join(capsys.readouterr().err.split())
+        assert "keeps its own decode defaults and presets; those of recipe mine come with an export." in said
+
+
 def _write(folder: Path, name: str = "mine", **changes: str) -> Path:
     """A copy of the sample's recipe with lines replaced: field=line."""
     lines = (REPOSITORY / "engines" / "sample.toml").read_text().splitlines()
@@ -101,6 +156,14 @@ BAD = [
     ({"targets": 'targets = ["hopper"]'}, "engine.targets names 'hopper', which is no compute capability"),
     ({"cosine": "cosine = 2"}, "check.cosine is 2"),
     ({"batch": "batch ="}, "is no TOML file"),
+    ({"norm_ratio": "norm_ratio = 0.1\n[decode]\ntreshold = 0.5"}, "decode.treshold = 0.5 is no option of a request; remove it"),
+    ({"norm_ratio": "norm_ratio = 0.1\n[decode]\nthreshold = 1.5"}, "decode.threshold is 1.5, it must be between 0 and 1."),
+    ({"norm_ratio": "norm_ratio = 0.1\n[decode]\nthreshold = [1]"}, "decode.threshold.int is [1]"),
+    ({"norm_ratio": "norm_ratio = 0.1\n[decode]\npreset = 'speed'"}, "decode.preset is 'speed', but the presets are none."),
+    ({"norm_ratio": "norm_ratio = 0.1\n[presets.speed]\nsteps = 0.5"}, "presets.speed.steps is 0.5, it must be an integer."),
+    ({"norm_ratio": "norm_ratio = 0.1\n[presets.speed]\npreset = 'x'"}, "presets.speed.preset is no setting of a preset."),
+    ({"norm_ratio": "norm_ratio = 0.1\n[presets.speed]\nfull_steps = 2"}, "presets.speed.full_steps belongs to salient steps"),
+    ({"norm_ratio": "norm_ratio = 0.1\n[presets.Speed]\nsteps = 2"}, "presets.Speed.[key] is 'Speed': string should match"),
 ]
 
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from engine_helpers import RTX_TARGETS, built, dmoe, plugin_library
 
-from dmoe_export.bundle.manifest import EngineEntry
+from dmoe_export.bundle.engine_entries import EngineEntry
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.check.engines import check_engines
 from dmoe_export.engine.plan import read_plan

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from salient_helpers import positions, random_ids
 
 from dmoe_export import export_checkpoint
-from dmoe_export.bundle.manifest import CapacityEntry
+from dmoe_export.bundle.graph_entries import CapacityEntry
 from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.errors import BundleError, InputError

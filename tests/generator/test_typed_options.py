@@ -40,7 +40,7 @@ def test_the_typed_dictionary_has_the_fields_and_their_types():
 
 def test_the_docstring_lists_every_option_once():
     listed = " ".join(f"{name}: {one.help}" for name, one in OPTIONS.items())
-    assert _docstring(Generator.generate).endswith(f"no other: {listed}")
+    assert _docstring(Generator.generate).endswith(f"have another: {listed}")
 
 
 def test_the_command_line_has_every_option_with_its_words_and_type():
@@ -78,7 +78,7 @@ def test_opening_a_bundle_is_told_in_the_same_words():
 def test_other_commands_that_share_an_option_share_its_words():
     shared = [param for param in decode.params if param.name in OPTIONS and param.name not in (
         "max_new_tokens", "seed")]  # of the benchmark: with another default, of the random prompt
-    assert len(shared) == 7 and all(param.help == SHOWN[param.name].help for param in shared)
+    assert len(shared) == 8 and all(param.help == SHOWN[param.name].help for param in shared)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -8,6 +8,9 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
+from dmoe_export.bundle.engines import copied_bundle
+from dmoe_export.bundle.reader import Bundle, open_bundle
+from dmoe_export.bundle.writer import write_manifest
 from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.description import RoutingDescription
 from dmoe_export.model.backend import EagerBackend
@@ -22,6 +25,13 @@ def eager(checkpoint: Path, mode: str = "top_p", guard: int = GOLDEN_GUARD, bloc
     source = Checkpoint(checkpoint)
     routing = RoutingDescription.default(source.description.moe, mode, block_length)
     return EagerBackend(load_denoiser(source, routing.model_copy(update={"min_experts": guard})))
+
+
+def with_decoding(bundle: Bundle, target: Path, defaults: dict, presets: dict) -> Bundle:
+    """A copy with other decode defaults and presets; its files are shared."""
+    with copied_bundle(bundle, target, overwrite=False) as folder:
+        write_manifest(folder, bundle.manifest.model_copy(update={"decode_defaults": defaults, "presets": presets}))
+    return open_bundle(target, "sizes")
 
 
 def cpu_session(path: Path) -> ort.InferenceSession:

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from dmoe_export.bundle.manifest import EngineEntry, NetworkEntry, ProfileEntry
+from dmoe_export.bundle.engine_entries import EngineEntry, NetworkEntry, ProfileEntry
 
 PROFILES = [ProfileEntry(name=name, batch=(1, 1, 1), tokens=(1, 1, 1), past=(1, 1, 1), rows=(1, 1, 1))
             for name in ("prefill", "denoise")]

@@ -10,7 +10,7 @@ from check_defects import resealed
 from onnx import helper
 
 from dmoe_export.bundle.contract import KEPT
-from dmoe_export.bundle.manifest import OpEntry
+from dmoe_export.bundle.graph_entries import OpEntry
 from dmoe_export.bundle.reader import Bundle
 from dmoe_export.ops.fused import inlined
 

@@ -135,6 +135,6 @@ class Held(Toy):
 
 def toy_generator(backend):
     """A real `Generator` over a toy: no tokenizer, no files."""
-    manifest = SimpleNamespace(tokenizer=None, decode_defaults={}, bytes_per_expert=0, precision=None,
+    manifest = SimpleNamespace(tokenizer=None, decode_defaults={}, presets={}, bytes_per_expert=0, precision=None,
                                routing=backend.routing, model=backend.description)
     return Generator(SimpleNamespace(folder=Path("/somewhere/toy.bundle"), manifest=manifest), backend)

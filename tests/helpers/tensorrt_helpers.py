@@ -12,7 +12,7 @@ import onnx
 from fake_cudart import HostDevice
 from fake_tensorrt import FakeTensorRT, weights_as_inputs
 
-from dmoe_export.bundle.manifest import EngineEntry, NetworkEntry, ProfileEntry, WeightInput
+from dmoe_export.bundle.engine_entries import EngineEntry, NetworkEntry, ProfileEntry, WeightInput
 from dmoe_export.bundle.reader import Bundle
 from dmoe_export.engine.plugins import EXPERTS_OPS
 from dmoe_export.engine.resident import add_pools

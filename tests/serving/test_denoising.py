@@ -7,6 +7,8 @@ from itertools import pairwise
 import pytest
 from page_helpers import CHAT, ask, house_of, served
 
+from dmoe_export.bundle.reader import Bundle
+from dmoe_export.decoding.defaults import Defaults
 from dmoe_export.decoding.settings import OPTIONS
 from dmoe_export.serving.schema import ChatBody
 from dmoe_export.text.pieces import Pieces
@@ -103,7 +105,7 @@ def test_the_page_learns_of_every_setting_that_a_body_takes(server):
 def test_a_bundle_default_is_shown_as_the_default(server, house, monkeypatch):
     generator = house.models["sample"].generator
     manifest = generator.bundle.manifest.model_copy(update={"decode_defaults": {"temperature": 0.25}})
-    monkeypatch.setitem(vars(generator.bundle), "manifest", manifest)
+    monkeypatch.setattr(generator, "defaults", Defaults(Bundle(generator.bundle.folder, manifest)))
     (model,) = ask(server + CHAT).json()["models"]
     assert next(one for one in model["options"] if one["name"] == "temperature")["default"] == "0.25"
 

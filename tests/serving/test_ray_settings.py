@@ -39,6 +39,7 @@ def test_a_number_of_replicas_or_rules_for_it():
 
 def test_a_replica_opens_its_bundle_with_the_threads_that_it_reserves():
     assert Settings(bundle="a", cpus=4).opening["threads"] == 4
+    assert Settings(bundle="a", preset="speed").opening["preset"] == "speed"
     assert Settings(bundle="a", cpus=0.5).opening["threads"] == 1
     assert Settings(bundle="a", cpus=4, threads=2).opening["threads"] == 2
     assert set(OF_OPENING) == set(inspect.signature(Generator.open).parameters) - {"path", "progress"}

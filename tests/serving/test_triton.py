@@ -356,6 +356,7 @@ def test_an_instance_has_its_gpu_and_no_other(triton, monkeypatch):
         choose_device("GPU", number)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
     assert settings_of({"bundle": "b"}, "GPU").opening == {}
+    assert settings_of({"bundle": "b", "preset": "speed"}, "GPU").opening == {"preset": "speed"}
     generator = SimpleNamespace(backend=SimpleNamespace(name="onnxruntime"), backend_choice="there is no GPU")
     check_device("CPU", generator)
     with pytest.raises(MissingRequirementError, match=r"KIND_GPU, but the bundle runs on the CPU \(there is no GPU\)"):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...bundle.contract import KEPT
-from ...bundle.manifest import GraphEntry
+from ...bundle.graph_entries import GraphEntry
 from ...bundle.reader import Bundle
 from ...errors import MissingRequirementError
 from ..backend import ForwardInputs, ForwardOutputs, Limits, closed

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle.manifest import GraphEntry
+from ...bundle.graph_entries import GraphEntry
 from ...bundle.reader import Bundle, check_unchanged
 from ..backend import closed
 from ..salient import Arrays, GraphName, salient_files

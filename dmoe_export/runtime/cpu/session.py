@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ...bundle.manifest import GraphEntry
+from ...bundle.graph_entries import GraphEntry
 from ...bundle.reader import Bundle
 from ...errors import BundleError, MissingRequirementError, RequestError
 from ...ops import experts

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ...bundle.contract import KEPT
-from ...bundle.manifest import GraphEntry
+from ...bundle.graph_entries import GraphEntry
 from ...bundle.reader import Bundle
 from ..backend import ForwardInputs, ForwardOutputs, closed
 from ..library import Kernels

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle.manifest import EngineEntry, ExpertPool, WeightInput
+from ...bundle.engine_entries import EngineEntry, ExpertPool, WeightInput
 from ...bundle.reader import Bundle
 from ...ops.experts.fragments import Fragments
 from ..backend import Bools

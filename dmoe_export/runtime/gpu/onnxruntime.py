@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle.manifest import GraphEntry
+from ...bundle.graph_entries import GraphEntry
 from ...bundle.reader import Bundle
 from ...description import Precision
 from ...errors import MissingRequirementError

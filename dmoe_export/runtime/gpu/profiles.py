@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...bundle.manifest import EngineEntry, ProfileEntry
+from ...bundle.engine_entries import EngineEntry, ProfileEntry
 from ...errors import RequestError
 from ..backend import Limits
 from .call import Sizes, round_up

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-from ...bundle.manifest import GraphEntry
+from ...bundle.graph_entries import GraphEntry
 from ...bundle.reader import Bundle, check_unchanged
 from ...description import ModelDescription, Precision
 from ..backend import closed

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...bundle.manifest import EngineEntry, GraphEntry, WeightInput
+from ...bundle.engine_entries import EngineEntry, WeightInput
+from ...bundle.graph_entries import GraphEntry
 from ...bundle.reader import Bundle
 from ...description import Precision
 from ...errors import BundleError, MissingRequirementError

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle.manifest import EngineEntry, GraphEntry
+from ...bundle.engine_entries import EngineEntry
+from ...bundle.graph_entries import GraphEntry
 from ...bundle.reader import Bundle
 from ...errors import BundleError, DmoeError, MissingRequirementError, RequestError
 from ...extras import pip_install

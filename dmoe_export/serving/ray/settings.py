@@ -21,7 +21,7 @@ def _told(group: str, meaning: str, shown: str | None = None, **rules: Any) -> A
 
 Seconds = FiniteFloat
 OF_OPENING = ("backend", "threads", "cpu_products", "verify", "expert_budget", "experts_per_layer",
-               "expert_refresh_interval", "expect_sha256", "trusted_key")
+               "expert_refresh_interval", "preset", "expect_sha256", "trusted_key")
 
 
 class Settings(BaseModel):
@@ -80,6 +80,7 @@ class Settings(BaseModel):
     expert_budget: Annotated[str | None, _told("residency", "As in Generator.open", "all")] = None
     experts_per_layer: Annotated[int | None, _told("residency", "As in Generator.open", "all", ge=1)] = None
     expert_refresh_interval: Annotated[str, _told("residency", "As in Generator.open")] = "auto"
+    preset: Annotated[str | None, _told("requests", "As in Generator.open", "the bundle's, or none")] = None
     expect_sha256: Annotated[str | None, _told("bundle and machine", "As in Generator.open", "any")] = None
     trusted_key: Annotated[str | None, _told("bundle and machine", "As in Generator.open", "any")] = None
 

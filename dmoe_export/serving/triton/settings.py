@@ -14,8 +14,8 @@ from ...guards.numerals import integer, real
 from ..opening import USUAL_WAITING
 
 _ABOVE_0 = Rule(lambda value: 0 < value < float("inf"), "above 0")
-_TEXTS = ("bundle", "backend", "cpu_products", "verify", "expert_budget", "expert_refresh_interval", "expect_sha256",
-          "trusted_key", "prefix_cache", "memory")
+_TEXTS = ("bundle", "backend", "cpu_products", "verify", "expert_budget", "expert_refresh_interval", "preset",
+          "expect_sha256", "trusted_key", "prefix_cache", "memory")
 _NUMBERS: dict[str, tuple[Callable[[str], Any], Rule]] = {
     "threads": (integer, AT_LEAST_1), "experts_per_layer": (integer, AT_LEAST_1), "max_batch": (integer, AT_LEAST_1),
     "max_waiting": (integer, AT_LEAST_0), "max_new_tokens": (integer, AT_LEAST_1), "timeout": (real, _ABOVE_0),

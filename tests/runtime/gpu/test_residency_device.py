@@ -14,7 +14,8 @@ from device_helpers import decode
 from tensorrt_helpers import Setup, bundle_with_engine, bundle_with_resident_engine, changed
 
 from dmoe_export import Generator, export_checkpoint
-from dmoe_export.bundle.manifest import EngineEntry, FileEntry
+from dmoe_export.bundle.engine_entries import EngineEntry
+from dmoe_export.bundle.manifest import FileEntry
 from dmoe_export.bundle.reader import Bundle, hash_file
 from dmoe_export.errors import MissingRequirementError, RequestError
 from dmoe_export.runtime.choose import open_under_budget

@@ -15,7 +15,7 @@ from fake_tensorrt import check_slots
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dmoe_export.bundle.manifest import ExpertPool, WeightInput
+from dmoe_export.bundle.engine_entries import ExpertPool, WeightInput
 from dmoe_export.runtime.gpu import expert_pools as device_residency
 from dmoe_export.runtime.gpu.expert_pools import DeviceExperts
 from dmoe_export.runtime.gpu.memory import Pool

@@ -1,4 +1,4 @@
-"""Recipes: how a known model is exported, built and checked, as a TOML file (engines/README.md has the fields)."""
+"""Recipes: how a known model is exported, decoded, built and checked, in a TOML file (fields: engines/README.md)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..description import (
+from .bundle.manifest import DecodeValues, PresetName
+from .decoding.defaults import first_wrong
+from .decoding.settings import OPTIONS
+from .description import (
     RUNTIME_SETTINGS,
     ExportPrecision,
     Frozen,
@@ -17,15 +20,15 @@ from ..description import (
     QuantisedPrecision,
     RoutingChoice,
 )
-from ..errors import InputError
-from .settings import ExpertsOp, ExpertsPlace, FlavourName
+from .engine.settings import ExpertsOp, ExpertsPlace, FlavourName
+from .errors import InputError
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-FOLDER = Path(__file__).parents[1] / "recipes"  # in the repository a link to engines/, in a wheel the files themselves
+FOLDER = Path(__file__).parent / "recipes"  # in the repository a link to engines/, in a wheel the files themselves
 
 
 class RecipeRouting(Frozen):
@@ -81,6 +84,20 @@ class Recipe(Frozen):
     profiles: RecipeProfiles
     engine: RecipeEngine
     check: Tolerances
+    decode: DecodeValues = Field({}, description="decode defaults of the bundle, by names of request options")
+    presets: dict[PresetName, DecodeValues] = Field({}, description="the bundle's presets")
+
+    @model_validator(mode="after")
+    def _can_be_asked_for(self) -> Recipe:
+        tables = {"decode": self.decode, **{f"presets.{name}": values for name, values in self.presets.items()}}
+        for table, values in tables.items():
+            for option, value in values.items():
+                if option not in OPTIONS:
+                    raise ValueError(f"{table}.{option} = {value!r} is no option of a request; remove it")
+        preset, wrong = first_wrong(self.decode, self.presets)
+        if wrong:
+            raise ValueError(f"{f'presets.{preset}' if preset else 'decode'}.{wrong.removesuffix('.')}")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
