@@ -95,8 +95,7 @@ class SdarMoe(Sdar):
         dense = [layer for layer in range(layers) if layer in listed or (layer + 1) % step]
         if dense != list(range(len(dense))) or len(dense) == layers:
             raise f.refuse(f"mlp_only_layers {shown(listed)} and decoder_sparse_step {step} make layers "
-                           f"{shown(dense)} dense, which is not supported (supported: dense layers first, then one with "
-                           "experts or more)")
+                           f"{shown(dense)} dense, which is not supported (supported: none, or the first ones)")
         return len(dense)
 
 

@@ -122,7 +122,7 @@ def _trained_block(source: Checkpoint, trained: TrainedRouting | None) -> Traine
     """Of a block-causal model; elsewhere a `block_size` would mean something else."""
     if source.description.attention != "block_causal":
         return TrainedBlock(None)
-    family, name = source.family, source_name(source.folder)
+    family, name = source.family, source_name(source.folder).rpartition("/")[2]
     ending = re.search(r"-b([0-9]{1,4})$", name) if family.block_in_name else None
     if source.config.get("block_size") is not None:
         size = Fields(source.config, source.folder / "config.json").positive("block_size")
