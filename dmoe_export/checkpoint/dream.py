@@ -27,6 +27,7 @@ class Dream:
 
     name, model_type = "dream", "Dream"
     architectures = ("DreamModel",)
+    block_length, block_in_name = 32, False
     _layout = Layout(
         family=name, layer_prefix="model.layers.{}.",
         outer=weights(embed="model.embed_tokens", norm="model.norm", lm_head="lm_head"),

@@ -35,6 +35,16 @@ class Family(Protocol):
         """Class names of config.json that belong to it."""
         ...
 
+    @property
+    def block_length(self) -> int:
+        """Tokens of a block where config.json does not say how many."""
+        ...
+
+    @property
+    def block_in_name(self) -> bool:
+        """Whether releases differ in their block length and those of N tokens are called …-bN."""
+        ...
+
     def describe(self, config: dict[str, Any], source: Path) -> ModelDescription:
         """The model description; contradictions are errors that name `source`."""
         ...
@@ -50,8 +60,9 @@ def family_of(config: dict[str, Any], source: Path) -> Family:
     from .llada import LLADA
     from .llada2_moe import LLADA2_MOE
     from .llada_moe import LLADA_MOE
+    from .sdar import SDAR, SDAR_MOE
 
-    families: tuple[Family, ...] = (LLADA2_MOE, LLADA, DREAM, LLADA_MOE)
+    families: tuple[Family, ...] = (LLADA2_MOE, LLADA, DREAM, LLADA_MOE, SDAR, SDAR_MOE)
     named = config.get("architectures") or [config.get("model_type")]
     named = named if isinstance(named, list) else [named]
     found = [f for f in families if any(name in (*f.architectures, f.model_type) for name in named)]
@@ -78,7 +89,7 @@ class Checkpoint:
         self.warnings: list[str] = []  # for whoever exports it
         self.config = read_json(folder / "config.json")
         generation = read_generation_config(folder, self.config)
-        family = family_of(self.config, folder / "config.json")
+        family = self.family = family_of(self.config, folder / "config.json")
         try:
             described = family.describe(generation.complete(self.config), folder / "config.json")
         except ValidationError as error:

@@ -2,8 +2,10 @@
 
 Meanings are those of transformers' `GenerationConfig` (4.57, 5.0) and, for Dream, of its `DreamGenerationConfig`
 (generation_utils.py on the hub). Only what means the same here is taken over: `max_new_tokens`, and `temperature`,
-`top_k`, `top_p` where `do_sample` is true (Dream: where the temperature is above 0; it has no `do_sample`). Whatever
-else would change an answer is named in one warning; what is bookkeeping, or at transformers' own default, is not.
+`top_k`, `top_p` where `do_sample` is true (Dream: where the temperature is above 0; it has no `do_sample`), but not
+where the file is the trunk's and the authors of the model decode otherwise (SDAR: Qwen3's file; its published scores
+are greedy or of temperature 1, evaluation/ of JetAstra/SDAR). Whatever else would change an answer is named in one
+warning; what is bookkeeping, or at transformers' own default, is not.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ _NEUTRAL: dict[str, Any] = {
     "max_length": 20, "min_length": 0, "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "typical_p": 1,
     "repetition_penalty": 1, "encoder_repetition_penalty": 1, "guidance_scale": 1}
 _TOP_K = 50  # transformers' default while sampling
+_OF_THE_TRUNK = {"sdar": "Qwen3", "sdar_moe": "Qwen3"}  # families whose sampling is the trunk's, and its name
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,14 @@ class GenerationConfig:
                                          ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")):
             if not holds:
                 raise f.refuse(f"{name} is {value}, it must be {rule}")
-        if temperature > 0 if dream else sampled:
-            found |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        return found, self._left_out(f)
+        if not (temperature > 0 if dream else sampled):
+            return found, self._left_out(f)
+        if d.family not in _OF_THE_TRUNK:
+            return found | {"temperature": temperature, "top_k": top_k, "top_p": top_p}, self._left_out(f)
+        return found, [f"{self.source} asks for samples (temperature {temperature:g}, top_k {top_k}, top_p {top_p:g}): "
+                       f"{_OF_THE_TRUNK[d.family]}'s settings, not those this model is evaluated with. The bundle "
+                       f"decodes greedily; for samples ask for --temperature {temperature:g} --top-k {top_k} --top-p "
+                       f"{top_p:g}.", *self._left_out(f)]
 
     def _left_out(self, f: Fields) -> list[str]:
         """One sentence about the fields that would change an answer and mean nothing here."""

@@ -28,6 +28,7 @@ class Llada:
 
     name = model_type = "llada"
     architectures = ("LLaDAModelLM",)
+    block_length, block_in_name = 32, False
 
     def describe(self, config: dict[str, Any], source: Path) -> ModelDescription:
         """The description; unsupported or contradictory fields are errors."""

@@ -32,6 +32,7 @@ class Llada2Moe:
 
     name = model_type = "llada2_moe"
     architectures = ("LLaDA2MoeModelLM",)
+    block_length, block_in_name = 32, False
     _layout = Layout(
         family=name, layer_prefix="model.layers.{}.",
         outer=weights(embed="model.word_embeddings", norm="model.norm", lm_head="lm_head"),

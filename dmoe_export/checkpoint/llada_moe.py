@@ -28,6 +28,7 @@ class LladaMoe:
 
     name, model_type = "llada_moe", "llada"
     architectures = ("LLaDAMoEModelLM",)
+    block_length, block_in_name = 32, False
     _layout = Layout(
         family=name, layer_prefix="model.layers.{}.",
         outer=weights(embed="model.embed_tokens", norm="model.norm", lm_head="lm_head"),

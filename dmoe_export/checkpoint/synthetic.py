@@ -37,6 +37,23 @@ _LLADA_MOE = {
     "moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False, "routed_scaling_factor": 1,
     "shared_expert_intermediate_size": None, "tie_word_embeddings": False,
 }
+_SDAR = {
+    "architectures": ["SDARForCausalLM"], "model_type": "sdar", "hidden_act": "silu", "attention_bias": False,
+    "rope_theta": 1000000, "rope_scaling": None, "rms_norm_eps": 1e-6, "use_sliding_window": False,
+    "tie_word_embeddings": False, "block_size": 4,
+}
+_SDAR_MOE = _SDAR | {
+    "architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_moe", "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": [],
+}
+_SDAR_SIZE = {  # of the vocabulary and its ids
+    "vocab_size": 151936, "head_dim": 128, "max_position_embeddings": 32768, "mask_token_id": 151669,
+    "eos_token_id": 151643, "pad_token_id": 151643,
+}
+_SDAR_TINY = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "mask_token_id": 95, "eos_token_id": 94,
+}
 # Sizes of spec models.md and of the published config.json files; "tiny" ones are for tests.
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "llada2.0-mini": _LLADA2 | {
@@ -78,6 +95,21 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "vocab_size": 96, "hidden_size": 32, "expert_intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 16, "num_experts_per_tok": 2,
         "moe_layer_freq": [1, 1], "max_position_embeddings": 256, "mask_token_id": 95, "eos_token_id": 94},
+    "sdar-1.7b": _SDAR | _SDAR_SIZE | {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 8},
+    "sdar-4b": _SDAR | _SDAR_SIZE | {
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8},
+    "sdar-8b": _SDAR | _SDAR_SIZE | {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8},
+    "sdar-30b-a3b": _SDAR_MOE | _SDAR_SIZE | {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    "sdar-tiny": _SDAR | _SDAR_TINY,
+    "sdar-moe-tiny": _SDAR_MOE | _SDAR_TINY | {
+        "num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
 
 

@@ -89,8 +89,8 @@ EXPORT = "export of a checkpoint"
         help="Keep only the first so many layers")
 @option("--routing", type=click.Choice(ROUTINGS), group=EXPORT, shown="auto: as it was trained, by its config.json",
         help="How a block's experts are chosen")
-@option("--block-length", type=int, group=EXPORT, values="at least 1", shown="block_size of its config.json, or 32",
-        help="Tokens per block")
+@option("--block-length", type=int, group=EXPORT, values="at least 1",
+        shown="block_size of its config.json, or the family's", help="Tokens per block")
 @option("--coreset-top-p", type=float, group=EXPORT, values="between 0 and 1", shown="as of export",
         help="Share of a block's votes for experts that is followed (routing top_p)")
 @option("--min-experts", type=int, group=EXPORT, values="at least 1", shown="as of export",

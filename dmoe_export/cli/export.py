@@ -72,8 +72,8 @@ def warn(bundle: Bundle) -> None:
         help="Keep only the first so many layers, for quick checks")
 @option("--routing", type=click.Choice(ROUTINGS), default="auto", group="routing",
         help="How a block's experts are chosen; auto: as the checkpoint was trained, by its config.json")
-@option("--block-length", type=int, group="routing", values="at least 1", shown="block_size of config.json, or 32",
-        help="Tokens per block, of routing and decoding")
+@option("--block-length", type=int, group="routing", values="at least 1",
+        shown="block_size of config.json, or the family's", help="Tokens per block, of routing and decoding")
 @option("--coreset-top-p", type=float, group="routing", values="between 0 and 1",
         shown="core_threshold of config.json, or 0.6",
         help="Share of a block's votes for experts that the bundle follows; higher uses more experts (routing top_p)")
@@ -113,7 +113,8 @@ def export(context: click.Context, checkpoint: str | None, recipe_name: str | No
         click.echo(json.dumps({"bundle": str(bundle.folder), "sha256": bundle.sha256, "bytes": total,
                                "seconds": time.perf_counter() - start, "manifest": manifest.model_dump(mode="json")}))
         return
-    routing = f"routing {manifest.routing.mode} ({manifest.routing.reason})" if manifest.model.moe else "no experts"
+    why = f" ({manifest.routing.reason})" if manifest.routing.reason else ""
+    routing = (f"routing {manifest.routing.mode}" if manifest.model.moe else "no experts") + why
     reason = manifest.formats.reason if options["precision"] is None else ""
     because = f" ({reason})" if reason else ""
     say(f"Exported {count(manifest.model.num_layers, 'layer')} of {manifest.model.architecture} in "

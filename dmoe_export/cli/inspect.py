@@ -73,10 +73,10 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool,
         "checkpoint": f"{manifest.checkpoint.source}, {manifest.checkpoint.identity[:16]}…",
         "made by": manifest.created_by, "sha256 of manifest.json": opened.sha256}))
     routing = manifest.routing
-    out.print(_table("Blocks", {"block length": routing.block_length}) if moe is None else _table("Routing", {
-        "mode": routing.mode, "because": routing.reason or "not said",
-        "block length": routing.block_length,
-        **{name: getattr(routing, name) for name in RUNTIME_SETTINGS[routing.mode]}}))
+    because = routing.reason or ("not said" if moe else "")
+    blocks = {**({"because": because} if because else {}), "block length": routing.block_length}
+    out.print(_table("Blocks", blocks) if moe is None else _table("Routing", {
+        "mode": routing.mode, **blocks, **{name: getattr(routing, name) for name in RUNTIME_SETTINGS[routing.mode]}}))
     for sentence in manifest.warnings:
         say(f"Warning of the export: {sentence}")
     out.print(_table("Sizes", {name.replace("_", " "): f"{value:,}" for name, value in summary.items()}))

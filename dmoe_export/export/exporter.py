@@ -55,13 +55,14 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
     (docs/quantisation.md).
     `layers` keeps the first N layers. `routing` auto (or None) is what the checkpoint was trained with, by its
     config.json (export/routing.py); another mode is exported with a warning, which the manifest keeps, and a dense
-    model takes none. `block_length` None: the checkpoint's `block_size`, else 32. `top_p`, `min_experts` (of mode
-    top_p) and `coreset_size` (of top_c) set the bundle's defaults: the checkpoint's core_threshold or 0.6; k + groups −
-    groups kept; its expert_capacity, or 48/256 of the experts and no less than k. `decode_defaults` are settings of
-    requests that say none (options of `Generator.generate`); the checkpoint's generation_config.json wins over them.
-    `presets` are such settings under names that a request can ask for. `salient` adds the graph
-    of salient-token decoding, `salient_capacity` a graph of static shapes for each M it names (docs/salient.md).
-    `edit_tokens`: DELETE and SPLIT of a model that inserts and deletes, where its config.json does not say them.
+    model takes none. `block_length` None: `block_size` of config.json, what the checkpoint's name ends in (…-b32) where
+    its family is named so, or the family's. `top_p`, `min_experts` (of mode top_p) and `coreset_size` (of top_c) set
+    the bundle's defaults: the checkpoint's core_threshold or 0.6; k + groups − groups kept; its expert_capacity, or
+    48/256 of the experts and no less than k. `decode_defaults` are settings of requests that say none (options of
+    `Generator.generate`); the checkpoint's generation_config.json wins over them. `presets` are such settings under
+    names that a request can ask for. `salient` adds the graph of salient-token decoding, `salient_capacity` a graph of
+    static shapes for each M it names (docs/salient.md). `edit_tokens`: DELETE and SPLIT of a model that inserts and
+    deletes, where its config.json does not say them.
     Raises CheckpointError for what cannot be read, OutputError for what cannot be written; `out` is complete or absent.
     """
     if precision not in (None, *get_args(ExportPrecision)) or routing not in (None, *get_args(RoutingChoice)):

@@ -110,7 +110,7 @@ def export_command(manifest: Manifest) -> str:
 
 def _routing(manifest: Manifest) -> str:
     if manifest.model.moe is None:
-        return "none: no experts"
+        return "none: no experts" + (f" ({manifest.routing.reason})" if manifest.routing.reason else "")
     routing = manifest.routing
     settings = "".join(f", {name} {getattr(routing, name)}" for name in RUNTIME_SETTINGS[routing.mode])
     return f"{routing.mode}{settings}" + (f" ({routing.reason})" if routing.reason else "")

@@ -4,18 +4,22 @@ config.json of LLaDA2-MoE checkpoints tells (spec llada2_1_2_2.md; the dMoE refe
 `core_threshold` (with `mode` "aggregate", the only one its reference has) is dMoE's top_p with that p;
 `expert_capacity` is LLaDA2.2's top_c with that C, its routing block is `block_size`; neither is token routing. dMoE's
 training writes a `core_size`, too, which none of its code reads. Its reference knows no block length but 32.
+
+The block length is `block_size` of config.json; else what the checkpoint's name ends in, where a family's releases are
+called so (SDAR's …-b32); else the family's usual one.
 """
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from ..checkpoint.config_fields import Fields, shown
 from ..checkpoint.family import Checkpoint
 from ..description import RUNTIME_SETTINGS, RoutingChoice, RoutingDescription, RoutingMode
 from ..errors import CheckpointError, InputError
+from .model_card import source_name
 
-DEFAULT_BLOCK_LENGTH = 32
 _OPTIONS = {"top_p": "--coreset-top-p", "min_experts": "--min-experts", "coreset_size": "--coreset-size"}
 
 
@@ -29,30 +33,31 @@ class TrainedRouting(NamedTuple):
 
 
 class TrainedBlock(NamedTuple):
-    """The block length that config.json says; None where it says none."""
+    """The block length that config.json or the checkpoint's name says; None where neither does."""
 
     length: int | None
     why: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 def choose_routing(source: Checkpoint, mode: RoutingChoice | None, block_length: int | None,
                    settings: dict[str, float | None]) -> tuple[RoutingDescription, list[str]]:
     """The routing of a bundle, and sentences to warn with. Raises CheckpointError, InputError.
 
-    `mode` auto or None: as trained; `block_length` None: the checkpoint's, else 32; `settings` are `top_p`,
+    `mode` auto or None: as trained; `block_length` None: the checkpoint's, else its family's; `settings` are `top_p`,
     `min_experts`, `coreset_size`, None where nothing was asked for.
     """
     d, asked = source.description, None if mode == "auto" else mode
     chosen = {name: value for name, value in settings.items() if value is not None}
     trained = trained_routing(source) if d.moe else None
-    trained_block = _trained_block(source, trained)
-    length = block_length if block_length is not None else trained_block.length or DEFAULT_BLOCK_LENGTH
+    trained_block, usual = _trained_block(source, trained), source.family.block_length
+    length = block_length if block_length is not None else trained_block.length or usual
     if length < 1:
-        raise CheckpointError(f"Block length {length} is not positive; LLaDA2 models use 32.")
+        raise CheckpointError(f"Block length {length} is not positive; most models of family {d.family} use {usual}.")
     if length > d.max_positions:
-        raise CheckpointError(f"Block length {length} is more than the model's {d.max_positions} positions; LLaDA2 "
-                              "models use 32.")
-    warnings = []
+        raise CheckpointError(f"Block length {length} is more than the model's {d.max_positions} positions; most "
+                              f"models of family {d.family} use {usual}.")
+    warnings = list(trained_block.warnings) if block_length is None else []
     if trained is None:
         if asked not in (None, "token") or chosen:
             what = f"routing {asked}" if asked not in (None, "token") else next(iter(chosen))
@@ -66,6 +71,9 @@ def choose_routing(source: Checkpoint, mode: RoutingChoice | None, block_length:
         warnings.append(f"Block length {length} was asked for and the checkpoint's is {trained_block.length} "
                         f"({trained_block.why}): its tokens would share other blocks than in training, so expect lower "
                         "accuracy, or leave --block-length out.")
+    elif source.family.block_in_name and trained_block.why:
+        route = route.model_copy(update={"reason": f"{route.reason}{'; ' * bool(route.reason)}block {length}: "
+                                                   f"{trained_block.why}"})
     return route, warnings
 
 
@@ -114,11 +122,24 @@ def _trained_block(source: Checkpoint, trained: TrainedRouting | None) -> Traine
     """Of a block-causal model; elsewhere a `block_size` would mean something else."""
     if source.description.attention != "block_causal":
         return TrainedBlock(None)
+    family, name = source.family, source_name(source.folder).rpartition("/")[2]
+    ending = re.search(r"-b([0-9]{1,4})$", name) if family.block_in_name else None
     if source.config.get("block_size") is not None:
-        return TrainedBlock(Fields(source.config, source.folder / "config.json").positive("block_size"),
-                            "block_size in config.json")
+        size = Fields(source.config, source.folder / "config.json").positive("block_size")
+        said = (f"config.json says block_size {size} and the name {name} says {ending[1]}; the bundle takes {size}, so "
+                "if the name is right, export with --block-length "
+                f"{ending[1]}.",) if ending and int(ending[1]) != size else ()
+        return TrainedBlock(size, "block_size in config.json", said)
+    if ending and int(ending[1]):
+        return TrainedBlock(int(ending[1]), f"config.json says none, the name {name} does")
     if trained and trained.mode == "top_p":
-        return TrainedBlock(DEFAULT_BLOCK_LENGTH, "the only one of dMoE's reference")
+        return TrainedBlock(32, "the only one of dMoE's reference")
+    if family.block_in_name:
+        usual = family.block_length
+        return TrainedBlock(None, "", (
+            f"Neither config.json (block_size) nor the name {name} (such as …-b32) says a block length, so the bundle "
+            f"takes {usual}, as most releases of this family: a model trained with another answers poorly, so export "
+            "it with its --block-length.",))
     return TrainedBlock(None)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from published_configs import DREAM_7B, LLADA2_MINI, LLADA_8B, LLADA_MOE_7B
+from published_configs import DREAM_7B, LLADA2_MINI, LLADA_8B, LLADA_MOE_7B, SDAR_4B, SDAR_30B_A3B
 
 from dmoe_export.checkpoint.config_fields import Fields
 from dmoe_export.checkpoint.family import family_of
@@ -18,7 +18,8 @@ from dmoe_export.checkpoint.synthetic import GEOMETRIES
 from dmoe_export.errors import CheckpointError
 
 FILE = Path("checkpoint/config.json")
-FAMILIES = {"llada2": LLADA2_MINI, "llada": LLADA_8B, "dream": DREAM_7B, "llada_moe": LLADA_MOE_7B}
+FAMILIES = {"llada2": LLADA2_MINI, "llada": LLADA_8B, "dream": DREAM_7B, "llada_moe": LLADA_MOE_7B,
+            "sdar": SDAR_4B, "sdar_moe": SDAR_30B_A3B}
 TINY = GEOMETRIES["tiny"]
 
 

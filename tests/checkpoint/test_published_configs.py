@@ -16,6 +16,11 @@ from published_configs import (
     LLADA22_FLASH,
     LLADA_8B,
     LLADA_MOE_7B,
+    SDAR_1_7B,
+    SDAR_4B,
+    SDAR_8B,
+    SDAR_30B_A3B,
+    SDAR_GENERATION,
     TRANSFORMERS,
 )
 
@@ -27,13 +32,22 @@ from dmoe_export.errors import CheckpointError
 FILE = Path("checkpoint/config.json")
 PUBLISHED = {"LLaDA2.0-mini": LLADA2_MINI, "LLaDA2.0-flash": LLADA2_FLASH, "LLaDA2.1-mini": LLADA21_MINI,
              "LLaDA2.2-flash": LLADA22_FLASH, "dMoE-16B": DMOE_16B, "LLaDA-8B": LLADA_8B, "Dream-7B": DREAM_7B,
-             "LLaDA-MoE-7B-A1B": LLADA_MOE_7B}
+             "LLaDA-MoE-7B-A1B": LLADA_MOE_7B, "SDAR-1.7B": SDAR_1_7B, "SDAR-4B": SDAR_4B, "SDAR-8B": SDAR_8B,
+             "SDAR-30B-A3B": SDAR_30B_A3B}
 MINI = {"layers": 20, "hidden": 2048, "dense": 5120, "heads": (16, 4, 128), "theta": 6e5, "rotary": 64, "eps": 1e-6,
         "vocab": 157184, "ids": (156895, (156892,), 156892), "experts": (256, 8, 512, 512, 8, 4, 2.5, 1),
         "kv_kib": 40, "billions": 16.26}
 FLASH = MINI | {"layers": 32, "hidden": 4096, "dense": 9216, "heads": (32, 4, 128), "kv_kib": 64, "billions": 102.9,
                 "experts": (256, 8, 1024, 1024, 8, 4, 2.5, 1)}
+SDAR = {"layers": 36, "heads": (32, 8, 128), "theta": 1e6, "rotary": 128, "eps": 1e-6, "vocab": 151936,
+        "ids": (151669, (151643,), 151643), "experts": None, "kv_kib": 144}
 SIZES = {
+    "SDAR-1.7B": SDAR | {"layers": 28, "hidden": 2048, "dense": 6144, "heads": (16, 8, 128), "kv_kib": 112,
+                         "billions": 2.03},
+    "SDAR-4B": SDAR | {"hidden": 2560, "dense": 9728, "billions": 4.41},
+    "SDAR-8B": SDAR | {"hidden": 4096, "dense": 12288, "billions": 8.19},
+    "SDAR-30B-A3B": SDAR | {"layers": 48, "hidden": 2048, "dense": 0, "heads": (32, 4, 128), "kv_kib": 96,
+                            "experts": (128, 8, 768, 0, 1, 1, 1.0, 0), "billions": 30.53},
     "LLaDA2.0-mini": MINI, "LLaDA2.1-mini": MINI, "dMoE-16B": MINI, "LLaDA2.0-flash": FLASH,
     "LLaDA2.2-flash": FLASH | {"experts": (256, 8, 1024, 1024, 1, 1, 2.5, 1)},
     "LLaDA-8B": {"layers": 32, "hidden": 4096, "dense": 12288, "heads": (32, 32, 128), "theta": 5e5, "rotary": 128,
@@ -66,7 +80,8 @@ def test_sizes(name):
     want = dict(SIZES[name])
     assert sum(torch.Size(shape).numel() for shape in shapes) / 1e9 == pytest.approx(want.pop("billions"), abs=0.05)
     assert got == want
-    assert not d.tie_embeddings and d.qk_norm == (m is not None) and d.qkv_bias == (name == "Dream-7B")
+    assert not d.tie_embeddings and d.qkv_bias == (name == "Dream-7B")
+    assert d.qk_norm == (m is not None or name.startswith("SDAR"))
     if m and name.startswith("LLaDA2"):  # spec models.md: 6.0 and 24.0 MiB an expert in half precision
         assert 3 * d.hidden_size * m.expert_width * 2 == (6 if d.hidden_size == 2048 else 24) << 20
 
@@ -96,6 +111,19 @@ def test_the_words_of_transformers_5_read_the_same(name):
     if "partial_rotary_factor" in config:
         block["partial_rotary_factor"] = config.pop("partial_rotary_factor")
     assert describe(config | {"rope_parameters": block}) == describe(PUBLISHED[name])
+
+
+@pytest.mark.parametrize("config", [SDAR_1_7B, SDAR_30B_A3B])
+def test_sdar_ends_with_its_chat_and_decodes_greedily(config):
+    file = GenerationConfig(Path("generation_config.json"), SDAR_GENERATION)
+    d = file.add_eos(describe(config))
+    assert d.eos_ids == (151643, 151645)
+    assert file.decode_defaults(d) == ({}, [
+        "generation_config.json asks for samples (temperature 0.6, top_k 20, top_p 0.95): Qwen3's settings, not those "
+        "this model is evaluated with. The bundle decodes greedily; for samples ask for --temperature 0.6 --top-k 20 "
+        "--top-p 0.95."])
+    quiet = GenerationConfig(file.source, SDAR_GENERATION | {"do_sample": False})
+    assert quiet.decode_defaults(d) == ({}, [])
 
 
 def test_dreams_generation_config_is_greedy_and_says_what_is_left_out():

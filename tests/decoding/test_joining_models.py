@@ -26,7 +26,7 @@ FULL = [{"cache": "prefix"}, {"cache": "dual", "block_length": 16}, {"cache": "d
 TOP_P = [{"coreset_top_p": 0.3}, {"min_experts": 4, "coreset_top_p": 0.1}]
 SALIENT = [{"salient_threshold": 0.98}, {"salient_threshold": 1.5, "exact_first_layer": True}]
 FAMILIES = {"llada2_dmoe": CAUSAL + TOP_P, "top_c": [*CAUSAL, {"coreset_size": 3}, {"coreset_size": 2}],
-            "llada_dense": FULL, "llada_moe": FULL, "dream": FULL,
+            "sdar": CAUSAL, "sdar_moe": CAUSAL, "llada_dense": FULL, "llada_moe": FULL, "dream": FULL,
             "salient_block": [*CAUSAL, *TOP_P, *SALIENT],
             "salient_llada": [*FULL, *SALIENT, {"salient_threshold": 0.98, "salient_capacity": 8}]}
 

@@ -1,9 +1,9 @@
-"""Engines of the full-canvas families, built by TensorRT-RTX without a GPU."""
+"""Engines of all families but the first, built by TensorRT-RTX without a GPU."""
 
 from __future__ import annotations
 
 import pytest
-from engine_helpers import built, dmoe, plugin_library
+from engine_helpers import RTX_TARGETS, built, dmoe, plugin_library
 
 from dmoe_export import export_checkpoint
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
@@ -42,3 +42,19 @@ def test_llada_moe_engine(tmp_path):
     (engine,) = built(bundle, "--targets", "sm89")["engines"]
     assert engine["plugin_nodes"] == 10 and engine["fallback_nodes"] == 0  # two layers of three ops, three sums, a head
     assert engine["plugin_build"] == find_library().build
+
+
+@pytest.mark.parametrize(("name", "targets"), [
+    ("sdar-tiny", ["sm89"]), ("sdar-moe-tiny", ["sm89"]),
+    pytest.param("sdar-tiny", RTX_TARGETS, marks=pytest.mark.slow),
+    pytest.param("sdar-moe-tiny", RTX_TARGETS, marks=pytest.mark.slow)])
+def test_sdar_engines(tmp_path, name, targets):
+    """Blocks of 4; per target one engine, in which nothing falls back."""
+    plugin_library()
+    write_synthetic(tmp_path / "c", GEOMETRIES[name])
+    bundle = export_checkpoint(tmp_path / "c", tmp_path / "b", precision="fp16", compute="fp16").folder
+    engines = built(bundle, "--targets", ",".join(targets))["engines"]
+    assert sorted(engine["target"] for engine in engines) == sorted(targets)
+    for engine in engines:
+        assert engine["fallback_nodes"] == 0 and engine["plugin_nodes"] == (10 if "moe" in name else 6)
+        assert engine["profiles"][1]["tokens"] == [4, 4, 8]

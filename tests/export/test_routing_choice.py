@@ -21,14 +21,16 @@ PATH = Path("checkpoint/config.json")
 DMOE = GEOMETRIES["tiny"]  # E 16, k 2, 4 groups, 2 kept
 PLAIN = {name: value for name, value in DMOE.items() if name not in ("core_threshold", "mode")}
 POOLED = PLAIN | {"expert_capacity": 5, "block_size": 16}
+SDAR_SILENT = {name: value for name, value in GEOMETRIES["sdar-moe-tiny"].items() if name != "block_size"}
 LLADA_MOE = GEOMETRIES["llada-moe-tiny"]
 NO_FIELD = "no core_threshold or expert_capacity in config.json"
 
 
-def chosen(config, routing=None, block_length=None, **settings):
+def chosen(config, routing=None, block_length=None, folder="checkpoint", **settings):
     """`choose_routing` for a config.json, and its warnings."""
-    source = SimpleNamespace(config=config, folder=PATH.parent,
-                             description=family_of(config, PATH).describe(config, PATH))
+    family = family_of(config, PATH)
+    source = SimpleNamespace(config=config, folder=Path(folder), family=family,
+                             description=family.describe(config, PATH))
     return choose_routing(source, routing, block_length,
                           dict.fromkeys(("top_p", "min_experts", "coreset_size")) | settings)
 
@@ -99,6 +101,45 @@ def test_another_block_length_is_a_warning(config, length, why):
     route, (warning,) = chosen(config, block_length=length)
     assert route.block_length == length
     assert warning.startswith(f"Block length {length} was asked for and the checkpoint's is {why}: ")
+
+
+@pytest.mark.parametrize(("folder", "said"), [
+    ("SDAR-30B-A3B-Chat-b32", 32), ("somewhere/SDAR-4B-Chat-b8", 8), ("SDAR-8B-Chat", None), ("SDAR-b16-tuned", None),
+    ("models--JetLM--SDAR-8B-Chat-b64/snapshots/0123abc", 64), ("SDAR-b0", None)])
+def test_block_length_by_name_where_the_config_is_silent(folder, said):
+    route, warnings = chosen(SDAR_SILENT, folder=folder)
+    assert route.block_length == (said or 4)
+    if said:
+        name = "SDAR-8B-Chat-b64" if said == 64 else folder.split("/")[-1]
+        assert warnings == []
+        assert route.reason == f"{NO_FIELD}; block {said}: config.json says none, the name {name} does"
+        (warning,) = chosen(SDAR_SILENT, folder=folder, block_length=4)[1]
+        assert warning.startswith(f"Block length 4 was asked for and the checkpoint's is {said} (config.json says none")
+    else:
+        (warning,) = warnings
+        assert warning.startswith("Neither config.json (block_size) nor the name ") and "takes 4, as most" in warning
+        assert chosen(SDAR_SILENT, folder=folder, block_length=8)[1] == []  # who knows need not be told
+
+
+def test_block_length_of_the_config_goes_before_the_name():
+    config = SDAR_SILENT | {"block_size": 4}
+    route, (warning,) = chosen(config, folder="SDAR-4B-Chat-b32")
+    assert route.block_length == 4 and route.reason == f"{NO_FIELD}; block 4: block_size in config.json"
+    assert warning == ("config.json says block_size 4 and the name SDAR-4B-Chat-b32 says 32; the bundle takes 4, so if "
+                       "the name is right, export with --block-length 32.")
+    assert chosen(config, folder="SDAR-4B-Chat-b4")[1] == []
+    (other,) = chosen(config, folder="SDAR-4B-Chat-b32", block_length=32)[1]
+    assert other.startswith("Block length 32 was asked for and the checkpoint's is 4 (block_size in config.json)")
+
+
+def test_block_length_of_a_dense_model_has_its_reason():
+    route, warnings = chosen(GEOMETRIES["sdar-tiny"])
+    assert (route.block_length, route.reason, warnings) == (4, "block 4: block_size in config.json", [])
+
+
+@pytest.mark.parametrize("config", [PLAIN, LLADA_MOE, GEOMETRIES["llada-tiny"]])
+def test_names_mean_nothing_in_other_families(config):
+    assert chosen(config, folder="model-b8")[0].block_length == 32
 
 
 @pytest.mark.parametrize("config", [PLAIN, LLADA_MOE, GEOMETRIES["llada-tiny"]])

@@ -99,6 +99,32 @@ LLADA_MOE_7B: dict[str, Any] = {
     "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.53.2", "use_cache": False,
     "vocab_size": 157184}
 
+# Seen: training/model/SDAR-4B-Chat and SDAR-8B-Chat of JetAstra/SDAR, models/SDAR-1dot7B-Chat of hxhcreate/DARE.
+# Derived: auto_map, versions. Of 30B-A3B no file was seen: Qwen3-30B-A3B's fields, confirmed for layers, widths and experts.
+SDAR_1_7B: dict[str, Any] = {
+    "architectures": ["SDARForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig", "AutoModel": "modeling_sdar.SDARModel",
+                 "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM"},
+    "block_size": 4, "bos_token_id": 151643, "eos_token_id": 151643, "fuse_cross_entropy": True, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144,
+    "mask_token_id": 151669, "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "sdar",
+    "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "pad_token_id": 151643,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.52.4", "use_cache": False,
+    "use_sliding_window": False, "vocab_size": 151936}
+SDAR_4B = SDAR_1_7B | {"hidden_size": 2560, "intermediate_size": 9728, "max_window_layers": 36,
+                       "num_attention_heads": 32, "num_hidden_layers": 36}
+SDAR_8B = SDAR_4B | {"hidden_size": 4096, "intermediate_size": 12288, "block_size": None, "mask_token_id": None}
+SDAR_30B_A3B = SDAR_1_7B | {
+    "architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_moe", "auto_map": None, "fuse_cross_entropy": None,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True,
+    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+    "num_key_value_heads": 4, "output_router_logits": False, "router_aux_loss_coef": 0.001, "block_size": None,
+    "mask_token_id": None}
+SDAR_GENERATION: dict[str, Any] = {
+    "bos_token_id": 151643, "do_sample": True, "eos_token_id": [151645, 151643], "pad_token_id": 151643,
+    "temperature": 0.6, "top_k": 20, "top_p": 0.95, "transformers_version": "4.52.4"}
+
 # Fields that transformers' own classes write: PretrainedConfig.to_dict of 4.46 and 4.57, PreTrainedConfig of 5.0.
 TRANSFORMERS: dict[str, Any] = {
     "_name_or_path": "org/model", "_attn_implementation_autoset": True, "add_cross_attention": False,

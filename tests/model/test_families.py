@@ -21,7 +21,7 @@ from dmoe_export.description import RoutingDescription
 from dmoe_export.errors import CheckpointError, InputError
 from dmoe_export.model.load import load_denoiser
 
-TINY = ("llada-tiny", "dream-tiny", "llada-moe-tiny")
+TINY = ("llada-tiny", "dream-tiny", "llada-moe-tiny", "sdar-tiny", "sdar-moe-tiny")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,8 @@ def _logits(folder, ids):
 
 # Names and shapes of all tensors, added up.
 @pytest.mark.parametrize(("name", "billions"), [("llada-8b", 8.02), ("dream-7b", 7.62), ("llada-moe-7b", 7.36),
-                                                ("llada2.0-mini", 16.26)])
+                                                ("llada2.0-mini", 16.26), ("sdar-1.7b", 2.03), ("sdar-4b", 4.41),
+                                                ("sdar-8b", 8.19), ("sdar-30b-a3b", 30.53)])
 def test_sizes_fit_the_names(name, billions, tmp_path):
     family = family_of(GEOMETRIES[name], tmp_path)
     d = family.describe(GEOMETRIES[name], tmp_path)
@@ -91,15 +92,18 @@ def test_split_rows_become_one_parameter(checkpoints, name):
         assert qkv.bias is None
 
 
-@pytest.mark.parametrize("mode", [pytest.param(None, marks=pytest.mark.slow),
-                                  pytest.param("top_p", marks=pytest.mark.slow), "top_c"])
-def test_softmax_router_in_every_mode(checkpoints, exported, mode):
+@pytest.mark.parametrize(("geometry", "mode"), [
+    pytest.param("llada-moe-tiny", None, marks=pytest.mark.slow), pytest.param("sdar-moe-tiny", None),
+    pytest.param("llada-moe-tiny", "top_p", marks=pytest.mark.slow), ("llada-moe-tiny", "top_c"),
+    ("sdar-moe-tiny", "top_p"), pytest.param("sdar-moe-tiny", "top_c", marks=pytest.mark.slow)])
+def test_softmax_router_in_every_mode(checkpoints, exported, geometry, mode):
     """Votes are then the probabilities; eager and exported agree. Unasked, it is the routing of its training."""
-    folder = checkpoints["llada-moe-tiny"]
+    folder = checkpoints[geometry]
     settings = {None: {}, "top_p": {"top_p": 0.4, "min_experts": 3}, "top_c": {"coreset_size": 5}}[mode]
     bundle = exported(folder, routing=mode, block_length=8)
     asked, mode = mode, mode or "token"
     assert bundle.manifest.routing.mode == mode
+    assert sum("trained with token" in w for w in bundle.manifest.warnings) == (asked is not None)
     source = Checkpoint(folder)
     model = load_denoiser(source, RoutingDescription.default(source.description.moe, mode, 8).model_copy(
         update=settings))
@@ -196,6 +200,16 @@ def test_dense_first_layers_of_llada_moe(tmp_path):
         Checkpoint(tmp_path / "c", layers=1)
 
 
+def test_dense_first_layers_of_sdar(tmp_path):
+    config = GEOMETRIES["sdar-moe-tiny"] | {"mlp_only_layers": [0], "intermediate_size": 40}
+    write_synthetic(tmp_path / "c", config)
+    source = Checkpoint(tmp_path / "c")
+    assert list(source.description.moe_layers) == [1] and source.description.dense_width == 40
+    assert np.isfinite(_logits(tmp_path / "c", np.arange(12)[None])).all()
+    by_step = family_of(config, tmp_path).describe(config | {"mlp_only_layers": [], "decoder_sparse_step": 2}, tmp_path)
+    assert by_step == source.description
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_merged_experts(checkpoints, tmp_path, merged):
     write_synthetic(tmp_path / "c", GEOMETRIES["llada-moe-tiny"], merged=merged)
@@ -240,6 +254,24 @@ BAD = [
     ("llada-moe-tiny", {"partial_rotary_factor": 0.1}, "rotary share of 0 dims"),
     ("llada-moe-tiny", {"architectures": ["LLaDAModelLM"]}, "block_type is None"),
     ("llada-moe-tiny", {"architectures": None}, "llada, which could be any of LLaDAModelLM, LLaDAMoEModelLM"),
+    ("sdar-tiny", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ("sdar-tiny", {"attention_bias": True}, "attention_bias is True"),
+    ("sdar-tiny", {"use_sliding_window": True}, "use_sliding_window is True"),
+    ("sdar-tiny", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rotary scaling 'yarn' is not supported"),
+    ("sdar-tiny", {"head_dim": None}, "head_dim is missing; the reference would take 128"),
+    ("sdar-tiny", {"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
+    ("sdar-tiny", {"rope_theta": None}, "rope_theta is missing"),
+    ("sdar-tiny", {"mask_token_id": None}, "151669 belongs to the published vocabulary of 151936"),
+    ("sdar-moe-tiny", {"norm_topk_prob": None}, "norm_topk_prob is missing; the reference would take False"),
+    ("sdar-moe-tiny", {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\] and decoder_sparse_step 1 make layers \[1\] d"),
+    ("sdar-moe-tiny", {"mlp_only_layers": [2]}, "expected a list of layers below 2"),
+    ("sdar-moe-tiny", {"mlp_only_layers": [True]}, "expected a list of layers below 2"),
+    ("sdar-moe-tiny", {"mlp_only_layers": 0}, "mlp_only_layers is 0, expected a list"),
+    ("sdar-moe-tiny", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0, it must be positive"),
+    ("sdar-moe-tiny", {"decoder_sparse_step": 3}, r"decoder_sparse_step 3 make layers \[0, 1\] dense"),
+    ("sdar-moe-tiny", {"num_experts_per_tok": 17}, "num_experts_per_tok 17 exceeds num_experts 16"),
+    ("sdar-moe-tiny", {"architectures": ["SDARForCausalLM"]}, "norm_topk_prob is True, which nothing here reads"),
+    ("sdar-tiny", {"architectures": ["SDARMoeForCausalLM"]}, "num_experts is missing"),
     ("dream-tiny", {"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM, which is not supported; known: LLaDA2"),
 ]
 

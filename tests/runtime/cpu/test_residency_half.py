@@ -58,6 +58,13 @@ def test_every_bit_of_a_full_canvas_is_the_same(golden, exported):
         same_bits(bundle, budget, 2)
 
 
+def test_every_bit_of_short_blocks_is_the_same(golden, exported):
+    """SDAR: blocks of 4, 12 experts without groups, shared ones or bias."""
+    bundle = exported(golden.parent / "sdar_moe" / "model", precision="fp16", compute="fp16")
+    for budget in BUDGETS[:3]:
+        same_bits(bundle, budget, 2)
+
+
 def test_what_no_kernel_computes_is_refused(half_sample_bundle):
     other = half_sample_bundle.manifest.model_copy(update={"precision": "bf16"})
     with pytest.raises(MissingRequirementError, match="computes in bf16, for which ONNX Runtime's CPU"):
