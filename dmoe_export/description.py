@@ -49,7 +49,7 @@ class ExpertQuantisation(Frozen, allow_inf_nan=False):
 
 
 _BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
-_LINEAR = re.compile(r"\.(attention\.(qkv|q|kv|out)|ffn\.(shared\.)?(gate|up|gate_up|down))\.weight$")
+_LINEAR = re.compile(r"\.(attention\.(qkv|q|kv|out)|ffn\.((shared|dense)\.)?(gate|up|gate_up|down))\.weight$")
 
 
 class WeightFormats(Frozen):
