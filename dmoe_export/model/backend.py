@@ -29,8 +29,7 @@ class EagerBackend:
 
     def new_cache(self, rows: int) -> HostCache:
         """An empty cache in host memory."""
-        d = self.description
-        return HostCache(rows, d.num_layers, d.num_kv_heads, d.head_dim, np.dtype(np.float32))
+        return HostCache(rows, self.description.cached_heads, np.dtype(np.float32))
 
     def salient_graphs(self, capacity: int | None) -> EagerSalient:
         """Salient steps of the same model (`SalientBackend`)."""

@@ -26,8 +26,7 @@ def _part(prediction, name):
 
 
 def _cache(manifest, rows):
-    d = manifest.model
-    return HostCache(rows, d.num_layers, d.num_kv_heads, d.head_dim, np.dtype(np.float32))
+    return HostCache(rows, manifest.model.cached_heads, np.dtype(np.float32))
 
 
 def test_the_cache_is_what_the_host_cache_holds(sample_bundle):

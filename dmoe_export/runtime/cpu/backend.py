@@ -82,8 +82,7 @@ class OnnxRuntimeBackend:
 
     def new_cache(self, rows: int) -> HostCache:
         """An empty cache in host memory."""
-        d = self.description
-        return HostCache(rows, d.num_layers, d.num_kv_heads, d.head_dim, self._dtype)
+        return HostCache(rows, self.description.cached_heads, self._dtype)
 
     def forward(self, inputs: ForwardInputs, cache: HostCache) -> ForwardOutputs:
         """Run the graph; only what is wanted is fetched."""

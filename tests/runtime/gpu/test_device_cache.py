@@ -28,7 +28,7 @@ class Pair:
         self.pool, self.stream = Pool(self.device), self.device.stream()
         self.geometry = Geometry(2 * LAYERS, heads, head_dim, np.dtype(dtype).itemsize)
         self.dtype = dtype
-        self.host = HostCache(rows, LAYERS, heads, head_dim, np.dtype(dtype))
+        self.host = HostCache(rows, [(heads, head_dim)] * LAYERS, np.dtype(dtype))
         self.cache = DeviceCache(rows, self.geometry, self.pool, self.stream, threading.RLock(), capacity)
 
     def parts(self, slab):

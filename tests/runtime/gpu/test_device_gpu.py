@@ -109,7 +109,7 @@ def test_the_cache_equals_the_host_s(device):
     rng = np.random.default_rng(1)
     stream, pool, rows = device.stream(), Pool(device), 3
     geometry = Geometry(2 * LAYERS, HEADS, HEAD_DIM, 2)
-    host = HostCache(rows, LAYERS, HEADS, HEAD_DIM, np.dtype(np.float16))
+    host = HostCache(rows, [(HEADS, HEAD_DIM)] * LAYERS, np.dtype(np.float16))
     cache = DeviceCache(rows, geometry, pool, stream, threading.RLock())
     nothing = np.zeros((1, 1))
     for step in range(12):
