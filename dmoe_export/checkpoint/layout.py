@@ -34,7 +34,7 @@ class Layout:
     router: Names = field(default_factory=dict)  # and all else that layers with experts have beside them
     shared_ffn: Names = field(default_factory=dict)
     experts: str = "mlp.experts"  # below a layer; expert_storage.py says how they may be stored
-    global_layer: Names = field(default_factory=dict)  # in the place of `layer`'s, in `ModelDescription.global_attention`
+    global_layer: Names = field(default_factory=dict)  # in place of `layer`'s, in `ModelDescription.global_attention`
     apart: Names = field(default_factory=dict)  # of a layer, but whole names: "{}" in them is its number
     copies: tuple[str, str] | None = None  # prefix of what may be stored twice, and the one that is read
     skipped: dict[str, str] = field(default_factory=dict)  # prefix of tensors that are left out → what they are
@@ -113,8 +113,8 @@ def _outer_shapes(d: ModelDescription) -> dict[str, tuple[int, ...]]:
 def _layer_shapes(d: ModelDescription, attention: AttentionDescription) -> dict[str, tuple[int, ...]]:
     hidden, head = d.hidden_size, attention.head_dim
     qkv = (d.num_heads + 2 * attention.num_kv_heads) * head
-    norms = ("attention_norm", "ffn_norm", "attention_post_norm", "ffn_post_norm", "ffn.dense_post_norm",
-             "ffn.experts_norm", "ffn.experts_post_norm")
+    norms = ("attention_norm", "ffn_norm", "attention_post_norm", "ffn_post_norm", "ffn.dense_norm",
+             "ffn.dense_post_norm", "ffn.experts_norm", "ffn.experts_post_norm")
     shapes: dict[str, tuple[int, ...]] = {
         **{f"{norm}.weight": (hidden,) for norm in norms}, "encode_scale": (1,), "denoise_scale": (1,),
         "attention.qkv.weight": (qkv, hidden), "attention.qkv.bias": (qkv,),

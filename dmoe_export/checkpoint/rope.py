@@ -2,8 +2,8 @@
 
 4: `rope_theta`, `partial_rotary_factor` and `rope_scaling` (a block with `rope_type`, or `type`, that may be null).
 5: all of it in the block `rope_parameters`, which models with several kinds of layers key by kind. Source:
-`modeling_rope_utils.py` of transformers 4.57, 5.0 and 5.24. The plain kind, "default", is implemented, and where kinds of
-layers differ "proportional": frequencies over the whole head, of which the first share turns.
+`modeling_rope_utils.py` of transformers 4.57, 5.0 and 5.24. The plain kind, "default", is implemented, and where kinds
+of layers differ "proportional": frequencies over the whole head, of which the first share turns.
 """
 
 from __future__ import annotations
