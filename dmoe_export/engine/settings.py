@@ -79,8 +79,8 @@ def _check(settings: BuildSettings, manifest: Manifest) -> None:
     if settings.max_prefill < block or settings.max_prefill % block:
         raise InputError(f"--max-prefill {settings.max_prefill} is no multiple of the {word} length {block}.")
     if not block <= settings.max_context <= positions:
-        raise InputError(f"--max-context {settings.max_context} is outside {block} … {positions}, the {word} length "
-                         "and the model's positions.")
+        raise InputError(f"--max-context {settings.max_context} is outside {block} … {positions}, the {word} length and "
+                         "the model's positions.")
     if settings.optimization_level is not None and not 0 <= settings.optimization_level <= 5:
         raise InputError(f"--builder-optimization-level {settings.optimization_level} is outside 0 … 5.")
     if manifest.only_on_cpus:

@@ -173,7 +173,7 @@ class DeviceBackend:
         staged = self._staging.send(layout, {
             "input_ids": (inputs.input_ids, 0), "position_ids": (inputs.position_ids, -1),
             "logit_rows": (inputs.logit_rows, -1), **({KEPT: (0, 0)} if self._keeps_logits else {}),
-            **{name: (array, 0) for name, array in canvas_feeds(inputs).items()},
+            **{name: (array, 0) for name, array in canvas_feeds(self.description, inputs).items()},
             **self._settings.values(inputs.settings)})
         self._staging.send_positions(table)
         return staged

@@ -1,7 +1,7 @@
-"""What a step of a model with a canvas stages besides: soft embeddings go back to the host and return with the next step.
+"""What a step of a model with a canvas stages besides: soft embeddings go to the host and return with the next step.
 
-Not run on a GPU yet. The way over the host costs 8·C·H bytes a step (5.8 MB of DiffusionGemma), and lets rows of a batch
-join, leave and change places as all else they have.
+Not run on a GPU yet. The way over the host costs 8·C·H bytes a step (5.8 MB of DiffusionGemma), and lets rows of a
+batch join, leave and change places as with all else they have.
 """
 
 from __future__ import annotations
