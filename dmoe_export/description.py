@@ -49,7 +49,7 @@ class ExpertQuantisation(Frozen, allow_inf_nan=False):
 
 
 _BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
-_LINEAR = re.compile(r"\.(attention\.(qkv|q|kv|out)|ffn\.(shared\.)?(gate|up|gate_up|down))\.weight$")
+_LINEAR = re.compile(r"\.(attention\.(qkv|q|kv|out)|ffn\.((shared|dense)\.)?(gate|up|gate_up|down))\.weight$")
 
 
 class WeightFormats(Frozen):
@@ -211,10 +211,29 @@ class ModelDescription(Frozen, allow_inf_nan=False):
     def attention_of(self, layer: int) -> AttentionDescription:
         """What a layer's attention is."""
         one = self.global_attention
-        if one and layer in one.layers:
-            return one.attention
+        return one.attention if one and layer in one.layers else self.usual_attention
+
+    @property
+    def usual_attention(self) -> AttentionDescription:
+        """That of all layers but those of `global_attention`."""
         return AttentionDescription(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, rope_theta=self.rope_theta,
                                     rotary_dim=self.rotary_dim, window=self.window)
+
+    def step_tokens(self, routing: RoutingDescription) -> int:
+        """Tokens that are decoded together: of a canvas, or of a block."""
+        return self.canvas.length if self.canvas else routing.block_length
+
+    @property
+    def cached_heads(self) -> tuple[tuple[int, int], ...]:
+        """Heads Hkv and their width D of every layer's keys and values."""
+        one, usual = self.global_attention, (self.num_kv_heads, self.head_dim)
+        others = dict.fromkeys(one.layers, (one.attention.num_kv_heads, one.attention.head_dim)) if one else {}
+        return tuple(others.get(layer, usual) for layer in range(self.num_layers))
+
+    @property
+    def cached_values(self) -> int:
+        """Numbers that a cache holds of a token: keys and values of all layers."""
+        return 2 * sum(heads * width for heads, width in self.cached_heads)
 
     @model_validator(mode="after")
     def _canvas_or_mask(self) -> ModelDescription:
