@@ -6,6 +6,7 @@ from typing import Any
 
 from ..bundle.reader import Bundle
 from ..errors import BundleError, RequestError
+from .canvas_options import check_canvas_options
 from .routing import routing_inputs
 from .settings import OPTIONS, DecodeSettings
 
@@ -18,7 +19,9 @@ def decode_defaults(bundle: Bundle) -> dict[str, Any]:
     wrong = f"{', '.join(sorted(unknown))} is no setting of a request." if unknown else ""
     try:
         if not unknown:
-            routing_inputs(DecodeSettings(**defaults), manifest.routing.mode, manifest.model.moe)
+            settings = DecodeSettings(**defaults)
+            check_canvas_options(settings, manifest.model)
+            routing_inputs(settings, manifest.routing.mode, manifest.model.moe)
     except RequestError as error:
         wrong = str(error)
     if wrong:

@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 
 from ..description import Precision
-from ..errors import NotFiniteError
 from ..runtime.backend import Bools, ForwardOutputs, Ints
 from .acceptance import credit, edits, policy, scheduled
+from .finite import check_finite
 from .row import Row
 from .sampling import Reals, draws_from, greedy, sample, sample_best, without
 from .settings import DecodeSettings
@@ -104,8 +104,4 @@ class Outcome:
         return self._accept(confidence, gaps, scheduled(width, self._settings.steps, row.step))
 
     def _check_finite(self, row: Row, numbers: Reals) -> None:
-        if not np.isfinite(numbers).all():
-            why = ("in fp16 likely an overflow past 65504, so export with --precision fp32, or bf16 for a GPU"
-                   if self._precision == "fp16" else "so its weights are damaged or never were good")
-            raise NotFiniteError(f"Prompt {row.index} gets no answer: in block {row.block} the model computes NaN or "
-                                 f"infinity, {why}; find the first such layer with: dmoe-export check BUNDLE.")
+        check_finite(row, numbers, self._precision)
