@@ -1,4 +1,4 @@
-"""Models with a canvas of random tokens, for the loop: one of hashes, and the recorded runs (golden/diffusion_gemma)."""
+"""Models with a canvas of random tokens, for the loop: one of hashes, and recorded runs (golden/diffusion_gemma)."""
 
 from __future__ import annotations
 
@@ -55,22 +55,19 @@ class CanvasToy:
             keys_values.append({})
             if not given.denoise[row]:
                 assert not given.soft_embeddings[row].any() and (inputs.logit_rows[row] == -1).all()
-                seen = zlib.crc32(repr(sorted(past.items())).encode())
                 for p, token in zip(here, ids, strict=True):
                     before = past.get(p - 1, (0, 0)) if p == here[0] else keys_values[row][p - 1]
                     keys_values[row][p] = (token, zlib.crc32(repr((before, token, p)).encode()))
-                del seen
                 continue
-            assert len(here) == C and 0.0 < given.temperature[row] and min(ids) >= 0
+            assert len(here) == C and given.temperature[row] > 0 and min(ids) >= 0
             said = given.soft_embeddings[row, :C]
             assert not given.soft_embeddings[row, C:].any()
             age = float(said[0, 0])
             prefix = zlib.crc32(repr(sorted(past.items())).encode())
             own = zlib.crc32(repr((prefix, ids, said.tolist())).encode())
-            for place in range(C):
-                rng, fresh = np.random.default_rng([prefix, place]), np.random.default_rng([own, place])
-                logits[row, place] = rng.normal(0, 3, VOCAB) + fresh.normal(0, 4 / (1 + age) ** 2, VOCAB)
-            soft[row, :C] = np.random.default_rng(own).normal(size=(C, H))
+            steady, fresh = (np.random.default_rng(seed).normal(size=(C, VOCAB)) for seed in (prefix, own))
+            logits[row, :C] = 3 * steady + 4 / (1 + age) ** 2 * fresh
+            soft[row, :C] = fresh[:, :H]
             soft[row, :C, 0] = age + 1
         return ForwardOutputs(
             logits.argmax(-1), softmax(logits).max(-1).astype(np.float32),
@@ -180,7 +177,8 @@ class RecordedBackend:
             assert inputs.canvas.temperature[row] == np.float32(0.4 + (0.8 - 0.4) * left)
             ids[row, :32], sampled[row, :32] = run.data["argmax"][step], run.data["sampled"][step]
             entropy[row, :32] = run.data["entropy"][step]
-            soft[row, :32] = self.soft[serial] = np.random.default_rng([serial, step]).normal(size=(32, 64)).astype("f4")
+            soft[row, :32] = self.soft[serial] = np.random.default_rng([serial, step]).random((32, 64), np.float32)
             self.progress[serial] += 1
-        return ForwardOutputs(ids, np.full((rows, m), 0.5, np.float32), np.zeros((0, *inputs.input_ids.shape, 0), np.int32),
-                              None, keys_values, canvas=CanvasOutputs(sampled, entropy, soft))
+        return ForwardOutputs(ids, np.full((rows, m), 0.5, np.float32),
+                              np.zeros((0, *inputs.input_ids.shape, 0), np.int32), None, keys_values,
+                              canvas=CanvasOutputs(sampled, entropy, soft))
