@@ -49,7 +49,7 @@ class ExpertQuantisation(Frozen, allow_inf_nan=False):
 
 
 _BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
-_LINEAR = re.compile(r"\.(attention\.(qkv|q|kv|out)|ffn\.(shared\.)?(gate|up|gate_up|down))\.weight$")
+_LINEAR = re.compile(r"\.(attention\.(qkv|q|kv|out)|ffn\.((shared|dense)\.)?(gate|up|gate_up|down))\.weight$")
 
 
 class WeightFormats(Frozen):
@@ -215,6 +215,18 @@ class ModelDescription(Frozen, allow_inf_nan=False):
             return one.attention
         return AttentionDescription(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, rope_theta=self.rope_theta,
                                     rotary_dim=self.rotary_dim, window=self.window)
+
+    @property
+    def cached_heads(self) -> tuple[tuple[int, int], ...]:
+        """Heads Hkv and their width D of every layer's keys and values."""
+        one, usual = self.global_attention, (self.num_kv_heads, self.head_dim)
+        others = dict.fromkeys(one.layers, (one.attention.num_kv_heads, one.attention.head_dim)) if one else {}
+        return tuple(others.get(layer, usual) for layer in range(self.num_layers))
+
+    @property
+    def cached_values(self) -> int:
+        """Numbers that a cache holds of a token: keys and values of all layers."""
+        return 2 * sum(heads * width for heads, width in self.cached_heads)
 
     @model_validator(mode="after")
     def _canvas_or_mask(self) -> ModelDescription:

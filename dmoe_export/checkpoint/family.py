@@ -45,12 +45,13 @@ class Family(Protocol):
 
 def family_of(config: dict[str, Any], source: Path) -> Family:
     """The family by the class names of config.json, or by a model_type that belongs to one family alone."""
+    from .diffusion_gemma import DIFFUSION_GEMMA
     from .dream import DREAM
     from .llada import LLADA
     from .llada2_moe import LLADA2_MOE
     from .llada_moe import LLADA_MOE
 
-    families: tuple[Family, ...] = (LLADA2_MOE, LLADA, DREAM, LLADA_MOE)
+    families: tuple[Family, ...] = (LLADA2_MOE, LLADA, DREAM, LLADA_MOE, DIFFUSION_GEMMA)
     named = config.get("architectures") or [config.get("model_type")]
     named = named if isinstance(named, list) else [named]
     found = [f for f in families if any(name in (*f.architectures, f.model_type) for name in named)]
@@ -94,6 +95,7 @@ class Checkpoint:
         self.warnings += self.reader.warnings
         self.weights = StoredWeights(self.description, self.reader, family.layout(self.description),
                                      self.full_description.num_layers)
+        self.warnings += self.weights.warnings
 
 
 def first_layers(description: ModelDescription, layers: int) -> ModelDescription:

@@ -22,12 +22,12 @@ from ..errors import RequestError
 from .family import Checkpoint, family_of, first_layers
 from .layout import Layout, StoredWeights, dense_tensors, expert_tensors
 from .reader import TensorReader
-from .synthetic import GEOMETRIES
+from .synthetic import GEOMETRIES, SCALES
 
 _POOL = 1 << 24  # numbers: 64 MiB
 _STRIDE = 999_983
 _SHARD = 2 << 30  # bytes
-ALIASES = {"llada-moe": "llada-moe-7b"}
+ALIASES = {"llada-moe": "llada-moe-7b", "diffusion-gemma": "diffusion-gemma-26b-a4b"}
 
 
 class GeneratedReader(TensorReader):
@@ -58,7 +58,7 @@ class GeneratedReader(TensorReader):
         if isinstance(index, int):
             return self.read(name, slice(index, index + 1))[0]
         part = (len(rows), *shape[1:])
-        if "norm" in name or name.endswith("ln_f.weight"):
+        if "norm" in name or name.endswith(("ln_f.weight", *SCALES)):
             return torch.ones(part)
         count = torch.Size(part).numel()
         start = (zlib.crc32(name.encode()) + rows.start) * _STRIDE % (_POOL // 2)

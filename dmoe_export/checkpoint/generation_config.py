@@ -58,7 +58,7 @@ class GenerationConfig:
                 raise f.refuse(f"eos_token_id {value} is outside the vocabulary of {description.vocab_size}")
             if value == description.mask_id:
                 raise f.refuse(f"eos_token_id {value} is config.json's mask, which cannot end an answer")
-        if f.get("mask_token_id", int, description.mask_id) != description.mask_id:
+        if f.has("mask_token_id") and f.get("mask_token_id", int) != description.mask_id:
             raise f.refuse(f"mask_token_id is {self.values['mask_token_id']}, but config.json's is "
                            f"{description.mask_id}; keep one")
         ids = tuple(dict.fromkeys((*description.eos_ids, *self._eos)))

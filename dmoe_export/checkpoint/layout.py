@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
-from ..description import ModelDescription
+from ..description import AttentionDescription, ModelDescription
 from ..errors import CheckpointError
 from .expert_storage import PARTS, StoredExperts, part_shape
 from .reader import TensorReader
 
+T = TypeVar("T")
 Names = dict[str, tuple[str, ...]]
 """Parameter → the tensors whose rows, in this order, are the parameter's rows."""
 
@@ -29,13 +31,25 @@ class Layout:
     outer: Names  # embed, norm, lm_head
     layer: Names  # norms and attention
     dense_ffn: Names
-    router: Names = field(default_factory=dict)
+    router: Names = field(default_factory=dict)  # and all else that layers with experts have beside them
     shared_ffn: Names = field(default_factory=dict)
     experts: str = "mlp.experts"  # below a layer; expert_storage.py says how they may be stored
+    global_layer: Names = field(default_factory=dict)  # in place of `layer`'s, in `ModelDescription.global_attention`
+    apart: Names = field(default_factory=dict)  # of a layer, but whole names: "{}" in them is its number
+    copies: tuple[str, str] | None = None  # prefix of what may be stored twice, and the one that is read
+    skipped: dict[str, str] = field(default_factory=dict)  # prefix of tensors that are left out → what they are
 
     def prefix(self, layer: int) -> str:
         """What the names of a layer's tensors begin with."""
         return self.layer_prefix.format(layer)
+
+    def of_layer(self, d: ModelDescription, layer: int) -> Names:
+        """A layer's parameters, ours without prefix and theirs whole; the routed experts aside."""
+        ffn = {**self.router, **self.shared_ffn} if layer in d.moe_layers else self.dense_ffn
+        other = self.global_layer if d.global_attention and layer in d.global_attention.layers else {}
+        names = {ours: tuple(self.prefix(layer) + name for name in theirs)
+                 for ours, theirs in {**self.layer, **other, **ffn}.items() if _present(d, ours)}
+        return names | {ours: tuple(name.format(layer) for name in theirs) for ours, theirs in self.apart.items()}
 
 
 def weights(**names: str) -> Names:
@@ -43,7 +57,7 @@ def weights(**names: str) -> Names:
     return {f"{ours}.weight": (f"{theirs}.weight",) for ours, theirs in names.items()}
 
 
-def below(prefix: str, names: Names) -> Names:
+def below(prefix: str, names: dict[str, T]) -> dict[str, T]:
     """The same names, ours below a prefix."""
     return {prefix + ours: theirs for ours, theirs in names.items()}
 
@@ -65,20 +79,17 @@ def split_qkv(base: str, bias: bool) -> Names:
     return {f"attention.qkv.{kind}": tuple(f"{base}{part}_proj.{kind}" for part in "qkv") for kind in kinds}
 
 
+def dense_names(d: ModelDescription, layout: Layout) -> Names:
+    """Parameter → its tensors in order, of everything but the routed experts; one may be there twice."""
+    names = {ours: theirs for ours, theirs in layout.outer.items() if not (d.tie_embeddings and ours == _HEAD)}
+    for layer in range(d.num_layers):
+        names |= {f"layers.{layer}.{ours}": theirs for ours, theirs in layout.of_layer(d, layer).items()}
+    return names
+
+
 def dense_tensors(d: ModelDescription, layout: Layout) -> dict[str, dict[str, tuple[int, ...]]]:
     """Parameter → its tensors in order with their shapes, of everything but the routed experts."""
-    shapes = _shapes(d)
-    outer = {ours: names for ours, names in layout.outer.items() if not (d.tie_embeddings and ours == _HEAD)}
-    tensors = {ours: _parts(d, ours, shapes[ours], names) for ours, names in outer.items()}
-    for layer in range(d.num_layers):
-        has_experts = layer in d.moe_layers
-        ffn = {**layout.router, **layout.shared_ffn} if has_experts else layout.dense_ffn
-        prefix = layout.prefix(layer)
-        for ours, names in {**layout.layer, **ffn}.items():
-            if not _present(d, ours):
-                continue
-            tensors[f"layers.{layer}.{ours}"] = _parts(d, ours, shapes[ours], tuple(prefix + name for name in names))
-    return tensors
+    return {ours: _parts(d, ours, names) for ours, names in dense_names(d, layout).items()}
 
 
 def _present(d: ModelDescription, ours: str) -> bool:
@@ -89,32 +100,53 @@ def _present(d: ModelDescription, ours: str) -> bool:
     return True
 
 
-def _shapes(d: ModelDescription) -> dict[str, tuple[int, ...]]:
-    hidden, qkv = d.hidden_size, (d.num_heads + 2 * d.num_kv_heads) * d.head_dim
+def _outer_shapes(d: ModelDescription) -> dict[str, tuple[int, ...]]:
+    hidden = d.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (d.vocab_size, hidden), _HEAD: (d.vocab_size, hidden),
+                                          "norm.weight": (hidden,)}
+    if d.canvas:
+        shapes |= {"conditioning.norm.weight": (hidden,),
+                   **below("conditioning.ffn.", _swiglu_shapes(hidden, d.canvas.conditioning_width))}
+    return shapes
+
+
+def _layer_shapes(d: ModelDescription, attention: AttentionDescription) -> dict[str, tuple[int, ...]]:
+    hidden, head = d.hidden_size, attention.head_dim
+    qkv = (d.num_heads + 2 * attention.num_kv_heads) * head
+    norms = ("attention_norm", "ffn_norm", "attention_post_norm", "ffn_post_norm", "ffn.dense_norm",
+             "ffn.dense_post_norm", "ffn.experts_norm", "ffn.experts_post_norm")
     shapes: dict[str, tuple[int, ...]] = {
-        "embed.weight": (d.vocab_size, hidden), _HEAD: (d.vocab_size, hidden), "norm.weight": (hidden,),
-        "attention_norm.weight": (hidden,), "ffn_norm.weight": (hidden,),
+        **{f"{norm}.weight": (hidden,) for norm in norms}, "encode_scale": (1,), "denoise_scale": (1,),
         "attention.qkv.weight": (qkv, hidden), "attention.qkv.bias": (qkv,),
-        "attention.q_norm.weight": (d.head_dim,), "attention.k_norm.weight": (d.head_dim,),
-        "attention.out.weight": (hidden, d.num_heads * d.head_dim)}
-    shapes |= {"ffn.gate.weight": (d.dense_width, hidden), "ffn.up.weight": (d.dense_width, hidden),
-               "ffn.down.weight": (hidden, d.dense_width)}
+        "attention.q_norm.weight": (head,), "attention.k_norm.weight": (head,),
+        "attention.out.weight": (hidden, d.num_heads * head)}
+    for prefix in ("ffn.", "ffn.dense."):
+        shapes |= below(prefix, _swiglu_shapes(hidden, d.dense_width))
     if d.moe is not None:
-        shapes |= {"ffn.router.weight": (d.moe.num_experts, hidden), "ffn.router.expert_bias": (d.moe.num_experts,),
+        experts = d.moe.num_experts
+        shapes |= {"ffn.router.weight": (experts, hidden), "ffn.router.expert_bias": (experts,),
+                   "ffn.router.norm": (hidden,), "ffn.router.expert_scale": (experts,),
                    "ffn.shared.gate_up.weight": (2 * d.moe.shared_width, hidden),
                    "ffn.shared.down.weight": (hidden, d.moe.shared_width)}
     return shapes
 
 
-def _parts(d: ModelDescription, ours: str, shape: tuple[int, ...],
-           names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+def _swiglu_shapes(hidden: int, width: int) -> dict[str, tuple[int, ...]]:
+    return {"gate.weight": (width, hidden), "up.weight": (width, hidden), "down.weight": (hidden, width)}
+
+
+def _parts(d: ModelDescription, ours: str, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """A parameter's shape, divided among the tensors that make it up: q, k and v, or gate and up, may be apart."""
+    match = re.match(r"layers\.(\d+)\.", ours)
+    attention = d.attention_of(int(match[1]) if match else 0)
+    ours = ours[match.end():] if match else ours
+    shape = (_layer_shapes(d, attention) if match else _outer_shapes(d))[ours]
     if len(names) == 1:
         return {names[0]: shape}
     if ours == "ffn.shared.gate_up.weight":
         return {name: (shape[0] // 2, *shape[1:]) for name in names}
     assert ours.startswith("attention.qkv."), ours
-    rows = (d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim, d.num_kv_heads * d.head_dim)
+    rows = (d.num_heads * attention.head_dim, *2 * (attention.num_kv_heads * attention.head_dim,))
     return {name: (count, *shape[1:]) for name, count in zip(names, rows, strict=True)}
 
 
@@ -141,7 +173,7 @@ class StoredWeights:
         """
         self._d, self._reader, self._layout = description, reader, layout
         expected = dense_tensors(description, layout)
-        self.dense: Names = {ours: tuple(tensors) for ours, tensors in expected.items()}
+        self.dense = dense_names(description, layout)
         used: set[str] = set()
         for tensors in expected.values():
             for tensor, shape in tensors.items():
@@ -162,14 +194,21 @@ class StoredWeights:
     def _refuse_strangers(self, used: set[str], stored_layers: int) -> None:
         """A tensor that nobody reads would mean a model we do not rebuild, unless it is of a layer that was cut off."""
         cut_off = range(self._d.num_layers, stored_layers)
-        pattern = re.compile(re.escape(self._layout.layer_prefix).replace(r"\{\}", r"([0-9]{1,9})(?![0-9])"))
-        head = self._layout.outer[_HEAD]  # a tied checkpoint may store it all the same
+        ours = [self._layout.layer_prefix, *(name for names in self._layout.apart.values() for name in names)]
+        layers = [re.compile(re.escape(name.partition("{}")[0]) + r"([0-9]{1,9})(?![0-9])") for name in ours]
+        read, copy = self._layout.outer[_HEAD], self._layout.copies  # a tied checkpoint may store its head all the same
+        skipped: set[str] = set()
         for name in self._reader.names:
-            match = pattern.match(name)
-            kept = int(match[1]) not in cut_off if match else name not in head
-            if kept and name not in used and not _IGNORED.search(name):
+            twin = name.replace(*copy, 1) if copy and name.startswith(copy[0]) else name
+            numbers = [int(match[1]) for pattern in layers if (match := pattern.match(name))]
+            left_out = [what for prefix, what in self._layout.skipped.items() if name.startswith(prefix)]
+            known = name in used or twin in used or twin in read or any(number in cut_off for number in numbers)
+            skipped.update(() if known else left_out)
+            if not (known or left_out or _IGNORED.search(name)):
                 raise CheckpointError(f"Tensor {name} in {self._reader.folder} has no place in family "
                                       f"{self._layout.family} as config.json describes it.")
+        self.warnings = [f"The checkpoint's {' and '.join(sorted(skipped))} is not exported: the bundle takes text "
+                         "alone."] if skipped else []
 
     def gate_up(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
         """Gate [I,H] and up [I,H] of one expert, as stored."""

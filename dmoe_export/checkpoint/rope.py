@@ -2,7 +2,8 @@
 
 4: `rope_theta`, `partial_rotary_factor` and `rope_scaling` (a block with `rope_type`, or `type`, that may be null).
 5: all of it in the block `rope_parameters`, which models with several kinds of layers key by kind. Source:
-`modeling_rope_utils.py` of transformers 4.57 and 5.0. Only the plain kind, "default", is implemented.
+`modeling_rope_utils.py` of transformers 4.57, 5.0 and 5.24. The plain kind, "default", is implemented, and where kinds
+of layers differ "proportional": frequencies over the whole head, of which the first share turns.
 """
 
 from __future__ import annotations
@@ -35,6 +36,36 @@ def whole_heads(f: Fields, head_dim: int) -> tuple[float, int]:
     if rotary != head_dim:
         raise f.refuse(f"rotary share of {rotary} dims is not supported (supported: the whole head of {head_dim})")
     return theta, rotary
+
+
+def read_rotary_by_kind(f: Fields, head_dims: dict[str, int]) -> dict[str, tuple[float, int, bool]]:
+    """Kind of layer → θ, rotated dims, and whether frequencies spread over the whole head, from `rope_parameters`.
+
+    `head_dims`: every kind and its head size. Raises CheckpointError for a kind without settings, and for any other.
+    """
+    if not f.has(name := "rope_parameters"):
+        raise f.missing(name)
+    found, where = f.config[name], f"{f.prefix}{name}"
+    if not isinstance(found, dict) or found.keys() != head_dims.keys():
+        raise f.refuse(f"{where} is {shown(found)}, expected an object with {' and '.join(head_dims)}")
+    return {kind: _of_kind(f, f"{where}.{kind}", found[kind], head_dim) for kind, head_dim in head_dims.items()}
+
+
+def _of_kind(f: Fields, where: str, value: object, head_dim: int) -> tuple[float, int, bool]:
+    if not isinstance(value, dict):
+        raise f.refuse(f"{where} is {shown(value)}, expected an object")
+    block = Fields(value, f.source, prefix=f"{where}.")
+    kind = block.get("rope_type", str)
+    if kind not in ("default", "proportional"):
+        raise f.refuse(f"{where} is {shown(value)}: rotary scaling {shown(kind)} is not supported (supported: "
+                       "'default', 'proportional')")
+    theta, factor = block.get("rope_theta", float), block.get("partial_rotary_factor", float, 1.0)
+    block.refuse_unread()
+    rotary = 2 * int(head_dim * factor // 2)
+    if theta <= 0 or not 0 < rotary <= head_dim or head_dim % 2 or (kind == "default" and rotary != head_dim):
+        raise f.refuse(f"{where} is {shown(value)}, which asks for θ {theta} and {rotary} of a head's {head_dim} dims; "
+                       "supported: θ above 0, and a share of an even head (all of it where rope_type is 'default')")
+    return theta, rotary, kind == "proportional" and rotary != head_dim
 
 
 def _block(f: Fields, name: str) -> Fields | None:

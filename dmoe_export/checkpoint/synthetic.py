@@ -37,6 +37,13 @@ _LLADA_MOE = {
     "moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False, "routed_scaling_factor": 1,
     "shared_expert_intermediate_size": None, "tie_word_embeddings": False,
 }
+_DIFFUSION_GEMMA: dict[str, Any] = {
+    "architectures": ["DiffusionGemmaForBlockDiffusion"], "model_type": "diffusion_gemma", "tie_word_embeddings": True}
+_DIFFUSION_GEMMA_TEXT = {
+    "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "final_logit_softcapping": 30.0, "pad_token_id": 0,
+    "eos_token_id": 1, "bos_token_id": 2, "use_bidirectional_attention": "vision", "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}}}
 # Sizes of spec models.md and of the published config.json files; "tiny" ones are for tests.
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "llada2.0-mini": _LLADA2 | {
@@ -78,7 +85,24 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "vocab_size": 96, "hidden_size": 32, "expert_intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 16, "num_experts_per_tok": 2,
         "moe_layer_freq": [1, 1], "max_position_embeddings": 256, "mask_token_id": 95, "eos_token_id": 94},
+    "diffusion-gemma-26b-a4b": _DIFFUSION_GEMMA | {
+        "canvas_length": 256, "eos_token_id": [1, 106], "text_config": _DIFFUSION_GEMMA_TEXT | {
+            "vocab_size": 262144, "hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 30,
+            "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5, "num_attention_heads": 16,
+            "num_key_value_heads": 8, "head_dim": 256, "num_global_key_value_heads": 2, "global_head_dim": 512,
+            "sliding_window": 1024, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704,
+            "max_position_embeddings": 262144}},
+    "diffusion-gemma-tiny": _DIFFUSION_GEMMA | {
+        "canvas_length": 16, "eos_token_id": [1, 94], "text_config": _DIFFUSION_GEMMA_TEXT | {
+            "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 8, "num_global_key_value_heads": 1, "global_head_dim": 16,
+            "sliding_window": 8, "num_experts": 16, "top_k_experts": 2, "moe_intermediate_size": 24,
+            "max_position_embeddings": 256}},
 }
+
+SCALES = ("layer_scalar", "router.scale", "router.per_expert_scale")
+"""How names of factors end, which are about 1."""
 
 
 def dense_llada(layers: int = 8, hidden: int = 1024, vocab: int = 4096, positions: int = 2048) -> dict[str, Any]:
@@ -132,6 +156,8 @@ def _tensors(d: ModelDescription, layout: Layout, merged: bool) -> Iterator[tupl
 def _random(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     if "norm" in name or name.endswith("ln_f.weight"):
         return torch.ones(shape, dtype=dtype)
+    if name.endswith(SCALES):
+        return (1 + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
     if name.endswith("bias"):
         return (0.05 * torch.randn(shape, generator=generator)).to(dtype)
     return torch.randn(shape, generator=generator).mul_(shape[-1] ** -0.5).to(dtype)

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..runtime.backend import ForwardInputs, ForwardOutputs, Limits
+from ..runtime.backend import CanvasInputs, CanvasOutputs, ForwardInputs, ForwardOutputs, Limits
 from ..runtime.cache import HostCache
 from ..runtime.candidates import best_of
 from ..runtime.salient import PARTS, Arrays, GraphName
 from ..runtime.salient_host import HostSalient
-from .denoiser import Denoiser, Past
+from .canvas import Canvas, CanvasDenoiser
+from .denoiser import Denoiser, DenoiserOutput, Past
 from .moe import RoutingSettings
 from .salient import Capacity, RangeState, SalientDenoiser
 
@@ -29,8 +30,7 @@ class EagerBackend:
 
     def new_cache(self, rows: int) -> HostCache:
         """An empty cache in host memory."""
-        d = self.description
-        return HostCache(rows, d.num_layers, d.num_kv_heads, d.head_dim, np.dtype(np.float32))
+        return HostCache(rows, self.description.cached_heads, np.dtype(np.float32))
 
     def salient_graphs(self, capacity: int | None) -> EagerSalient:
         """Salient steps of the same model (`SalientBackend`)."""
@@ -43,18 +43,28 @@ class EagerBackend:
         changed = {name: torch.tensor([value], dtype=fixed[name].dtype) for name, value in inputs.settings.items()}
         past = Past([torch.from_numpy(x) for x in cache.keys], [torch.from_numpy(x) for x in cache.values],
                     torch.from_numpy(cache.positions))
-        out = self._model(torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.position_ids), past,
-                          RoutingSettings(**{**fixed, **changed}), torch.from_numpy(inputs.logit_rows))
+        given = (torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.position_ids), past,
+                 RoutingSettings(**{**fixed, **changed}), torch.from_numpy(inputs.logit_rows))
+        out, drawn = self._canvas(given, inputs.canvas) if self.description.canvas else (self._model(*given), None)
         ids = (torch.stack(out.expert_ids).numpy() if out.expert_ids
                else np.zeros((0, *inputs.input_ids.shape, 0), np.int32))
         allowed = out.logits.clone()
-        allowed[..., self.description.barred_id] = float("-inf")
+        if self.description.mask_id is not None:
+            allowed[..., self.description.mask_id] = float("-inf")
         confidence, token_ids = torch.softmax(allowed, dim=-1).max(dim=-1)
         return ForwardOutputs(token_ids.numpy(), confidence.numpy(), ids,
                               out.logits.numpy() if inputs.want_logits else None,
                               ([x.numpy() for x in out.keys], [x.numpy() for x in out.values]),
                               best_of(out.logits.numpy(), self.description.barred_id, inputs.candidates)
-                              if inputs.candidates else None)
+                              if inputs.candidates else None, drawn)
+
+    def _canvas(self, given: tuple[Any, ...], inputs: CanvasInputs | None) -> tuple[DenoiserOutput, CanvasOutputs]:
+        """A forward of a model with a canvas."""
+        assert isinstance(self._model, CanvasDenoiser) and inputs is not None, "a model with a canvas needs its inputs"
+        canvas = Canvas(*(torch.from_numpy(x) for x in (inputs.denoise, inputs.soft_embeddings, inputs.temperature,
+                                                        inputs.uniform)))
+        out = self._model(*given, canvas)
+        return out, CanvasOutputs(*(x.numpy() for x in self._model.drawn(out.logits, canvas)))
 
     def close(self) -> None:
         """See `Backend`; the model is its owner's."""

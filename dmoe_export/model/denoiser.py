@@ -52,6 +52,8 @@ class Denoiser(nn.Module):
     position i, and the host asks for that row.
     """
 
+    layer_type: type[nn.Module] = Layer
+
     def __init__(self, description: ModelDescription, routing: RoutingDescription,
                  dtype: torch.dtype = torch.float32, stored_width: int | None = None,
                  quantisation: ExpertQuantisation | None = None) -> None:
@@ -61,7 +63,7 @@ class Denoiser(nn.Module):
         self.dtype, self.quantisation = dtype, quantisation
         self.stored_width = stored_width or (d.moe.expert_width if d.moe else 0)
         self.embed = nn.Embedding(d.vocab_size, d.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(Layer(d, routing, i, dtype, stored_width, quantisation)
+        self.layers = nn.ModuleList(self.layer_type(d, routing, i, dtype, stored_width, quantisation)
                                     for i in range(d.num_layers))
         self.norm = nn.RMSNorm(d.hidden_size, eps=d.rms_eps, dtype=dtype)
         self.lm_head = nn.Linear(d.hidden_size, d.vocab_size, bias=False, dtype=dtype)
@@ -76,8 +78,8 @@ class Denoiser(nn.Module):
         """A cache of one empty row, so that no tensor is ever empty."""
         d = self.description
         device = self.embed.weight.device
-        zero = torch.zeros(rows, d.num_kv_heads, 1, d.head_dim, dtype=self.dtype, device=device)
-        return Past([zero] * d.num_layers, [zero] * d.num_layers, torch.full((rows, 1), -1, device=device))
+        zeros = [torch.zeros(rows, heads, 1, width, dtype=self.dtype, device=device) for heads, width in d.cached_heads]
+        return Past(zeros, zeros, torch.full((rows, 1), -1, device=device))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, past: Past | None = None,
                 settings: RoutingSettings | None = None, logit_rows: Tensor | None = None) -> DenoiserOutput:
@@ -86,11 +88,15 @@ class Denoiser(nn.Module):
         `logit_rows [B,M]` names the tokens (indices into T) whose logits are wanted, all of them by default.
         """
         x, out = self.trunk(input_ids, position_ids, past, settings)
+        return out._replace(logits=self.logits(x, logit_rows, input_ids))
+
+    def logits(self, x: Tensor, logit_rows: Tensor | None, input_ids: Tensor) -> Tensor:
+        """Logits [B,M,V] in float32 of the residual stream [N,H]."""
         rows, tokens = input_ids.shape
         if logit_rows is None:
             logit_rows = torch.arange(tokens, device=x.device).expand(rows, tokens)
         logits = self.lm_head(self.norm(wanted(x, logit_rows, tokens))).float()
-        return out._replace(logits=logits.reshape(rows, logit_rows.shape[1], self.description.vocab_size))
+        return logits.reshape(rows, logit_rows.shape[1], self.description.vocab_size)
 
     def trunk(self, input_ids: Tensor, position_ids: Tensor, past: Past | None = None,
               settings: RoutingSettings | None = None) -> tuple[Tensor, DenoiserOutput]:

@@ -6,22 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.experts.eager import activated
 from ..ops.mixture.eager import shared_expert
 from ..ops.torch_ops import add_norm
 
 
 class FeedForward(nn.Module):
-    """Dense SwiGLU: down(silu(gate(x)) ⊙ up(x))."""
+    """Dense gated feed-forward: down(act(gate(x)) ⊙ up(x)), act silu (SwiGLU) or gelu_tanh."""
 
-    def __init__(self, hidden: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, width: int, dtype: torch.dtype, activation: str = "silu") -> None:
         super().__init__()
+        self.activation = activation
         self.gate = nn.Linear(hidden, width, bias=False, dtype=dtype)
         self.up = nn.Linear(hidden, width, bias=False, dtype=dtype)
         self.down = nn.Linear(width, hidden, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, H] → [N, H]."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(activated(self.gate(x), self.activation) * self.up(x))
 
 
 class AddNorm(nn.Module):

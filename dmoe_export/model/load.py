@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.family import Checkpoint
-from ..description import RoutingDescription
+from ..description import ExpertQuantisation, ModelDescription, RoutingDescription
+from .canvas import CanvasDenoiser
 from .denoiser import Denoiser
 
 
@@ -15,12 +16,19 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack([gate, up], dim=1).flatten(0, 1)
 
 
+def new_denoiser(d: ModelDescription, routing: RoutingDescription, dtype: torch.dtype = torch.float32,
+                 stored_width: int | None = None, quantisation: ExpertQuantisation | None = None) -> Denoiser:
+    """The eager model that a description asks for, without a checkpoint's weights."""
+    kind = CanvasDenoiser if d.canvas else Denoiser
+    return kind(d, routing, dtype, stored_width, quantisation)
+
+
 @torch.no_grad()
 def load_denoiser(checkpoint: Checkpoint, routing: RoutingDescription, dtype: torch.dtype = torch.float32) -> Denoiser:
     """The eager model of a checkpoint, on the CPU, in evaluation mode."""
     d = checkpoint.description
     with torch.device("meta"):
-        model = Denoiser(d, routing, dtype)
+        model = new_denoiser(d, routing, dtype)
     model = model.to_empty(device="cpu").eval()
     model.tie()
     parameters = dict(model.named_parameters())

@@ -38,6 +38,14 @@ class Router(nn.Module):
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=hidden**-0.5)
 
+    def forward(self, x: Tensor, position_ids: Tensor, settings: RoutingSettings,
+                attributes: RouteAttributes) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N,H], positions [B,T] → expert ids, weights [N,k], router logits [B,T,E]; N = B·T."""
+        bias = self.expert_bias
+        if bias is None:  # the op always takes one; in the graph it is a constant of zeros
+            bias = torch.zeros(self.weight.shape[0], device=x.device)
+        return router(x, self.weight, bias, position_ids, *settings, attributes)
+
 
 class MoE(nn.Module):
     """Routed experts plus shared experts."""
@@ -47,7 +55,7 @@ class MoE(nn.Module):
         super().__init__()
         moe = d.experts
         width = stored_width or moe.expert_width  # wider than expert_width when the bundle pads slabs to pages
-        self.num_experts = moe.num_experts
+        self.activation = d.activation
         self.attributes = RouteAttributes.of(moe, routing.mode, routing.block_length)
         self.router = Router(d.hidden_size, moe.num_experts, moe.expert_bias)
         self.quantisation = quantisation
@@ -61,19 +69,25 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, settings: RoutingSettings) -> tuple[Tensor, Tensor, Tensor]:
         """x [N,H], positions [B,T] → output [N,H], expert ids [B,T,k] int32, router logits [B,T,E]; N = B·T."""
-        bias = self.router.expert_bias
-        if bias is None:  # the op always takes one; in the graph it is a constant of zeros
-            bias = torch.zeros(self.num_experts, device=x.device)
-        ids, weights, logits = router(x, self.router.weight, bias, position_ids, *settings, self.attributes)
-        scales = None if self.quantisation is None else (self.gate_up_scales, self.down_scales)
-        routed = (x, ids, weights, self.gate_up, self.down, scales, self.quantisation)
+        ids, weights, logits = self.router(x, position_ids, settings, self.attributes)
         if self.shared is None:
-            mixed = experts(*routed)
+            mixed = self.routed(x, ids, weights)
         elif self.one_op:
-            mixed = mixture(*routed, (self.shared.gate_up.weight, self.shared.down.weight))
+            mixed = mixture(x, ids, weights, *self._experts, (self.shared.gate_up.weight, self.shared.down.weight))
         else:
-            mixed = experts(*routed) + self.shared(x)
+            mixed = self.routed(x, ids, weights) + self.shared(x)
         return mixed, ids.reshape(*position_ids.shape, -1), logits
+
+    def routed(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The routed experts alone: x [N,H], ids and weights [N,k] → [N,H]."""
+        return experts(x, ids, weights, *self._experts, activation=self.activation)
+
+    @property
+    def _experts(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, ExpertQuantisation | None]:
+        if self.quantisation is None:
+            return self.gate_up, self.down, None, None
+        assert self.gate_up_scales is not None and self.down_scales is not None
+        return self.gate_up, self.down, (self.gate_up_scales, self.down_scales), self.quantisation
 
 
 def _weights(shape: tuple[int, int, int], dtype: torch.dtype,

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from ..description import ExpertQuantisation
 from . import add_norm as add_norm_op
+from . import attention as attention_op
 from . import experts as experts_op
 from . import head as head_op
 from . import mixture as mixture_op
 from . import router as router_op
-from . import self_attention as attention_op
+from . import self_attention as self_attention_op
 from .add_norm.eager import add_norm as eager_add_norm
+from .attention.eager import attention as eager_attention
 from .block_route.attributes import RouteAttributes
 from .experts.eager import experts as eager_experts
 from .head.eager import head as eager_head
@@ -36,11 +38,19 @@ def self_attention(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, 
     rows, tokens = position_ids.shape
     _, kv_heads, _, head_dim = past_key.shape
     new = (rows, kv_heads, tokens, head_dim)
-    schema = attention_op.NORMED_SCHEMA if norms else attention_op.SCHEMA
+    schema = self_attention_op.NORMED_SCHEMA if norms else self_attention_op.SCHEMA
     mixed, key, value = _node(schema, inputs, {"block_length": block_length, "eps": eps, "head_norm": int(bool(norms))},
                               (qkv.dtype, (qkv.shape[0], qkv.shape[1] - 2 * kv_heads * head_dim)), (qkv.dtype, new),
                               (qkv.dtype, new))
     return mixed, key, value
+
+
+def attention(q: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, bias: Tensor) -> Tensor:
+    """`DmoeAttention`; arguments and result as in ops/attention/__init__.py."""
+    inputs = (q, key, value, past_key, past_value, bias)
+    if not torch.onnx.is_in_onnx_export():
+        return eager_attention(*inputs)
+    return _node(attention_op.SCHEMA, inputs, {}, (q.dtype, q.shape))[0]
 
 
 def router(hidden: Tensor, router_weight: Tensor, expert_bias: Tensor, position_ids: Tensor, top_p: Tensor,
@@ -56,11 +66,12 @@ def router(hidden: Tensor, router_weight: Tensor, expert_bias: Tensor, position_
 
 
 def experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor,
-            scales: tuple[Tensor, Tensor] | None = None, quantisation: ExpertQuantisation | None = None) -> Tensor:
+            scales: tuple[Tensor, Tensor] | None = None, quantisation: ExpertQuantisation | None = None, *,
+            activation: str = "silu") -> Tensor:
     """`DmoeExperts`; arguments and results as in ops/experts/__init__.py. `scales` of gate_up and of down."""
     inputs = (hidden, expert_ids, expert_weights, gate_up, down, *(scales or ()))
     if not torch.onnx.is_in_onnx_export():
-        return eager_experts(*inputs)
+        return eager_experts(*inputs, activation=activation)
     schema = experts_op.QUANTISED_SCHEMA if quantisation else experts_op.SCHEMA
     return _node(schema, inputs, _integers(quantisation), (hidden.dtype, hidden.shape))[0]
 

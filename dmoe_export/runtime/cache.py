@@ -19,14 +19,15 @@ def bucketed(length: int) -> int:
 
 
 class HostCache:
-    """Per layer keys and values [B, Hkv, S, D] and positions [B, S] of B rows.
+    """Keys and values [B, Hkv, S, D] of each layer, with Hkv and D of its own, and positions [B, S] of B rows.
 
     Rows that nobody has are all zero: a place that is not seen has weight 0, which must not meet another row's NaN.
     """
 
-    def __init__(self, rows: int, layers: int, kv_heads: int, head_dim: int, dtype: np.dtype[Any]) -> None:
-        self.keys = [np.zeros((rows, kv_heads, 1, head_dim), dtype) for _ in range(layers)]
-        self.values = [np.zeros((rows, kv_heads, 1, head_dim), dtype) for _ in range(layers)]
+    def __init__(self, rows: int, heads: Sequence[tuple[int, int]], dtype: np.dtype[Any]) -> None:
+        """`heads`: (Hkv, D) layer by layer (`ModelDescription.cached_heads`)."""
+        self.keys = [np.zeros((rows, count, 1, width), dtype) for count, width in heads]
+        self.values = [np.zeros_like(x) for x in self.keys]
         self.positions = np.full((rows, 1), -1, np.int64)
         self.lengths = np.zeros(rows, np.int64)
         self._written = np.zeros(rows, np.int64)  # places that may hold more than zeros: `clear` leaves them
@@ -34,8 +35,7 @@ class HostCache:
     @property
     def token_bytes(self) -> int:
         """Keys and values of one token in all layers."""
-        _, heads, _, width = self.keys[0].shape
-        return 2 * len(self.keys) * heads * width * self.keys[0].itemsize
+        return self._token_values * self.keys[0].itemsize
 
     def part(self, rows: Sequence[int]) -> HostCache:
         """These rows in this order, to be read by a forward: a view where they lie side by side, else a copy."""
@@ -82,19 +82,31 @@ class HostCache:
             self._resize(need)
 
     def read(self, row: int, start: int, stop: int) -> NDArray[Any]:
-        """Keys, then values of a row's tokens at positions start … stop − 1, all layers: [2L, Hkv, tokens, D]."""
+        """Keys, then values of a row's tokens at positions start … stop − 1, all layers: [Hkv, tokens, D] one after
+        the other in one array, so that a block is no larger than `token_bytes` says."""
         assert (self.positions[row, start:stop] == np.arange(start, stop)).all(), "a row's places are its positions"
-        return np.stack([x[row, :, start:stop] for x in (*self.keys, *self.values)])
+        return np.concatenate([x[row, :, start:stop].ravel() for x in (*self.keys, *self.values)])
 
     def write(self, row: int, blocks: Sequence[NDArray[Any]]) -> None:
         """Append blocks that `read` gave, whose positions follow what the row has cached."""
         start = int(self.lengths[row])
-        stop = start + sum(block.shape[2] for block in blocks)
+        stop = start + sum(block.size // self._token_values for block in blocks)
         self._reserve(stop)
-        for i, x in enumerate((*self.keys, *self.values)):
-            np.concatenate([block[i] for block in blocks], axis=1, out=x[row, :, start:stop])
+        place = start
+        for block in blocks:
+            at, tokens = 0, block.size // self._token_values
+            for x in (*self.keys, *self.values):
+                _, heads, _, width = x.shape
+                size = heads * tokens * width
+                x[row, :, place:place + tokens] = block[at:at + size].reshape(heads, tokens, width)
+                at += size
+            place += tokens
         self.positions[row, start:stop] = np.arange(start, stop)
         self._reached(row, stop)
+
+    @property
+    def _token_values(self) -> int:
+        return 2 * sum(x.shape[1] * x.shape[3] for x in self.keys)
 
     def _reached(self, row: int, length: int) -> None:
         self.lengths[row], self._written[row] = length, max(length, self._written[row])

@@ -146,7 +146,7 @@ def test_forwards_longer_than_an_engine_takes_are_refused(attention, options, ne
 
 
 def test_the_host_cache_forgets_rows():
-    cache = HostCache(3, 1, 1, 1, np.dtype(np.float32))
+    cache = HostCache(3, [(1, 1)], np.dtype(np.float32))
     cache.positions, cache.lengths = np.array([[0, 1], [0, -1], [4, 5]]), np.array([2, 1, 2])
     cache.clear([0, 1])
     assert cache.positions.tolist() == [[-1, -1], [-1, -1], [4, 5]] and cache.lengths.tolist() == [0, 0, 2]

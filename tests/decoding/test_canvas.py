@@ -1,4 +1,4 @@
-"""Canvases of random tokens, on a denoiser of hashes that notices whatever it should not see (canvas_helpers.py)."""
+"""Canvases of random tokens, on a denoiser of hashes that notices whatever it should not see (canvas_loop.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from canvas_helpers import EOS, VOCAB, C, CanvasToy
+from canvas_loop import EOS, VOCAB, C, CanvasToy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from joining import Asked, check, live

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from canvas_helpers import Recorded, RecordedBackend
+from canvas_loop import Recorded, RecordedBackend
 
 from dmoe_export.decoding.batch import JoiningBatch
 from dmoe_export.decoding.entropy_bound import entropy_bound

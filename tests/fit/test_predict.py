@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from device_helpers import decode, host_backend
@@ -26,8 +28,7 @@ def _part(prediction, name):
 
 
 def _cache(manifest, rows):
-    d = manifest.model
-    return HostCache(rows, d.num_layers, d.num_kv_heads, d.head_dim, np.dtype(np.float32))
+    return HostCache(rows, manifest.model.cached_heads, np.dtype(np.float32))
 
 
 def test_the_cache_is_what_the_host_cache_holds(sample_bundle):
@@ -44,9 +45,10 @@ def test_a_slab_is_as_large_as_the_device_cache_makes_it(sample_bundle, rows, le
     class Room:
         def allocate(self, size):
             self.size = size
+            return SimpleNamespace(address=0)
 
     d, room = sample_bundle.manifest.model, Room()
-    Slab(room, Geometry(2 * d.num_layers, d.num_kv_heads, d.head_dim, 4), rows, length, 8 * rows * length)
+    Slab(room, Geometry.of_layers(d.cached_heads, 4), rows, length, 8 * rows * length)
     assert _slab(sample_bundle.manifest, rows, length) == room.size
 
 

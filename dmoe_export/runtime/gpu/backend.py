@@ -49,7 +49,7 @@ class DeviceBackend:
         self._device, self._pool, self._stream, self._executor = device, pool, stream, executor
         self.graphs = GraphCache(device, executor) if cuda_graphs else None
         d = self.description
-        self._geometry = Geometry(2 * d.num_layers, d.num_kv_heads, d.head_dim, ITEMSIZES[executor.precision])
+        self._geometry = Geometry.of_layers(d.cached_heads, ITEMSIZES[executor.precision])
         self._keeps_logits = manifest.denoiser.keeps_logits
         self._settings = Settings(self.routing)
         self._lock = lock or threading.RLock()
@@ -141,7 +141,7 @@ class DeviceBackend:
         # What repeats: steps of a block, alone or with what lies before it (a block; shifted logits: a place), and of
         # a whole canvas.
         if self.graphs is not None and (sizes.tokens <= 2 * block or d.attention == "full"):
-            self.graphs.run((sizes, kept, *places, past.address, past.slab.part_bytes, new.address), call, self._stream)
+            self.graphs.run((sizes, kept, *places, *past.key, new.address), call, self._stream)
         else:
             self._executor.execute(call(), self._stream)
         fetched = self._staging.fetch(results, places[1])
@@ -179,5 +179,5 @@ class DeviceBackend:
 
     def _layers(self, prefix: str, slab: Slab | DevicePart) -> dict[str, Tensor]:
         layers = self.description.num_layers
-        return {f"{prefix}{part}.{layer}": Tensor(slab.part(i * layers + layer), slab.shape, self._executor.precision)
-                for i, part in enumerate(("key", "value")) for layer in range(layers)}
+        names = [f"{prefix}{part}.{layer}" for part in ("key", "value") for layer in range(layers)]
+        return {name: Tensor(slab.part(i), slab.shape(i), self._executor.precision) for i, name in enumerate(names)}
