@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from bundles import eager
 from canvas_loop import Recorded, RecordedBackend
 
 from dmoe_export.decoding.batch import JoiningBatch
@@ -75,3 +76,59 @@ def test_acceptance_of_every_recorded_step(folder, number):
         assert np.array_equal(entropy_bound(entropy, run.meta["entropy_bound"]), accepted)
         assert np.array_equal(np.where(accepted, sampled, again), after)
     assert [int(accepted.sum()) for accepted in run.data["accepted"]] == run.meta["accepted_per_step"]
+
+
+class Listening:
+    """A backend, and the entropies of each denoising forward of one row."""
+
+    def __init__(self, backend):
+        self._backend, self.entropies = backend, []
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def forward(self, inputs, cache):
+        outputs = self._backend.forward(inputs, cache)
+        if inputs.canvas.denoise.all():
+            self.entropies.append(outputs.canvas.entropy[0])
+        return outputs
+
+
+@pytest.fixture(scope="module")
+def backends(folder):
+    return {"eager": eager(folder / "model", "token")}
+
+
+@pytest.mark.parametrize("name", ["eager"])
+@pytest.mark.parametrize("number", RUNS)
+def test_generation_equals_the_reference(folder, backends, number, name):
+    run, steps, backend = Recorded(folder, number), [], Listening(backends[name])
+    tokens, last = decode(JoiningBatch(backend, 1), [run], watch=steps.append)
+    expect(run, tokens[number], last[number])
+    np.testing.assert_allclose(backend.entropies, run.data["entropy"], atol=2e-3)
+    denoised = [step for step in steps if step.phase == "denoise"]
+    for i, seen in enumerate(denoised):
+        assert seen.candidates == run.data["argmax"][i].tolist()[:len(seen.candidates)]
+        if not run.data["finished"][i] and seen.token_ids[0] == -1:
+            assert seen.new == np.flatnonzero(run.data["accepted"][i]).tolist()
+
+
+@pytest.mark.parametrize("name", ["eager"])
+@pytest.mark.parametrize("joined", [(0, 0, 0), (0, 4, 9)])
+def test_generations_of_a_batch_equal_the_reference(folder, backends, joined, name):
+    """Rows of other lengths, that encode and denoise in one forward."""
+    runs, backend = [Recorded(folder, number) for number in RUNS], Mixing(backends[name])
+    tokens, last = decode(JoiningBatch(backend, 3), runs, joined)
+    for run in runs:
+        expect(run, tokens[run.run], last[run.run])
+    assert backend.mixed
+
+
+class Mixing(Listening):
+    """Whether a forward had rows of both phases."""
+
+    mixed = False
+
+    def forward(self, inputs, cache):
+        self.mixed |= 0 < inputs.canvas.denoise.sum() < len(inputs.canvas.denoise)
+        return self._backend.forward(inputs, cache)
