@@ -1,11 +1,12 @@
 """generation_config.json: the ids that end an answer, and how the checkpoint wants to be decoded.
 
 Meanings are those of transformers' `GenerationConfig` (4.57, 5.0) and, for Dream, of its `DreamGenerationConfig`
-(generation_utils.py on the hub). Only what means the same here is taken over: `max_new_tokens`, and `temperature`,
-`top_k`, `top_p` where `do_sample` is true (Dream: where the temperature is above 0; it has no `do_sample`), but not
-where the file is the trunk's and the authors of the model decode otherwise (SDAR: Qwen3's file; its published scores
-are greedy or of temperature 1, evaluation/ of JetAstra/SDAR). Whatever else would change an answer is named in one
-warning; what is bookkeeping, or at transformers' own default, is not.
+(generation_utils.py on the hub); models with a canvas have fields of their own (canvas_generation.py). Only what means
+the same here is taken over: `max_new_tokens`, and `temperature`, `top_k`, `top_p` where `do_sample` is true (Dream:
+where the temperature is above 0; it has no `do_sample`), but not where the file is the trunk's and the authors of the
+model decode otherwise (SDAR: Qwen3's file; its published scores are greedy or of temperature 1, evaluation/ of
+JetAstra/SDAR). Whatever else would change an answer is named in one warning; what is bookkeeping, or at transformers'
+own default, is not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..description import ModelDescription
+from .canvas_generation import canvas_defaults
 from .config_fields import Fields, shown, token_ids
 from .harmless_fields import GENERATION, words
 from .json_file import read_json
@@ -75,6 +77,8 @@ class GenerationConfig:
                 found["max_new_tokens"] = longest
             else:  # no prompt would fit
                 f.asked.remove("max_new_tokens")
+        if d.canvas:
+            return found | canvas_defaults(f, d), self._left_out(f)
         dream, sampled = d.family == "dream", f.get("do_sample", bool, False)
         temperature = f.get("temperature", float, 0.0 if dream else 1.0)
         top_k = f.get("top_k", int, 0 if dream or "top_k" in self.values else _TOP_K)  # null: off

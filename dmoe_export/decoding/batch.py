@@ -15,10 +15,11 @@ import numpy as np
 
 from ..description import Precision
 from ..errors import RequestError
-from ..runtime.backend import Backend, ForwardInputs, ForwardOutputs, Ints, Limits
+from ..runtime.backend import Backend, ForwardInputs, ForwardOutputs, Limits
 from ..runtime.salient import SalientResult, SalientSteps
 from ..words import count
 from .caching import Plan
+from .inputs import inputs_of
 from .limits import check_batch, check_prompt
 from .prefixes import RowPrefix, store_of
 from .row import FinishReason, Row
@@ -78,7 +79,8 @@ class JoiningBatch:
         check_batch(slots, backend, bundle)
         self.slots = slots
         self._backend, self._bytes, self._precision, self._bundle = backend, bytes_per_expert, precision, bundle
-        self._fast, self._grid = (backend.limits or Limits()).step_tokens or 0, backend.routing.block_length
+        self._fast = (backend.limits or Limits()).step_tokens or 0
+        self._grid = 1 if backend.description.canvas else backend.routing.block_length
         self._cache = backend.new_cache(slots)
         self.prefixes = store_of(backend, self._cache, prefix_cache) if prefix_cache is not None else None
         self._rows: list[Handle] = []  # row i of the cache is the row's
@@ -185,7 +187,9 @@ class JoiningBatch:
                     handle.row.cached = 0
         asked = [handle.way.outcome.asked(handle.row) if plan.decodes else np.zeros(0, np.int64)
                  for handle, plan in zip(handles, plans, strict=True)]
-        inputs = _inputs(handles, plans, asked)
+        inputs = inputs_of(self._backend.description, [handle.row for handle in handles],
+                           [handle.way for handle in handles], plans, asked,
+                           tuple(handle.serial for handle in handles))
         start = time.perf_counter()
         try:
             outputs, recomputed = self._compute(inputs, places, handles, plans)
@@ -277,22 +281,3 @@ class JoiningBatch:
 def _failed(handle: Handle, error: Exception) -> Decoded:
     handle.finished = True
     return Decoded(handle, [], None, handle.row.statistics, error)
-
-
-def _inputs(handles: list[Handle], plans: list[Plan], asked: list[Ints]) -> ForwardInputs:
-    """The planned queries of all rows, padded at position −1; `asked`: places whose prediction is wanted."""
-    width = max(plan.width for plan in plans)
-    ids = np.zeros((len(handles), width), np.int64)
-    positions = np.full((len(handles), width), -1, np.int64)
-    wanted = np.full((len(handles), max(1, max(len(places) for places in asked))), -1, np.int64)
-    for i, (handle, plan) in enumerate(zip(handles, plans, strict=True)):
-        row = handle.row
-        ids[i, :plan.width] = row.canvas[plan.start:plan.stop]
-        positions[i, :plan.width] = np.arange(plan.start, plan.stop)
-        wanted[i, :len(asked[i])] = asked[i] + row.span.start - row.shift - plan.start
-    decoding = [handle.way.outcome for handle, places in zip(handles, asked, strict=True) if len(places)]
-    return ForwardInputs(ids, positions, wanted, handles[0].way.routing,
-                         any(one.needs_logits for one in decoding), any(plan.commit is not None for plan in plans),
-                         tuple(handle.serial for handle in handles),
-                         max((one.candidates for one in decoding), default=0))
-

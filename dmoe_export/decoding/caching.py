@@ -75,13 +75,13 @@ Policy = Callable[[Row], Plan | None]  # None: the active block needs nothing mo
 class Widths:
     """Most tokens of a row in one forward of the block cache. 0: nothing rides, each forward is one of its own."""
 
-    chunk: int  # a prefill; whole blocks
+    chunk: int  # a prefill; whole blocks, where attention has some
     prefill_rides: int  # a prefill with the first step of the first block
     commit_rides: int  # the commit of a block with the first step of the next
 
 
 def block(row: Row, widths: Widths) -> Plan | None:
-    """Prompt blocks in chunks, the block before, denoise steps of the block: exact under block-causal attention."""
+    """Prompt in chunks, the block before, denoise steps of the block: exact where finished text sees no later one."""
     if row.settled:
         return None  # its commit is the next block's affair: the last block needs none
     start, stop = row.span.start, row.span.stop
@@ -123,7 +123,7 @@ def _refreshed(row: Row, stop: int) -> Plan | None:
 
 
 def policy(description: ModelDescription, name: CacheName, widths: Widths) -> Policy:
-    """The policy of a name; "auto" is `block` for block-causal models, else `prefix`, the more accurate of the two.
+    """The policy of a name; "auto" is `block` where that is exact, else `prefix`, the more accurate of the other two.
 
     Raises RequestError for a cache that makes no sense with the model.
     """
@@ -135,6 +135,11 @@ def policy(description: ModelDescription, name: CacheName, widths: Widths) -> Po
             raise RequestError(f"Cache {name} is not offered for block-causal models with shifted logits such as "
                                f"{description.family}; use none.")
         return none if name == "none" else partial(block, widths=widths)
+    if description.canvas:
+        if name not in ("auto", "block"):
+            raise RequestError(f"Cache {name} is not offered for family {description.family}, which encodes text and "
+                               "denoises a canvas in forwards of their own: use block, which is exact.")
+        return partial(block, widths=Widths(widths.chunk, 0, 0))  # text and canvas are two phases: nothing rides
     if name == "block":
         raise RequestError(f"Cache block is exact only where blocks see no later ones, and family {description.family} "
                            "attends to the whole canvas: use none, prefix or dual.")

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..bundle.reader import Bundle
-from ..description import MoeDescription, RoutingMode
+from ..description import ModelDescription, RoutingMode
 from ..errors import BundleError, RequestError
+from .canvas_options import check_canvas_options
 from .routing import routing_inputs
 from .settings import OPTIONS, DecodeSettings
 
@@ -24,7 +25,7 @@ class Defaults:
         """
         manifest = bundle.manifest
         self._folder, self._values, self._presets = bundle.folder, manifest.decode_defaults, manifest.presets
-        where, wrong = first_wrong(self._values, self._presets, fits(manifest.routing.mode, manifest.model.moe))
+        where, wrong = first_wrong(self._values, self._presets, fits(manifest.routing.mode, manifest.model))
         if wrong:
             what = f"Preset {where}" if where else "The decode_defaults"
             raise BundleError(f"{what} of {bundle.folder} cannot be used; export again: {wrong}")
@@ -57,9 +58,12 @@ class Defaults:
         return DecodeSettings(**self.values(said.get("preset")) | dict(said))
 
 
-def fits(mode: RoutingMode, moe: MoeDescription | None) -> Callable[[DecodeSettings], object]:
-    """Raises RequestError for settings of routing that a bundle does not have; for `first_wrong`."""
-    return lambda settings: routing_inputs(settings, mode, moe)
+def fits(mode: RoutingMode, model: ModelDescription) -> Callable[[DecodeSettings], object]:
+    """Raises RequestError for settings that mean nothing with a bundle's model or routing; for `first_wrong`."""
+    def check(settings: DecodeSettings) -> None:
+        check_canvas_options(settings, model)
+        routing_inputs(settings, mode, model.moe)
+    return check
 
 
 def first_wrong(defaults: Values, presets: Mapping[str, Values],

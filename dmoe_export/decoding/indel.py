@@ -17,7 +17,8 @@ from ..description import EditTokens, Precision
 from ..runtime.backend import Bools, ForwardOutputs, Ints
 from ..runtime.candidates import MOST
 from .acceptance import policy, scheduled
-from .outcome import Chosen, check_finite
+from .finite import check_finite
+from .outcome import Chosen
 from .ranked import Ranked
 from .row import Row
 from .sampling import Reals, draws_from, sample, sample_best, spared, without

@@ -26,7 +26,8 @@ def check_prompt(ids: Sequence[int], settings: DecodeSettings, backend: Backend,
     if bad is not None:
         raise RequestError(f"Prompt {index} holds token id {bad}, outside the vocabulary 0 … {d.vocab_size - 1}.")
     said = f"Prompt {index} of {count(len(ids), 'token')} and {new_tokens} new need"
-    total = len(ids) + new_tokens
+    canvas = d.canvas.length if d.canvas else 1
+    total = len(ids) + -(-new_tokens // canvas) * canvas  # of a canvas, all is computed
     if total > d.max_positions:
         raise LengthError(f"{said} {total} positions, the model has {d.max_positions}; shorten one of them.")
     most = limits.max_context

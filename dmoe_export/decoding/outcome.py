@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 
 from ..description import Precision
-from ..errors import NotFiniteError
 from ..runtime.backend import Bools, ForwardOutputs, Ints
 from .acceptance import credit, edits, policy, scheduled
+from .finite import check_finite
 from .ranked import Ranked
 from .row import Row
 from .sampling import Reals, draws_from, greedy, sample, sample_best, spared, without
@@ -160,11 +160,3 @@ class Outcome:
         width = row.span.stop - row.span.start
         return self._accept(confidence, gaps, scheduled(width, self._settings.steps, row.step))
 
-
-def check_finite(row: Row, numbers: Reals, precision: Precision | None) -> None:
-    """Raise NotFiniteError, with what may help, where numbers of a row's forward are NaN or infinite."""
-    if not np.isfinite(numbers).all():
-        why = ("in fp16 likely an overflow past 65504, so export with --precision fp32, or bf16 for a GPU"
-               if precision == "fp16" else "so its weights are damaged or never were good")
-        raise NotFiniteError(f"Prompt {row.index} gets no answer: in block {row.block} the model computes NaN or "
-                             f"infinity, {why}; find the first such layer with: dmoe-export check BUNDLE.")

@@ -161,6 +161,9 @@ class RowPrefix:
 
 def check_keeps(d: ModelDescription) -> None:
     """Raise RequestError for a model of which nothing can be kept."""
+    if d.canvas:
+        raise RequestError(f"A prefix cache keeps blocks of one length from the text's start on, and family {d.family} "
+                           "encodes text in pieces of any length; leave prefix_cache out.")
     if d.attention != "block_causal":
         raise RequestError(f"A prefix cache needs blocks that see no later ones, and family {d.family} attends to the "
                            "whole canvas; leave prefix_cache out.")

@@ -9,6 +9,7 @@ import numpy as np
 from ..description import ModelDescription
 from ..runtime.backend import Ints
 from .acceptance import Credits
+from .draft import Draft
 from .settings import DecodeSettings
 from .telemetry import Statistics
 
@@ -20,6 +21,7 @@ class Row:
 
     Block-causal models: blocks lie on the absolute grid, the first may begin with prompt. Full-canvas models: the
     canvas is prompt + new tokens and the blocks count from the prompt's end, as in LLaDA; the last may be shorter.
+    Models with a canvas of random tokens: a canvas is a block, they begin behind the prompt and all have one length.
     """
 
     def __init__(self, index: int, prompt: list[int], settings: DecodeSettings, description: ModelDescription,
@@ -28,12 +30,14 @@ class Row:
         self.prompt_length = len(prompt)
         self.end = len(prompt) + settings.max_new_tokens
         self._full = description.attention == "full"
-        size = self.end if self._full else -(-self.end // block_length) * block_length
+        whole = len(prompt) // block_length * block_length
+        self._first = whole if description.attention == "block_causal" else len(prompt)
+        self.prefill_length = len(prompt) if description.canvas else whole  # tokens of the prompt, cached by themselves
+        size = self.end if self._full else self._first - (self._first - self.end) // block_length * block_length
         self.canvas = np.full(size, description.barred_id, np.int64)
         self.canvas[:len(prompt)] = prompt
         # What is masked is remembered apart from the ids: a mask id in the prompt is text, not a gap.
         self.masked = np.arange(size) >= len(prompt)
-        self._first = len(prompt) if self._full else len(prompt) // block_length * block_length
         self.block = 0  # counted from the one in which the answer begins
         self.step = 0  # forwards that decoded the active block
         self.settled = False  # the active block is finished
@@ -42,6 +46,7 @@ class Row:
         self.credits: Credits = {}
         self.memory: Any = None  # what a way to decode remembers of the active block
         self._mask_id = description.barred_id
+        self.draft: Draft | None = None  # of a canvas of random tokens
         self._edit_passes = 0
         self._interrupted = False
         self.emitted = len(prompt)  # positions below this were yielded
@@ -49,11 +54,6 @@ class Row:
         self.rng = np.random.default_rng(settings.seed + index)
         self.finish_reason: FinishReason | None = None
         self.statistics = Statistics(len(prompt), bytes_per_expert)
-
-    @property
-    def prefill_length(self) -> int:
-        """Tokens in whole blocks of the prompt."""
-        return self.prompt_length // self.n * self.n
 
     @property
     def span(self) -> slice:

@@ -43,6 +43,14 @@ _NAME = Rule(lambda value: isinstance(value, str) and 1 <= len(value) <= 100, "a
 _SECONDS = Rule(lambda value: 0 < value < float("inf"), "above 0")
 
 _SAVING, _SAMPLING, _ROUTING = "caches and salient steps", "sampling", "routing"  # groups of options
+_CANVAS = "canvas of random tokens (DiffusionGemma)"
+CANVAS_DEFAULTS: dict[str, float | int] = {  # of transformers' DiffusionGemmaGenerationConfig
+    "entropy_bound": 0.1, "t_min": 0.4, "t_max": 0.8, "stability_threshold": 1, "confidence_threshold": 0.005}
+
+
+def _canvas(meaning: str, name: str, rule: Rule = FINITE) -> Told:
+    """None stands for the default, so that another model notices what it was given."""
+    return Told(meaning, rule, shown=str(CANVAS_DEFAULTS[name]), of_bundle=True, group=_CANVAS)
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class DecodeSettings:
         "Tokens that are decoded together, as one block; only full-canvas models (LLaDA, Dream) take another than the "
         "bundle's", AT_LEAST_1, shown="the bundle's")] = None
     steps: Annotated[int, Told(
-        "Most forward passes that fill one block; fewer is faster and keeps less certain tokens", AT_LEAST_1)] = 32
+        "Most forward passes that fill one block or canvas; fewer is faster and keeps less certain tokens", AT_LEAST_1,
+        of_bundle=True)] = 32
     cache: Annotated[CacheName, Told(
         "What is kept between forward passes, to save work: block (exact; for models whose blocks see no later ones), "
         "prefix or dual (for full-canvas models; dual keeps more, is faster and less exact; Fast-dLLM) or none; auto "
@@ -68,7 +77,7 @@ class DecodeSettings:
     schedule: Annotated[ScheduleName, Told(
         "Which forward passes run with cache block: merged (a finished block, and the end of the prompt, enter the "
         "cache in the first pass over the next block: fewer passes, the same tokens) or reference (each in a pass of "
-        "its own; salient steps always)", one_of(SCHEDULES), group=_SAVING)] = "merged"
+        "its own; salient steps and canvases always)", one_of(SCHEDULES), group=_SAVING)] = "merged"
     acceptance: Annotated[AcceptanceName, Told(
         "Which tokens a step keeps: threshold (all that are probable enough), fixed (the same number in every step; "
         "LLaDA2), factor (the more, the surer the best are; Fast-dLLM), hierarchy (also the best of every gap; dInfer) "
@@ -123,12 +132,26 @@ class DecodeSettings:
     top_p: Annotated[float, Told(
         "Choose among the most probable tokens that reach this probability together; higher is more varied, 1 is off",
         _MASS, of_bundle=True, group=_SAMPLING)] = 1.0
+    entropy_bound: Annotated[float | None, _canvas(
+        "Keep the surest tokens of a step, as long as the entropies of those before sum to no more than this, in nats; "
+        "higher keeps more and is less safe", "entropy_bound")] = None
+    t_max: Annotated[float | None, _canvas(
+        "Temperature of the first step, from which it falls linearly; higher is more varied", "t_max")] = None
+    t_min: Annotated[float | None, _canvas(
+        "Temperature towards which it falls; the last step's is a little higher", "t_min")] = None
+    stability_threshold: Annotated[int | None, _canvas(
+        "A canvas is finished once its most probable tokens were the same in so many steps before, and it is sure "
+        "(confidence_threshold); higher is slower and safer", "stability_threshold", AT_LEAST_0)] = None
+    confidence_threshold: Annotated[float | None, _canvas(
+        "A canvas is sure while the mean entropy of its places is below this, in nats; higher ends sooner and is less "
+        "safe, 0 runs all steps", "confidence_threshold")] = None
     seed: Annotated[int, Told("Start of the random numbers; row i of a batch draws with seed + i", AT_LEAST_0,
                               group=_SAMPLING)] = 0
     eos_id: Annotated[int | Sequence[int] | None, Told(
         "Token id that ends the answer, one or several; -1 for none", _ENDS, shown="the model's")] = None
     early_stop: Annotated[bool, Told(
-        "End as soon as an end token has no gap before it, else at the block's end; with editing always there")] = True
+        "End as soon as an end token has no gap before it, else at the block's end; with editing and with a canvas "
+        "always there")] = True
     stop: Annotated[str | Sequence[str] | None, Told(
         "Text that ends the answer, one or several: the answer's text ends before the first that is complete, and its "
         "block is the last", _STOPS, shown="none")] = None
@@ -207,6 +230,11 @@ class GenerateOptions(TypedDict, total=False):
     temperature: float | None
     top_k: int | None
     top_p: float | None
+    entropy_bound: float | None
+    t_max: float | None
+    t_min: float | None
+    stability_threshold: int | None
+    confidence_threshold: float | None
     seed: int | None
     eos_id: int | Sequence[int] | None
     early_stop: bool | None

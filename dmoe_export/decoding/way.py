@@ -9,8 +9,10 @@ from ..errors import RequestError
 from ..runtime.backend import Backend, Limits
 from ..runtime.salient import SalientBackend, SalientGraphs
 from .caching import Plan, Widths, policy
+from .canvas_options import check_canvas_options
 from .indel import InsertDelete
 from .outcome import Decides, Outcome
+from .renoise import Renoise
 from .routing import routing_inputs
 from .row import Row
 from .salient import policy as salient_policy
@@ -29,15 +31,16 @@ class Way:
         Raises RequestError for settings that make no sense with the backend's model.
         """
         self.settings = settings
-        self.caches_blocks = backend.description.attention == "block_causal" and settings.cache != "none"
-        self.routing = routing_inputs(settings, backend.routing.mode, backend.description.moe)
-        vocabulary = backend.description.vocab_size
+        d, vocabulary = backend.description, backend.description.vocab_size
+        check_canvas_options(settings, d)
+        self.caches_blocks = d.attention == "block_causal" and settings.cache != "none"
+        self.routing = routing_inputs(settings, backend.routing.mode, d.moe)
         beyond = next((i for i in settings.eos_ids or () if i >= vocabulary), None)
         if beyond is not None:
             raise RequestError(f"eos_id {beyond} is outside the vocabulary 0 … {vocabulary - 1}.")
         bundled = backend.routing.block_length
-        n = self.block_length = settings.block_length or bundled
-        if n != bundled and backend.description.attention == "block_causal":
+        n = self.block_length = d.canvas.length if d.canvas else settings.block_length or bundled
+        if n != bundled and d.attention == "block_causal":
             raise RequestError(f"block_length {n} differs from the bundle's {bundled}; attention, routing and decoding "
                                "share one grid, so export with --block-length to change it.")
         limits = backend.limits or Limits()
@@ -45,22 +48,26 @@ class Way:
         if limit is not None and limit < n:
             raise RequestError(f"The engine takes at most {limit} tokens in one forward, a block has {n}; build "
                                f"one with: dmoe-export build {bundle} --max-prefill {n}.")
-        chunk = max(1, min(PREFILL_TOKENS, limit or PREFILL_TOKENS) // n) * n
+        chunk = min(PREFILL_TOKENS, limit or PREFILL_TOKENS)
+        if not d.canvas:
+            chunk = max(1, chunk // n) * n
         merged = settings.schedule == "merged"
         widths = Widths(chunk, (limit or chunk + n) * merged, (limits.step_tokens or limit or 2 * n) * merged)
         self.graphs: SalientGraphs | None = None
         self._plan_of: Callable[[Row], Plan | None]
         if settings.salient_threshold is None:
-            self._plan_of = policy(backend.description, settings.cache, widths)
+            self._plan_of = policy(d, settings.cache, widths)
         else:
-            self._plan_of = salient_policy(backend.description, settings, widths)
+            self._plan_of = salient_policy(d, settings, widths)
             if not isinstance(backend, SalientBackend):
                 raise RequestError(f"Backend {backend.name} runs no salient steps; use backend onnxruntime, or leave "
                                    "salient_threshold out.")
             self.graphs = backend.salient_graphs(settings.salient_capacity)
         d, edit = backend.description, backend.description.edit_tokens
         self.outcome: Decides
-        if not settings.insert_delete:
+        if d.canvas:
+            self.outcome = Renoise(settings, d, precision)
+        elif not settings.insert_delete:
             control = (edit.delete, edit.split) if edit else ()
             self.outcome = Outcome(settings, d.barred_id, vocabulary, precision, control)
         elif edit:

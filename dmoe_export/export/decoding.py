@@ -18,7 +18,7 @@ def choose_decoding(source: Checkpoint, routing: RoutingDescription, asked: Deco
     Raises InputError for what no request could ask of the bundle.
     """
     own = source.decode_defaults
-    name, wrong = first_wrong({**asked, **own}, presets, fits(routing.mode, source.description.moe))
+    name, wrong = first_wrong({**asked, **own}, presets, fits(routing.mode, source.description))
     if wrong:
         raise InputError(f"{f'Preset {name}' if name else 'A decode default'} cannot be exported: {wrong}")
     said = [f"{source.folder} sets {option} {value}, so the {asked[option]} that was asked for is no decode default."

@@ -1,0 +1,68 @@
+"""How a canvas of random tokens is decoded: draw, accept by entropy, new random tokens elsewhere, until it is stable.
+
+Nothing stays accepted: every step decides the whole canvas again, and the model is told what the step before thought of
+each place (`soft_embeddings`). The result is the most probable token of each place in the last step, never the canvas
+of drawn and random ones. Source: DiffusionGemma, `generation_diffusion_gemma.py` of transformers 5.24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..description import ModelDescription, Precision
+from ..runtime.backend import ForwardOutputs, Ints
+from .canvas_options import CanvasOptions
+from .draft import Draft
+from .entropy_bound import entropy_bound
+from .finite import check_finite
+from .noise import KeyedNoise, Noise
+from .outcome import Chosen
+from .row import Row
+from .settings import DecodeSettings
+
+
+class Renoise:
+    """`Decides` for models with a canvas; a row's canvas stays masked until it is finished."""
+
+    needs_logits, candidates = False, 0
+
+    def __init__(self, settings: DecodeSettings, description: ModelDescription, precision: Precision | None = None,
+                 noise: Callable[[Row], Noise] | None = None) -> None:
+        """`noise`: of a row; by default keyed by the request's seed + the row's index, as elsewhere."""
+        assert description.canvas is not None
+        self._steps, self._precision, self._options = settings.steps, precision, CanvasOptions.of(settings)
+        length, vocabulary = description.canvas.length, description.vocab_size
+        self._noise = noise or (lambda row: KeyedNoise(settings.seed + row.index, length, vocabulary))
+
+    def asked(self, row: Row) -> Ints:
+        """All places of the canvas; who asks first draws its random tokens."""
+        if row.draft is None or row.draft.canvas != row.block:
+            row.draft = Draft(row.block, self._noise(row) if row.draft is None else row.draft.noise)
+            row.canvas[row.span] = row.draft.noise.first(row.block)
+        return row.gaps()
+
+    def temperature(self, row: Row) -> float:
+        """Of the row's next step: from exactly `t_max` in the first on, linearly, the last still above `t_min`."""
+        o = self._options
+        return o.t_min + (o.t_max - o.t_min) * (self._steps - row.step) / self._steps
+
+    def apply(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> Chosen:
+        """See `Decides`; `changed` are places whose drawn tokens were accepted, in the last step all."""
+        said, draft, m = outputs.canvas, row.draft, len(asked)
+        assert said is not None and draft is not None
+        entropy, best, confidence = said.entropy[i, :m], outputs.token_ids[i, :m], outputs.confidence[i, :m]
+        check_finite(row, entropy, self._precision)
+        same = draft.best is not None and np.array_equal(draft.best, best)
+        draft.best, draft.repeats = best.copy(), draft.repeats + 1 if same else 0
+        stable = draft.repeats >= self._options.stability_threshold
+        sure = entropy.mean(dtype=np.float64) < self._options.confidence_threshold
+        if row.step + 1 >= self._steps or (stable and sure):
+            row.write(asked, best)
+            return Chosen(asked, best, confidence, asked)
+        accepted = entropy_bound(entropy, self._options.entropy_bound)
+        row.canvas[row.span] = np.where(accepted, said.sampled_ids[i, :m], draft.noise.again(row.block, row.step))
+        draft.soft_embeddings = said.soft_embeddings[i, :m].copy()
+        row.step += 1
+        return Chosen(asked, best, confidence, asked[accepted])
