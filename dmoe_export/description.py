@@ -230,6 +230,19 @@ class ModelDescription(Frozen, allow_inf_nan=False):
         return self
 
     @property
+    def wrong_edit_tokens(self) -> str:
+        """What is wrong with `edit_tokens`, in words; empty where nothing is."""
+        edit = self.edit_tokens
+        if edit is None:
+            return ""
+        for name, token in (("delete token", edit.delete), ("split token", edit.split)):
+            if token >= self.vocab_size:
+                return f"{name} {token} is outside the vocabulary of {self.vocab_size}"
+            if token in (self.mask_id, *self.eos_ids):
+                return f"{name} {token} is the mask or ends an answer, too"
+        return f"delete and split token are both {edit.delete}" if edit.delete == edit.split else ""
+
+    @property
     def barred_id(self) -> int:
         """The id that is never an answer, the mask's; −1 where there is none."""
         return -1 if self.mask_id is None else self.mask_id

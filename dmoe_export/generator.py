@@ -152,6 +152,10 @@ class Generator:
             (LLaDA2.1) [between 0 and 1; default: off].
         edit_passes: Most forward passes that only replace tokens, after a block is filled; more is slower [between 0
             and 1000; default: 16].
+        penalty_lambda: Take this off the logit of the token before a place, so that tokens repeat less; 0 is off (with
+            edit_threshold; LLaDA2.1) [0 or more; default: 0.0].
+        insert_delete: Insert and delete tokens while editing; needs a model that was trained to and edit_threshold
+            (LLaDA2.2) [default: off].
         salient_threshold: Recompute only tokens whose surroundings changed: those with a cosine to the step before
             below this, such as 0.99; higher is slower and closer to exact; needs a bundle exported with --salient
             (DyLLM) [above 0 and at most 2; default: off].

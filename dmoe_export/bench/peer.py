@@ -19,6 +19,7 @@ from ..bundle.reader import Bundle
 from ..errors import CheckError, MissingRequirementError
 from ..extras import pip_install
 from ..runtime.backend import Bools, ForwardInputs, ForwardOutputs, Limits
+from ..runtime.candidates import best_of
 
 try:
     import onnx_ir as ir
@@ -125,8 +126,11 @@ class Peer:
         allowed[:, self.description.barred_id] = float("-inf")
         confidence, tokens = torch.softmax(allowed, dim=-1).max(dim=-1)
         rows = torch.from_numpy(inputs.logit_rows.clip(min=0))  # [1, M]
+        asked = raw.logits[rows].numpy()
         return ForwardOutputs(tokens[rows].numpy(), confidence[rows].numpy(), raw.expert_ids,
-                              raw.logits[rows].numpy() if inputs.want_logits else None, raw.keys_values)
+                              asked if inputs.want_logits else None, raw.keys_values,
+                              best_of(asked, self.description.barred_id, inputs.candidates)
+                              if inputs.candidates else None)
 
     @torch.inference_mode()
     def logits(self, inputs: ForwardInputs, cache: PeerCache) -> RawOutputs:

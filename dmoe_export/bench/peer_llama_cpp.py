@@ -19,6 +19,7 @@ from ..bundle.reader import Bundle
 from ..errors import CheckError, MissingRequirementError, RequestError
 from ..extras import pip_install
 from ..runtime.backend import Bools, ForwardInputs, ForwardOutputs, Limits
+from ..runtime.candidates import best_of
 
 try:
     import gguf
@@ -176,9 +177,10 @@ class LlamaCppBackend:
         self.seconds += time.perf_counter() - start
         self.forwards += 1
         chosen = logits[inputs.logit_rows[0].clip(min=0)]  # a copy
-        allowed = torch.from_numpy(chosen.copy() if inputs.want_logits else chosen)
+        allowed = torch.from_numpy(chosen.copy() if inputs.want_logits or inputs.candidates else chosen)
         allowed[:, d.barred_id] = float("-inf")
         confidence, tokens = torch.softmax(allowed, dim=-1).max(dim=-1)
         experts = np.full((len(d.moe_layers), 1, len(ids), d.moe.experts_per_token if d.moe else 1), -1, np.int32)
         return ForwardOutputs(tokens.numpy()[None], confidence.numpy()[None], experts,
-                              chosen[None] if inputs.want_logits else None, None)
+                              chosen[None] if inputs.want_logits else None, None,
+                              best_of(chosen[None], d.barred_id, inputs.candidates) if inputs.candidates else None)

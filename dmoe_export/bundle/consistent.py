@@ -45,6 +45,8 @@ def check_numbers(model: ModelDescription, routing: RoutingDescription) -> None:
     for name, value, whole, most in pairs:
         if value > most:
             raise ValueError(f"{name} {value} is more than {most}, the largest {whole}")
+    if model.wrong_edit_tokens:
+        raise ValueError(model.wrong_edit_tokens)
     if model.num_heads % model.num_kv_heads or (moe and moe.num_experts % moe.num_groups):
         raise ValueError("heads and groups do not divide evenly")
 

@@ -67,7 +67,8 @@ def first_difference(bundle: Bundle, checkpoint: Checkpoint) -> Difference | Non
     entry, ours, theirs = bundle.manifest.checkpoint, bundle.manifest.model, checkpoint.full_description
     if entry.layers_total != theirs.num_layers:
         return "num_layers", entry.layers_total, theirs.num_layers
-    return _first(ours.model_dump(exclude={"num_layers"}), theirs.model_dump(exclude={"num_layers"}), "")
+    others = {"num_layers", "edit_tokens"}  # an export may be told of tokens that the checkpoint does not name
+    return _first(ours.model_dump(exclude=others), theirs.model_dump(exclude=others), "")
 
 
 def describe_difference(checkpoint: Checkpoint, difference: Difference) -> str:

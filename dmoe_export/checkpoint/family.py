@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from ..description import ModelDescription
 from ..errors import CheckpointError
 from .config_fields import MOST_SHOWN, shown
+from .edit_tokens import check_edit_tokens
 from .generation_config import read_generation_config
 from .json_file import read_json
 from .layout import Layout, StoredWeights
@@ -86,6 +87,7 @@ class Checkpoint:
             raise CheckpointError(f"{folder / 'config.json'}: {field} is {shown(first['input'])}: "
                                   f"{first['msg']}.") from None
         self.full_description = self.description = generation.add_eos(described)
+        check_edit_tokens(self.description, folder / "config.json")  # none of them may end an answer
         self.decode_defaults, said = generation.decode_defaults(self.full_description)
         self.warnings += said
         if layers is not None:

@@ -1,4 +1,4 @@
-"""Family `llada2_moe`: LLaDA2.0/2.1-mini, -flash, dMoE-16B (spec models.md; class LLaDA2MoeModelLM)."""
+"""Family `llada2_moe`: LLaDA2.0/2.1-mini, -flash, LLaDA2.2-flash, dMoE-16B (spec models.md; class LLaDA2MoeModelLM)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from ..description import ModelDescription, MoeDescription
 from .config_fields import MOST_LAYERS, MOST_POSITIONS, Fields
+from .edit_tokens import read_edit_tokens
 from .harmless_fields import words
 from .layout import Layout, below, shared_swiglu, swiglu, weights
 from .rope import read_rotary
@@ -22,10 +23,8 @@ _STATED: dict[str, tuple[Any, Any]] = {
 # topk_group 4, routed_scaling_factor 2.5, partial_rotary_factor 0.5, tie_word_embeddings false. Its use_bias is true
 # and theirs false; where the field is absent, tensors decide, as biases would be strangers.
 
-# Read by export/routing.py; or by no code (core_size); or of no meaning while sliding windows are off; or written by
-# editing (LLaDA2.2).
-_ELSEWHERE = words("""core_threshold core_size expert_capacity block_size sliding_window max_window_layers
-    delete_token_id split_token_id""")
+# Read by export/routing.py; or by no code (core_size); or of no meaning while sliding windows are off.
+_ELSEWHERE = words("core_threshold core_size expert_capacity block_size sliding_window max_window_layers")
 
 
 class Llada2Moe:
@@ -73,7 +72,8 @@ class Llada2Moe:
             qk_norm=f.get("use_qk_norm", bool, True), rope_theta=theta, rotary_dim=rotary,
             rms_eps=f.get("rms_norm_eps", float),
             max_positions=f.positive("max_position_embeddings", most=MOST_POSITIONS),
-            tie_embeddings=f.get("tie_word_embeddings", bool, False), **f.ids(vocab, _PUBLISHED))
+            tie_embeddings=f.get("tie_word_embeddings", bool, False),
+            edit_tokens=read_edit_tokens(f), **f.ids(vocab, _PUBLISHED))
         f.refuse_unread(_ELSEWHERE)
         return description
 

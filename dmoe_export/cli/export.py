@@ -28,6 +28,16 @@ def as_number(context: click.Context, parameter: click.Parameter, value: str | N
     return None if value is None else int(value)
 
 
+def as_ids(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Token ids separated by commas; raises InputError for anything else."""
+    if value is None:
+        return None
+    parts = value.split(",")
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise InputError(f"Edit tokens {value!r} are not two token ids; give DELETE and SPLIT, such as 156930,156931.")
+    return tuple(map(int, parts))
+
+
 def warn(bundle: Bundle) -> None:
     """On stderr, what a fresh export has to say."""
     for sentence in bundle.manifest.warnings:
@@ -73,6 +83,9 @@ def warn(bundle: Bundle) -> None:
 @option("--coreset-size", type=int, group="routing", values="at least 1",
         shown="expert_capacity of config.json, or 48/256 of the experts",
         help="Experts of a block; higher is slower (routing top_c)")
+@option("--edit-tokens", callback=as_ids, metavar="DELETE,SPLIT", group="numbers",
+        shown="delete_token_id and split_token_id of config.json",
+        help="Token ids with which the model deletes and inserts while editing (LLaDA2.2)")
 @option("--salient", is_flag=True, group="salient steps",
         help="Add the graph of salient steps, which recompute only tokens that changed (DyLLM)")
 @option("--salient-capacity", type=int, multiple=True, metavar="M", group="salient steps",

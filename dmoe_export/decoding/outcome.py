@@ -24,7 +24,7 @@ class Chosen:
     asked: Ints  # places [m], as `Outcome.asked`
     tokens: Ints  # [m] the best of each, or a sample
     confidence: Reals  # [m]
-    changed: Ints  # places that were written
+    changed: Ints  # places that are others now
 
 
 class Decides(Protocol):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..bundle.writer import PAGE
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.reader import all_finite
-from ..description import ExpertQuantisation, Precision, WeightFormats
+from ..description import ExpertQuantisation, ModelDescription, MoeDescription, Precision, WeightFormats
 from ..errors import CheckpointError
 from ..model.load import interleave
 from ..ops.experts.quantised import quantise
@@ -72,11 +72,21 @@ class Digests:
         return [part.hexdigest() for part in (self._trunk, *self._layers)]
 
 
+_ADDED = ("canvas", "window", "global_attention", "attention_scale", "value_norm", "activation", "sandwich",
+          "scaled_embedding", "logit_softcap")
+_ADDED_TO_MOE = ("expert_scale", "own_norm", "beside_dense")
+
+
 def identity(checkpoint: Checkpoint, parts: list[str]) -> str:
     """sha256 over the description of the whole checkpoint and the digests of the parts that were read."""
     described = checkpoint.full_description
-    # One EOS, as in bundles from before `eos_ids`: what else ends an answer is no other model.
-    description = repr(sorted((described.model_dump(exclude={"eos_ids"}) | {"eos_id": described.eos_id}).items()))
+    # One EOS, as in bundles from before `eos_ids`: what else ends an answer, or edits it, is no other model.
+    fields = described.model_dump(exclude={"eos_ids", "edit_tokens"}) | {"eos_id": described.eos_id}
+    for part, of, added in ((fields, ModelDescription, _ADDED), (fields["moe"] or {}, MoeDescription, _ADDED_TO_MOE)):
+        for name in added:
+            if part.get(name) == of.model_fields[name].default:
+                part.pop(name, None)  # so bundles from before the field keep their identity
+    description = repr(sorted(fields.items()))
     return hashlib.sha256("\n".join((description, *parts)).encode()).hexdigest()
 
 

@@ -12,6 +12,7 @@ from ..bundle.manifest import DecodeValues, Manifest
 from ..bundle.origin import CheckpointEntry
 from ..bundle.reader import Bundle, open_bundle
 from ..bundle.writer import BundleWriter
+from ..checkpoint.edit_tokens import give_edit_tokens
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.hub import resolve_checkpoint
 from ..description import ExportPrecision, ModelDescription, Precision, RoutingChoice, WeightFormats
@@ -42,8 +43,8 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
                       layers: int | None = None, top_p: float | None = None, min_experts: int | None = None,
                       coreset_size: int | None = None, decode_defaults: DecodeValues | None = None,
                       presets: Mapping[str, DecodeValues] | None = None, salient: bool = False,
-                      salient_capacity: Sequence[int] = (), overwrite: bool = False,
-                      report: Report | None = None) -> Bundle:
+                      salient_capacity: Sequence[int] = (), edit_tokens: Sequence[int] | None = None,
+                      overwrite: bool = False, report: Report | None = None) -> Bundle:
     """Export a checkpoint folder or hub id to the bundle folder `out`, and open it.
 
     `precision` is how weights are stored; None: bf16, fp16 or fp32, as the checkpoint stores its matrices, else fp32.
@@ -59,6 +60,7 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
     requests that say none (options of `Generator.generate`); the checkpoint's generation_config.json wins over them.
     `presets` are such settings under names that a request can ask for. `salient` adds the graph
     of salient-token decoding, `salient_capacity` a graph of static shapes for each M it names (docs/salient.md).
+    `edit_tokens`: DELETE and SPLIT of a model that inserts and deletes, where its config.json does not say them.
     Raises CheckpointError for what cannot be read, OutputError for what cannot be written; `out` is complete or absent.
     """
     if precision not in (None, *get_args(ExportPrecision)) or routing not in (None, *get_args(RoutingChoice)):
@@ -66,6 +68,8 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
                          f"{', '.join(get_args(ExportPrecision))} and {', '.join(get_args(RoutingChoice))}.")
     source = (checkpoint if isinstance(checkpoint, Checkpoint)
               else Checkpoint(resolve_checkpoint(checkpoint), layers))
+    if edit_tokens is not None:
+        give_edit_tokens(source, edit_tokens)
     d = source.description
     formats, odd = choose_formats(source, precision, compute, dense=dense_precision, head=head_precision,
                                   embedding=embedding_precision, group_size=group_size)

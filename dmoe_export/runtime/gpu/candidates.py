@@ -124,6 +124,6 @@ class LogitsTaker:
             except MissingRequirementError as error:
                 why_not = as_clause(error)
             if self._kernel is None:
-                _log.warning("Steps that draw with top_k send all logits to the host, which ranks them: %s; `make "
-                             "ort-ops` builds what ranks them on the GPU.", why_not)
+                _log.warning("Steps that draw with top_k, or edit, send all logits to the host, which ranks them: %s; "
+                             "`make ort-ops` builds what ranks them on the GPU.", why_not)
         return self._kernel

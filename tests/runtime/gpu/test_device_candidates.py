@@ -64,7 +64,7 @@ def test_the_host_ranks_where_no_library_does_and_says_so_once(golden_bundle, tm
     assert decode(backend, [[5, 6, 7]], **OPTIONS)[0] == want
     said = [record.message for record in caplog.records if "rank" in record.message]
     assert len(said) == 1
-    assert said[0].startswith("Steps that draw with top_k send all logits to the host, which ranks them: ")
+    assert said[0].startswith("Steps that draw with top_k, or edit, send all logits to the host, which ranks them: ")
     assert ("libdmoe_onnxruntime.so has no kernel" if library else "no library of CUDA kernels") in said[0]
 
 

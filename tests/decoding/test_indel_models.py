@@ -1,0 +1,72 @@
+"""Inserting and deleting on a real graph, and through a generator: caches, streams, stops, statistics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import pytest
+from joining import Asked, check, live
+from toy_backend import decode
+
+from dmoe_export import Generator
+from dmoe_export.decoding.batch import JoiningBatch
+from dmoe_export.description import EditTokens
+from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
+
+pytestmark = pytest.mark.usefixtures("our_kernels")
+
+OPTIONS = {"max_new_tokens": 70, "threshold": 0.02, "edit_threshold": 0.0, "edit_passes": 6, "eos_id": -1}
+
+
+@pytest.fixture(scope="module")
+def edit_tokens(tiny_bundle):
+    """What random weights say often, so that much is deleted and inserted."""
+    tokens = decode(OnnxRuntimeBackend(tiny_bundle), [[5, 6, 7], [9] * 40], **OPTIONS)[0]
+    (delete, _), (split, _) = Counter(tokens[0] + tokens[1]).most_common(2)
+    return EditTokens(delete=delete, split=split)
+
+
+@pytest.fixture
+def backend(tiny_bundle, edit_tokens):
+    made = OnnxRuntimeBackend(tiny_bundle)
+    made.description = made.description.model_copy(update={"edit_tokens": edit_tokens})
+    return made
+
+
+PROMPTS = [[5, 6, 7], [9] * 40, list(range(10, 42))]
+
+
+def test_caches_and_schedules_give_the_same(backend, edit_tokens):
+    found = [decode(backend, PROMPTS, insert_delete=True, **how, **OPTIONS) for how in (
+        {"cache": "none"}, {}, {"schedule": "reference"})]
+    assert found[0][0] == found[1][0] == found[2][0]
+    moved = [(one.statistics.inserted, one.statistics.deleted, one.statistics.edits) for one in found[1][1]]
+    assert all(sum(kind) > 0 for kind in zip(*moved, strict=True)), moved
+    assert moved == [(one.statistics.inserted, one.statistics.deleted, one.statistics.edits) for one in found[2][1]]
+    for tokens in found[0][0]:
+        assert len(tokens) == 70 and not {edit_tokens.delete, edit_tokens.split} & set(tokens)
+
+
+def test_rows_of_any_settings_share_a_batch(backend):
+    random = Random(4)
+    changes = [{"insert_delete": True}, {"insert_delete": True, "temperature": 0.8, "top_k": 4},
+               {"insert_delete": True, "temperature": 0.8}, {}, {"penalty_lambda": 4.0}, {"edit_threshold": None}]
+    rows = [Asked(random.choices(range(5, 100), k=random.choice([1, 31, 35, 70])),
+                  OPTIONS | {"max_new_tokens": random.randint(1, 64), "seed": i} | changes[i % len(changes)], index=i % 3)
+            for i in range(8)]
+    live(JoiningBatch(backend, 3, prefix_cache="1M"), rows, random)
+    check(rows, backend, prefills=False)
+
+
+def test_a_generator_streams_and_stops_it(tiny_bundle, edit_tokens):
+    manifest = tiny_bundle.manifest
+    bundle = type(tiny_bundle)(tiny_bundle.folder, manifest.model_copy(update={
+        "model": manifest.model.model_copy(update={"edit_tokens": edit_tokens})}))
+    with Generator(bundle, OnnxRuntimeBackend(bundle)) as generator:
+        (whole,) = generator.generate([PROMPTS[1]], insert_delete=True, **OPTIONS)
+        blocks = list(generator.stream([PROMPTS[1]], insert_delete=True, **OPTIONS))
+        assert [token for block in blocks for token in block.token_ids] == whole.token_ids
+        assert len(blocks) == whole.stats.blocks > 1  # 40 tokens of prompt: its remainder begins the first
+        told = whole.stats.as_dict()
+        assert told["inserted"] + told["deleted"] > 0 and whole.stats.new_tokens == 70
