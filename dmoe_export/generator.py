@@ -15,22 +15,18 @@ from weakref import WeakSet
 from typing_extensions import Unpack
 
 from .batch import Batch, Request
-from .bundle.hub import resolve_bundle
-from .bundle.reader import Bundle, Verify, open_bundle
+from .bundle.reader import Bundle, Verify
 from .decoding.answer import Block, Generation, generation_of
 from .decoding.defaults import Defaults
 from .decoding.limits import check_batch, check_prompt
-from .decoding.option import check_kind
 from .decoding.settings import OPTIONS, GenerateOptions
 from .decoding.stream import Life, Stream
 from .decoding.way import Way
 from .errors import RequestError
+from .opening import open_model
 from .runtime.backend import Backend
-from .runtime.choose import BACKENDS, BackendName, open_backend, open_under_budget
-from .runtime.cpu.products import Products, check_products
-from .runtime.cpu.session import MOST_THREADS
-from .runtime.residency.backend import parse_interval
-from .runtime.residency.budget import plan_budget
+from .runtime.choose import BackendName
+from .runtime.cpu.products import Products
 from .text.codec import TextCodec
 from .text.prompts import Prompt, Prompts, batch_of, encode
 
@@ -87,25 +83,11 @@ class Generator:
         Raises BundleError for a bad bundle, RequestError for a bad keyword, MissingRequirementError when this machine
         cannot run it.
         """
-        if not isinstance(backend, str) or backend not in BACKENDS:
-            raise RequestError(f"Backend {backend!r} is not known; known: {', '.join(BACKENDS)}.")
-        if threads is not None:
-            check_kind("threads", threads, int)
-            if not 1 <= threads <= MOST_THREADS:
-                raise RequestError(f"threads is {threads}, it must be between 1 and {MOST_THREADS}.")
-        check_kind("path", path, Path)
-        for name, value, kind in (("trusted_key", trusted_key, Path), ("expect_sha256", expect_sha256, str)):
-            if value is not None:
-                check_kind(name, value, kind)
-        products = check_products(cpu_products)
-        interval = parse_interval(expert_refresh_interval)
-        bundle = open_bundle(resolve_bundle(path), verify, progress, expect_sha256=expect_sha256,
-                             trusted_key=trusted_key)
-        Defaults(bundle, preset)  # what is wrong with them is known before a backend takes memory
-        budget = plan_budget(bundle.manifest, expert_budget, experts_per_layer)
-        if budget is None:
-            return cls(bundle, *open_backend(bundle, backend, threads, products), preset)
-        return cls(bundle, *open_under_budget(bundle, budget, interval, backend, threads, products), preset)
+        opened = open_model(
+            path, backend=backend, threads=threads, expert_budget=expert_budget, experts_per_layer=experts_per_layer,
+            expert_refresh_interval=expert_refresh_interval, cpu_products=cpu_products, preset=preset, verify=verify,
+            expect_sha256=expect_sha256, trusted_key=trusted_key, progress=progress)
+        return cls(*opened, preset)
 
     def __enter__(self) -> Generator:
         return self

@@ -44,8 +44,7 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
                       coreset_size: int | None = None, decode_defaults: DecodeValues | None = None,
                       presets: Mapping[str, DecodeValues] | None = None, salient: bool = False,
                       salient_capacity: Sequence[int] = (), edit_tokens: Sequence[int] | None = None,
-                      overwrite: bool = False,
-                      report: Report | None = None) -> Bundle:
+                      overwrite: bool = False, report: Report | None = None) -> Bundle:
     """Export a checkpoint folder or hub id to the bundle folder `out`, and open it.
 
     `precision` is how weights are stored; None: bf16, fp16 or fp32, as the checkpoint stores its matrices, else fp32.

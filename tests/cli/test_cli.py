@@ -202,7 +202,7 @@ def test_unexpected_errors_are_one_sentence_too(bundle, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("dmoe_export.generator.open_bundle", broken)
+    monkeypatch.setattr("dmoe_export.opening.open_bundle", broken)
     result = run("generate", bundle, "--prompt-ids", "1")
     assert result.exit_code == 1 and "unexpected RuntimeError: boom" in result.stderr
     assert "Traceback" not in result.output

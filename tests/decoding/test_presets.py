@@ -9,7 +9,7 @@ import pytest
 from bundles import with_decoding
 from click.testing import CliRunner
 
-from dmoe_export import Generator, generator
+from dmoe_export import Generator, opening
 from dmoe_export.bundle.manifest import MANIFEST_NAME
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.cli import main
@@ -76,7 +76,7 @@ def test_a_preset_that_is_not_there(bundle, opened, tiny_bundle, monkeypatch):
             opened.generate(PROMPT, preset=wrong)
         with pytest.raises(RequestError, match="it must be a name of 1 to 100 characters"):
             Defaults(bundle, wrong)
-    monkeypatch.setattr(generator, "open_backend", lambda *_: pytest.fail("a backend was opened"))
+    monkeypatch.setattr(opening, "open_backend", lambda *_: pytest.fail("a backend was opened"))
     result = run("generate", bundle.folder, "--prompt-ids", "1", "--preset", "fast")
     assert result.exit_code == 2 and "are speed, quality." in " ".join(result.stderr.split())
 

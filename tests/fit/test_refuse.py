@@ -115,7 +115,7 @@ def _run(*arguments):
 
 @pytest.mark.parametrize("verb", [("generate", "--prompt-ids", "5"), ("serve", "--port", "0", "--max-batch", "2")])
 def test_the_verbs_refuse_before_they_open(sample_bundle, verb, monkeypatch):
-    monkeypatch.setattr("dmoe_export.generator.open_bundle", None)  # not come to
+    monkeypatch.setattr("dmoe_export.opening.open_bundle", None)  # not come to
     done = _run(verb[0], sample_bundle.folder, *verb[1:], "--backend", "onnxruntime", "--memory", "60M")
     rows = "2 answers" if verb[0] == "serve" else "1 answer"
     assert done.exit_code == 2 and f"of memory for {rows} at once of 64 tokens, there are 62.9 MB" in done.stderr
