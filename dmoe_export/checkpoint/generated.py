@@ -88,7 +88,7 @@ class GeneratedCheckpoint(Checkpoint):
             raise RequestError(f"Geometry {geometry!r} is not known; known: {', '.join((*GEOMETRIES, *ALIASES))}.")
         self.folder, self.config = Path(geometry), config
         self.warnings, self.decode_defaults = [], {}
-        family = family_of(config, self.folder)
+        family = self.family = family_of(config, self.folder)
         self.full_description = family.describe(config, self.folder)
         self.description = self.full_description if layers is None else first_layers(self.full_description, layers)
         layout = family.layout(self.description)

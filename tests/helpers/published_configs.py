@@ -100,7 +100,8 @@ LLADA_MOE_7B: dict[str, Any] = {
     "vocab_size": 157184}
 
 # Seen: training/model/SDAR-4B-Chat and SDAR-8B-Chat of JetAstra/SDAR, models/SDAR-1dot7B-Chat of hxhcreate/DARE.
-# Derived: auto_map, versions. Of 30B-A3B no file was seen: Qwen3-30B-A3B's fields, confirmed for layers, widths and experts.
+# Derived: auto_map, versions. Of 30B-A3B no file was seen: these are fields of Qwen3-30B-A3B, confirmed for layers,
+# widths and experts by users of the checkpoint.
 SDAR_1_7B: dict[str, Any] = {
     "architectures": ["SDARForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig", "AutoModel": "modeling_sdar.SDARModel",
