@@ -3,7 +3,8 @@
 `output = DmoeExperts(…) + down_s · (silu(gate_s · h) ⊙ (up_s · h))`; the shared expert is the last summand, summed in
 float32 by kernels and rounded once. `shared_gate_up` has all gate rows above all up rows (`gate_up` of the routed
 experts has them interleaved). Quantised routed experts as in `ops/experts/__init__.py`; the shared expert's weights
-are floats. The ONNX body is `DmoeExperts` and two `DmoeLinear`.
+are floats. All experts have silu: there is no attribute `activation`. The ONNX body is `DmoeExperts` and two
+`DmoeLinear`.
 """
 
 from ..experts import QUANTISED_SCHEMA as QUANTISED_EXPERTS
