@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..description import (
     ITEMSIZES,
@@ -24,9 +25,9 @@ _LARGEST = 2**31 - 1  # of a size: what an int32 counts, as kernels do
 
 def check_numbers(model: ModelDescription, routing: RoutingDescription) -> None:
     """Raise ValueError for sizes that no model of this kind has."""
-    moe, numbers = model.moe, model.model_dump(exclude={"moe"}) | (model.moe.model_dump() if model.moe else {})
-    for name, value in (numbers | routing.model_dump()).items():
-        if isinstance(value, int) and not isinstance(value, bool) and value > _LARGEST:
+    moe, other = model.moe, model.global_attention
+    for name, value in _whole_numbers(model.model_dump() | routing.model_dump()):
+        if value > _LARGEST:
             raise ValueError(f"{name} {_short(value)} is more than {_LARGEST}")
     pairs = [("the mask id", model.barred_id, "of the vocabulary", model.vocab_size - 1),
              ("the pad id", model.pad_id, "of the vocabulary", model.vocab_size - 1),
@@ -40,11 +41,32 @@ def check_numbers(model: ModelDescription, routing: RoutingDescription) -> None:
                   ("first_dense_layers", moe.first_dense_layers, "of the layers", model.num_layers),
                   ("min_experts", routing.min_experts, "of the experts", moe.num_experts),
                   ("coreset_size", routing.coreset_size, "of the experts", moe.num_experts)]
+    if other:
+        if list(other.layers) != sorted({*other.layers}) or not other.layers or other.layers[-1] >= model.num_layers:
+            raise ValueError(f"global_attention is not of some of the {model.num_layers} layers, in order")
+        pairs += [("rotary_dim of global_attention", other.attention.rotary_dim, "of a head",
+                   other.attention.head_dim),
+                  ("num_kv_heads of global_attention", other.attention.num_kv_heads, "of the heads", model.num_heads)]
+    if model.canvas:
+        pairs.append(("the canvas", model.canvas.length, "of the positions", model.max_positions))
+    if model.edit_tokens:
+        pairs += [(f"the {name} id", value, "of the vocabulary", model.vocab_size - 1)
+                  for name, value in model.edit_tokens.model_dump().items()]
     for name, value, whole, most in pairs:
         if value > most:
             raise ValueError(f"{name} {value} is more than {most}, the largest {whole}")
-    if model.num_heads % model.num_kv_heads or (moe and moe.num_experts % moe.num_groups):
+    uneven = any(model.num_heads % heads for heads, _ in set(model.cached_heads))
+    if uneven or (moe and moe.num_experts % moe.num_groups):
         raise ValueError("heads and groups do not divide evenly")
+
+
+def _whole_numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """All of them, also in parts of parts; lists hold no parts."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _whole_numbers(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield name, value
 
 
 def check_formats(formats: WeightFormats, compute: Precision, experts: bool, how: ExpertQuantisation | None,
@@ -63,7 +85,7 @@ def check_formats(formats: WeightFormats, compute: Precision, experts: bool, how
 def check_dense_size(model: ModelDescription, formats: WeightFormats, compute: Precision, file: str,
                      size: int | None) -> None:
     """Raise ValueError where a file of dense weights is too small for the model; `size` None: it is not listed."""
-    needed = sum(part_bytes(model, formats, compute).values())
+    needed = sum(part_bytes(model, formats, compute).values()) + ITEMSIZES[compute] * _vectors(model)
     if size is not None and needed > size:
         raise ValueError(f"a model of these sizes has {_short(needed)} bytes of dense weights or more, {file} has "
                          f"{size}")
@@ -71,18 +93,35 @@ def check_dense_size(model: ModelDescription, formats: WeightFormats, compute: P
 
 def part_bytes(model: ModelDescription, formats: WeightFormats, compute: Precision) -> dict[str, int]:
     """Bytes of the embedding's, the head's and the linear layers' matrices, with scales; routers are not among them."""
-    d, moe, hidden = model, model.moe, model.hidden_size
-    heads, both, mixed = d.num_heads * d.head_dim, (d.num_heads + 2 * d.num_kv_heads) * d.head_dim, len(d.moe_layers)
-    widths = [(d.num_layers - mixed, d.dense_width), (mixed, moe.shared_width if moe else 0)]
-    linear = [(d.num_layers, ".attention.qkv.weight", both, hidden),
-              (d.num_layers, ".attention.out.weight", hidden, heads),
-              *((2 * count, ".ffn.up.weight", width, hidden) for count, width in widths),
-              *((count, ".ffn.down.weight", hidden, width) for count, width in widths)]
+    d, moe, hidden, mixed = model, model.moe, model.hidden_size, len(model.moe_layers)
+    widths = [("", d.num_layers - mixed, d.dense_width), ("", mixed, moe.shared_width if moe else 0)]
+    if moe and moe.beside_dense:
+        widths.append(("dense.", mixed, d.dense_width))
+    if d.canvas:
+        widths.append(("", 1, d.canvas.conditioning_width))
+    linear = [*((2 * count, f".ffn.{part}up.weight", width, hidden) for part, count, width in widths),
+              *((count, f".ffn.{part}down.weight", hidden, width) for part, count, width in widths)]
+    for (kv_heads, width), count in Counter(d.cached_heads).items():
+        linear += [(count, ".attention.qkv.weight", (d.num_heads + 2 * kv_heads) * width, hidden),
+                   (count, ".attention.out.weight", hidden, d.num_heads * width)]
     return {
         "embedding": _matrix_bytes(formats, compute, "embed.weight", d.vocab_size, hidden),
         "head": 0 if d.tie_embeddings else _matrix_bytes(formats, compute, "lm_head.weight", d.vocab_size, hidden),
         "linear_layers": sum(count * _matrix_bytes(formats, compute, name, rows, inner)
                              for count, name, rows, inner in linear)}
+
+
+def _vectors(d: ModelDescription) -> int:
+    """Numbers of norms, and of scales of layers and experts."""
+    moe, of_layer = d.moe, 4 if d.sandwich else 2
+    scales = (2 if d.canvas else 1) if d.sandwich else 0
+    found = d.num_layers * (of_layer * d.hidden_size + scales) + d.hidden_size * (2 if d.canvas else 1)
+    if d.qk_norm:
+        found += 2 * sum(width for _, width in d.cached_heads)
+    if moe:
+        norms = (3 if moe.beside_dense else 0) + moe.own_norm
+        found += len(d.moe_layers) * (norms * d.hidden_size + moe.expert_scale * moe.num_experts)
+    return found
 
 
 def _matrix_bytes(formats: WeightFormats, compute: Precision, name: str, rows: int, inner: int) -> int:
@@ -97,6 +136,8 @@ def _matrix_bytes(formats: WeightFormats, compute: Precision, name: str, rows: i
 def check_graphs(manifest: Manifest) -> None:
     """Raise ValueError unless every graph takes and gives what one of this model does."""
     graphs: list[tuple[GraphKind, GraphEntry]] = [("denoiser", manifest.denoiser)]
+    if manifest.salient and manifest.model.canvas:
+        raise ValueError("a model with a canvas of random tokens has no salient graphs")
     if salient := manifest.salient:
         graphs += [("salient", salient.graph), *(("salient", entry.graph) for entry in salient.fixed)]
         graphs += [("fill", salient.fill)] if salient.fill else []

@@ -8,6 +8,9 @@ from ..description import RUNTIME_SETTINGS, ModelDescription, Precision, Routing
 
 Tensor = tuple[str, str, list[int | str]]  # name, dtype, shape
 KEPT = "logits_kept"
+CANVAS_INPUTS = ("denoise", "soft_embeddings", "temperature", "uniform")
+CANVAS_OUTPUTS = ("sampled_ids", "entropy", "next_soft_embeddings")
+"""What the graph of a model with a canvas takes and gives besides, in order."""
 GraphKind = Literal["denoiser", "salient", "fill"]
 
 _DTYPES: dict[Precision, str] = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
@@ -24,9 +27,11 @@ def inputs_of(model: ModelDescription, mode: RoutingMode, precision: Precision, 
     found: list[Tensor] = [("input_ids", "int64", ["B", "T"]), ("position_ids", "int64", ["B", "T"]),
                            ("past_positions", "int64", ["B", "S"]), ("logit_rows", "int64", ["B", "M"])]
     found += [(KEPT, "int64", ["L"])] if kept else []
+    if d.canvas:
+        found += [("denoise", "bool", ["B"]), ("soft_embeddings", "float", ["B", "T", d.hidden_size]),
+                  ("temperature", "float", ["B"]), ("uniform", "float", ["B", "M"])]
     found += [(name, kind_of, [1]) for name, kind_of in settings]
-    found += [(f"past_{part}.{layer}", dtype, ["B", d.num_kv_heads, "S", d.head_dim])
-              for part in ("key", "value") for layer in range(d.num_layers)]
+    found += [(f"past_{name}", of, shape) for name, of, shape in _keys_values(d, dtype, "S")]
     if kind == "salient":
         found += [("unmasked", "bool", ["B", "T"]), ("threshold", "float", [1])]
         found += [(f"range_{name}", of, shape) for name, of, shape in _state(d, dtype)]
@@ -38,20 +43,29 @@ def outputs_of(model: ModelDescription, precision: Precision, kind: GraphKind, k
     dtype, d = _DTYPES[precision], model
     found: list[Tensor] = [("token_ids", "int64", ["B", "M"]), ("confidence", "float", ["B", "M"]),
                            ("logits", "float", ["B", "L" if kept else "M", d.vocab_size])]
+    if d.canvas:
+        found += [("sampled_ids", "int64", ["B", "M"]), ("entropy", "float", ["B", "M"]),
+                  ("next_soft_embeddings", "float", ["B", "M", d.hidden_size])]
     if d.moe and len(d.moe_layers):
         found.append(("expert_ids", "int32", [len(d.moe_layers), "B", "T", d.moe.experts_per_token]))
     if kind == "salient":
         found.append(("salient", "bool", [d.num_layers, "B", "T"]))
     if kind == "denoiser":
-        return found + [(f"{part}.{layer}", dtype, ["B", d.num_kv_heads, "T", d.head_dim])
-                        for part in ("key", "value") for layer in range(d.num_layers)]
+        return found + _keys_values(d, dtype, "T")
     return found + _state(d, dtype)
 
 
 def how_many(model: ModelDescription, mode: RoutingMode, kind: GraphKind, kept: bool = False) -> int:
     """How many inputs there are."""
     state = 2 + 4 * model.num_layers if kind == "salient" else 0
-    return 4 + kept + len(RUNTIME_SETTINGS[mode]) + 2 * model.num_layers + state
+    besides = kept + (len(CANVAS_INPUTS) if model.canvas else 0) + len(RUNTIME_SETTINGS[mode])
+    return 4 + besides + 2 * model.num_layers + state
+
+
+def _keys_values(d: ModelDescription, dtype: str, tokens: str) -> list[Tensor]:
+    """Of all layers, each with heads of its own."""
+    return [(f"{part}.{layer}", dtype, ["B", heads, tokens, width])
+            for part in ("key", "value") for layer, (heads, width) in enumerate(d.cached_heads)]
 
 
 def _state(d: ModelDescription, dtype: str) -> list[Tensor]:

@@ -19,7 +19,7 @@ from ..runtime.cache import HostCache
 from ..runtime.edited import EditedGraph
 from ..runtime.graph_errors import not_loaded
 from ..runtime.ort import EXTERNAL_FOLDER, ort
-from .inputs import forward_inputs
+from .feed import forward_inputs
 from .instrument import OpenedGraph
 from .reference import Reference, named_outputs
 
@@ -155,13 +155,16 @@ def _on_host(out: ForwardOutputs, cache: Any, precision: Precision, tokens: int)
     """The outputs with keys and values as arrays, wherever the backend keeps them."""
     if isinstance(cache, HostCache):
         return out
-    raw = cache.fetch(out)[..., :tokens, :]
-    if precision == "bf16":
-        wide = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    else:
-        wide = np.ascontiguousarray(raw).view(DTYPES[precision])
+    wide = [_floats(part[:, :, :tokens], precision) for part in cache.fetch(out)]
     half = len(wide) // 2
-    return replace(out, keys_values=(list(wide[:half]), list(wide[half:])))
+    return replace(out, keys_values=(wide[:half], wide[half:]))
+
+
+def _floats(raw: np.ndarray, precision: Precision) -> np.ndarray:
+    """Bytes of a part as numbers."""
+    if precision == "bf16":
+        return (np.ascontiguousarray(raw).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.ascontiguousarray(raw).view(DTYPES[precision])
 
 
 def streams_feeds(reference: list[Arrays]) -> list[Arrays]:

@@ -86,6 +86,5 @@ def _salient_parts(manifest: Manifest, work: Work, backend: Named, engine: Engin
 
 def _slab(manifest: Manifest, rows: int, length: int) -> int:
     """Keys and values of so many rows and places, as `runtime/gpu/slab.py` lays them out, and positions."""
-    d = manifest.model
-    cache = Geometry(2 * d.num_layers, d.num_kv_heads, d.head_dim, ITEMSIZES[manifest.precision])
+    cache = Geometry.of_layers(manifest.model.cached_heads, ITEMSIZES[manifest.precision])
     return cache.slab_bytes(rows, length) + 8 * rows * length

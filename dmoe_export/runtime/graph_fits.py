@@ -31,7 +31,7 @@ class Results:
     def __init__(self, graph: GraphEntry, model: ModelDescription, name: str) -> None:
         self._inputs = [entry for entry in graph.inputs if any(isinstance(size, str) for size in entry.shape)]
         self._outputs = {entry.name: (_NUMPY.get(entry.dtype, entry.dtype), entry.shape) for entry in graph.outputs}
-        self._bounds = {"token_ids": (0, model.vocab_size),
+        self._bounds = {"token_ids": (0, model.vocab_size), "sampled_ids": (0, model.vocab_size),
                         "expert_ids": (-1, model.moe.num_experts if model.moe else 0)}
         self._name = name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,9 +44,10 @@ def test_a_slab_is_as_large_as_the_device_cache_makes_it(sample_bundle, rows, le
     class Room:
         def allocate(self, size):
             self.size = size
+            return SimpleNamespace(address=0)
 
     d, room = sample_bundle.manifest.model, Room()
-    Slab(room, Geometry(2 * d.num_layers, d.num_kv_heads, d.head_dim, 4), rows, length, 8 * rows * length)
+    Slab(room, Geometry.of_layers(d.cached_heads, 4), rows, length, 8 * rows * length)
     assert _slab(sample_bundle.manifest, rows, length) == room.size
 
 

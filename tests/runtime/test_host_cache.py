@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,11 +28,11 @@ class Lists:
     def commit(self, take, rows):
         shape = (len(rows), take.shape[1])
         new = [self.rng.random((shape[0], count, shape[1], width), np.float32) for count, width in 2 * self.heads]
-        positions = np.stack([len(self.held[row]) + np.cumsum(marks) - 1 for row, marks in zip(rows, take, strict=True)])
+        positions = np.stack([len(self.held[row]) - 1 + marks.cumsum() for row, marks in zip(rows, take, strict=True)])
         nothing = np.zeros((1, 1))
         self.cache.commit(ForwardInputs(np.zeros(shape, np.int64), positions, np.full((len(rows), 1), -1), {}),
-                          ForwardOutputs(nothing, nothing, nothing, None, (new[:len(self.heads)], new[len(self.heads):])),
-                          take, rows)
+                          ForwardOutputs(nothing, nothing, nothing, None,
+                                         (new[:len(self.heads)], new[len(self.heads):])), take, rows)
         for i, row in enumerate(rows):
             self.held[row] += [(int(positions[i, at]), [x[i, :, at] for x in new]) for at in np.flatnonzero(take[i])]
 
@@ -45,7 +47,7 @@ class Lists:
     def hand_over(self, source, to, at, blocks):
         """What a row has from its start, in blocks, appended to an empty row."""
         edges = [0, *[at * (i + 1) for i in range(blocks)]]
-        read = [self.cache.read(source, start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+        read = [self.cache.read(source, start, stop) for start, stop in pairwise(edges)]
         assert all(block.nbytes == at * self.cache.token_bytes for block in read)
         self.clear(to)
         self.cache.write(to, read)

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle.contract import KEPT
+from ...bundle.contract import CANVAS_OUTPUTS, KEPT
 from ...bundle.manifest import GraphEntry
 from ...bundle.reader import Bundle
 from ...errors import MissingRequirementError
 from ..backend import ForwardInputs, ForwardOutputs, Limits, closed
 from ..cache import HostCache
 from ..candidates import Candidates, best_of
+from ..canvas import canvas_feeds, canvas_outputs
 from ..edited import EditedGraph
 from ..library import ExpertSource
 from .library import CpuOps
@@ -89,16 +90,19 @@ class OnnxRuntimeBackend:
         session = self._session
         if session is None:
             raise closed(self.name)
-        head = Wanted(inputs.logit_rows, inputs.input_ids.shape[1])
-        feeds: dict[str, Any] = {"input_ids": inputs.input_ids, "position_ids": inputs.position_ids,
-                                 "past_positions": cache.positions, "logit_rows": head.logit_rows}
+        canvas = self.description.canvas is not None
+        head = Wanted(inputs.logit_rows, inputs.input_ids.shape[1], stay=canvas)
+        feeds: dict[str, Any] = {
+            "input_ids": inputs.input_ids, "position_ids": inputs.position_ids, "past_positions": cache.positions,
+            "logit_rows": head.logit_rows, **canvas_feeds(self.description, inputs)}
         logits_leave = inputs.want_logits or inputs.candidates > 0
         if self._keeps_logits:
             feeds[KEPT] = np.zeros(head.logit_rows.shape[1] if logits_leave else 1, np.int64)
         for name, default in self._defaults.items():
             feeds[name] = np.asarray([inputs.settings.get(name, default[0])], default.dtype)
         feeds.update(zip((f"past_{name}" for name in self._kv_names), (*cache.keys, *cache.values), strict=True))
-        wanted = ["token_ids", "confidence", *(["expert_ids"] if self.description.moe else [])]
+        wanted = ["token_ids", "confidence", *(["expert_ids"] if self.description.moe else []),
+                  *(CANVAS_OUTPUTS if canvas else ())]
         if logits_leave:
             wanted.append("logits")
         if inputs.want_keys_values:
@@ -112,7 +116,8 @@ class OnnxRuntimeBackend:
                               results.get("expert_ids", np.zeros((0, *inputs.input_ids.shape, 0), np.int32)),
                               head.spread(results["logits"]) if inputs.want_logits else None,
                               (new[:layers], new[layers:]) if new else None,
-                              found and Candidates(head.spread(found.token_ids), head.spread(found.logits)))
+                              found and Candidates(head.spread(found.token_ids), head.spread(found.logits)),
+                              canvas_outputs(results))
 
     def close(self) -> None:
         """See `Backend`: a forward in progress keeps its session until it ends."""

@@ -17,13 +17,14 @@ from ..backend import Bools, Ints
 class Wanted:
     """`logit_rows` [B, M] of a forward of T tokens as the graph gets them, [B, M'] with M' ≤ M, and the way back."""
 
-    def __init__(self, logit_rows: Ints, tokens: int) -> None:
+    def __init__(self, logit_rows: Ints, tokens: int, stay: bool = False) -> None:
+        """`stay`: nothing moves, as what a row wants is computed with numbers of its own (a canvas's temperature)."""
         self._given: Bools = logit_rows >= 0
         rows, wide = logit_rows.shape
         up_to = self._given.sum(axis=1).cumsum()  # wanted tokens of the first 1, 2, … rows
         # Place k is in row k // M'. It may not name a token of an earlier row, so the first b rows want at most b·M'.
         narrow = max(1, int((-(-up_to // np.arange(1, rows + 1))).max()))
-        self.logit_rows, self._packed = logit_rows, narrow < wide
+        self.logit_rows, self._packed = logit_rows, narrow < wide and not stay
         if self._packed:
             tokens_of_all = (logit_rows + tokens * np.arange(rows)[:, None])[self._given]
             packed = np.full(rows * narrow, -1, np.int64)

@@ -43,14 +43,13 @@ class DevicePart:
         return self.slab.length
 
     @property
-    def address(self) -> int:
-        """Where the first layer's keys start."""
-        return self.part(0)
+    def key(self) -> tuple[int, int, int]:
+        """What tells the addresses of all parts, besides S."""
+        return self.slab.address, self.slab.rows, self.first
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self, index: int) -> tuple[int, int, int, int]:
         """Of one part: [B, Hkv, S, D]."""
-        return self.rows, *self.slab.shape[1:]
+        return self.rows, *self.slab.shape(index)[1:]
 
     @property
     def positions(self) -> Ints:
@@ -65,11 +64,12 @@ class DevicePart:
     @property
     def aligned(self) -> bool:
         """Whether a forward can read it where it lies."""
-        return self.address % ALIGNMENT == 0 and self.positions_address % ALIGNMENT == 0
+        first_parts = [self.positions_address, *(self.part(kind.parts[0]) for kind in self.slab.geometry.kinds)]
+        return all(address % ALIGNMENT == 0 for address in first_parts)
 
     def part(self, index: int) -> int:
         """As `Slab.part`."""
-        return self.slab.part(index) + self.first * self.slab.geometry.heads * self.slab.pitch
+        return self.slab.part(index, self.first)
 
 
 class DeviceCache:
@@ -143,16 +143,19 @@ class DeviceCache:
                 self.lengths[row] = place
         self._changed()
 
-    def fetch(self, outputs: ForwardOutputs) -> NDArray[np.uint8]:
-        """A forward's new keys, then values, on the host as bytes [2L, B, Hkv, T, D·itemsize]; waits for the device."""
+    def fetch(self, outputs: ForwardOutputs) -> list[NDArray[np.uint8]]:
+        """A forward's new keys, then values, on the host as bytes [B, Hkv, T, D·itemsize]; waits for the device."""
         new: Slab = outputs.keys_values
-        rows, heads, length, _ = new.shape
         with self._lock:
             raw = self._pool.device.pinned(new.bytes)
             self._pool.device.copy(raw.ctypes.data, new.address, new.bytes, self._stream)
             self._pool.device.synchronize(self._stream)
-        parts = raw[:new.bytes].reshape(new.geometry.parts, new.height, new.pitch)[:, :rows * heads].copy()
-        return parts.reshape(new.geometry.parts, rows, heads, length, new.geometry.row_bytes)
+        found = []
+        for index in range(len(new.geometry.heads)):
+            rows, heads, length, width = new.shape(index)
+            start, size = new.part(index) - new.address, rows * heads * length * width * new.geometry.itemsize
+            found.append(raw[start:start + size].reshape(rows, heads, length, -1).copy())
+        return found
 
     def clear(self, rows: Sequence[int]) -> None:
         """See `Cache`: their places become empty, nothing moves on the device."""
@@ -175,7 +178,7 @@ class DeviceCache:
     @property
     def token_bytes(self) -> int:
         """See `Cache`."""
-        return self._geometry.parts * self._geometry.heads * self._geometry.row_bytes
+        return self._geometry.token_bytes
 
     def read(self, row: int, start: int, stop: int) -> Slab:
         """See `Cache`: a slab of its own, filled by the device."""

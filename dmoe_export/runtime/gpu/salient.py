@@ -42,9 +42,9 @@ class DeviceState:
 def state_geometries(d: ModelDescription, precision: Precision) -> tuple[Geometry, Geometry, Geometry]:
     """Of the slabs of a state: keys and values, contexts, feed-forward outputs."""
     size = ITEMSIZES[precision]
-    return (Geometry(2 * d.num_layers, d.num_kv_heads, d.head_dim, size),
-            Geometry(d.num_layers, 1, d.num_heads * d.head_dim, size),
-            Geometry(d.num_layers, 1, d.hidden_size, size))
+    return (Geometry.of_layers(d.cached_heads, size),
+            Geometry(((1, d.num_heads * d.head_dim),) * d.num_layers, size),
+            Geometry(((1, d.hidden_size),) * d.num_layers, size))
 
 
 class DeviceSalient:
@@ -159,23 +159,28 @@ class DeviceSalient:
             return {f"past_{name}": tensor for name, tensor in tensors.items()}, state.addresses
         part: DevicePart = past.cached
         self._staging.send_positions(part.table)
-        tensors = self._parts(part, ("key", "value"), part.shape)
+        tensors = self._parts(part, ("key", "value"))
         tensors["positions"] = Tensor(part.positions_address, past.positions.shape, "int64")
-        return {f"past_{name}": tensor for name, tensor in tensors.items()}, (part.address, part.slab.part_bytes)
+        return {f"past_{name}": tensor for name, tensor in tensors.items()}, part.key
 
     def _tensors(self, state: DeviceState, names: tuple[str, ...] = PARTS) -> dict[str, Tensor]:
         """Of a range, by the names of the graphs."""
         heads, contexts, ffns = state.slabs
-        tokens = heads.length
-        found = self._parts(heads, ("key", "value"), heads.shape)
-        found |= self._parts(contexts, ("context",), (1, tokens, contexts.geometry.head_dim))
-        found |= self._parts(ffns, ("ffn",), (1, tokens, ffns.geometry.head_dim))
+        found = self._parts(heads, ("key", "value"))
+        found |= self._parts(contexts, ("context",), flat=True)
+        found |= self._parts(ffns, ("ffn",), flat=True)
         return {name: tensor for name, tensor in found.items() if name.partition(".")[0] in names}
 
-    def _parts(self, slab: Slab | DevicePart, names: tuple[str, ...], shape: tuple[int, ...]) -> dict[str, Tensor]:
-        layers = self.description.num_layers
-        return {f"{name}.{layer}": Tensor(slab.part(i * layers + layer), shape, self._bundle.manifest.precision)
-                for i, name in enumerate(names) for layer in range(layers)}
+    def _parts(self, slab: Slab | DevicePart, names: tuple[str, ...], flat: bool = False) -> dict[str, Tensor]:
+        """`flat`: [1, T, width], of parts with one head."""
+        layers, found = self.description.num_layers, {}
+        for i, name in enumerate(names):
+            for layer in range(layers):
+                part = i * layers + layer
+                rows, heads, tokens, width = slab.shape(part)
+                shape = (rows, tokens, width) if flat else (rows, heads, tokens, width)
+                found[f"{name}.{layer}"] = Tensor(slab.part(part), shape, self._bundle.manifest.precision)
+        return found
 
     def _new(self, tokens: int) -> DeviceState:
         """Uninitialised."""

@@ -17,39 +17,38 @@ from dmoe_export.runtime.gpu.cache import DeviceCache
 from dmoe_export.runtime.gpu.memory import Pool
 from dmoe_export.runtime.gpu.slab import Geometry, Slab
 
-LAYERS = 2
-
 
 class Pair:
-    """Both caches, fed the same."""
+    """Both caches, fed the same. `layers`: heads and width of each."""
 
-    def __init__(self, rows, heads=3, head_dim=4, dtype=np.float16, capacity=None):
+    def __init__(self, rows, heads=3, head_dim=4, dtype=np.float16, capacity=None, layers=None):
         self.device = HostDevice()
         self.pool, self.stream = Pool(self.device), self.device.stream()
-        self.geometry = Geometry(2 * LAYERS, heads, head_dim, np.dtype(dtype).itemsize)
+        layers = layers or [(heads, head_dim)] * 2
+        self.layers = len(layers)
+        self.geometry = Geometry.of_layers(layers, np.dtype(dtype).itemsize)
         self.dtype = dtype
-        self.host = HostCache(rows, [(heads, head_dim)] * LAYERS, np.dtype(dtype))
+        self.host = HostCache(rows, layers, np.dtype(dtype))
         self.cache = DeviceCache(rows, self.geometry, self.pool, self.stream, threading.RLock(), capacity)
 
     def parts(self, slab):
         """A slab's content on the device, as arrays [B, Hkv, length, D]."""
-        size = int(np.prod(slab.shape)) * np.dtype(self.dtype).itemsize
-        return [self.device.fake.view(slab.part(i), size).view(self.dtype).reshape(slab.shape)
-                for i in range(2 * LAYERS)]
+        return [self.device.fake.view(slab.part(i), int(np.prod(slab.shape(i))) * np.dtype(self.dtype).itemsize)
+                .view(self.dtype).reshape(slab.shape(i)) for i in range(2 * self.layers)]
 
     def commit(self, take, rng, spare=0, into=None, ordered=False):
         """`spare`: tokens the backend padded the forward with; `into`: its rows; `ordered`: at positions 0, 1, …"""
         rows, tokens = take.shape
         slab = Slab(self.pool, self.geometry, rows, tokens + spare)
-        new = [rng.random(slab.shape).astype(self.dtype) for _ in range(2 * LAYERS)]
+        new = [rng.random(slab.shape(i)).astype(self.dtype) for i in range(2 * self.layers)]
         for part, values in zip(self.parts(slab), new, strict=True):  # as a kernel would write it: in stream order
             self.device.fake.enqueue(self.stream, lambda part=part, values=values: np.copyto(part, values))
         positions = np.tile(np.arange(tokens), (rows, 1)) if ordered else rng.integers(0, 9999, (rows, tokens))
         inputs = ForwardInputs(np.zeros((rows, tokens), np.int64), positions, np.full((rows, 1), -1), {})
         nothing = np.zeros((rows, 1))
         shown = [x[:, :, :tokens] for x in new]
-        self.host.commit(inputs, ForwardOutputs(nothing, nothing, nothing, None, (shown[:LAYERS], shown[LAYERS:])),
-                         take, into)
+        halves = shown[:self.layers], shown[self.layers:]
+        self.host.commit(inputs, ForwardOutputs(nothing, nothing, nothing, None, halves), take, into)
         self.cache.commit(inputs, ForwardOutputs(nothing, nothing, nothing, None, slab), take, into)
 
     def leave(self, row, last):
@@ -78,7 +77,7 @@ class Pair:
         self.device.synchronize(self.stream)
         rows = slice(got.first, got.first + got.rows)
         assert (got.table.values[rows] == want.positions).all()
-        assert got.shape[2] == got.length == want.positions.shape[1]
+        assert got.shape(0)[2] == got.length == want.positions.shape[1]
         held = (want.positions >= 0)[:, None, :, None]  # what a cleared row has left behind may differ
         for i, (mine, theirs) in enumerate(zip(self.parts(got), (*want.keys, *want.values), strict=True)):
             assert got.part(i) % 256 == 0
@@ -98,6 +97,37 @@ def test_runs_and_ragged_rows(shape):
     pair.check()
     pair.commit(np.array([[0, 1], [1, 1], [0, 0]], bool), rng, spare=3)
     pair.check()
+
+
+def test_layers_of_two_kinds():
+    """A copy per kind; blocks leave and come back; what a forward gave is fetched by layer."""
+    pair, rng = Pair(3, layers=[(2, 4), (1, 8), (2, 4)]), np.random.default_rng(0)
+    pair.commit(np.ones((1, 60), bool), rng, into=[1], ordered=True)
+    before = pair.device.fake.calls["cudaMemcpy3DAsync"]
+    block = pair.cache.read(1, 10, 40)
+    assert pair.device.fake.calls["cudaMemcpy3DAsync"] == before + 2
+    assert block.geometry.slab_bytes(1, 30) == block.bytes
+    for cache in (pair.host, pair.cache):
+        first = cache.read(1, 0, 30)
+        cache.write(0, [first])
+        cache.write(2, [first, cache.read(1, 30, 60)])
+    pair.check()
+    pair.part([0, 2])
+    pair.leave(0, 2)
+    pair.check()
+    assert pair.cache.token_bytes == pair.host.token_bytes == 2 * (8 + 8 + 8) * 2
+
+
+def test_what_a_forward_gave_is_fetched_layer_by_layer():
+    pair, rng = Pair(2, layers=[(2, 4), (1, 8), (3, 2)]), np.random.default_rng(0)
+    slab = Slab(pair.pool, pair.geometry, 2, 5)
+    given_ = [rng.random(slab.shape(i)).astype(np.float16) for i in range(6)]
+    for part, values in zip(pair.parts(slab), given_, strict=True):
+        part[:] = values
+    nothing = np.zeros((2, 1))
+    fetched = pair.cache.fetch(ForwardOutputs(nothing, nothing, nothing, None, slab))
+    for raw, values in zip(fetched, given_, strict=True):
+        assert np.array_equal(raw.view(np.float16), values)
 
 
 def test_a_run_is_one_copy_and_nothing_waits_for_the_device():
@@ -144,7 +174,7 @@ def test_blocks_are_read_and_written_by_the_device():
     pair.leave(0, 2)
     pair.commit(np.ones((1, 50), bool), rng, into=[0])
     pair.check()
-    assert pair.cache.token_bytes == pair.host.token_bytes == 2 * LAYERS * 3 * 4 * 2
+    assert pair.cache.token_bytes == pair.host.token_bytes == 2 * 2 * 3 * 4 * 2
     with pytest.raises(RequestError, match="grown to 330 tokens, the engine was built for 300"):
         pair.cache.write(1, blocks[1] * 2 + blocks[1][:3])
     pair.check()
@@ -173,9 +203,9 @@ def test_a_window_or_rows_gathered_once():
     gathered = pair.part([0, 1, 3, 4])
     assert copies() == before + 2 and gathered.slab is not pair.cache.slab and gathered.table.stale
     assert pair.part([0, 1, 3, 4]) is gathered and copies() == before + 2
-    assert pair.part([4, 0, 2, 1]).address == gathered.address and copies() == before + 6
+    assert pair.part([4, 0, 2, 1]).part(0) == gathered.part(0) and copies() == before + 6
     pair.commit(np.ones((4, 5), bool), rng, into=[4, 0, 2, 1])
-    assert pair.part([4, 0, 2, 1]).address == gathered.address
+    assert pair.part([4, 0, 2, 1]).part(0) == gathered.part(0)
     pair.clear([0])
     pair.part([4, 0, 2, 1])
     pair.leave(1, 4)
@@ -189,7 +219,7 @@ def test_rows_that_lie_unaligned_are_gathered():
     pair.commit(np.ones((3, 140), bool), np.random.default_rng(0))
     assert pair.cache.part([0, 1]).slab is pair.cache.slab
     got, want = pair.cache.part([1, 2]), pair.host.part([1, 2])
-    assert got.slab is not pair.cache.slab and got.address % 256 == got.positions_address % 256 == 0
+    assert got.slab is not pair.cache.slab and got.part(0) % 256 == got.positions_address % 256 == 0
     pair.device.synchronize(pair.stream)
     assert all(np.array_equal(mine, theirs[:, :, :140])
                for mine, theirs in zip(pair.parts(got), (*want.keys, *want.values), strict=True))
@@ -224,8 +254,9 @@ def test_capacity():
 def test_whatever_is_done(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     rows = data.draw(st.integers(1, 4))
-    pair = Pair(rows, data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9)),
-                data.draw(st.sampled_from([np.float16, np.float32])))
+    one, other = (data.draw(st.tuples(st.integers(1, 3), st.integers(1, 9))) for _ in range(2))
+    pair = Pair(rows, dtype=data.draw(st.sampled_from([np.float16, np.float32])),
+                layers=data.draw(st.lists(st.sampled_from([one, other]), min_size=1, max_size=3)))
     last = rows - 1
     for _ in range(data.draw(st.integers(1, 8))):
         if not data.draw(st.integers(0, 4)):

@@ -108,7 +108,7 @@ def test_too_much_memory_is_one_sentence(device):
 def test_the_cache_equals_the_host_s(device):
     rng = np.random.default_rng(1)
     stream, pool, rows = device.stream(), Pool(device), 3
-    geometry = Geometry(2 * LAYERS, HEADS, HEAD_DIM, 2)
+    geometry = Geometry.of_layers([(HEADS, HEAD_DIM)] * LAYERS, 2)
     host = HostCache(rows, [(HEADS, HEAD_DIM)] * LAYERS, np.dtype(np.float16))
     cache = DeviceCache(rows, geometry, pool, stream, threading.RLock())
     nothing = np.zeros((1, 1))
@@ -116,7 +116,7 @@ def test_the_cache_equals_the_host_s(device):
         width = int(rng.choice([1, 32, 150]))
         take = rng.random((rows, width)) < (0.5, 1.1)[step % 2]
         slab = Slab(pool, geometry, rows, width)
-        new = [rng.random(slab.shape).astype(np.float16) for _ in range(2 * LAYERS)]
+        new = [rng.random(slab.shape(0)).astype(np.float16) for _ in range(2 * LAYERS)]
         for i, values in enumerate(new):
             put(device, stream, slab.part(i), values)
         inputs = ForwardInputs(take, rng.integers(0, 999, (rows, width)), take, {})
