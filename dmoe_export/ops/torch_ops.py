@@ -80,13 +80,14 @@ def experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up:
 
 def mixture(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor,
             scales: tuple[Tensor, Tensor] | None, quantisation: ExpertQuantisation | None,
-            shared: tuple[Tensor, Tensor]) -> Tensor:
+            shared: tuple[Tensor, Tensor], activation: Activation = "silu") -> Tensor:
     """`DmoeMixture`; arguments and results as in ops/mixture/__init__.py. `shared`: gate_up and down."""
     inputs = (hidden, expert_ids, expert_weights, gate_up, down, *(scales or ()), *shared)
     if not torch.onnx.is_in_onnx_export():
-        return eager_mixture(*inputs)
+        return eager_mixture(*inputs, activation=activation)
     schema = mixture_op.QUANTISED_SCHEMA if quantisation else mixture_op.SCHEMA
-    return _node(schema, inputs, _integers(quantisation), (hidden.dtype, hidden.shape))[0]
+    attributes = _integers(quantisation) | activation_attribute(activation)
+    return _node(schema, inputs, attributes, (hidden.dtype, hidden.shape))[0]
 
 
 def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
