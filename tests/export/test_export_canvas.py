@@ -61,17 +61,25 @@ def test_everything_as_eager(folder, run):
 
 
 def test_half_precision(folder, exported):
-    """Router logits stay float32; a near-tie may go the other way, everything else is close."""
-    half = exported(folder / "model", precision="fp16", compute="fp16")
-    worst = {}
+    """Close wherever the experts are the recorded ones; near-ties of a router may go the other way for two tokens."""
+    half, flipped = exported(folder / "model", precision="fp16", compute="fp16"), 0
 
-    def same(name, got, want):
-        got = got.astype(np.float64)
-        worst[name] = np.abs(got - want).max()
-        assert (got * want).sum() / np.linalg.norm(got) / np.linalg.norm(want) > 0.999, name
+    def seen(tag, out, data):
+        nonlocal flipped
+        routed = [(np.sort(out["expert_ids"][layer], -1) == np.sort(data[name], -1)).all(-1)
+                  for layer in range(3) if (name := f"{tag}.layer{layer}.topk_idx") in data]
+        same = np.all(routed, axis=0) if routed else np.ones(out["token_ids"].shape, bool)
+        flipped += (~same).sum()
+        if f"{tag}.logits" in data:  # between −22 and 22
+            assert out["key.0"].dtype == np.float16
+            assert 1e-3 < np.abs(out["logits"] - data[f"{tag}.logits"]).max(-1)[same].max() < 0.25
 
-    recorded_forwards(folder, run_session(half), same, dtype=np.float16)
-    assert 1e-4 < worst["denoise1.logits"] < 0.5, worst
+    def close(name, got, want):
+        if not name.endswith("logits"):
+            np.testing.assert_allclose(got, want, atol=0.01, err_msg=name)
+
+    recorded_forwards(folder, run_session(half), close, seen, dtype=np.float16)
+    assert flipped <= 2
 
 
 def test_weights_in_bfloat16(folder, exported, bundle):
