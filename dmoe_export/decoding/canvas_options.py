@@ -10,8 +10,8 @@ from ..errors import RequestError
 from .settings import CANVAS_DEFAULTS, OPTIONS, DecodeSettings
 
 # What means something with a canvas; of all else, no request may change the default.
-_SHARED = {"preset", "max_new_tokens", "steps", "cache", "schedule", "seed", "eos_id", "early_stop", "stop", "time_limit",
-           "coreset_top_p", "min_experts", "coreset_size"}
+_SHARED = {"preset", "max_new_tokens", "steps", "cache", "schedule", "seed", "eos_id", "early_stop", "stop",
+           "time_limit", "coreset_top_p", "min_experts", "coreset_size"}
 
 
 @dataclass(frozen=True)

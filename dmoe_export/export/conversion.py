@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,10 @@ from ..ops.experts.quantised import quantise
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHARED_GATE_UP = "ffn.shared.gate_up.weight"
+# Axes that came after the first bundles, at their defaults no part of an identity.
+_LATER = ("canvas", "window", "global_attention", "attention_scale", "value_norm", "activation",
+          "sandwich", "scaled_embedding", "logit_softcap")
+_LATER_OF_EXPERTS = ("expert_scale", "own_norm", "beside_dense")
 DENSE_FILE, EXPERTS_FILE = "denoiser.onnx.data", "experts.bin"
 
 
@@ -72,22 +77,22 @@ class Digests:
         return [part.hexdigest() for part in (self._trunk, *self._layers)]
 
 
-_ADDED = ("canvas", "window", "global_attention", "attention_scale", "value_norm", "activation", "sandwich",
-          "scaled_embedding", "logit_softcap")
-_ADDED_TO_MOE = ("expert_scale", "own_norm", "beside_dense")
-
-
 def identity(checkpoint: Checkpoint, parts: list[str]) -> str:
     """sha256 over the description of the whole checkpoint and the digests of the parts that were read."""
     described = checkpoint.full_description
     # One EOS, as in bundles from before `eos_ids`: what else ends an answer, or edits it, is no other model.
-    fields = described.model_dump(exclude={"eos_ids", "edit_tokens"}) | {"eos_id": described.eos_id}
-    for part, of, added in ((fields, ModelDescription, _ADDED), (fields["moe"] or {}, MoeDescription, _ADDED_TO_MOE)):
-        for name in added:
-            if part.get(name) == of.model_fields[name].default:
-                part.pop(name, None)  # so bundles from before the field keep their identity
-    description = repr(sorted(fields.items()))
+    fields = _as_before(described, _LATER) | {"eos_id": described.eos_id}
+    if described.moe:
+        fields["moe"] = _as_before(described.moe, _LATER_OF_EXPERTS)
+    named = [(name, value) for name, value in fields.items() if name not in ("eos_ids", "edit_tokens")]
+    description = repr(sorted(named))
     return hashlib.sha256("\n".join((description, *parts)).encode()).hexdigest()
+
+
+def _as_before(part: ModelDescription | MoeDescription, later: tuple[str, ...]) -> dict[str, Any]:
+    """Its fields without later ones that say nothing: bundles from before them keep their identity."""
+    silent = {name for name in later if getattr(part, name) == type(part).model_fields[name].default}
+    return part.model_dump(exclude=silent)
 
 
 class Conversion:
