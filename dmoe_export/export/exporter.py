@@ -22,7 +22,7 @@ from .graph_file import save_graph
 from .licence import copy_licence
 from .model_card import model_card, source_name, without_path
 from .routing import choose_routing
-from .salient import check_capacities, export_salient
+from .salient import check_salient, export_salient
 from .text_files import copy_text
 from .trace import trace_denoiser
 from .weights import WeightStream
@@ -66,9 +66,7 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
                                   embedding=embedding_precision, group_size=group_size)
     route, warnings = choose_routing(source, routing, block_length,
                                      {"top_p": top_p, "min_experts": min_experts, "coreset_size": coreset_size})
-    if salient_capacity and not salient:
-        raise InputError("salient_capacity adds to the salient graph; give salient (--salient), too.")
-    check_capacities(d, route, tuple(salient_capacity))
+    check_salient(d, route, salient, tuple(salient_capacity))
     width = expert_width(d, formats)
     total = _weight_bytes(d, width, formats, compute)
     written = 0
