@@ -55,7 +55,7 @@ def test_wrong_draws_are_found(bundle, monkeypatch, part, gate):
     monkeypatch.setattr(runners, "named_outputs", wrong)
     report = _check(bundle)
     assert not report.passed
-    assert [g.name for g in report.backends[0].gates if not g.passed][0] == gate
+    assert next(g.name for g in report.backends[0].gates if not g.passed) == gate
 
 
 def _forward(rng, places=50, vocabulary=40):

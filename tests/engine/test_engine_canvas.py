@@ -27,7 +27,7 @@ def test_four_targets(bundle):
     (engine,) = built(bundle, "--targets", ",".join(RTX_TARGETS), "--max-batch", 2)["engines"]
     assert engine["targets"] == RTX_TARGETS and engine["fallback_nodes"] == 0
     opened = open_bundle(bundle)
-    wanted = plugin_ops("plugin", "fp16")
+    wanted = plugin_ops("plugin", opened.manifest)
     nodes = opened.manifest.denoiser.nodes(wanted)
     assert engine["plugin_nodes"] == sum(count for op, count in nodes.items() if op in wanted) > 0
     prefill, denoise = engine["profiles"]
