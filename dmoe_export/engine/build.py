@@ -19,7 +19,16 @@ from .callbacks import Report, logger_of, make_monitor, make_writer, signals_kep
 from .facts import network_entry
 from .flavour import Flavour
 from .network import PreparedNetwork, prepare
-from .plugins import PluginLibrary, check_count, count_plugins, find_library, is_embedded, plugin_ops, register
+from .plugins import (
+    PluginLibrary,
+    check_attributes,
+    check_count,
+    count_plugins,
+    find_library,
+    is_embedded,
+    plugin_ops,
+    register,
+)
 from .settings import BuildSettings, profiles, resolved, sizes_of
 
 
@@ -83,6 +92,7 @@ def _built(plan: BuildPlan, path: Path, report: Report | None, stopped: Sequence
     if plan.library:
         plan.flavour.prepare_plugins()
         register(trt, plan.library)
+        check_attributes(trt, plan.network.model, plan.library)
     builder = trt.Builder(logger)
     weights = arranged_weights(plan.bundle, plan.network, path.parent)
     network = _parse(plan, builder, logger, weights)
