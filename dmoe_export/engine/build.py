@@ -20,7 +20,16 @@ from .callbacks import Report, logger_of, make_monitor, make_writer, signals_kep
 from .facts import network_entry
 from .flavour import Flavour
 from .network import PreparedNetwork, prepare
-from .plugins import PluginLibrary, check_count, count_plugins, find_library, is_embedded, plugin_ops, register
+from .plugins import (
+    PluginLibrary,
+    check_attributes,
+    check_count,
+    count_plugins,
+    find_library,
+    is_embedded,
+    plugin_ops,
+    register,
+)
 from .settings import BuildSettings, profiles, resolved, sizes_of
 
 
@@ -84,6 +93,7 @@ def _built(plan: BuildPlan, path: Path, report: Report | None, stopped: Sequence
     if plan.library:
         plan.flavour.prepare_plugins()
         register(trt, plan.library)
+        check_attributes(trt, plan.network.model, plan.library)
     builder = trt.Builder(logger)
     weights = arranged_weights(plan.bundle, plan.network, path.parent)
     network = _parse(plan, builder, logger, weights)
@@ -123,7 +133,7 @@ def _sources(bundle: Bundle) -> dict[str, str]:
 
 def _wanted_plugins(bundle: Bundle, settings: BuildSettings, graph: GraphEntry) -> int:
     """Custom nodes that should be plugins, whether or not a library was found."""
-    wanted = plugin_ops(settings.experts_op, bundle.manifest.precision)
+    wanted = plugin_ops(settings.experts_op, bundle.manifest)
     return sum(count for op, count in graph.nodes(wanted).items() if op in wanted)
 
 

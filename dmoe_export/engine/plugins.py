@@ -4,24 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..description import Precision
-from ..errors import CheckError
-from ..ops import block_route, experts, mixture
+from onnx import ModelProto
+
+from ..bundle.manifest import Manifest
+from ..errors import CheckError, MissingRequirementError
+from ..ops import block_route, experts, mixture, router
 from ..ops.plugin_library import INSTALLED, LIBRARY, NAMES, PluginLibrary, find_library, is_embedded, register
+from ..ops.schema import DOMAIN, PLUGIN_NAMESPACE
 from .settings import ExpertsOp
 
-__all__ = ["EXPERTS_OPS", "INSTALLED", "LIBRARY", "NAMES", "PluginLibrary", "check_count", "count_plugins",
-           "find_library", "is_embedded", "plugin_ops", "register"]
+__all__ = ["EXPERTS_OPS", "INSTALLED", "LIBRARY", "NAMES", "PluginLibrary", "check_attributes", "check_count",
+           "count_plugins", "find_library", "is_embedded", "plugin_ops", "register"]
 
 EXPERTS_OPS = (experts.SCHEMA.name, mixture.SCHEMA.name)
 """The ops that read the routed experts' weights."""
 
 
-def plugin_ops(experts_op: ExpertsOp, precision: Precision) -> set[str]:
-    """The ops whose nodes become plugins in an engine of that precision; other custom nodes become their bodies."""
-    if precision == "fp32":  # of routing alone, which is always float32, is there a kernel
+def plugin_ops(experts_op: ExpertsOp, manifest: Manifest) -> set[str]:
+    """The ops whose nodes become plugins in an engine of the bundle; other custom nodes become their bodies."""
+    if manifest.precision == "fp32":  # of routing alone, which is always float32, is there a kernel
         return {block_route.SCHEMA.name}
-    return set(NAMES) - (set(EXPERTS_OPS) if experts_op == "onnx" else set())
+    moe = manifest.model.moe
+    # A router behind a norm of its own reads float32, which its kernel does not; that of its routing does.
+    bodies = {router.SCHEMA.name} if moe and moe.own_norm else set()
+    return set(NAMES) - bodies - (set(EXPERTS_OPS) if experts_op == "onnx" else set())
+
+
+def check_attributes(trt: Any, model: ModelProto, library: PluginLibrary) -> None:
+    """Raise MissingRequirementError where the library does not know an attribute of a node that is to be its plugin.
+
+    TensorRT leaves such an attribute out without a word, and an older plugin would compute something else.
+    """
+    registry, known = trt.get_plugin_registry(), {"plugin_namespace", "plugin_version"}
+    for node in model.graph.node:
+        creator = registry.get_creator(node.op_type, "1", PLUGIN_NAMESPACE) if node.domain == DOMAIN else None
+        if creator is None:
+            continue
+        names = known | {field.name for field in creator.field_names}
+        unknown = [attribute.name for attribute in node.attribute if attribute.name not in names]
+        asked = any(attribute.name == "plugin_namespace" for attribute in node.attribute)  # else it becomes a body
+        if asked and unknown:
+            raise MissingRequirementError(f"The plugin library {library.path} does not know {unknown[0]} of "
+                                          f"{node.op_type}; build it again with `make plugins`.")
 
 
 def count_plugins(trt: Any, network: Any) -> int:

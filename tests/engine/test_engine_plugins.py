@@ -7,16 +7,18 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from engine_helpers import dmoe, fatbin_targets, plugin_library
+from onnx import helper
 
 from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.engine.build import _config
 from dmoe_export.engine.callbacks import logger_of
 from dmoe_export.engine.flavour import Flavour, find_flavour
-from dmoe_export.engine.plugins import NAMES, PluginLibrary, check_count
+from dmoe_export.engine.plugins import NAMES, PluginLibrary, check_attributes, check_count
 from dmoe_export.errors import CheckError, InputError, MissingRequirementError
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed (pip install '.[rtx]')")
@@ -193,3 +195,20 @@ print(Counter(str(network.get_layer(i).type).split(".")[-1] for i in range(netwo
     nodes = bundle.manifest.denoiser.nodes(NAMES)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == sum(nodes[name] for name in NAMES if name in nodes) > 0
+
+
+def test_an_attribute_that_the_library_does_not_know_is_refused():
+    """An older library would compute without it."""
+    library = PluginLibrary(Path("libdmoe_plugins.so"), "0" * 16)
+    creator = SimpleNamespace(field_names=[SimpleNamespace(name="eps")])
+    registry = SimpleNamespace(get_creator=lambda name, version, space: creator if name == "DmoeAddNorm" else None)
+    trt = SimpleNamespace(get_plugin_registry=lambda: registry)
+
+    def model(**attributes):
+        nodes = [helper.make_node("DmoeLinear", ["x"], ["y"], domain="dmoe", of_no_plugin=1),
+                 helper.make_node("DmoeAddNorm", ["x"], ["z"], domain="dmoe", plugin_namespace="dmoe", **attributes)]
+        return helper.make_model(helper.make_graph(nodes, "g", [], []))
+
+    check_attributes(trt, model(eps=1e-6), library)
+    with pytest.raises(MissingRequirementError, match="does not know of_tomorrow of DmoeAddNorm; build it again"):
+        check_attributes(trt, model(eps=1e-6, of_tomorrow=1), library)
