@@ -38,7 +38,8 @@ class RouteAttributesC(ctypes.Structure):
 class ExpertsShapeC(ctypes.Structure):
     """DmoeExpertsShape."""
 
-    _fields_ = [(name, ctypes.c_int32) for name in ("tokens", "places", "experts", "hidden", "width", "type")]
+    _fields_ = [(name, ctypes.c_int32) for name in ("tokens", "places", "experts", "hidden", "width", "type",
+                                                           "activation")]
 
 
 class ExpertPoolC(ctypes.Structure):

@@ -211,10 +211,17 @@ class ModelDescription(Frozen, allow_inf_nan=False):
     def attention_of(self, layer: int) -> AttentionDescription:
         """What a layer's attention is."""
         one = self.global_attention
-        if one and layer in one.layers:
-            return one.attention
+        return one.attention if one and layer in one.layers else self.usual_attention
+
+    @property
+    def usual_attention(self) -> AttentionDescription:
+        """That of all layers but those of `global_attention`."""
         return AttentionDescription(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, rope_theta=self.rope_theta,
                                     rotary_dim=self.rotary_dim, window=self.window)
+
+    def step_tokens(self, routing: RoutingDescription) -> int:
+        """Tokens that are decoded together: of a canvas, or of a block."""
+        return self.canvas.length if self.canvas else routing.block_length
 
     @property
     def cached_heads(self) -> tuple[tuple[int, int], ...]:

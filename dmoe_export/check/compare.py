@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .draws import Draws, compare_draws
 from .gates import Limits
 from .reference import Reference
 from .result import ConfidencePoint, RouterAgreement, TensorError
@@ -50,7 +51,7 @@ class Routed:
         return bool(self.agree.mean() >= self.limits.agreement) if len(self.agree) else True
 
 
-Compared = Mapping[str, RowErrors | Routed | list[ConfidencePoint]]
+Compared = Mapping[str, RowErrors | Routed | Draws | list[ConfidencePoint]]
 
 
 class CompareForward:
@@ -73,9 +74,9 @@ class CompareForward:
         for name, got in backend.items():
             kind, _, layer = name.partition(".")
             expected = reference.get(name)
-            if expected is None or kind in ("expert_ids", "token_ids", "confidence"):
+            if expected is None or kind in ("expert_ids", "token_ids", "confidence", "sampled_ids", "entropy"):
                 continue
-            rows = wanted if kind == "logits" else valid
+            rows = wanted if kind in ("logits", "next_soft_embeddings") else valid
             if kind in ("key", "value"):  # [B, Hkv, T, D] → [B, T, Hkv, D]
                 expected, got = expected.swapaxes(1, 2), got.swapaxes(1, 2)
             if kind == "feed_forward":
@@ -85,6 +86,8 @@ class CompareForward:
                 mine, theirs = (side[name].astype(np.float32) + side[f"attention.{layer}"]
                                 for side in (backend, reference))
                 results[f"update.{layer}"] = row_errors(theirs[rows], mine[rows], self._limits)
+        if "sampled_ids" in backend:
+            results["draws"] = compare_draws(reference, backend, self._limits)
         if "confidence" in backend:
             results["confidence"] = _confidence(reference, backend, wanted)
         return results

@@ -140,6 +140,9 @@ def _wrong_attribute(node: NodeProto, layer: PlanPlugin, entry: EngineEntry) -> 
     if "bits" in layer.attributes and layer.attributes.get("layout", 1) != LAYOUT:
         return f"its {node.name} reads quantised experts by rows, and they are given in another order: build it again"
     said["layout"] = entry.experts_layout
+    if node.op_type in EXPERTS_OPS:  # left out where it is silu, and by a library that knows nothing else
+        layer.attributes.setdefault("activation", "silu")
+        said.setdefault("activation", "silu")
     if layer.op != node.op_type:
         return f"its {node.name} is {layer.op}, in the bundle's graph {node.op_type}"
     for name, value in layer.attributes.items():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from ..description import ModelDescription, RoutingDescription
 from ..errors import RequestError
-from ..runtime.backend import Bools, ForwardInputs, Ints
 from ..text.codec import TextCodec
+from .canvas_inputs import canvas_feeds, prefixes
+from .feed import Feed
 from .result import InputsUsed
 
 PROMPTS = (
@@ -18,28 +20,6 @@ PROMPTS = (
     "write the numbers 4 7 1 9 from last to first.",
 )
 _PREFIX_BLOCKS = (2, 1, 3, 2)  # whole blocks in the cache, per row: ragged
-
-
-@dataclass(frozen=True)
-class Feed:
-    """One forward for all rows, and which of its tokens enter the cache afterwards."""
-
-    phase: str
-    input_ids: Ints  # [B, T]
-    position_ids: Ints  # [B, T], −1 = padding
-    logit_rows: Ints  # [B, M], −1 = unused
-    commit: Bools  # [B, T]
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """As a Polygraphy feed."""
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "logit_rows": self.logit_rows,
-                "commit": self.commit}
-
-
-def forward_inputs(feed: dict[str, np.ndarray], rows: slice = slice(None)) -> ForwardInputs:
-    """A feed, or some of its rows, as the runtime takes it; everything is asked for."""
-    return ForwardInputs(feed["input_ids"][rows], feed["position_ids"][rows], feed["logit_rows"][rows], {},
-                         want_logits=True, want_keys_values=True)
 
 
 @dataclass(frozen=True)
@@ -68,7 +48,11 @@ def make_inputs(d: ModelDescription, routing: RoutingDescription, text: TextCode
     """
     if extra and text is None:
         raise RequestError("--prompt needs a tokenizer and the bundle has none; leave it out: random tokens are fed.")
-    n, rng = routing.block_length, np.random.default_rng(seed)
+    n, rng = d.step_tokens(routing), np.random.default_rng(seed)
+    if d.canvas:
+        prompts = _prompts(d, text, extra, n, rng)
+        texts = [_stretch(prompts, row, length) for row, length in enumerate(prefixes(d, longest))]
+        return _inputs(canvas_feeds(d, texts, rng), prompts, "prompts" if text else "random tokens", seed)
     blocks = min(longest, d.max_positions) // n
     if not blocks:
         raise RequestError(f"The model takes {min(longest, d.max_positions)} positions, fewer than a block of {n}.")
@@ -78,8 +62,13 @@ def make_inputs(d: ModelDescription, routing: RoutingDescription, text: TextCode
     feeds = [_denoise(rows, prefix, n, d.barred_id, rng)]
     if max(prefix):
         feeds.insert(0, _prefill(rows, prefix, n))
+    return _inputs(feeds, prompts, "prompts" if text else "random tokens", seed)
+
+
+def _inputs(feeds: list[Feed], prompts: list[Prompt], source: Literal["prompts", "random tokens"],
+            seed: int) -> CheckInputs:
     return CheckInputs(feeds, prompts, InputsUsed(
-        source="prompts" if text else "random tokens", rows=len(rows),
+        source=source, rows=len(feeds[0].input_ids),
         tokens=int(sum((feed.position_ids >= 0).sum() for feed in feeds)),
         masked=int((feeds[-1].logit_rows >= 0).sum()), seed=seed))
 

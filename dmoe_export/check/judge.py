@@ -9,6 +9,7 @@ import numpy as np
 
 from ..description import ModelDescription
 from .compare import router_agreement, tensor_error
+from .draws import Draws, mean_difference
 from .gates import Limits, gate, norm_distance
 from .result import BackendCheck, ConfidencePoint, Gate, GenerationCheck, LayerCheck, RouterAgreement, TensorError
 
@@ -41,6 +42,8 @@ class Judge:
         in_sequence = [self._in_sequence(sequence, layer, gates) for layer in range(self._d.num_layers)]
         logits = _tensor(sequence, "logits")
         gates += self._loose(logits, "logits in sequence")
+        if self._d.canvas:
+            gates += self._drawn(sequence)
         if limits.equal_tokens and generations:
             parted = sum(g.first_difference is not None and not g.near_tie for g in generations)
             gates.append(gate("answers that differ, near ties apart", "tokens", parted, 0, "equal"))
@@ -83,6 +86,15 @@ class Judge:
                              self._limits.agreement, "at least"))
         gates += mine
         return self._layer(layer, mine, router, key, value)
+
+    def _drawn(self, forwards: Forwards) -> list[Gate]:
+        """Of a model with a canvas."""
+        draws: list[Draws] = [forward["draws"] for forward in forwards]
+        return [*self._loose(_tensor(forwards, "next_soft_embeddings"), "soft embeddings in sequence"),
+                gate("mean difference of entropy, nats", "draws in sequence", mean_difference(draws),
+                     self._limits.sequence_norm, "at most"),
+                gate("ids that the logits and the draws do not give", "draws in sequence",
+                     sum(part.unexplained for part in draws), 0, "equal")]
 
     def _layer(self, layer: int, gates: list[Gate], router: RouterAgreement | None, key: TensorError,
                value: TensorError, update: TensorError | None = None, attention: TensorError | None = None,

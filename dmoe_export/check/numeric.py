@@ -70,7 +70,8 @@ def check_numbers(bundle: Bundle, source: WeightSource, names: Sequence[BackendN
         seen = [dict(forward.items()) for forward in expected["reference"]]
         rounding = _rounding(here, source, feeds, seen, limits)
         ended, answers = first_not_finite(seen, d.num_layers), None
-        if not cut and not ended:
+        # The steps of a canvas feed on all numbers of the last: two that are right part within a few of them.
+        if not cut and not ended and not d.canvas:
             try:
                 answers = ReferenceTokens(reference.backend, inputs.prompts, _new_tokens(here, inputs), text)
             except NotFiniteError:
@@ -110,7 +111,7 @@ class _Compared:
             self._here, graph=first_layers(self._bundle, manifest.model.num_layers),
             products=self._products)
         name, what_ran, alone = backend.name, _what_ran(self._here, backend), None
-        has_layers = isinstance(backend, OnnxRuntimeBackend)
+        has_layers = isinstance(backend, OnnxRuntimeBackend) and not manifest.model.canvas
         sequence = self._against(SequenceRunner(backend, manifest.precision, feeds), feeds)
         generations, unanswered = answers.compare(backend, self._limits.tie) if answers else ([], 0)
         del backend  # two sessions of a large graph would not fit side by side

@@ -14,15 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..bundle.contract import CANVAS_OUTPUTS
 from ..description import RoutingDescription
 from ..model.backend import EagerBackend
-from ..model.denoiser import Denoiser, Layer
+from ..model.canvas import CanvasDenoiser
+from ..model.denoiser import Denoiser
+from ..model.load import new_denoiser
 from ..model.moe import MoE, RoutingSettings
 from ..ops.block_route.attributes import RouteAttributes
 from ..ops.block_route.eager import block_route
 from ..runtime.backend import ForwardOutputs
 from ..runtime.cache import HostCache
-from .inputs import forward_inputs
+from .feed import forward_inputs
 from .sources import WeightSource, row_chunks
 
 
@@ -61,6 +64,21 @@ class _Embedding(nn.Module):
         return torch.stack([self._row(i) for i in unique.tolist()])[place]
 
 
+class _Rows:
+    """Stands for a matrix [V,H] that something is multiplied with."""
+
+    def __init__(self, pieces: Callable[[], Any]) -> None:
+        self._pieces = pieces
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        """[N,V] → [N,H], a piece at a time."""
+        total, start = torch.zeros(()), 0
+        for piece in self._pieces():
+            total = total + x[:, start:start + len(piece)] @ piece
+            start += len(piece)
+        return total
+
+
 class _Head(nn.Module):
     """The vocabulary matrix, a piece at a time."""
 
@@ -89,7 +107,8 @@ class _Layers(nn.Module):
     def _load(self, index: int) -> nn.Module:
         d, source = self._source.description, self._source
         with torch.device("meta"):
-            layer = Layer(d, self._routing, index, torch.float32, None)
+            kind = CanvasDenoiser if d.canvas else Denoiser
+            layer: Any = kind.layer_type(d, self._routing, index, torch.float32, None)
         if isinstance(layer.ffn, MoE):
             for part, read in (("gate_up", source.gate_up), ("down", source.down)):
                 delattr(layer.ffn, part)  # a parameter's name takes nothing but parameters
@@ -99,11 +118,25 @@ class _Layers(nn.Module):
         with torch.no_grad():
             for name, parameter in layer.named_parameters():
                 parameter.copy_(source.dense(f"layers.{index}.{name}"))
+        if d.canvas:
+            self._watch_sandwich(layer, index)
+            return layer  # type: ignore[no-any-return]
         layer.attention_norm.register_forward_hook(lambda _, __, out: self._see(f"stream.{index}", out[0]))
         layer.attention.register_forward_hook(lambda _, __, out: self._see(f"attention.{index}", out[0]))
         layer.ffn.register_forward_hook(
             lambda _, __, out: self._see(f"feed_forward.{index}", out[0] if isinstance(out, tuple) else out))
-        return layer
+        return layer  # type: ignore[no-any-return]
+
+    def _watch_sandwich(self, layer: Any, index: int) -> None:
+        """What is added has gone through a norm, and the sum is scaled."""
+        layer.attention_post_norm.register_forward_hook(lambda _, __, out: self._see(f"attention.{index}", out))
+        layer.ffn_post_norm.register_forward_hook(lambda _, __, out: self._see(f"feed_forward.{index}", out))
+
+        def see(_: Any, given: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> None:
+            self._see(f"stream.{index}", given[0])
+            self._see(f"stream.{index + 1}", out[0])
+
+        layer.register_forward_hook(see)
 
 
 class Reference:
@@ -116,15 +149,22 @@ class Reference:
         self._seen: dict[str, Tensor] = {}
         remember: Callable[[Any], Any] = cache if keep else (lambda read: read)
         with torch.device("meta"):
-            model = Denoiser(d, routing)
+            model = new_denoiser(d, routing)
         head = "embed.weight" if d.tie_embeddings else "lm_head.weight"
         model.embed = _Embedding(remember(lambda i: source.dense("embed.weight", slice(i, i + 1))[0]))
         model.lm_head = _Head(remember(
             lambda: (list if keep else iter)(row_chunks(source, head, d.vocab_size, d.hidden_size))))
         model.layers = _Layers(source, routing, keep, self._seen.__setitem__)
         model.norm = model.norm.to_empty(device="cpu")
+        parts = {"norm": model.norm}
+        if isinstance(model, CanvasDenoiser):
+            model.embed.weight = _Rows(remember(
+                lambda: (list if keep else iter)(row_chunks(source, "embed.weight", d.vocab_size, d.hidden_size))))
+            parts["conditioning"] = model.conditioning = model.conditioning.to_empty(device="cpu")
         with torch.no_grad():
-            model.norm.weight.copy_(source.dense("norm.weight"))
+            for part, module in parts.items():
+                for name, parameter in module.named_parameters():
+                    parameter.copy_(source.dense(f"{part}.{name}"))
         model.register_forward_hook(lambda _, __, out: self._seen.update(
             {f"router_logits.{layer}": x for layer, x in zip(d.moe_layers, out.router_logits, strict=True)}))
         self.backend = EagerBackend(model)
@@ -140,8 +180,9 @@ class Reference:
         self._seen.clear()
         out = self.backend.forward(forward_inputs(feed), cached)
         last = d.num_layers
-        self._seen[f"stream.{last}"] = sum(self._seen[f"{part}.{last - 1}"] for part in
-                                           ("stream", "attention", "feed_forward"))
+        if not d.canvas:
+            self._seen[f"stream.{last}"] = sum(self._seen[f"{part}.{last - 1}"] for part in
+                                               ("stream", "attention", "feed_forward"))
         results = {name: x.reshape(shape).numpy() for name, x in self._seen.items()}
         self._seen.clear()
         return {**feed, **results, **named_outputs(out, d.moe_layers), **past_arrays(cached)}, out
@@ -174,6 +215,9 @@ def named_outputs(out: ForwardOutputs, moe_layers: range) -> dict[str, np.ndarra
     for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
         named |= {f"key.{layer}": key, f"value.{layer}": value}
     named |= {f"expert_ids.{layer}": ids for layer, ids in zip(moe_layers, out.expert_ids, strict=True)}
+    if out.canvas:
+        named |= dict(zip(CANVAS_OUTPUTS, (out.canvas.sampled_ids, out.canvas.entropy, out.canvas.soft_embeddings),
+                          strict=True))
     return named  # type: ignore[return-value]
 
 

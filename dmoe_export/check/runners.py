@@ -19,7 +19,7 @@ from ..runtime.cache import HostCache
 from ..runtime.edited import EditedGraph
 from ..runtime.graph_errors import not_loaded
 from ..runtime.ort import EXTERNAL_FOLDER, ort
-from .inputs import forward_inputs
+from .feed import forward_inputs
 from .instrument import OpenedGraph
 from .reference import Reference, named_outputs
 

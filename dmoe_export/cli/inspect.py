@@ -14,7 +14,7 @@ from ..bundle.consistent import part_bytes
 from ..bundle.hub import resolve_bundle
 from ..bundle.manifest import Manifest
 from ..bundle.reader import open_bundle
-from ..description import ITEMSIZES, RUNTIME_SETTINGS
+from ..description import ITEMSIZES, RUNTIME_SETTINGS, AttentionDescription, ModelDescription
 from ..fit.largest import Verdict
 from ..runtime.cpu.products import told_products
 from ..runtime.residency.budget import plan_budget
@@ -56,8 +56,7 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool,
         "layers": f"{manifest.model.num_layers} of {manifest.checkpoint.layers_total}, "
                   f"{len(manifest.model.moe_layers)} with experts",
         "hidden": manifest.model.hidden_size, "vocabulary": manifest.model.vocab_size,
-        "heads": f"{manifest.model.num_heads} query, {manifest.model.num_kv_heads} key/value of "
-                 f"{manifest.model.head_dim}",
+        **_heads(manifest.model),
         "experts": "none: a dense model" if moe is None else (
             f"{moe.num_experts}, {moe.experts_per_token} per token, width {moe.expert_width}, {moe.num_groups} groups "
             f"({moe.groups_kept} kept), {moe.score_function} scores"),
@@ -93,6 +92,20 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool,
     out.print(files)
 
 
+def _heads(model: ModelDescription) -> dict[str, str]:
+    """Geometry of attention, a line for each kind of layer; and of the canvas."""
+    def said(one: AttentionDescription) -> str:
+        window = f", window {one.window}" if one.window else ""
+        return f"{model.num_heads} query, {one.num_kv_heads} key/value of {one.head_dim}{window}"
+
+    other = model.global_attention
+    found = {"heads": said(model.usual_attention)}
+    if other:
+        layers = ", ".join(map(str, other.layers[:8])) + (", …" if len(other.layers) > 8 else "")
+        found[f"heads of layers {layers}"] = said(other.attention)
+    return found | ({"canvas": f"{model.canvas.length} random tokens"} if model.canvas else {})
+
+
 def _fit_of(found: list[Verdict], left_out: dict[str, str]) -> dict[str, Any]:
     """For JSON; nothing without --fit."""
     told = [{**verdict.model_dump(mode="json"), "host_bytes": verdict.prediction.host_bytes,
@@ -110,8 +123,7 @@ def sizes(manifest: Manifest) -> dict[str, int]:
             model, manifest.formats, manifest.precision).items()},
         "bytes_per_expert": manifest.bytes_per_expert,
         "expert_bytes": manifest.bytes_per_expert * (model.moe.num_experts if model.moe else 0) * len(model.moe_layers),
-        "cache_bytes_per_token": (2 * model.num_layers * model.num_kv_heads * model.head_dim
-                                  * ITEMSIZES[manifest.precision]),
+        "cache_bytes_per_token": model.cached_values * ITEMSIZES[manifest.precision],
     }
 
 

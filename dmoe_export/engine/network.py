@@ -91,7 +91,8 @@ def _set_bodies(model: ModelProto, bundle: Bundle, settings: BuildSettings, as_p
         if function.name == experts.SCHEMA.name:  # ONNX Runtime's MoE op is unknown to TensorRT
             number = manifest.model.experts.num_experts
             capacity = settings.experts_capacity or min(DEFAULT_CAPACITY, number)
-            function = experts_capacity_body(number, _ELEMENTS[manifest.precision], capacity)
+            function = experts_capacity_body(number, _ELEMENTS[manifest.precision], capacity,
+                                             manifest.model.activation)
         model.functions.append(function)
 
 

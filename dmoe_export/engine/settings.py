@@ -60,7 +60,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 def resolved(settings: BuildSettings, manifest: Manifest) -> BuildSettings:
     """The settings with the bundle's defaults filled in; refuses what cannot become an engine of it (InputError)."""
-    block, positions = manifest.routing.block_length, manifest.model.max_positions
+    block, positions = manifest.model.step_tokens(manifest.routing), manifest.model.max_positions
     full = manifest.model.attention == "full"  # then a forward may take the whole canvas
     context = settings.max_context or min(2048 if full else 4096, positions)
     prefill = settings.max_prefill or max(1, (context if full else min(512, positions)) // block) * block
@@ -71,14 +71,15 @@ def resolved(settings: BuildSettings, manifest: Manifest) -> BuildSettings:
 
 def _check(settings: BuildSettings, manifest: Manifest) -> None:
     """One sentence for each thing that does not fit."""
-    block, positions = manifest.routing.block_length, manifest.model.max_positions
+    block, positions = manifest.model.step_tokens(manifest.routing), manifest.model.max_positions
+    word = "canvas" if manifest.model.canvas else "block"
     assert settings.max_prefill and settings.max_context
     if not 1 <= settings.max_batch <= 1024:
         raise InputError(f"--max-batch {settings.max_batch} is outside 1 … 1024.")
     if settings.max_prefill < block or settings.max_prefill % block:
-        raise InputError(f"--max-prefill {settings.max_prefill} is no multiple of the block length {block}.")
+        raise InputError(f"--max-prefill {settings.max_prefill} is no multiple of the {word} length {block}.")
     if not block <= settings.max_context <= positions:
-        raise InputError(f"--max-context {settings.max_context} is outside {block} … {positions}, the block length and "
+        raise InputError(f"--max-context {settings.max_context} is outside {block} … {positions}, the {word} length and "
                          "the model's positions.")
     if settings.optimization_level is not None and not 0 <= settings.optimization_level <= 5:
         raise InputError(f"--builder-optimization-level {settings.optimization_level} is outside 0 … 5.")
@@ -131,12 +132,12 @@ def profiles(settings: BuildSettings, manifest: Manifest, graph: GraphEntry) -> 
     """Of resolved settings; least, usual and largest size per dimension.
 
     The denoiser's are prefill (index 0) and denoise (index 1): a step of a block may take the block before along; where
-    everything sees the whole canvas none does. A salient graph runs one sequence, and lists M rows, so no fewer tokens.
+    everything sees the whole canvas none does, and a canvas of random tokens is of another phase. A salient graph runs one sequence, and lists M rows, so no fewer tokens.
     """
     assert settings.max_prefill and settings.max_context
-    n = manifest.routing.block_length
+    n = manifest.model.step_tokens(manifest.routing)
     full = manifest.model.attention == "full"
-    steps = n if full else min(2 * n, manifest.model.max_positions)
+    steps = min(2 * n, manifest.model.max_positions) if manifest.model.attention == "block_causal" else n
     batch = (1, 1, settings.max_batch)
     past = (1, max(1, settings.max_context // 4), settings.max_context)
     if graph.file != manifest.denoiser.file:

@@ -49,10 +49,11 @@ def add_bodies(model: ir.Model, denoiser: Denoiser | SalientDenoiser, formats: W
         attention.SCHEMA.name: lambda: attention_body(half=not wide),
         router.SCHEMA.name: lambda: router_body(d.experts.num_experts, d.experts.experts_per_token, product, wide),
         block_route.SCHEMA.name: route,
-        mixture.SCHEMA.name: lambda: mixture_body(denoiser.quantisation is not None, product),
+        mixture.SCHEMA.name: lambda: mixture_body(denoiser.quantisation is not None, product, d.activation),
         experts.SCHEMA.name: lambda: experts_body(
             d.experts.num_experts, d.experts.experts_per_token, d.hidden_size, _ELEMENTS[compute],
-            denoiser.quantisation, denoiser.stored_width, formats.experts != compute and not denoiser.quantisation),
+            denoiser.quantisation, denoiser.stored_width, formats.experts != compute and not denoiser.quantisation,
+            d.activation),
         add_norm.SCHEMA.name: add_norm_body,
         head.SCHEMA.name: lambda: head_body(d.vocab_size, product, wide),
         linear.SCHEMA.name: lambda: linear_body(biased, narrow),

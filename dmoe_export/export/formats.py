@@ -40,7 +40,12 @@ def choose_formats(source: Checkpoint, precision: ExportPrecision | None, comput
     if precision is None:
         precision, reason = stored_precision(source.weights.matrix_types)
     dense = dense or precision
-    head = head or (embedding if d.tie_embeddings else None) or ("int8" if dense in _INTEGERS else dense)
+    if d.canvas and any(stored in _INTEGERS for stored in (head, embedding)):
+        raise InputError(f"The embedding of {d.architecture} is multiplied with from both sides, which no kernels do "
+                         f"with integers; leave --head-precision and --embedding-precision out, or give floats.")
+    fewest = stored_precision(source.weights.matrix_types)[0] if d.canvas and compute == "fp32" else compute
+    head = head or (embedding if d.tie_embeddings else None) or (
+        dense if dense not in _INTEGERS else fewest if d.canvas else "int8")
     embedding = embedding or (head if d.tie_embeddings else dense)
     if d.tie_embeddings and embedding != head:
         raise InputError(f"The model ties its embedding to its vocabulary head, which are one tensor, so it cannot be "

@@ -59,19 +59,25 @@ def output_names(layers: int, experts: bool) -> list[str]:
 
 def example_inputs(model: Denoiser, mode: RoutingMode) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Inputs to trace with, and their dynamic axes (batch B, tokens T, past S, logit_rows M, kept L)."""
-    d = model.description
     batch, tokens, past, rows, kept = (torch.export.Dim(name) for name in ("B", "T", "S", "M", "L"))
     b, t, s, m, few = 2, 2 * model.routing.block_length + 3, 41, 5, 3
     settings = RoutingSettings.of(model.routing)._asdict()
     names = RUNTIME_SETTINGS[mode]
 
-    def cache() -> list[Tensor]:
-        return [torch.zeros(b, d.num_kv_heads, s, d.head_dim, dtype=model.dtype) for _ in range(d.num_layers)]
-
     ids = torch.zeros(b, t, dtype=torch.int64)
+    cached, caches = example_cache(model, b, s, batch, past)
     inputs = (ids, ids.clone(), torch.zeros(b, s, dtype=torch.int64), torch.zeros(b, m, dtype=torch.int64),
-              torch.arange(few), {name: settings[name] for name in names}, cache(), cache())
-    cached = [{0: batch, 2: past}] * d.num_layers
+              torch.arange(few), {name: settings[name] for name in names}, *cached)
     axes = ({0: batch, 1: tokens}, {0: batch, 1: tokens}, {0: batch, 1: past}, {0: batch, 1: rows},
-            {0: kept}, dict.fromkeys(names), cached, cached)
+            {0: kept}, dict.fromkeys(names), *caches)
     return inputs, axes
+
+
+def example_cache(model: Denoiser, b: int, s: int, batch: Any, past: Any) -> tuple[Any, Any]:
+    """Keys and values by layer, of b rows and s places, and the dynamic axes of both."""
+
+    def cache() -> list[Tensor]:
+        return [torch.zeros(b, heads, s, width, dtype=model.dtype) for heads, width in model.description.cached_heads]
+
+    axes = [{0: batch, 2: past}] * model.description.num_layers
+    return (cache(), cache()), (axes, axes)

@@ -20,8 +20,14 @@ from .salient_graph import SalientGraph, example_inputs, input_names, output_nam
 from .trace import trace_graph
 
 
-def check_capacities(d: ModelDescription, routing: RoutingDescription, capacities: tuple[int, ...]) -> None:
-    """Refuse capacities without meaning (InputError)."""
+def check_salient(d: ModelDescription, routing: RoutingDescription, salient: bool,
+                  capacities: tuple[int, ...]) -> None:
+    """Refuse a salient graph of a model that has none, and capacities without meaning (InputError)."""
+    if capacities and not salient:
+        raise InputError("salient_capacity adds to the salient graph; give salient (--salient), too.")
+    if salient and d.canvas:
+        raise InputError(f"Salient steps are not defined for {d.architecture}, which draws its canvas anew in every "
+                         "step; leave --salient out.")
     most = routing.block_length if d.attention == "block_causal" else d.max_positions
     for capacity in capacities:
         if not 1 <= capacity <= most:

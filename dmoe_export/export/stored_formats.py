@@ -44,6 +44,17 @@ def store_weights(model: ir.Model, formats: WeightFormats, compute: Precision) -
                 _widen_rows(node, scales, how, inner, _TYPES[compute])
             elif scales and how:
                 _quantise(node, scales, how, rows, inner)
+            elif stored != compute and node.domain == "":  # a product with the table itself; ours take narrow weights
+                _widen(node, value, _TYPES[compute])
+
+
+def _widen(node: ir.Node, weight: ir.Value, compute: ir.DataType) -> None:
+    """A node's weight, cast to the compute type."""
+    cast = ir.node("Cast", [weight], {"to": compute}, name=f"{node.name}.wide", outputs=[
+        ir.Value(name=f"{node.name}.wide", type=ir.TensorType(compute), shape=weight.shape)])
+    assert isinstance(node.graph, ir.Graph)
+    node.graph.insert_before(node, cast)
+    node.replace_input_with(list(node.inputs).index(weight), cast.outputs[0])
 
 
 def _quantise(node: ir.Node, scales: ir.Value, how: ExpertQuantisation, rows: int, inner: int) -> None:

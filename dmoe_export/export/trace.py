@@ -14,10 +14,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..description import ModelDescription, Precision, RoutingDescription, WeightFormats
-from ..model.denoiser import Denoiser
+from ..model.canvas import CanvasDenoiser
+from ..model.load import new_denoiser
 from ..model.moe import MoE
 from ..ops.schema import OPSET
+from . import canvas_graph
 from .bodies import add_bodies
+from .canvas_graph import CanvasGraph
 from .conversion import DTYPES
 from .graph import DenoiserGraph, example_inputs, input_names, output_names
 from .linear_nodes import name_linear_layers
@@ -35,16 +38,22 @@ def trace_denoiser(description: ModelDescription, routing: RoutingDescription, c
     beside their scales, in the stored types; each custom op is one node with plugin attributes and one function body.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        denoiser = Denoiser(description, routing, DTYPES[compute], stored_width,
-                            formats.quantisation(formats.experts)).eval()
-        inputs, axes = example_inputs(denoiser, routing.mode)
+        denoiser = new_denoiser(description, routing, DTYPES[compute], stored_width,
+                                formats.quantisation(formats.experts)).eval()
+        canvas = denoiser if isinstance(denoiser, CanvasDenoiser) else None
+        inputs, axes = (canvas_graph.example_inputs(canvas, routing.mode) if canvas
+                        else example_inputs(denoiser, routing.mode))
     layers = description.num_layers
+    if canvas:
+        return trace_graph(CanvasGraph(canvas), inputs, axes,
+                           canvas_graph.input_names(routing.mode, layers), canvas_graph.output_names(layers), compute,
+                           formats)
     graph = DenoiserGraph(denoiser, one_head=formats.quantisation(formats.head) is None)
     return trace_graph(graph, inputs, axes, input_names(routing.mode, layers),
                        output_names(layers, bool(description.moe_layers)), compute, formats)
 
 
-def trace_graph(graph: DenoiserGraph | SalientGraph, inputs: tuple[Any, ...], axes: tuple[Any, ...],
+def trace_graph(graph: DenoiserGraph | CanvasGraph | SalientGraph, inputs: tuple[Any, ...], axes: tuple[Any, ...],
                 inputs_named: list[str], outputs_named: list[str], compute: Precision,
                 formats: WeightFormats) -> ir.Model:
     """A module over fake parameters as an ONNX model; see `trace_denoiser`."""

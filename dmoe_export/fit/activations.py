@@ -19,7 +19,7 @@ _ROUTING = {"token": 22, "top_p": 36, "top_c": 30}
 def output_bytes(manifest: Manifest, forward: Forward) -> int:
     """New keys and values of a forward, all layers."""
     d = manifest.model
-    return forward.tokens * 2 * d.num_layers * d.num_kv_heads * d.head_dim * ITEMSIZES[manifest.precision]
+    return forward.tokens * d.cached_values * ITEMSIZES[manifest.precision]
 
 
 def head_tensor(manifest: Manifest, forward: Forward) -> int:
@@ -32,18 +32,25 @@ def layer_bytes(manifest: Manifest, forward: Forward, body_attention: bool = Fal
     d, moe, n, c = manifest.model, manifest.model.moe, forward.tokens, ITEMSIZES[manifest.precision]
     kv = output_bytes(manifest, forward)
     both = c if c == FLOAT else c + FLOAT  # ONNX Runtime casts 16-bit values for a SiLU or a mask, and back
-    masks = both * (n if d.attention == "block_causal" else forward.rows) * forward.places
+    kinds = {d.attention_of(layer) for layer in range(d.num_layers)}
+    masks = both * (forward.rows if d.attention == "full" else n) * forward.places
+    if d.canvas:  # one for each window, always in float32; embeddings that condition come as float32, too
+        masks = FLOAT * n * forward.places * len({one.window for one in kinds}) + 2 * FLOAT * n * d.hidden_size
     if moe and manifest.routing.mode != "token":
         masks += (FLOAT + 2) * n * forward.width  # which tokens are in the same block
-    hidden, heads = n * d.hidden_size * c, d.num_heads * d.head_dim
-    attention = hidden + 2 * n * (heads + 2 * d.num_kv_heads * d.head_dim) * FLOAT  # rotated in float32
+    hidden, heads = n * d.hidden_size * c, d.num_heads * max(one.head_dim for one in kinds)
+    widest = max((d.num_heads + 2 * one.num_kv_heads) * one.head_dim for one in kinds)
+    attention = hidden + 2 * n * widest * FLOAT  # rotated in float32
     if body_attention:
         attention = max(attention, hidden + 2 * n * heads * c + 3 * FLOAT * n * d.num_heads * forward.places)
-    dense = hidden + 3 * n * d.dense_width * both if len(d.moe_layers) < d.num_layers else 0
+    beside = moe is not None and moe.beside_dense
+    dense = hidden + 3 * n * d.dense_width * both if len(d.moe_layers) < d.num_layers or beside else 0
     mixture = 0
     if moe:
         routing = n * moe.num_experts * _ROUTING[manifest.routing.mode]
         if manifest.routing.mode == "top_c":
             routing += 2 * FLOAT * n * forward.width * moe.num_experts  # every token's candidates, block by block
         mixture = 2 * hidden + (hidden if moe.shared_width else 0) + max(routing, hidden)
+    if beside:  # computed while the experts' input waits
+        return kv + masks + max(attention, mixture, hidden + dense)
     return max(kv + masks + max(attention, mixture), kv // d.num_layers + dense)

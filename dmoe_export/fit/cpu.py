@@ -38,7 +38,7 @@ def cpu_parts(manifest: Manifest, work: Work, cpu: Cpu, program: Program, budget
     """All parts of a process at its peak: a full batch of the longest requests, all experts used."""
     d, widest = manifest.model, work.widest
     sizes = {file.path: file.size for file in manifest.files}
-    row = 2 * d.num_layers * d.num_kv_heads * d.head_dim * ITEMSIZES[manifest.precision]
+    row = d.cached_values * ITEMSIZES[manifest.precision]
     arena = max(arena_bytes(manifest, forward, not cpu.kernels) for forward in (work.widest, work.step))
     tokenizer = sizes.get(manifest.tokenizer.file, 0) if manifest.tokenizer else 0
     cached, grown = (widest.rows * places * row for places in (work.cached, work.grown))

@@ -15,16 +15,17 @@ _QUERIES = 32  # of a piece of attention
 def kernel_bytes(manifest: Manifest, forward: Forward, products: Products, threads: int) -> int:
     """Scratch of the widest experts op, linear layer and attention of a forward."""
     d, moe, n, half = manifest.model, manifest.model.moe, forward.tokens, manifest.precision == "fp16"
-    columns = max(d.hidden_size, d.num_heads * d.head_dim,
-                  d.dense_width if len(d.moe_layers) < d.num_layers else 0, moe.shared_width if moe else 0)
+    head_dim = max(width for _, width in d.cached_heads)
+    dense = len(d.moe_layers) < d.num_layers or (moe is not None and moe.beside_dense)
+    columns = max(d.hidden_size, d.num_heads * head_dim, d.dense_width if dense else 0, moe.shared_width if moe else 0)
     formats = manifest.formats
     linear = (-(-n // _PANEL) * _PANEL) * _token(columns, formats.dense, products, formats.group_size)
     if _narrows(formats.dense, products):
         linear += n * _token(columns, formats.dense, products, formats.group_size)
     if half:
         linear += FLOAT * n * columns
-    each = FLOAT * (_ROWS * columns + 2 * _QUERIES * (forward.places + d.head_dim)
-                    + (2 * forward.places * d.head_dim if half else 0))
+    each = FLOAT * (_ROWS * columns + 2 * _QUERIES * (forward.places + head_dim)
+                    + (2 * forward.places * head_dim if half else 0))
     return linear + _experts(manifest, n, products, half) + threads * each
 
 

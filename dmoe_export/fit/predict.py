@@ -58,4 +58,4 @@ def predict(manifest: Manifest, *, backend: Named = "onnxruntime", max_batch: in
         backend=backend, program=program, precision=manifest.precision_in_words,
         products=products if backend == "onnxruntime" else "exact", max_batch=max_batch, max_context=context,
         expert_budget=budget.bytes if budget else None, bytes_per_row=one_more, parts=parts, compared=compared,
-        cache_bytes_per_token=2 * d.num_layers * d.num_kv_heads * d.head_dim * ITEMSIZES[manifest.precision])
+        cache_bytes_per_token=d.cached_values * ITEMSIZES[manifest.precision])

@@ -42,9 +42,15 @@ class Work:
 
 def work_of(manifest: Manifest, rows: int, context: int, most_tokens: int | None = None) -> Work:
     """The default cache of the model's kind: block, or prefix. `most_tokens`: of a row in one forward of an engine."""
-    n = manifest.routing.block_length
-    whole = min(-(-context // n) * n, manifest.model.max_positions)
-    if manifest.model.attention == "full":
+    d, n = manifest.model, manifest.model.step_tokens(manifest.routing)
+    if d.canvas:  # its steps take nothing along; they begin anywhere, and the last one is never cached
+        chunk = min(context, max(PREFILL_TOKENS, n), most_tokens or context)
+        cached, wide = bucketed(max(1, context - n)), max(chunk, min(n, context))
+        past = bucketed(context - wide)
+        return Work(Forward(rows, wide, past, 1), Forward(rows, n, cached, n), cached,
+                    bucketed(max(0, cached - 128)) if cached > wide else 0, n)
+    whole = min(-(-context // n) * n, d.max_positions)
+    if d.attention == "full":
         cached = bucketed(context)
         widest = Forward(rows, context, cached, n)
         return Work(widest, widest, cached, 0, n)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..description import ExpertQuantisation, ModelDescription, RoutingDescription
+from ..ops.experts import Activation
 from .canvas_attention import canvas_angles, canvas_bias
 from .denoiser import Denoiser, DenoiserOutput, Past
 from .layers import FeedForward
@@ -37,7 +38,7 @@ class Drawn(NamedTuple):
 class Conditioning(nn.Module):
     """Embeddings of a canvas and what the step before made of it."""
 
-    def __init__(self, hidden: int, width: int, eps: float, activation: str, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, width: int, eps: float, activation: Activation, dtype: torch.dtype) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(hidden, eps=eps, dtype=dtype)
         self.ffn = FeedForward(hidden, width, dtype, activation)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.experts.eager import activated
+from ..ops.experts import Activation
+from ..ops.experts.eager import activate
 from ..ops.mixture.eager import shared_expert
 from ..ops.torch_ops import add_norm
 
@@ -14,7 +15,7 @@ from ..ops.torch_ops import add_norm
 class FeedForward(nn.Module):
     """Dense gated feed-forward: down(act(gate(x)) ⊙ up(x)), act silu (SwiGLU) or gelu_tanh."""
 
-    def __init__(self, hidden: int, width: int, dtype: torch.dtype, activation: str = "silu") -> None:
+    def __init__(self, hidden: int, width: int, dtype: torch.dtype, activation: Activation = "silu") -> None:
         super().__init__()
         self.activation = activation
         self.gate = nn.Linear(hidden, width, bias=False, dtype=dtype)
@@ -23,7 +24,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, H] → [N, H]."""
-        return self.down(activated(self.gate(x), self.activation) * self.up(x))
+        return self.down(activate(self.gate(x), self.activation) * self.up(x))
 
 
 class AddNorm(nn.Module):

@@ -30,7 +30,8 @@ class ResidualRouter(Router):
         hidden = x.shape[-1]
         ids, weights, logits = super().forward(
             F.rms_norm(x.float(), (hidden,), self.norm, self.eps) * hidden**-0.5, position_ids, settings, attributes)
-        return ids, weights * self.expert_scale[ids.clamp(min=0).long()], logits
+        factors = self.expert_scale.index_select(0, ids.clamp(min=0).flatten().long())
+        return ids, weights * factors.reshape(ids.shape), logits
 
 
 class MixtureBesideDense(MoE):

@@ -19,6 +19,7 @@ class OpSchema:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: tuple[str, ...]
+    optional: tuple[str, ...] = ()  # attributes that a node has only where they are not what is usual
 
     @property
     def qualified_name(self) -> str:

@@ -18,6 +18,7 @@ from . import self_attention as self_attention_op
 from .add_norm.eager import add_norm as eager_add_norm
 from .attention.eager import attention as eager_attention
 from .block_route.attributes import RouteAttributes
+from .experts import Activation, activation_attribute
 from .experts.eager import experts as eager_experts
 from .head.eager import head as eager_head
 from .mixture.eager import mixture as eager_mixture
@@ -66,25 +67,27 @@ def router(hidden: Tensor, router_weight: Tensor, expert_bias: Tensor, position_
 
 
 def experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor,
-            scales: tuple[Tensor, Tensor] | None = None, quantisation: ExpertQuantisation | None = None, *,
-            activation: str = "silu") -> Tensor:
+            scales: tuple[Tensor, Tensor] | None = None, quantisation: ExpertQuantisation | None = None,
+            activation: Activation = "silu") -> Tensor:
     """`DmoeExperts`; arguments and results as in ops/experts/__init__.py. `scales` of gate_up and of down."""
     inputs = (hidden, expert_ids, expert_weights, gate_up, down, *(scales or ()))
     if not torch.onnx.is_in_onnx_export():
         return eager_experts(*inputs, activation=activation)
     schema = experts_op.QUANTISED_SCHEMA if quantisation else experts_op.SCHEMA
-    return _node(schema, inputs, _integers(quantisation), (hidden.dtype, hidden.shape))[0]
+    attributes = _integers(quantisation) | activation_attribute(activation)
+    return _node(schema, inputs, attributes, (hidden.dtype, hidden.shape))[0]
 
 
 def mixture(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor,
             scales: tuple[Tensor, Tensor] | None, quantisation: ExpertQuantisation | None,
-            shared: tuple[Tensor, Tensor]) -> Tensor:
+            shared: tuple[Tensor, Tensor], activation: Activation = "silu") -> Tensor:
     """`DmoeMixture`; arguments and results as in ops/mixture/__init__.py. `shared`: gate_up and down."""
     inputs = (hidden, expert_ids, expert_weights, gate_up, down, *(scales or ()), *shared)
     if not torch.onnx.is_in_onnx_export():
-        return eager_mixture(*inputs)
+        return eager_mixture(*inputs, activation=activation)
     schema = mixture_op.QUANTISED_SCHEMA if quantisation else mixture_op.SCHEMA
-    return _node(schema, inputs, _integers(quantisation), (hidden.dtype, hidden.shape))[0]
+    attributes = _integers(quantisation) | activation_attribute(activation)
+    return _node(schema, inputs, attributes, (hidden.dtype, hidden.shape))[0]
 
 
 def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

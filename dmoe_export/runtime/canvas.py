@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..bundle.contract import CANVAS_INPUTS, CANVAS_OUTPUTS
+from ..description import ModelDescription
 from .backend import CanvasOutputs, ForwardInputs
 
 
-def canvas_feeds(inputs: ForwardInputs) -> dict[str, Any]:
+def canvas_feeds(d: ModelDescription, inputs: ForwardInputs) -> dict[str, Any]:
     """The inputs of a forward; none of a model without a canvas."""
+    assert (d.canvas is None) == (inputs.canvas is None), "canvas inputs are of models with a canvas, which need them"
     return {} if inputs.canvas is None else {name: getattr(inputs.canvas, name) for name in CANVAS_INPUTS}
 
 

@@ -209,7 +209,7 @@ private:
         }
         product(g, e.gateUp, e.gateUpScales, 2 * int64_t{e.width}, hidden, 2 * first, 2 * last, out.data());
         for (int32_t t = 0; t < tokens; ++t) {
-            set.swiglu(out[t], last - first, activated + static_cast<size_t>(g.begin + t) * e.width + first);
+            set.gated[e.activation](out[t], last - first, activated + static_cast<size_t>(g.begin + t) * e.width + first);
         }
     }
 

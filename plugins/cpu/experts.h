@@ -47,8 +47,8 @@ struct InstructionSet {
     // out[t][r − first] = Σ_k matrix[r, k] · x[t][k] for rows first … last − 1 and `tokens` vectors x.
     void (*product)(Matrix const& matrix, int32_t first, int32_t last, float const* const* x, int32_t tokens,
         float* const* out);
-    // activated[i] = silu(gateUp[2 i]) · gateUp[2 i + 1].
-    void (*swiglu)(float const* gateUp, int32_t count, float* activated);
+    // activated[i] = activation(gateUp[2 i]) · gateUp[2 i + 1], for each DMOE_ACTIVATION_*.
+    void (*gated[2])(float const* gateUp, int32_t count, float* activated);
     void (*fromHalf)(uint16_t const* in, int64_t count, float* out);
     void (*toHalf)(float const* in, int64_t count, uint16_t* out);
     // Attention, with room for whole vectors: scores to e^(score − largest), returning their sum (a place may be hidden by
@@ -80,6 +80,7 @@ struct Experts {
     bool halfScales;
     Format format;
     int32_t groupShift; // group = 1 << groupShift
+    int32_t activation; // DMOE_ACTIVATION_*
     bool fast; // integer or bfloat16 products are allowed, where there are any
     float* mixed; // [N, H]
 };

@@ -1,6 +1,7 @@
 // dmoe::DmoeExperts for ONNX Runtime's CPU provider, on its threads.
 #include "op.h"
 
+#include "../onnxruntime/activation.h"
 #include "experts.h"
 #include "scratch.h"
 
@@ -17,7 +18,7 @@ struct Kinds {
 class Kernel {
 public:
     Kernel(OrtKernelInfo const* info, Kinds kinds, DmoeSession const* session)
-        : mKinds(kinds), mSession(session)
+        : mKinds(kinds), mSession(session), mActivation(activationOf(info))
     {
         if (kinds.weights == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8) {
             Ort::ConstKernelInfo const facts(info);
@@ -52,6 +53,7 @@ private:
         bool const half = mKinds.hidden == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
         call.format = weightFormat(mKinds.weights, mBits);
         call.fast = fastProducts(mSession);
+        call.activation = mActivation;
         down.expect({-1, call.hidden, -1});
         call.experts = down.size(0);
         call.width = static_cast<int32_t>(mBits == 4 ? 2 * int64_t{down.size(2)} : down.size(2));
@@ -99,6 +101,7 @@ private:
 
     Kinds mKinds;
     DmoeSession const* mSession; // may be null
+    int32_t mActivation; // DMOE_ACTIVATION_*
     std::atomic<bool> mLost{false}; // for good: pages that were lost read as zeros now
     int64_t mBits = 0, mGroup = 0; // 0: the weights are not quantised
 };

@@ -32,6 +32,7 @@ enum {
 
 enum { DMOE_MODE_TOKEN = 0, DMOE_MODE_TOP_P = 1, DMOE_MODE_TOP_C = 2 };
 enum { DMOE_TYPE_FP16 = 0, DMOE_TYPE_BF16 = 1 };
+enum { DMOE_ACTIVATION_SILU = 0, DMOE_ACTIVATION_GELU_TANH = 1 }; /* of gated experts, dmoe_export/ops/experts/__init__.py */
 
 typedef struct DmoeRouteAttributes {
     int32_t mode;              /* DMOE_MODE_* */
@@ -95,6 +96,7 @@ typedef struct DmoeExpertsShape {
     int32_t hidden;  /* H, a multiple of 8 */
     int32_t width;   /* I' (one expert's intermediate width as stored), a multiple of 8 */
     int32_t type;    /* DMOE_TYPE_* of hidden, gate_up, down and mixed */
+    int32_t activation; /* DMOE_ACTIVATION_* */
 } DmoeExpertsShape;
 
 /* Bytes of the workspace dmoe_experts() needs for this shape, or a negative DMOE_ERROR_*. Grows with tokens. */

@@ -37,6 +37,7 @@ int check(const DmoeExpertsShape &s) {
         s.hidden % 8 || s.hidden > kMaxSize || s.width < 8 || s.width % 8 || s.width > kMaxSize) {
         return DMOE_ERROR_SHAPE;
     }
+    if (s.activation != DMOE_ACTIVATION_SILU && s.activation != DMOE_ACTIVATION_GELU_TANH) return DMOE_ERROR_ATTRIBUTE;
     return s.type == DMOE_TYPE_FP16 || s.type == DMOE_TYPE_BF16 ? 0 : DMOE_ERROR_TYPE;
 }
 
@@ -97,6 +98,7 @@ int run_chunk(const DmoeExpertsShape &s, const Plan &plan, const Workspace &w, c
     a.rows = a.matrix_rows = 2 * s.width, a.depth = s.hidden;
     a.shared_rows = 2 * weights.shared.width, a.shared_depth = s.hidden;
     a.inputs = t.hidden, a.shared_inputs = 0;
+    a.gelu = s.activation == DMOE_ACTIVATION_GELU_TANH;
     a.activations = activations, a.shared_activations = shared_activations;
     if (const int error = launch_product<Half, true>(plan, weights, a, stream)) return error;
 

@@ -42,7 +42,8 @@ struct ProductArguments {
     Divisor places, tiles, shared_tiles;  // tiles: of 64 rows
     const uint4 *inputs;     // gate_up: hidden [tokens, depth]; down: activations [pairs, depth]
     unsigned shared_inputs;  // units from there to those of the shared expert: hidden, or activations [tokens, shared_depth]
-    uint16_t *activations;         // gate_up writes silu(gate) · up [pairs, rows / 2]
+    bool gelu;                     // gelu(gate), else silu(gate)
+    uint16_t *activations;         // gate_up writes it times up [pairs, rows / 2]
     uint16_t *shared_activations;  // [tokens, shared_rows / 2]
     const float *pair_weights;     // down: [tokens, places]
     float *pair_outputs;           // down writes weight · value [pairs, rows]

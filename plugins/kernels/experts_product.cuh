@@ -22,10 +22,17 @@ DMOE_DEVICE void wait_for_stage(int stages) {
     wait_for_copies<4>();
 }
 
+// silu(x) = x / (1 + e^−x), and so is x / 2 · (1 + tanh y) with 2 y for x in the exponent, y = √(2/π) · (x + 0.044715 x³).
+DMOE_DEVICE float activated(float x, bool gelu) {
+    constexpr float kTwiceRoot = 1.59576912f, kCubic = 0.0713548163f;  // the second is 0.044715 times the first
+    return x / (1.0f + expf(-(gelu ? x * fmaf(kCubic, x * x, kTwiceRoot) : x)));
+}
+
 // Where the products of a pair (a token, when shared) go.
 template <bool GATE>
 struct Target {
     int rows;
+    bool gelu;               // the activation, else silu
     float weight;            // of the pair
     uint16_t *activations;   // its first one
     float *outputs;          // its first one
@@ -34,6 +41,7 @@ struct Target {
         rows = item.shared ? a.shared_rows : a.rows;
         const int64_t to = item.shared ? place : lists.pairs[place];
         if constexpr (GATE) {
+            gelu = a.gelu;
             activations = (item.shared ? a.shared_activations : a.activations) + to * (rows / 2);
         } else {
             weight = item.shared ? 1.0f : a.pair_weights[to];
@@ -45,7 +53,7 @@ struct Target {
     template <class Half>
     DMOE_DEVICE void write(int row, float first, float second) const {
         if constexpr (GATE) {
-            activations[row / 2] = Half::narrow(first / (1.0f + expf(-first)) * second);
+            activations[row / 2] = Half::narrow(activated(first, gelu) * second);
         } else {
             *reinterpret_cast<float2 *>(outputs + row) = make_float2(weight * first, weight * second);
         }

@@ -1,4 +1,5 @@
 // dmoe::DmoeExperts and dmoe::DmoeMixture on dmoe_mixture(), for fp16 and bf16, each with weights of that type and of uint8.
+#include "activation.h"
 #include "scratch.h"
 
 namespace dmoe {
@@ -14,7 +15,8 @@ struct Form {
 
 class Kernel {
 public:
-    Kernel(OrtKernelInfo const* info, Form const& form, DmoeSession const* session) : mForm(form), mScratch(info)
+    Kernel(OrtKernelInfo const* info, Form const& form, DmoeSession const* session)
+        : mForm(form), mScratch(info), mActivation(activationOf(info))
     {
         if (form.quantised) {
             Ort::ConstKernelInfo const attributes(info);
@@ -43,6 +45,7 @@ private:
         shape.tokens = hidden.size(0);
         shape.hidden = hidden.size(1);
         shape.type = mForm.type;
+        shape.activation = mActivation;
         ids.expect({shape.tokens, -1});
         shape.places = ids.size(1);
         weights.expect({shape.tokens, shape.places});
@@ -84,6 +87,7 @@ private:
 
     Form mForm;
     Scratch mScratch;
+    int32_t mActivation; // DMOE_ACTIVATION_*
     int64_t mBits = 8, mGroupSize = 0; // so that a plain weight is one element
 };
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dmoe_export.check.compare import row_errors, tensor_error
+from dmoe_export.check.feed import forward_inputs
 from dmoe_export.check.gates import LIMITS, limits_for
 from dmoe_export.check.generation import _near_tie
-from dmoe_export.check.inputs import PROMPTS, forward_inputs, make_inputs
+from dmoe_export.check.inputs import PROMPTS, make_inputs
 from dmoe_export.check.instrument import open_layers
 from dmoe_export.check.reference import Reference, named_outputs
 from dmoe_export.check.runners import SequenceRunner

@@ -9,8 +9,9 @@ import os
 import shutil
 import sys
 from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
@@ -22,11 +23,12 @@ from linear_helpers import on_onnxruntime
 from onnx import TensorProto, helper
 
 from dmoe_export.description import ExpertQuantisation
-from dmoe_export.ops.experts import QUANTISED_SCHEMA
+from dmoe_export.ops.experts import QUANTISED_SCHEMA, Activation, activation_attribute
 from dmoe_export.ops.experts.eager import experts
 from dmoe_export.ops.experts.quantised import quantise
 from dmoe_export.ops.schema import DOMAIN, OPSET
 
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 FORMATS: dict[str, tuple[int, type]] = {
     "float": (0, np.float32), "half": (0, np.float16), "half weights": (0, np.float32),
     "bfloat weights": (0, np.float32), "int8": (8, np.float32), "int4": (4, np.float32), "int8 half": (8, np.float16),
@@ -46,7 +48,7 @@ def built() -> Path:
     return build(os.environ.get("DMOE_CPU_PRESET", "cpu")) / "libdmoe_cpu.so"
 
 
-def model(kind: str, group: int = 32) -> bytes:
+def model(kind: str, group: int = 32, **attributes: Any) -> bytes:
     """One node whose weights are inputs."""
     bits, dtype = FORMATS[kind]
     elem = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
@@ -55,7 +57,7 @@ def model(kind: str, group: int = 32) -> bytes:
         stored = TensorProto.BFLOAT16 if kind == "bfloat weights" else TensorProto.FLOAT16
     kinds = [elem, TensorProto.INT32, TensorProto.FLOAT, stored, stored, *([elem, elem] if bits else [])]
     names = QUANTISED_SCHEMA.inputs[:len(kinds)]
-    attributes: dict[str, Any] = {"bits": bits, "group_size": group} if bits else {}
+    attributes |= {"bits": bits, "group_size": group} if bits else {}
     node = helper.make_node("DmoeExperts", names, ["mixed"], domain=DOMAIN, **attributes)
     graph = helper.make_graph([node], "one", [helper.make_tensor_value_info(*pair, None)
                                               for pair in zip(names, kinds, strict=True)],
@@ -65,12 +67,12 @@ def model(kind: str, group: int = 32) -> bytes:
 
 
 @cache
-def session(library: Path, kind: str, group: int = 32) -> ort.InferenceSession:
+def session(library: Path, kind: str, group: int = 32, **attributes: Any) -> ort.InferenceSession:
     """A session of that node with two threads."""
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 2
     options.register_custom_ops_library(str(library))
-    return ort.InferenceSession(model(kind, group), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model(kind, group, **attributes), options, providers=["CPUExecutionProvider"])
 
 
 def case(kind: str, tokens: int, k: int, count: int, hidden: int, width: int, group: int = 32,
@@ -92,22 +94,26 @@ def case(kind: str, tokens: int, k: int, count: int, hidden: int, width: int, gr
             | {f"{name}_scales": s.numpy() for name, (_, s) in made.items()})
 
 
-def eager(feeds: dict[str, np.ndarray]) -> np.ndarray:
+def eager(feeds: dict[str, np.ndarray], activation: Activation = "silu") -> np.ndarray:
     """The eager op on the same arrays; halves in float32, as our kernel computes."""
     wide = {np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
     given = [feeds[name] for name in QUANTISED_SCHEMA.inputs if name in feeds]
-    return experts(*(torch.from_numpy(x.astype(np.float32) if x.dtype in wide else x) for x in given)).numpy()
+    tensors = (torch.from_numpy(x.astype(np.float32) if x.dtype in wide else x) for x in given)
+    return experts(*tensors, activation=activation).numpy()
 
 
-def run(library: Path, kind: str, feeds: dict[str, np.ndarray], group: int = 32) -> np.ndarray:
+def run(library: Path, kind: str, feeds: dict[str, np.ndarray], group: int = 32,
+        activation: Activation = "silu") -> np.ndarray:
     """The mixed output [N, H]."""
     values = {name: on_onnxruntime(value) for name, value in feeds.items()}
-    return session(library, kind, group).run_with_ort_values(None, values)[0].numpy()
+    one = session(library, kind, group, **activation_attribute(activation))
+    return one.run_with_ort_values(None, values)[0].numpy()
 
 
-def error(library: Path, kind: str, feeds: dict[str, np.ndarray], group: int = 32) -> float:
+def error(library: Path, kind: str, feeds: dict[str, np.ndarray], group: int = 32,
+          activation: Activation = "silu") -> float:
     """Largest difference to the eager op, of its largest output."""
-    got, want = run(library, kind, feeds, group).astype(np.float32), eager(feeds)
+    got, want = run(library, kind, feeds, group, activation).astype(np.float32), eager(feeds, activation)
     assert got.shape == want.shape
     return float(np.abs(got - want).max(initial=0) / max(np.abs(want).max(initial=0), 1e-3))
 
@@ -115,13 +121,15 @@ def error(library: Path, kind: str, feeds: dict[str, np.ndarray], group: int = 3
 def main() -> None:
     """Check sizes that meet every tile and tail; prints the largest error of each format."""
     library = Path(sys.argv[1])
-    for kind, (bits, _) in FORMATS.items():
-        errors, sizes = [], ((32, 32), (96, 64), (64, 160)) if bits else ((32, 24), (44, 7), (130, 65))
-        for tokens in (1, 2, 3, 4, 5, 6, 7, 13, 45):
+    for kind, activation in product(FORMATS, ACTIVATIONS):
+        bits, errors = FORMATS[kind][0], []
+        sizes = ((32, 32), (96, 64), (64, 160)) if bits else ((32, 24), (44, 7), (130, 65))
+        for tokens in (1, 2, 3, 4, 5, 6, 7, 13, 45) if activation == "silu" else (3, 45):
             for hidden, width in sizes:
-                errors.append(error(library, kind, case(kind, tokens, 2, 3, hidden, width, seed=tokens)))
-        assert max(errors) < TOLERANCE[kind], (kind, max(errors))
-        print(kind, max(errors))
+                feeds = case(kind, tokens, 2, 3, hidden, width, seed=tokens)
+                errors.append(error(library, kind, feeds, activation=activation))
+        assert max(errors) < TOLERANCE[kind], (kind, activation, max(errors))
+        print(kind, activation, max(errors))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import onnxruntime as ort
 import torch
 from linear_helpers import ALL, on_onnxruntime
 
+from dmoe_export.ops.experts import Activation, activation_attribute
+from dmoe_export.ops.experts.eager import activate
 from dmoe_export.ops.experts.quantised import dequantise
 from dmoe_export.runtime.library import LibrarySession
 
@@ -64,9 +66,10 @@ def linear(library: Path, kind: str, feeds: dict[str, np.ndarray], group: int = 
     return run(library, linear_helpers.linear_model("b" in feeds, kind, group), feeds)
 
 
-def experts(library: Path, kind: str, feeds: dict[str, np.ndarray], group: int = 32) -> np.ndarray:
+def experts(library: Path, kind: str, feeds: dict[str, np.ndarray], group: int = 32,
+            activation: Activation = "silu") -> np.ndarray:
     """The mixed output [N, H]."""
-    return run(library, cpu_ops_helpers.model(kind, group), feeds)
+    return run(library, cpu_ops_helpers.model(kind, group, **activation_attribute(activation)), feeds)
 
 
 def narrowed(x: np.ndarray, name: str, group: int) -> np.ndarray:
@@ -100,7 +103,8 @@ def linear_error(library: Path, kind: str, feeds: dict[str, np.ndarray], group: 
     return float(((np.abs(got - want) - rounding) / size).max(initial=0))
 
 
-def experts_errors(library: Path, kind: str, feeds: dict[str, np.ndarray], group: int = 32) -> tuple[float, float]:
+def experts_errors(library: Path, kind: str, feeds: dict[str, np.ndarray], group: int = 32,
+                   activation: Activation = "silu") -> tuple[float, float]:
     """Differences of the largest output: the nine of ten that are smaller, and all."""
     bits, name = cpu_ops_helpers.FORMATS[kind][0], products(library, stored(kind))
     gate_up, down = weights(feeds, "gate_up", bits), weights(feeds, "down", bits)
@@ -110,18 +114,20 @@ def experts_errors(library: Path, kind: str, feeds: dict[str, np.ndarray], group
             if expert >= 0:
                 both = (gate_up[expert] @ x[token]).astype(np.float32).astype(np.float64)
                 gate, up = both[::2], both[1::2]
-                activated = narrowed((gate / (1 + np.exp(-gate)) * up)[None], name, group)[0]
+                acted = activate(torch.from_numpy(gate), activation).numpy() * up
+                activated = narrowed(acted[None], name, group)[0]
                 want[token] += feeds["expert_weights"][token, place] * (down[expert] @ activated)
-    got = experts(library, kind, feeds, group).astype(np.float64)
+    got = experts(library, kind, feeds, group, activation).astype(np.float64)
     assert got.shape == want.shape
     errors = np.abs(got - want) / max(np.abs(want).max(initial=0), 1e-3)
     return float(np.quantile(errors, 0.9)), float(errors.max(initial=0))
 
 
-def check_experts(library: Path, kind: str, feeds: dict[str, np.ndarray], group: int = 32) -> None:
+def check_experts(library: Path, kind: str, feeds: dict[str, np.ndarray], group: int = 32,
+                  activation: Activation = "silu") -> None:
     """Within the tolerances."""
     half = 1e-3 if cpu_ops_helpers.FORMATS[kind][1] == np.float16 else 0
-    most, largest = experts_errors(library, kind, feeds, group)
+    most, largest = experts_errors(library, kind, feeds, group, activation)
     assert most < 2e-6 * 50 + half and largest < FLIPPED + half, (kind, most, largest)
 
 

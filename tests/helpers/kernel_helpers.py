@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 from functools import cache
+from typing import get_args
 
 import numpy as np
 from builds import build
 
 from dmoe_export.ops.block_route.attributes import RouteAttributes
+from dmoe_export.ops.experts import Activation
 from dmoe_export.ops.experts.fragments import scales_in_fragments, weights_in_fragments
 
 _MODES = {"token": 0, "top_p": 1, "top_c": 2}
 FP16, BF16 = 0, 1
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)  # by number
 CANARY = 64  # bytes behind every output that must stay as they were
 
 
@@ -24,7 +27,8 @@ class RouteAttributesC(ctypes.Structure):
 
 
 class ExpertsShapeC(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("tokens", "places", "experts", "hidden", "width", "type")]
+    _fields_ = [(name, ctypes.c_int32) for name in ("tokens", "places", "experts", "hidden", "width", "type",
+                                                           "activation")]
 
 
 class ExpertPoolC(ctypes.Structure):
@@ -142,7 +146,8 @@ def from_half(words: np.ndarray, kind: int) -> np.ndarray:
     return (words.astype(np.uint32) << 16).view(np.float32)
 
 
-def kernel_experts(kind: int, hidden, ids, weights, gate_up, down, pool=None, scales=None, shared=None) -> np.ndarray:
+def kernel_experts(kind: int, hidden, ids, weights, gate_up, down, pool=None, scales=None, shared=None,
+                   activation: Activation = "silu") -> np.ndarray:
     """Raw words of `mixed` from raw words of hidden, gate_up and down; float32 weights, int32 ids.
 
     `pool`: slot_of_expert and the slots' words of gate_up and down, for `dmoe_experts_resident`. `scales`: words
@@ -172,7 +177,8 @@ def kernel_experts(kind: int, hidden, ids, weights, gate_up, down, pool=None, sc
         parts = [_input(part, np.uint16) for part in shared]
         keep += parts
         common = SharedExpertC(parts[1].shape[1], *map(pointer, parts))
-    shape = ExpertsShapeC(len(hidden), ids.shape[1], len(gate_up), hidden.shape[1], width, kind)
+    shape = ExpertsShapeC(len(hidden), ids.shape[1], len(gate_up), hidden.shape[1], width, kind,
+                          ACTIVATIONS.index(activation))
     given = [part and ctypes.byref(part) for part in (common, quantisation, slots)]
     size = library().dmoe_mixture_workspace_bytes(ctypes.byref(shape), given[0])
     check(min(size, 0))

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cpu_ops_helpers as helpers
 import numpy as np
 import pytest
+import torch
 from bundles import GOLDEN_GUARD
-from cpu_ops_helpers import FORMATS, TOLERANCE, built, case, error
+from cpu_ops_helpers import ACTIVATIONS, FORMATS, TOLERANCE, built, case, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoe_export import export_checkpoint
 from dmoe_export.decoding.loop import BlockDiffusion
 from dmoe_export.decoding.settings import DecodeSettings
+from dmoe_export.ops.experts.eager import activate
 from dmoe_export.runtime.cpu import library as cpu_ops
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 
@@ -41,9 +44,10 @@ def test_every_instruction_set_equals_eager(isa):
 
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from(["float", "half", *NARROW]), st.integers(0, 40), st.integers(1, 4), st.integers(4, 9),
-       st.integers(1, 70), st.integers(1, 150), st.integers(0, 99))
-def test_any_size(kind, tokens, k, count, hidden, width, seed):
-    assert error(built(), kind, case(kind, tokens, k, count, hidden, width, seed=seed)) < TOLERANCE[kind]
+       st.integers(1, 70), st.integers(1, 150), st.integers(0, 99), st.sampled_from(ACTIVATIONS))
+def test_any_size(kind, tokens, k, count, hidden, width, seed, activation):
+    feeds = case(kind, tokens, k, count, hidden, width, seed=seed)
+    assert error(built(), kind, feeds, activation=activation) < TOLERANCE[kind]
 
 
 @pytest.mark.parametrize("kind", NARROW)
@@ -63,20 +67,22 @@ def test_any_group(kind, group, tokens, hidden, width, seed):
     assert error(built(), kind, feeds, group) < TOLERANCE[kind]
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("tokens", [4, 90])
-def test_a_token_does_not_depend_on_its_neighbours(kind, tokens):
+def test_a_token_does_not_depend_on_its_neighbours(kind, tokens, activation):
     """Bit for bit: residency may compute any experts in one call, as long as each has all its tokens, in any order."""
     feeds, names = case(kind, tokens, 4, 6, 96, 64), ("hidden", "expert_ids", "expert_weights")
+    run = partial(helpers.run, built(), kind, activation=activation)
     ids = feeds["expert_ids"]
-    want = helpers.run(built(), kind, feeds)
-    turned = helpers.run(built(), kind, feeds | {name: feeds[name][::-1].copy() for name in names})
+    want = run(feeds)
+    turned = run(feeds | {name: feeds[name][::-1].copy() for name in names})
     np.testing.assert_array_equal(turned[::-1], want)
     once = np.ones((1, 1), np.float32)
     pairs = {}
     for group in ([0, 4], [1, 2, 3], [5]):
         token, place = np.isin(ids, group).nonzero()
-        rows = helpers.run(built(), kind, feeds | {
+        rows = run(feeds | {
             "hidden": feeds["hidden"][token], "expert_ids": ids[token, place][:, None],
             "expert_weights": np.repeat(once, len(token), 0)})
         pairs |= dict(zip(zip(token.tolist(), place.tolist(), strict=True), rows, strict=True))
@@ -135,6 +141,30 @@ def test_wrong_group_is_refused():
             helpers.session(built(), "int8", group)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_over_its_range(activation):
+    """One gate and one up of 1, against float64; NaN stays NaN."""
+    x = np.concatenate([np.linspace(-8, 8, 4001), [80, 3e19, 0]]).astype(np.float32)
+    feeds = {"hidden": np.stack([x, np.ones_like(x)], 1), "expert_ids": np.zeros((len(x), 1), np.int32),
+             "expert_weights": np.ones((len(x), 1), np.float32),
+             "gate_up": np.eye(2, dtype=np.float32)[None], "down": np.ones((1, 2, 1), np.float32)}
+    want = activate(torch.from_numpy(x).double(), activation).numpy()
+    got = helpers.run(built(), "float", feeds, activation=activation)[:, 0]
+    # Below -5 the float64 of eager has lost digits, too: of 1 + tanh.
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-15)
+    feeds["hidden"][:3, 0] = np.nan, -80, -3e19
+    ends = helpers.run(built(), "float", feeds, activation=activation)[:3, 0]
+    assert np.isnan(ends[0]) and (np.abs(ends[1:]) < 1e-18).all()
+
+
+@pytest.mark.parametrize(("value", "words"), [
+    ("relu", "DmoeExperts: activation is 'relu' where 'silu' or 'gelu_tanh' is needed"),
+    (1, "DmoeExperts: attribute activation is a number where a text is needed")])
+def test_activations_that_are_none_are_refused(value, words):
+    with pytest.raises(Exception, match=words):
+        helpers.session(built(), "float", activation=value)
+
+
 @pytest.mark.parametrize("options", [{}, pytest.param({"precision": "int8"}, marks=pytest.mark.slow),
                                      {"precision": "int4"}], ids=["fp32", "int8", "int4"])
 def test_bundles_give_the_same_tokens_with_and_without(options, installed, golden, tmp_path):
@@ -165,6 +195,7 @@ def test_half_bundle_runs_on_the_kernels(options, installed, sample_bundle, tmp_
 _CUT_SHORT = """
 import os, sys
 from pathlib import Path
+from dmoe_export.ops.experts.eager import activate
 from dmoe_export.runtime.cpu import library as cpu_ops
 cpu_ops.INSTALLED = Path(sys.argv[2])
 from dmoe_export.bundle.reader import open_bundle

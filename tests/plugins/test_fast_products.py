@@ -11,7 +11,7 @@ import fast_helpers as helpers
 import linear_helpers
 import numpy as np
 import pytest
-from cpu_ops_helpers import built
+from cpu_ops_helpers import ACTIVATIONS, built
 from fast_helpers import EXACT, EXPERTS, LINEAR, TOLERANCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,10 +43,10 @@ def test_bfloat_at_any_size(tokens, columns, rows, bias, seed):
 
 @settings(deadline=None, max_examples=25)
 @given(st.sampled_from(EXPERTS), st.sampled_from([32, 64]), st.integers(1, 60), st.integers(1, 3), st.integers(1, 3),
-       st.integers(0, 99))
-def test_experts_at_any_size(kind, group, tokens, hidden, width, seed):
+       st.integers(0, 99), st.sampled_from(ACTIVATIONS))
+def test_experts_at_any_size(kind, group, tokens, hidden, width, seed, activation):
     feeds = cpu_ops_helpers.case(kind, tokens, 2, 5, hidden * group, width * group, group, seed)
-    helpers.check_experts(built(), kind, feeds, group)
+    helpers.check_experts(built(), kind, feeds, group, activation)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

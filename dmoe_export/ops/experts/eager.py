@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import Activation
 from .quantised import dequantise
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor,
             gate_up_scales: Tensor | None = None, down_scales: Tensor | None = None, *,
-            activation: str = "silu") -> Tensor:
+            activation: Activation = "silu") -> Tensor:
     """Mixed output [N,H]; see the package docstring for the arguments. Quantised where there are scales."""
     k = expert_ids.shape[-1]
     pair_expert = expert_ids.reshape(-1)  # [N·k], pairs (token, place) in token order
@@ -29,7 +34,7 @@ def experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up:
         if len(x):
             gate_and_up = x @ _matrix(*gate_up_slab, bits, hidden.dtype).T
             gate, up = gate_and_up.unflatten(-1, (-1, 2)).unbind(-1)  # [n, I] each
-            pieces.append((activated(gate, activation) * up) @ _matrix(*down_slab, bits, hidden.dtype).T)
+            pieces.append((activate(gate, activation) * up) @ _matrix(*down_slab, bits, hidden.dtype).T)
     mixed = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     if pieces:
         weighted = torch.cat(pieces).float() * expert_weights.reshape(-1)[order, None]
@@ -37,9 +42,9 @@ def experts(hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up:
     return mixed.to(hidden.dtype)
 
 
-def activated(x: Tensor, activation: str) -> Tensor:
-    """silu or gelu_tanh of x."""
-    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+def activate(gate: Tensor, activation: Activation) -> Tensor:
+    """What `up` is multiplied with, of any shape."""
+    return _ACTIVATIONS[activation](gate)
 
 
 def _slabs(weights: Tensor, scales: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:

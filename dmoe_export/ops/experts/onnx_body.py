@@ -17,21 +17,25 @@ import onnx.parser
 
 from ...description import ExpertQuantisation
 from ..schema import DOMAIN, OPSET, int64s
-from . import QUANTISED_SCHEMA, SCHEMA
+from . import QUANTISED_SCHEMA, SCHEMA, Activation
+from .onnx_loop import experts_loop_body
 
 _SWIGLU = ('k = 1, activation_type = "swiglu", swiglu_fusion = 1, activation_alpha = 1.0, activation_beta = 0.0, '
            "normalize_routing_weights = 1")
 
 
 def experts_body(num_experts: int, experts_per_token: int, hidden_size: int, elem_type: int,
-                 quantisation: ExpertQuantisation | None = None, width: int = 0,
-                 narrow: bool = False) -> onnx.FunctionProto:
+                 quantisation: ExpertQuantisation | None = None, width: int = 0, narrow: bool = False,
+                 activation: Activation = "silu") -> onnx.FunctionProto:
     """The function body for these sizes; `elem_type` is the hidden state's onnx.TensorProto type.
 
     `width`: I as stored, asked for with `quantisation` only. `narrow`: weights are floats of another type than the
     hidden state. ONNX Runtime casts constant ones when it loads the graph, all experts, and keeps the result: without
-    our kernels they take the memory of the hidden state's type.
+    our kernels they take the memory of the hidden state's type. `activation`: of the nodes; ONNX Runtime's ops have
+    none but silu, so for another one the body is that of `onnx_loop.py`.
     """
+    if activation != "silu":
+        return experts_loop_body(num_experts, elem_type, activation, quantisation)
     schema = QUANTISED_SCHEMA if quantisation else SCHEMA
     attributes = ", ".join(("plugin_namespace", "plugin_version", *schema.attributes))
     product = (_quantised_product(quantisation, num_experts, hidden_size, width) if quantisation

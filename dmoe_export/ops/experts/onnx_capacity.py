@@ -23,12 +23,28 @@ import onnx.parser
 
 from ...errors import InputError
 from ..schema import DOMAIN, OPSET, int64s
-from . import SCHEMA
+from . import SCHEMA, Activation, activation_attribute
 
 DEFAULT_CAPACITY = 16  # one turn for the usual denoise step (14.6 unique experts for a block of dMoE-16B)
 
+# gate, up → activated, all of one type; gelu in float32, where the cube of a half is one.
+ACTIVATED: dict[Activation, str] = {
+    "silu": """
+        gate_sigmoid = Sigmoid (gate)
+        gate_silu = Mul (gate, gate_sigmoid)
+        activated = Mul (gate_silu, up)
+""",
+    "gelu_tanh": """
+        gate_f = Cast <to = 1> (gate)
+        up_f = Cast <to = 1> (up)
+        gate_gelu = Gelu <approximate = "tanh"> (gate_f)
+        activated_f = Mul (gate_gelu, up_f)
+        activated = CastLike (activated_f, gate)
+"""}
 
-def experts_capacity_body(num_experts: int, elem_type: int, capacity: int = DEFAULT_CAPACITY) -> onnx.FunctionProto:
+
+def experts_capacity_body(num_experts: int, elem_type: int, capacity: int = DEFAULT_CAPACITY,
+                          activation: Activation = "silu") -> onnx.FunctionProto:
     """The function body for E experts, `capacity` of them per turn; other sizes follow from the inputs.
 
     `elem_type` is the hidden state's onnx.TensorProto type. It has the name and domain of the op's other body and
@@ -36,9 +52,10 @@ def experts_capacity_body(num_experts: int, elem_type: int, capacity: int = DEFA
     """
     if not 1 <= capacity <= num_experts:
         raise InputError(f"expert capacity {capacity} is not between 1 and the model's {num_experts} experts.")
+    attributes = ", ".join(("plugin_namespace", "plugin_version", *activation_attribute(activation)))
     text = f"""
     <opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
-    {SCHEMA.name} <plugin_namespace, plugin_version> ({", ".join(SCHEMA.inputs)}) => ({", ".join(SCHEMA.outputs)})
+    {SCHEMA.name} <{attributes}> ({", ".join(SCHEMA.inputs)}) => ({", ".join(SCHEMA.outputs)})
     {{
       zero = Constant <value_float = 0.0> ()
       last = {int64s(-1)}
@@ -48,7 +65,7 @@ def experts_capacity_body(num_experts: int, elem_type: int, capacity: int = DEFA
       offsets = Constant <value = int64{_listed(range(capacity))}> ()
       id_column = Unsqueeze (expert_ids, last)
       weight_column = Unsqueeze (expert_weights, last)
-      {_active_first(num_experts)}
+      {active_first(num_experts)}
       capacity_less_1 = Constant <value_int = {capacity - 1}> ()
       rounded = Add (active, capacity_less_1)
       turns = Div (rounded, capacity)
@@ -62,7 +79,7 @@ def experts_capacity_body(num_experts: int, elem_type: int, capacity: int = DEFA
         used = Less (place, active)
         safe_place = Where (used, place, begin)
         core = Gather <axis = 0> (active_first, safe_place)
-        {_PRODUCTS}
+        {_products(activation)}
         {_WEIGHTED_SUM}
         after = Add (before, chunk_sum)
       }}> (turns, always, nothing)
@@ -76,7 +93,7 @@ def _listed(values: range, end: str = "") -> str:
     return f"[{len(values)}] {{{', '.join(f'{v}{end}' for v in values)}}}"
 
 
-def _active_first(num_experts: int) -> str:
+def active_first(num_experts: int) -> str:
     """`active`: number of experts in use; `active_first [E]`: all experts, those in use first, then by index."""
     # Keys are unique, so no tie rule of TopK is needed: 2E … E+1 for experts in use, E … 1 for the others.
     return f"""
@@ -96,8 +113,9 @@ def _active_first(num_experts: int) -> str:
 """
 
 
-# core [C] → out [C, N, H]: SwiGLU of every core expert for every token, in the hidden state's type.
-_PRODUCTS = f"""
+def _products(activation: Activation) -> str:
+    """core [C] → out [C, N, H]: every core expert for every token, in the hidden state's type."""
+    return f"""
         gate_up_slabs = Gather <axis = 0> (gate_up, core)
         gate_up_t = Transpose <perm = [0, 2, 1]> (gate_up_slabs)
         gate_and_up = MatMul (hidden, gate_up_t)
@@ -108,13 +126,12 @@ _PRODUCTS = f"""
         step_2 = {int64s(2)}
         gate = Slice (gate_and_up, from_0, to_end, axis_2, step_2)
         up = Slice (gate_and_up, from_1, to_end, axis_2, step_2)
-        gate_sigmoid = Sigmoid (gate)
-        gate_silu = Mul (gate, gate_sigmoid)
-        activated = Mul (gate_silu, up)
+        {ACTIVATED[activation]}
         down_slabs = Gather <axis = 0> (down, core)
         down_t = Transpose <perm = [0, 2, 1]> (down_slabs)
         out = MatMul (activated, down_t)
 """
+
 
 # out [C, N, H] → chunk_sum [N, H]. A token's product with an expert it did not choose may overflow, and 0 · inf is
 # NaN: such products are replaced, not multiplied by 0. Id −2 is no token's, so unused places weigh nothing.

@@ -26,8 +26,9 @@ def wanted(hidden: Tensor, logit_rows: Tensor, tokens: int) -> Tensor:
 
 
 def best_tokens(logits: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
-    """Best token [B,M] and its probability [B,M] from logits [B,M,V]; the mask token is never an answer."""
+    """Best token [B,M] and its probability [B,M] from logits [B,M,V]; the mask token is never an answer (−1: none)."""
     # A bias made of V values and added: choosing between M·V values would cost ONNX Runtime ten times as much.
-    allowed = logits + torch.where(torch.arange(logits.shape[-1]) == mask_id, float("-inf"), 0.0)
+    bias = torch.where(torch.arange(logits.shape[-1]) == mask_id, float("-inf"), 0.0) if mask_id >= 0 else None
+    allowed = logits if bias is None else logits + bias
     best, token_ids = allowed.max(dim=-1)
     return token_ids, 1.0 / torch.exp(allowed - best[..., None]).sum(-1)

@@ -6,15 +6,18 @@ import onnx
 import onnx.parser
 
 from ..experts import SCHEMA as EXPERTS
+from ..experts import Activation, activation_attribute
+from ..experts.onnx_capacity import ACTIVATED
 from ..schema import DOMAIN, OPSET
 from . import QUANTISED_SCHEMA, SCHEMA
 
 
-def mixture_body(quantised: bool, linear: str) -> onnx.FunctionProto:
+def mixture_body(quantised: bool, linear: str, activation: Activation = "silu") -> onnx.FunctionProto:
     """The function body, of any sizes; `linear`: the node of a linear layer."""
     schema = QUANTISED_SCHEMA if quantised else SCHEMA
-    attributes = ", ".join(("plugin_namespace", "plugin_version", *schema.attributes))
-    passed = ", ".join([*(f'{name} = "{value}"' for name, value in EXPERTS.plugin_attributes.items()),
+    acting = activation_attribute(activation)
+    attributes = ", ".join((*schema.plugin_attributes, *schema.attributes, *acting))
+    passed = ", ".join([*(f'{name} = "{value}"' for name, value in (EXPERTS.plugin_attributes | acting).items()),
                         *(f"{name}: int = @{name}" for name in schema.attributes)])
     return onnx.parser.parse_function(f"""
     <opset_import: ["" : {OPSET}, "{DOMAIN}" : 1], domain: "{DOMAIN}">
@@ -23,9 +26,7 @@ def mixture_body(quantised: bool, linear: str) -> onnx.FunctionProto:
       routed = {DOMAIN}.{EXPERTS.name} <{passed}> ({", ".join(schema.inputs[:-2])})
       gate_and_up = {linear} (hidden, shared_gate_up)
       gate, up = Split <axis = 1, num_outputs = 2> (gate_and_up)
-      opened = Sigmoid (gate)
-      silu = Mul (gate, opened)
-      activated = Mul (silu, up)
+      {ACTIVATED[activation]}
       shared = {linear} (activated, shared_down)
       mixed = Add (routed, shared)
     }}

@@ -94,7 +94,7 @@ class OnnxRuntimeBackend:
         head = Wanted(inputs.logit_rows, inputs.input_ids.shape[1], stay=canvas)
         feeds: dict[str, Any] = {
             "input_ids": inputs.input_ids, "position_ids": inputs.position_ids, "past_positions": cache.positions,
-            "logit_rows": head.logit_rows, **canvas_feeds(inputs)}
+            "logit_rows": head.logit_rows, **canvas_feeds(self.description, inputs)}
         logits_leave = inputs.want_logits or inputs.candidates > 0
         if self._keeps_logits:
             feeds[KEPT] = np.zeros(head.logit_rows.shape[1] if logits_leave else 1, np.int64)

@@ -12,10 +12,12 @@ from ...bundle.contract import KEPT
 from ...bundle.manifest import GraphEntry
 from ...bundle.reader import Bundle
 from ..backend import ForwardInputs, ForwardOutputs, closed
+from ..canvas import canvas_feeds, canvas_outputs
 from ..library import Kernels
 from .cache import DeviceCache, DevicePart, Positions
 from .call import ITEMSIZES, Call, Executor, Layout, Settings, Sizes, Tensor
 from .candidates import LogitsTaker
+from .canvas import canvas_layout, drawn_layout
 from .device import Device
 from .graphs import GraphCache
 from .memory import Pool
@@ -117,7 +119,7 @@ class DeviceBackend:
     def _forward(self, inputs: ForwardInputs, past: DevicePart) -> ForwardOutputs:
         rows, tokens = inputs.input_ids.shape
         wanted = inputs.logit_rows.shape[1]
-        d, block = self.description, self.routing.block_length
+        d, block = self.description, self.description.step_tokens(self.routing)
         # A forward that wants no vocabulary row keeps M = 1; all others come in multiples of the block length.
         step = block if (inputs.logit_rows >= 0).any() else 1
         sizes = self._executor.fit(Sizes(rows, tokens, past.length, wanted), step)
@@ -126,7 +128,8 @@ class DeviceBackend:
         staged = self._stage(inputs, past.table, sizes, kept)
         experts = (len(d.moe_layers), rows, sizes.tokens, d.moe.experts_per_token if d.moe else 0)
         results = Layout([("token_ids", (rows, sizes.rows), "int64"), ("confidence", (rows, sizes.rows), "fp32"),
-                          *([("expert_ids", experts, "int32")] if d.moe else [])])
+                          *([("expert_ids", experts, "int32")] if d.moe else []),
+                          *(drawn_layout(rows, sizes.rows, d.hidden_size) if d.canvas else [])])
         new = self._new_slab(rows, sizes.tokens, inputs.want_keys_values)
         places = (staged["input_ids"].address, self._staging.buffer("results", results.size),
                   self._staging.buffer("logits", rows * kept * d.vocab_size * 4))
@@ -139,8 +142,9 @@ class DeviceBackend:
                         {**results.tensors(places[1]), "logits": logits, **self._layers("", new)})
 
         # What repeats: steps of a block, alone or with what lies before it (a block; shifted logits: a place), and of
-        # a whole canvas.
-        if self.graphs is not None and (sizes.tokens <= 2 * block or d.attention == "full"):
+        # a whole canvas; of a canvas of random tokens its steps and the encoding of the last of them.
+        repeats = sizes.tokens == block if d.canvas else sizes.tokens <= 2 * block or d.attention == "full"
+        if self.graphs is not None and repeats:
             self.graphs.run((sizes, kept, *places, *past.key, new.address), call, self._stream)
         else:
             self._executor.execute(call(), self._stream)
@@ -153,7 +157,9 @@ class DeviceBackend:
                               results.view(fetched, "confidence")[:, :wanted].copy(),
                               results.view(fetched, "expert_ids")[:, :, :tokens].copy() if d.moe
                               else np.zeros((0, rows, tokens, 0), np.int32),
-                              all_of_them, new if inputs.want_keys_values else None, best)
+                              all_of_them, new if inputs.want_keys_values else None, best,
+                              canvas_outputs({name: results.view(fetched, name) for name in results.names},
+                                             lambda array: array[:, :wanted].copy()))
 
     def _stage(self, inputs: ForwardInputs, table: Positions, sizes: Sizes,
                kept: int) -> dict[str, Tensor]:
@@ -161,10 +167,13 @@ class DeviceBackend:
         layout = Layout([("input_ids", (sizes.batch, sizes.tokens), "int64"),
                          ("position_ids", (sizes.batch, sizes.tokens), "int64"),
                          ("logit_rows", (sizes.batch, sizes.rows), "int64"),
-                         *([(KEPT, (kept,), "int64")] if self._keeps_logits else []), *self._settings.layout])
+                         *([(KEPT, (kept,), "int64")] if self._keeps_logits else []),
+                         *(canvas_layout(sizes, self.description.hidden_size) if inputs.canvas else []),
+                         *self._settings.layout])
         staged = self._staging.send(layout, {
             "input_ids": (inputs.input_ids, 0), "position_ids": (inputs.position_ids, -1),
             "logit_rows": (inputs.logit_rows, -1), **({KEPT: (0, 0)} if self._keeps_logits else {}),
+            **{name: (array, 0) for name, array in canvas_feeds(self.description, inputs).items()},
             **self._settings.values(inputs.settings)})
         self._staging.send_positions(table)
         return staged

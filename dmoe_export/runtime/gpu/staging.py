@@ -42,8 +42,8 @@ class Staging:
     def send(self, layout: Layout, values: Mapping[str, tuple[Any, int]]) -> dict[str, Tensor]:
         """Enqueue copying arrays to the device; the tensors there.
 
-        `values`: for each name an array as in the layout, but for a last dimension that may be smaller, and what fills
-        the rest; or a number.
+        `values`: for each name an array as in the layout, but for dimensions that may be smaller, and what fills the
+        rest; or a number.
         """
         block = self.host("staged", layout.size)
         for name, (value, padding) in values.items():
@@ -51,8 +51,9 @@ class Staging:
             if not isinstance(value, np.ndarray):
                 array[:] = value
                 continue
-            array[..., :value.shape[-1]] = value
-            array[..., value.shape[-1]:] = padding
+            if value.shape != array.shape:
+                array[...] = padding
+            array[tuple(map(slice, value.shape))] = value
         address = self.buffer("staged", layout.size)
         self._device.copy(address, block.ctypes.data, layout.size, self._stream)
         return layout.tensors(address, block.ctypes.data)

@@ -30,9 +30,11 @@ _DTYPES = {"input_ids": "INT64", "position_ids": "INT64", "past_positions": "INT
            "logits_kept": "INT64",
            "top_p": "FLOAT", "min_experts": "INT64", "coreset_size": "INT64", "token_ids": "INT64",
            "confidence": "FLOAT", "logits": "FLOAT", "expert_ids": "INT32",
+           "denoise": "BOOL", "soft_embeddings": "FLOAT", "temperature": "FLOAT", "uniform": "FLOAT",
+           "sampled_ids": "INT64", "entropy": "FLOAT", "next_soft_embeddings": "FLOAT",
            "unmasked": "BOOL", "threshold": "FLOAT", "salient": "BOOL"}
 _PRECISIONS = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
-_NEEDED = {"token_ids", "confidence", "expert_ids", "salient"}
+_NEEDED = {"token_ids", "confidence", "expert_ids", "salient", "sampled_ids", "entropy", "next_soft_embeddings"}
 
 
 @dataclass

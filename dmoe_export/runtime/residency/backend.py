@@ -162,9 +162,9 @@ class ResidentBackend:
         first = np.where(inputs.logit_rows >= 0, inputs.logit_rows, np.iinfo(np.int64).max).min(axis=1)
         positions = np.take_along_axis(inputs.position_ids, np.where(wanted, first, 0)[:, None], axis=1)[:, 0]
         names = inputs.sequences or range(-1, -1 - len(wanted), -1)
-        changed = 0
+        changed, length = 0, self.description.step_tokens(self.routing)
         for row in np.flatnonzero(wanted).tolist():
-            block = int(positions[row]) // self.routing.block_length
+            block = int(positions[row]) // length
             changed += self._blocks.pop(names[row], None) != block
             self._blocks[names[row]] = block
         while len(self._blocks) > _REMEMBERED:

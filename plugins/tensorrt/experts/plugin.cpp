@@ -10,7 +10,8 @@ namespace dmoe {
 namespace {
 
 enum Input { kHidden, kIds, kWeights, kGateUp, kDown };
-constexpr char kResidency[] = "residency", kBits[] = "bits", kGroupSize[] = "group_size", kLayout[] = "layout";
+constexpr char kResidency[] = "residency", kBits[] = "bits", kGroupSize[] = "group_size", kLayout[] = "layout",
+               kActivation[] = "activation", kSilu[] = "silu", kGeluTanh[] = "gelu_tanh";
 
 } // namespace
 
@@ -20,8 +21,11 @@ bool ExpertsPlugin::read(FieldReader& fields, char const* op, Form& form)
     int32_t const bits = fields.has(kBits) ? fields.integer(kBits) : 16;
     int32_t const group = fields.has(kGroupSize) ? fields.integer(kGroupSize) : 0;
     int32_t const layout = fields.has(kLayout) ? fields.integer(kLayout) : 0;
+    std::string const activation = fields.has(kActivation) ? fields.text(kActivation) : kSilu;
     std::string problem = fields.problem();
-    if (problem.empty() && (residency < 0 || residency > 1)) {
+    if (problem.empty() && activation != kSilu && activation != kGeluTanh) {
+        problem = "attribute activation is '" + activation + "', it must be 'silu' or 'gelu_tanh'";
+    } else if (problem.empty() && (residency < 0 || residency > 1)) {
         problem = "attribute residency is " + std::to_string(residency) + ", it must be 0 or 1";
     } else if (problem.empty() && bits != 4 && bits != 8 && bits != 16) {
         problem = "attribute bits is " + std::to_string(bits) + ", it must be 4, 8 or 16";
@@ -36,7 +40,7 @@ bool ExpertsPlugin::read(FieldReader& fields, char const* op, Form& form)
         logError(std::string(op) + ": " + problem + ".");
         return false;
     }
-    form = {residency == 1, bits, group};
+    form = {residency == 1, bits, group, activation == kSilu ? DMOE_ACTIVATION_SILU : DMOE_ACTIVATION_GELU_TANH};
     return true;
 }
 
@@ -105,6 +109,7 @@ DmoeExpertsShape ExpertsPlugin::shapeOf(Dims const* const* inputs, DataType type
     shape.hidden = static_cast<int32_t>(inputs[kHidden]->d[1]);
     shape.width = static_cast<int32_t>(inputs[kGateUp]->d[1] / 2);
     shape.type = type == DataType::kBF16 ? DMOE_TYPE_BF16 : DMOE_TYPE_FP16;
+    shape.activation = mForm.activation;
     return shape;
 }
 
@@ -241,6 +246,9 @@ PluginFieldCollection const* ExpertsPlugin::getFieldsToSerialize() noexcept
         mFields.add(kBits, mForm.bits);
         mFields.add(kGroupSize, mForm.groupSize);
         mFields.add(kLayout, kFragments);
+    }
+    if (mForm.activation != DMOE_ACTIVATION_SILU) {
+        mFields.add(kActivation, std::string(kGeluTanh));
     }
     mFields.add(kBuildField, std::string(dmoe_build_id()));
     return mFields.collection();

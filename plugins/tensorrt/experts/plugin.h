@@ -16,18 +16,19 @@ constexpr int32_t kFragments = 2; // attribute layout: the one order in which th
 class ExpertsPlugin : public Plugin {
 public:
     static constexpr char name[] = "DmoeExperts";
-    static constexpr std::array<std::pair<char const*, nvinfer1::PluginFieldType>, 4> attributes{{
+    static constexpr std::array<std::pair<char const*, nvinfer1::PluginFieldType>, 5> attributes{{
         {"residency", nvinfer1::PluginFieldType::kINT32},
         {"bits", nvinfer1::PluginFieldType::kINT32},
         {"group_size", nvinfer1::PluginFieldType::kINT32},
         {"layout", nvinfer1::PluginFieldType::kINT32},
+        {"activation", nvinfer1::PluginFieldType::kCHAR},
     }};
 
     // What the attributes say. `residency`: there are further inputs, the table and the pool of resident experts. `bits` of a
-    // weight: 16, or 8 or 4 with a scale per `groupSize` of them as further inputs.
+    // weight: 16, or 8 or 4 with a scale per `groupSize` of them as further inputs. `activation`: DMOE_ACTIVATION_*.
     struct Form {
         bool residency;
-        int32_t bits, groupSize;
+        int32_t bits, groupSize, activation;
     };
 
     explicit ExpertsPlugin(Form const& form) : ExpertsPlugin(form, name, false) {}
