@@ -126,14 +126,14 @@ class Generator:
         max_new_tokens: Most tokens of the answer [at least 1; default: the bundle's, or 128].
         block_length: Tokens that are decoded together, as one block; only full-canvas models (LLaDA, Dream) take
             another than the bundle's [at least 1; default: the bundle's].
-        steps: Most forward passes that fill one block; fewer is faster and keeps less certain tokens [at least 1;
-            default: 32].
+        steps: Most forward passes that fill one block or canvas; fewer is faster and keeps less certain tokens [at
+            least 1; default: the bundle's, or 32].
         cache: What is kept between forward passes, to save work: block (exact; for models whose blocks see no later
             ones), prefix or dual (for full-canvas models; dual keeps more, is faster and less exact; Fast-dLLM) or
             none; auto is block, or prefix for full-canvas models [default: auto].
         schedule: Which forward passes run with cache block: merged (a finished block, and the end of the prompt, enter
             the cache in the first pass over the next block: fewer passes, the same tokens) or reference (each in a pass
-            of its own; salient steps always) [default: merged].
+            of its own; salient steps and canvases always) [default: merged].
         acceptance: Which tokens a step keeps: threshold (all that are probable enough), fixed (the same number in every
             step; LLaDA2), factor (the more, the surer the best are; Fast-dLLM), hierarchy (also the best of every gap;
             dInfer) or credit (sooner what was the best choice before; CreditDecoding) [default: threshold].
@@ -172,11 +172,22 @@ class Generator:
             bundle's, or 0].
         top_p: Choose among the most probable tokens that reach this probability together; higher is more varied, 1 is
             off [above 0 and at most 1; default: the bundle's, or 1.0].
+        entropy_bound: Keep the surest tokens of a step, as long as the entropies of those before sum to no more than
+            this, in nats; higher keeps more and is less safe (canvas) [0 or more; default: the bundle's, or 0.1].
+        t_max: Temperature of the first step, from which it falls linearly; higher is more varied (canvas) [0 or more;
+            default: the bundle's, or 0.8].
+        t_min: Temperature towards which it falls; the last step's is a little higher (canvas) [0 or more; default: the
+            bundle's, or 0.4].
+        stability_threshold: A canvas is finished once its most probable tokens were the same in so many steps before,
+            and it is sure (confidence_threshold); higher is slower and safer (canvas) [0 or more; default: the
+            bundle's, or 1].
+        confidence_threshold: A canvas is sure while the mean entropy of its places is below this, in nats; higher ends
+            sooner and is less safe, 0 runs all steps (canvas) [0 or more; default: the bundle's, or 0.005].
         seed: Start of the random numbers; row i of a batch draws with seed + i [0 or more; default: 0].
         eos_id: Token id that ends the answer, one or several; -1 for none [a token id, several of them, or -1 alone for
             none; default: the model's].
-        early_stop: End as soon as an end token has no gap before it, else at the block's end; with editing always there
-            [default: on].
+        early_stop: End as soon as an end token has no gap before it, else at the block's end; with editing and with a
+            canvas always there [default: on].
         stop: Text that ends the answer, one or several: the answer's text ends before the first that is complete, and
             its block is the last [a text of 1 to 1000 characters, or 1 to 16 of them; default: none].
         time_limit: Most seconds of decoding, looked at between forwards; an answer then has the blocks that are

@@ -50,7 +50,7 @@ CANVAS_DEFAULTS: dict[str, float | int] = {  # of transformers' DiffusionGemmaGe
 
 def _canvas(meaning: str, name: str, rule: Rule = FINITE) -> Told:
     """None stands for the default, so that another model notices what it was given."""
-    return Told(meaning, rule, shown=str(CANVAS_DEFAULTS[name]), of_bundle=True, group=_CANVAS)
+    return Told(f"{meaning} (canvas)", rule, shown=str(CANVAS_DEFAULTS[name]), of_bundle=True, group=_CANVAS)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -16,7 +17,10 @@ from dmoe_export.checkpoint.generation_config import GenerationConfig, read_gene
 from dmoe_export.checkpoint.llada2_moe import LLADA2_MOE
 from dmoe_export.checkpoint.synthetic import GEOMETRIES
 from dmoe_export.cli import main
+from dmoe_export.decoding.canvas_options import check_canvas_options
+from dmoe_export.decoding.defaults import decode_defaults
 from dmoe_export.decoding.settings import OPTIONS, DecodeSettings
+from dmoe_export.description import CanvasDescription, RoutingDescription
 from dmoe_export.errors import BundleError, CheckpointError
 
 FILE = Path("generation_config.json")
@@ -72,6 +76,65 @@ def test_what_is_left_out_is_said_and_what_is_bookkeeping_is_not():
 def test_bad_values(values, sentence):
     with pytest.raises(CheckpointError, match=f"^generation_config.json: .*{sentence}"):
         defaults(values)
+
+
+CANVAS = TINY.model_copy(update={"attention": "canvas", "mask_id": None, "max_positions": 1024,
+                                 "canvas": CanvasDescription(length=8, conditioning_width=4)})
+PUBLISHED = {"max_new_tokens": 300, "max_denoising_steps": 24, "t_min": 0.3, "t_max": 0.9, "stability_threshold": 2,
+             "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.25},
+             "confidence_threshold": 0.01}
+TAKEN = {"max_new_tokens": 300, "steps": 24, "entropy_bound": 0.25, "t_min": 0.3, "t_max": 0.9,
+         "stability_threshold": 2, "confidence_threshold": 0.01}
+EARLIER = {"linear_temperature_schedule_config": {"_cls_name": "LinearTemperatureScheduleConfig", "t_min": 0.3,
+                                                  "t_max": 0.9},
+           "diffusion_stopping_config": {"stability_threshold": 2, "confidence_threshold": 0.01}}
+BUILT_IN = {"max_new_tokens": 256, "steps": 48}
+
+
+@pytest.mark.parametrize(("values", "want"), [
+    (PUBLISHED, TAKEN), ({}, BUILT_IN), ({"t_min": 0, "pad_token_id": 0, "top_k": None}, BUILT_IN | {"t_min": 0.0}),
+    ({name: PUBLISHED[name] for name in ("max_new_tokens", "max_denoising_steps", "sampler_config")} | EARLIER, TAKEN)])
+def test_a_canvas_has_fields_of_its_own(values, want):
+    found, said = GenerationConfig(FILE, values).decode_defaults(CANVAS)
+    assert found == want and said == []
+    check_canvas_options(DecodeSettings(**found), CANVAS)
+    assert "max_new_tokens" not in GenerationConfig(FILE, {}).decode_defaults(
+        CANVAS.model_copy(update={"max_positions": 256}))[0]
+
+
+@pytest.mark.parametrize("left", [
+    {"sampler_config": {"_cls_name": "AutoRegressiveEulerSamplerConfig", "entropy_bound": 0.1}},
+    {"sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1, "more": 1}},
+    {"sampler_config": {"entropy_bound": 0.1}}, {"sampler_config": "x"}, {"diffusion_stopping_config": {"patience": 2}},
+    {"linear_temperature_schedule_config": {"t_min": 0.1, "shape": "cosine"}}, {"do_sample": True}, {"top_k": 64},
+    {"t_min": 0.4, "linear_temperature_schedule_config": {"t_min": 0.1, "t_max": 0.2}}],
+    ids=lambda left: str(left)[:60])
+def test_what_is_not_known_of_a_canvas_is_said(left):
+    found, said = GenerationConfig(FILE, left).decode_defaults(CANVAS)
+    assert found == BUILT_IN | ({"t_min": 0.4} if "t_min" in left else {})
+    assert len(said) == 1 and f"sets {[*left][-1]} " in said[0]
+
+
+@pytest.mark.parametrize(("values", "sentence"), [
+    ({"max_denoising_steps": 0}, "max_denoising_steps is 0, it must be positive"),
+    ({"t_min": -0.1}, "t_min is -0.1, it must be 0 or more"), ({"stability_threshold": 1.5}, "expected int"),
+    ({"t_min": 0.9}, "t_max is 0.8, it must be above 0 and at least t_min, which is 0.9"),
+    ({"t_min": 0, "t_max": 0}, "t_max is 0.0, it must be above 0"),
+    ({"sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": -1}},
+     "sampler_config.entropy_bound is -1.0, it must be 0 or more"),
+    ({"diffusion_stopping_config": {"stability_threshold": "2"}},
+     "field diffusion_stopping_config.stability_threshold is '2', expected int")])
+def test_bad_values_of_a_canvas(values, sentence):
+    with pytest.raises(CheckpointError, match=f"^generation_config.json: .*{sentence}"):
+        GenerationConfig(FILE, values).decode_defaults(CANVAS)
+
+
+def test_a_bundle_that_no_request_could_ask_is_refused():
+    for model, name, value in ((TINY, "t_max", 0.8), (CANVAS, "threshold", 0.9), (CANVAS, "t_max", 0.3)):
+        bundle = SimpleNamespace(folder="b", manifest=SimpleNamespace(
+            decode_defaults={name: value}, model=model, routing=RoutingDescription.default(model.moe)))
+        with pytest.raises(BundleError, match=f"^The decode_defaults of b cannot be used; export again: {name} "):
+            decode_defaults(bundle)
 
 
 def test_ends_are_those_of_both_files():
