@@ -209,6 +209,9 @@ def run(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], opt
 
 def _check(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], options: StepOptions) -> None:
     d, n = bundle.manifest.model, bundle.manifest.routing.block_length
+    if d.canvas:
+        raise RequestError(f"bench step times steps over masks, and {bundle.folder.name} denoises a canvas of random "
+                           "tokens; use bench generate.")
     if d.moe is None and any(count is not None for count in active):
         raise RequestError(f"{bundle.folder.name} is a dense model: leave --active-experts out.")
     if d.attention == "block_causal" and any(length % n for length in cached):

@@ -1,4 +1,4 @@
-"""Feeds of a model with a canvas: text to encode, canvases with and without soft embeddings, and both in one forward."""
+"""Feeds of a model with a canvas: text to encode, canvases with and without soft embeddings, both in one forward."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def canvas_feeds(d: ModelDescription, texts: list[list[int]], rng: np.random.Gen
     rows, c = len(texts), d.canvas.length
     lengths = np.array([len(text) for text in texts])
     places = np.broadcast_to(np.arange(lengths.max()), (rows, lengths.max()))
-    given = places < lengths[:, None]
+    given = places < lengths.reshape(rows, 1)
     ids = np.zeros(given.shape, np.int64)
     ids[given] = np.concatenate(texts)
     nobody, all_of_them, but_last = np.zeros(rows, bool), np.ones(rows, bool), np.arange(rows) < rows - 1
     canvas = rng.integers(0, d.vocab_size, (rows, c))
-    positions = lengths[:, None] + np.arange(c)
+    positions = lengths.reshape(rows, 1) + np.arange(c)
     every, none = np.broadcast_to(np.arange(c), (rows, c)).copy(), np.zeros((rows, c), bool)
     positions[-1, c - c // 4:], every[-1, c - c // 4:] = -1, -1  # the last row is shorter, so padded
 
     def inputs(denoise: np.ndarray, tokens: int, wanted: int, soft: bool = False) -> CanvasInputs:
         embeddings = rng.standard_normal((rows, tokens, d.hidden_size), np.float32) * soft
-        return CanvasInputs(denoise, embeddings * denoise[:, None, None], rng.uniform(0.4, 1, rows).astype(np.float32),
-                            rng.random((rows, wanted), np.float32))
+        return CanvasInputs(denoise, embeddings * denoise.reshape(rows, 1, 1),
+                            rng.uniform(0.4, 1, rows).astype(np.float32), rng.random((rows, wanted), np.float32))
 
-    return [Feed("encode", ids, np.where(given, places, -1), lengths[:, None] - 1, given,
-                 inputs(nobody, ids.shape[1], 1)),
+    return [Feed("encode", ids, np.where(given, places, -1), lengths.reshape(rows, 1) - 1, given,
+                 inputs(nobody, int(lengths.max()), 1)),
             Feed("denoise", canvas, positions, every, none, inputs(all_of_them, c, c)),
             Feed("denoise, soft embeddings", canvas, positions, every, none, inputs(but_last, c, c, soft=True)),
             Feed("encode a canvas", canvas, positions, every, none, inputs(nobody, c, c))]

@@ -22,7 +22,7 @@ _ITEM = {"float": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8"
 
 def graph_of(bundle: Bundle, entry: EngineEntry) -> onnx.ModelProto:
     """The bundle's graph as the builder got it, without weights: bodies in place of fused ops that are no plugins."""
-    return plain(bundle, plugin_ops(entry.experts_op, entry.precision), bundle.manifest.graph_of(entry))
+    return plain(bundle, plugin_ops(entry.experts_op, bundle.manifest), bundle.manifest.graph_of(entry))
 
 
 def wrong_source(bundle: Bundle, entry: EngineEntry) -> str | None:
@@ -74,9 +74,10 @@ def wrong_profiles(bundle: Bundle, entry: EngineEntry, profiles: list[dict[str, 
     return None
 
 
-def wrong_plugins(graph: onnx.ModelProto, entry: EngineEntry, profiles: list[list[PlanPlugin]]) -> str | None:
+def wrong_plugins(bundle: Bundle, graph: onnx.ModelProto, entry: EngineEntry,
+                  profiles: list[list[PlanPlugin]]) -> str | None:
     """Every custom node a plugin, with the node's attributes, of the build that the manifest says."""
-    ops = plugin_ops(entry.experts_op, entry.precision)
+    ops = plugin_ops(entry.experts_op, bundle.manifest)
     wanted = {node.name: node for node in graph.graph.node if node.domain == DOMAIN and node.op_type in ops}
     for index, layers in enumerate(profiles):
         where = f" in profile {entry.profiles[index].name}" if index < len(entry.profiles) else ""
@@ -99,7 +100,7 @@ def wrong_plugins(graph: onnx.ModelProto, entry: EngineEntry, profiles: list[lis
 
 def wrong_counts(bundle: Bundle, entry: EngineEntry) -> str | None:
     """The manifest's own arithmetic, and what TensorRT counted before it built."""
-    ops = plugin_ops(entry.experts_op, entry.precision)
+    ops = plugin_ops(entry.experts_op, bundle.manifest)
     wanted = sum(count for op, count in bundle.manifest.graph_of(entry).nodes(ops).items() if op in ops)
     counted = entry.network.layers.get("PLUGIN_V3", 0)
     if counted != entry.plugin_nodes:

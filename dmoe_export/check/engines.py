@@ -102,7 +102,7 @@ def _plugins(bundle: Bundle, entry: EngineEntry, graph: onnx.ModelProto, plan: P
     known = plan is not None and plan.plugins is not None
     if known and not wrong:
         assert plan is not None and plan.plugins is not None
-        wrong = contract.wrong_plugins(graph, entry, plan.plugins)
+        wrong = contract.wrong_plugins(bundle, graph, entry, plan.plugins)
     bodies = {"onnx": ", the experts in standard ops as asked"}.get(entry.experts_op, "")
     if entry.fallback_nodes:
         bodies += f", {entry.fallback_nodes} ONNX bodies as --allow-fallback permits"

@@ -43,9 +43,10 @@ def open_layers(bundle: Bundle, layers: int) -> OpenedGraph:
     view = _View(bundle, layers)
     element = _ELEMENTS[bundle.manifest.precision]
     outputs = {"stream.0": view.streams[0], "logits": "logits", "token_ids": "token_ids", "confidence": "confidence"}
+    middles = view.middles
     for layer in range(layers):
-        outputs[f"attention.{layer}"] = view.addend(view.middles[layer], view.streams[layer])
-        outputs[f"feed_forward.{layer}"] = view.addend(view.streams[layer + 1], view.middles[layer])
+        outputs[f"attention.{layer}"] = view.addend(middles[layer], view.streams[layer])
+        outputs[f"feed_forward.{layer}"] = view.addend(view.streams[layer + 1], middles[layer])
         outputs |= {f"{part}.{layer}": f"{part}.{layer}" for part in ("key", "value")}
     routes = [node for node in view.graph.node if node.op_type == _ROUTE]
     for layer, node in zip(view.moe_layers, routes, strict=False):  # of a cut graph, later ones drop out
@@ -74,7 +75,11 @@ class _View:
         self.final = self._before_head()
         self.streams = [self._normed(f"layers.{layer}.attention_norm.weight") for layer in range(d.num_layers)]
         self.streams.append(self.final)
-        self.middles = [self._normed(f"layers.{layer}.ffn_norm.weight") for layer in range(d.num_layers)]
+
+    @property
+    def middles(self) -> list[str]:
+        """The stream between a layer's halves; only the plain kind of layer is opened there."""
+        return [self._normed(f"layers.{layer}.ffn_norm.weight") for layer in range(self._total)]
 
     def kept(self, output: str) -> bool:
         """Whether an output belongs to the kept layers."""

@@ -104,7 +104,7 @@ class _Layers(nn.Module):
     def __iter__(self) -> Iterator[nn.Module]:
         return (self._layer(i) for i in range(self._source.description.num_layers))
 
-    def _load(self, index: int) -> nn.Module:
+    def _load(self, index: int) -> Any:
         d, source = self._source.description, self._source
         with torch.device("meta"):
             kind = CanvasDenoiser if d.canvas else Denoiser
@@ -120,12 +120,12 @@ class _Layers(nn.Module):
                 parameter.copy_(source.dense(f"layers.{index}.{name}"))
         if d.canvas:
             self._watch_sandwich(layer, index)
-            return layer  # type: ignore[no-any-return]
+            return layer
         layer.attention_norm.register_forward_hook(lambda _, __, out: self._see(f"stream.{index}", out[0]))
         layer.attention.register_forward_hook(lambda _, __, out: self._see(f"attention.{index}", out[0]))
         layer.ffn.register_forward_hook(
             lambda _, __, out: self._see(f"feed_forward.{index}", out[0] if isinstance(out, tuple) else out))
-        return layer  # type: ignore[no-any-return]
+        return layer
 
     def _watch_sandwich(self, layer: Any, index: int) -> None:
         """What is added has gone through a norm, and the sum is scaled."""

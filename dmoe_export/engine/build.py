@@ -122,7 +122,7 @@ def _sources(bundle: Bundle) -> dict[str, str]:
 
 def _wanted_plugins(bundle: Bundle, settings: BuildSettings, graph: GraphEntry) -> int:
     """Custom nodes that should be plugins, whether or not a library was found."""
-    wanted = plugin_ops(settings.experts_op, bundle.manifest.precision)
+    wanted = plugin_ops(settings.experts_op, bundle.manifest)
     return sum(count for op, count in graph.nodes(wanted).items() if op in wanted)
 
 

@@ -42,7 +42,7 @@ def prepare(bundle: Bundle, settings: BuildSettings, library: PluginLibrary | No
 
     `library` None leaves the route node's body in (with `allow_fallback`).
     """
-    as_plugins = plugin_ops(settings.experts_op, bundle.manifest.precision) if library else set()
+    as_plugins = plugin_ops(settings.experts_op, bundle.manifest) if library else set()
     model = plain(bundle, as_plugins, graph)
     _set_bodies(model, bundle, settings, as_plugins)
     nodes = 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..description import Precision
+from ..bundle.manifest import Manifest
 from ..errors import CheckError
-from ..ops import block_route, experts, mixture
+from ..ops import block_route, experts, mixture, router
 from ..ops.plugin_library import INSTALLED, LIBRARY, NAMES, PluginLibrary, find_library, is_embedded, register
 from .settings import ExpertsOp
 
@@ -17,11 +17,14 @@ EXPERTS_OPS = (experts.SCHEMA.name, mixture.SCHEMA.name)
 """The ops that read the routed experts' weights."""
 
 
-def plugin_ops(experts_op: ExpertsOp, precision: Precision) -> set[str]:
-    """The ops whose nodes become plugins in an engine of that precision; other custom nodes become their bodies."""
-    if precision == "fp32":  # of routing alone, which is always float32, is there a kernel
+def plugin_ops(experts_op: ExpertsOp, manifest: Manifest) -> set[str]:
+    """The ops whose nodes become plugins in an engine of the bundle; other custom nodes become their bodies."""
+    if manifest.precision == "fp32":  # of routing alone, which is always float32, is there a kernel
         return {block_route.SCHEMA.name}
-    return set(NAMES) - (set(EXPERTS_OPS) if experts_op == "onnx" else set())
+    moe = manifest.model.moe
+    # A router behind a norm of its own reads float32, which its kernel does not; that of its routing does.
+    bodies = {router.SCHEMA.name} if moe and moe.own_norm else set()
+    return set(NAMES) - bodies - (set(EXPERTS_OPS) if experts_op == "onnx" else set())
 
 
 def count_plugins(trt: Any, network: Any) -> int:

@@ -79,8 +79,8 @@ def _check(settings: BuildSettings, manifest: Manifest) -> None:
     if settings.max_prefill < block or settings.max_prefill % block:
         raise InputError(f"--max-prefill {settings.max_prefill} is no multiple of the {word} length {block}.")
     if not block <= settings.max_context <= positions:
-        raise InputError(f"--max-context {settings.max_context} is outside {block} … {positions}, the {word} length and "
-                         "the model's positions.")
+        raise InputError(f"--max-context {settings.max_context} is outside {block} … {positions}, the {word} length "
+                         "and the model's positions.")
     if settings.optimization_level is not None and not 0 <= settings.optimization_level <= 5:
         raise InputError(f"--builder-optimization-level {settings.optimization_level} is outside 0 … 5.")
     if manifest.only_on_cpus:
@@ -132,7 +132,8 @@ def profiles(settings: BuildSettings, manifest: Manifest, graph: GraphEntry) -> 
     """Of resolved settings; least, usual and largest size per dimension.
 
     The denoiser's are prefill (index 0) and denoise (index 1): a step of a block may take the block before along; where
-    everything sees the whole canvas none does, and a canvas of random tokens is of another phase. A salient graph runs one sequence, and lists M rows, so no fewer tokens.
+    everything sees the whole canvas none does, and a canvas of random tokens has nothing of its phase before it. A
+    salient graph runs one sequence, and lists M rows, so no fewer tokens.
     """
     assert settings.max_prefill and settings.max_context
     n = manifest.model.step_tokens(manifest.routing)
