@@ -19,8 +19,8 @@ from dmoe_export.hub import _HUB_ID
 from dmoe_export.recipe import FOLDER, load_recipe, recipe_names
 
 REPOSITORY = Path(__file__).parents[2]
-KNOWN = ["dmoe-16b", "llada-moe-7b", "llada2.0-flash", "llada2.0-mini", "llada2.1-flash", "llada2.1-mini",
-         "llada2.2-flash", "sample"]
+KNOWN = ["diffusion-gemma-26b-a4b", "dmoe-16b", "llada-moe-7b", "llada2.0-flash", "llada2.0-mini", "llada2.1-flash",
+         "llada2.1-mini", "llada2.2-flash", "sample", "sdar-1.7b", "sdar-30b-a3b", "sdar-4b", "sdar-8b"]
 
 
 def test_the_known_models_have_recipes_and_they_lie_in_engines():
@@ -67,7 +67,7 @@ def test_another_routing_does_not_inherit_the_settings():
 
 
 def test_recipes_of_models_that_edit_say_how_they_are_decoded():
-    """Numbers of LLaDA2.1's model card, and of LLaDA2.2's, which are those of SGLang, too."""
+    """Numbers of LLaDA2.1's model card, and of SGLang's for LLaDA2.2."""
     for name in ("llada2.1-mini", "llada2.1-flash"):
         recipe = load_recipe(name)
         assert recipe.decode == {"preset": "quality", "edit_passes": 16} and recipe.routing.mode == "token"
