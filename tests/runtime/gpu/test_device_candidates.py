@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from candidates_helpers import emulated_ops
 from device_helpers import decode, host_backend, ranking
+from fake_cudart import HostDevice
 
 from dmoe_export.errors import MissingRequirementError
 from dmoe_export.runtime.backend import ForwardInputs
@@ -15,6 +16,8 @@ from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 from dmoe_export.runtime.gpu import candidates as device_candidates
 from dmoe_export.runtime.gpu.candidates import CandidateKernel, ShapeC
 from dmoe_export.runtime.gpu.device import DeviceError
+from dmoe_export.runtime.gpu.memory import Pool
+from dmoe_export.runtime.gpu.staging import Staging
 
 OPTIONS = {"max_new_tokens": 9, "steps": 4, "temperature": 1.5, "top_k": 6, "seed": 3, "eos_id": -1}
 
@@ -51,6 +54,23 @@ def test_every_backend_gives_the_same(golden_bundle, wants_logits):
         np.testing.assert_allclose(masks, found[1].candidates.mask_logits[valid], atol=0 if exactly else 1e-5)
         if wants_logits:
             np.testing.assert_array_equal(masks, out.logits[valid][:, golden_bundle.manifest.model.mask_id])
+
+
+@pytest.mark.parametrize("token", [0, 4, 6, -1, 7])
+def test_one_token_s_logits_come_home_alone(token):
+    """Of the first places of each row of logits [2, 5, 7]; outside the vocabulary there are none."""
+    device = HostDevice()
+    stream = device.stream()
+    staging = Staging(device, Pool(device), stream)
+    logits = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
+    address = staging.buffer("logits", logits.nbytes)
+    given = staging.host("given", logits.nbytes)
+    given[:logits.nbytes] = logits.ravel().view(np.uint8)
+    device.copy(address, given.ctypes.data, logits.nbytes, stream)
+    found = staging.fetch_column(address, logits.shape, 3, token)
+    device.synchronize(stream)
+    want = logits[:, :3, token] if 0 <= token < 7 else np.full((2, 3), -np.inf)
+    np.testing.assert_array_equal(found, want)
 
 
 @pytest.mark.parametrize("library", [None, "older"])
