@@ -37,8 +37,9 @@ def capacity_model(experts: int, k: int, hidden: int, width: int, capacity: int,
     nodes.append(helper.make_node(SCHEMA.name, SCHEMA.inputs, SCHEMA.outputs, domain=DOMAIN,
                                   **activation_attribute(activation)))
     graph = helper.make_graph(nodes, "experts", inputs, [value("mixed", elem, ["N", hidden])], initializers)
-    model = helper.make_model(graph, functions=[experts_capacity_body(experts, elem, capacity, activation)],
-                              ir_version=10, opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)])
+    body = experts_capacity_body(experts, elem, capacity, activation)
+    model = helper.make_model(graph, functions=[body], ir_version=10,
+                              opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)])
     onnx.checker.check_model(model, full_check=True)
     return model
 
