@@ -7,13 +7,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dmoe_export.ops.experts import SCHEMA
+from dmoe_export.ops.experts import SCHEMA, Activation, activation_attribute
 from dmoe_export.ops.experts.onnx_capacity import experts_capacity_body
 from dmoe_export.ops.schema import DOMAIN, OPSET
 
 
 def capacity_model(experts: int, k: int, hidden: int, width: int, capacity: int, elem: int = TensorProto.FLOAT,
-                   weights: tuple[np.ndarray, np.ndarray] | None = None, routed: bool = False) -> onnx.ModelProto:
+                   weights: tuple[np.ndarray, np.ndarray] | None = None, routed: bool = False,
+                   activation: Activation = "silu") -> onnx.ModelProto:
     """The op alone. Expert weights are initializers if given, otherwise inputs (of any number of slabs).
 
     `routed` adds a TopK in front: ids and weights are then computed on the device from `scores [N, E]`.
@@ -33,9 +34,11 @@ def capacity_model(experts: int, k: int, hidden: int, width: int, capacity: int,
     else:
         inputs += [value("gate_up", elem, ["slabs", 2 * width, hidden]), value("down", elem, ["slabs", hidden, width])]
     # No plugin attributes, as engine/network.py leaves them out: a plugin that is registered must not be taken.
-    nodes.append(helper.make_node(SCHEMA.name, SCHEMA.inputs, SCHEMA.outputs, domain=DOMAIN))
+    nodes.append(helper.make_node(SCHEMA.name, SCHEMA.inputs, SCHEMA.outputs, domain=DOMAIN,
+                                  **activation_attribute(activation)))
     graph = helper.make_graph(nodes, "experts", inputs, [value("mixed", elem, ["N", hidden])], initializers)
-    model = helper.make_model(graph, functions=[experts_capacity_body(experts, elem, capacity)], ir_version=10,
+    body = experts_capacity_body(experts, elem, capacity, activation)
+    model = helper.make_model(graph, functions=[body], ir_version=10,
                               opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)])
     onnx.checker.check_model(model, full_check=True)
     return model

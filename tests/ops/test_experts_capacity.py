@@ -175,6 +175,12 @@ def test_tensorrt_rtx_builds_with_weights_as_inputs(elem, routed):
     assert loops == 1 and size > 0
 
 
+@pytest.mark.parametrize("elem", [TensorProto.FLOAT16, TensorProto.BFLOAT16], ids=["fp16", "bf16"])
+def test_tensorrt_rtx_builds_the_other_activation(elem):
+    size, loops = build_rtx(capacity_model(E, K, H, I, C, elem, activation="gelu_tanh"), E, PROFILES)
+    assert loops == 1 and size > 0
+
+
 def test_tensorrt_rtx_builds_with_weights_inside():
     experts, hidden, width = 32, 128, 64
     rng = np.random.default_rng(0)

@@ -37,7 +37,7 @@ def test_wide_heads(tokens, columns, dtype):
     for full in (True, False):
         feeds = case(Sizes(2, 2, 4, tokens, 50, columns), full, columns, dtype)
         feeds["q"] *= dtype((64 / columns) ** 0.5)  # scores as large as 64 columns make them: weights round with them
-        assert error(built(), feeds) < helpers.TOLERANCE[dtype]
+        assert error(built(), feeds) < 2 * helpers.TOLERANCE[dtype]  # 512 terms a sum, with four lanes 128 in turn
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

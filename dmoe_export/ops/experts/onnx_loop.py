@@ -7,6 +7,8 @@ weighted rows to those of the tokens. The number of turns comes from the data; n
 Cost of one forward, against our kernels: every active slab is copied once, and once more where it is no float32
 (integers: about four passes in float32); products are those that are needed, no more; memory is one expert's in
 float32. A token's experts are summed in the order of ids, not of places. On CUDA the host waits in every turn.
+Measured on 2 shared cores, int8, H 2816, I 704, 128 experts, k 8, 256 tokens: 26 s, our kernel 4.7 s (the body with
+silu 8 s).
 """
 
 from __future__ import annotations
