@@ -133,7 +133,9 @@ def wrong_weights(bundle: Bundle, graph: onnx.ModelProto, entry: EngineEntry) ->
 
 
 def _wrong_attribute(node: NodeProto, layer: PlanPlugin, entry: EngineEntry) -> str | None:
-    said: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    # Left out where it is silu, and by a library that knows nothing else.
+    usual = {"activation": "silu"} if node.op_type in EXPERTS_OPS else {}
+    said: dict[str, Any] = usual | {a.name: helper.get_attribute_value(a) for a in node.attribute}
     said["dmoe_build"] = entry.plugin_build
     if node.op_type in EXPERTS_OPS and layer.attributes.get("residency", 0) != bool(entry.expert_pools):
         return f"its {node.name} {'lacks' if entry.expert_pools else 'has'} a slot pool, against the manifest"
@@ -141,12 +143,9 @@ def _wrong_attribute(node: NodeProto, layer: PlanPlugin, entry: EngineEntry) -> 
     if "bits" in layer.attributes and layer.attributes.get("layout", 1) != LAYOUT:
         return f"its {node.name} reads quantised experts by rows, and they are given in another order: build it again"
     said["layout"] = entry.experts_layout
-    if node.op_type in EXPERTS_OPS:  # left out where it is silu, and by a library that knows nothing else
-        layer.attributes.setdefault("activation", "silu")
-        said.setdefault("activation", "silu")
     if layer.op != node.op_type:
         return f"its {node.name} is {layer.op}, in the bundle's graph {node.op_type}"
-    for name, value in layer.attributes.items():
+    for name, value in (usual | layer.attributes).items():
         want = said.get(name)
         want = want.decode() if isinstance(want, bytes) else want
         if value != want:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bundle.contract import CANVAS_INPUTS, CANVAS_OUTPUTS
 from ..description import RUNTIME_SETTINGS, RoutingMode
 from ..model.canvas import Canvas, CanvasDenoiser
 from ..model.denoiser import Past
@@ -14,9 +15,6 @@ from ..model.moe import RoutingSettings
 from ..ops.head.eager import best_tokens
 from ..ops.torch_ops import first_rows
 from .graph import example_cache
-
-CANVAS_INPUTS = ("denoise", "soft_embeddings", "temperature", "uniform")
-CANVAS_OUTPUTS = ("sampled_ids", "entropy", "next_soft_embeddings")
 
 
 class CanvasGraph(nn.Module):

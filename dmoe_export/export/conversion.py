@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,17 @@ from torch import Tensor
 from ..bundle.writer import PAGE
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.reader import all_finite
-from ..description import ExpertQuantisation, Precision, WeightFormats
+from ..description import ExpertQuantisation, ModelDescription, MoeDescription, Precision, WeightFormats
 from ..errors import CheckpointError
 from ..model.load import interleave
 from ..ops.experts.quantised import quantise
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHARED_GATE_UP = "ffn.shared.gate_up.weight"
+# Axes that came after the first bundles, at their defaults no part of an identity.
+_LATER = ("edit_tokens", "canvas", "window", "global_attention", "attention_scale", "value_norm", "activation",
+          "sandwich", "scaled_embedding", "logit_softcap")
+_LATER_OF_EXPERTS = ("expert_scale", "own_norm", "beside_dense")
 DENSE_FILE, EXPERTS_FILE = "denoiser.onnx.data", "experts.bin"
 
 
@@ -76,8 +81,17 @@ def identity(checkpoint: Checkpoint, parts: list[str]) -> str:
     """sha256 over the description of the whole checkpoint and the digests of the parts that were read."""
     described = checkpoint.full_description
     # One EOS, as in bundles from before `eos_ids`: what else ends an answer is no other model.
-    description = repr(sorted((described.model_dump(exclude={"eos_ids"}) | {"eos_id": described.eos_id}).items()))
+    fields = _as_before(described, _LATER) | {"eos_id": described.eos_id}
+    if described.moe:
+        fields["moe"] = _as_before(described.moe, _LATER_OF_EXPERTS)
+    description = repr(sorted((name, value) for name, value in fields.items() if name != "eos_ids"))
     return hashlib.sha256("\n".join((description, *parts)).encode()).hexdigest()
+
+
+def _as_before(part: ModelDescription | MoeDescription, later: tuple[str, ...]) -> dict[str, Any]:
+    """Its fields without later ones that say nothing: bundles from before them keep their identity."""
+    silent = {name for name in later if getattr(part, name) == type(part).model_fields[name].default}
+    return part.model_dump(exclude=silent)
 
 
 class Conversion:

@@ -120,10 +120,12 @@ def _weight_bytes(d: ModelDescription, width: int, formats: WeightFormats, compu
         how = formats.quantisation(stored)
         return how.bits / 8 + DTYPES[compute].itemsize / how.group_size if how else DTYPES[stored].itemsize
 
-    shared = 3 * d.hidden_size * d.moe.shared_width if d.moe else 0
-    attention = d.hidden_size * d.head_dim * 2 * (d.num_heads + d.num_kv_heads)
-    linear = (len(d.moe_layers) * shared + d.num_layers * attention
-              + 3 * d.hidden_size * d.dense_width * d.moe_layers.start)
-    values = {"dense": linear, "head": d.vocab_size * d.hidden_size, "embedding": d.vocab_size * d.hidden_size,
+    dense_layers = d.num_layers if d.moe and d.moe.beside_dense else d.moe_layers.start
+    widths = dense_layers * d.dense_width + (d.canvas.conditioning_width if d.canvas else 0)
+    widths += len(d.moe_layers) * d.moe.shared_width if d.moe else 0
+    attention = sum(2 * d.hidden_size * width * (d.num_heads + heads) for heads, width in d.cached_heads)
+    linear = attention + 3 * d.hidden_size * widths
+    table = d.vocab_size * d.hidden_size
+    values = {"dense": linear, "head": 0 if d.tie_embeddings else table, "embedding": table,
               "experts": 3 * d.hidden_size * width * d.moe.num_experts * len(d.moe_layers) if d.moe else 0}
     return int(sum(values[part] * per_weight(stored) for part, stored in formats.parts.items()))

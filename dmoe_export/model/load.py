@@ -18,9 +18,25 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
 
 def new_denoiser(d: ModelDescription, routing: RoutingDescription, dtype: torch.dtype = torch.float32,
                  stored_width: int | None = None, quantisation: ExpertQuantisation | None = None) -> Denoiser:
-    """The eager model that a description asks for, without a checkpoint's weights."""
+    """The eager model that a description asks for, without a checkpoint's weights.
+
+    Requires: the axes that no family has apart from each other are together (`_built`).
+    """
+    assert _built(d), "no layer is built for these axes together"
     kind = CanvasDenoiser if d.canvas else Denoiser
     return kind(d, routing, dtype, stored_width, quantisation)
+
+
+def _built(d: ModelDescription) -> bool:
+    """Whether `Layer` or `SandwichLayer` is what the description says."""
+    moe = d.moe
+    beside = [bool(moe and one) for one in (moe and moe.own_norm, moe and moe.expert_scale, moe and moe.beside_dense)]
+    if d.canvas:
+        plain = not (d.qkv_bias or d.logit_shift or (moe and (moe.shared_width or moe.first_dense_layers)))
+        return d.sandwich and d.qk_norm and all(beside) and plain
+    others = (d.window, d.global_attention, d.attention_scale, d.logit_softcap, d.value_norm, d.scaled_embedding,
+              d.sandwich, d.activation != "silu", *beside)
+    return not any(others)
 
 
 @torch.no_grad()

@@ -10,10 +10,13 @@ inline int32_t activationOf(OrtKernelInfo const* info)
 {
     constexpr char kName[] = "activation";
     OrtApi const& api = Ort::GetApi();
+    auto const is = [](OrtStatus* status) { return Ort::Status(status).IsOK(); };
     size_t bytes = 0;
     int64_t integer = 0;
-    if (Ort::Status const missing(api.KernelInfoGetAttribute_string(info, kName, nullptr, &bytes)); !missing.IsOK()) {
-        if (Ort::Status const other(api.KernelInfoGetAttribute_int64(info, kName, &integer)); other.IsOK()) {
+    float real = 0;
+    if (!is(api.KernelInfoGetAttribute_string(info, kName, nullptr, &bytes))) {
+        if (is(api.KernelInfoGetAttribute_int64(info, kName, &integer))
+            || is(api.KernelInfoGetAttribute_float(info, kName, &real))) {
             throw std::runtime_error("attribute activation is a number where a text is needed.");
         }
         return DMOE_ACTIVATION_SILU;

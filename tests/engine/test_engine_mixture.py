@@ -49,6 +49,13 @@ def test_it_is_a_plugin(quantised, resident, tmp_path):
     assert (plugin.op, plugin.attributes) == ("DmoeMixture", {**attributes, "dmoe_build": find_library().build})
 
 
+@pytest.mark.parametrize("quantised", [False, True], ids=["16 bits", "4 bits"])
+def test_it_keeps_the_activation_that_is_not_usual(quantised, tmp_path):
+    usual = build(quantised, False, tmp_path, activation="silu")
+    assert "activation" not in usual.attributes, "as engines from before the attribute"
+    assert build(quantised, False, tmp_path, activation="gelu_tanh").attributes["activation"] == "gelu_tanh"
+
+
 @pytest.mark.parametrize(("quantised", "changed", "text"), [
     (False, {"shared_gate_up": [82, 64]}, r"shared_gate_up has shape \[82, 64\] where \[80, 64\] is needed"),
     (False, {"shared_down": [63, 40]}, r"shared_down has shape \[63, 40\] where \[64, 40\] is needed"),
@@ -71,6 +78,8 @@ def test_a_pool_that_does_not_fit_is_refused(tmp_path):
 @pytest.mark.parametrize(("attributes", "text"), [
     ({"bits": 3, "group_size": 32}, "attribute bits is 3, it must be 4, 8 or 16"),
     ({"bits": 4, "group_size": 48}, "attribute group_size is 48, it must be 32, 64 or 128"),
+    ({"activation": "relu"}, "attribute activation is 'relu', it must be 'silu' or 'gelu_tanh'"),
+    ({"activation": 1}, "attribute activation is missing or has another type"),
     ({"layout": 1}, r"attribute layout is 1, it must be 2 \(integers in fragment order\)"),
 ])
 def test_attributes_that_do_not_fit_are_refused(attributes, text, tmp_path):

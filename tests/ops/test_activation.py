@@ -176,7 +176,8 @@ def test_exported_body_by_activation():
 def test_capacity_body(capacity, dtype):
     feeds = case(tokens=12, dtype=dtype)
     elem = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    got = run(model([experts_capacity_body(E, elem, capacity, "gelu_tanh")], experts_op.SCHEMA, feeds, "gelu_tanh"), feeds)
+    body = experts_capacity_body(E, elem, capacity, "gelu_tanh")
+    got = run(model([body], experts_op.SCHEMA, feeds, "gelu_tanh"), feeds)
     want = wanted(feeds, 0, "gelu_tanh")
     np.testing.assert_allclose(got, want, atol=1e-5 if dtype == np.float32 else 0.01)
 

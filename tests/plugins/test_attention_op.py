@@ -30,6 +30,17 @@ def test_any_size(rows, heads, share, tokens, past, columns, full, seed, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("columns", [256, 512])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_wide_heads(tokens, columns, dtype):
+    """Both of DiffusionGemma's, few and many queries of a piece."""
+    for full in (True, False):
+        feeds = case(Sizes(2, 2, 4, tokens, 50, columns), full, columns, dtype)
+        feeds["q"] *= dtype((64 / columns) ** 0.5)  # scores as large as 64 columns make them: weights round with them
+        assert error(built(), feeds) < helpers.TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("full", [True, False])
 def test_the_body_agrees(full, dtype):
     feeds = case(Sizes(3, 2, 4, 37, 61, 24), full, 1, dtype)

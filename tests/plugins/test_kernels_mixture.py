@@ -51,15 +51,15 @@ def as_routed(case, shared):
     return (case[0], np.zeros((tokens, 1), np.int32), np.ones((tokens, 1), np.float32), interleaved[None], down[None])
 
 
-def assert_right(kind, case, shared, scales=None, plain=None):
+def assert_right(kind, case, shared, scales=None, plain=None, activation="silu"):
     """`plain`: the case with 16-bit weights, where the kernel gets integers."""
     plain = plain or case
-    routed, allowed = reference(kind, *plain)
-    common, also_allowed = reference(kind, *as_routed(case, shared))
+    routed, allowed = reference(kind, *plain, activation)
+    common, also_allowed = reference(kind, *as_routed(case, shared), activation)
     unit = 2.0**-11 if kind == FP16 else 2.0**-8
     # Both bounds have room for a rounding of their own result; the sum is rounded once.
     want, allowed = routed + common, allowed + also_allowed + unit * np.abs(routed + common)
-    got = from_half(kernel_experts(kind, *case, scales=scales, shared=shared), kind)
+    got = from_half(kernel_experts(kind, *case, scales=scales, shared=shared, activation=activation), kind)
     assert np.isfinite(got).all()
     error = np.abs(got - want)
     assert (error <= allowed).all(), f"{(error / allowed).max():.2f} times the allowed error"

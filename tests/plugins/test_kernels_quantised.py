@@ -65,9 +65,9 @@ def plain(kind, bits, case, scales):
     return (*case[:3], *(dequantised(part, s, bits, kind) for part, s in zip(case[3:], scales, strict=True)))
 
 
-def assert_right(kind, bits, case, scales):
-    want, allowed = reference(kind, *plain(kind, bits, case, scales))
-    got = from_half(kernel_experts(kind, *case, scales=scales), kind)
+def assert_right(kind, bits, case, scales, activation="silu"):
+    want, allowed = reference(kind, *plain(kind, bits, case, scales), activation)
+    got = from_half(kernel_experts(kind, *case, scales=scales, activation=activation), kind)
     assert np.isfinite(got).all()
     error = np.abs(got - want)
     assert (error <= allowed).all(), f"{(error / allowed).max():.2f} times the allowed error"
