@@ -209,11 +209,10 @@ def run(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], opt
 
 def _check(bundle: Bundle, active: Sequence[int | None], cached: Sequence[int], options: StepOptions) -> None:
     d, n = bundle.manifest.model, bundle.manifest.routing.block_length
-    if d.canvas:
-        raise RequestError(f"bench step times steps over masks, and {bundle.folder.name} denoises a canvas of random "
-                           "tokens; use bench generate.")
     if d.moe is None and any(count is not None for count in active):
         raise RequestError(f"{bundle.folder.name} is a dense model: leave --active-experts out.")
+    if d.canvas:
+        raise RequestError(f"bench step times steps over masks, {bundle.folder.name} has none; use bench generate.")
     if d.attention == "block_causal" and any(length % n for length in cached):
         raise RequestError(f"--cached {','.join(map(str, cached))} is not in whole blocks of {n} tokens.")
     if max(cached) + options.tokens > d.max_positions:
@@ -233,8 +232,7 @@ def _graph(bundle: Bundle, active: int | None, tokens: int, named: bool = False)
         raise MissingRequirementError(f"bench step edits the graph and needs onnx ({error}); install it with: "
                                       "pip install onnx.") from None
     if active is not None:
-        d = bundle.manifest.model
-        steer(model, assign(tokens, active, d), d.experts.num_experts)
+        steer(model, assign(tokens, active, bundle.manifest.model), bundle.manifest.model.experts.num_experts)
     if named:
         name_by_part(model)
     return EditedGraph.of(model, bundle)
@@ -246,8 +244,7 @@ def _profiles(bundle: Bundle, cases: list[_Case], options: StepOptions) -> list[
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
             with watched(Path(folder) / f"profile-{case.cached}") as watch:
-                backend = OnnxRuntimeBackend(bundle, options.threads,
-                                             _graph(bundle, case.active, options.tokens, named=True),
+                backend = OnnxRuntimeBackend(bundle, options.threads, _graph(bundle, case.active, options.tokens, True),
                                              cpu_ops=options.cpu_ops, products=options.cpu_products)
             profiled = _Case(bundle, backend, watch, case.active, case.cached, options)
             for _ in range(options.warmup + _PROFILED):

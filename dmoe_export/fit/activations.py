@@ -11,7 +11,6 @@ from ..description import ITEMSIZES
 from .work import Forward
 
 FLOAT = 4
-HEAD = 3  # tensors as large as the logits that live at once: logits, less the largest, their powers
 # Bytes per token and expert of the routing body's tensors [N, E] that live at once.
 _ROUTING = {"token": 22, "top_p": 36, "top_c": 30}
 
@@ -20,6 +19,18 @@ def output_bytes(manifest: Manifest, forward: Forward) -> int:
     """New keys and values of a forward, all layers."""
     d = manifest.model
     return forward.tokens * d.cached_values * ITEMSIZES[manifest.precision]
+
+
+def soft_bytes(manifest: Manifest, forward: Forward) -> int:
+    """Soft embeddings that a forward of a model with a canvas takes and gives."""
+    d = manifest.model
+    return FLOAT * d.hidden_size * (forward.tokens + forward.rows * forward.wanted) if d.canvas else 0
+
+
+def head_tensors(manifest: Manifest) -> int:
+    """Tensors as large as the logits that live at once: logits, less the largest, their powers; with draws
+    probabilities, and where their sums are below the draw, as one byte and as an int64 of eight."""
+    return 4 if manifest.model.canvas else 3
 
 
 def head_tensor(manifest: Manifest, forward: Forward) -> int:

@@ -9,7 +9,7 @@ from ..bundle.consistent import part_bytes
 from ..bundle.manifest import Manifest
 from ..description import ITEMSIZES
 from ..runtime.cpu.products import Products
-from .activations import FLOAT, HEAD, head_tensor, layer_bytes, output_bytes
+from .activations import FLOAT, head_tensor, head_tensors, layer_bytes, output_bytes, soft_bytes
 from .kernels import kernel_bytes
 from .prediction import Part, Program
 from .work import Forward, Work
@@ -55,7 +55,8 @@ def cpu_parts(manifest: Manifest, work: Work, cpu: Cpu, program: Program, budget
         Part(name="cache while it grows", bytes=grown, place="anonymous"),
         Part(name="activations", bytes=arena, place="anonymous"),
         Part(name="kernels' scratch", bytes=_scratch(manifest, widest, cpu), place="anonymous"),
-        Part(name="results", bytes=output_bytes(manifest, widest), place="anonymous"),
+        Part(name="results", place="anonymous",
+             bytes=output_bytes(manifest, widest) + max(soft_bytes(manifest, f) for f in (widest, work.step))),
     ]
     if not cpu.kernels:
         parts.append(Part(name="weights in float32", bytes=unpacked_bytes(manifest), place="anonymous"))
@@ -72,7 +73,7 @@ def arena_bytes(manifest: Manifest, forward: Forward, body_attention: bool = Fal
     while 2 * region - _REGION < layers:
         region *= 2
     tensor = head_tensor(manifest, forward)
-    return int(_MIXED * (layers + max(0, HEAD - region // tensor) * tensor))
+    return int(_MIXED * (layers + max(0, head_tensors(manifest) - region // tensor) * tensor))
 
 
 def dense_bytes(manifest: Manifest, tokens: int) -> int:
