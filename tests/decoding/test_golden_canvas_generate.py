@@ -9,6 +9,7 @@ from canvas_loop import Recorded, RecordedBackend
 
 from dmoe_export.decoding.batch import JoiningBatch
 from dmoe_export.decoding.entropy_bound import entropy_bound
+from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 
 RUNS = range(3)
 
@@ -95,11 +96,12 @@ class Listening:
 
 
 @pytest.fixture(scope="module")
-def backends(folder):
-    return {"eager": eager(folder / "model", "token")}
+def backends(folder, exported):
+    return {"eager": eager(folder / "model", "token"),
+            "onnxruntime": OnnxRuntimeBackend(exported(folder / "model", precision="fp32"))}
 
 
-@pytest.mark.parametrize("name", ["eager"])
+@pytest.mark.parametrize("name", ["eager", "onnxruntime"])
 @pytest.mark.parametrize("number", RUNS)
 def test_generation_equals_the_reference(folder, backends, number, name):
     run, steps, backend = Recorded(folder, number), [], Listening(backends[name])
@@ -113,7 +115,7 @@ def test_generation_equals_the_reference(folder, backends, number, name):
             assert seen.new == np.flatnonzero(run.data["accepted"][i]).tolist()
 
 
-@pytest.mark.parametrize("name", ["eager"])
+@pytest.mark.parametrize("name", ["eager", "onnxruntime"])
 @pytest.mark.parametrize("joined", [(0, 0, 0), (0, 4, 9)])
 def test_generations_of_a_batch_equal_the_reference(folder, backends, joined, name):
     """Rows of other lengths, that encode and denoise in one forward."""
