@@ -19,8 +19,8 @@ from dmoe_export.errors import InputError
 from dmoe_export.hub import _HUB_ID
 
 REPOSITORY = Path(__file__).parents[2]
-KNOWN = ["dmoe-16b", "llada-moe-7b", "llada2.0-flash", "llada2.0-mini", "sample", "sdar-1.7b", "sdar-30b-a3b", "sdar-4b",
-         "sdar-8b"]
+KNOWN = ["dmoe-16b", "llada-moe-7b", "llada2.0-flash", "llada2.0-mini", "sample", "sdar-1.7b", "sdar-30b-a3b",
+         "sdar-4b", "sdar-8b"]
 
 
 def test_the_known_models_have_recipes_and_they_lie_in_engines():
