@@ -52,9 +52,10 @@ def test_rows_of_any_settings_share_a_batch(backend):
     random = Random(4)
     changes = [{"insert_delete": True}, {"insert_delete": True, "temperature": 0.8, "top_k": 4},
                {"insert_delete": True, "temperature": 0.8}, {}, {"penalty_lambda": 4.0}, {"edit_threshold": None}]
-    rows = [Asked(random.choices(range(5, 90), k=random.choice([1, 31, 35, 70])),
-                  OPTIONS | {"max_new_tokens": random.randint(1, 64), "seed": i} | changes[i % len(changes)], index=i % 3)
+    said = [OPTIONS | {"max_new_tokens": random.randint(1, 64), "seed": i} | changes[i % len(changes)]
             for i in range(8)]
+    rows = [Asked(random.choices(range(5, 90), k=random.choice([1, 31, 35, 70])), options, index=i % 3)
+            for i, options in enumerate(said)]
     live(JoiningBatch(backend, 3, prefix_cache="1M"), rows, random)
     check(rows, backend, prefills=False)
 
