@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from canvas_helpers import feeds, grown, recorded_forwards, run_backend, same_experts
 from device_helpers import host_backend
+from tensorrt_helpers import Setup, bundle_with_engine
 
 from dmoe_export.runtime.backend import CanvasInputs, ForwardInputs
 from dmoe_export.runtime.cpu import library as cpu_ops
@@ -66,11 +67,14 @@ def test_recorded_forwards_on_the_cpu(folder, bundle):
     backend.close()
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-def test_a_device_gives_what_the_host_gives(bundle, graphs):
-    """Ragged prompts longer than the window; rows of both phases; a later step, replayed; what is committed."""
-    host, device = OnnxRuntimeBackend(bundle), host_backend(bundle, graphs)
-    lengths = [WINDOW + 7, 3, 40]
+@pytest.mark.parametrize("lengths", [[WINDOW + 7, 3, 40], [5, 3, 9]], ids=["long", "short"])
+@pytest.mark.parametrize("kind, graphs", [("onnxruntime", False), ("onnxruntime", True), ("tensorrt", True)])
+def test_a_device_gives_what_the_host_gives(bundle, kind, graphs, lengths, monkeypatch, tmp_path):
+    """Ragged prompts, some longer than the window, some than an engine's least forward (which pads them); rows of both
+    phases; a later step, replayed; what is committed."""
+    host = OnnxRuntimeBackend(bundle)
+    device = (Setup(monkeypatch, bundle_with_engine(bundle, tmp_path / "b"), graphs, True).open() if kind == "tensorrt"
+              else host_backend(bundle, graphs))
     phases = np.array([True, False, True])
     positions = np.array(lengths)[:, None] + np.arange(LENGTH)
     positions[1, 20:] = -1
@@ -92,7 +96,7 @@ def test_a_device_gives_what_the_host_gives(bundle, graphs):
             if array.dtype == np.int64:
                 np.testing.assert_array_equal(theirs[name], array, err_msg=name)
             else:
-                np.testing.assert_allclose(theirs[name], array, atol=1e-4, err_msg=name)
+                np.testing.assert_allclose(theirs[name], array, atol=5e-4, err_msg=name)  # other sums
     assert not np.allclose(found[0][0]["logits"], found[0][4]["logits"], atol=1e-2)  # row 1 is read by none but itself
     if graphs:
         assert device.graphs.replayed >= 1
