@@ -7,7 +7,7 @@ namespace dmoe {
 int check_route(const RouteArguments &a) {
     const DmoeRouteAttributes &at = a.attributes;
     if (a.rows < 0 || a.rows > 65535 || a.tokens < 0 || a.experts < 1 || a.experts > 1024) return DMOE_ERROR_SHAPE;
-    if (at.mode < DMOE_MODE_TOKEN || at.mode > DMOE_MODE_TOP_C || at.block_length < 1 || at.block_length > 128 ||
+    if (at.mode < DMOE_MODE_TOKEN || at.mode > DMOE_MODE_TOP_C || at.block_length < 1 || at.block_length > 256 ||
         at.experts_per_token < 1 || at.experts_per_token > 32 || at.experts_per_token > a.experts || at.num_groups < 1 ||
         a.experts % at.num_groups != 0 || at.groups_kept < 1 || at.groups_kept > at.num_groups) {
         return DMOE_ERROR_ATTRIBUTE;

@@ -36,7 +36,7 @@ enum { DMOE_ACTIVATION_SILU = 0, DMOE_ACTIVATION_GELU_TANH = 1 }; /* of gated ex
 
 typedef struct DmoeRouteAttributes {
     int32_t mode;              /* DMOE_MODE_* */
-    int32_t block_length;      /* n, 1..128 */
+    int32_t block_length;      /* n, 1..256 */
     int32_t experts_per_token; /* k, 1..32, at most E */
     int32_t num_groups;        /* divides E */
     int32_t groups_kept;       /* 1..num_groups */

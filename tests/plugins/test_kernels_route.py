@@ -86,6 +86,17 @@ def test_equals_eager_at_the_limits(experts, k, groups, kept, block, mode, token
 
 
 @pytest.mark.parametrize("mode", ["token", "top_p", "top_c"])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_a_canvas(mode, renormalise):
+    """DiffusionGemma's: 256 tokens, 8 of 128 experts by softmax, one routing block or two."""
+    rng = np.random.default_rng(4)
+    attributes = RouteAttributes(mode, 256, 8, 1, 1, 1.0, "softmax", renormalise)
+    logits = rng.normal(size=(2, 256, 128)) + 1.5 * rng.normal(size=128)
+    positions = np.stack([np.arange(256), np.arange(256) + 100])
+    assert_same((attributes, logits, np.zeros(128), positions, {"top_p": 0.8, "min_experts": 8, "coreset_size": 40}))
+
+
+@pytest.mark.parametrize("mode", ["token", "top_p", "top_c"])
 @pytest.mark.parametrize("experts", [24, 300])
 def test_a_block_of_more_tokens_than_the_kernel_has_threads(mode, experts):
     """Positions may repeat: 270 tokens of one block among 300 (a block of four has 128 threads)."""
@@ -177,7 +188,7 @@ def test_same_bits_in_any_thread_order_and_without_coreset_output(mode):
 
 
 @pytest.mark.parametrize(("field", "value", "code"), [
-    ("mode", 3, -2), ("block_length", 0, -2), ("block_length", 129, -2), ("experts_per_token", 33, -2),
+    ("mode", 3, -2), ("block_length", 0, -2), ("block_length", 257, -2), ("experts_per_token", 33, -2),
     ("experts_per_token", 0, -2), ("num_groups", 7, -2), ("num_groups", 0, -2), ("groups_kept", 5, -2),
     ("groups_kept", 0, -2)])
 def test_bad_attributes_are_refused(field, value, code):
@@ -194,4 +205,4 @@ def test_bad_sizes_and_pointers_are_refused():
     assert library().dmoe_block_route(None, 1, 8, 40, *[None] * 10) == -4
     assert library().dmoe_block_route(ctypes.byref(c), 0, 8, 40, *[None] * 10) == 0, "nothing to do"
     with pytest.raises(KernelError, match="block length"):
-        kernel_route(RouteAttributes("top_p", 200, 1, 1, 1, 1.0), np.zeros((1, 1, 4)), np.zeros(4), np.zeros((1, 1)))
+        kernel_route(RouteAttributes("top_p", 300, 1, 1, 1, 1.0), np.zeros((1, 1, 4)), np.zeros(4), np.zeros((1, 1)))

@@ -55,8 +55,8 @@ def test_route_refuses_wrong_attributes_when_it_is_loaded(change, text):
 
 
 def test_route_refuses_sizes_that_the_kernel_does_not_take():
-    with pytest.raises(Exception, match=r"DmoeBlockRoute: an attribute does not fit: block length 1\.\.128"):
-        session(route_model({**ATTRIBUTES, "block_length": 129})).run(None, route_feeds(LOGITS, BIAS, POSITIONS))
+    with pytest.raises(Exception, match=r"DmoeBlockRoute: an attribute does not fit: block length 1\.\.256"):
+        session(route_model({**ATTRIBUTES, "block_length": 257})).run(None, route_feeds(LOGITS, BIAS, POSITIONS))
 
 
 @pytest.mark.parametrize(("name", "shape", "text"), [
