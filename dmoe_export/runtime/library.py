@@ -36,7 +36,7 @@ class LibrarySession:
         """Raises MissingRequirementError where library or ONNX Runtime does not take the other."""
         self._path = path
         self._library = load(path, "dmoe_session_create", "dmoe_session_kernels", "dmoe_session_set_products",
-                             "dmoe_session_set_experts_layout")
+                             "dmoe_session_set_experts_layout", "dmoe_session_activations")
         create, kernels = self._library.dmoe_session_create, self._library.dmoe_session_kernels
         choose, order = self._library.dmoe_session_set_products, self._library.dmoe_session_set_experts_layout
         create.restype, create.argtypes = ctypes.c_void_p, [ctypes.c_void_p] * 3

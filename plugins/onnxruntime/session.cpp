@@ -79,6 +79,8 @@ void dmoe_session_set_products(DmoeSession* session, int32_t fast) { session->fa
 
 void dmoe_session_set_experts_layout(DmoeSession* session, int32_t layout) { session->expertsLayout = layout; }
 
+int32_t dmoe_session_activations(void) { return 2; }
+
 namespace dmoe {
 
 DmoeSession* sessionAt(char const* address)

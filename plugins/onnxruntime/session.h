@@ -27,6 +27,8 @@ __attribute__((visibility("default"))) void dmoe_session_set_products(DmoeSessio
 // In which order the session's quantised experts lie, from the next kernel made on: 1, as at first, by rows, as in a bundle's
 // file; 2 in fragments (dmoe_export/ops/experts/fragments.py). Kernels that read another order are refused.
 __attribute__((visibility("default"))) void dmoe_session_set_experts_layout(DmoeSession* session, int32_t layout);
+// How many activations its experts know (activation.h). A library without this function computes silu whatever a node says.
+__attribute__((visibility("default"))) int32_t dmoe_session_activations(void);
 }
 
 namespace dmoe {

@@ -163,7 +163,8 @@ def test_nothing_but_the_entry_is_exported():
     listed = subprocess.run(["nm", "-D", str(library())], capture_output=True, text=True, check=True).stdout
     assert re.findall(r" [A-Z] (\S+)", re.sub(r"(?m)^ .*\n", "", listed)) == [
         "RegisterCustomOps", "dmoe_candidates", "dmoe_candidates_workspace_bytes", "dmoe_error_string",
-        "dmoe_session_create", "dmoe_session_kernels", "dmoe_session_set_experts_layout", "dmoe_session_set_products"]
+        "dmoe_session_activations", "dmoe_session_create", "dmoe_session_kernels",
+        "dmoe_session_set_experts_layout", "dmoe_session_set_products"]
     assert "OrtGetApiBase" not in listed
     needed = subprocess.run(["readelf", "-d", str(library())], capture_output=True, text=True, check=True).stdout
     assert "onnxruntime" not in re.sub(r"soname: \[.*\]", "", needed)
