@@ -117,4 +117,7 @@ def first_layers(description: ModelDescription, layers: int) -> ModelDescription
     if not low <= layers <= description.num_layers:
         what = " (the first layer with experts)" if description.moe else ""
         raise CheckpointError(f"--layers {layers} is not between {low}{what} and {description.num_layers}.")
-    return description.model_copy(update={"num_layers": layers})
+    others = description.global_attention
+    kept = tuple(layer for layer in others.layers if layer < layers) if others else ()
+    cut = others.model_copy(update={"layers": kept}) if others and kept else None
+    return description.model_copy(update={"num_layers": layers, "global_attention": cut})

@@ -144,6 +144,7 @@ def test_first_layers(golden):
     """The layers that are kept may be all of one kind."""
     source = Checkpoint(golden.parent / "diffusion_gemma" / "model", layers=2)
     assert source.description.num_layers == 2 and source.full_description.num_layers == 3
+    assert source.description.global_attention is None and source.full_description.global_attention.layers == (2,)
     assert not any(".2." in ours for ours in source.weights.dense)
 
 
