@@ -25,13 +25,13 @@ import torch
 from measuring import machine, now, write_result
 from onnx import TensorProto, helper
 
-from dmoe_export.description import ExpertQuantisation
 from dmoe_export.ops.experts import QUANTISED_SCHEMA, SCHEMA
 from dmoe_export.ops.experts.eager import experts as eager
 from dmoe_export.ops.experts.onnx_body import experts_body
 from dmoe_export.ops.experts.quantised import quantise
 from dmoe_export.ops.schema import DOMAIN, OPSET
 from dmoe_export.runtime.cpu.library import INSTALLED, open_library
+from dmoe_export.weight_formats import ExpertQuantisation
 
 E, K, H, I, TOKENS = 128, 8, 2048, 512, 32  # noqa: E741
 WIDTHS = {"fp32": None} | {f"{name} G {size}": ExpertQuantisation(bits=bits, group_size=size)  # type: ignore[arg-type]

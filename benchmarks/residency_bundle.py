@@ -25,12 +25,13 @@ from dmoe_export.bundle.origin import CheckpointEntry
 from dmoe_export.bundle.writer import PAGE, BundleWriter
 from dmoe_export.checkpoint.family import family_of
 from dmoe_export.checkpoint.synthetic import GEOMETRIES
-from dmoe_export.description import RoutingDescription, WeightFormats
+from dmoe_export.description import RoutingDescription
 from dmoe_export.export.conversion import padded_width
 from dmoe_export.export.exporter import GRAPH_FILE
 from dmoe_export.export.graph_file import save_graph
 from dmoe_export.export.trace import trace_denoiser
 from dmoe_export.export.weights import DENSE_FILE, EXPERTS_FILE
+from dmoe_export.weight_formats import WeightFormats
 
 _FICLONERANGE = 0x4020940D
 _POOL = np.random.default_rng(0).standard_normal(1 << 25, np.float32)  # 128 MiB

@@ -7,14 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..description import (
-    ITEMSIZES,
-    ExpertQuantisation,
-    ModelDescription,
-    Precision,
-    RoutingDescription,
-    WeightFormats,
-)
+from ..description import ITEMSIZES, ModelDescription, Precision, RoutingDescription
+from ..weight_formats import ExpertQuantisation, WeightFormats
 from .contract import GraphKind, Tensor, how_many, inputs_of, outputs_of
 
 if TYPE_CHECKING:

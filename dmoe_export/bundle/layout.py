@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from ..description import ITEMSIZES, ExpertQuantisation, Frozen, ModelDescription, Precision, WeightFormats
+from ..description import ITEMSIZES, Frozen, ModelDescription, Precision
+from ..weight_formats import ExpertQuantisation, WeightFormats
 
 
 class ExpertLayer(Frozen):

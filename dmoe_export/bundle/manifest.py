@@ -7,15 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..description import (
-    ExpertQuantisation,
-    ExportPrecision,
-    Frozen,
-    ModelDescription,
-    Precision,
-    RoutingDescription,
-    WeightFormats,
-)
+from ..description import ExportPrecision, Frozen, ModelDescription, Precision, RoutingDescription
+from ..weight_formats import ExpertQuantisation, WeightFormats
 from .consistent import check_dense_size, check_engine, check_formats, check_graphs, check_numbers, check_once
 from .engine_entries import EngineEntry
 from .graph_entries import GraphEntry, SalientEntry

@@ -7,8 +7,8 @@ from typing import Any
 from .. import words
 from ..bundle.reader import Bundle
 from ..checkpoint.family import Checkpoint
-from ..description import WeightFormats
 from ..export.conversion import Conversion, Digests, identity
+from ..weight_formats import WeightFormats
 from .result import IdentityCheck
 
 Difference = tuple[str, Any, Any]

@@ -16,11 +16,12 @@ from ..bundle.manifest import Manifest
 from ..bundle.reader import Bundle, Verify, open_bundle
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.hub import resolve_checkpoint
-from ..description import RUNTIME_SETTINGS, WeightFormats
+from ..description import RUNTIME_SETTINGS
 from ..errors import CheckError, InputError, MissingRequirementError
 from ..recipe import Tolerances, load_recipe
 from ..runtime.choose import BackendName
 from ..runtime.cpu.products import Products, check_products
+from ..weight_formats import WeightFormats
 from .engines import check_engines
 from .gates import limits_for
 from .identity import check_identity

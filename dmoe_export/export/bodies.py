@@ -8,7 +8,7 @@ from collections.abc import Callable
 import onnx
 import onnx_ir as ir
 
-from ..description import Precision, WeightFormats
+from ..description import Precision
 from ..model.denoiser import Denoiser
 from ..model.salient import SalientDenoiser
 from ..ops import add_norm, attention, block_route, experts, head, linear, mixture, router, self_attention
@@ -23,6 +23,7 @@ from ..ops.mixture.onnx_body import mixture_body
 from ..ops.router.onnx_body import router_body
 from ..ops.schema import DOMAIN, VERSION
 from ..ops.self_attention.onnx_body import self_attention_body
+from ..weight_formats import WeightFormats
 
 _ELEMENTS: dict[Precision, int] = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16,
                                    "bf16": onnx.TensorProto.BFLOAT16}

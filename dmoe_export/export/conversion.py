@@ -16,10 +16,11 @@ from torch import Tensor
 from ..bundle.writer import PAGE
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.reader import all_finite
-from ..description import ExpertQuantisation, ModelDescription, MoeDescription, Precision, WeightFormats
+from ..description import ModelDescription, MoeDescription, Precision
 from ..errors import CheckpointError
 from ..model.load import interleave
 from ..ops.experts.quantised import quantise
+from ..weight_formats import ExpertQuantisation, WeightFormats
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHARED_GATE_UP = "ffn.shared.gate_up.weight"

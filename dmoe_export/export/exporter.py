@@ -15,8 +15,9 @@ from ..bundle.writer import BundleWriter
 from ..checkpoint.edit_tokens import give_edit_tokens
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.hub import resolve_checkpoint
-from ..description import ExportPrecision, ModelDescription, Precision, RoutingChoice, WeightFormats
+from ..description import ExportPrecision, ModelDescription, Precision, RoutingChoice
 from ..errors import InputError
+from ..weight_formats import WeightFormats
 from .conversion import DTYPES, identity, padded_width
 from .decoding import choose_decoding
 from .formats import choose_formats

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from ..checkpoint.family import Checkpoint
-from ..description import ExportPrecision, ModelDescription, Precision, QuantisedPrecision, WeightFormats
+from ..description import ExportPrecision, ModelDescription, Precision, QuantisedPrecision
 from ..errors import InputError
+from ..weight_formats import WeightFormats
 
 _GROUP_SIZES = (32, 64, 128)
 _STORED: dict[str, Precision] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}

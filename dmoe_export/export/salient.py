@@ -10,10 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..bundle.graph_entries import CapacityEntry, GraphEntry, SalientEntry
 from ..bundle.writer import BundleWriter
-from ..description import ModelDescription, Precision, RoutingDescription, WeightFormats
+from ..description import ModelDescription, Precision, RoutingDescription
 from ..errors import InputError
 from ..model.denoiser import Denoiser
 from ..model.salient import Capacity
+from ..weight_formats import WeightFormats
 from .conversion import DTYPES
 from .graph_file import save_graph
 from .salient_graph import SalientGraph, example_inputs, input_names, output_names

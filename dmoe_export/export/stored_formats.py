@@ -6,9 +6,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..description import ExpertQuantisation, Precision, WeightFormats
+from ..description import Precision
 from ..ops import linear
 from ..ops.schema import DOMAIN
+from ..weight_formats import ExpertQuantisation, WeightFormats
 
 _TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _EMBEDDING = "embed.weight"

@@ -13,11 +13,12 @@ import onnxscript
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..description import ModelDescription, Precision, RoutingDescription, WeightFormats
+from ..description import ModelDescription, Precision, RoutingDescription
 from ..model.canvas import CanvasDenoiser
 from ..model.load import new_denoiser
 from ..model.moe import MoE
 from ..ops.schema import OPSET
+from ..weight_formats import WeightFormats
 from . import canvas_graph
 from .bodies import add_bodies
 from .canvas_graph import CanvasGraph

@@ -11,7 +11,8 @@ import torch
 from ..bundle.layout import ExpertLayer, ExpertsEntry
 from ..bundle.writer import PAGE, BundleWriter, DataFile
 from ..checkpoint.family import Checkpoint
-from ..description import Precision, WeightFormats
+from ..description import Precision
+from ..weight_formats import WeightFormats
 from .conversion import DENSE_FILE, EXPERTS_FILE, Conversion, StoredTensor
 
 _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..description import ExpertQuantisation, ModelDescription, RoutingDescription
+from ..description import ModelDescription, RoutingDescription
 from ..ops.experts import Activation
+from ..weight_formats import ExpertQuantisation
 from .canvas_attention import canvas_angles, canvas_bias
 from .denoiser import Denoiser, DenoiserOutput, Past
 from .layers import FeedForward

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..description import ExpertQuantisation, ModelDescription, RoutingDescription
+from ..description import ModelDescription, RoutingDescription
 from ..ops.head.eager import wanted
+from ..weight_formats import ExpertQuantisation
 from .attention import Attention
 from .layers import AddNorm, FeedForward, rotary_angles
 from .moe import MoE, RoutingSettings

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.family import Checkpoint
-from ..description import ExpertQuantisation, ModelDescription, RoutingDescription
+from ..description import ModelDescription, RoutingDescription
+from ..weight_formats import ExpertQuantisation
 from .canvas import CanvasDenoiser
 from .denoiser import Denoiser
 

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..description import ExpertQuantisation, ModelDescription, RoutingDescription
+from ..description import ModelDescription, RoutingDescription
 from ..ops.block_route.attributes import RouteAttributes
 from ..ops.torch_ops import experts, mixture, router
+from ..weight_formats import ExpertQuantisation
 from .layers import SharedExpert
 
 

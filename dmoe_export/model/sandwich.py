@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..description import ExpertQuantisation, ModelDescription, RoutingDescription
+from ..description import ModelDescription, RoutingDescription
 from ..ops.block_route.attributes import RouteAttributes
+from ..weight_formats import ExpertQuantisation
 from .canvas_attention import CanvasAttention
 from .layers import FeedForward
 from .moe import MoE, Router, RoutingSettings

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..description import ExpertQuantisation
+from ..weight_formats import ExpertQuantisation
 from . import add_norm as add_norm_op
 from . import attention as attention_op
 from . import experts as experts_op

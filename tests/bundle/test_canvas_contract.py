@@ -7,7 +7,8 @@ import pytest
 from dmoe_export.bundle.consistent import _vectors, check_dense_size, check_graphs, check_numbers, part_bytes
 from dmoe_export.bundle.contract import how_many, inputs_of, outputs_of
 from dmoe_export.checkpoint.family import Checkpoint
-from dmoe_export.description import CanvasDescription, EditTokens, RoutingDescription, WeightFormats
+from dmoe_export.description import CanvasDescription, EditTokens, RoutingDescription
+from dmoe_export.weight_formats import WeightFormats
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.cli import main
 from dmoe_export.decoding.loop import BlockDiffusion
 from dmoe_export.decoding.settings import DecodeSettings
-from dmoe_export.description import ExpertQuantisation, WeightFormats
 from dmoe_export.errors import CheckpointError, InputError, MissingRequirementError
 from dmoe_export.export.conversion import Conversion, padded_width
 from dmoe_export.export.formats import choose_formats
@@ -28,6 +27,7 @@ from dmoe_export.runtime.cpu.library import INSTALLED
 from dmoe_export.runtime.cpu.session import open_session
 from dmoe_export.runtime.gpu.onnxruntime import open_onnxruntime_cuda
 from dmoe_export.runtime.library import LibrarySession
+from dmoe_export.weight_formats import ExpertQuantisation, WeightFormats
 
 BITS = {"int8": 8, "int4": 4}
 PROMPTS = [[5, 6, 7, 1, 9, 2, 4, 4, 3, 8], [9, 9, 4]]

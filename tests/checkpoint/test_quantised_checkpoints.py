@@ -17,9 +17,9 @@ from dmoe_export.checkpoint.dequantise import awq_integers, gptq_weights, gptq_z
 from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.checkpoint.quantised_reader import open_tensors
 from dmoe_export.checkpoint.quantised_storage import read_storage
-from dmoe_export.description import ExpertQuantisation, WeightFormats
 from dmoe_export.errors import CheckpointError
 from dmoe_export.export.conversion import Conversion, padded_width
+from dmoe_export.weight_formats import ExpertQuantisation, WeightFormats
 
 FILE = "model.safetensors"
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}

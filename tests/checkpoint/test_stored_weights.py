@@ -14,9 +14,9 @@ from dmoe_export.check.identity import read_digests
 from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.checkpoint.quantised_reader import open_tensors
 from dmoe_export.checkpoint.reader import CheckpointReader
-from dmoe_export.description import WeightFormats
 from dmoe_export.errors import CheckpointError
 from dmoe_export.export.conversion import Conversion
+from dmoe_export.weight_formats import WeightFormats
 
 A, B = "a.safetensors", "b.safetensors"
 ONE, TWO = torch.full((2, 3), 1.0), torch.full((2, 3), 2.0)

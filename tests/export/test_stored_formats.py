@@ -14,12 +14,12 @@ from dmoe_export.bundle.manifest import Manifest
 from dmoe_export.bundle.reader import Bundle
 from dmoe_export.check.run import check_bundle
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
-from dmoe_export.description import WeightFormats
 from dmoe_export.engine.settings import BuildSettings, resolved
 from dmoe_export.errors import InputError
 from dmoe_export.export.formats import stored_precision
 from dmoe_export.runtime.backend import ForwardInputs
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
+from dmoe_export.weight_formats import WeightFormats
 
 SLOW = pytest.mark.slow
 PROMPTS = [[5, 6, 7, 1, 9, 2, 4, 4, 3, 8], [9, 9, 4]]

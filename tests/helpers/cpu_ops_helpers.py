@@ -22,11 +22,11 @@ from builds import build
 from linear_helpers import on_onnxruntime
 from onnx import TensorProto, helper
 
-from dmoe_export.description import ExpertQuantisation
 from dmoe_export.ops.experts import QUANTISED_SCHEMA, Activation, activation_attribute
 from dmoe_export.ops.experts.eager import experts
 from dmoe_export.ops.experts.quantised import quantise
 from dmoe_export.ops.schema import DOMAIN, OPSET
+from dmoe_export.weight_formats import ExpertQuantisation
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 FORMATS: dict[str, tuple[int, type]] = {

@@ -17,10 +17,10 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
-from dmoe_export.description import ExpertQuantisation
 from dmoe_export.ops.experts.quantised import dequantise, quantise
 from dmoe_export.ops.linear import QUANTISED_SCHEMA, SCHEMA
 from dmoe_export.ops.schema import DOMAIN, OPSET
+from dmoe_export.weight_formats import ExpertQuantisation
 
 TOLERANCE = 1e-6  # of Σ |x · w|, beyond a result's rounding: sums of some thousand products in float32, in any order
 ROUNDING = {np.float32: 0.0, np.float16: 2**-11}

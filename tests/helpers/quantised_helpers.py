@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from dmoe_export.description import ExpertQuantisation
 from dmoe_export.ops.experts import QUANTISED_SCHEMA
 from dmoe_export.ops.experts.onnx_body import experts_body
 from dmoe_export.ops.schema import DOMAIN, OPSET
+from dmoe_export.weight_formats import ExpertQuantisation
 
 NAMES = ("gate_up", "down", "gate_up_scales", "down_scales")
 

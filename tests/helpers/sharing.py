@@ -16,7 +16,8 @@ import onnx_ir as ir
 from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
-from dmoe_export.description import ModelDescription, RoutingDescription, WeightFormats
+from dmoe_export.description import ModelDescription, RoutingDescription
+from dmoe_export.weight_formats import WeightFormats
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from quantised_helpers import values
 
-from dmoe_export.description import ExpertQuantisation
 from dmoe_export.ops import experts as experts_op
 from dmoe_export.ops import mixture as mixture_op
 from dmoe_export.ops.experts import Activation, activation_attribute
@@ -28,6 +27,7 @@ from dmoe_export.ops.experts.quantised import quantise
 from dmoe_export.ops.mixture.eager import mixture
 from dmoe_export.ops.mixture.onnx_body import mixture_body
 from dmoe_export.ops.schema import DOMAIN, OPSET
+from dmoe_export.weight_formats import ExpertQuantisation
 
 E, K, H, I, SHARED = 7, 3, 64, 32, 40  # noqa: E741
 EVERY = pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantised_helpers import NAMES, shapes_of, values, write_quantised_model
 
-from dmoe_export.description import ExpertQuantisation
 from dmoe_export.ops.experts.eager import experts
 from dmoe_export.ops.experts.quantised import dequantise, quantise
+from dmoe_export.weight_formats import ExpertQuantisation
 
 WAYS = [ExpertQuantisation(bits=bits, group_size=size) for bits in (8, 4) for size in (32, 64, 128)]
 ways = st.sampled_from(WAYS)

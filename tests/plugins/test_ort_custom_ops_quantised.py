@@ -18,7 +18,6 @@ from test_kernels_quantised import make_case
 from test_ort_custom_ops import _assert_same_forward
 
 from dmoe_export.bundle.reader import Bundle
-from dmoe_export.description import ExpertQuantisation
 from dmoe_export.errors import MissingRequirementError
 from dmoe_export.ops.experts import QUANTISED_SCHEMA
 from dmoe_export.ops.experts.fragments import LAYOUT
@@ -26,6 +25,7 @@ from dmoe_export.ops.mixture import QUANTISED_SCHEMA as MIXTURE
 from dmoe_export.runtime.gpu.custom_ops import check_session, prepare_session
 from dmoe_export.runtime.gpu.memory import Pool
 from dmoe_export.runtime.gpu.shared_weights import SharedExperts
+from dmoe_export.weight_formats import ExpertQuantisation
 
 BYTES = {"gate_up": TensorProto.UINT8, "down": TensorProto.UINT8}
 HALVES = [(FP16, TensorProto.FLOAT16), (BF16, TensorProto.BFLOAT16)]

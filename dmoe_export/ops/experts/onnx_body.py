@@ -15,7 +15,7 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
-from ...description import ExpertQuantisation
+from ...weight_formats import ExpertQuantisation
 from ..schema import DOMAIN, OPSET, int64s
 from . import QUANTISED_SCHEMA, SCHEMA, Activation
 from .onnx_loop import experts_loop_body

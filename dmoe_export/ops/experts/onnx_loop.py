@@ -16,7 +16,7 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
-from ...description import ExpertQuantisation
+from ...weight_formats import ExpertQuantisation
 from ..schema import DOMAIN, OPSET, int64s
 from . import QUANTISED_SCHEMA, SCHEMA, Activation, activation_attribute
 from .onnx_capacity import ACTIVATED, active_first

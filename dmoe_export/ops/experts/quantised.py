@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...description import ExpertQuantisation
+from ...weight_formats import ExpertQuantisation
 
 # The group's largest magnitude is put at 2^(bits−1) + one of these.
 # The first is always allowed: it is what the shorter side takes.

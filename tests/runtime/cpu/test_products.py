@@ -10,7 +10,6 @@ from cpu_ops_helpers import built
 
 from dmoe_export import Generator
 from dmoe_export.cli import main
-from dmoe_export.description import WeightFormats
 from dmoe_export.errors import MissingRequirementError, RequestError
 from dmoe_export.runtime.choose import open_backend
 from dmoe_export.runtime.cpu import library as cpu_ops
@@ -18,6 +17,7 @@ from dmoe_export.runtime.cpu import products as products_module
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 from dmoe_export.runtime.cpu.products import PRODUCTS, products_of, told_products
 from dmoe_export.runtime.library import LibrarySession
+from dmoe_export.weight_formats import WeightFormats
 
 
 @pytest.fixture(autouse=True)
