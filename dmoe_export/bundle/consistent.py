@@ -45,9 +45,6 @@ def check_numbers(model: ModelDescription, routing: RoutingDescription) -> None:
                   ("num_kv_heads of global_attention", other.attention.num_kv_heads, "of the heads", model.num_heads)]
     if model.canvas:
         pairs.append(("the canvas", model.canvas.length, "of the positions", model.max_positions))
-    if model.edit_tokens:
-        pairs += [(f"the {name} id", value, "of the vocabulary", model.vocab_size - 1)
-                  for name, value in model.edit_tokens.model_dump().items()]
     for name, value, whole, most in pairs:
         if value > most:
             raise ValueError(f"{name} {value} is more than {most}, the largest {whole}")

@@ -44,13 +44,14 @@ def choose_routing(source: Checkpoint, mode: RoutingChoice | None, block_length:
                    settings: dict[str, float | None]) -> tuple[RoutingDescription, list[str]]:
     """The routing of a bundle, and sentences to warn with. Raises CheckpointError, InputError.
 
-    `mode` auto or None: as trained; `block_length` None: the checkpoint's, else its family's; `settings` are `top_p`,
-    `min_experts`, `coreset_size`, None where nothing was asked for.
+    `mode` auto or None: as trained; `block_length` None: the checkpoint's, a canvas, else its family's; `settings` are
+    `top_p`, `min_experts`, `coreset_size`, None where nothing was asked for.
     """
     d, asked = source.description, None if mode == "auto" else mode
     chosen = {name: value for name, value in settings.items() if value is not None}
     trained = trained_routing(source) if d.moe else None
-    trained_block, usual = _trained_block(source, trained), source.family.block_length
+    trained_block = _trained_block(source, trained)
+    usual = d.canvas.length if d.canvas else source.family.block_length
     length = block_length if block_length is not None else trained_block.length or usual
     if length < 1:
         raise CheckpointError(f"Block length {length} is not positive; most models of family {d.family} use {usual}.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..description import ModelDescription, RoutingDescription
 from ..ops.experts import Activation
 from ..weight_formats import ExpertQuantisation
-from .canvas_attention import canvas_angles, canvas_bias
+from .canvas_attention import canvas_angles, canvas_bias, first_position
 from .denoiser import Denoiser, DenoiserOutput, Past
 from .layers import FeedForward
 from .moe import RoutingSettings
@@ -85,7 +85,10 @@ class CanvasDenoiser(Denoiser):
         past = past or self.empty_past(len(input_ids))
         canvas = canvas or self.text(input_ids)
         x, denoise = self.embedded(input_ids, canvas)
-        rows = Rows(position_ids, denoise, settings or RoutingSettings.of(self.routing))
+        # Blocks of routing count from the canvas's start: on absolute positions it would lie in one block more.
+        starts = torch.where(canvas.denoise[:, None], first_position(position_ids), 0)
+        places = torch.where(position_ids >= 0, position_ids - starts, position_ids)
+        rows = Rows(places, denoise, settings or RoutingSettings.of(self.routing))
         kinds = [d.attention_of(layer) for layer in range(d.num_layers)]
         angles = {one: canvas_angles(position_ids, one) for one in dict.fromkeys(kinds)}
         biases = {window: canvas_bias(position_ids, past.positions, canvas.denoise, window)

@@ -55,9 +55,14 @@ def canvas_bias(position_ids: Tensor, past_positions: Tensor, denoise: Tensor, w
     queries, phase = position_ids[:, :, None], denoise[:, None, None]
     seen = (keys >= 0) & ((keys <= queries) | phase)
     if window is not None:
-        start = torch.where(position_ids >= 0, position_ids, _FAR).amin(dim=1)[:, None, None]
+        start = first_position(position_ids)[:, :, None]
         seen = seen & (keys > torch.where(phase, start, queries) - window)
     return torch.where(seen, 0.0, -1e30)[:, None, None]
+
+
+def first_position(position_ids: Tensor) -> Tensor:
+    """The least position of each row's tokens, [B, 1] of [B, T]; padding (−1) aside."""
+    return torch.where(position_ids >= 0, position_ids, _FAR).amin(dim=1, keepdim=True)
 
 
 def canvas_angles(position_ids: Tensor, one: AttentionDescription) -> tuple[Tensor, Tensor]:

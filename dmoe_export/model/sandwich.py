@@ -57,7 +57,7 @@ class MixtureBesideDense(MoE):
 class Rows(NamedTuple):
     """What all layers of a forward share."""
 
-    position_ids: Tensor  # [B, T]
+    places: Tensor  # [B, T] positions that blocks of routing count: of a canvas from its start; −1 = padding
     denoise: Tensor  # [N, 1] bool, N = B·T: phase of each token's row
     settings: RoutingSettings
 
@@ -80,7 +80,7 @@ class SandwichLayer(nn.Module):
         """x [N,H] → x, key and value [B,Hkv,T,D], expert ids [B,T,k] and router logits [B,T,E]."""
         attended, key, value = self.attention(self.attention_norm(x), angles, bias, past_key, past_value)
         x = x + self.attention_post_norm(attended)
-        mixed, ids, logits = self.ffn(x, rows.position_ids, rows.settings)
+        mixed, ids, logits = self.ffn(x, rows.places, rows.settings)
         x = x + self.ffn_post_norm(mixed)
         return x * torch.where(rows.denoise, self.denoise_scale, self.encode_scale), (key, value), (ids, logits)
 

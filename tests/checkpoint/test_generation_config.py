@@ -18,7 +18,7 @@ from dmoe_export.checkpoint.llada2_moe import LLADA2_MOE
 from dmoe_export.checkpoint.synthetic import GEOMETRIES
 from dmoe_export.cli import main
 from dmoe_export.decoding.canvas_options import check_canvas_options
-from dmoe_export.decoding.defaults import decode_defaults
+from dmoe_export.decoding.defaults import Defaults
 from dmoe_export.decoding.settings import OPTIONS, DecodeSettings
 from dmoe_export.description import CanvasDescription, RoutingDescription
 from dmoe_export.errors import BundleError, CheckpointError
@@ -132,9 +132,9 @@ def test_bad_values_of_a_canvas(values, sentence):
 def test_a_bundle_that_no_request_could_ask_is_refused():
     for model, name, value in ((TINY, "t_max", 0.8), (CANVAS, "threshold", 0.9), (CANVAS, "t_max", 0.3)):
         bundle = SimpleNamespace(folder="b", manifest=SimpleNamespace(
-            decode_defaults={name: value}, model=model, routing=RoutingDescription.default(model.moe)))
+            decode_defaults={name: value}, presets={}, model=model, routing=RoutingDescription.default(model.moe)))
         with pytest.raises(BundleError, match=f"^The decode_defaults of b cannot be used; export again: {name} "):
-            decode_defaults(bundle)
+            Defaults(bundle)
 
 
 def test_ends_are_those_of_both_files():
@@ -195,7 +195,8 @@ def test_defaults_travel_and_give_way(sampling_bundle, tiny_bundle):
     generator = Generator.open(out, threads=1)
     manifest = generator.bundle.manifest
     assert manifest.decode_defaults == {"max_new_tokens": 9, "temperature": 1.5, "top_k": 0, "top_p": 1.0}
-    assert manifest.decode_defaults.keys() == {one.name for one in OPTIONS.values() if one.told.of_bundle}
+    assert manifest.decode_defaults.keys() == {
+        one.name for one in OPTIONS.values() if one.told.of_bundle} - {"steps", *CANVAS_DEFAULTS}
     assert manifest.model.eos_ids == (94, 90)
     assert manifest.checkpoint.identity == tiny_bundle.manifest.checkpoint.identity  # what ends answers is no model
     answers = [generator.generate([[1, 2, 3]], seed=seed, eos_id=-1)[0].token_ids for seed in (1, 2, 1)]
