@@ -79,7 +79,8 @@ def _other(model, **change):
     (lambda m: _layers(m, ()), "global_attention is not of some of the 3 layers"),
     (lambda m: m.model_copy(update={"canvas": CanvasDescription(length=2**20, conditioning_width=4)}),
      "the canvas 1048576 is more than"),
-    (lambda m: m.model_copy(update={"edit_tokens": EditTokens(delete=5, split=2**20)}), "split token 1048576 is outside the vocabulary"),
+    (lambda m: m.model_copy(update={"edit_tokens": EditTokens(delete=5, split=2**20)}),
+     "split token 1048576 is outside the vocabulary"),
 ])
 def test_numbers_of_no_model_are_refused(model, change, said):
     check_numbers(model, _routing(model))

@@ -19,7 +19,7 @@ from dmoe_export.checkpoint.synthetic import GEOMETRIES
 from dmoe_export.cli import main
 from dmoe_export.decoding.canvas_options import check_canvas_options
 from dmoe_export.decoding.defaults import Defaults
-from dmoe_export.decoding.settings import OPTIONS, DecodeSettings
+from dmoe_export.decoding.settings import CANVAS_DEFAULTS, OPTIONS, DecodeSettings
 from dmoe_export.description import CanvasDescription, RoutingDescription
 from dmoe_export.errors import BundleError, CheckpointError
 
