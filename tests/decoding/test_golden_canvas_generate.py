@@ -98,7 +98,7 @@ class Listening:
 @pytest.fixture(scope="module")
 def backends(folder, exported):
     return {"eager": eager(folder / "model", "token"),
-            "onnxruntime": OnnxRuntimeBackend(exported(folder / "model", precision="fp32"))}
+            "onnxruntime": OnnxRuntimeBackend(exported(folder / "model"))}
 
 
 @pytest.mark.parametrize("name", ["eager", "onnxruntime"])
