@@ -24,6 +24,7 @@ def test_it_is_that_of_the_graph(graph: Activation, engine: Activation):
                             **activation_attribute(graph))
     model = helper.make_model(helper.make_graph([node], "one", [], []))
     layer = PlanPlugin("layer_0", SCHEMA.name, {**activation_attribute(engine), "dmoe_build": "b"})
-    said = wrong_plugins(model, ENTRY, [[layer]])  # type: ignore[arg-type]
+    bundle = SimpleNamespace(manifest=SimpleNamespace(precision="fp16", model=SimpleNamespace(moe=None)))
+    said = wrong_plugins(bundle, model, ENTRY, [[layer]])  # type: ignore[arg-type]
     assert said == (None if graph == engine else
                     f"its layer_0 has activation {engine}, the bundle's graph says {graph}")

@@ -69,7 +69,7 @@ for name in ("DmoeBlockRoute", "DmoeExperts"):
     done = in_new_process(code, plugin_library())
     assert done.returncode == 0, done.stderr
     assert "DmoeBlockRoute ['mode', 'block_length'" in done.stdout
-    assert "DmoeExperts ['residency', 'bits', 'group_size', 'layout', 'dmoe_build']" in done.stdout
+    assert "DmoeExperts ['residency', 'bits', 'group_size', 'layout', 'activation', 'dmoe_build']" in done.stdout
 
 
 def test_a_build_without_the_library_says_how_to_get_it(bundle, tmp_path):

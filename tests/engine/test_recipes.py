@@ -181,7 +181,7 @@ def test_a_bad_recipe_is_one_sentence_with_file_and_field(tmp_path, changes, sen
 
 
 def test_recipes_that_are_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"Recipe 'llama' is not known; known: dmoe-16b, .*sample"):
+    with pytest.raises(InputError, match=r"Recipe 'llama' is not known; known: diffusion-gemma-26b-a4b, .*sample"):
         load_recipe("llama")
     with pytest.raises(InputError, match="cannot be read: No such file"):
         load_recipe(tmp_path / "none.toml")

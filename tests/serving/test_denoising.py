@@ -98,7 +98,7 @@ def test_the_page_learns_of_every_setting_that_a_body_takes(server):
     assert named.keys() == OPTIONS.keys() and named.keys() <= ChatBody.model_fields.keys()
     assert named["cache"]["kind"] == "choice" and named["cache"]["choices"][:2] == ["auto", "block"]
     assert named["early_stop"]["kind"] == "boolean" and named["threshold"]["kind"] == "number"
-    assert named["steps"]["kind"] == "integer" and named["steps"]["default"] == "32"
+    assert named["edit_passes"]["kind"] == "integer" and named["edit_passes"]["default"] == "16"
     assert named["stop"]["kind"] == "text"
 
 

@@ -331,7 +331,7 @@ def test_an_id_is_one_request_s_and_a_draining_server_takes_none(replica, backen
 def test_facts_are_asked_once_and_their_lack_is_told(replica, monkeypatch):
     wire = LocalWire(replica)
     model = RemoteModel("toy", wire)
-    monkeypatch.setattr("dmoe_export.serving.engine.model_facts", lambda name, bundle: {"id": name})
+    monkeypatch.setattr("dmoe_export.serving.engine.model_facts", lambda name, *_: {"id": name})
 
     async def facts():
         return await model.facts(), await model.facts()

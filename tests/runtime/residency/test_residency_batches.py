@@ -15,8 +15,8 @@ BLOCK = 4
 
 @pytest.fixture
 def backend():
-    inner = SimpleNamespace(name="b", description=None, routing=SimpleNamespace(block_length=BLOCK), limits=None,
-                            new_cache=lambda rows: None)
+    inner = SimpleNamespace(name="b", description=SimpleNamespace(step_tokens=lambda routing: BLOCK), limits=None,
+                            routing=SimpleNamespace(block_length=BLOCK), new_cache=lambda rows: None)
     return ResidentBackend(inner, None, SimpleNamespace(close=lambda: None), None)
 
 
