@@ -82,6 +82,7 @@ def test_half_precision(folder, exported):
     assert flipped <= 2
 
 
+@pytest.mark.slow
 def test_weights_in_bfloat16(folder, exported, bundle):
     """The table is read by rows, by the head and by the product that makes soft embeddings."""
     stored = exported(folder / "model", precision="bf16")

@@ -93,7 +93,8 @@ def test_split_rows_become_one_parameter(checkpoints, name):
 
 
 @pytest.mark.parametrize(("geometry", "mode"), [
-    pytest.param("llada-moe-tiny", None, marks=pytest.mark.slow), pytest.param("sdar-moe-tiny", None),
+    pytest.param("llada-moe-tiny", None, marks=pytest.mark.slow),
+    pytest.param("sdar-moe-tiny", None, marks=pytest.mark.slow),
     pytest.param("llada-moe-tiny", "top_p", marks=pytest.mark.slow), ("llada-moe-tiny", "top_c"),
     ("sdar-moe-tiny", "top_p"), pytest.param("sdar-moe-tiny", "top_c", marks=pytest.mark.slow)])
 def test_softmax_router_in_every_mode(checkpoints, exported, geometry, mode):
