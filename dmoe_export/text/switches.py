@@ -5,7 +5,6 @@ They are no texts: what a request writes must not become a control token, and le
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -56,4 +55,4 @@ def _is_switch(value: object) -> bool:
     """Whether it is of the types themselves: a type derived from one may print as anything."""
     if type(value) not in _KINDS:
         return False
-    return not isinstance(value, (int, float)) or (math.isfinite(value) and abs(value) <= _BOUND)
+    return not isinstance(value, (int, float)) or -_BOUND <= value <= _BOUND  # false for NaN, too
