@@ -29,6 +29,7 @@ from .runtime.choose import BackendName
 from .runtime.cpu.products import Products
 from .text.codec import TextCodec
 from .text.prompts import Prompt, Prompts, batch_of, encode
+from .text.switches import Switches
 
 
 class Generator:
@@ -111,15 +112,16 @@ class Generator:
         raise TypeError("A Generator holds an open model, so it cannot be pickled or copied; in each process, open the "
                         f"bundle with Generator.open({str(self.bundle.folder)!r}).")
 
-    def generate(self, prompts: Prompts, *, chat: bool = True, cancel: threading.Event | None = None,
-                 **options: Unpack[GenerateOptions]) -> list[Generation]:
+    def generate(self, prompts: Prompts, *, chat: bool = True, chat_template_kwargs: Switches | None = None,
+                 cancel: threading.Event | None = None, **options: Unpack[GenerateOptions]) -> list[Generation]:
         """Answer one prompt or a batch of prompts; always a list, in the order of the prompts.
 
         A prompt is text, a list of chat messages (`{"role", "content"}`), or a list of token ids. Text is wrapped in
-        the chat template unless `chat` is false. When `cancel` is set, by another thread, the answers end at the next
-        look between forwards with finish_reason "cancelled". Raises RequestError for a bad prompt or option, and once
-        the generator is closed; NotFiniteError where the model computes NaN. In brackets the default of an option that
-        is left out or None, where neither the preset nor the bundle's `decode_defaults` have another:
+        the chat template unless `chat` is false; `chat_template_kwargs` are values that it reads by name, such as
+        `{"enable_thinking": False}`: True, False, None or numbers. When `cancel` is set, by another thread, the answers
+        end at the next look between forwards with finish_reason "cancelled". Raises RequestError for a bad prompt or
+        option, and once the generator is closed; NotFiniteError where the model computes NaN. In brackets the default
+        of an option that is left out or None, where neither the preset nor the bundle's `decode_defaults` have another:
 
         preset: Settings that the bundle has under this name, such as speed or quality; what else is asked for wins [a
             name of 1 to 100 characters; default: the bundle's, or none].
@@ -200,12 +202,12 @@ class Generator:
         """
         batch = batch_of(prompts)
         blocks: list[list[Block]] = [[] for _ in batch]
-        for block in self.stream(batch, chat=chat, cancel=cancel, **options):
+        for block in self.stream(batch, chat=chat, chat_template_kwargs=chat_template_kwargs, cancel=cancel, **options):
             blocks[block.index].append(block)
         return [generation_of(mine) for mine in blocks]
 
-    def stream(self, prompts: Prompts, *, chat: bool = True, cancel: threading.Event | None = None,
-               **options: Unpack[GenerateOptions]) -> Stream[Block]:
+    def stream(self, prompts: Prompts, *, chat: bool = True, chat_template_kwargs: Switches | None = None,
+               cancel: threading.Event | None = None, **options: Unpack[GenerateOptions]) -> Stream[Block]:
         """Finished blocks as they come, `index` telling the prompt; arguments and errors as in `generate`.
 
         Nothing is decoded but while the next block is asked for. `Stream.cancel()` is another way to set `cancel`,
@@ -213,13 +215,15 @@ class Generator:
         """
         self._life.check()
         way = self._way(options)
-        requests = [self._request(prompt, chat, way, i) for i, prompt in enumerate(batch_of(prompts))]
+        requests = [self._request(prompt, chat, chat_template_kwargs, way, i)
+                    for i, prompt in enumerate(batch_of(prompts))]
         check_batch(len(requests), self.backend, str(self.bundle.folder))
         stream = Stream(lambda asked: self._blocks(requests, asked), self._life, cancel)
         self._streams.add(stream)
         return stream
 
-    async def astream(self, prompts: Prompts, *, chat: bool = True, cancel: threading.Event | None = None,
+    async def astream(self, prompts: Prompts, *, chat: bool = True, chat_template_kwargs: Switches | None = None,
+                      cancel: threading.Event | None = None,
                       **options: Unpack[GenerateOptions]) -> AsyncIterator[Block]:
         """`stream` for asyncio: the loop is free while a thread of this call's own decodes.
 
@@ -230,7 +234,8 @@ class Generator:
         stream: Stream[Block] | None = None
         try:
             stream = await loop.run_in_executor(
-                worker, lambda: self.stream(prompts, chat=chat, cancel=cancel, **options))
+                worker, lambda: self.stream(prompts, chat=chat, chat_template_kwargs=chat_template_kwargs,
+                                            cancel=cancel, **options))
             while (block := await loop.run_in_executor(worker, next, stream, None)) is not None:
                 yield block
         finally:
@@ -238,10 +243,11 @@ class Generator:
                 stream.cancel()
             worker.shutdown(wait=False)
 
-    def request(self, prompt: Prompt, *, chat: bool = True, **options: Unpack[GenerateOptions]) -> Request:
+    def request(self, prompt: Prompt, *, chat: bool = True, chat_template_kwargs: Switches | None = None,
+                **options: Unpack[GenerateOptions]) -> Request:
         """A prompt for `Batch.add`, encoded and checked: raises RequestError for what can never be answered."""
         self._life.check()
-        return self._request(prompt, chat, self._way(options), 0)
+        return self._request(prompt, chat, chat_template_kwargs, self._way(options), 0)
 
     def batch(self, slots: int = 8, prefix_cache: str | int | None = None) -> Batch:
         """A batch of at most so many rows, which requests join and leave at any step; see `Batch`.
@@ -269,8 +275,8 @@ class Generator:
                 if event.block:
                     yield event.block
 
-    def _request(self, prompt: Prompt, chat: bool, way: Way, index: int) -> Request:
-        ids, folder = encode(prompt, chat, self.text, self.bundle.folder), str(self.bundle.folder)
+    def _request(self, prompt: Prompt, chat: bool, switches: Switches | None, way: Way, index: int) -> Request:
+        ids, folder = encode(prompt, chat, self.text, self.bundle.folder, switches), str(self.bundle.folder)
         check_prompt(ids, way.settings, self.backend, way.block_length, folder, index)
         return Request(ids, way)
 

@@ -11,9 +11,10 @@ import click
 from ..decoding.answer import Generation, generation_of
 from ..errors import RequestError
 from ..generator import Generator
-from ..guards.numerals import integer
+from ..guards.numerals import integer, real
 from ..guards.regular_file import read_regular
 from ..text.prompts import Prompt
+from ..text.switches import Switch
 from ..words import count, size, visible
 from .help import SETTINGS, Verb, option
 from .opening import MEMORY, open_shown, opening_of, opening_options
@@ -22,6 +23,7 @@ from .output import say
 from .watch import watched
 
 _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
+_WORDS: dict[str, Switch] = {"true": True, "false": False, "null": None}
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
@@ -33,6 +35,9 @@ _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
         help="File with the prompt's text")
 @option("--prompt-ids", metavar="IDS", group="prompt", help="Token ids, separated by commas; needs no tokenizer")
 @option("--chat/--no-chat", default=True, group="prompt", help="Wrap text in the chat template")
+@option("--template-kwarg", metavar="NAME=VALUE", multiple=True, group="prompt",
+        help="Value that the template reads by name, such as enable_thinking=false: true, false, null or a number. "
+        "May be given again.")
 @request_options
 @opening_options
 @MEMORY
@@ -44,13 +49,15 @@ _MOST_PROMPT = 64 << 20  # bytes; more than any model's positions hold
 @option("--watch-pause", type=click.FloatRange(0, 60), default=0.1, group="output",
         help="Seconds that a terminal shows each step at least")
 def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
-             as_json: bool, watch: bool, watch_pause: float, memory: str | None, **options: Any) -> None:
+             as_json: bool, watch: bool, watch_pause: float, memory: str | None, template_kwarg: tuple[str, ...],
+             **options: Any) -> None:
     """Answer one prompt with BUNDLE, a folder or a hub id.
 
     The prompt is exactly one of --prompt, --prompt-file and --prompt-ids. The answer goes to standard output, what it
     took to standard error.
     """
     given = _prompt(prompt, prompt_file, prompt_ids)
+    options["chat_template_kwargs"] = _switches(template_kwarg)
     if watch and stream:
         raise RequestError("--watch and --stream both show an answer while it grows; give one of them.")
     generator = open_shown(bundle, opening_of(options), quiet=as_json, memory=memory, program="generate",
@@ -114,6 +121,27 @@ def _summary(result: Generation, generator: Generator, options: dict[str, Any]) 
 
 def _shown(result: Generation) -> str:
     return visible(result.text, keep="\n\t") if result.text is not None else ",".join(map(str, result.token_ids))
+
+
+def _switches(given: tuple[str, ...]) -> dict[str, Switch]:
+    switches: dict[str, Switch] = {}
+    for one in given:
+        name, _, value = one.partition("=")
+        if name in switches:
+            raise RequestError(f"--template-kwarg {visible(name)} is given twice; give it once.")
+        try:
+            switches[name] = _WORDS[value] if value in _WORDS else _number(value)
+        except ValueError:
+            raise RequestError(f"--template-kwarg {one!r} is no NAME=VALUE with true, false, null or a number as "
+                               "VALUE.") from None
+    return switches
+
+
+def _number(text: str) -> int | float:
+    try:
+        return integer(text)
+    except ValueError:
+        return real(text)
 
 
 def _prompt(text: str | None, file: Path | None, ids: str | None) -> Prompt:

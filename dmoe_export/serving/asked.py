@@ -23,6 +23,7 @@ class Ask:
     choices: int = 1  # answers to each prompt; choice c of prompt p is p · choices + c
     timeout: float = 600.0  # seconds, waiting included
     watched: bool = False  # provisional states are sent, too
+    chat_template_kwargs: dict[str, Any] | None = None  # as `Generator.request` takes them
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,9 @@ class Engine:
         try:
             loop, rows = asyncio.get_running_loop(), list[Row]()
             for number, prompt in enumerate(ask.prompts):
-                request = await loop.run_in_executor(
-                    self._encoders, partial(self.generator.request, prompt, chat=ask.chat, **ask.options))
+                request = await loop.run_in_executor(self._encoders, partial(
+                    self.generator.request, prompt, chat=ask.chat, chat_template_kwargs=ask.chat_template_kwargs,
+                    **ask.options))
                 mine = list(range(number * ask.choices, (number + 1) * ask.choices))
                 alike = request.settings.temperature == 0  # no chance in it: decoded once
                 rows += [Row(request, mine)] if alike else [Row(request, [one]) for one in mine]

@@ -53,7 +53,8 @@ def of_bundle(error: DmoeError, folder: object, name: str) -> ApiError:
     if not isinstance(error, RequestError):
         return ApiError(500, sentence, code="model_error")
     first = sentence.split(" ", 1)[0]
-    about = "messages" if sentence.startswith(("Message ", "A message ")) else first if first in OPTIONS else None
+    about = "messages" if sentence.startswith(("Message ", "A message ")) else first if (
+        first in OPTIONS or first == "chat_template_kwargs") else None
     too_long = isinstance(error, LengthError)  # agents look for OpenAI's word, and shorten their history
     return ApiError(400, sentence, param=about, code="context_length_exceeded" if too_long else None)
 

@@ -72,7 +72,7 @@ async def enter(request: Request, body: Body, prompts: Sequence[Any], chat: bool
         record.prompt = list(prompts)
     options = await options_of(body, house.most_new_tokens, model)
     answer = await model.enter(Ask((record.owner, record.id), prompts, chat, options, body.choices, house.timeout,
-                                   watched))
+                                   watched, body.template_kwargs))
     record.course = answer.course
     return Entered(model.name, answer, record, record.choices)
 

@@ -93,6 +93,8 @@ class Body(_Strict):
         if kept.get("best_of") == kept.get("n"):  # the best n of n
             kept.pop("best_of", None)
         for name, nothing in (NOT_HERE | OTHERS).items():
+            if name in cls.model_fields:
+                continue
             value = kept.pop(name, None)
             if value is not None and value not in nothing:
                 raise ValueError(f"{name} is not offered here; leave it out")
@@ -103,6 +105,11 @@ class Body(_Strict):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options belongs to a stream; give stream: true, too")
         return self
+
+    @property
+    def template_kwargs(self) -> dict[str, Any] | None:
+        """What the chat template reads by name; checked where it is rendered."""
+        return None
 
     @property
     def choices(self) -> int:
@@ -131,6 +138,13 @@ class ChatBody(_WithOptions):
     """POST /v1/chat/completions, and /v1/chat/denoising."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MOST_MESSAGES)]
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Values that the chat template reads by name: true, false, null or numbers.")
+
+    @property
+    def template_kwargs(self) -> dict[str, Any] | None:
+        """Not for completions, which go through no template."""
+        return self.chat_template_kwargs
 
 
 class CompletionBody(_WithOptions):

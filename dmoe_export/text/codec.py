@@ -14,9 +14,10 @@ from ..errors import BundleError, RequestError
 from ..guards.regular_file import MOST_CONFIG, MOST_TABLE, read_regular
 from ..guards.tokenizer import GuardedTokenizer, no_panics, one_request
 from .literal import LiteralEncoder
-from .messages import Message, check_text, plain_messages
+from .messages import Message, check_text, plain_messages, short
 from .own_tokens import OwnTokens
 from .stream import Tail, TextStream
+from .switches import Switches
 from .templates import ChatTemplate
 
 __all__ = ["Message", "TextCodec", "TextStream"]
@@ -73,27 +74,31 @@ class TextCodec:
                 raise BundleError(f"{file} cannot be read as a chat template: {error}.") from None
         return cls(bundle.folder / entry.file, template, bundle.manifest.model.eos_id, entry.special_tokens)
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
+    def encode_chat(self, messages: list[Message], switches: Switches | None = None) -> list[int]:
         """Token ids of a conversation, ready for the answer; what messages spell is text and never a control token.
 
-        Where nothing in them spells one, these are the ids of transformers' `apply_chat_template`. Raises RequestError
-        for messages that are no plain texts and for whatever a template raises.
+        Where nothing in them spells one, these are the ids of transformers' `apply_chat_template`, which takes
+        `switches` as further keywords. Raises RequestError for messages that are no plain texts, for switches that mean
+        nothing to the template, and for whatever it raises.
         """
         messages = plain_messages(messages)
         if self._template is None:
+            if switches:
+                raise RequestError(f"chat_template_kwargs is {short(dict(switches))}, but the bundle has no chat "
+                                   "template to read it; leave it out.")
             return self.encode_plain("\n".join(m["content"] for m in messages))
         with one_request():
-            return self._encode_chat(self._template, messages)
+            return self._encode_chat(self._template, messages, switches)
 
-    def _encode_chat(self, template: ChatTemplate, messages: list[Message]) -> list[int]:
+    def _encode_chat(self, template: ChatTemplate, messages: list[Message], switches: Switches | None) -> list[int]:
         now, start = datetime.now(), time.monotonic()
-        text = template.render(messages, now)
+        text = template.render(messages, now, switches)
         if time.monotonic() - start < _QUICK:
-            self._tell_of_dropped(template, messages, text, now)
+            self._tell_of_dropped(template, messages, text, now, switches)
         ids = list(self._guarded.encode(text).ids)
         if not any(i in self._literal.control for i in ids):
             return ids
-        own = self._own_tokens.find(messages, text, now)
+        own = self._own_tokens.find(messages, text, now, switches)
         wanted = self._literal.control_ids([place.id for place in own])
         if own == self._literal.own_tokens(text) and wanted == self._literal.control_ids(ids):
             return ids
@@ -117,13 +122,14 @@ class TextCodec:
         """A token's name; None for a special or unknown one, which decoding leaves out."""
         return None if id_ in self._special else self._tokenizer.id_to_token(id_)
 
-    def _tell_of_dropped(self, template: ChatTemplate, messages: list[Message], text: str, now: datetime) -> None:
+    def _tell_of_dropped(self, template: ChatTemplate, messages: list[Message], text: str, now: datetime,
+                         switches: Switches | None) -> None:
         """Log a warning, once, for a role whose messages the template leaves out: nothing changes with them."""
         roles = list(dict.fromkeys(m["role"] for m in messages if m["content"].strip()))
         for role in [role for role in roles if role not in self._seen_roles][:_MOST_ROLES]:
             changed = [m | {"content": f"x {m['content']} x"} if m["role"] == role else m for m in messages]
             try:
-                left_out = template.render(changed, now) == text
+                left_out = template.render(changed, now, switches) == text
             except RequestError:  # it looks at them
                 left_out = False
             if left_out:

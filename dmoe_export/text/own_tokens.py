@@ -13,6 +13,7 @@ from ..errors import RequestError
 from .literal import LiteralEncoder, Own
 from .messages import Message
 from .shadow import KNOWN_ROLES, Disguise, ShadowEnvironment
+from .switches import Switches
 from .templates import ChatEnvironment, ChatTemplate
 
 
@@ -29,8 +30,8 @@ class OwnTokens:
         self._fixed = [*_literals(template.source), *template.special_tokens.values()]
         self._lock = threading.Lock()  # one disguise at a time
 
-    def find(self, messages: list[Message], text: str, now: datetime) -> list[Own]:
-        """The template's own tokens in `text`, its rendering of the messages at `now`.
+    def find(self, messages: list[Message], text: str, now: datetime, switches: Switches | None = None) -> list[Own]:
+        """The template's own tokens in `text`, its rendering of the messages at `now` with these switches.
 
         Raises RequestError where the template takes messages apart in a way that cannot be followed, and they hold a
         part of a token.
@@ -39,7 +40,7 @@ class OwnTokens:
         with self._lock:
             disguise = self._environment.disguise = Disguise(self._kept)
             try:
-                shadow = self._shadow.render(disguise.hide_messages(messages), now)
+                shadow = self._shadow.render(disguise.hide_messages(messages), now, switches)
             except (RequestError, ValueError):
                 shadow = ""
         if len(shadow) == len(text) and disguise.reveal(shadow) == text:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from ..description import MOST_POSITIONS
 from ..errors import LengthError, RequestError
 from .codec import Message, TextCodec
 from .messages import short
+from .switches import Switches
 
 Prompt = str | Sequence[int] | Sequence[Message]
 Prompts = str | Sequence[int | Message | Prompt]
@@ -33,18 +34,26 @@ def batch_of(prompts: Prompts) -> list[Prompt]:
     return list(several)
 
 
-def encode(prompt: Prompt, chat: bool, text: TextCodec | None, folder: Path) -> list[int]:
+def encode(prompt: Prompt, chat: bool, text: TextCodec | None, folder: Path,
+           switches: Switches | None = None) -> list[int]:
     """Token ids of a prompt of the bundle in `folder`; those of an empty one are none.
 
-    Raises RequestError for what is no prompt, a `chat` that is neither true nor false, and for text where the bundle
-    has no tokenizer.
+    Raises RequestError for what is no prompt, a `chat` that is neither true nor false, text where the bundle has no
+    tokenizer, and `switches` of a prompt that no template sees.
     """
     if not isinstance(chat, bool):
         raise RequestError(f"chat is {short(chat)}, it must be True or False.")
     if not _is_list(prompt) and not isinstance(prompt, str):
         raise RequestError(f"Prompt {short(prompt)} is {_WRONG}.")
+    if switches is not None and not isinstance(switches, Mapping):
+        raise RequestError(f"chat_template_kwargs is {short(switches)}, it must have values by their names.")
     content: Any = prompt
-    if not isinstance(prompt, str) and len(prompt) and not isinstance(prompt[0], dict):
+    ids = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], dict)
+    if switches and (ids or not chat):
+        why = "token ids go" if ids else "with chat=False (--no-chat) a prompt goes"
+        raise RequestError(f"chat_template_kwargs is {short(dict(switches))}, but {why} through no chat template; "
+                           "leave it out.")
+    if ids:
         if len(prompt) > MOST_POSITIONS:
             raise LengthError(f"Prompt of {len(prompt)} token ids is longer than {MOST_POSITIONS}, which no model "
                               "takes; give a shorter one.")
@@ -59,8 +68,8 @@ def encode(prompt: Prompt, chat: bool, text: TextCodec | None, folder: Path) -> 
     if text is None:
         raise RequestError(f"{folder} has no tokenizer; give token ids (--prompt-ids).")
     if isinstance(prompt, str):
-        return text.encode_chat([{"role": "user", "content": prompt}]) if chat else text.encode_plain(prompt)
-    return text.encode_chat(list(content))
+        return text.encode_chat([{"role": "user", "content": prompt}], switches) if chat else text.encode_plain(prompt)
+    return text.encode_chat(list(content), switches)
 
 
 def _is_list(value: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes, pass_context, pass_environment
@@ -17,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import RequestError
 from .messages import Message, half_character
+from .switches import Switches, check_switches, names_read
 from .template_limits import (
     MOST_SOURCE,
     Budget,
@@ -103,20 +105,25 @@ class ChatTemplate:
         if len(source) > MOST_SOURCE:
             self.broken = f"it has {len(source)} characters, more than {MOST_SOURCE}"
             return
+        self._environment = environment or ChatEnvironment()
         try:
-            self._template = (environment or ChatEnvironment()).compile_chat(source)
+            self._template = self._environment.compile_chat(source)
         except Exception as error:  # Jinja's own errors, and Python's on what Jinja generates
             self.broken = in_words(error)
 
-    def render(self, messages: list[Message], now: datetime | None = None) -> str:
+    def render(self, messages: list[Message], now: datetime | None = None, switches: Switches | None = None) -> str:
         """The prompt's text, generation prompt included; `now` is what the template sees as the time.
 
-        Raises RequestError for whatever goes wrong inside the template.
+        `switches`: what it also sees by name. Raises RequestError for those that it does not read or that are none
+        (`check_switches`), and for whatever goes wrong inside the template.
         """
         if self.broken:
             raise RequestError(f"The chat template is no valid template: {self.broken}; send text without it "
                                "(--no-chat) or token ids (--prompt-ids).")
         given: dict[str, Any] = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        if switches:
+            check_switches(switches, self.special_tokens, self._read)
+            given |= switches
         try:
             with rendering(Budget(now or datetime.now())):
                 text = str(self._template.render(self.special_tokens | given))
@@ -126,6 +133,10 @@ class ChatTemplate:
             raise RequestError("The chat template puts out half a character (a surrogate), which is no text; send text "
                                "without it (--no-chat).")
         return text
+
+    @cached_property
+    def _read(self) -> frozenset[str]:
+        return names_read(self.source, self._environment)
 
 
 def in_words(error: BaseException) -> str:

@@ -9,7 +9,8 @@ import onnxruntime as ort
 import torch
 
 from dmoe_export.bundle.engines import copied_bundle
-from dmoe_export.bundle.reader import Bundle, open_bundle
+from dmoe_export.bundle.manifest import FileEntry
+from dmoe_export.bundle.reader import Bundle, hash_file, open_bundle
 from dmoe_export.bundle.writer import write_manifest
 from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.description import RoutingDescription
@@ -32,6 +33,18 @@ def with_decoding(bundle: Bundle, target: Path, defaults: dict, presets: dict) -
     with copied_bundle(bundle, target, overwrite=False) as folder:
         write_manifest(folder, bundle.manifest.model_copy(update={"decode_defaults": defaults, "presets": presets}))
     return open_bundle(target, "sizes")
+
+
+def with_template(bundle: Bundle, target: Path, template: str) -> Bundle:
+    """A copy with another chat template; its other files are shared."""
+    with copied_bundle(bundle, target, overwrite=False) as folder:
+        file = folder / bundle.manifest.tokenizer.chat_template
+        file.unlink()
+        file.write_text(template, encoding="utf-8")
+        entry = FileEntry(path=file.name, size=file.stat().st_size, sha256=hash_file(file))
+        files = [entry if one.path == file.name else one for one in bundle.manifest.files]
+        write_manifest(folder, bundle.manifest.model_copy(update={"files": files}))
+    return open_bundle(target, "full")
 
 
 def cpu_session(path: Path) -> ort.InferenceSession:

@@ -48,7 +48,8 @@ def test_other_servers_fields_are_taken_where_they_ask_for_nothing(url):
 
 @pytest.mark.parametrize(("name", "value"), [
     ("min_p", 0.1), ("repetition_penalty", 1.1), ("ignore_eos", True), ("min_tokens", 3), ("best_of", 3), ("top_k", -2),
-    ("chat_template_kwargs", {"enable_thinking": False}), ("continue_final_message", True), ("verbosity", "low")])
+    ("chat_template_kwargs", {"enable_thinking": "no"}), ("chat_template_kwargs", 1),
+    ("continue_final_message", True), ("verbosity", "low")])
 def test_and_refused_where_they_ask_for_something(url, name, value):
     answer = asked(url, **{name: value})
     assert answer.status == 400 and answer.json()["error"]["param"] == name

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from dmoe_export.decoding.settings import OPTIONS
 from dmoe_export.deploy.triton import INPUTS, MODEL_FILE, OUTPUTS
 from dmoe_export.errors import BundleError, MissingRequirementError, NotFiniteError, RequestError
 from dmoe_export.serving.engine import Engine
+from dmoe_export.serving.errors import ApiError
 
 LONG = {"max_tokens": 40, "eos_id": -1}
 LABELS = ("model", "toy"), ("version", "3"), ("instance", "toy_0_0")
@@ -239,6 +242,18 @@ def test_numbers_may_be_texts_and_settings_given_twice(triton, monkeypatch):
         for name, value in (("temperature", "0x1"), ("seed", "1.0"), ("early_stop", "true"), ("cache", "1")):
             model.execute([request := Request({name: value}, input_ids=ids())])
             assert request.error()[0].startswith(f"{name} is ")
+
+
+def test_values_for_the_chat_template_go_with_messages(triton):
+    """The request holds them, pickled, too: so they reach a replica, as on Ray."""
+    from dmoe_export.serving.triton.request import wanted_of
+
+    inputs = {"sampling_parameters": json.dumps({"max_tokens": 4, "chat_template_kwargs": {"enable_thinking": False}})}
+    wanted = wanted_of("toy", inputs | {"messages": '[{"role": "user", "content": "x"}]'}, "{}", "")
+    ask = pickle.loads(pickle.dumps(asyncio.run(wanted.ask(None, 256, 60.0))))
+    assert ask.chat and ask.chat_template_kwargs == {"enable_thinking": False}
+    with pytest.raises(ApiError, match="chat_template_kwargs is not offered here; leave it out"):
+        wanted_of("toy", inputs | {"text_input": "x"}, '{"chat": true}', "")
 
 
 def test_every_option_of_a_request_may_be_given(triton, monkeypatch):

@@ -41,7 +41,8 @@ class Wanted:
     async def ask(self, model: Model, most_new_tokens: int, timeout: float) -> Ask:
         """For the engine, with a key of its own: ids of Triton's clients may come twice. Raises ApiError."""
         options = await options_of(self.body, most_new_tokens, model)
-        return Ask((-1, uuid.uuid4().hex), [self.prompt], self.chat, options, timeout=timeout)
+        return Ask((-1, uuid.uuid4().hex), [self.prompt], self.chat, options, timeout=timeout,
+                   chat_template_kwargs=self.body.template_kwargs)
 
 
 def wanted_of(name: str, inputs: Mapping[str, Any], parameters: str, request_id: str) -> Wanted:
