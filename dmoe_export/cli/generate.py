@@ -37,7 +37,7 @@ _WORDS: dict[str, Switch] = {"true": True, "false": False, "null": None}
 @option("--chat/--no-chat", default=True, group="prompt", help="Wrap text in the chat template")
 @option("--template-kwarg", metavar="NAME=VALUE", multiple=True, group="prompt",
         help="Value that the template reads by name, such as enable_thinking=false: true, false, null or a number. "
-        "May be given again.")
+        "May be given again")
 @request_options
 @opening_options
 @MEMORY
