@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,8 +99,7 @@ class GeneratedCheckpoint(Checkpoint):
     def write(self, folder: Path, dtype: str = "float32") -> None:
         """The checkpoint as a folder after all: config.json and safetensors shards of 2 GiB."""
         folder.mkdir(parents=True, exist_ok=True)
-        field = "n_layers" if "n_layers" in self.config else "num_hidden_layers"
-        config = self.config | {field: self.description.num_layers}
+        config = _cut(self.config, self.description.num_layers)
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         shard: dict[str, Tensor] = {}
         number = 0
@@ -109,3 +109,12 @@ class GeneratedCheckpoint(Checkpoint):
             if sum(tensor.nbytes for tensor in shard.values()) >= _SHARD or name == names[-1]:
                 save_file(shard, folder / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
                 number, shard = number + 1, {}
+
+
+def _cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """A config.json that says so many layers, where the family says it."""
+    if "text_config" in config:
+        return config | {"text_config": _cut(config["text_config"], layers)}
+    field = "n_layers" if "n_layers" in config else "num_hidden_layers"
+    kinds = {"layer_types": config["layer_types"][:layers]} if "layer_types" in config else {}
+    return config | {field: layers} | kinds

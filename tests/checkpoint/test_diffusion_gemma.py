@@ -154,3 +154,13 @@ def test_first_layers(golden):
 def test_bundles_from_before_canvases_keep_their_identity(golden, name, digest):
     """Digests made by the code as it was before there were any."""
     assert identity(Checkpoint(golden.parent / name / "model"), ["x"]) == digest
+
+
+def test_a_generated_checkpoint_of_its_first_layers_is_one(tmp_path):
+    """`bench export --layers`: config.json says layers and their kinds where the family reads them."""
+    generated = GeneratedCheckpoint("diffusion-gemma-tiny", layers=3)
+    text = generated.config["text_config"]
+    kinds = [*text["layer_types"], *3 * ["full_attention"]]
+    generated.config = generated.config | {"text_config": text | {"num_hidden_layers": 6, "layer_types": kinds}}
+    generated.write(tmp_path)
+    assert Checkpoint(tmp_path).description == generated.description
