@@ -136,6 +136,15 @@ def test_expert_file_changed_while_running(own_bundle, harm):
     generator.backend.close()
 
 
+def test_expert_file_linked_while_running(own_bundle, tmp_path):
+    """As building engines of a bundle that is being served does."""
+    generator = open_generator(own_bundle, expert_budget="25%")
+    before = generator.generate(QUESTIONS[0], max_new_tokens=32)
+    os.link(own_bundle.folder / "experts.bin", tmp_path / "experts.bin")
+    assert generator.generate(QUESTIONS[0], max_new_tokens=32)[0].token_ids == before[0].token_ids
+    generator.backend.close()
+
+
 def test_changed_during_a_forward_gives_no_token(own_bundle):
     generator = open_generator(own_bundle, expert_budget="25%")
     inner = generator.backend._backend
