@@ -81,6 +81,7 @@ class Recipe(Frozen):
     dense_precision: Precision | None = Field(None, description="with int8 and int4: of everything but routed experts")
     group_size: Literal[32, 64, 128] | None = None
     routing: RecipeRouting = RecipeRouting()
+    multi_block_editing: bool = False
     profiles: RecipeProfiles
     engine: RecipeEngine
     check: Tolerances
@@ -136,7 +137,8 @@ class Recipe(Frozen):
             "precision": self.precision, "dense_precision": self.dense_precision, "group_size": self.group_size,
             "routing": self.routing.mode, "block_length": self.routing.block_length,
             "coreset_top_p": self.routing.top_p, "min_experts": self.routing.min_experts,
-            "coreset_size": self.routing.coreset_size, "max_batch": self.profiles.batch,
+            "coreset_size": self.routing.coreset_size, "multi_block_editing": self.multi_block_editing or None,
+            "max_batch": self.profiles.batch,
             "max_prefill": self.profiles.prefill, "max_context": self.profiles.context,
             "flavour": self.engine.flavour, "targets": ",".join(self.engine.targets) or None,
             "experts": self.engine.experts, "experts_op": self.engine.experts_op}

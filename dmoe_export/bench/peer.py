@@ -97,6 +97,7 @@ class Peer:
     """The eager model behind the backend protocol, for one sequence."""
 
     name = "peer"
+    opens_blocks = False
     limits: Limits | None = Limits(max_batch=1)
 
     def __init__(self, bundle: Bundle, threads: int) -> None:

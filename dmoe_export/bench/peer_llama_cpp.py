@@ -149,6 +149,7 @@ class LlamaCppBackend:
     """llama.cpp behind the backend protocol, for one sequence and decoding without a cache."""
 
     name = "llama-cpp"
+    opens_blocks = False
     limits: Limits | None = Limits(max_batch=1)
 
     def __init__(self, bundle: Bundle, path: Path, threads: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..description import ITEMSIZES, ModelDescription, Precision, RoutingDescription
 from ..weight_formats import ExpertQuantisation, WeightFormats
-from .contract import GraphKind, Tensor, how_many, inputs_of, outputs_of
+from .contract import ATTENTION_POSITIONS, GraphKind, Tensor, how_many, inputs_of, outputs_of
 
 if TYPE_CHECKING:
     from .engine_entries import EngineEntry
@@ -138,11 +138,14 @@ def check_graphs(manifest: Manifest) -> None:
         graphs += [("fill", salient.fill)] if salient.fill else []
     model, mode, precision = manifest.model, manifest.routing.mode, manifest.precision
     for kind, graph in graphs:
-        kept = kind == "denoiser" and graph.keeps_logits
-        if len(graph.inputs) != (wanted := how_many(model, mode, kind, kept)):
+        kept, opens = (kind == "denoiser" and said for said in (graph.keeps_logits, graph.opens_blocks))
+        if opens and model.attention != "block_causal":
+            raise ValueError(f"{graph.file} takes {ATTENTION_POSITIONS}, for which a model with {model.attention} "
+                             "attention has no use")
+        if len(graph.inputs) != (wanted := how_many(model, mode, kind, kept, opens)):
             raise ValueError(f"{graph.file} has {len(graph.inputs)} inputs, that of a model of {model.num_layers} "
                              f"layers has {wanted}")
-        _compare(graph.file, "input", graph.inputs, inputs_of(model, mode, precision, kind, kept))
+        _compare(graph.file, "input", graph.inputs, inputs_of(model, mode, precision, kind, kept, opens))
         _compare(graph.file, "output", graph.outputs, outputs_of(model, precision, kind, kept))
 
 

@@ -8,6 +8,7 @@ from ..description import RUNTIME_SETTINGS, ModelDescription, Precision, Routing
 
 Tensor = tuple[str, str, list[int | str]]  # name, dtype, shape
 KEPT = "logits_kept"
+ATTENTION_POSITIONS = "attention_positions"
 CANVAS_INPUTS = ("denoise", "soft_embeddings", "temperature", "uniform")
 CANVAS_OUTPUTS = ("sampled_ids", "entropy", "next_soft_embeddings")
 """What the graph of a model with a canvas takes and gives besides, in order."""
@@ -17,10 +18,11 @@ _DTYPES: dict[Precision, str] = {"fp32": "float", "fp16": "float16", "bf16": "bf
 
 
 def inputs_of(model: ModelDescription, mode: RoutingMode, precision: Precision, kind: GraphKind,
-              kept: bool = False) -> list[Tensor]:
+              kept: bool = False, opens_blocks: bool = False) -> list[Tensor]:
     """All inputs in order; as much work as the model has layers, so count with `how_many` first.
 
-    `kept`: logits leave for the first L wanted tokens of a row; in older bundles for all.
+    `kept`: logits leave for the first L wanted tokens of a row; in older bundles for all. `opens_blocks`: blocks may
+    see one another, exported with --multi-block-editing.
     """
     dtype, d = _DTYPES[precision], model
     settings = [(name, "float" if name == "top_p" else "int64") for name in RUNTIME_SETTINGS[mode]]
@@ -32,6 +34,7 @@ def inputs_of(model: ModelDescription, mode: RoutingMode, precision: Precision, 
                   ("temperature", "float", ["B"]), ("uniform", "float", ["B", "M"])]
     found += [(name, kind_of, [1]) for name, kind_of in settings]
     found += [(f"past_{name}", of, shape) for name, of, shape in _keys_values(d, dtype, "S")]
+    found += [(ATTENTION_POSITIONS, "int64", ["B", "T"])] if opens_blocks else []
     if kind == "salient":
         found += [("unmasked", "bool", ["B", "T"]), ("threshold", "float", [1])]
         found += [(f"range_{name}", of, shape) for name, of, shape in _state(d, dtype)]
@@ -55,10 +58,11 @@ def outputs_of(model: ModelDescription, precision: Precision, kind: GraphKind, k
     return found + _state(d, dtype)
 
 
-def how_many(model: ModelDescription, mode: RoutingMode, kind: GraphKind, kept: bool = False) -> int:
+def how_many(model: ModelDescription, mode: RoutingMode, kind: GraphKind, kept: bool = False,
+             opens_blocks: bool = False) -> int:
     """How many inputs there are."""
     state = 2 + 4 * model.num_layers if kind == "salient" else 0
-    besides = kept + (len(CANVAS_INPUTS) if model.canvas else 0) + len(RUNTIME_SETTINGS[mode])
+    besides = kept + opens_blocks + (len(CANVAS_INPUTS) if model.canvas else 0) + len(RUNTIME_SETTINGS[mode])
     return 4 + besides + 2 * model.num_layers + state
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from ..description import Frozen
-from .contract import KEPT
+from .contract import ATTENTION_POSITIONS, KEPT
 from .nodes import nodes_of
 
 
@@ -48,6 +48,11 @@ class GraphEntry(Frozen):
     def keeps_logits(self) -> bool:
         """Whether logits leave for the first wanted tokens alone (input `logits_kept`); in older graphs for all."""
         return any(entry.name == KEPT for entry in self.inputs)
+
+    @property
+    def opens_blocks(self) -> bool:
+        """Whether blocks may see one another (input `attention_positions`): multi-block editing."""
+        return any(entry.name == ATTENTION_POSITIONS for entry in self.inputs)
 
 
 class CapacityEntry(Frozen):

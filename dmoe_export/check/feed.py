@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle.contract import CANVAS_INPUTS
+from ..bundle.contract import ATTENTION_POSITIONS, CANVAS_INPUTS
 from ..runtime.backend import Bools, CanvasInputs, ForwardInputs, Ints
 
 
@@ -20,11 +20,14 @@ class Feed:
     logit_rows: Ints  # [B, M], −1 = unused
     commit: Bools  # [B, T]
     canvas: CanvasInputs | None = None  # of a model with a canvas
+    attention_positions: Ints | None = None  # [B, T] where blocks see one another
 
     def arrays(self) -> dict[str, np.ndarray]:
         """As a Polygraphy feed."""
         arrays = {"input_ids": self.input_ids, "position_ids": self.position_ids, "logit_rows": self.logit_rows,
                   "commit": self.commit}
+        if self.attention_positions is not None:
+            arrays[ATTENTION_POSITIONS] = self.attention_positions
         return arrays | ({name: getattr(self.canvas, name) for name in CANVAS_INPUTS} if self.canvas else {})
 
 
@@ -32,4 +35,5 @@ def forward_inputs(feed: dict[str, np.ndarray], rows: slice = slice(None)) -> Fo
     """A feed, or some of its rows, as the runtime takes it; everything is asked for."""
     canvas = CanvasInputs(*(feed[name][rows] for name in CANVAS_INPUTS)) if CANVAS_INPUTS[0] in feed else None
     return ForwardInputs(feed["input_ids"][rows], feed["position_ids"][rows], feed["logit_rows"][rows], {},
-                         want_logits=True, want_keys_values=True, canvas=canvas)
+                         want_logits=True, want_keys_values=True, canvas=canvas,
+                         attention_positions=feed[ATTENTION_POSITIONS][rows] if ATTENTION_POSITIONS in feed else None)

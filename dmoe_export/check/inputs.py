@@ -40,11 +40,12 @@ class CheckInputs:
 
 
 def make_inputs(d: ModelDescription, routing: RoutingDescription, text: TextCodec | None, extra: list[str], seed: int,
-                longest: int) -> CheckInputs:
+                longest: int, opens_blocks: bool = False) -> CheckInputs:
     """Inputs for a model: the same for the same seed.
 
     `extra`: prompts besides the built-in ones. `longest`: most tokens of a row, cached and new, that every backend
-    takes. Raises RequestError for prompts without a tokenizer and for models shorter than a block.
+    takes. `opens_blocks`: one more forward, of two blocks that see each other.
+    Raises RequestError for prompts without a tokenizer and for models shorter than a block.
     """
     if extra and text is None:
         raise RequestError("--prompt needs a tokenizer and the bundle has none; leave it out: random tokens are fed.")
@@ -58,8 +59,10 @@ def make_inputs(d: ModelDescription, routing: RoutingDescription, text: TextCode
         raise RequestError(f"The model takes {min(longest, d.max_positions)} positions, fewer than a block of {n}.")
     prompts = _prompts(d, text, extra, n, rng)
     prefix = [min(count, blocks - 1) for count in _PREFIX_BLOCKS]
-    rows = [_stretch(prompts, row, (count + 1) * n) for row, count in enumerate(prefix)]
+    rows = [_stretch(prompts, row, (count + 2) * n) for row, count in enumerate(prefix)]
     feeds = [_denoise(rows, prefix, n, d.barred_id, rng)]
+    if opens_blocks and blocks > max(prefix) + 1:
+        feeds.insert(0, _open_blocks(rows, prefix, n, d.barred_id, rng))
     if max(prefix):
         feeds.insert(0, _prefill(rows, prefix, n))
     return _inputs(feeds, prompts, "prompts" if text else "random tokens", seed)
@@ -100,6 +103,16 @@ def _prefill(rows: list[list[int]], prefix: list[int], n: int) -> Feed:
         ids[i, :length], positions[i, :length] = row[:length], np.arange(length)
         last[i] = length - 1
     return Feed("prefill", ids, positions, last, positions >= 0)
+
+
+def _open_blocks(rows: list[list[int]], prefix: list[int], n: int, mask_id: int, rng: np.random.Generator) -> Feed:
+    """Two blocks a row that see each other: a decoded one and a half masked one; all their tokens are looked at."""
+    positions = np.arange(2 * n) + np.array(prefix)[:, None] * n
+    ids = np.array([row[start * n:(start + 2) * n] for row, start in zip(rows, prefix, strict=True)])
+    ids[:, n:][rng.random((len(rows), n)) < 0.5] = mask_id
+    wanted = np.broadcast_to(np.arange(2 * n), ids.shape).copy()
+    return Feed("open blocks", ids, positions, wanted, np.zeros(ids.shape, bool),
+                attention_positions=np.broadcast_to(positions[:, -1:], ids.shape).copy())
 
 
 def _denoise(rows: list[list[int]], prefix: list[int], n: int, mask_id: int, rng: np.random.Generator) -> Feed:

@@ -60,7 +60,8 @@ def check_numbers(bundle: Bundle, source: WeightSource, names: Sequence[BackendN
         "model": manifest.model.model_copy(update={"num_layers": d.num_layers})}))
     backends = _open(bundle, names, cut, products)
     text = TextCodec.of(bundle)
-    inputs = make_inputs(d, manifest.routing, text, prompts, seed, _longest(backends))
+    inputs = make_inputs(d, manifest.routing, text, prompts, seed, _longest(backends),
+                         manifest.denoiser.opens_blocks)
     reference = Reference(source, manifest.routing, keep=not cut)
     # Polygraphy takes statistics of all it sees, and NaN is ours to tell of.
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(invalid="ignore", over="ignore"):

@@ -11,7 +11,7 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
-from ..bundle.contract import KEPT
+from ..bundle.contract import ATTENTION_POSITIONS, KEPT
 from ..bundle.reader import Bundle
 from ..description import ModelDescription, Precision
 from ..runtime.backend import Backend, ForwardOutputs, Limits
@@ -117,7 +117,8 @@ class LayersRunner(_Runner):
 
     def run(self, feed: Arrays) -> Arrays:
         """All layers, each from the reference's stream."""
-        given = {**feed, **self._routing, KEPT: np.zeros(feed["logit_rows"].shape[1], np.int64)}
+        given = {ATTENTION_POSITIONS: feed["position_ids"], **feed, **self._routing,
+                 KEPT: np.zeros(feed["logit_rows"].shape[1], np.int64)}
         names = [i.name for i in self._session.get_inputs()]
         feeds = {name: self._converted(name, given[name]) for name in names}
         raw = self._session.run(list(self._graph.outputs.values()), feeds)
@@ -169,6 +170,7 @@ def _floats(raw: np.ndarray, precision: Precision) -> np.ndarray:
 
 def streams_feeds(reference: list[Arrays]) -> list[Arrays]:
     """What the opened graph is fed: of every forward of the reference, the feed, its streams and its cache."""
-    wanted = ("input_ids", "position_ids", "logit_rows", "past_positions", "past_key", "past_value", "stream")
+    wanted = ("input_ids", "position_ids", "logit_rows", ATTENTION_POSITIONS, "past_positions", "past_key",
+              "past_value", "stream")
     return [{name: array for name, array in arrays.items() if name.split(".")[0] in wanted} for arrays in reference]
 

@@ -31,7 +31,8 @@ from .recipes import BUILT, check_bundle, complete_recipe, list_recipes, of_deco
 
 EXPORT_OPTIONS = {"routing": "routing", "block_length": "block_length", "layers": "layers", "coreset_top_p": "top_p",
                   "min_experts": "min_experts", "coreset_size": "coreset_size", "dense_precision": "dense_precision",
-                  "group_size": "group_size", "edit_tokens": "edit_tokens"}
+                  "group_size": "group_size", "edit_tokens": "edit_tokens",
+                  "multi_block_editing": "multi_block_editing"}
 """Options that belong to the export of a checkpoint, and what `export_checkpoint` calls them."""
 EXPORT = "export of a checkpoint"
 
@@ -99,6 +100,8 @@ EXPORT = "export of a checkpoint"
         help="Experts of a block (routing top_c)")
 @option("--edit-tokens", callback=as_ids, metavar="DELETE,SPLIT", group=EXPORT, shown="those of its config.json",
         help="Token ids with which the model deletes and inserts while editing (LLaDA2.2)")
+@option("--multi-block-editing", is_flag=True, default=None, group=EXPORT,
+        help="Let requests edit finished blocks in the light of later ones (option edit_blocks; LLaDA2.1)")
 @VERIFY
 @seal_options
 @option("--out", type=click.Path(path_type=Path), metavar="BUNDLE", group="output",

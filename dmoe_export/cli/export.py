@@ -86,6 +86,9 @@ def warn(bundle: Bundle) -> None:
 @option("--edit-tokens", callback=as_ids, metavar="DELETE,SPLIT", group="numbers",
         shown="delete_token_id and split_token_id of config.json",
         help="Token ids with which the model deletes and inserts while editing (LLaDA2.2)")
+@option("--multi-block-editing", is_flag=True, group="numbers",
+        help="Add an input by which finished blocks can be edited in the light of later ones (option edit_blocks of a "
+             "request; LLaDA2.1)")
 @option("--salient", is_flag=True, group="salient steps",
         help="Add the graph of salient steps, which recompute only tokens that changed (DyLLM)")
 @option("--salient-capacity", type=int, multiple=True, metavar="M", group="salient steps",

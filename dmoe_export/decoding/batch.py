@@ -247,7 +247,7 @@ class JoiningBatch:
     def _finished_block(self, handle: Handle) -> list[Decoded]:
         """What the row has new, if that is a block or the end."""
         row = handle.row
-        if row.finish_reason or (row.settled and row.emitted < min(row.span.stop, row.end)):
+        if row.finish_reason or (row.settled and row.emitted < min(row.final, row.end)):
             return [self._finished(handle)]
         return []
 

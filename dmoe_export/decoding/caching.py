@@ -23,7 +23,7 @@ from ..errors import RequestError
 from ..runtime.backend import Bools
 from ..runtime.salient import SalientStep
 from .row import Row
-from .settings import CacheName
+from .settings import CacheName, DecodeSettings
 from .telemetry import Phase
 
 
@@ -84,7 +84,7 @@ def block(row: Row, widths: Widths) -> Plan | None:
     """Prompt in chunks, the block before, denoise steps of the block: exact where finished text sees no later one."""
     if row.settled:
         return None  # its commit is the next block's affair: the last block needs none
-    start, stop = row.span.start, row.span.stop
+    start, stop = row.window.start, row.span.stop
     if row.cached < start:
         rides: Phase = "prefill" if row.cached < row.prefill_length else "commit"
         most = widths.prefill_rides if rides == "prefill" else widths.commit_rides
@@ -92,7 +92,8 @@ def block(row: Row, widths: Widths) -> Plan | None:
             return Plan("denoise", row.cached, stop, np.arange(row.cached, stop) < start, rides=rides)
         to = min(row.cached + widths.chunk, start)
         return Plan(rides, row.cached, to, np.ones(to - row.cached, bool))
-    looks_over = not row.masked[row.span].any()  # an edit pass: if nothing changes, it was the commit
+    # An edit pass: if nothing changes, it was the commit; not of blocks that see later ones.
+    looks_over = not row.masked[row.window].any() and not row.settings.edit_blocks
     return Plan("denoise", start, stop, np.ones(row.n, bool) if looks_over else None, if_unchanged=looks_over)
 
 
@@ -146,8 +147,9 @@ def policy(description: ModelDescription, name: CacheName, widths: Widths) -> Po
     return {"none": none, "dual": dual}.get(name, prefix)
 
 
-def longest(description: ModelDescription, name: CacheName, total: int, block_length: int) -> int:
+def longest(description: ModelDescription, settings: DecodeSettings, total: int, block_length: int) -> int:
     """Most tokens of one forward of a sequence of `total` tokens, prefills aside: they are cut into chunks."""
     if description.attention == "full":
         return total
-    return -(-total // block_length) * block_length if name == "none" else block_length
+    whole = -(-total // block_length) * block_length
+    return whole if settings.cache == "none" else min(whole, (1 + settings.edit_blocks) * block_length)

@@ -21,15 +21,19 @@ def inputs_of(description: ModelDescription, rows: Sequence[Row], ways: Sequence
     ids = np.zeros((len(rows), width), np.int64)
     positions = np.full((len(rows), width), -1, np.int64)
     wanted = np.full((len(rows), max(1, max(len(places) for places in asked))), -1, np.int64)
+    seen_at = positions.copy()
     for i, (row, plan) in enumerate(zip(rows, plans, strict=True)):
         ids[i, :plan.width] = row.canvas[plan.start:plan.stop]
         positions[i, :plan.width] = np.arange(plan.start, plan.stop)
-        wanted[i, :len(asked[i])] = asked[i] + row.span.start - row.shift - plan.start
+        # Blocks of a window see one another; what rides along is as a finished block is.
+        seen_at[i] = np.where(positions[i] >= row.window.start, row.span.stop - 1, positions[i])
+        wanted[i, :len(asked[i])] = asked[i] + row.window.start - row.shift - plan.start
     decoding = [way.outcome for way, places in zip(ways, asked, strict=True) if len(places)]
     canvas = _canvas_inputs(description.hidden_size, rows, ways, plans, wanted) if description.canvas else None
     return ForwardInputs(ids, positions, wanted, ways[0].routing, any(one.needs_logits for one in decoding),
                          any(plan.commit is not None for plan in plans), serials,
-                         max((one.candidates for one in decoding), default=0), canvas)
+                         max((one.candidates for one in decoding), default=0), canvas,
+                         seen_at if any(row.settings.edit_blocks for row in rows) else None)
 
 
 def _canvas_inputs(hidden: int, rows: Sequence[Row], ways: Sequence[Way], plans: Sequence[Plan],

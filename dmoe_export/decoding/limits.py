@@ -34,7 +34,7 @@ def check_prompt(ids: Sequence[int], settings: DecodeSettings, backend: Backend,
     if most is not None and total > most:
         raise LengthError(f"{said} a context of {total} tokens, the engine was built for {most}; build one with: "
                           f"dmoe-export build {bundle} --max-context {total}.")
-    tokens = longest(d, settings.cache, total, block_length)
+    tokens = longest(d, settings, total, block_length)
     if limits.max_tokens is not None and tokens > limits.max_tokens:
         grid = backend.routing.block_length
         raise LengthError(f"{said} forwards of {tokens} tokens, the engine takes at most {limits.max_tokens}; build "

@@ -19,7 +19,7 @@ from .settings import DecodeSettings
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a forward said about places of the active block, and which of them it wrote."""
+    """What a forward said about places of the window, and which of them it wrote."""
 
     asked: Ints  # places [m], as `Outcome.asked`
     tokens: Ints  # [m] the best of each, or a sample
@@ -34,7 +34,7 @@ class Decides(Protocol):
     candidates: int  # wanted of each place
 
     def asked(self, row: Row) -> Ints:
-        """Places of the active block whose prediction is wanted."""
+        """Places of the window whose prediction is wanted."""
         ...
 
     def apply(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> Chosen:
@@ -68,7 +68,7 @@ class Outcome:
         self.candidates = 0 if self.needs_logits else ranks or (self._best if self._edits or control else 0)
 
     def asked(self, row: Row) -> Ints:
-        """Places of the active block whose prediction is wanted: the masked ones, then those that may be edited."""
+        """Places of the window whose prediction is wanted: the masked ones, then those that may be edited."""
         return np.append(row.gaps(), row.editable())
 
     def apply(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> Chosen:
@@ -87,11 +87,11 @@ class Outcome:
         limit, decoded = self._settings.edit_threshold, asked[m:]
         if limit is not None and len(decoded):
             best, certain = best[m:], certain[m:]
-            edited = edits(best, certain, row.canvas[row.span.start + decoded], limit)
+            edited = edits(best, certain, row.canvas[row.window.start + decoded], limit)
             places, values = np.append(places, decoded[edited]), np.append(values, best[edited])
             row.statistics.edits += int(edited.sum())
             said, certainty = np.append(said, best), np.append(certainty, certain)
-        written = row.canvas[row.span.start + places] != values
+        written = row.canvas[row.window.start + places] != values
         row.write(places, values)
         return Chosen(asked[:len(said)], said, certainty, places[written])
 
@@ -103,8 +103,8 @@ class Outcome:
         logits = outputs.logits[i, :len(asked)]
         if self._settings.penalty_lambda:
             logits = logits.copy()
-            behind = np.flatnonzero(asked > 0)  # the block's first place has no token before it
-            before = row.canvas[row.span.start + asked[behind] - 1]
+            behind = np.flatnonzero(asked % row.n)  # a block's first place has no token before it
+            before = row.canvas[row.window.start + asked[behind] - 1]
             logits[behind, before] -= np.float32(self._settings.penalty_lambda)
         return logits
 

@@ -48,7 +48,6 @@ class Row:
         self._mask_id = description.barred_id
         self.draft: Draft | None = None  # of a canvas of random tokens
         self._edit_passes = 0
-        self._interrupted = False
         self.emitted = len(prompt)  # positions below this were yielded
         self.eos_ids = description.eos_ids if settings.eos_ids is None else settings.eos_ids
         self.rng = np.random.default_rng(settings.seed + index)
@@ -62,40 +61,52 @@ class Row:
         return slice(start, min(start + self.n, len(self.canvas)))
 
     @property
+    def window(self) -> slice:
+        """Positions that steps may still change: the active block's and, with `edit_blocks`, those before it."""
+        first = max(0, self.block - self.settings.edit_blocks)
+        return slice(self._first + first * self.n, self.span.stop)
+
+    @property
+    def final(self) -> int:
+        """No later block changes what is below this, once the active block is settled."""
+        return self.span.stop - self.settings.edit_blocks * self.n
+
+    @property
     def horizon(self) -> int:
         """The active block sees the positions below this."""
         return len(self.canvas) if self._full else self.span.stop
 
     def gaps(self) -> Ints:
-        """Masked places of the active block, as indices into it."""
-        return np.flatnonzero(self.masked[self.span])
+        """Masked places of the window, as indices into it."""
+        return np.flatnonzero(self.masked[self.window])
 
     def editable(self) -> Ints:
-        """Decoded places of the active block that editing may change; the prompt's are not."""
+        """Decoded places of the window that editing may change; the prompt's are not."""
         if self.settings.edit_threshold is None:
             return np.zeros(0, np.int64)
-        places = np.flatnonzero(~self.masked[self.span])
-        return places[places + self.span.start >= self.prompt_length]
+        places = np.flatnonzero(~self.masked[self.window])
+        return places[places + self.window.start >= self.prompt_length]
 
     def write(self, places: Ints, tokens: Ints, settled: bool | None = None) -> None:
-        """The outcome of a step: tokens, or masks, for places of the active block; see whether block or sequence have
-        ended. `settled`: whether the block has, where the way to decode says so.
+        """The outcome of a step: tokens, or masks, for places of the window; see whether block or sequence have ended.
+        `settled`: whether the block has, where the way to decode says so.
         """
-        span = self.span
-        had_gaps = bool(self.masked[span].any())
-        self.canvas[span.start + places] = tokens
-        self.masked[span.start + places] = tokens == self._mask_id
+        window = self.window
+        had_gaps = bool(self.masked[window].any())
+        self.canvas[window.start + places] = tokens
+        self.masked[window.start + places] = tokens == self._mask_id
         self.step += 1
         self._edit_passes += not had_gaps
         editing = self.settings.edit_threshold is not None and self._edit_passes < self.settings.edit_passes
         looked_over = not had_gaps and not len(places)
         ended = (looked_over or not editing) if settled is None else settled
-        self.settled = ended and not self.masked[span].any()
+        self.settled = ended and not self.masked[window].any()
         # While tokens can still be edited, an EOS is not final.
         if self.settled or (self.settings.early_stop and self.settings.edit_threshold is None):
-            self._look_for_end(span.start)
-        if self.settled and self.finish_reason is None and span.stop >= self.end:
+            self._look_for_end(window.start)
+        if self.settled and self.finish_reason is None and window.stop >= self.end:
             self.finish_reason = "length"
+        self.statistics.blocks += self.settled or self.finish_reason is not None
 
     def advance(self) -> None:
         """Go to the next block."""
@@ -115,8 +126,10 @@ class Row:
             self.end = int(first + hits[0])
 
     def interrupt(self, reason: FinishReason) -> None:
-        """End the sequence with the blocks that were taken already."""
-        self.finish_reason, self.end, self._interrupted = reason, self.emitted, True
+        """End the sequence with the blocks before the active one, as far as all their places are decoded."""
+        known = self.canvas[self.emitted:self.span.start]
+        ends = self.masked[self.emitted:self.span.start] | np.isin(known, self.eos_ids)
+        self.finish_reason, self.end = reason, self.emitted + (int(ends.argmax()) if ends.any() else len(known))
 
     def stop(self, surplus: int) -> None:
         """End the sequence in what was taken last, of which so many tokens are too many."""
@@ -125,9 +138,8 @@ class Row:
 
     def take_new(self) -> list[int]:
         """Finished answer tokens that were not taken yet: whole blocks, or all when the sequence has ended."""
-        stop = self.end if self.finish_reason else min(self.span.stop, self.end)
+        stop = self.end if self.finish_reason else min(self.final, self.end)
         new = self.canvas[self.emitted:stop].tolist()
         self.emitted = max(self.emitted, stop)
         self.statistics.new_tokens += len(new)
-        self.statistics.blocks += not self._interrupted
         return new

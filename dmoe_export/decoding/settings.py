@@ -40,6 +40,7 @@ _ENDS = Rule(lambda value: _ids(value) == (-1,) or min(_ids(value), default=-1) 
 _STOPS = Rule(lambda value: 1 <= len(_texts(value)) <= 16 and all(1 <= len(one) <= 1000 for one in _texts(value)),
               "a text of 1 to 1000 characters, or 1 to 16 of them")
 _NAME = Rule(lambda value: isinstance(value, str) and 1 <= len(value) <= 100, "a name of 1 to 100 characters")
+_WINDOW = Rule(lambda value: 0 <= value <= 16, "between 0 and 16")
 _SECONDS = Rule(lambda value: 0 < value < float("inf"), "above 0")
 
 _SAVING, _SAMPLING, _ROUTING = "caches and salient steps", "sampling", "routing"  # groups of options
@@ -103,6 +104,9 @@ class DecodeSettings:
         SHARE)] = None
     edit_passes: Annotated[int, Told(
         "Most forward passes that only replace tokens, after a block is filled; more is slower", UP_TO_1000)] = 16
+    edit_blocks: Annotated[int, Told(
+        "Finished blocks before the one being decoded that stay open to editing and see it; more is slower and streams "
+        "later; needs edit_threshold and a bundle exported with --multi-block-editing (LLaDA2.1)", _WINDOW)] = 0
     penalty_lambda: Annotated[float, Told(
         "Take this off the logit of the token before a place, so that tokens repeat less; 0 is off (with "
         "edit_threshold; LLaDA2.1)", FINITE)] = 0.0
@@ -175,7 +179,7 @@ class DecodeSettings:
         for name in ("full_steps", "refresh_interval", "salient_capacity", "exact_first_layer"):
             if getattr(self, name) and self.salient_threshold is None:
                 raise RequestError(f"{name} belongs to salient steps; give salient_threshold (such as 0.99), too.")
-        for name in ("penalty_lambda", "insert_delete"):
+        for name in ("edit_blocks", "penalty_lambda", "insert_delete"):
             if getattr(self, name) and self.edit_threshold is None:
                 raise RequestError(f"{name} belongs to editing; give edit_threshold (such as 0), too.")
         if self.insert_delete and self.acceptance != "threshold":
@@ -183,6 +187,10 @@ class DecodeSettings:
                                "them out.")
         if self.insert_delete and self.penalty_lambda:
             raise RequestError("insert_delete knows no penalty_lambda; leave one of them out.")
+        other = "insert_delete" if self.insert_delete else "salient_threshold"
+        if self.edit_blocks and (self.insert_delete or self.salient_threshold is not None):
+            raise RequestError(f"edit_blocks does not go with {other}, which knows one block at a time; leave one of "
+                               "them out.")
 
     @property
     def eos_ids(self) -> tuple[int, ...] | None:
@@ -220,6 +228,7 @@ class GenerateOptions(TypedDict, total=False):
     credit_gamma: float | None
     edit_threshold: float | None
     edit_passes: int | None
+    edit_blocks: int | None
     penalty_lambda: float | None
     insert_delete: bool | None
     salient_threshold: float | None

@@ -16,7 +16,8 @@ from .telemetry import Executed, unique_experts
 
 @dataclass(frozen=True)
 class StepSeen:
-    """The active block after a forward, at its places that belong to the answer.
+    """The active block after a forward, at its places that belong to the answer; with `edit_blocks` the open ones
+    before it, too.
 
     Lists over places: `token_ids` (−1 = still masked), `candidates` (the best token of a masked place, else its token),
     `confidence` (probability of the candidate as of the forward that last looked at the place; 0 = none has), `new`
@@ -26,7 +27,7 @@ class StepSeen:
     index: int  # of the row
     block: int  # counted from the answer's first
     step: int  # forwards that decoded the block
-    start: int  # of the block's first place in the answer, in tokens
+    start: int  # of the first place in the answer, in tokens
     token_ids: list[int]
     candidates: list[int]
     confidence: list[float]
@@ -56,7 +57,7 @@ class Watcher:
     def see(self, row: Row, chosen: Chosen | None, phase: Executed, expert_ids: NDArray[np.int32],
             seconds: float) -> None:
         """`chosen`: of a forward that decoded; `expert_ids` [L, T, k] of the row."""
-        span = row.span
+        span = row.window
         if row.block != self._block:
             self._block = row.block
             self._candidates = np.full(span.stop - span.start, -1, np.int64)

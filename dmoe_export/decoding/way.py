@@ -43,6 +43,9 @@ class Way:
         if n != bundled and d.attention == "block_causal":
             raise RequestError(f"block_length {n} differs from the bundle's {bundled}; attention, routing and decoding "
                                "share one grid, so export with --block-length to change it.")
+        if settings.edit_blocks and not backend.opens_blocks:
+            raise RequestError("edit_blocks needs a graph in which blocks can see one another; export the model again "
+                               f"with --multi-block-editing, or leave edit_blocks out ({bundle}).")
         limits = backend.limits or Limits()
         limit = limits.max_tokens
         if limit is not None and limit < n:
@@ -51,8 +54,10 @@ class Way:
         chunk = min(PREFILL_TOKENS, limit or PREFILL_TOKENS)
         if not d.canvas:
             chunk = max(1, chunk // n) * n
-        merged = settings.schedule == "merged"
-        widths = Widths(chunk, (limit or chunk + n) * merged, (limits.step_tokens or limit or 2 * n) * merged)
+        merged, window = settings.schedule == "merged", (1 + settings.edit_blocks) * n
+        step = limits.step_tokens or limit or window + n
+        widths = Widths(chunk, (limit or chunk + window) * merged,
+                        (step if window <= step else limit or window + n) * merged)
         self.graphs: SalientGraphs | None = None
         self._plan_of: Callable[[Row], Plan | None]
         if settings.salient_threshold is None:

@@ -45,6 +45,7 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
                       coreset_size: int | None = None, decode_defaults: DecodeValues | None = None,
                       presets: Mapping[str, DecodeValues] | None = None, salient: bool = False,
                       salient_capacity: Sequence[int] = (), edit_tokens: Sequence[int] | None = None,
+                      multi_block_editing: bool = False,
                       overwrite: bool = False, report: Report | None = None) -> Bundle:
     """Export a checkpoint folder or hub id to the bundle folder `out`, and open it.
 
@@ -62,7 +63,8 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
     `Generator.generate`); the checkpoint's generation_config.json wins over them. `presets` are such settings under
     names that a request can ask for. `salient` adds the graph of salient-token decoding, `salient_capacity` a graph of
     static shapes for each M it names (docs/salient.md). `edit_tokens`: DELETE and SPLIT of a model that inserts and
-    deletes, where its config.json does not say them.
+    deletes, where its config.json does not say them. `multi_block_editing`: the graph has an input by which blocks see
+    one another, which `edit_blocks` of a request needs.
     Raises CheckpointError for what cannot be read, OutputError for what cannot be written; `out` is complete or absent.
     """
     if precision not in (None, *get_args(ExportPrecision)) or routing not in (None, *get_args(RoutingChoice)):
@@ -78,6 +80,9 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
     route, warnings = choose_routing(source, routing, block_length,
                                      {"top_p": top_p, "min_experts": min_experts, "coreset_size": coreset_size})
     check_salient(d, route, salient, tuple(salient_capacity))
+    if multi_block_editing and d.attention != "block_causal":
+        raise InputError(f"Multi-block editing is for models whose blocks see no later ones, and family {d.family} has "
+                         f"{d.attention} attention; leave --multi-block-editing out.")
     defaults, chosen, replaced = choose_decoding(source, route, decode_defaults or {}, presets or {})
     width = expert_width(d, formats)
     total = _weight_bytes(d, width, formats, compute)
@@ -92,7 +97,7 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
     with BundleWriter(out, overwrite, bytes_needed=total) as writer:
         tokenizer, said = copy_text(source, writer)  # first: what is wrong with it is known within a second
         tell("trace", 0, 0)
-        model = trace_denoiser(d, route, compute, formats, width)
+        model = trace_denoiser(d, route, compute, formats, width, multi_block_editing)
         stream = WeightStream(source, writer, model, formats, compute, width, advance)
         stream.write_dense()
         expert_entry = stream.write_experts()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bundle.contract import ATTENTION_POSITIONS
 from ..description import RUNTIME_SETTINGS, RoutingMode
 from ..model.denoiser import Denoiser, Past
 from ..model.moe import RoutingSettings
@@ -24,7 +25,7 @@ class DenoiserGraph(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, past_positions: Tensor, logit_rows: Tensor,
                 logits_kept: Tensor, settings: dict[str, Tensor], past_key: list[Tensor],
-                past_value: list[Tensor]) -> tuple[Any, ...]:
+                past_value: list[Tensor], attention_positions: Tensor | None = None) -> tuple[Any, ...]:
         """Token ids [B,M], confidence [B,M], logits [B,L,V], expert ids [L,B,T,k], keys and values [B,Hkv,T,D].
 
         A dense model has no expert ids.
@@ -32,7 +33,7 @@ class DenoiserGraph(nn.Module):
         fixed = RoutingSettings.of(self.denoiser.routing)._asdict()
         model = self.denoiser
         x, out = model.trunk(input_ids, position_ids, Past(past_key, past_value, past_positions),
-                             RoutingSettings(**{**fixed, **settings}))
+                             RoutingSettings(**{**fixed, **settings}), attention_positions)
         d = model.description
         if self.one_head:
             best = head(x, model.norm.weight, model.lm_head.weight, logit_rows, logits_kept, eps=d.rms_eps,
@@ -45,10 +46,11 @@ class DenoiserGraph(nn.Module):
         return *best, *ids, out.keys, out.values
 
 
-def input_names(mode: RoutingMode, layers: int) -> list[str]:
-    """Graph input names, in the order of DenoiserGraph.forward."""
+def input_names(mode: RoutingMode, layers: int, opens_blocks: bool = False) -> list[str]:
+    """Graph input names, in the order of DenoiserGraph.forward; `opens_blocks`: blocks may see one another."""
     past = [f"past_{part}.{layer}" for part in ("key", "value") for layer in range(layers)]
-    return ["input_ids", "position_ids", "past_positions", "logit_rows", "logits_kept", *RUNTIME_SETTINGS[mode], *past]
+    return ["input_ids", "position_ids", "past_positions", "logit_rows", "logits_kept", *RUNTIME_SETTINGS[mode], *past,
+            *([ATTENTION_POSITIONS] if opens_blocks else [])]
 
 
 def output_names(layers: int, experts: bool) -> list[str]:
@@ -57,7 +59,8 @@ def output_names(layers: int, experts: bool) -> list[str]:
             *(f"{part}.{layer}" for part in ("key", "value") for layer in range(layers))]
 
 
-def example_inputs(model: Denoiser, mode: RoutingMode) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def example_inputs(model: Denoiser, mode: RoutingMode, opens_blocks: bool = False
+                   ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Inputs to trace with, and their dynamic axes (batch B, tokens T, past S, logit_rows M, kept L)."""
     batch, tokens, past, rows, kept = (torch.export.Dim(name) for name in ("B", "T", "S", "M", "L"))
     b, t, s, m, few = 2, 2 * model.routing.block_length + 3, 41, 5, 3
@@ -70,7 +73,7 @@ def example_inputs(model: Denoiser, mode: RoutingMode) -> tuple[tuple[Any, ...],
               torch.arange(few), {name: settings[name] for name in names}, *cached)
     axes = ({0: batch, 1: tokens}, {0: batch, 1: tokens}, {0: batch, 1: past}, {0: batch, 1: rows},
             {0: kept}, dict.fromkeys(names), *caches)
-    return inputs, axes
+    return (*inputs, ids.clone()) if opens_blocks else inputs, (*axes, {0: batch, 1: tokens}) if opens_blocks else axes
 
 
 def example_cache(model: Denoiser, b: int, s: int, batch: Any, past: Any) -> tuple[Any, Any]:

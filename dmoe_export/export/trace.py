@@ -32,9 +32,10 @@ _PARAMETER_PREFIX = "denoiser."
 
 
 def trace_denoiser(description: ModelDescription, routing: RoutingDescription, compute: Precision,
-                   formats: WeightFormats, stored_width: int) -> ir.Model:
+                   formats: WeightFormats, stored_width: int, opens_blocks: bool = False) -> ir.Model:
     """The denoiser as an ONNX model whose weight initializers carry no data yet.
 
+    `opens_blocks`: it takes `attention_positions`, too; a model with a canvas does not.
     Ensures: inputs and outputs named as in graph.py; initializers named as the eager model's parameters, integers
     beside their scales, in the stored types; each custom op is one node with plugin attributes and one function body.
     """
@@ -43,14 +44,14 @@ def trace_denoiser(description: ModelDescription, routing: RoutingDescription, c
                                 formats.quantisation(formats.experts)).eval()
         canvas = denoiser if isinstance(denoiser, CanvasDenoiser) else None
         inputs, axes = (canvas_graph.example_inputs(canvas, routing.mode) if canvas
-                        else example_inputs(denoiser, routing.mode))
+                        else example_inputs(denoiser, routing.mode, opens_blocks))
     layers = description.num_layers
     if canvas:
         return trace_graph(CanvasGraph(canvas), inputs, axes,
                            canvas_graph.input_names(routing.mode, layers), canvas_graph.output_names(layers), compute,
                            formats)
     graph = DenoiserGraph(denoiser, one_head=formats.quantisation(formats.head) is None)
-    return trace_graph(graph, inputs, axes, input_names(routing.mode, layers),
+    return trace_graph(graph, inputs, axes, input_names(routing.mode, layers, opens_blocks),
                        output_names(layers, bool(description.moe_layers)), compute, formats)
 
 

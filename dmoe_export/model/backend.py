@@ -27,6 +27,7 @@ class EagerBackend:
     def __init__(self, model: Denoiser) -> None:
         self._model = model
         self.description, self.routing = model.description, model.routing
+        self.opens_blocks = model.description.attention == "block_causal"
 
     def new_cache(self, rows: int) -> HostCache:
         """An empty cache in host memory."""
@@ -45,7 +46,9 @@ class EagerBackend:
                     torch.from_numpy(cache.positions))
         given = (torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.position_ids), past,
                  RoutingSettings(**{**fixed, **changed}), torch.from_numpy(inputs.logit_rows))
-        out, drawn = self._canvas(given, inputs.canvas) if self.description.canvas else (self._model(*given), None)
+        apart = None if inputs.attention_positions is None else torch.from_numpy(inputs.attention_positions)
+        out, drawn = (self._canvas(given, inputs.canvas) if self.description.canvas
+                      else (self._model(*given, attention_positions=apart), None))
         ids = (torch.stack(out.expert_ids).numpy() if out.expert_ids
                else np.zeros((0, *inputs.input_ids.shape, 0), np.int32))
         allowed = out.logits.clone()

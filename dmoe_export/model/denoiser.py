@@ -83,12 +83,14 @@ class Denoiser(nn.Module):
         return Past(zeros, zeros, torch.full((rows, 1), -1, device=device))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, past: Past | None = None,
-                settings: RoutingSettings | None = None, logit_rows: Tensor | None = None) -> DenoiserOutput:
+                settings: RoutingSettings | None = None, logit_rows: Tensor | None = None,
+                attention_positions: Tensor | None = None) -> DenoiserOutput:
         """One forward over input_ids, position_ids [B,T] (−1 = padding).
 
         `logit_rows [B,M]` names the tokens (indices into T) whose logits are wanted, all of them by default.
+        `attention_positions`: see `trunk`.
         """
-        x, out = self.trunk(input_ids, position_ids, past, settings)
+        x, out = self.trunk(input_ids, position_ids, past, settings, attention_positions)
         return out._replace(logits=self.logits(x, logit_rows, input_ids))
 
     def logits(self, x: Tensor, logit_rows: Tensor | None, input_ids: Tensor) -> Tensor:
@@ -100,9 +102,15 @@ class Denoiser(nn.Module):
         return logits.reshape(rows, logit_rows.shape[1], self.description.vocab_size)
 
     def trunk(self, input_ids: Tensor, position_ids: Tensor, past: Past | None = None,
-              settings: RoutingSettings | None = None) -> tuple[Tensor, DenoiserOutput]:
-        """The residual stream [N,H] after the last layer, N = B·T, and the output but for its logits."""
+              settings: RoutingSettings | None = None, attention_positions: Tensor | None = None
+              ) -> tuple[Tensor, DenoiserOutput]:
+        """The residual stream [N,H] after the last layer, N = B·T, and the output but for its logits.
+
+        `attention_positions` [B,T]: where the tokens stand for the block-causal mask alone, so that blocks may see one
+        another that are open together; None: where they are.
+        """
         d = self.description
+        seen_at = position_ids if attention_positions is None else attention_positions
         past = past or self.empty_past(len(input_ids))
         settings = settings or RoutingSettings.of(self.routing)
         angles = rotary_angles(position_ids, d.rope_theta, d.rotary_dim, torch.float32)
@@ -111,7 +119,7 @@ class Denoiser(nn.Module):
         mixed = None
         for layer, past_key, past_value in zip(self.layers, past.keys, past.values, strict=True):
             x, h = layer.attention_norm(x, mixed)
-            attended, key, value = layer.attention(h, angles, (position_ids, past.positions), past_key, past_value)
+            attended, key, value = layer.attention(h, angles, (seen_at, past.positions), past_key, past_value)
             x, h = layer.ffn_norm(x, attended)
             if isinstance(layer.ffn, MoE):
                 mixed, ids, router_logits = layer.ffn(h, position_ids, settings)

@@ -50,6 +50,7 @@ class ForwardInputs:
     sequences: tuple[int, ...] | None = None  # [B] whose rows these are, for who counts; None: always the same
     candidates: int = 0  # K, how many of the best tokens are wanted of each place; 0: the best alone
     canvas: CanvasInputs | None = None  # of a model with a canvas, which needs it
+    attention_positions: Ints | None = None  # [B, T] where the tokens stand for the mask; None: where they are
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Backend(Protocol):
     description: ModelDescription
     routing: RoutingDescription
     limits: Limits | None
+    opens_blocks: bool  # it takes `attention_positions`: blocks may see one another
 
     def new_cache(self, rows: int) -> Any:
         """A cache of so many empty rows (a Cache of this backend)."""

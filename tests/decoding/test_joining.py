@@ -33,6 +33,8 @@ def options(random, attention):
                    "top_p": random.choice([1.0, 0.8])}
     if random.random() < 0.3:
         chosen |= {"edit_threshold": random.choice([0.2, 0.5]), "edit_passes": random.randint(0, 3)}
+        if attention == "block_causal":
+            chosen["edit_blocks"] = random.choice([0, 0, 1, 3])
     if attention == "full" and random.random() < 0.5:
         chosen["block_length"] = random.choice([1, 3, N, 6])
     return chosen
@@ -64,7 +66,7 @@ def test_narrow_forwards_of_an_engine(seed):
     random, width = Random(seed), N * Random(seed).randint(1, 3)
     fast = random.choice([None, N, 2 * N + 1])
     backend = Toy(max_tokens=width, step_tokens=fast)
-    rows = [Asked(asked.prompt, {**asked.options, "cache": "block"}, asked.index) for asked in
+    rows = [Asked(asked.prompt, {**asked.options, "cache": "block", "edit_blocks": 0}, asked.index) for asked in
             requests(random, "block_causal")]
     live(JoiningBatch(backend, random.randint(1, 4)), rows, random)
     check(rows, Toy(max_tokens=width), prefills=fast is None)

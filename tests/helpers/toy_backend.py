@@ -70,6 +70,7 @@ class Toy:
             logit_shift=shift, edit_tokens=edit_tokens)
         self.routing = RoutingDescription.default(None, block_length=N)
         self.limits = Limits(max_tokens=max_tokens, step_tokens=step_tokens)
+        self.opens_blocks = attention == "block_causal"
         self.depth, self.seen = depth, []
 
     def new_cache(self, rows):
@@ -82,12 +83,15 @@ class Toy:
         for row, positions in enumerate(inputs.position_ids.tolist()):
             keys = {p: (int(inputs.input_ids[row, i]), 0) for i, p in enumerate(positions) if p >= 0}
             assert not keys.keys() & cache.rows[row].keys()
-            keys_values.append({p: (token, self._hash(p, keys | cache.rows[row], 0)) for p, (token, _) in keys.items()})
+            seen_at = inputs.attention_positions
+            at = {} if seen_at is None else dict(zip(positions, seen_at[row].tolist(), strict=True))
+            keys_values.append({p: (token, self._hash(p, keys | cache.rows[row], 0, at))
+                                for p, (token, _) in keys.items()})
             keys = keys_values[-1] | cache.rows[row]
             for m, place in enumerate(inputs.logit_rows[row].tolist()):
                 if place >= 0:
                     assert positions[place] >= 0
-                    seed = self._hash(positions[place], keys, self.depth - 1)
+                    seed = self._hash(positions[place], keys, self.depth - 1, at)
                     logits[row, m] = np.random.default_rng(seed).normal(0, 4, VOCAB)
         allowed = logits.astype(np.float64)
         allowed[..., MASK] = -np.inf
@@ -98,9 +102,11 @@ class Toy:
                               logits if inputs.want_logits else None, keys_values,
                               best_of(logits, MASK, inputs.candidates) if inputs.candidates else None)
 
-    def _hash(self, query, keys, level):
+    def _hash(self, query, keys, level, at):
+        """`at`: where positions stand for the mask, if not where they are."""
         full = self.description.attention == "full"
-        visible = sorted((p, key[level]) for p, key in keys.items() if full or p // N <= query // N)
+        visible = sorted((p, key[level]) for p, key in keys.items()
+                         if full or at.get(p, p) // N <= at.get(query, query) // N)
         return zlib.crc32(repr((query, visible if level >= 0 else None)).encode())
 
 

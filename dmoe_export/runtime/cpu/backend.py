@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle.contract import CANVAS_OUTPUTS, KEPT
+from ...bundle.contract import ATTENTION_POSITIONS, CANVAS_OUTPUTS, KEPT
 from ...bundle.graph_entries import GraphEntry
 from ...bundle.reader import Bundle
 from ...errors import MissingRequirementError
@@ -64,6 +64,7 @@ class OnnxRuntimeBackend:
         on = "ONNX Runtime's own ops" if self.kernels.missing else products_of(manifest, products)
         self.products = f"{products} ({on})"  # fast ones have no kernels missing
         self._keeps_logits = manifest.denoiser.keeps_logits
+        self.opens_blocks = manifest.denoiser.opens_blocks
         given = {entry.name for entry in manifest.denoiser.inputs}
         defaults: dict[str, Any] = {
             "top_p": np.array([self.routing.top_p], np.float32),
@@ -98,6 +99,9 @@ class OnnxRuntimeBackend:
         logits_leave = inputs.want_logits or inputs.candidates > 0
         if self._keeps_logits:
             feeds[KEPT] = np.zeros(head.logit_rows.shape[1] if logits_leave else 1, np.int64)
+        if self.opens_blocks:
+            apart = inputs.attention_positions
+            feeds[ATTENTION_POSITIONS] = inputs.position_ids if apart is None else apart
         for name, default in self._defaults.items():
             feeds[name] = np.asarray([inputs.settings.get(name, default[0])], default.dtype)
         feeds.update(zip((f"past_{name}" for name in self._kv_names), (*cache.keys, *cache.values), strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...bundle.contract import KEPT
+from ...bundle.contract import ATTENTION_POSITIONS, KEPT
 from ...bundle.graph_entries import GraphEntry
 from ...bundle.reader import Bundle
 from ..backend import ForwardInputs, ForwardOutputs, closed
@@ -53,6 +53,7 @@ class DeviceBackend:
         d = self.description
         self._geometry = Geometry.of_layers(d.cached_heads, ITEMSIZES[executor.precision])
         self._keeps_logits = manifest.denoiser.keeps_logits
+        self.opens_blocks = manifest.denoiser.opens_blocks
         self._settings = Settings(self.routing)
         self._lock = lock or threading.RLock()
         self._bundle, self._find_graph = bundle, find_graph
@@ -142,8 +143,9 @@ class DeviceBackend:
                         {**results.tensors(places[1]), "logits": logits, **self._layers("", new)})
 
         # What repeats: steps of a block, alone or with what lies before it (a block; shifted logits: a place), and of
-        # a whole canvas; of a canvas of random tokens its steps and the encoding of the last of them.
-        repeats = sizes.tokens == block if d.canvas else sizes.tokens <= 2 * block or d.attention == "full"
+        # a whole canvas; of a canvas of random tokens its steps and the encoding of the last of them; of open blocks.
+        repeats = (sizes.tokens == block if d.canvas else
+                   sizes.tokens <= 2 * block or d.attention == "full" or inputs.attention_positions is not None)
         if self.graphs is not None and repeats:
             self.graphs.run((sizes, kept, *places, *past.key, new.address), call, self._stream)
         else:
@@ -169,10 +171,13 @@ class DeviceBackend:
                          ("logit_rows", (sizes.batch, sizes.rows), "int64"),
                          *([(KEPT, (kept,), "int64")] if self._keeps_logits else []),
                          *(canvas_layout(sizes, self.description.hidden_size) if inputs.canvas else []),
+                         *([(ATTENTION_POSITIONS, (sizes.batch, sizes.tokens), "int64")] if self.opens_blocks else []),
                          *self._settings.layout])
+        apart = inputs.position_ids if inputs.attention_positions is None else inputs.attention_positions
         staged = self._staging.send(layout, {
             "input_ids": (inputs.input_ids, 0), "position_ids": (inputs.position_ids, -1),
             "logit_rows": (inputs.logit_rows, -1), **({KEPT: (0, 0)} if self._keeps_logits else {}),
+            **({ATTENTION_POSITIONS: (apart, -1)} if self.opens_blocks else {}),
             **{name: (array, 0) for name, array in canvas_feeds(self.description, inputs).items()},
             **self._settings.values(inputs.settings)})
         self._staging.send_positions(table)

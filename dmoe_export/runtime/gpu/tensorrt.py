@@ -28,7 +28,7 @@ from .profiles import fitted, limits_of, profile_of
 from .tensorrt_engine import deserialise, engine_beside, find_engine, last_error, weight_path
 
 _DTYPES = {"input_ids": "INT64", "position_ids": "INT64", "past_positions": "INT64", "logit_rows": "INT64",
-           "logits_kept": "INT64",
+           "logits_kept": "INT64", "attention_positions": "INT64",
            "top_p": "FLOAT", "min_experts": "INT64", "coreset_size": "INT64", "token_ids": "INT64",
            "confidence": "FLOAT", "logits": "FLOAT", "expert_ids": "INT32",
            "denoise": "BOOL", "soft_embeddings": "FLOAT", "temperature": "FLOAT", "uniform": "FLOAT",

@@ -75,7 +75,7 @@ class ResidentBackend:
 
     def __init__(self, backend: Backend, residency: Residency, tier: Tier, budget: ExpertBudget) -> None:
         self.name, self.description, self.routing = backend.name, backend.description, backend.routing
-        self.limits = backend.limits
+        self.limits, self.opens_blocks = backend.limits, backend.opens_blocks
         self._backend, self._residency, self._budget = backend, residency, budget
         self._tier: Tier | None = tier  # None once closed
         self._figures: dict[str, float] = {}  # of the tier, once closed
