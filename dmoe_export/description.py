@@ -24,6 +24,7 @@ RUNTIME_SETTINGS: dict[RoutingMode, tuple[str, ...]] = {
 
 MOST_LAYERS = 10_000  # names of tensors are listed layer by layer before any is looked for
 MOST_POSITIONS = 2**24  # memory of a request is asked for by positions
+MOST_OPEN = 3  # finished blocks that editing may change: predictions of all are computed in every step
 _SIZE = 2**31 - 1  # beyond, shapes overflow
 
 

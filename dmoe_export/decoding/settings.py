@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
+from ..description import MOST_OPEN
 from ..errors import RequestError
 from .option import AT_LEAST_0, AT_LEAST_1, FINITE, SHARE, UP_TO_1000, Rule, Told, check_kind, one_of, options_of
 
@@ -40,7 +41,7 @@ _ENDS = Rule(lambda value: _ids(value) == (-1,) or min(_ids(value), default=-1) 
 _STOPS = Rule(lambda value: 1 <= len(_texts(value)) <= 16 and all(1 <= len(one) <= 1000 for one in _texts(value)),
               "a text of 1 to 1000 characters, or 1 to 16 of them")
 _NAME = Rule(lambda value: isinstance(value, str) and 1 <= len(value) <= 100, "a name of 1 to 100 characters")
-_WINDOW = Rule(lambda value: 0 <= value <= 16, "between 0 and 16")
+_WINDOW = Rule(lambda value: 0 <= value <= MOST_OPEN, f"between 0 and {MOST_OPEN}")
 _SECONDS = Rule(lambda value: 0 < value < float("inf"), "above 0")
 
 _SAVING, _SAMPLING, _ROUTING = "caches and salient steps", "sampling", "routing"  # groups of options

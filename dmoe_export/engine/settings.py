@@ -9,6 +9,7 @@ from typing import Literal
 from ..bundle.engine_entries import ProfileEntry
 from ..bundle.graph_entries import GraphEntry
 from ..bundle.manifest import Manifest
+from ..description import MOST_OPEN
 from ..errors import InputError
 
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
@@ -135,7 +136,8 @@ def profiles(settings: BuildSettings, manifest: Manifest, graph: GraphEntry) -> 
 
     The denoiser's are prefill (index 0) and denoise (index 1): a step of a block may take the block before along; where
     everything sees the whole canvas none does, and a canvas of random tokens has nothing of its phase before it. A
-    salient graph runs one sequence, and lists M rows, so no fewer tokens.
+    salient graph runs one sequence, and lists M rows, so no fewer tokens. A graph that opens blocks predicts all of
+    them, two at most in a step that is as fast as others.
     """
     assert settings.max_prefill and settings.max_context
     n = manifest.model.step_tokens(manifest.routing)
@@ -149,10 +151,11 @@ def profiles(settings: BuildSettings, manifest: Manifest, graph: GraphEntry) -> 
         usual, most = (settings.max_prefill, settings.max_prefill) if full else (n, steps)
         return (ProfileEntry(name="salient", batch=(1, 1, 1), tokens=(least, max(least, usual), max(least, most)),
                              past=past, rows=(1, n, n)),)
+    wide, narrow = (min((1 + MOST_OPEN) * n, settings.max_prefill), steps) if graph.opens_blocks else (n, n)
     return (
         ProfileEntry(name="prefill", batch=batch, tokens=(n, settings.max_prefill, settings.max_prefill), past=past,
-                     rows=(1, n, n)),
-        ProfileEntry(name="denoise", batch=batch, tokens=(n, n, steps), past=past, rows=(1, n, n)))
+                     rows=(1, n, wide)),
+        ProfileEntry(name="denoise", batch=batch, tokens=(n, n, steps), past=past, rows=(1, n, narrow)))
 
 
 def sizes_of(profile: ProfileEntry, manifest: Manifest) -> dict[str, tuple[int, int, int]]:

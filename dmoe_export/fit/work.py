@@ -55,8 +55,15 @@ def work_of(manifest: Manifest, rows: int, context: int, most_tokens: int | None
         widest = Forward(rows, context, cached, n)
         return Work(widest, widest, cached, 0, n)
     chunk = max(1, min(PREFILL_TOKENS, most_tokens or PREFILL_TOKENS) // n) * n
-    width = min(whole, chunk + n, most_tokens or chunk + n)
+    window = min(whole, n * (1 + _open_blocks(manifest)))
+    width = min(whole, chunk + window, most_tokens or chunk + window)
     past, cached = bucketed(whole - width), bucketed(whole - n)
-    widest = Forward(rows, width, past, n)
-    step = Forward(rows, min(whole, 2 * n, most_tokens or 2 * n), cached, n)
+    widest = Forward(rows, width, past, window)
+    step = Forward(rows, min(whole, window + n, most_tokens or window + n), cached, window)
     return Work(widest, step, cached, bucketed(max(0, cached - 128)) if cached > width else 0, n)
+
+
+def _open_blocks(manifest: Manifest) -> int:
+    """Finished blocks that stay open to editing in requests as the bundle has them; a request may ask for more."""
+    tables = (manifest.decode_defaults, *manifest.presets.values())
+    return max(int(values.get("edit_blocks", 0)) for values in tables)  # type: ignore[call-overload]
