@@ -66,4 +66,4 @@ def work_of(manifest: Manifest, rows: int, context: int, most_tokens: int | None
 def _open_blocks(manifest: Manifest) -> int:
     """Finished blocks that stay open to editing in requests as the bundle has them; a request may ask for more."""
     tables = (manifest.decode_defaults, *manifest.presets.values())
-    return max(int(values.get("edit_blocks", 0)) for values in tables)  # type: ignore[call-overload]
+    return max(int(values.get("edit_blocks", 0)) for values in tables)
