@@ -154,6 +154,9 @@ class Generator:
             (LLaDA2.1) [between 0 and 1; default: off].
         edit_passes: Most forward passes that only replace tokens, after a block is filled; more is slower [between 0
             and 1000; default: 16].
+        edit_blocks: Finished blocks before the one being decoded that stay open to editing and see it; more is slower
+            and streams later; needs edit_threshold and a bundle exported with --multi-block-editing (LLaDA2.1) [between
+            0 and 3; default: 0].
         penalty_lambda: Take this off the logit of the token before a place, so that tokens repeat less; 0 is off (with
             edit_threshold; LLaDA2.1) [0 or more; default: 0.0].
         insert_delete: Insert and delete tokens while editing; needs a model that was trained to and edit_threshold
