@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tensorrt_helpers
 from bundles import GOLDEN_GUARD, eager
 from device_helpers import host_backend
+from tensorrt_helpers import Setup
 from toy_backend import decode
 
 from dmoe_export import export_checkpoint
+from dmoe_export.engine.settings import BuildSettings, profiles, resolved
 from dmoe_export.errors import InputError, RequestError
 from dmoe_export.runtime.backend import ForwardInputs
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
@@ -91,6 +94,24 @@ def test_answers_are_the_eager_models(model, backend, edit_blocks):
     for mine, theirs in zip(got[1], want[1], strict=True):
         assert mine.statistics.edits == theirs.statistics.edits > 0
     assert want[0] != decode(backend, PROMPTS, **OPTIONS)[0]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_an_engine_answers_the_same(monkeypatch, bundle, model, tmp_path, graphs):
+    """Two open blocks in the profile of steps, what rides and three or more in that of prefills; all rows predicted."""
+    asked = BuildSettings(max_batch=4, max_prefill=128, max_context=500, experts_op="onnx")
+    ours = profiles(resolved(asked, bundle.manifest), bundle.manifest, bundle.manifest.denoiser)
+    assert [(p.tokens[2], p.rows[2]) for p in ours] == [(128, 128), (64, 64)]
+    monkeypatch.setattr(tensorrt_helpers, "PROFILES", list(ours))
+    setup = Setup(monkeypatch, tensorrt_helpers.bundle_with_engine(bundle, tmp_path / "b"), graphs)
+    backend = setup.open()
+    for edit_blocks in (1, 3):  # with a penalty logits are wanted, not the kernel that ranks them
+        options = {**OPTIONS, "edit_blocks": edit_blocks, "penalty_lambda": 0.5}
+        want, got = decode(model, PROMPTS, **options), decode(backend, PROMPTS, **options)
+        assert got[0] == want[0] and [one.statistics.edits for one in got[1]] == [
+            one.statistics.edits for one in want[1]]
+    assert {context.profile for context in setup.trt.contexts} == {0, 1}
+    assert (setup.device.fake.calls["cudaGraphLaunch"] > 0) == graphs
 
 
 def test_what_cannot_open_blocks_says_so(golden_bundle, synthetic, tmp_path):
