@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..decoding.answer import Generation, generation_of
+from ..decoding.settings import OPTIONS
 from ..errors import RequestError
 from ..generator import Generator
 from ..guards.numerals import integer, real
@@ -89,7 +90,7 @@ def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[st
 
 def _of_bundle(generator: Generator, options: dict[str, Any]) -> dict[str, Any]:
     """The settings that the bundle's decode defaults and preset gave, as no option did."""
-    return {name: value for name, value in generator.defaults.values().items() if options.get(name) is None}
+    return generator.defaults.given({name: options[name] for name in OPTIONS if options.get(name) is not None})
 
 
 def _json(result: Generation, generator: Generator, options: dict[str, Any]) -> str:

@@ -57,4 +57,4 @@ class Facts:
     block_length: int
     usual_new_tokens: int  # of a request that names no number and no preset
     page: dict[str, Any]  # what the page at `/` shows (`seen.model_facts`)
-    usual_of_presets: dict[str, int] = field(default_factory=dict)  # new tokens of a request that names one
+    usual_of_presets: dict[str, int] = field(default_factory=dict)  # new tokens of a request that names one, or off

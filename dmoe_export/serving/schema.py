@@ -86,8 +86,6 @@ class Body(_Strict):
         if not isinstance(values, dict):
             return values
         kept = {name: value for name, value in values.items() if name not in HARMLESS}
-        if kept.get("stop") == []:  # as lm-eval sends it
-            del kept["stop"]
         if kept.get("top_k") == -1:  # off, as other servers write it
             del kept["top_k"]
         if kept.get("best_of") == kept.get("n"):  # the best n of n
