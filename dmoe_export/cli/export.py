@@ -30,11 +30,20 @@ def as_number(context: click.Context, parameter: click.Parameter, value: str | N
 
 def as_ids(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     """Token ids separated by commas; raises InputError for anything else."""
+    return _ids(value, "Edit tokens {!r} are not two token ids; give DELETE and SPLIT, such as 156930,156931.")
+
+
+def as_end_ids(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """The same."""
+    return _ids(value, "End ids {!r} are not token ids; give them with commas between, such as 151643,151645.")
+
+
+def _ids(value: str | None, wrong: str) -> tuple[int, ...] | None:
     if value is None:
         return None
     parts = value.split(",")
     if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
-        raise InputError(f"Edit tokens {value!r} are not two token ids; give DELETE and SPLIT, such as 156930,156931.")
+        raise InputError(wrong.format(value))
     return tuple(map(int, parts))
 
 
@@ -86,6 +95,9 @@ def warn(bundle: Bundle) -> None:
 @option("--edit-tokens", callback=as_ids, metavar="DELETE,SPLIT", group="numbers",
         shown="delete_token_id and split_token_id of config.json",
         help="Token ids with which the model deletes and inserts while editing (LLaDA2.2)")
+@option("--end-ids", callback=as_end_ids, metavar="ID,…", group="numbers",
+        shown="those of config.json and generation_config.json",
+        help="Token ids that end an answer, besides those of the checkpoint's files")
 @option("--salient", is_flag=True, group="salient steps",
         help="Add the graph of salient steps, which recompute only tokens that changed (DyLLM)")
 @option("--salient-capacity", type=int, multiple=True, metavar="M", group="salient steps",

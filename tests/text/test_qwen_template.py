@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from dmoe_export.errors import RequestError
 from dmoe_export.text.codec import TextCodec
 from dmoe_export.text.templates import ChatTemplate
+from dmoe_export.text.turn_end import turn_end
 
 TEMPLATE = r"""
 {%- if messages[0].role == 'system' %}
@@ -190,3 +191,14 @@ def test_a_codec_without_a_template_refuses_them(tmp_path):
     with pytest.raises(RequestError, match=r"^chat_template_kwargs is {'enable_thinking': False}, but the bundle has "
                                            r"no chat template to read it; leave it out.$"):
         codec.encode_chat([USER], {"enable_thinking": False})
+
+
+@pytest.mark.parametrize(("source", "want"), [
+    (TEMPLATE, ("<|im_end|>", 7)),
+    ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>", None),
+    ("{% for m in messages %}{{ m.content }} <|im_end|>{% endfor %}", ("<|im_end|>", 7)),
+    ("{{ messages | length }}", None),
+    ("{{ raise_exception('no') }}", None), ("{% for m in messages %}{{ m.content }}, {% endfor %}", None)])
+def test_what_ends_a_turn(source, want):
+    control = {"<|im_start|>": 6, "<|im_end|>": 7, "<|im": 8, "<|user|>": 9, "<|assistant|>": 10}
+    assert turn_end(ChatTemplate(source, {}), control) == want
