@@ -43,8 +43,8 @@ def test_a_turn_that_ends_with_another_token_is_warned_of(folder):
     (eos,) = source.description.eos_ids
     assert warnings(source) == [
         f"The chat template of {folder} ends turns with '<|im_end|>' (2), which is not among the ids that end an "
-        f"answer ({eos}, of config.json alone). If the model ends its answers so, export with --end-ids 2, else they go on "
-        "behind their end."]
+        f"answer ({eos}, of config.json alone). If the model ends its answers so, export with --end-ids 2, else they "
+        "go on behind their end."]
     give_end_ids(source, as_end_ids(None, None, "2"))
     assert source.description.eos_ids == source.full_description.eos_ids == (eos, 2) and warnings(source) == []
     assert identity(source, ["a"]) == identity(Checkpoint(folder), ["a"])  # the same model
