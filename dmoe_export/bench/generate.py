@@ -169,7 +169,7 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
     return GenerateBench(
         model=manifest.model.architecture, layers=manifest.model.num_layers, precision=manifest.precision_in_words,
         routing=manifest.routing.mode, cpu_ops=not backend.kernels.missing, products=backend.products,
-        block_length=manifest.routing.block_length, max_new_tokens=max_new_tokens,
+        block_length=manifest.step_tokens, max_new_tokens=max_new_tokens,
         steps=steps, rounds=rounds, preset=defaults.values().get("preset"), limits=limits,
         results=[_result(setting, turns["ours", setting], {name: turns[name, setting] for name in peers},
                          gguf) for setting in chosen])

@@ -130,6 +130,6 @@ def export(context: click.Context, checkpoint: str | None, recipe_name: str | No
     reason = manifest.formats.reason if options["precision"] is None else ""
     because = f" ({reason})" if reason else ""
     say(f"Exported {count(manifest.model.num_layers, 'layer')} of {manifest.model.architecture} in "
-        f"{manifest.precision_in_words}{because}, {routing}, block {manifest.routing.block_length}: {bundle.folder} "
+        f"{manifest.precision_in_words}{because}, {routing}, block {manifest.step_tokens}: {bundle.folder} "
         f"({size(total)}, {time.perf_counter() - start:.1f} s)")
     say(f"sha256 of its manifest.json: {bundle.sha256}")

@@ -21,10 +21,10 @@ def state(seen: StepSeen, pieces: Pieces) -> dict[str, Any]:
 
 def model_facts(name: str, bundle: Bundle, defaults: Defaults) -> dict[str, Any]:
     """What the page needs to know of a model: experts of a layer, and options of a request with its defaults."""
-    moe, given = bundle.manifest.model.moe, defaults.values()
+    model, given = bundle.manifest.model, defaults.values()
     names = [*defaults.presets, OFF] if defaults.presets else ()
-    return {"id": name, "experts": moe.num_experts if moe else None,
-            "block_length": bundle.manifest.routing.block_length,
+    return {"id": name, "experts": model.moe.num_experts if model.moe else None,
+            "block_length": bundle.manifest.step_tokens,
             "options": [_described(one, given, names if one.name == "preset" else ()) for one in OPTIONS.values()]}
 
 
