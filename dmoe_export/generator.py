@@ -118,10 +118,11 @@ class Generator:
 
         A prompt is text, a list of chat messages (`{"role", "content"}`), or a list of token ids. Text is wrapped in
         the chat template unless `chat` is false; `chat_template_kwargs` are values that it reads by name, such as
-        `{"enable_thinking": False}`: True, False, None or numbers. When `cancel` is set, by another thread, the answers
-        end at the next look between forwards with finish_reason "cancelled". Raises RequestError for a bad prompt or
-        option, and once the generator is closed; NotFiniteError where the model computes NaN. In brackets the default
-        of an option that is left out or None, where neither the preset nor the bundle's `decode_defaults` have another:
+        `{"enable_thinking": False}`: True, False, None or numbers, and `tools`, a list of dictionaries. When `cancel`
+        is set, by another thread, the answers end at the next look between forwards with finish_reason "cancelled".
+        Raises RequestError for a bad prompt or option, and once the generator is closed; NotFiniteError where the model
+        computes NaN. In brackets the default of an option that is left out or None, where neither the preset nor the
+        bundle's `decode_defaults` have another:
 
         preset: Settings that the bundle has under this name, such as speed or quality; what else is asked for wins [a
             name of 1 to 100 characters, or off; default: the bundle's, or none].
