@@ -110,6 +110,9 @@ def _summary(result: Generation, generator: Generator, options: dict[str, Any]) 
                f"{size(stats.expert_bytes_touched)} of expert weights touched, ") if moe else ""
     if stats.salient_rows is not None:
         experts += f"{stats.salient_rows:.1f} salient rows per layer and sparse step, "
+    if stats.accepted_places is not None:
+        canvas = generator.backend.description.step_tokens(generator.backend.routing)
+        experts += f"{stats.accepted_places:.1f} of {canvas} places kept per step, "
     if stats.residency:
         r = stats.residency
         experts += (f"{r['hit_rate']:.0%} of uses resident, {size(r['brought_bytes'])} of experts brought in "
