@@ -211,7 +211,8 @@ class RoutingDescription(Frozen, allow_inf_nan=False):
     """How experts are chosen, and the defaults of what a request may change (a dense model: only `block_length`)."""
 
     mode: RoutingMode
-    block_length: int = Field(gt=0, description="n: routing block = decoding block, on absolute positions")
+    block_length: int = Field(gt=0, description="n: routing block = decoding block, on absolute positions; with a "
+                              "canvas of routing alone, from its start (`step_tokens`)")
     top_p: float = Field(ge=0, le=1)
     min_experts: int = Field(ge=1, description="guard of top_p: least coreset size")
     coreset_size: int = Field(ge=1, description="C of top_c, k … E")

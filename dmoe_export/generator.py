@@ -72,7 +72,7 @@ class Generator:
         cpu_products: What weights are multiplied with on the CPU: exact (float32) or fast (integers for int8 and int4,
             bfloat16 for bf16, where the processor has them; rounds activations) [default: exact].
         preset: Settings that the bundle has under this name, such as speed or quality; what else is asked for wins [a
-            name of 1 to 100 characters; default: the bundle's, or none].
+            name of 1 to 100 characters, or off; default: the bundle's, or none].
         verify: What is compared with the manifest before use: full (sizes and hashes) or sizes [default: full].
         expect_sha256: Use the bundle only if its manifest has this sha256, as export and inspect print it [default:
             any].
@@ -118,13 +118,14 @@ class Generator:
 
         A prompt is text, a list of chat messages (`{"role", "content"}`), or a list of token ids. Text is wrapped in
         the chat template unless `chat` is false; `chat_template_kwargs` are values that it reads by name, such as
-        `{"enable_thinking": False}`: True, False, None or numbers. When `cancel` is set, by another thread, the answers
-        end at the next look between forwards with finish_reason "cancelled". Raises RequestError for a bad prompt or
-        option, and once the generator is closed; NotFiniteError where the model computes NaN. In brackets the default
-        of an option that is left out or None, where neither the preset nor the bundle's `decode_defaults` have another:
+        `{"enable_thinking": False}`: True, False, None or numbers, and `tools`, a list of dictionaries. When `cancel`
+        is set, by another thread, the answers end at the next look between forwards with finish_reason "cancelled".
+        Raises RequestError for a bad prompt or option, and once the generator is closed; NotFiniteError where the model
+        computes NaN. In brackets the default of an option that is left out or None, where neither the preset nor the
+        bundle's `decode_defaults` have another:
 
         preset: Settings that the bundle has under this name, such as speed or quality; what else is asked for wins [a
-            name of 1 to 100 characters; default: the bundle's, or none].
+            name of 1 to 100 characters, or off; default: the bundle's, or none].
         max_new_tokens: Most tokens of the answer [at least 1; default: the bundle's, or 128].
         block_length: Tokens that are decoded together, as one block; only full-canvas models (LLaDA, Dream) take
             another than the bundle's [at least 1; default: the bundle's].
@@ -151,7 +152,7 @@ class Generator:
         credit_gamma: How fast credit falls with a token's probability; higher gives unsure tokens less (acceptance
             credit) [0 or more; default: 0.2].
         edit_threshold: Replace a token of the block by another whose probability is above this; lower replaces more
-            (LLaDA2.1) [between 0 and 1; default: off].
+            (LLaDA2.1) [between 0 and 1, or off; default: off].
         edit_passes: Most forward passes that only replace tokens, after a block is filled; more is slower [between 0
             and 1000; default: 16].
         edit_blocks: Finished blocks before the one being decoded that stay open to editing and see it; more is slower
@@ -163,13 +164,13 @@ class Generator:
             (LLaDA2.2) [default: off].
         salient_threshold: Recompute only tokens whose surroundings changed: those with a cosine to the step before
             below this, such as 0.99; higher is slower and closer to exact; needs a bundle exported with --salient
-            (DyLLM) [above 0 and at most 2; default: off].
+            (DyLLM) [above 0 and at most 2, or off; default: off].
         full_steps: Full steps before the first salient one; more is slower and closer to exact [at least 1; default: 4;
             block-causal: 1 in every block].
-        refresh_interval: Every so many salient steps one is full; smaller is slower and closer to exact [at least 1;
-            default: never].
+        refresh_interval: Every so many salient steps one is full; smaller is slower and closer to exact [at least 1, or
+            off; default: never].
         salient_capacity: Recompute at most so many tokens per layer, with a graph of fixed sizes that the bundle was
-            exported with [at least 1; default: the graph of any size].
+            exported with [at least 1, or off; default: the graph of any size].
         exact_first_layer: Let all tokens enter layer 0 of a salient step; slower and closer to exact [default: off].
         temperature: How much chance there is in the choice of tokens; higher is more varied, 0 takes the most probable
             [0 or more; default: the bundle's, or 0.0].
@@ -194,9 +195,9 @@ class Generator:
         early_stop: End as soon as an end token has no gap before it, else at the block's end; with editing and with a
             canvas always there [default: on].
         stop: Text that ends the answer, one or several: the answer's text ends before the first that is complete, and
-            its block is the last [a text of 1 to 1000 characters, or 1 to 16 of them; default: none].
+            its block is the last [up to 16 texts of 1 to 1000 characters; an empty one alone for none; default: none].
         time_limit: Most seconds of decoding, looked at between forwards; an answer then has the blocks that are
-            finished [above 0; default: none].
+            finished [above 0, or off; default: none].
         coreset_top_p: Share of a block's votes for experts that is followed; higher uses more experts and is slower
             (routing top_p; dMoE) [between 0 and 1; default: the bundle's].
         min_experts: Fewest experts of a block; higher is slower (routing top_p) [at least 1; default: the bundle's].

@@ -21,7 +21,7 @@ def describe(vocab_size: int, eos_id: int, mask_id: int) -> tuple[ModelDescripti
     model = ModelDescription(family="llada2_moe", architecture="LLaDA2MoeModelLM", vocab_size=vocab_size,
                              hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, dense_width=384,
                              moe=moe, qk_norm=True, rope_theta=10_000.0, rotary_dim=16, rms_eps=1e-6,
-                             max_positions=512, tie_embeddings=False, mask_id=mask_id, eos_id=eos_id, pad_id=eos_id)
+                             max_positions=512, tie_embeddings=False, mask_id=mask_id, eos_ids=(eos_id,), pad_id=eos_id)
     return model, RoutingDescription.default(moe)
 
 
@@ -67,11 +67,15 @@ def tensors(model: Denoiser) -> dict[str, Tensor]:
 
 
 def save_checkpoint(model: Denoiser, routing: RoutingDescription, folder: Path) -> None:
-    """Write config.json and model.safetensors; each replaces the old file in one move."""
+    """Write config.json, generation_config.json and model.safetensors; each replaces the old file in one move."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "model.safetensors.new"
     save_file(tensors(model), weights, metadata={"format": "pt"})
-    settings = folder / "config.json.new"
-    settings.write_text(json.dumps(config(model.description, routing), indent=1) + "\n")
+    d = model.description
+    texts = {"config.json": config(d, routing),
+             "generation_config.json": {"eos_token_id": d.eos_id, "pad_token_id": d.pad_id}}
+    for name, fields in texts.items():
+        (folder / f"{name}.new").write_text(json.dumps(fields, indent=1) + "\n")
     weights.replace(folder / "model.safetensors")
-    settings.replace(folder / "config.json")
+    for name in texts:
+        (folder / f"{name}.new").replace(folder / name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -55,7 +55,8 @@ class PeerSide(Side):
     ratio: float = Field(description="median over rounds of the peer's seconds / ours of the same round")
     step_ratio: float = Field(description="the same of the seconds per step alone")
     must_agree: bool = Field(True, description="tokens must be ours; llama.cpp rounds keys, values or weights in its "
-                             "own way, and is held to our logits before anything is timed")
+                             "own way, and is held to our logits before anything is timed; a canvas of random tokens "
+                             "grows any rounding")
     same_tokens: bool = Field(description="in every round")
     first_difference: int | None = Field(description="place in the answer")
 
@@ -140,6 +141,9 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
     file that is not the bundle's model.
     """
     manifest, defaults = bundle.manifest, Defaults(bundle, preset)
+    if manifest.model.canvas and "eager" in peers:
+        raise RequestError(f"Peer eager fills masks, and {bundle.folder.name} denoises a canvas of random tokens; use "
+                           "--peer onnxruntime, or none.")
     for setting in chosen:  # before any prompt is made
         if setting.prompt_tokens + max_new_tokens > manifest.model.max_positions:
             raise RequestError(f"{setting.prompt_tokens} prompt and {max_new_tokens} new tokens are more than the "
@@ -149,6 +153,7 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
                          "temperature": 0.0,  # whatever the bundle's own default is
                          **routing_options(bundle, setting.coreset)} for setting in chosen}
     gguf = gguf or {}
+    others = set(peers) if manifest.model.canvas else set(gguf)  # a canvas grows any rounding into other tokens
     if gguf and any(setting.cache != "none" for setting in chosen):
         raise RequestError("llama.cpp keeps no keys and values of diffusion models; use --cache none with it.")
     limits = measure_limits(threads)
@@ -169,10 +174,10 @@ def run(bundle: Bundle, chosen: Sequence[Setting], *, max_new_tokens: int, steps
     return GenerateBench(
         model=manifest.model.architecture, layers=manifest.model.num_layers, precision=manifest.precision_in_words,
         routing=manifest.routing.mode, cpu_ops=not backend.kernels.missing, products=backend.products,
-        block_length=manifest.routing.block_length, max_new_tokens=max_new_tokens,
+        block_length=manifest.step_tokens, max_new_tokens=max_new_tokens,
         steps=steps, rounds=rounds, preset=defaults.values().get("preset"), limits=limits,
         results=[_result(setting, turns["ours", setting], {name: turns[name, setting] for name in peers},
-                         gguf) for setting in chosen])
+                         others) for setting in chosen])
 
 
 def _ours(bundle: Bundle, threads: int, cpu_ops: CpuOps, products: Products) -> tuple[Answer, OnnxRuntimeBackend]:
@@ -255,7 +260,7 @@ def _against(ours: list[_Turn], peer: list[_Turn], must_agree: bool) -> PeerSide
 
 
 def _result(setting: Setting, ours: list[_Turn], peers: dict[str, list[_Turn]],
-            others: Iterable[str]) -> GenerateResult:
+            others: Collection[str]) -> GenerateResult:
     """`others`: peers whose tokens need not be ours."""
     assert ours[0].answer is not None
     stats, seconds = ours[0].answer.stats, median(turn.seconds for turn in ours)

@@ -151,7 +151,7 @@ def run(bundle: Bundle, *, clients: Sequence[int], requests: int, prompt_tokens:
     others += [borne.answers[0] for of_turn in pairs for pair in of_turn for borne in (pair.alone, pair.served)]
     return ServeBench(
         model=manifest.model.architecture, layers=manifest.model.num_layers, precision=manifest.precision_in_words,
-        routing=manifest.routing.mode, products=backend.products, block_length=manifest.routing.block_length,
+        routing=manifest.routing.mode, products=backend.products, block_length=manifest.step_tokens,
         threads=threads, requests=requests, rounds=rounds, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
         steps=steps, slots=slots, cpu_ops=not backend.kernels.missing,
         differing=sum(answer.token_ids != truth[answer.number] for answer in others),

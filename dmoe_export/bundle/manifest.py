@@ -117,6 +117,11 @@ class Manifest(Frozen):
         return self.formats.experts or self.formats.dense
 
     @property
+    def step_tokens(self) -> int:
+        """Tokens that are decoded together: of a canvas, or of a block."""
+        return self.model.step_tokens(self.routing)
+
+    @property
     def precision_in_words(self) -> str:
         """Such as "fp32", "fp32, weights bf16" or "fp32, experts int4, in groups of 64"."""
         return self.formats.in_words(self.precision)

@@ -161,7 +161,7 @@ def _longest(backends: list[Backend]) -> int:
 def _new_tokens(bundle: Bundle, inputs: CheckInputs) -> int:
     """Two blocks where the model's positions allow."""
     room = bundle.manifest.model.max_positions - max(len(prompt.ids) for prompt in inputs.prompts)
-    return max(1, min(_NEW_TOKENS, 2 * bundle.manifest.routing.block_length, room))
+    return max(1, min(_NEW_TOKENS, 2 * bundle.manifest.step_tokens, room))
 
 
 def _exercised(seen: list[Arrays], moe_layers: range) -> dict[int, int]:

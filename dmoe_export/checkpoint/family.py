@@ -99,6 +99,7 @@ class Checkpoint:
             raise CheckpointError(f"{folder / 'config.json'}: {field} is {shown(first['input'])}: "
                                   f"{first['msg']}.") from None
         self.full_description = self.description = generation.add_eos(described)
+        self.says_ends = generation.says_ends
         check_edit_tokens(self.description, folder / "config.json")  # none of them may end an answer
         self.decode_defaults, said = generation.decode_defaults(self.full_description)
         self.warnings += said

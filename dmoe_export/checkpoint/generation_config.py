@@ -21,6 +21,7 @@ from .config_fields import Fields, shown, token_ids
 from .harmless_fields import GENERATION, words
 from .json_file import read_json
 
+NAME = "generation_config.json"
 # Of no meaning for the tokens of one answer.
 _QUIET = words("""_from_model_config transformers_version _commit_hash use_cache cache_implementation cache_config
     return_legacy_cache return_dict_in_generate output_attentions output_hidden_states output_scores output_logits
@@ -108,6 +109,11 @@ class GenerationConfig:
                 "answers can differ from those of transformers' generate."]
 
     @property
+    def says_ends(self) -> bool:
+        """Whether a file of its own says what ends an answer."""
+        return self.source.name == NAME and bool(self._eos)
+
+    @property
     def _eos(self) -> list[int]:
         return token_ids(self._fields(), "eos_token_id") if self.values.get("eos_token_id") is not None else []
 
@@ -120,7 +126,7 @@ def read_generation_config(folder: Path, config: dict[str, Any]) -> GenerationCo
 
     Raises CheckpointError for a file that is no JSON object.
     """
-    path = folder / "generation_config.json"
+    path = folder / NAME
     if path.exists():
         return GenerationConfig(path, read_json(path))
     return GenerationConfig(folder / "config.json", {n: v for n, v in config.items() if n in GENERATION})

@@ -55,7 +55,8 @@ def generate(prompt_tokens: str, cache: str, coreset: str, peers: str, out: Path
              as_json: bool, **options: Any) -> None:
     """Answers to a random prompt on the CPU: of BUNDLE, or of --geometry with generated weights.
 
-    Peers must give the same tokens, else the exit code is 1; not with --cpu-products fast, whose rounding no peer has.
+    Peers must give the same tokens, else the exit code is 1; not with --cpu-products fast, whose rounding no peer has,
+    nor with a canvas of random tokens, where any rounding ends in other tokens.
     """
     chosen = settings(integers("--prompt-tokens", prompt_tokens), words(cache), words(coreset))
     names = [name for name in words(peers) if name != "none"]

@@ -22,7 +22,7 @@ from ..extras import pip_install
 from ..hub import hub_id
 from ..recipe import Recipe, load_recipe
 from ..words import count, size
-from .export import COMPUTE_TYPES, PRECISIONS, ROUTINGS, as_ids, as_number, warn
+from .export import COMPUTE_TYPES, PRECISIONS, ROUTINGS, as_end_ids, as_ids, as_number, warn
 from .help import SETTINGS, Verb, folders, option
 from .options import JSON, VERIFY, seal_options
 from .output import say
@@ -31,7 +31,7 @@ from .recipes import BUILT, check_bundle, complete_recipe, list_recipes, of_deco
 
 EXPORT_OPTIONS = {"routing": "routing", "block_length": "block_length", "layers": "layers", "coreset_top_p": "top_p",
                   "min_experts": "min_experts", "coreset_size": "coreset_size", "dense_precision": "dense_precision",
-                  "group_size": "group_size", "edit_tokens": "edit_tokens",
+                  "group_size": "group_size", "edit_tokens": "edit_tokens", "end_ids": "end_ids",
                   "multi_block_editing": "multi_block_editing"}
 """Options that belong to the export of a checkpoint, and what `export_checkpoint` calls them."""
 EXPORT = "export of a checkpoint"
@@ -102,6 +102,8 @@ EXPORT = "export of a checkpoint"
         help="Token ids with which the model deletes and inserts while editing (LLaDA2.2)")
 @option("--multi-block-editing", is_flag=True, default=None, group=EXPORT,
         help="Let requests edit finished blocks in the light of later ones (option edit_blocks; LLaDA2.1)")
+@option("--end-ids", callback=as_end_ids, metavar="ID,…", group=EXPORT, shown="those of its files",
+        help="Token ids that end an answer, besides those of the checkpoint's files")
 @VERIFY
 @seal_options
 @option("--out", type=click.Path(path_type=Path), metavar="BUNDLE", group="output",

@@ -30,11 +30,20 @@ def as_number(context: click.Context, parameter: click.Parameter, value: str | N
 
 def as_ids(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     """Token ids separated by commas; raises InputError for anything else."""
+    return _ids(value, "Edit tokens {!r} are not two token ids; give DELETE and SPLIT, such as 156930,156931.")
+
+
+def as_end_ids(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """The same."""
+    return _ids(value, "End ids {!r} are not token ids; give them with commas between, such as 151643,151645.")
+
+
+def _ids(value: str | None, wrong: str) -> tuple[int, ...] | None:
     if value is None:
         return None
     parts = value.split(",")
     if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
-        raise InputError(f"Edit tokens {value!r} are not two token ids; give DELETE and SPLIT, such as 156930,156931.")
+        raise InputError(wrong.format(value))
     return tuple(map(int, parts))
 
 
@@ -89,6 +98,9 @@ def warn(bundle: Bundle) -> None:
 @option("--multi-block-editing", is_flag=True, group="numbers",
         help="Add an input by which finished blocks can be edited in the light of later ones (option edit_blocks of a "
              "request; LLaDA2.1)")
+@option("--end-ids", callback=as_end_ids, metavar="ID,…", group="numbers",
+        shown="those of config.json and generation_config.json",
+        help="Token ids that end an answer, besides those of the checkpoint's files")
 @option("--salient", is_flag=True, group="salient steps",
         help="Add the graph of salient steps, which recompute only tokens that changed (DyLLM)")
 @option("--salient-capacity", type=int, multiple=True, metavar="M", group="salient steps",
@@ -121,6 +133,6 @@ def export(context: click.Context, checkpoint: str | None, recipe_name: str | No
     reason = manifest.formats.reason if options["precision"] is None else ""
     because = f" ({reason})" if reason else ""
     say(f"Exported {count(manifest.model.num_layers, 'layer')} of {manifest.model.architecture} in "
-        f"{manifest.precision_in_words}{because}, {routing}, block {manifest.routing.block_length}: {bundle.folder} "
+        f"{manifest.precision_in_words}{because}, {routing}, block {manifest.step_tokens}: {bundle.folder} "
         f"({size(total)}, {time.perf_counter() - start:.1f} s)")
     say(f"sha256 of its manifest.json: {bundle.sha256}")

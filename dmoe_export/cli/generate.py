@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..decoding.answer import Generation, generation_of
+from ..decoding.settings import OPTIONS
 from ..errors import RequestError
 from ..generator import Generator
 from ..guards.numerals import integer, real
@@ -89,7 +90,7 @@ def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[st
 
 def _of_bundle(generator: Generator, options: dict[str, Any]) -> dict[str, Any]:
     """The settings that the bundle's decode defaults and preset gave, as no option did."""
-    return {name: value for name, value in generator.defaults.values().items() if options.get(name) is None}
+    return generator.defaults.given({name: options[name] for name in OPTIONS if options.get(name) is not None})
 
 
 def _json(result: Generation, generator: Generator, options: dict[str, Any]) -> str:
@@ -109,6 +110,9 @@ def _summary(result: Generation, generator: Generator, options: dict[str, Any]) 
                f"{size(stats.expert_bytes_touched)} of expert weights touched, ") if moe else ""
     if stats.salient_rows is not None:
         experts += f"{stats.salient_rows:.1f} salient rows per layer and sparse step, "
+    if stats.accepted_places is not None:
+        canvas = generator.backend.description.step_tokens(generator.backend.routing)
+        experts += f"{stats.accepted_places:.1f} of {canvas} places kept per step, "
     if stats.residency:
         r = stats.residency
         experts += (f"{r['hit_rate']:.0%} of uses resident, {size(r['brought_bytes'])} of experts brought in "

@@ -15,14 +15,16 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 
 class GroupedOption(click.Option):
-    """An option that knows the heading it stands under."""
+    """An option that knows the heading it stands under, and a word that is a value besides those of its type."""
 
-    def __init__(self, *args: Any, group: str = "other options", **more: Any) -> None:
-        self.group = group
+    def __init__(self, *args: Any, group: str = "other options", word: str | None = None, **more: Any) -> None:
+        self.group, self.word = group, word
         super().__init__(*args, **more)
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         """Its value; a number takes ASCII alone, where Python's own reading takes digits of every script."""
+        if value is not None and value == self.word:
+            return value
         for text in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(self.type, (click.types.IntParamType, click.types.FloatParamType)) and (
                     isinstance(text, str) and not (text.isascii() and "_" not in text)):

@@ -74,7 +74,9 @@ def inspect(bundle: Path, verify: Any, expert_budget: str | None, as_json: bool,
         "made by": manifest.created_by, "sha256 of manifest.json": opened.sha256}))
     routing = manifest.routing
     because = routing.reason or ("not said" if moe else "")
-    blocks = {**({"because": because} if because else {}), "block length": routing.block_length}
+    blocks = {**({"because": because} if because else {}), "block length": manifest.step_tokens}
+    if routing.block_length != manifest.step_tokens:  # experts are chosen in parts of a canvas
+        blocks["block length of routing"] = routing.block_length
     out.print(_table("Blocks", blocks) if moe is None else _table("Routing", {
         "mode": routing.mode, **blocks, **{name: getattr(routing, name) for name in RUNTIME_SETTINGS[routing.mode]}}))
     for sentence in manifest.warnings:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from ..bundle.reader import Verify
+from ..decoding.option import OFF
 from ..decoding.settings import OPTIONS
 from ..runtime.choose import BACKENDS
 from ..runtime.cpu.products import PRODUCTS
@@ -61,7 +62,8 @@ def request_option(name: str) -> Callable[[F], F]:
     else:
         kind = next((kind for kind in (int, float, str) if kind in one.types), None)
         more = {"type": kind or click.Choice(one.types), "metavar": "NAME" if kind is str else metavar(kind)}
-    return click.option(flag, cls=GroupedOption, group=one.told.group, default=None, help=words, **more)
+    return click.option(flag, cls=GroupedOption, group=one.told.group, word=OFF if one.told.off else None,
+                        default=None, help=words, **more)
 
 
 def request_options(command: F) -> F:

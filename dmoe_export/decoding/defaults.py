@@ -9,8 +9,9 @@ from ..bundle.reader import Bundle
 from ..description import ModelDescription, RoutingMode
 from ..errors import BundleError, RequestError
 from .canvas_options import check_canvas_options
+from .option import OFF
 from .routing import routing_inputs
-from .settings import OPTIONS, DecodeSettings
+from .settings import BELONG, OPTIONS, DecodeSettings
 
 Values = Mapping[str, Any]  # settings of a request by their names
 
@@ -19,17 +20,20 @@ class Defaults:
     """The settings that a bundle gives to requests which do not say them."""
 
     def __init__(self, bundle: Bundle, preset: str | None = None) -> None:
-        """`preset`: of requests that name none; None: as the bundle's decode defaults say.
+        """`preset`: of requests that name none; None: as the bundle's decode defaults say, OFF: none.
 
         Raises BundleError for what no request could ask for, RequestError for a preset that the bundle does not have.
         """
         manifest = bundle.manifest
-        self._folder, self._values, self._presets = bundle.folder, manifest.decode_defaults, manifest.presets
-        where, wrong = first_wrong(self._values, self._presets, fits(manifest.routing.mode, manifest.model))
+        self._folder, self._presets = bundle.folder, manifest.presets
+        where, wrong = first_wrong(manifest.decode_defaults, self._presets,
+                                   fits(manifest.routing.mode, manifest.model))
         if wrong:
             what = f"Preset {where}" if where else "The decode_defaults"
             raise BundleError(f"{what} of {bundle.folder} cannot be used; export again: {wrong}")
-        self._own: Any = self._values.get("preset") if preset is None else preset
+        self._values = over({}, manifest.decode_defaults)
+        named = self._values.pop("preset", None)
+        self._own: Any = named if preset is None else preset
         self.values()
 
     @property
@@ -43,7 +47,7 @@ class Defaults:
         Raises RequestError for one that the bundle does not have.
         """
         name = self._own if preset is None else preset
-        if name is None:
+        if name is None or OPTIONS["preset"].is_off(name):
             return dict(self._values)
         OPTIONS["preset"].check(name)
         if not self._presets:
@@ -51,11 +55,24 @@ class Defaults:
         if name not in self._presets:
             raise RequestError(f"preset is {name!r}, but the presets of {self._folder} are "
                                f"{', '.join(self._presets)}.")
-        return {**self._values, **self._presets[name], "preset": name}
+        return {**over(self._values, self._presets[name]), "preset": name}
 
     def settings(self, said: Values) -> DecodeSettings:
         """The settings of a request; what it says wins. Raises RequestError."""
-        return DecodeSettings(**self.values(said.get("preset")) | dict(said))
+        return DecodeSettings(**over(self.values(said.get("preset")), said))
+
+    def given(self, said: Values) -> dict[str, Any]:
+        """The settings of that request that it has from the bundle."""
+        given = over(self.values(said.get("preset")), said)
+        return {name: value for name, value in given.items() if name not in said}
+
+
+def over(under: Values, said: Values) -> dict[str, Any]:
+    """`said` where it says something, else `under`; what is said to be off is in neither, nor what belongs to it."""
+    off = {name for name, value in said.items() if OPTIONS[name].is_off(value)}
+    gone = off.union(*(BELONG.get(name, ()) for name in off))
+    return ({name: value for name, value in under.items() if name not in gone}
+            | {name: value for name, value in said.items() if name not in off})
 
 
 def fits(mode: RoutingMode, model: ModelDescription) -> Callable[[DecodeSettings], object]:
@@ -79,8 +96,10 @@ def first_wrong(defaults: Values, presets: Mapping[str, Values],
             return name, f"{', '.join(unknown)} is no setting of a request."
         if name and "preset" in values:
             return name, "preset is no setting of a preset."
+        if name == OFF:
+            return name, f"{OFF} is no name of a preset, as requests say it for none."
         try:
-            check(DecodeSettings(**{**defaults, **values}))
+            check(DecodeSettings(**over(over({}, defaults), values)))
         except RequestError as error:
             return name, str(error)
     return None, ""

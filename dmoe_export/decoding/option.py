@@ -16,6 +16,9 @@ _KINDS: dict[type, tuple[Any, str]] = {
     Path: ((str, PathLike), "a path")}
 
 
+OFF = "off"  # said of an option that is off by default: so it is, whatever preset and bundle say
+
+
 @dataclass(frozen=True)
 class Rule:
     """Which values of the right type mean something, and the words for them ("at least 1")."""
@@ -42,6 +45,7 @@ class Told:
 
     `meaning` names unit and source, without a full stop. `shown`: the default in words. `of_bundle`: exported bundles
     may have a default of their own (`Manifest.decode_defaults`). `group`: the heading of the command line's help.
+    `off`: a request may say OFF, as None is not said.
     """
 
     meaning: str
@@ -49,6 +53,7 @@ class Told:
     shown: str | None = None
     of_bundle: bool = False
     group: str = "decoding"
+    off: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,20 @@ class Option:
         return f"the bundle's, or {words}" if self.told.of_bundle else words
 
     @property
+    def words(self) -> str:
+        """The values that mean something."""
+        words = self.told.rule.words if self.told.rule else ""
+        return f"{words}, or {OFF}" if self.told.off else words
+
+    def is_off(self, value: object) -> bool:
+        """Whether a request that says this says that the option is off."""
+        return self.told.off and isinstance(value, str) and value == OFF
+
+    @property
     def help(self) -> str:
         """Meaning, values and default, as on the command line and in the docstring of `Generator.generate`."""
         choices = all(isinstance(one, str) for one in self.types)  # the meaning names them
-        values = f"{self.told.rule.words}; " if self.told.rule and not choices else ""
+        values = f"{self.words}; " if self.words and not choices else ""
         return f"{self.told.meaning} [{values}default: {self.shown}]."
 
     def check(self, value: object) -> None:
@@ -85,9 +100,9 @@ class Option:
             return
         kind = next((kind for kind in _KINDS if kind in self.types), None)
         if kind not in (None, str) and self.several is None:  # rules of texts and of several values look at types
-            check_kind(self.name, value, kind)
+            check_kind(self.name, value, kind, f", or {OFF}" if self.told.off else "")
         if self.told.rule and not self.told.rule.holds(value):
-            raise RequestError(f"{self.name} is {_quoted(value)}, it must be {self.told.rule.words}.")
+            raise RequestError(f"{self.name} is {_quoted(value)}, it must be {self.words}.")
 
 
 def _quoted(value: object) -> str:
@@ -109,13 +124,13 @@ def options_of(settings: type) -> dict[str, Option]:
     return found
 
 
-def check_kind(name: str, value: object, kind: type) -> None:
+def check_kind(name: str, value: object, kind: type, more: str = "") -> None:
     """Raise RequestError unless `value` is an int, a float (or an integer), a bool, a text or a path (or a text).
 
-    Numbers of numpy are as good.
+    Numbers of numpy are as good. `more`: words for what else is taken.
     """
     wanted, words = _KINDS[kind]
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-        raise RequestError(f"{name} is {_cut(repr(value))}, it must be {words}.")
+        raise RequestError(f"{name} is {_cut(repr(value))}, it must be {words}{more}.")
     if isinstance(value, Integral) and abs(int(value)) >= 2**128:  # arithmetic, and even words for it, would fail
         raise RequestError(f"{name} is an integer of {int(value).bit_length()} bits, it must have 128 at most.")

@@ -65,4 +65,5 @@ class Renoise:
         row.canvas[row.span] = np.where(accepted, said.sampled_ids[i, :m], draft.noise.again(row.block, row.step))
         draft.soft_embeddings = said.soft_embeddings[i, :m].copy()
         row.step += 1
+        row.statistics.accepted_by_step.append(int(accepted.sum()))
         return Chosen(asked, best, confidence, asked[accepted])

@@ -28,9 +28,9 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    """One text or several as a tuple; empty for anything else."""
-    values = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
-    return values if all(isinstance(one, str) for one in values) else ()
+    """One text or several as a tuple; empty for none, and for an empty one alone."""
+    values = (value,) if isinstance(value, str) else tuple(value or ())
+    return () if values == ("",) else values
 
 
 _COSINE = Rule(lambda value: 0 < value <= 2, "above 0 and at most 2")  # above 1: all, but what enters the first layer
@@ -38,8 +38,9 @@ _MASS = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _ENDS = Rule(lambda value: _ids(value) == (-1,) or min(_ids(value), default=-1) >= 0,
              "a token id, several of them, or -1 alone for none")
 
-_STOPS = Rule(lambda value: 1 <= len(_texts(value)) <= 16 and all(1 <= len(one) <= 1000 for one in _texts(value)),
-              "a text of 1 to 1000 characters, or 1 to 16 of them")
+_STOPS = Rule(lambda value: isinstance(value, Sequence) and len(_texts(value)) <= 16
+              and all(isinstance(one, str) and 1 <= len(one) <= 1000 for one in _texts(value)),
+              "up to 16 texts of 1 to 1000 characters; an empty one alone for none")
 _NAME = Rule(lambda value: isinstance(value, str) and 1 <= len(value) <= 100, "a name of 1 to 100 characters")
 _WINDOW = Rule(lambda value: 0 <= value <= MOST_OPEN, f"between 0 and {MOST_OPEN}")
 _SECONDS = Rule(lambda value: 0 < value < float("inf"), "above 0")
@@ -48,6 +49,9 @@ _SAVING, _SAMPLING, _ROUTING = "caches and salient steps", "sampling", "routing"
 _CANVAS = "canvas of random tokens (DiffusionGemma)"
 CANVAS_DEFAULTS: dict[str, float | int] = {  # of transformers' DiffusionGemmaGenerationConfig
     "entropy_bound": 0.1, "t_min": 0.4, "t_max": 0.8, "stability_threshold": 1, "confidence_threshold": 0.005}
+BELONG = {  # options that mean nothing without another
+    "salient_threshold": ("full_steps", "refresh_interval", "salient_capacity", "exact_first_layer"),
+    "edit_threshold": ("edit_blocks", "penalty_lambda", "insert_delete")}
 
 
 def _canvas(meaning: str, name: str, rule: Rule = FINITE) -> Told:
@@ -64,7 +68,7 @@ class DecodeSettings:
 
     preset: Annotated[str | None, Told(
         "Settings that the bundle has under this name, such as speed or quality; what else is asked for wins", _NAME,
-        shown="the bundle's, or none")] = None
+        shown="the bundle's, or none", off=True)] = None
     max_new_tokens: Annotated[int, Told("Most tokens of the answer", AT_LEAST_1, of_bundle=True)] = 128
     block_length: Annotated[int | None, Told(
         "Tokens that are decoded together, as one block; only full-canvas models (LLaDA, Dream) take another than the "
@@ -102,7 +106,7 @@ class DecodeSettings:
         FINITE)] = 0.2
     edit_threshold: Annotated[float | None, Told(
         "Replace a token of the block by another whose probability is above this; lower replaces more (LLaDA2.1)",
-        SHARE)] = None
+        SHARE, off=True)] = None
     edit_passes: Annotated[int, Told(
         "Most forward passes that only replace tokens, after a block is filled; more is slower", UP_TO_1000)] = 16
     edit_blocks: Annotated[int, Told(
@@ -117,16 +121,16 @@ class DecodeSettings:
     salient_threshold: Annotated[float | None, Told(
         "Recompute only tokens whose surroundings changed: those with a cosine to the step before below this, such as "
         "0.99; higher is slower and closer to exact; needs a bundle exported with --salient (DyLLM)", _COSINE,
-        group=_SAVING)] = None
+        group=_SAVING, off=True)] = None
     full_steps: Annotated[int | None, Told(
         "Full steps before the first salient one; more is slower and closer to exact", AT_LEAST_1,
         shown="4; block-causal: 1 in every block", group=_SAVING)] = None
     refresh_interval: Annotated[int | None, Told(
         "Every so many salient steps one is full; smaller is slower and closer to exact", AT_LEAST_1, shown="never",
-        group=_SAVING)] = None
+        group=_SAVING, off=True)] = None
     salient_capacity: Annotated[int | None, Told(
         "Recompute at most so many tokens per layer, with a graph of fixed sizes that the bundle was exported with",
-        AT_LEAST_1, shown="the graph of any size", group=_SAVING)] = None
+        AT_LEAST_1, shown="the graph of any size", group=_SAVING, off=True)] = None
     exact_first_layer: Annotated[bool, Told(
         "Let all tokens enter layer 0 of a salient step; slower and closer to exact", group=_SAVING)] = False
     temperature: Annotated[float, Told(
@@ -162,7 +166,7 @@ class DecodeSettings:
         "block is the last", _STOPS, shown="none")] = None
     time_limit: Annotated[float | None, Told(
         "Most seconds of decoding, looked at between forwards; an answer then has the blocks that are finished",
-        _SECONDS, shown="none")] = None
+        _SECONDS, shown="none", off=True)] = None
     coreset_top_p: Annotated[float | None, Told(
         "Share of a block's votes for experts that is followed; higher uses more experts and is slower (routing top_p; "
         "dMoE)", SHARE, shown="the bundle's", group=_ROUTING)] = None
@@ -177,10 +181,10 @@ class DecodeSettings:
         """Refuse values that mean nothing."""
         for name, one in OPTIONS.items():
             one.check(getattr(self, name))
-        for name in ("full_steps", "refresh_interval", "salient_capacity", "exact_first_layer"):
+        for name in BELONG["salient_threshold"]:
             if getattr(self, name) and self.salient_threshold is None:
                 raise RequestError(f"{name} belongs to salient steps; give salient_threshold (such as 0.99), too.")
-        for name in ("edit_blocks", "penalty_lambda", "insert_delete"):
+        for name in BELONG["edit_threshold"]:
             if getattr(self, name) and self.edit_threshold is None:
                 raise RequestError(f"{name} belongs to editing; give edit_threshold (such as 0), too.")
         if self.insert_delete and self.acceptance != "threshold":
@@ -211,10 +215,10 @@ class GenerateOptions(TypedDict, total=False):
     """Keywords of `Generator.generate` and `.stream`: the fields of `DecodeSettings`, each of which may be None, too.
 
     Left out or None: as the preset says, then as the bundle's `decode_defaults` do, else the default of
-    `DecodeSettings`.
+    `DecodeSettings`. "off": off, whatever these say.
     """
 
-    preset: str | None
+    preset: str | Literal["off"] | None
     max_new_tokens: int | None
     block_length: int | None
     steps: int | None
@@ -227,15 +231,15 @@ class GenerateOptions(TypedDict, total=False):
     credit_alpha: float | None
     credit_beta: float | None
     credit_gamma: float | None
-    edit_threshold: float | None
+    edit_threshold: float | Literal["off"] | None
     edit_passes: int | None
     edit_blocks: int | None
     penalty_lambda: float | None
     insert_delete: bool | None
-    salient_threshold: float | None
+    salient_threshold: float | Literal["off"] | None
     full_steps: int | None
-    refresh_interval: int | None
-    salient_capacity: int | None
+    refresh_interval: int | Literal["off"] | None
+    salient_capacity: int | Literal["off"] | None
     exact_first_layer: bool | None
     temperature: float | None
     top_k: int | None
@@ -249,7 +253,7 @@ class GenerateOptions(TypedDict, total=False):
     eos_id: int | Sequence[int] | None
     early_stop: bool | None
     stop: str | Sequence[str] | None
-    time_limit: float | None
+    time_limit: float | Literal["off"] | None
     coreset_top_p: float | None
     min_experts: int | None
     coreset_size: int | None

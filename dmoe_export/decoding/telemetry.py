@@ -44,6 +44,7 @@ class Statistics:
     expert_bytes_touched: int = 0
     salient_by_step: list[list[int]] = field(default_factory=list)  # per sparse step: salient rows of each layer
     salient_overflows: int = 0  # steps made dense because more rows were salient than the capacity
+    accepted_by_step: list[int] = field(default_factory=list)  # of canvases: places kept, but for each one's last step
     residency: dict[str, Any] | None = None  # of all forwards while the row was there, under an expert budget
     products: str | None = None  # what weights were multiplied with on the CPU, such as "exact (float32)"
 
@@ -78,6 +79,11 @@ class Statistics:
     def salient_rows(self) -> float | None:
         """Salient rows per layer and sparse step; None without sparse steps."""
         return float(np.mean(self.salient_by_step)) if self.salient_by_step else None
+
+    @property
+    def accepted_places(self) -> float | None:
+        """Places of a canvas whose drawn token a step kept: mean over steps that were not a canvas's last."""
+        return float(np.mean(self.accepted_by_step)) if self.accepted_by_step else None
 
     @property
     def forwards(self) -> int:
@@ -115,6 +121,10 @@ class Statistics:
         for name in ("residency", "products"):
             if raw[name] is None:
                 del raw[name]
+        if self.accepted_by_step:
+            raw["accepted_places"] = self.accepted_places
+        else:  # no canvas, or one step for each
+            del raw["accepted_by_step"]
         return {**raw, "forwards": self.forwards, "executed_forwards": self.executed_forwards,
                 "tokens_per_forward": self.tokens_per_forward,
                 "unique_experts": self.unique_experts, "salient_rows": self.salient_rows}

@@ -39,7 +39,7 @@ class Way:
         if beyond is not None:
             raise RequestError(f"eos_id {beyond} is outside the vocabulary 0 … {vocabulary - 1}.")
         bundled = backend.routing.block_length
-        n = self.block_length = d.canvas.length if d.canvas else settings.block_length or bundled
+        n = self.block_length = settings.block_length or d.step_tokens(backend.routing)
         if n != bundled and d.attention == "block_causal":
             raise RequestError(f"block_length {n} differs from the bundle's {bundled}; attention, routing and decoding "
                                "share one grid, so export with --block-length to change it.")

@@ -63,7 +63,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 def resolved(settings: BuildSettings, manifest: Manifest) -> BuildSettings:
     """The settings with the bundle's defaults filled in; refuses what cannot become an engine of it (InputError)."""
-    block, positions = manifest.model.step_tokens(manifest.routing), manifest.model.max_positions
+    block, positions = manifest.step_tokens, manifest.model.max_positions
     full = manifest.model.attention == "full"  # then a forward may take the whole canvas
     context = settings.max_context or min(2048 if full else 4096, positions)
     prefill = settings.max_prefill or max(1, (context if full else min(512, positions)) // block) * block
@@ -74,7 +74,7 @@ def resolved(settings: BuildSettings, manifest: Manifest) -> BuildSettings:
 
 def _check(settings: BuildSettings, manifest: Manifest) -> None:
     """One sentence for each thing that does not fit."""
-    block, positions = manifest.model.step_tokens(manifest.routing), manifest.model.max_positions
+    block, positions = manifest.step_tokens, manifest.model.max_positions
     word = "canvas" if manifest.model.canvas else "block"
     assert settings.max_prefill and settings.max_context
     if not 1 <= settings.max_batch <= 1024:
@@ -140,7 +140,7 @@ def profiles(settings: BuildSettings, manifest: Manifest, graph: GraphEntry) -> 
     them, two at most in a step that is as fast as others.
     """
     assert settings.max_prefill and settings.max_context
-    n = manifest.model.step_tokens(manifest.routing)
+    n = manifest.step_tokens
     full = manifest.model.attention == "full"
     steps = min(2 * n, manifest.model.max_positions) if manifest.model.attention == "block_causal" else n
     batch = (1, 1, settings.max_batch)

@@ -13,6 +13,7 @@ from ..bundle.origin import CheckpointEntry
 from ..bundle.reader import Bundle, open_bundle
 from ..bundle.writer import BundleWriter
 from ..checkpoint.edit_tokens import give_edit_tokens
+from ..checkpoint.end_ids import give_end_ids
 from ..checkpoint.family import Checkpoint
 from ..checkpoint.hub import resolve_checkpoint
 from ..description import ExportPrecision, ModelDescription, Precision, RoutingChoice
@@ -45,7 +46,7 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
                       coreset_size: int | None = None, decode_defaults: DecodeValues | None = None,
                       presets: Mapping[str, DecodeValues] | None = None, salient: bool = False,
                       salient_capacity: Sequence[int] = (), edit_tokens: Sequence[int] | None = None,
-                      multi_block_editing: bool = False,
+                      end_ids: Sequence[int] | None = None, multi_block_editing: bool = False,
                       overwrite: bool = False, report: Report | None = None) -> Bundle:
     """Export a checkpoint folder or hub id to the bundle folder `out`, and open it.
 
@@ -63,8 +64,9 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
     `Generator.generate`); the checkpoint's generation_config.json wins over them. `presets` are such settings under
     names that a request can ask for. `salient` adds the graph of salient-token decoding, `salient_capacity` a graph of
     static shapes for each M it names (docs/salient.md). `edit_tokens`: DELETE and SPLIT of a model that inserts and
-    deletes, where its config.json does not say them. `multi_block_editing`: the graph has an input by which blocks see
-    one another, which `edit_blocks` of a request needs.
+    deletes, where its config.json does not say them. `end_ids` end an answer, besides those of the checkpoint's files.
+    `multi_block_editing`: the graph has an input by which blocks see one another, which `edit_blocks` of a request
+    needs.
     Raises CheckpointError for what cannot be read, OutputError for what cannot be written; `out` is complete or absent.
     """
     if precision not in (None, *get_args(ExportPrecision)) or routing not in (None, *get_args(RoutingChoice)):
@@ -74,6 +76,8 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
               else Checkpoint(resolve_checkpoint(checkpoint), layers))
     if edit_tokens is not None:
         give_edit_tokens(source, edit_tokens)
+    if end_ids is not None:
+        give_end_ids(source, end_ids)
     d = source.description
     formats, odd = choose_formats(source, precision, compute, dense=dense_precision, head=head_precision,
                                   embedding=embedding_precision, group_size=group_size)

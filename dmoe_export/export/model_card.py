@@ -53,7 +53,7 @@ def model_card(manifest: Manifest, licence: Licence) -> str:
         "licence": licence.in_words,
         "precision": manifest.precision_in_words,
         "routing": _routing(manifest),
-        "block length": str(manifest.routing.block_length),
+        "block length": f"{manifest.step_tokens}, a canvas" if d.canvas else str(manifest.step_tokens),
         "decode defaults": _listed(manifest.decode_defaults) or "the program's",
         **{f"preset {name}": _listed(values) for name, values in manifest.presets.items()},
         "tokenizer": _text_side(manifest),

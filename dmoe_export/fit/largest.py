@@ -88,7 +88,7 @@ def most(least: int, largest: int, good: Callable[[int], bool]) -> int | None:
 
 def _context(manifest: Manifest, good: Callable[[int], bool]) -> int | None:
     """In whole blocks, or all positions."""
-    block, positions = manifest.model.step_tokens(manifest.routing), manifest.model.max_positions
+    block, positions = manifest.step_tokens, manifest.model.max_positions
     if good(positions):
         return positions
     blocks = most(1, positions // block, lambda number: good(number * block))

@@ -38,7 +38,7 @@ def refuse_unfit(bundle: Bundle | Manifest | Path, *, backend: str = "auto", max
     if backend not in ("auto", "onnxruntime") or (backend == "auto" and products == "exact" and has_gpu()):
         return
     called, manifest = _of(bundle, name)
-    d, n = manifest.model, manifest.model.step_tokens(manifest.routing)
+    d, n = manifest.model, manifest.step_tokens
     context = min(max_context or _BLOCKS * n, d.max_positions)
     asked: dict[str, Any] = {
         "max_batch": max_batch, "max_context": context, "products": products, "threads": threads, "program": program,

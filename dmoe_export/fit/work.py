@@ -42,7 +42,7 @@ class Work:
 
 def work_of(manifest: Manifest, rows: int, context: int, most_tokens: int | None = None) -> Work:
     """The default cache of the model's kind: block, or prefix. `most_tokens`: of a row in one forward of an engine."""
-    d, n = manifest.model, manifest.model.step_tokens(manifest.routing)
+    d, n = manifest.model, manifest.step_tokens
     if d.canvas:  # its steps take nothing along; they begin anywhere, and the last one is never cached
         chunk = min(context, max(PREFILL_TOKENS, n), most_tokens or context)
         cached, wide = bucketed(max(1, context - n)), max(chunk, min(n, context))

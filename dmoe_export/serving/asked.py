@@ -54,7 +54,7 @@ class Facts:
 
     name: str
     max_model_len: int  # tokens of prompt and answer
-    block_length: int
+    block_length: int  # or of a canvas
     usual_new_tokens: int  # of a request that names no number and no preset
     page: dict[str, Any]  # what the page at `/` shows (`seen.model_facts`)
-    usual_of_presets: dict[str, int] = field(default_factory=dict)  # new tokens of a request that names one
+    usual_of_presets: dict[str, int] = field(default_factory=dict)  # new tokens of a request that names one, or off

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from ..decoding.option import OFF
 from ..decoding.settings import OPTIONS
 from ..errors import DmoeError
 from ..generator import Generator
@@ -70,9 +71,10 @@ class Engine:
         backend, defaults = self.generator.backend, self.generator.defaults
         most, limits = backend.description.max_positions, backend.limits
         usual = {name: int(defaults.values(name).get("max_new_tokens", OPTIONS["max_new_tokens"].default))
-                 for name in (None, *defaults.presets)}
-        return Facts(self.name, min(most, (limits and limits.max_context) or most), backend.routing.block_length,
-                     usual[None], model_facts(self.name, self.generator.bundle, defaults),
+                 for name in (None, OFF, *defaults.presets)}
+        return Facts(self.name, min(most, (limits and limits.max_context) or most),
+                     backend.description.step_tokens(backend.routing), usual[None],
+                     model_facts(self.name, self.generator.bundle, defaults),
                      {name: tokens for name, tokens in usual.items() if name})
 
     async def cancel(self, key: Key) -> bool:

@@ -54,7 +54,7 @@ def of_bundle(error: DmoeError, folder: object, name: str) -> ApiError:
         return ApiError(500, sentence, code="model_error")
     first = sentence.split(" ", 1)[0]
     about = "messages" if sentence.startswith(("Message ", "A message ")) else first if (
-        first in OPTIONS or first == "chat_template_kwargs") else None
+        first in OPTIONS or first in ("chat_template_kwargs", "tools")) else None
     too_long = isinstance(error, LengthError)  # agents look for OpenAI's word, and shorten their history
     return ApiError(400, sentence, param=about, code="context_length_exceeded" if too_long else None)
 

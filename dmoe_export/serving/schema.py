@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, create
 from pydantic_core import PydanticCustomError
 
 from ..decoding.settings import OPTIONS
+from ..text.switches import TOOLS
 from ..words import visible
 
 MOST_CHOICES = 16  # of a prompt
@@ -86,8 +87,8 @@ class Body(_Strict):
         if not isinstance(values, dict):
             return values
         kept = {name: value for name, value in values.items() if name not in HARMLESS}
-        if kept.get("stop") == []:  # as lm-eval sends it
-            del kept["stop"]
+        if kept.get("tool_choice") == "none":
+            kept.pop("tools", None)
         if kept.get("top_k") == -1:  # off, as other servers write it
             del kept["top_k"]
         if kept.get("best_of") == kept.get("n"):  # the best n of n
@@ -140,11 +141,21 @@ class ChatBody(_WithOptions):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MOST_MESSAGES)]
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Values that the chat template reads by name: true, false, null or numbers.")
+    tools: list[dict[str, Any]] | None = Field(
+        None, description="Functions that the chat template tells the model of; its answer stays text.")
+
+    @model_validator(mode="after")
+    def _tools_once(self) -> ChatBody:
+        if TOOLS in (self.chat_template_kwargs or {}):
+            raise ValueError("tools is a field of its own, not of chat_template_kwargs")
+        return self
 
     @property
     def template_kwargs(self) -> dict[str, Any] | None:
         """Not for completions, which go through no template."""
-        return self.chat_template_kwargs
+        if not self.tools:
+            return self.chat_template_kwargs
+        return (self.chat_template_kwargs or {}) | {TOOLS: self.tools}
 
 
 class CompletionBody(_WithOptions):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..bundle.reader import Bundle
 from ..decoding.defaults import Defaults
-from ..decoding.option import Option
+from ..decoding.option import OFF, Option
 from ..decoding.settings import OPTIONS
 from ..decoding.watch import StepSeen
 from ..text.pieces import Pieces
@@ -21,17 +21,17 @@ def state(seen: StepSeen, pieces: Pieces) -> dict[str, Any]:
 
 def model_facts(name: str, bundle: Bundle, defaults: Defaults) -> dict[str, Any]:
     """What the page needs to know of a model: experts of a layer, and options of a request with its defaults."""
-    moe, given = bundle.manifest.model.moe, defaults.values()
-    return {"id": name, "experts": moe.num_experts if moe else None,
-            "block_length": bundle.manifest.routing.block_length,
-            "options": [_described(one, given, defaults.presets if one.name == "preset" else ())
-                        for one in OPTIONS.values()]}
+    model, given = bundle.manifest.model, defaults.values()
+    names = [*defaults.presets, OFF] if defaults.presets else ()
+    return {"id": name, "experts": model.moe.num_experts if model.moe else None,
+            "block_length": bundle.manifest.step_tokens,
+            "options": [_described(one, given, names if one.name == "preset" else ()) for one in OPTIONS.values()]}
 
 
 def _described(one: Option, defaults: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """`names`: the values that the bundle has for it, where it takes no others."""
     kind, choices = ("choice", names) if names else _kind(one)
-    rule = f" ({one.told.rule.words})" if one.told.rule and not choices else ""
+    rule = f" ({one.words})" if one.words and not choices else ""
     return {"name": one.name, "group": one.told.group, "help": f"{one.told.meaning}{rule}.", "kind": kind,
             "choices": choices, "default": str(defaults.get(one.name, one.shown))}
 

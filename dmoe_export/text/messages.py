@@ -24,7 +24,7 @@ def plain_messages(messages: list[Message]) -> list[Message]:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise RequestError(f"Message {short(message)} needs the texts role and content, or as content parts "
                                "of text.")
-        _check(message, message, 0)
+        check_plain(message, "Message", message)
         plain.append({key: value for key, value in message.items() if value is not None})
     return plain
 
@@ -51,23 +51,24 @@ def half_character(text: str) -> bool:
     return not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _check(value: Any, message: Message, depth: int) -> None:
+def check_plain(value: Any, what: str, whole: Any, depth: int = 0) -> None:
+    """Raise RequestError for what is no plain data, as JSON has it. `what` and `whole` stand in the sentence."""
     if depth > _MOST_DEPTH:
-        raise RequestError(f"A message is nested more than {_MOST_DEPTH} levels deep; give a flatter one.")
+        raise RequestError(f"{what} {short(whole)} is nested more than {_MOST_DEPTH} levels deep; give a flatter one.")
     if isinstance(value, str):
         if half_character(value):
-            raise RequestError(f"Message {short(message)} holds half a character (a surrogate), so it is no text.")
+            raise RequestError(f"{what} {short(whole)} holds half a character (a surrogate), so it is no text.")
     elif isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
-                raise RequestError(f"Message {short(message)} has the key {key!r}; keys are texts.")
-            _check(key, message, depth)
-            _check(inner, message, depth + 1)
+                raise RequestError(f"{what} {short(whole)} has the key {key!r}; keys are texts.")
+            check_plain(key, what, whole, depth)
+            check_plain(inner, what, whole, depth + 1)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            _check(inner, message, depth + 1)
+            check_plain(inner, what, whole, depth + 1)
     elif value is not None and not isinstance(value, (int, float)):
-        raise RequestError(f"Message {short(message)} has a value of type {type(value).__name__}; give texts, "
+        raise RequestError(f"{what} {short(whole)} has a value of type {type(value).__name__}; give texts, "
                            "numbers, lists and objects as JSON has them.")
 
 

@@ -13,7 +13,7 @@ from ..errors import RequestError
 from .literal import LiteralEncoder, Own
 from .messages import Message
 from .shadow import KNOWN_ROLES, Disguise, ShadowEnvironment
-from .switches import Switches
+from .switches import TOOLS, Switches
 from .templates import ChatEnvironment, ChatTemplate
 
 
@@ -33,6 +33,7 @@ class OwnTokens:
     def find(self, messages: list[Message], text: str, now: datetime, switches: Switches | None = None) -> list[Own]:
         """The template's own tokens in `text`, its rendering of the messages at `now` with these switches.
 
+        Tools among them are the request's words, as messages are.
         Raises RequestError where the template takes messages apart in a way that cannot be followed, and they hold a
         part of a token.
         """
@@ -40,7 +41,9 @@ class OwnTokens:
         with self._lock:
             disguise = self._environment.disguise = Disguise(self._kept)
             try:
-                shadow = self._shadow.render(disguise.hide_messages(messages), now, switches)
+                hidden = {name: disguise.hide_values(value) if name == TOOLS else value
+                          for name, value in (switches or {}).items()}
+                shadow = self._shadow.render(disguise.hide_messages(messages), now, hidden)
             except (RequestError, ValueError):
                 shadow = ""
         if len(shadow) == len(text) and disguise.reveal(shadow) == text:
@@ -49,7 +52,7 @@ class OwnTokens:
             return [place for place in self._literal.own_tokens(shadow)
                     if not control[place.id].single_word or place in seen]
         normal = self._literal.normal
-        texts = [normal(one) for one in _texts(messages)]
+        texts = [normal(one) for one in _texts([messages, (switches or {}).get(TOOLS)])]
         for place in seen:
             token = self._literal.control[place.id].content
             if self._in_doubt(normal(token), texts):

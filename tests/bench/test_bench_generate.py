@@ -88,6 +88,17 @@ def test_a_peer_with_other_tokens_fails_the_command_after_the_result(tiny_bundle
     assert side["same_tokens"] is False and side["first_difference"] is not None
 
 
+def test_a_canvas_has_no_eager_peer_and_need_not_agree(golden, exported):
+    bundle = exported(golden.parent / "diffusion_gemma" / "model")
+    words = ("generate", bundle.folder, "--prompt-tokens", "5", *QUICK)
+    refused = bench(*words)
+    assert refused.exit_code == 2 and refused.stderr == (
+        f"dmoe-export: Peer eager fills masks, and {bundle.folder.name} denoises a canvas of random tokens; use --peer "
+        "onnxruntime, or none.\n")
+    (found,) = bench_json(*words, "--peer", "onnxruntime")["results"]
+    assert found["peers"]["onnxruntime"]["must_agree"] is False
+
+
 @pytest.mark.parametrize("geometry", ["tiny", "dream-tiny", "llada-moe-tiny"])
 def test_peer_computes_what_the_bundle_does(geometry, tmp_path, tiny_bundle):
     """Full and block-causal attention, experts or none, shared ones or none, biases, cached keys."""

@@ -69,6 +69,10 @@ def test_lengths_ends_and_counts(seed):
     assert len(tokens) == statistics.new_tokens and set(tokens) <= set(range(VOCAB))
     assert statistics.forwards_by_phase["commit"] == canvases - 1 and statistics.forwards_by_phase["prefill"] == 1
     assert canvases <= statistics.forwards_by_phase["denoise"] <= canvases * asked["steps"]
+    kept = statistics.accepted_by_step
+    assert len(kept) == statistics.forwards_by_phase["denoise"] - canvases and all(1 <= one <= C for one in kept)
+    assert statistics.accepted_places == (sum(kept) / len(kept) if kept else None)
+    assert statistics.as_dict().get("accepted_places") == statistics.accepted_places
     if end.finish_reason == "length":
         assert len(tokens) == asked["max_new_tokens"] and canvases == -(-len(tokens) // C)
     else:

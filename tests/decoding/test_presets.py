@@ -91,6 +91,7 @@ def with_preset(values: dict[str, object]) -> dict[str, object]:
     (with_preset({"threshold": True}), "Preset wild of .*: threshold is True, it must be a number"),
     (with_preset({"coreset_size": 4}), "Preset wild of .*: coreset_size has no meaning in this"),
     (with_preset({"preset": "speed"}), "Preset wild of .*: preset is no setting of a preset"),
+    ({"presets": PRESETS | {"off": {}}}, "Preset off of .*: off is no name of a preset"),
     ({"presets": {}}, "The decode_defaults of .*: preset is 'quality', but the presets are none"),
     ({"decode_defaults": {"preset": 3}}, "The decode_defaults of .*: preset is '3', but the presets are speed")])
 def test_what_no_request_could_ask_for_is_refused(bundle, fields, reason):
@@ -130,6 +131,38 @@ def test_they_are_shown_and_said(bundle):
     manifest = json.loads(run("inspect", bundle.folder, "--json").stdout)["manifest"]
     assert (manifest["decode_defaults"], manifest["presets"]) == (DEFAULTS, PRESETS)
     words = ("generate", bundle.folder, "--prompt-ids", "1,2,3", "--preset", "speed", "--max-new-tokens", 4)
-    assert "; by the bundle's decode defaults: threshold 0.0, preset speed, steps 8]" in run(*words).stderr
+    assert "; by the bundle's decode defaults: threshold 0.0, steps 8, preset speed]" in run(*words).stderr
     assert json.loads(run(*words, "--json").stdout)["decode_defaults"] == {
-        "threshold": 0.0, "preset": "speed", "steps": 8}
+        "threshold": 0.0, "steps": 8, "preset": "speed"}
+
+
+EDITED = {"edit_threshold": 0.5, "penalty_lambda": 1.0, "preset": "plain", "stop": "5", "time_limit": 9.0}
+PLAIN = {"plain": {"edit_threshold": "off", "steps": 8}}
+
+
+def test_off_wins_over_preset_and_defaults_and_takes_along_what_belongs_to_it(bundle):
+    edited = Defaults(changed(bundle, decode_defaults=EDITED, presets=PLAIN))
+    for said, want in (({}, ("plain", None, 0.0, 8)), ({"preset": "off"}, (None, 0.5, 1.0, 32)),
+                       ({"preset": "off", "edit_threshold": "off"}, (None, None, 0.0, 32))):
+        settings = edited.settings(said)
+        assert (settings.preset, settings.edit_threshold, settings.penalty_lambda, settings.steps) == want
+    assert edited.given({"preset": "off", "edit_threshold": "off"}) == {"stop": "5", "time_limit": 9.0}
+    assert edited.settings({"stop": [], "time_limit": "off"}).stops == () and edited.settings({}).stops == ("5",)
+    none = Defaults(changed(bundle, decode_defaults=EDITED, presets=PLAIN), "off")
+    assert none.settings({}).preset is None and none.settings({"preset": "plain"}).steps == 8
+    with pytest.raises(RequestError, match=r"^penalty_lambda belongs to editing"):
+        edited.settings({"edit_threshold": "off", "penalty_lambda": 1.0})
+    with pytest.raises(RequestError, match=r"^steps is 'off', it must be an integer\.$|^steps is off"):
+        edited.settings({"steps": "off"})
+    with pytest.raises(RequestError, match=r"^edit_threshold is 'never', it must be a number, or off\.$"):
+        edited.settings({"edit_threshold": "never"})
+
+
+def test_the_command_line_says_off(tiny_bundle, tmp_path):
+    copy = with_decoding(tiny_bundle, tmp_path / "b", EDITED, PLAIN)
+    words = ("generate", copy.folder, "--prompt-ids", "1,2,3", "--max-new-tokens", 4, "--json", "--stop", "")
+    taken = [json.loads(run(*words, *more).stdout)["decode_defaults"] for more in (
+        (), ("--preset", "off"), ("--preset", "off", "--edit-threshold", "off", "--time-limit", "off"))]
+    assert taken == [{"time_limit": 9.0, "steps": 8, "preset": "plain"},
+                     {"edit_threshold": 0.5, "penalty_lambda": 1.0, "time_limit": 9.0}, {}]
+    assert run(*words, "--steps", "off").exit_code == 2

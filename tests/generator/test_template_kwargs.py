@@ -14,7 +14,8 @@ from dmoe_export import Generator
 from dmoe_export.cli import main
 from dmoe_export.errors import RequestError
 
-TEMPLATE = ("{% for m in messages %}<role>HUMAN</role>{{ m.content }}<|role_end|>{% endfor %}<role>ASSISTANT</role>"
+TEMPLATE = ("{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+            "{% for m in messages %}<role>HUMAN</role>{{ m.content }}<|role_end|>{% endfor %}<role>ASSISTANT</role>"
             "{% if enable_thinking is defined and not enable_thinking %}2 + 3 = {% endif %}")
 QUESTION = "what is 2 plus 3?"
 USER = [{"role": "user", "content": QUESTION}]
@@ -95,6 +96,17 @@ def test_the_server_encodes_with_it(url, prompts):
     plain = ask(f"{url}/v1/completions", {"model": "sample", "prompt": QUESTION, "chat_template_kwargs": OFF})
     assert plain.status == 400 and plain.json()["error"]["message"] == (
         "chat_template_kwargs is not offered here; leave it out.")
+
+
+def test_the_server_tells_the_template_of_tools(url, prompts):
+    body = {"model": "sample", "messages": USER, "max_tokens": 4}
+    tools = {"tools": [{"type": "function", "function": {"name": "plus plus"}}]}
+    usage = [ask(f"{url}/v1/chat/completions", body | more).json()["usage"]["prompt_tokens"] for more in (
+        tools, tools | {"tool_choice": "auto", "chat_template_kwargs": OFF}, tools | {"tool_choice": "none"}, {})]
+    plain, off = map(len, prompts)
+    assert usage == [plain + 2, off + 2, plain, plain]
+    refused = ask(f"{url}/v1/chat/completions", body | {"chat_template_kwargs": tools})
+    assert refused.status == 400 and "tools is a field of its own" in refused.text
 
 
 @pytest.mark.parametrize(("kwargs", "words"), [

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import click
 import pytest
@@ -32,10 +33,11 @@ def _docstring(function: Any) -> str:
 
 
 def test_the_typed_dictionary_has_the_fields_and_their_types():
-    """Each may be None, too, and its type holds everything else that the field's does."""
+    """Each may be None, too, and off where it can be; its type holds everything else that the field's does."""
     fields_of, keys = get_type_hints(DecodeSettings), get_type_hints(GenerateOptions)
     assert list(keys) == list(fields_of) == list(OPTIONS) and not GenerateOptions.__required_keys__
-    assert keys == {name: hint | None for name, hint in fields_of.items()}
+    off = {name: Literal["off"] if one.told.off else None for name, one in OPTIONS.items()}
+    assert keys == {name: hint | off[name] | None for name, hint in fields_of.items()}
 
 
 def test_the_docstring_lists_every_option_once():
@@ -53,6 +55,7 @@ def test_the_command_line_has_every_option_with_its_words_and_type():
             "integer": (int,), "float": (float,), "boolean": (bool,), "text": (str,)}[option.type.name]
         assert set(kind) == set(one.types) - {type(None), Sequence[int], Sequence[str]}
         assert option.multiple == bool({Sequence[int], Sequence[str]} & set(one.types))
+        assert option.word == ("off" if one.told.off else None)
 
 
 def test_the_page_has_every_option():
@@ -61,7 +64,7 @@ def test_the_page_has_every_option():
         option = SHOWN[name]
         flags = ", ".join(f"`{flag}`" for flag in (*option.opts, *option.secondary_opts))
         kind = "" if option.multiple else {"integer": "integer, ", "float": "number, "}.get(option.type.name, "")
-        values = kind + (one.told.rule.words if one.told.rule else "true or false")
+        values = kind + (one.words or "true or false")
         rows.append(f"| `{name}` | {flags} | {values} | {one.shown} | {one.told.meaning} |")
     wanted = "\n".join(rows)
     assert f"|---|---|---|---|---|\n{wanted}\n\n" in PAGE, f"docs/generate.md should say\n{wanted}"
@@ -83,11 +86,11 @@ def test_other_commands_that_share_an_option_share_its_words():
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_values_that_mean_nothing_are_refused_in_the_words_of_the_page(name):
-    nothing = "" if str in OPTIONS[name].types else "many"
-    with pytest.raises(RequestError, match=f"^{name} is '?{nothing}'?, it must be "):
+    nothing = "" if name == "preset" else ["a", ""] if name == "stop" else "many"
+    with pytest.raises(RequestError, match=f"^{name} is '?{re.escape(str(nothing))}'?, it must be "):
         DecodeSettings(**{name: nothing})
-    if (rule := OPTIONS[name].told.rule) and not isinstance(OPTIONS[name].default, str):
-        with pytest.raises(RequestError, match=f"^{name} is -2, it must be {rule.words}.$"):
+    if OPTIONS[name].told.rule and name != "stop" and not isinstance(OPTIONS[name].default, str):
+        with pytest.raises(RequestError, match=f"^{name} is -2, it must be {OPTIONS[name].words}.$"):
             DecodeSettings(**{name: -2})
 
 
@@ -100,6 +103,7 @@ generator = Generator.open("bundle", backend="onnxruntime", threads=2)
 chosen: GenerateOptions = {"steps": 8, "cache": "dual", "edit_threshold": 0.9}
 answers: list[Generation] = generator.generate(["a", [1, 2]], chat=False, max_new_tokens=8, eos_id=[1, 2], seed=None)
 generator.generate("a", stop="\\n", time_limit=2)
+generator.generate("a", preset="off", edit_threshold="off", time_limit="off", stop=[])
 generator.generate("a", stop=["b", "c"], cancel=threading.Event())
 blocks: list[Block] = list(generator.stream([{"role": "user", "content": "a"}], **chosen))
 generator.generate("a", speed=2)  # wrong: "speed"
@@ -107,6 +111,7 @@ generator.generate("a", steps="8")  # wrong: "steps"
 generator.stream("a", cache="big")  # wrong: "cache"
 generator.stream("a", early_stop=0.5)  # wrong: "early_stop"
 generator.stream("a", stop=5)  # wrong: "stop"
+generator.stream("a", threshold="off")  # wrong: "threshold"
 chosen["top_k"] = 0.5  # wrong: "top_k"
 Generator.open("bundle", backend="cuda")  # wrong: "backend"
 """

@@ -39,7 +39,7 @@ class Asked:
                     for phase, number in statistics.forwards_by_phase.items() if prefills or phase != "prefill"}
         return (self.tokens, self.last.finish_reason, type(self.last.error), by_phase, statistics.new_tokens,
                 statistics.blocks, statistics.edits, statistics.inserted, statistics.deleted,
-                statistics.salient_by_step)
+                statistics.salient_by_step, statistics.accepted_by_step)
 
 
 def take(batch: JoiningBatch, rows: list[Asked]) -> None:

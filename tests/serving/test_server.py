@@ -159,7 +159,9 @@ REFUSED = [
     ({"max_tokens": True}, 400, "an integer", "max_new_tokens"),
     ({"max_tokens": 500}, 400, "positions", None),
     ({"max_tokens": 5, "max_new_tokens": 6}, 400, "differ", "max_tokens"),
-    ({"tools": [{"type": "function"}]}, 400, "tools is not offered", "tools"),
+    ({"tools": [{"type": "function"}]}, 400, "tools is given, and the bundle's chat template shows the model", "tools"),
+    ({"tools": [5]}, 400, "tools.0: ", "tools"),
+    ({"tool_choice": "required"}, 400, "tool_choice is not", "tool_choice"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format is not offered", "response_format"),
     ({"logprobs": True}, 400, "logprobs is not offered", "logprobs"),
     ({"presence_penalty": 0.5}, 400, "presence_penalty is not offered", "presence_penalty"),
@@ -180,7 +182,8 @@ def test_refused_in_openai_s_shape(served, more, status, words, param):
 
 def test_fields_that_ask_for_nothing_are_taken(served):
     nothing = {"user": "me", "metadata": {"a": "b"}, "store": True, "presence_penalty": 0, "frequency_penalty": 0.0,
-               "logprobs": False, "tools": [], "response_format": {"type": "text"}, "n": None, "stop": [],
+               "logprobs": False, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "n": None,
+               "stop": [],
                "temperature": None, "logit_bias": None, "seed": None, "stream": False, "stream_options": None}
     assert ask(served, **nothing)[2]["choices"] == ask(served)[2]["choices"]
 
