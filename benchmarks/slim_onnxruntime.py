@@ -3,7 +3,7 @@
     python benchmarks/slim_onnxruntime.py SITE [--code 90] [--list]
 
 SITE: a folder with onnxruntime/ in it; changed in place. `--list` changes nothing and says which machine code is there
-(cuobjdump --list-elf says the same). Standard library only, but for zstandard: the provider's machine code is compressed
+(cuobjdump --list-elf says the same). Standard library only, but for zstandard: that machine code is compressed
 with it.
 
 The CUDA provider holds its kernels in the section .nv_fatbin: containers, each with one entry per GPU generation. Here
@@ -157,8 +157,9 @@ def slim(site: Path, code: int) -> str:
         for path in sorted((site / "onnxruntime").glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return (f"{said['kept']} of {said['kept'] + said['dropped']} pieces of machine code kept for compute capability "
-            f"{code}, {said['left whole']} of {said['containers']} containers have none and stay whole, "
-            f"{said['unreached']} lost theirs, which no graph of ours reaches; {said['bytes'] / 1e6:.1f} MB of machine code in all")
+            f"{code}; of {said['containers']} containers {said['left whole']} have none and stay whole, "
+            f"{said['unreached']} lost theirs, which no graph of ours reaches; "
+            f"{said['bytes'] / 1e6:.1f} MB of machine code in all")
 
 
 if __name__ == "__main__":
