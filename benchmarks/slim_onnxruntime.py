@@ -91,7 +91,7 @@ def kernels(data: bytes | bytearray, offset: int) -> list[bytes]:
         try:
             import zstandard
         except ImportError:
-            raise SlimError("The provider's machine code is compressed: pip install zstandard.") from None
+            raise SlimError("Machine code is compressed: Python's package zstandard is needed to read it.") from None
         code = zstandard.ZstdDecompressor().decompress(code, max_output_size=size)
     return re.findall(rb"\.nv\.constant0\.([^\0]+)\0", code)
 
