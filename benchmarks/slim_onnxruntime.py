@@ -3,17 +3,21 @@
     python benchmarks/slim_onnxruntime.py SITE [--code 90] [--list]
 
 SITE: a folder with onnxruntime/ in it; changed in place. `--list` changes nothing and says which machine code is there
-(cuobjdump --list-elf says the same). Standard library only.
+(cuobjdump --list-elf says the same). Standard library only, but for zstandard: that machine code is compressed
+with it.
 
 The CUDA provider holds its kernels in the section .nv_fatbin: containers, each with one entry per GPU generation. Here
 a container keeps its entries of one compute capability and says that it is that long; the rest is zeros, which take no
 room in an archive. Nothing moves in the file, so whatever points to a container stays right, and a container is again
 what nvcc writes for one generation. A container without such an entry stays whole: CUDA says the same of it as before.
+A container of kernels that no graph of ours reaches (UNREACHED) becomes one of that kind: with machine code of another
+generation, the smallest there is. It is loaded when one of its kernels is launched, which then fails by name.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import struct
 import sys
@@ -24,7 +28,11 @@ PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
 # What opening and running a session never looks at, the largest first.
 NOT_NEEDED = ("capi/libonnxruntime.so*", "transformers", "quantization", "tools", "ThirdPartyNotices.txt",
               "capi/libonnxruntime_providers_tensorrt.so", "datasets", "**/__pycache__")
+# Flash attention, a third of what is left: kernels of Attention, GroupQueryAttention and their like. Bundles have
+# DmoeAttention, whose body is MatMul and Softmax.
+UNREACHED = re.compile(rb"11onnxruntime5flash")
 _CONTAINER, _ELF, _PTX = 0xBA55ED50, 2, 1
+_LZ4, _ZSTD = 0x2000, 0x8000  # flags of an entry
 
 
 class SlimError(Exception):
@@ -71,9 +79,35 @@ def containers(data: bytes | bytearray) -> list[tuple[int, int, list[tuple[int, 
     return found
 
 
+def kernels(data: bytes | bytearray, offset: int) -> list[bytes]:
+    """Mangled names of the kernels in an entry of machine code. Raises SlimError."""
+    head, = struct.unpack_from("<I", data, offset + 4)
+    payload, packed = struct.unpack_from("<QI", data, offset + 8)
+    flags, _, size = struct.unpack_from("<QQQ", data, offset + 40)
+    code = bytes(data[offset + head:offset + head + (packed or payload)])
+    if flags & _LZ4:
+        raise SlimError(f"At {offset:#x}, machine code is compressed with LZ4, which this program cannot read.")
+    if flags & _ZSTD:
+        try:
+            import zstandard
+        except ImportError:
+            raise SlimError("Machine code is compressed: Python's package zstandard is needed to read it.") from None
+        code = zstandard.ZstdDecompressor().decompress(code, max_output_size=size)
+    return re.findall(rb"\.nv\.constant0\.([^\0]+)\0", code)
+
+
+def stand_in(data: bytes | bytearray, code: int) -> bytes:
+    """The smallest machine code that a GPU of this compute capability does not take; empty where there is none."""
+    others = [(length, offset) for _, _, entries in containers(data) for offset, length, kind, other in entries
+              if kind == _ELF and other // 10 != code // 10]
+    length, offset = min(others, default=(0, 0))
+    return bytes(data[offset:offset + length])
+
+
 def trim(data: bytearray, code: int) -> Counter[str]:
     """Keep one compute capability's machine code; what was kept, in entries and bytes. Raises SlimError."""
     said: Counter[str] = Counter()
+    other = stand_in(data, code)
     for at, header, entries in containers(data):
         kept = [entry for entry in entries if entry[2:] == (_ELF, code)]
         said["containers"] += 1
@@ -81,8 +115,13 @@ def trim(data: bytearray, code: int) -> Counter[str]:
             said["left whole"] += 1
             said["bytes"] += sum(length for _, length, *_ in entries)
             continue
-        body = b"".join(bytes(data[offset:offset + length]) for offset, length, *_ in kept)
         room = sum(length for _, length, *_ in entries)
+        names = [name for offset, *_ in kept for name in kernels(data, offset)]
+        if names and all(map(UNREACHED.search, names)) and 0 < len(other) <= room:
+            said["unreached"] += 1
+            kept, body = [], other
+        else:
+            body = b"".join(bytes(data[offset:offset + length]) for offset, length, *_ in kept)
         data[at + header:at + header + room] = body + bytes(room - len(body))
         struct.pack_into("<Q", data, at + 8, len(body))
         said["kept"] += len(kept)
@@ -118,7 +157,8 @@ def slim(site: Path, code: int) -> str:
         for path in sorted((site / "onnxruntime").glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return (f"{said['kept']} of {said['kept'] + said['dropped']} pieces of machine code kept for compute capability "
-            f"{code}, {said['left whole']} of {said['containers']} containers have none and stay whole; "
+            f"{code}; of {said['containers']} containers {said['left whole']} have none and stay whole, "
+            f"{said['unreached']} lost theirs, which no graph of ours reaches; "
             f"{said['bytes'] / 1e6:.1f} MB of machine code in all")
 
 

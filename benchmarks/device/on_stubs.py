@@ -4,7 +4,8 @@
 
 STUBS.json: what tests/cuda_stubs/prepare.py printed. FOLDER gets what was found: by drive.py there, and by
 gpu_generate.py and gpu_profile.py with that provider. Kernels do nothing on stubs, so this says that slimming, packing
-and unpacking left a provider that takes the graph, and nothing of results. Exit code 1 when it does not.
+and unpacking left a provider that takes the graph and has all kernels it launches; nothing of results. Exit code 1
+when it does not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from slim_onnxruntime import UNREACHED  # noqa: E402
+
 CUDA = "CUDAExecutionProvider"
 
 
@@ -34,7 +39,11 @@ def main() -> None:
         if subprocess.run([sys.executable, ROOT / "tests" / command[0], *command[1:]], env=environment).returncode:
             sys.exit(f"{command[0]} failed; what it said stands above.")
     found = json.loads(driven.read_text())
-    for name, run in {**found["runs"], "batch": found["batch"]}.items():
+    runs = {**found["runs"], "drawing": found["drawing"], "batch": found["batch"]}
+    kernels = {kernel for run in runs.values() for kernel in run["kernels"]}
+    if dropped := [kernel for kernel in kernels if UNREACHED.search(kernel.encode())]:
+        sys.exit(f"{len(dropped)} of {len(kernels)} launched kernels were not carried, such as {dropped[0]}")
+    for name, run in runs.items():
         if not run["placement"].get(CUDA) or run["violations"]:
             sys.exit(f"{name}: nodes {run['placement']}, violations {run['violations']}")
     plain, recorded = found["runs"]["custom ops"], found["runs"]["custom ops, recorded"]["graphs"]
@@ -42,7 +51,8 @@ def main() -> None:
     if recorded["off"] or not recorded["replayed"] or ours >= bodies:
         sys.exit(f"recorded steps: {recorded}; operations of a step: {ours} with custom ops, {bodies} with bodies")
     print(f"ONNX Runtime {found['onnxruntime']} on stubs: nodes {plain['placement']}, {ours} operations a step with "
-          f"custom ops and {bodies} with bodies, {recorded['replayed']} steps replayed")
+          f"custom ops and {bodies} with bodies, {recorded['replayed']} steps replayed, "
+          f"{len(kernels)} kernels, all of them carried")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@
 #                     not fit
 #   lib               both our libraries, for one compute capability (PACK_CODE)
 #   ort.N, rtx.N      onnxruntime-gpu (slimmed by slim_onnxruntime.py, or `ort-whole`) and TensorRT-RTX, as one archive
-#                     each, cut into parts
+#                     each, cut into parts of one size
 PACK_PYTHON=${PACK_PYTHON:-3.12}
 PACK_CODE=${PACK_CODE:-90}
+PART=$((31 << 20))  # bytes, the most that a part may have
 pinned() { sed -n "s/^$1==\([0-9.]*\).*/\1/p" constraints.txt; }
 RTX_VERSION=${RTX_VERSION:-$(pinned tensorrt-rtx-cu13-libs)}
 ORT_VERSION=${ORT_VERSION:-$(pinned onnxruntime-gpu)}
@@ -44,16 +45,21 @@ archive() {  # rtx, ort or ort-whole: fetched, made smaller, packed, cut; what i
     mkdir "$scratch/site"
     for wheel in "$scratch"/w/*.whl; do "$PYTHON" -m zipfile -e "$wheel" "$scratch/site" || return 1; done
     rm -rf "$scratch/w"
-    [ "$1" != ort ] || "$PYTHON" benchmarks/slim_onnxruntime.py "$scratch/site" --code "$PACK_CODE" || return 1
+    [ "$1" != ort ] || slim "$scratch" || return 1
     rm -f "$CARRY/$name".* "$CARRY/base/$name".*
     echo "$name: packing, some minutes"
     tar -C "$scratch/site" -c . | xz --x86 --lzma2=preset=9e,dict=256MiB -T1 > "$scratch/$name.txz" || return 1
-    split -b 31M -d -a 1 "$scratch/$name.txz" "$CARRY/$name."
+    split -n "$(($(stat -c %s "$scratch/$name.txz") / PART + 1))" -d -a 1 "$scratch/$name.txz" "$CARRY/$name."
     # Parts and sum travel with the base, so that a missing part is noticed.
     (cd "$scratch" && sha256sum "$name.txz") > "$CARRY/base/$name.sha256"
     (cd "$CARRY" && ls "$name".[0-9]) > "$CARRY/base/$name.parts"
     echo "$made" > "$CARRY/base/$name.made"
     rm -rf "$scratch"
+}
+
+slim() {  # a folder with site/ in it; zstandard is for this machine, and not in the product's environment
+    "$PYTHON" -m pip install --quiet --target "$1/zstandard" zstandard &&
+        PYTHONPATH="$1/zstandard" "$PYTHON" benchmarks/slim_onnxruntime.py "$1/site" --code "$PACK_CODE"
 }
 
 pydantic_core() {  # the one version the chosen pydantic takes

@@ -24,7 +24,7 @@ from .progress import step_bar
 
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
-    "dmoe-export bench generate sample.bundle --prompt-tokens 32 --max-new-tokens 32 --rounds 1",
+    "dmoe-export bench generate --geometry tiny --prompt-tokens 32 --max-new-tokens 32 --rounds 1",
     "dmoe-export bench generate sample.bundle --prompt-tokens 32 --coreset 8,all --rounds 1 --peer none"))
 @bundle_options
 @option("--prompt-tokens", default="128,1024", metavar="N,…", group="compared",

@@ -23,7 +23,7 @@ from .progress import step_bar
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
     "dmoe-export bench serve sample.bundle --requests 8 --clients 1,4 --rounds 1 --new-tokens 8-64",
-    "dmoe-export bench serve --geometry llada2.0-mini --layers 4 --work WORK --out serve.json --plot serve.png"))
+    "dmoe-export bench serve --geometry tiny --work WORK --out serve.json --plot serve.png"))
 @bundle_options
 @option("--clients", default="1,2,4,8", metavar="N,…", group="load",
         help="Clients at a time, separated by commas; each has one request at a time")

@@ -179,6 +179,37 @@ class TestSlimming:
         assert slim.containers(data) == after, "once more changes nothing"
         assert slim.listing(data) == "machine code by compute capability: 90 in 2, 120 in 1 of 3 containers"
 
+    def test_kernels_that_no_graph_reaches_go(self):
+        """Where all of a container's are; it then has machine code that this GPU does not take."""
+        flash = b"\0.nv.constant0._ZN11onnxruntime5flash16flash_fwd_kernelE\0"
+        other = b"\0.nv.constant0._ZN11onnxruntime4cuda7softmaxE\0"
+        alone, mixed = flash.ljust(160, b"x"), (flash + other).ljust(160, b"x")
+        newest = self.NEWEST
+        data = bytearray(fat_binary([self.OLD, (2, 90, alone)], [(2, 90, mixed)], [newest]))
+        size, before = len(data), slim.containers(data)
+        said = slim.trim(data, 90)
+        after = slim.containers(data)
+        assert len(data) == size and [at for at, *_ in after] == [at for at, *_ in before]
+        assert [[code for *_, code in entries] for _, _, entries in after] == [[120], [90], [120]]
+        (offset, length, *_), = after[0][2]
+        assert data[offset + 64:offset + length] == newest[2], "the smallest of others"
+        assert (said["unreached"], said["kept"], said["left whole"]) == (1, 1, 1)
+        assert alone not in data and mixed in data
+        slim.trim(data, 90)
+        assert slim.containers(data) == after, "once more changes nothing"
+
+    def test_compressed_machine_code(self):
+        """LZ4 is refused; what zstandard packed is read where zstandard is."""
+        data = bytearray(fat_binary([self.NEW]))
+        (offset, *_), = slim.containers(data)[0][2]
+        struct.pack_into("<Q", data, offset + 40, 0x2000)
+        with pytest.raises(slim.SlimError, match="LZ4"):
+            slim.kernels(data, offset)
+        if importlib.util.find_spec("zstandard") is None:
+            struct.pack_into("<Q", data, offset + 40, 0x8000)
+            with pytest.raises(slim.SlimError, match="zstandard is needed"):
+                slim.kernels(data, offset)
+
     def test_what_is_not_understood_is_refused(self):
         whole = fat_binary([self.OLD, self.NEW])
         for broken, words in ((whole.replace(b".nv_fatbin", b".other_bin"), "no section"),

@@ -3,7 +3,7 @@
     python tests/cuda_stubs/drive.py BUNDLE --out FILE [--no-bodies | --salient CAPACITY] [--prefill TOKENS]
 
 In the environment that prepare.py prints. Kernels do nothing here, so tokens mean nothing; what is counted is real:
-where nodes are placed, what a step asks of the device, how many calls of CUDA the host makes for it.
+where nodes are placed, which kernels are launched, what a step asks of the device, how many calls of CUDA it takes.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def run(bundle: Bundle, prompts: list[list[int]], new_tokens: int, asked: dict[s
     backend = open_onnxruntime_cuda(bundle, device, **how)
     forward, steps, replays = backend.forward, [], []
     shapes, violations = set(), []
+    kernels: set[str] = set()
     prefills: list[tuple[int, dict[str, Any]]] = []
 
     def counted(inputs: Any, cache: Any) -> Any:
@@ -56,7 +57,9 @@ def run(bundle: Bundle, prompts: list[list[int]], new_tokens: int, asked: dict[s
         device.reset()
         start = time.perf_counter()
         outputs = forward(inputs, cache)
-        found = summary(device.counts(), time.perf_counter() - start)
+        counts = device.counts()
+        found = summary(counts, time.perf_counter() - start)
+        kernels.update(name.removeprefix("kernel:") for name in counts if name.startswith("kernel:"))
         violations.extend(device.violations())
         shapes.add((*inputs.input_ids.shape, cache.slab.length))
         if inputs.want_keys_values:
@@ -71,8 +74,8 @@ def run(bundle: Bundle, prompts: list[list[int]], new_tokens: int, asked: dict[s
     graphs = backend.graphs
     return {"placement": backend.placement, "cpu_ops": _on_the_cpu(backend._executor), "violations": violations,
             "tokens": [len(answer.token_ids) for answer in answers], "shapes": sorted(shapes),
-            "prefill": _widest(prefills), "step": _usual(steps), "replayed_step": _usual(replays),
-            "graphs": graphs and _recordings(graphs)}
+            "kernels": sorted(kernels), "prefill": _widest(prefills), "step": _usual(steps),
+            "replayed_step": _usual(replays), "graphs": graphs and _recordings(graphs)}
 
 
 def salient(bundle: Bundle, prompt: list[int], capacity: int) -> dict[str, Any]:

@@ -103,8 +103,9 @@ class Page:
         return result["result"].get("value")
 
     def open(self, url: str, until: str = "document.readyState == 'complete'") -> None:
+        self.run("window.left = true")  # on a busy machine the old document still answers for a while
         self.send("Page.navigate", url=url)
-        self.until(until)
+        self.until(f"!window.left && ({until})")
 
     def until(self, script: str | Callable[[], bool], seconds: float = 30) -> None:
         """Wait until it is true."""

@@ -104,6 +104,6 @@ def test_a_wheel_alone_exports_and_answers(tmp_path, settings, platform, says):
     run(python, "-m", "pip", "install", f"{wheel}[cpu,export]")  # the extras are here, in versions that do
     assert site.as_posix() in run(python, "-c", "import dmoe_export; print(dmoe_export.__file__)").stdout
     run(command, "export", SAMPLE, "--out", "b")
-    assert "DmoeExperts" in run(command, "inspect", "b").stdout
+    assert "DmoeMixture" in run(command, "inspect", "b").stdout
     answer = run(command, "generate", "b", "--prompt", QUESTION, "--max-new-tokens", "32")
     assert answer.stdout.strip() == "12 + 7 = 19 apples" and says in answer.stderr

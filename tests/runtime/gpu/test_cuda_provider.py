@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu  # noqa: F401 - puts the benchmarks on the path
 import pytest
 from cuda_stubs.prepare import Unavailable, pinned_version, prepare
 from linked_layouts import hub
+from slim_onnxruntime import UNREACHED
 
 from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.runtime.gpu.nvidia_libraries import nvidia_folders
@@ -69,6 +71,13 @@ def test_only_shape_arithmetic_is_on_the_cpu(sample, way):
     run = sample["runs"][way]
     assert run["cpu_ops"] == SHAPE_ARITHMETIC[way] and run["cpu_ops"].keys() <= SHAPE_OPS
     assert run["placement"].keys() == {CUDA, CPU} and run["placement"][CPU] == sum(SHAPE_ARITHMETIC[way].values())
+
+
+def test_no_kernel_is_launched_that_a_gpu_machine_is_not_sent(sample):
+    """Names are read, so those of our ops and of the provider are there."""
+    kernels = [{kernel.encode() for kernel in sample["runs"][way]["kernels"]} for way in ("custom ops", "bodies")]
+    assert any(b"dmoe" in kernel for kernel in kernels[0]) and any(b"onnxruntime" in kernel for kernel in kernels[1])
+    assert not [kernel for kernel in kernels[0] | kernels[1] if UNREACHED.search(kernel)]
 
 
 def test_custom_ops_save_operations(sample):
