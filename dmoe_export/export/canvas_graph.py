@@ -35,8 +35,9 @@ class CanvasGraph(nn.Module):
         x, out = model.trunk(input_ids, position_ids, Past(past_key, past_value, past_positions),
                              RoutingSettings(**{**fixed, **settings}), canvas)
         logits = model.logits(x, logit_rows, input_ids)
+        drawn = model.drawn(logits, canvas)  # before what needs the logits themselves, which ONNX Runtime frees so
         best = (*best_tokens(logits, model.description.barred_id), first_rows(logits, logits_kept))
-        return *best, *model.drawn(logits, canvas), torch.stack(out.expert_ids), out.keys, out.values
+        return *best, *drawn, torch.stack(out.expert_ids), out.keys, out.values
 
 
 def input_names(mode: RoutingMode, layers: int) -> list[str]:

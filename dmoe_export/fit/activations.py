@@ -11,6 +11,8 @@ from ..description import ITEMSIZES
 from .work import Forward
 
 FLOAT = 4
+HEAD_TENSORS = 3
+"""As large as the logits, at once: logits, less the largest, their powers; of a canvas that again, or probabilities."""
 # Bytes per token and expert of the routing body's tensors [N, E] that live at once.
 _ROUTING = {"token": 22, "top_p": 36, "top_c": 30}
 
@@ -27,10 +29,25 @@ def soft_bytes(manifest: Manifest, forward: Forward) -> int:
     return FLOAT * d.hidden_size * (forward.tokens + forward.rows * forward.wanted) if d.canvas else 0
 
 
-def head_tensors(manifest: Manifest) -> int:
-    """Tensors as large as the logits that live at once: logits, less the largest, their powers; with draws
-    probabilities, and where their sums are below the draw, as one byte and as an int64 of eight."""
-    return 4 if manifest.model.canvas else 3
+def table_bytes(manifest: Manifest) -> int:
+    """The vocabulary's matrix in the compute type, which ONNX Runtime makes when it opens a model with a canvas that
+    stores another: soft embeddings are a product with it that no kernel of ours computes."""
+    d, compute = manifest.model, manifest.precision
+    if d.canvas is None or manifest.formats.of("embed.weight", d.hidden_size, compute) == compute:
+        return 0
+    return d.vocab_size * d.hidden_size * ITEMSIZES[compute]
+
+
+def device_head_bytes(manifest: Manifest, forward: Forward) -> tuple[int, int]:
+    """Of the head on a GPU: logits that leave the graph, and tensors as large as they that are alive inside at most.
+
+    Of a canvas one place leaves; its logits stay inside, and beside them what they were in the compute type: an engine
+    of dynamic batch asks for as much, one of a single row for four fifths (docs/fit.md).
+    """
+    tensor, c = head_tensor(manifest, forward), ITEMSIZES[manifest.precision]
+    if not manifest.model.canvas:
+        return tensor, (HEAD_TENSORS - 1) * tensor
+    return tensor // forward.wanted, HEAD_TENSORS * tensor + (tensor * c // FLOAT if c < FLOAT else 0)
 
 
 def head_tensor(manifest: Manifest, forward: Forward) -> int:

@@ -9,7 +9,7 @@ from ..bundle.consistent import part_bytes
 from ..bundle.manifest import Manifest
 from ..description import ITEMSIZES
 from ..runtime.cpu.products import Products
-from .activations import FLOAT, head_tensor, head_tensors, layer_bytes, output_bytes, soft_bytes
+from .activations import FLOAT, HEAD_TENSORS, head_tensor, layer_bytes, output_bytes, soft_bytes, table_bytes
 from .kernels import kernel_bytes
 from .prediction import Part, Program
 from .work import Forward, Work
@@ -51,6 +51,7 @@ def cpu_parts(manifest: Manifest, work: Work, cpu: Cpu, program: Program, budget
         Part(name="dense weights", bytes=dense_bytes(manifest, widest.rows * (work.cached + work.block)),
              place="mapped"),
         Part(name="experts", bytes=expert_bytes(manifest, budget), place="mapped"),
+        Part(name="table of words, widened", bytes=table_bytes(manifest), place="anonymous"),
         Part(name="cache", bytes=cached, place="anonymous"),
         Part(name="cache while it grows", bytes=grown, place="anonymous"),
         Part(name="activations", bytes=arena, place="anonymous"),
@@ -73,7 +74,7 @@ def arena_bytes(manifest: Manifest, forward: Forward, body_attention: bool = Fal
     while 2 * region - _REGION < layers:
         region *= 2
     tensor = head_tensor(manifest, forward)
-    return int(_MIXED * (layers + max(0, head_tensors(manifest) - region // tensor) * tensor))
+    return int(_MIXED * (layers + max(0, HEAD_TENSORS - region // tensor) * tensor))
 
 
 def dense_bytes(manifest: Manifest, tokens: int) -> int:

@@ -11,7 +11,7 @@ from ..runtime.gpu.memory import CHUNK, IDLE_LIMIT
 from ..runtime.gpu.salient import state_geometries
 from ..runtime.gpu.slab import Geometry
 from ..runtime.residency.budget import ExpertBudget
-from .activations import head_tensor, head_tensors, layer_bytes, soft_bytes
+from .activations import device_head_bytes, layer_bytes, soft_bytes, table_bytes
 from .cpu import PROCESS, expert_bytes
 from .prediction import Named, Part, Program
 from .work import Work
@@ -51,17 +51,18 @@ def device_parts(manifest: Manifest, work: Work, backend: Named, engine: EngineE
         each = manifest.bytes_per_expert * len(manifest.model.moe_layers)
         weights[1] = Part(name="expert pools", bytes=min(experts, budget.residents * each), place="device")
         host.append(Part(name="all experts for the GPU to read", bytes=experts, place="pinned"))
-    live = max(layer_bytes(manifest, forward) + (head_tensors(manifest) - 1) * head_tensor(manifest, forward)
+    live = max(layer_bytes(manifest, forward) + device_head_bytes(manifest, forward)[1]
                for forward in (work.widest, work.step))
     device = [
         Part(name="driver", bytes=_DRIVER, place="device"), *weights,
+        Part(name="table of words, widened", bytes=table_bytes(manifest), place="device"),
         Part(name="cache", bytes=_slab(manifest, work.widest.rows, work.cached), place="device"),
         Part(name="cache while it grows", bytes=_slab(manifest, work.widest.rows, work.cached), place="device"),
         Part(name="results", bytes=2 * _slab(manifest, work.widest.rows, work.widest.width), place="device"),
         Part(name="soft embeddings", place="device",
              bytes=max(soft_bytes(manifest, forward) for forward in (work.widest, work.step))),
         Part(name="logits", place="device",
-             bytes=max(head_tensor(manifest, forward) for forward in (work.widest, work.step))),
+             bytes=max(device_head_bytes(manifest, forward)[0] for forward in (work.widest, work.step))),
         Part(name="workspace", bytes=live, place="device"),
         Part(name="freed blocks that are kept", bytes=min(IDLE_LIMIT, live), place="device"),
         Part(name="prefix cache", bytes=prefix_cache, place="device")]

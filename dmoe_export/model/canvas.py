@@ -14,6 +14,7 @@ from ..ops.experts import Activation
 from ..weight_formats import ExpertQuantisation
 from .canvas_attention import canvas_angles, canvas_bias, first_position
 from .denoiser import Denoiser, DenoiserOutput, Past
+from .draw import block_sums, draw
 from .layers import FeedForward
 from .moe import RoutingSettings
 from .sandwich import Rows, SandwichLayer
@@ -113,17 +114,22 @@ class CanvasDenoiser(Denoiser):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def drawn(self, logits: Tensor, canvas: Canvas) -> Drawn:
-        """What comes of logits [B,M,V] at the rows' temperatures."""
-        z = logits / canvas.temperature[:, None, None]
-        z = z - z.amax(dim=-1, keepdim=True)
+        """What comes of logits [B,M,V] at the rows' temperatures.
+
+        Tensors as large as the logits decide what a forward takes. ONNX Runtime computes first what stands last, so the
+        draw does, which reads the logits once more; three are then alive at once.
+        """
+        temperature = canvas.temperature[:, None, None]
+        z = logits / temperature
+        top = z.amax(dim=-1, keepdim=True)
+        z = z - top
         probs = torch.softmax(z, dim=-1)
-        entropy = torch.log(torch.exp(z).sum(-1)) - (probs * z).sum(-1)
-        cumulative = probs.cumsum(-1)
-        # A sum of many float32 is not quite 1: the draw is a share of what it is.
-        below = cumulative <= canvas.uniform[..., None] * cumulative[..., -1:]
-        sampled = below.sum(-1).clamp(max=logits.shape[-1] - 1)
         soft = (probs.flatten(0, 1).to(self.dtype) @ self.embed.weight) * self.scale
-        return Drawn(sampled, entropy, soft.float().reshape(*logits.shape[:2], -1))
+        soft = soft.float().reshape(*logits.shape[:2], -1)
+        sums = block_sums(torch.exp(z))
+        entropy = torch.log(sums.sum(-1)) - (probs * z).sum(-1)
+        sampled = draw(sums, canvas.uniform, logits, lambda some: torch.exp(some / temperature - top))
+        return Drawn(sampled, entropy, soft)
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
 import pytest
 
+from dmoe_export import export_checkpoint
 from dmoe_export.bench.workload import generated_bundle
+from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
 from dmoe_export.runtime.cpu import library
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500),
@@ -55,3 +58,21 @@ def mini(tmp_path_factory):
                                                   (2, 640, {"expert_budget": "512M"})])
 def test_four_layers_of_mini(compared, mini, batch, context, more):
     _close(compared(mini, batch, context, **more))
+
+
+@pytest.fixture(scope="module")
+def canvas(tmp_path_factory):
+    """DiffusionGemma's vocabulary and canvas with 3 layers of 704, computed in float32."""
+    folder, config = tmp_path_factory.mktemp("canvas"), copy.deepcopy(GEOMETRIES["diffusion-gemma-tiny"])
+    config["canvas_length"] = 256
+    config["text_config"] |= {
+        "vocab_size": 262144, "hidden_size": 704, "intermediate_size": 1408, "moe_intermediate_size": 352,
+        "head_dim": 32, "global_head_dim": 64, "sliding_window": 1024, "max_position_embeddings": 8192}
+    write_synthetic(folder / "checkpoint", config)
+    return export_checkpoint(folder / "checkpoint", folder / "bundle", precision="fp16").folder
+
+
+@pytest.mark.parametrize("batch, context", [(1, 512), (2, 2048)])
+def test_a_canvas_of_the_published_vocabulary(compared, canvas, batch, context):
+    """Three tensors as large as the logits, and the table in float32 beside what is stored."""
+    _close(compared(canvas, batch, context))

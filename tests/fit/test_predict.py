@@ -162,3 +162,16 @@ def test_the_machine_meant_may_be_another_one(sample_bundle):
         predict(manifest, expert_budget=1 << 20, machine_bytes=1 << 10)
     assert predict(manifest, expert_budget=1 << 40, machine_bytes=1 << 50).host_bytes
     assert bucketed(300) == 384  # what the cache above is made of
+
+
+def test_the_head_of_a_canvas(golden, exported):
+    """On a CPU the table once more where it is stored in another type; on a GPU logits that stay in the graph."""
+    folder = golden.parent / "diffusion_gemma" / "model"
+    wide, narrow = exported(folder).manifest, exported(folder, precision="bf16").manifest
+    d = wide.model
+    assert not _part(predict(wide), "table of words, widened")
+    for backend in ("onnxruntime", "onnxruntime-cuda"):
+        assert _part(predict(narrow, backend=backend), "table of words, widened") == 4 * d.vocab_size * d.hidden_size
+    told = predict(wide, backend="tensorrt", max_batch=3, max_context=256)
+    assert _part(told, "logits") == 4 * 3 * d.vocab_size
+    assert _part(told, "workspace") > 3 * 4 * 3 * d.canvas.length * d.vocab_size

@@ -70,7 +70,9 @@ def open_session(graph: GraphEntry | EditedGraph, bundle: Bundle, threads: int |
     options = ort.SessionOptions()
     options.log_severity_level = FATAL
     # Shapes change all the time: planned for each, memory of old plans would stay beside that of new ones.
-    options.enable_mem_pattern = options.enable_mem_reuse = False
+    options.enable_mem_pattern = False
+    # Without reuse a reshape copies: drawing a canvas reshapes tensors as large as its logits.
+    options.enable_mem_reuse = bundle.manifest.model.canvas is not None
     if threads:
         options.intra_op_num_threads = threads
     ort.set_default_logger_severity(FATAL)
