@@ -107,7 +107,7 @@ class CompareForward:
                     break
                 noise = np.random.default_rng(trial).normal(0, 1e-6, logits.shape).astype(np.float32)
                 moved = logits.astype(np.float32) * (1 + noise * bool(trial))
-                rule, _ = self._reference.route(layer, moved, reference["position_ids"])
+                rule, _ = self._reference.route(layer, moved, _places(reference))
                 strange &= ~_same_experts(rule, mine)
             unexplained = int(strange.sum())
         return Routed(agree[valid], gaps, with_block, _used(ids[valid]), _used(mine[valid]), unexplained, self._limits)
@@ -115,7 +115,7 @@ class CompareForward:
     def _gaps(self, layer: int, reference: Mapping[str, np.ndarray], mine: np.ndarray,
               apart: np.ndarray) -> tuple[np.ndarray, int]:
         """Score gaps of the tokens `apart` that chose for themselves, and how many followed their block."""
-        logits, positions = reference[f"router_logits.{layer}"], reference["position_ids"]
+        logits, positions = reference[f"router_logits.{layer}"], _places(reference)
         scores = self._reference.scores(layer, logits)
         _, coreset = self._reference.route(layer, logits, positions)
         blocks = positions // self._reference.routing.block_length
@@ -129,6 +129,16 @@ class CompareForward:
             else:
                 with_block += 1
         return np.array(gaps), with_block
+
+
+def _places(reference: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Positions [B,T] by which routing makes blocks: of a canvas counted from its start; −1 = padding."""
+    positions = reference["position_ids"]
+    if "denoise" not in reference:
+        return positions
+    valid = positions >= 0
+    starts = np.where(valid, positions, np.iinfo(positions.dtype).max).min(axis=1, keepdims=True)
+    return np.where(valid, positions - np.where(reference["denoise"][:, None], starts, 0), positions)
 
 
 def row_errors(expected: np.ndarray, got: np.ndarray, limits: Limits) -> RowErrors:

@@ -8,6 +8,7 @@ import pytest
 from dmoe_export.bundle.reader import Bundle
 from dmoe_export.check import runners
 from dmoe_export.check.canvas_inputs import prefixes
+from dmoe_export.check.compare import _places
 from dmoe_export.check.draws import compare_draws, mean_difference
 from dmoe_export.check.gates import LIMITS
 from dmoe_export.check.run import check_bundle
@@ -97,3 +98,10 @@ def test_prompts_are_longer_than_the_window_where_there_is_room(bundle):
     assert prefixes(d, 40) == [8, 8, 8, 2]
     with pytest.raises(RequestError, match=r"The model takes 32 positions, no more than a canvas of 32\."):
         prefixes(d, 32)
+
+
+def test_blocks_of_a_canvas_count_from_its_start():
+    """As in the graph: tokens that routing puts into one block are told from those that it does not."""
+    feed = {"position_ids": np.array([[5, 6, 7, -1], [5, 6, 7, 8]]), "denoise": np.array([True, False])}
+    assert _places(feed).tolist() == [[0, 1, 2, -1], [5, 6, 7, 8]]
+    assert _places({"position_ids": feed["position_ids"]}) is feed["position_ids"]
