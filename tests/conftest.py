@@ -11,11 +11,11 @@ import pytest
 from bundles import GOLDEN_GUARD
 from cpu_ops_helpers import built
 from hypothesis import HealthCheck, settings
-from sharing import once, shared_checkpoint, shared_export, shared_trace
+from sharing import once, shared_checkpoint, shared_export, shared_torch_graph
 
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.bundle.writer import BundleWriter
-from dmoe_export.export import exporter, trace
+from dmoe_export.export import trace
 from dmoe_export.export.salient import export_salient
 from dmoe_export.runtime.cpu import library as cpu_library
 
@@ -54,11 +54,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def traced_once(run_folder: Path) -> Iterator[None]:
-    """Exports of models of equal sizes share a trace (test_export_variants.py: it is the trace)."""
-    share = partial(shared_trace, run_folder / "traces", trace.trace_denoiser)
+    """Exports of equal modules share what torch.onnx makes of them (test_export_variants.py: it is the trace)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "trace_denoiser", share)
-        patch.setattr(trace, "trace_denoiser", share)
+        patch.setattr(trace, "torch_graph", partial(shared_torch_graph, run_folder / "traces", trace.torch_graph))
         yield
 
 
