@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,11 +12,11 @@ import pytest
 from bundles import GOLDEN_GUARD
 from cpu_ops_helpers import built
 from hypothesis import HealthCheck, settings
-from sharing import once, shared_checkpoint, shared_export, shared_trace
+from sharing import once, shared_checkpoint, shared_export, shared_torch_graph
 
 from dmoe_export.bundle.reader import Bundle, open_bundle
 from dmoe_export.bundle.writer import BundleWriter
-from dmoe_export.export import exporter, trace
+from dmoe_export.export import trace
 from dmoe_export.export.salient import export_salient
 from dmoe_export.runtime.cpu import library as cpu_library
 
@@ -29,14 +30,20 @@ _SHARED = Path(__file__).parents[2] / "shared" / "golden"
 _GOLDEN = _SHARED if _SHARED.is_dir() else Path(__file__).parent / "golden"
 SAMPLE = Path(__file__).parents[1] / "samples" / "tiny-dmoe"
 # Files of many seconds start first, so that at the end no worker waits for the other's last one (see the Makefile).
-LONGEST = ["test_engine_sizes", "test_cpu_ops", "test_quantised_bundle", "test_engine_build", "test_residency_lossless",
-           "test_bundle", "test_export_refused", "test_golden_families", "test_export_variants", "test_families",
-           "test_check_defects", "test_linear_op", "test_engine_quantised", "test_engine_families", "test_recipes",
-           "test_salient_graph"]
+LONGEST = ["test_engine_sizes", "test_cpu_ops", "test_salient_graph", "test_quantised_bundle", "test_readme",
+           "test_engine_build", "test_check_defects", "test_residency_lossless", "test_export_canvas",
+           "test_gpu_generate_on_cpu", "test_golden_families", "test_device_run", "test_export_variants",
+           "test_families", "test_linear_op", "test_engine_quantised", "test_engine_families", "test_recipes"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """The collector of cycles need not walk through torch again and again: what was imported stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -54,11 +61,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def traced_once(run_folder: Path) -> Iterator[None]:
-    """Exports of models of equal sizes share a trace (test_export_variants.py: it is the trace)."""
-    share = partial(shared_trace, run_folder / "traces", trace.trace_denoiser)
+    """Exports of equal modules share what torch.onnx makes of them (test_export_variants.py: it is the trace)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "trace_denoiser", share)
-        patch.setattr(trace, "trace_denoiser", share)
+        patch.setattr(trace, "torch_graph", partial(shared_torch_graph, run_folder / "traces", trace.torch_graph))
         yield
 
 

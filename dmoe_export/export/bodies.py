@@ -62,7 +62,8 @@ def add_bodies(model: ir.Model, denoiser: Denoiser | SalientDenoiser, formats: W
     }
     names = {node.op_type for node in graph}
     while names:
-        name = names.pop()
+        name = min(names)  # an order of its own: a set's would differ from process to process
+        names.remove(name)
         function = ir.serde.deserialize_function(bodies[name]())
         model.functions[function.identifier()] = function
         model.opset_imports.update(function.opset_imports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -60,33 +61,50 @@ def trace_graph(graph: DenoiserGraph | CanvasGraph | SalientGraph, inputs: tuple
                 formats: WeightFormats) -> ir.Model:
     """A module over fake parameters as an ONNX model; see `trace_denoiser`."""
     denoiser = graph.denoiser
-    description = denoiser.description
     for layer in denoiser.layers:
         if isinstance(layer.ffn, MoE):
             layer.ffn.one_op = formats.quantisation(formats.dense) is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with _quiet("torch.onnx", "onnx_ir"):
-            program = torch.onnx.export(graph, inputs, dynamo=True, dynamic_shapes=axes,
-                                        opset_version=OPSET, optimize=False, verbose=False)
-            model = program.model
-            for value in list(model.graph.initializers.values()):
-                if value.name.startswith(_PARAMETER_PREFIX):
-                    value.const_value = None  # passes must not try to read what is not there
-                    value.name = value.name.removeprefix(_PARAMETER_PREFIX)
-            if description.tie_embeddings and "embed.weight" not in model.graph.initializers:
-                model.graph.initializers["lm_head.weight"].name = "embed.weight"  # one tensor, under either name
-            onnxscript.optimizer.optimize_ir(model)
+    model = torch_graph(graph, inputs, axes)
     for values, names in ((model.graph.inputs, inputs_named), (model.graph.outputs, outputs_named)):
         for value, name in zip(values, names, strict=True):
             value.name = name
     _name_dimensions(model)
-    _strip_metadata(model)
     if compute != "bf16":  # no kernels of ours take it
         name_linear_layers(model)
         store_weights(model, formats, compute)
     add_bodies(model, denoiser, formats, compute)
     return model
+
+
+def torch_graph(graph: DenoiserGraph | CanvasGraph | SalientGraph, inputs: tuple[Any, ...],
+                axes: tuple[Any, ...]) -> ir.Model:
+    """What torch.onnx makes of a module, optimised: initializers named as the denoiser's parameters, without data."""
+    with warnings.catch_warnings(), _quiet("torch.onnx", "onnx_ir"), _uncollected():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(graph, inputs, dynamo=True, dynamic_shapes=axes,
+                                    opset_version=OPSET, optimize=False, verbose=False)
+        model = program.model
+        for value in list(model.graph.initializers.values()):
+            if value.name.startswith(_PARAMETER_PREFIX):
+                value.const_value = None  # passes must not try to read what is not there
+                value.name = value.name.removeprefix(_PARAMETER_PREFIX)
+        if graph.denoiser.description.tie_embeddings and "embed.weight" not in model.graph.initializers:
+            model.graph.initializers["lm_head.weight"].name = "embed.weight"  # one tensor, under either name
+        onnxscript.optimizer.optimize_ir(model)
+    _strip_metadata(model)
+    return model
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector of cycles, which walks the growing graph over and over: up to a quarter of a trace."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def bundles(tiny_checkpoint, exported, tmp_path_factory):
                                        "int8", "--group-size", "32"])
     assert result.exit_code == 0 and "in fp32, weights int8 in groups of 32" in result.output
     return {"int8": open_bundle(folder / "int8"),
-            "int4": exported(tiny_checkpoint, precision="int4", salient=True)}
+            "int4": exported(tiny_checkpoint, precision="int4")}
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +151,11 @@ def test_a_changed_scale_is_found_in_bytes_and_in_numbers(bundles, tiny_checkpoi
     assert report.backends[0].first_bad_part == f"layer {layer} alone, feed-forward"
 
 
-def test_salient_graphs_take_quantised_experts(bundles):
-    generator = Generator.open(bundles["int4"].folder, backend="onnxruntime", threads=1)
+@pytest.mark.slow
+def test_salient_graphs_take_quantised_experts(tiny_checkpoint, exported):
+    """Salient graphs of floats are test_salient_graph.py's; both at once once more in test_stored_formats.py."""
+    bundle = exported(tiny_checkpoint, precision="int4", salient=True)
+    generator = Generator.open(bundle.folder, backend="onnxruntime", threads=1)
     plain = generator.generate(PROMPTS, **OPTIONS)
     oracle = generator.generate(PROMPTS, salient_threshold=1.5, exact_first_layer=True, **OPTIONS)
     assert [a.token_ids for a in oracle] == [a.token_ids for a in plain]

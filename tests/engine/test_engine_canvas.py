@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from engine_helpers import RTX_TARGETS, built, dmoe, plugin_library
 
-from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import open_bundle
 from dmoe_export.check.engines import check_engines
-from dmoe_export.checkpoint.synthetic import GEOMETRIES, write_synthetic
 from dmoe_export.engine.plugins import plugin_ops
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed (pip install '.[rtx]')")
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("canvas")
-    write_synthetic(folder / "c", GEOMETRIES["diffusion-gemma-tiny"])
-    return export_checkpoint(folder / "c", folder / "b", precision="fp16", compute="fp16").folder
+def bundle(golden, exported, tmp_path_factory):
+    """The one whose forwards are recorded, to be changed."""
+    half = exported(golden.parent / "diffusion_gemma" / "model", precision="fp16", compute="fp16")
+    return shutil.copytree(half.folder, tmp_path_factory.mktemp("canvas") / "b")
 
 
 def test_four_targets(bundle):
@@ -31,12 +31,12 @@ def test_four_targets(bundle):
     nodes = opened.manifest.denoiser.nodes(wanted)
     assert engine["plugin_nodes"] == sum(count for op, count in nodes.items() if op in wanted) > 0
     prefill, denoise = engine["profiles"]
-    assert denoise["tokens"] == [16, 16, 16] and denoise["rows"] == [1, 16, 16] and prefill["tokens"][0] == 16
+    assert denoise["tokens"] == [32, 32, 32] and denoise["rows"] == [1, 32, 32] and prefill["tokens"][0] == 32
     shapes = engine["network"]["profiles"][1]
     hidden = opened.manifest.model.hidden_size
-    assert shapes["soft_embeddings"] == [[1, 16, hidden], [1, 16, hidden], [2, 16, hidden]]
-    assert shapes["denoise"] == shapes["temperature"] == [[1], [1], [2]] and shapes["uniform"][2] == [2, 16]
-    assert [shapes[f"past_key.{layer}"][0] for layer in range(3)] == [[1, 2, 1, 8], [1, 2, 1, 8], [1, 1, 1, 16]]
+    assert shapes["soft_embeddings"] == [[1, 32, hidden], [1, 32, hidden], [2, 32, hidden]]
+    assert shapes["denoise"] == shapes["temperature"] == [[1], [1], [2]] and shapes["uniform"][2] == [2, 32]
+    assert [shapes[f"past_key.{layer}"][0] for layer in range(3)] == [[1, 2, 1, 16], [1, 2, 1, 16], [1, 1, 1, 32]]
     types = {tensor["name"]: tensor["dtype"] for tensor in engine["network"]["inputs"]}
     assert types["denoise"] == "bool" and types["soft_embeddings"] == types["uniform"] == "float"
     outputs = {tensor["name"] for tensor in engine["network"]["outputs"]}
@@ -46,5 +46,5 @@ def test_four_targets(bundle):
 
 
 def test_sizes_are_told_in_canvases(bundle):
-    result = dmoe("build", bundle, "--targets", "sm89", "--max-prefill", 24)
-    assert result.exit_code == 2 and "--max-prefill 24 is no multiple of the canvas length 16." in result.stderr
+    result = dmoe("build", bundle, "--targets", "sm89", "--max-prefill", 48)
+    assert result.exit_code == 2 and "--max-prefill 48 is no multiple of the canvas length 32." in result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from bundles import cpu_session, full_forward
@@ -12,7 +13,7 @@ from bundles import cpu_session, full_forward
 from dmoe_export import Generator, export_checkpoint
 from dmoe_export.checkpoint.family import Checkpoint
 from dmoe_export.description import RoutingDescription
-from dmoe_export.export import exporter
+from dmoe_export.export import trace
 from dmoe_export.model.load import load_denoiser
 
 
@@ -68,8 +69,15 @@ def test_first_layers(golden, exported):
 def test_a_shared_trace_is_the_trace(tiny_checkpoint, exported, tmp_path, monkeypatch):
     """The tests' exports may share one (conftest.py); tracing anew gives the same bytes."""
     options = {"precision": "int4", "dense_precision": "fp16", "compute": "fp16", "group_size": 32}
-    assert isinstance(exporter.trace_denoiser, partial)
-    monkeypatch.setattr(exporter, "trace_denoiser", exporter.trace_denoiser.args[1])
+    assert isinstance(trace.torch_graph, partial)
+    monkeypatch.setattr(trace, "torch_graph", trace.torch_graph.args[1])
     anew, shared = export_checkpoint(tiny_checkpoint, tmp_path / "b", **options), exported(tiny_checkpoint, **options)
     assert anew.manifest == shared.manifest
     assert anew.denoiser_path.read_bytes() == shared.denoiser_path.read_bytes()
+
+
+def test_bodies_come_in_one_order(tiny_bundle):
+    """Strings hash anew in every process: an order of a set would make other bytes of the same checkpoint."""
+    names = [function.name for function in onnx.load(tiny_bundle.denoiser_path, load_external_data=False).functions]
+    assert names == [f"Dmoe{name}" for name in ("AddNorm", "Head", "Linear", "Mixture", "Experts", "Router",
+                                                "BlockRoute", "SelfAttention", "Attention")]

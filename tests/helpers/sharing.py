@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from dmoe_export import export_checkpoint
 from dmoe_export.bundle.reader import Bundle, open_bundle
@@ -59,19 +61,43 @@ def shared_trace(folder: Path, trace: Callable[..., ir.Model], *arguments: Any) 
 
     What no graph depends on does not count: why a routing was chosen, the settings that are inputs, what ends answers.
     """
-    arguments = tuple(a.model_copy(update=_OUTSIDE[type(a)]) if type(a) in _OUTSIDE else a for a in arguments)
+    arguments = tuple(_inside(a) for a in arguments)
+    return _shared_graph(folder / _name(arguments), lambda: trace(*arguments))
 
-    def make(target: Path) -> None:
-        model = trace(*arguments)
+
+def shared_torch_graph(folder: Path, trace: Callable[..., ir.Model], graph: nn.Module, inputs: Any,
+                       axes: Any) -> ir.Model:
+    """`trace(graph, inputs, axes)`; modules of equal attributes, parameters and inputs are traced once."""
+    usual = vars(nn.Module())
+    modules = [(name, type(module).__qualname__, {key: _inside(value) for key, value in vars(module).items()
+                                                  if key not in usual}) for name, module in graph.named_modules()]
+    what = (type(graph).__qualname__, modules, _shapes(dict(graph.named_parameters())),
+            _shapes(dict(graph.named_buffers())), _shapes(inputs), axes)
+    assert " at 0x" not in repr(what)
+    return _shared_graph(folder / _name(what), lambda: trace(graph, inputs, axes))
+
+
+def _shapes(tensors: Any) -> Any:
+    return tree_map(lambda x: (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x, tensors)
+
+
+def _shared_graph(target: Path, trace: Callable[[], ir.Model]) -> ir.Model:
+    def make(folder: Path) -> None:
+        model = trace()
         for value in _weights(model):
             value.const_value = ir.ExternalTensor("none", 0, 0, value.dtype, shape=value.shape, name=value.name)
-        target.mkdir()
-        ir.save(model, target / "graph.onnx")
+        folder.mkdir()
+        ir.save(model, folder / "graph.onnx")
 
-    model = ir.load(once(folder / _name(arguments), make) / "graph.onnx")
+    model = ir.load(once(target, make) / "graph.onnx")
     for value in _weights(model):
         value.const_value = None
     return model
+
+
+def _inside(value: Any) -> Any:
+    """Without what no graph depends on."""
+    return value.model_copy(update=_OUTSIDE[type(value)]) if type(value) in _OUTSIDE else value
 
 
 _OUTSIDE: dict[type, dict[str, Any]] = {
