@@ -36,7 +36,7 @@ def _rewrite(folder, change):
     path.write_text(json.dumps(manifest))
 
 
-def test_manifest_tells_the_truth(tiny_bundle):
+def test_manifest_tells_the_truth(tiny_bundle, tmp_path):
     manifest = tiny_bundle.manifest
     assert {f.path for f in manifest.files} == {"denoiser.onnx", "denoiser.onnx.data", "experts.bin"}
     assert manifest.routing.min_experts == 2 + 4 - 2
@@ -56,7 +56,8 @@ def test_manifest_tells_the_truth(tiny_bundle):
         assert attributes["plugin_namespace"] == b"dmoe" and attributes["plugin_version"] == b"1"
     known = {*inside, *(op for ops in inside.values() for op in ops)}
     assert len(plugins) == 8 and {f.name for f in model.functions} == known
-    onnx.checker.check_model(str(tiny_bundle.denoiser_path), full_check=True)
+    own = shutil.copytree(tiny_bundle.folder, tmp_path / "own")  # the checker refuses data that another name links
+    onnx.checker.check_model(str(own / "denoiser.onnx"), full_check=True)
 
 
 def test_graph_names_no_path_of_this_machine(tiny_bundle):

@@ -70,6 +70,7 @@ def _keep(folder: Path, outcome: Outcome, verdict: Verdict, seed: int) -> None:
     """A defect's files and command, to be tried again by hand."""
     place = folder.parent / "defects" / f"{outcome.target.replace(' ', '-').replace(',', '')}-{outcome.number}"
     shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)  # so that it is a rename: a pipe cannot be copied
     shutil.move(folder / "case", place)
     lines = [
         f"# {verdict.name}: {verdict.why}",

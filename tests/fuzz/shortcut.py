@@ -52,7 +52,8 @@ def traces_shared(folder: Path, traced_anew: bool = True, keep: bool = False) ->
         yield
 
 
-def _converted(source: Any, description: Any, routing: Any, compute: Any, formats: Any, width: int) -> None:
+def _converted(source: Any, description: Any, routing: Any, compute: Any, formats: Any, width: int,
+               *_: Any) -> None:
     """Convert all weights, and compute one forward of the eager model."""
     from dmoe_export.export.conversion import Conversion
     from dmoe_export.model.backend import EagerBackend

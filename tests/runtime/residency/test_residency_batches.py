@@ -16,7 +16,8 @@ BLOCK = 4
 @pytest.fixture
 def backend():
     inner = SimpleNamespace(name="b", description=SimpleNamespace(step_tokens=lambda routing: BLOCK), limits=None,
-                            routing=SimpleNamespace(block_length=BLOCK), new_cache=lambda rows: None)
+                            routing=SimpleNamespace(block_length=BLOCK), opens_blocks=False,
+                            new_cache=lambda rows: None)
     return ResidentBackend(inner, None, SimpleNamespace(close=lambda: None), None)
 
 
