@@ -37,6 +37,7 @@ class TimedBackend:
 
     name = "simulated"
     limits: Limits | None = None
+    opens_blocks = False
 
     def __init__(self, steps: StepTimes) -> None:
         self.description, self.routing, self._steps = steps.model, steps.routing, steps

@@ -49,6 +49,9 @@ def check_bundle(recipe: Recipe, bundle: Path, manifest: Manifest) -> None:
         if ours not in (None, theirs):
             raise InputError(f"{bundle} was exported with {what} {theirs} and recipe {recipe.name} says {ours}; build "
                              "it without the recipe, or export it again.")
+    if recipe.multi_block_editing and not manifest.denoiser.opens_blocks:
+        say(f"dmoe-export: warning: {bundle} was exported without --multi-block-editing, which recipe {recipe.name} "
+            "has; it comes with an export.", err=True)
     if (recipe.decode.items() - manifest.decode_defaults.items()
             or any(manifest.presets.get(name) != values for name, values in recipe.presets.items())):
         say(f"dmoe-export: warning: {bundle} keeps its own decode defaults and presets; those of recipe {recipe.name} "

@@ -9,6 +9,7 @@ from ..bundle.reader import Bundle
 from ..description import ModelDescription, RoutingMode
 from ..errors import BundleError, RequestError
 from .canvas_options import check_canvas_options
+from .edit_options import check_edit_options
 from .option import OFF
 from .routing import routing_inputs
 from .settings import BELONG, OPTIONS, DecodeSettings
@@ -27,7 +28,7 @@ class Defaults:
         manifest = bundle.manifest
         self._folder, self._presets = bundle.folder, manifest.presets
         where, wrong = first_wrong(manifest.decode_defaults, self._presets,
-                                   fits(manifest.routing.mode, manifest.model))
+                                   fits(manifest.routing.mode, manifest.model, manifest.denoiser.opens_blocks))
         if wrong:
             what = f"Preset {where}" if where else "The decode_defaults"
             raise BundleError(f"{what} of {bundle.folder} cannot be used; export again: {wrong}")
@@ -75,10 +76,11 @@ def over(under: Values, said: Values) -> dict[str, Any]:
             | {name: value for name, value in said.items() if name not in off})
 
 
-def fits(mode: RoutingMode, model: ModelDescription) -> Callable[[DecodeSettings], object]:
-    """Raises RequestError for settings that mean nothing with a bundle's model or routing; for `first_wrong`."""
+def fits(mode: RoutingMode, model: ModelDescription, opens_blocks: bool) -> Callable[[DecodeSettings], object]:
+    """Raises RequestError for settings that mean nothing with a bundle's model, routing or graph; for `first_wrong`."""
     def check(settings: DecodeSettings) -> None:
         check_canvas_options(settings, model)
+        check_edit_options(settings, model, opens_blocks, "the bundle")
         routing_inputs(settings, mode, model.moe)
     return check
 

@@ -10,6 +10,7 @@ from ..runtime.backend import Backend, Limits
 from ..runtime.salient import SalientBackend, SalientGraphs
 from .caching import Plan, Widths, policy
 from .canvas_options import check_canvas_options
+from .edit_options import check_edit_options
 from .indel import InsertDelete
 from .outcome import Decides, Outcome
 from .renoise import Renoise
@@ -33,6 +34,7 @@ class Way:
         self.settings = settings
         d, vocabulary = backend.description, backend.description.vocab_size
         check_canvas_options(settings, d)
+        check_edit_options(settings, d, backend.opens_blocks, bundle)
         self.caches_blocks = d.attention == "block_causal" and settings.cache != "none"
         self.routing = routing_inputs(settings, backend.routing.mode, d.moe)
         beyond = next((i for i in settings.eos_ids or () if i >= vocabulary), None)
@@ -43,9 +45,6 @@ class Way:
         if n != bundled and d.attention == "block_causal":
             raise RequestError(f"block_length {n} differs from the bundle's {bundled}; attention, routing and decoding "
                                "share one grid, so export with --block-length to change it.")
-        if settings.edit_blocks and not backend.opens_blocks:
-            raise RequestError("edit_blocks needs a graph in which blocks can see one another; export the model again "
-                               f"with --multi-block-editing, or leave edit_blocks out ({bundle}).")
         limits = backend.limits or Limits()
         limit = limits.max_tokens
         if limit is not None and limit < n:
@@ -68,19 +67,15 @@ class Way:
                 raise RequestError(f"Backend {backend.name} runs no salient steps; use backend onnxruntime, or leave "
                                    "salient_threshold out.")
             self.graphs = backend.salient_graphs(settings.salient_capacity)
-        d, edit = backend.description, backend.description.edit_tokens
+        edit = d.edit_tokens
         self.outcome: Decides
         if d.canvas:
             self.outcome = Renoise(settings, d, precision)
-        elif not settings.insert_delete:
-            control = (edit.delete, edit.split) if edit else ()
-            self.outcome = Outcome(settings, d.barred_id, vocabulary, precision, control)
-        elif edit:
+        elif settings.insert_delete and edit:
             self.outcome = InsertDelete(settings, d.barred_id, edit, vocabulary, n, precision)
         else:
-            raise RequestError("insert_delete needs the ids of the model's control tokens, and "
-                               f"{bundle} has none; export it again with --edit-tokens DELETE,SPLIT, or leave "
-                               "insert_delete out.")
+            control = (edit.delete, edit.split) if edit else ()
+            self.outcome = Outcome(settings, d.barred_id, vocabulary, precision, control)
 
     def plan(self, row: Row) -> Plan:
         """What the row asks of its next forward; goes on to the next block where the active one needs nothing more."""

@@ -12,13 +12,15 @@ from ..errors import InputError
 
 
 def choose_decoding(source: Checkpoint, routing: RoutingDescription, asked: DecodeValues,
-                    presets: Mapping[str, DecodeValues]) -> tuple[DecodeValues, dict[str, DecodeValues], list[str]]:
+                    presets: Mapping[str, DecodeValues], opens_blocks: bool = False
+                    ) -> tuple[DecodeValues, dict[str, DecodeValues], list[str]]:
     """Decode defaults, presets, and sentences to warn with; what the checkpoint says wins over `asked`.
 
+    `opens_blocks`: the graph will let blocks see one another.
     Raises InputError for what no request could ask of the bundle.
     """
     own = source.decode_defaults
-    name, wrong = first_wrong({**asked, **own}, presets, fits(routing.mode, source.description))
+    name, wrong = first_wrong({**asked, **own}, presets, fits(routing.mode, source.description, opens_blocks))
     if wrong:
         raise InputError(f"{f'Preset {name}' if name else 'A decode default'} cannot be exported: {wrong}")
     said = [f"{source.folder} sets {option} {value}, so the {asked[option]} that was asked for is no decode default."

@@ -87,7 +87,8 @@ def export_checkpoint(checkpoint: str | Path | Checkpoint, out: str | Path, *,
     if multi_block_editing and d.attention != "block_causal":
         raise InputError(f"Multi-block editing is for models whose blocks see no later ones, and family {d.family} has "
                          f"{d.attention} attention; leave --multi-block-editing out.")
-    defaults, chosen, replaced = choose_decoding(source, route, decode_defaults or {}, presets or {})
+    defaults, chosen, replaced = choose_decoding(source, route, decode_defaults or {}, presets or {},
+                                                 multi_block_editing)
     width = expert_width(d, formats)
     total = _weight_bytes(d, width, formats, compute)
     written = 0

@@ -132,7 +132,8 @@ def test_bad_values_of_a_canvas(values, sentence):
 def test_a_bundle_that_no_request_could_ask_is_refused():
     for model, name, value in ((TINY, "t_max", 0.8), (CANVAS, "threshold", 0.9), (CANVAS, "t_max", 0.3)):
         bundle = SimpleNamespace(folder="b", manifest=SimpleNamespace(
-            decode_defaults={name: value}, presets={}, model=model, routing=RoutingDescription.default(model.moe)))
+            decode_defaults={name: value}, presets={}, model=model, denoiser=SimpleNamespace(opens_blocks=False),
+            routing=RoutingDescription.default(model.moe)))
         with pytest.raises(BundleError, match=f"^The decode_defaults of b cannot be used; export again: {name} "):
             Defaults(bundle)
 

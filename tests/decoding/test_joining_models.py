@@ -141,6 +141,7 @@ class Poisoned:
         self._backend, self._token = backend, token
         self.name, self.description = backend.name, backend.description
         self.routing, self.limits, self.new_cache = backend.routing, backend.limits, backend.new_cache
+        self.opens_blocks = backend.opens_blocks
 
     def forward(self, inputs, cache):
         outputs = self._backend.forward(inputs, cache)

@@ -45,7 +45,7 @@ class ScriptedCache:
 class Scripted:
     """Predicts `token(position)` with `confidence(position)`; routes token i to expert i % 4."""
 
-    name, description, limits = "scripted", MODEL, None
+    name, description, limits, opens_blocks = "scripted", MODEL, None, False
     routing = RoutingDescription.default(MOE, block_length=N)
 
     def __init__(self, token=lambda p: 100 + p, confidence=lambda p: 0.99):

@@ -140,7 +140,7 @@ def test_what_makes_no_sense_is_refused(options, message):
 
 
 def test_a_graph_that_cannot_is_refused():
-    for toy, message in ((Toy("full"), r"export the model again with --multi-block-editing"),
+    for toy, message in ((Toy("full"), r"export it again with --multi-block-editing"),
                          (Toy(max_tokens=8), r"forwards of 12 tokens, the engine takes at most 8")):
         with pytest.raises(RequestError, match=message):
             decode(toy, [[7] * 4], edit_threshold=0.5, edit_blocks=2, max_new_tokens=20)

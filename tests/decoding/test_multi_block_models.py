@@ -115,8 +115,8 @@ def test_an_engine_answers_the_same(monkeypatch, bundle, model, tmp_path, graphs
 
 
 def test_what_cannot_open_blocks_says_so(golden_bundle, synthetic, tmp_path):
-    with pytest.raises(RequestError, match=r"edit_blocks needs a graph in which blocks can see one another; export the "
-                                           r"model again with --multi-block-editing"):
+    with pytest.raises(RequestError, match=r"edit_blocks needs a graph in which blocks can see one another, and that "
+                                           r"of BUNDLE is none; export it again with --multi-block-editing"):
         decode(OnnxRuntimeBackend(golden_bundle), PROMPTS, edit_blocks=1, **OPTIONS)
     for geometry, attention in (("llada-tiny", "full"), ("diffusion-gemma-tiny", "canvas")):
         with pytest.raises(InputError, match=f"{attention} attention; leave --multi-block-editing out"):

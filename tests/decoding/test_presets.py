@@ -91,6 +91,8 @@ def with_preset(values: dict[str, object]) -> dict[str, object]:
     (with_preset({"threshold": True}), "Preset wild of .*: threshold is True, it must be a number"),
     (with_preset({"coreset_size": 4}), "Preset wild of .*: coreset_size has no meaning in this"),
     (with_preset({"preset": "speed"}), "Preset wild of .*: preset is no setting of a preset"),
+    (with_preset({"edit_threshold": 0.5, "edit_blocks": 1}), "Preset wild of .*: edit_blocks needs a graph in which"),
+    (with_preset({"edit_threshold": 0.5, "insert_delete": True}), "Preset wild of .*: insert_delete needs the ids of"),
     ({"presets": PRESETS | {"off": {}}}, "Preset off of .*: off is no name of a preset"),
     ({"presets": {}}, "The decode_defaults of .*: preset is 'quality', but the presets are none"),
     ({"decode_defaults": {"preset": 3}}, "The decode_defaults of .*: preset is '3', but the presets are speed")])

@@ -224,6 +224,7 @@ def test_a_backend_without_salient_steps_is_refused():
     class Plain:
         name = "plain"
         description, routing, limits = BACKENDS["dense"].description, BACKENDS["dense"].routing, None
+        opens_blocks = False
 
     with pytest.raises(RequestError, match="Backend plain runs no salient steps"):
         BlockDiffusion(Plain(), DecodeSettings(salient_threshold=0.9))  # type: ignore[arg-type]

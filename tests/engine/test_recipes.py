@@ -102,6 +102,10 @@ def test_an_export_takes_a_recipes_decoding_and_the_checkpoint_wins(tiny_checkpo
 def test_an_export_refuses_what_no_request_of_the_bundle_could_have(tiny_checkpoint, tmp_path):
     for options, sentence in (
             ({"presets": {"speed": {"coreset_size": 4}}}, "Preset speed cannot be exported: coreset_size has no"),
+            ({"presets": {"speed": {"edit_threshold": 0.5, "edit_blocks": 1}}},
+             "Preset speed cannot be exported: edit_blocks needs a graph .* --multi-block-editing"),
+            ({"decode_defaults": {"edit_threshold": 0.5, "insert_delete": True}},
+             "A decode default cannot be exported: insert_delete needs the ids .* --edit-tokens"),
             ({"decode_defaults": {"speed": 1}}, "A decode default cannot be exported: speed is no setting of a"),
             ({"decode_defaults": {"preset": "fast"}}, "A decode default cannot be exported: preset is 'fast', but")):
         with pytest.raises(InputError, match=sentence):
@@ -118,6 +122,9 @@ def test_a_bundle_keeps_its_own_decoding_and_that_is_said(tiny_bundle, tmp_path,
         check_bundle(recipe, tiny_bundle.folder, same.model_copy(update=change))
         said = " ".join(capsys.readouterr().err.split())
         assert "keeps its own decode defaults and presets; those of recipe mine come with an export." in said
+    check_bundle(recipe.model_copy(update={"multi_block_editing": True}), tiny_bundle.folder, same)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "was exported without --multi-block-editing, which recipe mine has; it comes with an export." in said
 
 
 def _write(folder: Path, name: str = "mine", **changes: str) -> Path:

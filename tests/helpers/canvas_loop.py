@@ -37,6 +37,7 @@ class CanvasToy:
 
     def __init__(self, max_tokens=None, step_tokens=None, most=2000):
         self.description, self.routing = description(most=most), RoutingDescription.default(None, block_length=C)
+        self.opens_blocks = False
         self.limits, self.seen = Limits(max_tokens=max_tokens, step_tokens=step_tokens), []
 
     def new_cache(self, rows):
@@ -142,6 +143,7 @@ class RecordedBackend:
 
     name = "recorded"
     limits = Limits()
+    opens_blocks = False
 
     def __init__(self):
         self.description = description(32, 320, 64, most=1024)

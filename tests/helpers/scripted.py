@@ -22,7 +22,7 @@ class Scripted:
             rms_eps=1e-6, max_positions=2000, tie_embeddings=False, mask_id=mask, eos_ids=eos, pad_id=eos[0],
             attention=attention, edit_tokens=edit_tokens and EditTokens(delete=edit_tokens[0], split=edit_tokens[1]))
         self.routing = RoutingDescription.default(None, block_length=block_length)
-        self.limits = Limits()
+        self.limits, self.opens_blocks = Limits(), False
         self.says, self.count, self.seen = says, 0, []
 
     def new_cache(self, rows):
