@@ -32,6 +32,7 @@ class Recorder:
     def __post_init__(self) -> None:
         self.name, self.description = self.backend.name, self.backend.description
         self.routing, self.limits = self.backend.routing, self.backend.limits
+        self.opens_blocks = self.backend.opens_blocks
 
     def new_cache(self, rows: int) -> _RecordedCache:
         self.steps.append(("cache", rows))

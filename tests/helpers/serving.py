@@ -136,6 +136,7 @@ class Held(Toy):
 def toy_generator(backend):
     """A real `Generator` over a toy: no tokenizer, no files."""
     manifest = SimpleNamespace(tokenizer=None, decode_defaults={}, presets={}, bytes_per_expert=0, precision=None,
+                               denoiser=SimpleNamespace(opens_blocks=False),
                                routing=backend.routing, model=backend.description,
                                step_tokens=backend.description.step_tokens(backend.routing))
     return Generator(SimpleNamespace(folder=Path("/somewhere/toy.bundle"), manifest=manifest), backend)
