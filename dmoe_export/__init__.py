@@ -10,14 +10,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Batch", "Block", "BundleError", "CheckError", "CheckpointError", "DmoeError", "Event", "GenerateOptions",
-           "Generation", "Generator", "InputError", "LengthError", "MissingRequirementError", "NotFiniteError",
-           "OutputError", "Request", "RequestError", "Statistics", "Stream", "export_checkpoint"]
+__all__ = ["Batch", "Block", "BundleError", "CheckError", "CheckpointError", "DmoeError", "Event", "Filled", "Gap",
+           "GenerateOptions", "Generation", "Generator", "Infilling", "InputError", "LengthError",
+           "MissingRequirementError", "NotFiniteError", "OutputError", "Request", "RequestError", "Statistics",
+           "Stream", "export_checkpoint"]
 
 if TYPE_CHECKING:
     from .batch import Batch, Event, Request
     from .decoding.answer import Block, Generation, Statistics
+    from .decoding.settings import GenerateOptions
     from .decoding.stream import Stream
+    from .decoding.template import Gap
     from .errors import (
         BundleError,
         CheckError,
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
         RequestError,
     )
     from .export.exporter import export_checkpoint
-    from .generator import GenerateOptions, Generator
+    from .filling import Filled, Infilling
+    from .generator import Generator
 
 
 def __getattr__(name: str) -> Any:
@@ -40,10 +44,22 @@ def __getattr__(name: str) -> Any:
         from . import errors
 
         return getattr(errors, name)
-    if name in ("GenerateOptions", "Generator"):
-        from . import generator
+    if name == "Generator":
+        from .generator import Generator
 
-        return getattr(generator, name)
+        return Generator
+    if name == "GenerateOptions":
+        from .decoding.settings import GenerateOptions
+
+        return GenerateOptions
+    if name == "Gap":
+        from .decoding.template import Gap
+
+        return Gap
+    if name in ("Filled", "Infilling"):
+        from . import filling
+
+        return getattr(filling, name)
     if name in ("Batch", "Event", "Request"):
         from . import batch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..description import ModelDescription
 from ..errors import RequestError
 from .settings import DecodeSettings
+from .template import Template
 
 
 def check_edit_options(settings: DecodeSettings, d: ModelDescription, opens_blocks: bool, bundle: str) -> None:
@@ -18,3 +19,12 @@ def check_edit_options(settings: DecodeSettings, d: ModelDescription, opens_bloc
     if settings.insert_delete and not d.edit_tokens:
         raise RequestError(f"insert_delete needs the ids of the model's control tokens, and {bundle} has none; "
                            "export it again with --edit-tokens DELETE,SPLIT, or leave insert_delete out.")
+
+
+def check_ranges(template: Template, settings: DecodeSettings) -> None:
+    """Raise RequestError for gaps whose length is open, where no place can be taken out; and the other way around."""
+    if template.ranges and not settings.insert_delete:
+        raise RequestError("A gap of between so many and so many tokens, such as Gap(2, 8), needs a model that inserts "
+                           "and deletes, and insert_delete (LLaDA2.2); give the gap one length, such as Gap(8).")
+    if settings.insert_delete:
+        raise RequestError("insert_delete moves tokens, and a template says where they are; leave one of them out.")

@@ -21,7 +21,7 @@ from .finite import check_finite
 from .outcome import Chosen
 from .ranked import Ranked
 from .row import Row
-from .sampling import Reals, draws_from, sample, sample_best, spared, without
+from .sampling import Reals, barring, draws_from, sample, sample_best, spared, without
 from .settings import DecodeSettings
 
 
@@ -140,12 +140,13 @@ class InsertDelete:
             return
         if self.needs_logits:
             assert outputs.logits is not None
-            drawn = sample(without(outputs.logits[i, gaps], self._mask_id), s, row.rng, barred)
+            logits = without(outputs.logits[i, gaps], self._mask_id)
+            drawn = sample(logits, s, row.rng, barring(logits, barred))
         else:
             assert outputs.candidates is not None
-            ids, logits, best = (of[i, gaps] for of in (outputs.candidates.token_ids, outputs.candidates.logits,
+            ids, values, best = (of[i, gaps] for of in (outputs.candidates.token_ids, outputs.candidates.logits,
                                                         outputs.confidence))
-            drawn = sample_best(*spared(ids, logits, best, barred), s, row.rng)
+            drawn = sample_best(*spared(ids, values, best, np.isin(ids, barred)), s, row.rng)
         step.tokens[gaps], step.confidence[gaps] = drawn
 
     def _clean(self, step: Step, ranked: Ranked) -> None:

@@ -8,19 +8,18 @@ from ..errors import LengthError, RequestError
 from ..runtime.backend import Backend, Limits
 from ..words import count
 from .caching import longest
-from .settings import DecodeSettings
+from .way import Way
 
 
-def check_prompt(ids: Sequence[int], settings: DecodeSettings, backend: Backend, block_length: int, bundle: str,
-                 index: int = 0) -> None:
+def check_prompt(ids: Sequence[int], way: Way, backend: Backend, bundle: str, index: int = 0) -> None:
     """Raise RequestError for a prompt that can never be answered.
 
     That is for token ids that the model does not have, for more positions than it has, or for forwards wider than an
-    engine's limit. `block_length`: of decoding. `bundle`: its name in the advice to build another engine. `index`: the
-    prompt's, in the error.
+    engine's limit. A template that gives something may stand alone. `bundle`: its name in the advice to build another
+    engine. `index`: the prompt's, in the error.
     """
-    d, new_tokens, limits = backend.description, settings.max_new_tokens, backend.limits or Limits()
-    if not len(ids):
+    d, new_tokens, limits = backend.description, way.settings.max_new_tokens, backend.limits or Limits()
+    if not len(ids) and not (way.template and way.template.closed and not d.logit_shift and not d.canvas):
         raise RequestError(f"Prompt {index} is empty; give at least one token.")
     bad = next((token for token in ids if not 0 <= token < d.vocab_size), None)
     if bad is not None:
@@ -34,7 +33,7 @@ def check_prompt(ids: Sequence[int], settings: DecodeSettings, backend: Backend,
     if most is not None and total > most:
         raise LengthError(f"{said} a context of {total} tokens, the engine was built for {most}; build one with: "
                           f"dmoe-export build {bundle} --max-context {total}.")
-    tokens = longest(d, settings, total, block_length)
+    tokens = longest(d, way.settings, total, way.block_length)
     if limits.max_tokens is not None and tokens > limits.max_tokens:
         grid = backend.routing.block_length
         raise LengthError(f"{said} forwards of {tokens} tokens, the engine takes at most {limits.max_tokens}; build "

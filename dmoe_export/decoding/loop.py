@@ -17,6 +17,7 @@ from .limits import check_batch, check_prompt
 from .row import FinishReason
 from .settings import DecodeSettings
 from .telemetry import Statistics
+from .template import Template
 from .way import PREFILL_TOKENS as PREFILL_TOKENS
 from .way import Way
 
@@ -38,17 +39,19 @@ class BlockDiffusion:
     """Decodes a batch of prompts; iterate to get finished blocks as they come."""
 
     def __init__(self, backend: Backend, settings: DecodeSettings, bytes_per_expert: int = 0,
-                 precision: Precision | None = None, bundle: str = "BUNDLE") -> None:
-        """As `JoiningBatch`; raises RequestError for settings that make no sense with the backend's model."""
+                 precision: Precision | None = None, bundle: str = "BUNDLE", template: Template | None = None) -> None:
+        """As `JoiningBatch`; `template`: of every answer. Raises RequestError for settings that make no sense with the
+        backend's model.
+        """
         self._backend, self._bundle = backend, bundle
         self._batch = partial(JoiningBatch, bytes_per_expert=bytes_per_expert, precision=precision, bundle=bundle)
-        self._way = Way(backend, settings, precision, bundle)
+        self._way = Way(backend, settings, precision, bundle, template)
 
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raise RequestError when so many prompts, or the forwards they take, are more than the backend takes."""
         check_batch(len(prompts), self._backend, self._bundle)
         for i, prompt in enumerate(prompts):
-            check_prompt(prompt, self._way.settings, self._backend, self._way.block_length, self._bundle, i)
+            check_prompt(prompt, self._way, self._backend, self._bundle, i)
 
     def decode(self, prompts: Sequence[Sequence[int]], cancelled: Callable[[], bool] = lambda: False,
                ends: Ends | None = None) -> Iterator[BlockDecoded]:

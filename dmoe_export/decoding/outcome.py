@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..description import Precision
 from ..runtime.backend import Bools, ForwardOutputs, Ints
@@ -13,7 +14,7 @@ from .acceptance import credit, edits, policy, scheduled
 from .finite import check_finite
 from .ranked import Ranked
 from .row import Row
-from .sampling import Reals, draws_from, greedy, sample, sample_best, spared, without
+from .sampling import Reals, barring, draws_from, greedy, sample, sample_best, spared, without
 from .settings import DecodeSettings
 
 
@@ -51,21 +52,23 @@ class Outcome:
     """
 
     def __init__(self, settings: DecodeSettings, mask_id: int, vocabulary: int, precision: Precision | None = None,
-                 control: tuple[int, ...] = ()) -> None:
+                 control: tuple[int, ...] = (), ends: tuple[int, ...] = ()) -> None:
         """`precision` of the model, where it is known: an error then says what may help.
 
-        `control`: tokens that are never chosen.
+        `control`: tokens that are never chosen; `ends`: those that are not where a template goes on.
         """
-        self._settings, self._mask_id, self._precision, self._control = settings, mask_id, precision, control
+        self._settings, self._mask_id, self._precision = settings, mask_id, precision
+        self._control, self._ends = control, ends
+        barred = len({*control, *ends})
         self._accept = policy(settings)
         self._edits = settings.edit_threshold is not None
-        ranks = draws_from(settings, vocabulary, len(control))
+        ranks = draws_from(settings, vocabulary, barred)
         draws = settings.temperature > 0 or settings.acceptance == "credit"
         # A penalty lowers a token that may be no candidate, draws without top_k and credits are over all tokens.
         self.needs_logits = bool(settings.penalty_lambda) or (draws and not ranks)
-        self._best = 1 + len(control)  # so many candidates hold one that may be chosen
+        self._best = 1 + barred  # so many candidates hold one that may be chosen
         # The head says best token and share of all tokens but the mask; editing needs the mask's, too.
-        self.candidates = 0 if self.needs_logits else ranks or (self._best if self._edits or control else 0)
+        self.candidates = 0 if self.needs_logits else ranks or (self._best if self._edits or barred else 0)
 
     def asked(self, row: Row) -> Ints:
         """Places of the window whose prediction is wanted: the masked ones, then those that may be edited."""
@@ -119,13 +122,24 @@ class Outcome:
             ranked = (Ranked.of_outputs(outputs, i, m, self._mask_id) if logits is None else
                       Ranked.of_logits(logits, self._mask_id, self._best))
             check_finite(row, ranked.log_sum, self._precision)
-            return ranked.best(self._control, mask=not self._last(row))
-        if self._control and logits is None:
+            return ranked.best(self._out(row, asked, ranked.token_ids), mask=not self._last(row))
+        if (self._control or self._ends) and logits is None:
             found = outputs.candidates
             assert found is not None
-            ids, _, confidence = spared(found.token_ids[i, :m], found.logits[i, :m], confidence, self._control)
+            ids = found.token_ids[i, :m]
+            ids, _, confidence = spared(ids, found.logits[i, :m], confidence, self._out(row, asked, ids))
             return ids[:, 0].astype(np.int64), confidence
         return tokens, confidence
+
+    def _out(self, row: Row, places: Ints, token_ids: NDArray[Any]) -> Bools:
+        """Which candidates [m, K] of places of the window are not chosen there."""
+        return np.isin(token_ids, self._control) | (np.isin(token_ids, self._ends)
+                                                    & self._goes_on(row, places)[:, None])
+
+    @staticmethod
+    def _goes_on(row: Row, places: Ints) -> Bools:
+        """Behind which places of the window the template gives something."""
+        return places + row.window.start < row.closed
 
     def _choose(self, row: Row, gaps: Ints, best: Ints, certain: Reals, logits: Reals | None,
                 outputs: ForwardOutputs, i: int) -> tuple[Ints, Reals]:
@@ -138,16 +152,16 @@ class Outcome:
             ids, values = outputs.candidates.token_ids[i, :m], outputs.candidates.logits[i, :m]
             check_finite(row, values[:, 0], self._precision)
             share = outputs.confidence[i, :m]
-            if self._control:
-                ids, values, share = spared(ids, values, share, self._control)
+            if self._control or self._ends:
+                ids, values, share = spared(ids, values, share, self._out(row, gaps, ids))
             return sample_best(ids, values, share, settings, row.rng)
         logits = without(logits[:m], self._mask_id)
         check_finite(row, logits.max(axis=-1), self._precision)  # some tokens may be at −inf, not all
         if settings.acceptance == "credit":
             logits, row.credits = credit(logits, gaps, row.credits, settings.credit_alpha, settings.credit_beta,
                                          settings.credit_gamma)
-        return (sample(logits, settings, row.rng, self._control) if settings.temperature > 0
-                else greedy(logits, self._control))
+        allowed = barring(barring(logits, self._control), self._ends, self._goes_on(row, gaps))
+        return sample(logits, settings, row.rng, allowed) if settings.temperature > 0 else greedy(logits, allowed)
 
     def _last(self, row: Row) -> bool:
         """Whether the block is out of steps."""

@@ -42,15 +42,17 @@ class Ranked:
         return cls(found.token_ids[0].astype(np.int64), found.logits[0].astype(np.float64),
                    found.mask_logits[0].astype(np.float64), log_sum, mask_id)
 
-    def best(self, barred: Iterable[int] = (), mask: bool = False) -> tuple[Ints, Reals]:
+    def best(self, barred: Iterable[int] | Bools = (), mask: bool = False) -> tuple[Ints, Reals]:
         """Best tokens [m] outside `barred` and their probabilities [m]; `mask`: it may be the best, too.
 
-        Of equal logits the lower token is better. −1 and 0 where nothing is left.
+        `barred`: tokens, or which candidates [m, K]. Of equal logits the lower token is better. −1 and 0 where nothing
+        is left.
         """
+        out = barred if isinstance(barred, np.ndarray) else np.isin(self.token_ids, list(barred))
         places = np.arange(len(self.token_ids))
-        first = (~np.isin(self.token_ids, list(barred))).argmax(axis=1)
+        first = (~out).argmax(axis=1)
         tokens, logits = self.token_ids[places, first], self.logits[places, first]
-        gone = np.isin(tokens, list(barred))
+        gone = out[places, first]
         tokens, logits = np.where(gone, -1, tokens), np.where(gone, -np.inf, logits)
         if mask:
             wins: Bools = (self.mask_logits > logits) | ((self.mask_logits == logits) & (self.mask_id < tokens))

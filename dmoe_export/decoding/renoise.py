@@ -40,8 +40,9 @@ class Renoise:
         """All places of the canvas; who asks first draws its random tokens."""
         if row.draft is None or row.draft.canvas != row.block:
             row.draft = Draft(row.block, self._noise(row) if row.draft is None else row.draft.noise)
-            row.canvas[row.span] = row.draft.noise.first(row.block)
-        return row.gaps()
+            row.canvas[row.span] = np.where(row.given[row.span], row.canvas[row.span],
+                                            row.draft.noise.first(row.block))
+        return np.arange(row.n)
 
     def temperature(self, row: Row) -> float:
         """Of the row's next step: from exactly `t_max` in the first on, linearly, the last still above `t_min`."""
@@ -49,20 +50,27 @@ class Renoise:
         return o.t_min + (o.t_max - o.t_min) * (self._steps - row.step) / self._steps
 
     def apply(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> Chosen:
-        """See `Decides`; `changed` are places whose drawn tokens were accepted, in the last step all."""
+        """See `Decides`; `changed` are places whose drawn tokens were accepted, in the last step all.
+
+        Places that a template gives keep its tokens, and have no say in whether the canvas is finished.
+        """
         said, draft, m = outputs.canvas, row.draft, len(asked)
         assert said is not None and draft is not None
-        entropy, best, confidence = said.entropy[i, :m], outputs.token_ids[i, :m], outputs.confidence[i, :m]
-        check_finite(row, entropy, self._precision)
+        check_finite(row, said.entropy[i, :m], self._precision)
+        given, now = row.given[row.span], row.canvas[row.span]
+        entropy, confidence = said.entropy[i, :m], outputs.confidence[i, :m]
+        best = np.where(given, now, outputs.token_ids[i, :m])
         same = draft.best is not None and np.array_equal(draft.best, best)
         draft.best, draft.repeats = best.copy(), draft.repeats + 1 if same else 0
         stable = draft.repeats >= self._options.stability_threshold
-        sure = entropy.mean(dtype=np.float64) < self._options.confidence_threshold
+        sure = entropy[~given].mean(dtype=np.float64) < self._options.confidence_threshold
         if row.step + 1 >= self._steps or (stable and sure):
-            row.write(asked, best)
-            return Chosen(asked, best, confidence, asked)
-        accepted = entropy_bound(entropy, self._options.entropy_bound)
-        row.canvas[row.span] = np.where(accepted, said.sampled_ids[i, :m], draft.noise.again(row.block, row.step))
+            row.write(asked[~given], best[~given])
+            return Chosen(asked, best, confidence, asked[~given])
+        accepted = np.zeros(m, bool)
+        accepted[~given] = entropy_bound(entropy[~given], self._options.entropy_bound)
+        drawn = np.where(accepted, said.sampled_ids[i, :m], draft.noise.again(row.block, row.step))
+        row.canvas[row.span] = np.where(given, now, drawn)
         draft.soft_embeddings = said.soft_embeddings[i, :m].copy()
         row.step += 1
         row.statistics.accepted_by_step.append(int(accepted.sum()))

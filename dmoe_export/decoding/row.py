@@ -12,8 +12,9 @@ from .acceptance import Credits
 from .draft import Draft
 from .settings import DecodeSettings
 from .telemetry import Statistics
+from .template import OPEN, Template
 
-FinishReason = Literal["eos", "length", "stop", "timeout", "cancelled"]
+FinishReason = Literal["eos", "length", "filled", "stop", "timeout", "cancelled"]
 
 
 class Row:
@@ -25,7 +26,8 @@ class Row:
     """
 
     def __init__(self, index: int, prompt: list[int], settings: DecodeSettings, description: ModelDescription,
-                 block_length: int, bytes_per_expert: int) -> None:
+                 block_length: int, bytes_per_expert: int, template: Template | None = None) -> None:
+        """`template`: of the whole answer; blocks that it gives whole are never active."""
         self.index, self.settings, self.n = index, settings, block_length
         self.prompt_length = len(prompt)
         self.end = len(prompt) + settings.max_new_tokens
@@ -38,6 +40,15 @@ class Row:
         self.canvas[:len(prompt)] = prompt
         # What is masked is remembered apart from the ids: a mask id in the prompt is text, not a gap.
         self.masked = np.arange(size) >= len(prompt)
+        self.given = np.zeros(size, bool)  # places of the answer that the template gives
+        self.template = template
+        self.closed = len(prompt)  # nothing below this ends the answer
+        if template:
+            answer = slice(len(prompt), self.end)
+            self.given[answer] = np.array(template.token_ids) != OPEN
+            self.canvas[self.given] = [token for token in template.token_ids if token != OPEN]
+            self.masked &= ~self.given
+            self.closed += template.closed
         self.block = 0  # counted from the one in which the answer begins
         self.step = 0  # forwards that decoded the active block
         self.settled = False  # the active block is finished
@@ -53,6 +64,7 @@ class Row:
         self.rng = np.random.default_rng(settings.seed + index)
         self.finish_reason: FinishReason | None = None
         self.statistics = Statistics(len(prompt), bytes_per_expert)
+        self._pass_given()
 
     @property
     def span(self) -> slice:
@@ -81,10 +93,10 @@ class Row:
         return np.flatnonzero(self.masked[self.window])
 
     def editable(self) -> Ints:
-        """Decoded places of the window that editing may change; the prompt's are not."""
+        """Decoded places of the window that editing may change; those of prompt and template are not."""
         if self.settings.edit_threshold is None:
             return np.zeros(0, np.int64)
-        places = np.flatnonzero(~self.masked[self.window])
+        places = np.flatnonzero(~(self.masked | self.given)[self.window])
         return places[places + self.window.start >= self.prompt_length]
 
     def write(self, places: Ints, tokens: Ints, settled: bool | None = None) -> None:
@@ -100,12 +112,14 @@ class Row:
         editing = self.settings.edit_threshold is not None and self._edit_passes < self.settings.edit_passes
         looked_over = not had_gaps and not len(places)
         ended = (looked_over or not editing) if settled is None else settled
-        self.settled = ended and not self.masked[window].any()
+        # Behind a template that is full, nothing of the block is wanted.
+        full = self.template is not None and not self.masked[:self.end].any()
+        self.settled = ended and (full or not self.masked[window].any())
         # While tokens can still be edited, an EOS is not final.
         if self.settled or (self.settings.early_stop and self.settings.edit_threshold is None):
             self._look_for_end(window.start)
-        if self.settled and self.finish_reason is None and window.stop >= self.end:
-            self.finish_reason = "length"
+        if self.settled and self.finish_reason is None and (full or window.stop >= self.end):
+            self.finish_reason = "filled" if self.closed == self.end else "length"
         self.statistics.blocks += self.settled or self.finish_reason is not None
 
     def advance(self) -> None:
@@ -114,12 +128,18 @@ class Row:
         self.step = self._edit_passes = 0
         self.settled = False
         self.credits, self.memory = {}, None
+        self._pass_given()
+
+    def _pass_given(self) -> None:
+        """Go on to the first block in which something is masked; there is one, or the row had ended."""
+        while not self.masked[self.span].any():
+            self.block += 1
 
     def _look_for_end(self, start: int) -> None:
         """An EOS of the answer with nothing masked before it ends the sequence."""
-        first = max(start, self.prompt_length)
-        gaps = np.flatnonzero(self.masked[first:self.end])
-        known = self.canvas[first:first + gaps[0]] if len(gaps) else self.canvas[first:self.end]
+        first = max(start, self.closed)
+        gaps = np.flatnonzero(self.masked[start:self.end])
+        known = self.canvas[first:start + gaps[0]] if len(gaps) else self.canvas[first:self.end]
         hits = np.flatnonzero(np.isin(known, self.eos_ids))
         if len(hits):
             self.finish_reason = "eos"
@@ -127,8 +147,8 @@ class Row:
 
     def interrupt(self, reason: FinishReason) -> None:
         """End the sequence with the blocks before the active one, as far as all their places are decoded."""
-        known = self.canvas[self.emitted:self.span.start]
-        ends = self.masked[self.emitted:self.span.start] | np.isin(known, self.eos_ids)
+        known = np.arange(self.emitted, self.span.start)
+        ends = self.masked[known] | (np.isin(self.canvas[known], self.eos_ids) & (known >= self.closed))
         self.finish_reason, self.end = reason, self.emitted + (int(ends.argmax()) if ends.any() else len(known))
 
     def stop(self, surplus: int) -> None:
@@ -142,4 +162,5 @@ class Row:
         new = self.canvas[self.emitted:stop].tolist()
         self.emitted = max(self.emitted, stop)
         self.statistics.new_tokens += len(new)
+        self.statistics.given_tokens += int(self.given[self.emitted - len(new):self.emitted].sum())
         return new

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.backend import Ints
+from ..runtime.backend import Bools, Ints
 from ..runtime.candidates import MOST
 from .settings import DecodeSettings
 
@@ -23,22 +23,25 @@ def without(logits: Reals, mask_id: int) -> Reals:
     return allowed
 
 
-def greedy(logits: Reals, barred: Sequence[int] = ()) -> tuple[Ints, Reals]:
-    """Best tokens [m] outside `barred` and their probabilities [m] from logits [m, V]; ties: lower id first."""
-    tokens = _barring(logits, barred).argmax(axis=-1)
+def greedy(logits: Reals, allowed: Reals | None = None) -> tuple[Ints, Reals]:
+    """Best tokens [m] and their probabilities [m] from logits [m, V]; ties: lower id first.
+
+    `allowed`: the same logits with −∞ for tokens that are not chosen.
+    """
+    tokens = (logits if allowed is None else allowed).argmax(axis=-1)
     return tokens, _probabilities(logits, tokens)
 
 
-def sample(logits: Reals, settings: DecodeSettings, rng: np.random.Generator, barred: Sequence[int] = ()
+def sample(logits: Reals, settings: DecodeSettings, rng: np.random.Generator, allowed: Reals | None = None
            ) -> tuple[Ints, Reals]:
-    """Drawn tokens [m] and confidences [m] from logits [m, V]; `barred` tokens are not drawn.
+    """Drawn tokens [m] and confidences [m] from logits [m, V]; `allowed` as in `greedy`.
 
     The confidence is the model's own probability of the drawn token (temperature 1, no filter): filters must not make a
     guess look certain.
     """
     drawn = np.zeros(len(logits), np.int64)
-    allowed = _barring(logits, barred)
-    for i, (row, u) in enumerate(zip(allowed, rng.random(len(logits)), strict=True)):
+    drawable = logits if allowed is None else allowed
+    for i, (row, u) in enumerate(zip(drawable, rng.random(len(logits)), strict=True)):
         rising = np.sort(-row)[:settings.top_k or None]  # numbers alone: several times as fast as to sort tokens
         place = _draw(-rising, settings, u)
         equals = place - np.searchsorted(rising, rising[place])  # of equal logits the lower token comes first
@@ -56,14 +59,14 @@ def draws_from(settings: DecodeSettings, vocabulary: int, barred: int = 0) -> in
     return min(settings.top_k + barred, vocabulary) if enough else 0
 
 
-def spared(token_ids: NDArray[np.int32], logits: Reals, best: Reals, barred: Sequence[int]
+def spared(token_ids: NDArray[np.int32], logits: Reals, best: Reals, out: Bools
            ) -> tuple[NDArray[np.int32], Reals, Reals]:
-    """Candidates as `sample_best` takes them without `barred` ones: those are last, as what there is no more of.
+    """Candidates as `sample_best` takes them without those that are `out` [m, K]: they are last, as what there is no
+    more of.
 
     `best` [m]: the first's probability; that of the new first keeps the others' share, so what the model would rather
     not say is no certain token.
     """
-    out = np.isin(token_ids, barred)
     order = np.argsort(out, axis=1, kind="stable")
     ids, values = (np.take_along_axis(np.where(out, nothing, given), order, axis=1)
                    for nothing, given in ((-1, token_ids), (-np.inf, logits)))
@@ -84,11 +87,13 @@ def sample_best(token_ids: NDArray[np.int32], logits: Reals, best: Reals, settin
     return ids[rows, places].astype(np.int64), (best * np.exp(values[rows, places] - values[:, 0])).astype(np.float32)
 
 
-def _barring(logits: Reals, barred: Sequence[int]) -> Reals:
+def barring(logits: Reals, barred: Sequence[int], places: Bools | None = None) -> Reals:
+    """Logits [m, V] without `barred` tokens, at these places [m] or all."""
     if not barred:
         return logits
     allowed = logits.copy()
-    allowed[:, list(barred)] = -np.inf
+    rows = np.flatnonzero(np.ones(len(logits), bool) if places is None else places)
+    allowed[rows[:, None], np.array(barred)] = -np.inf
     return allowed
 
 

@@ -32,6 +32,7 @@ class Statistics:
     prompt_tokens: int
     bytes_per_expert: int
     new_tokens: int = 0
+    given_tokens: int = 0  # of these, by a template
     blocks: int = 0
     prefix_tokens: int = 0  # of the prompt, taken from a prefix store
     edits: int = 0  # decoded tokens that were replaced
@@ -103,8 +104,8 @@ class Statistics:
 
     @property
     def tokens_per_forward(self) -> float:
-        """New tokens per model forward, as the papers count."""
-        return self.new_tokens / self.forwards if self.forwards else 0.0
+        """New tokens per model forward, as the papers count; those that were given are not new."""
+        return (self.new_tokens - self.given_tokens) / self.forwards if self.forwards else 0.0
 
     @property
     def step_seconds(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..description import Precision
 from ..errors import RequestError
@@ -10,7 +11,7 @@ from ..runtime.backend import Backend, Limits
 from ..runtime.salient import SalientBackend, SalientGraphs
 from .caching import Plan, Widths, policy
 from .canvas_options import check_canvas_options
-from .edit_options import check_edit_options
+from .edit_options import check_edit_options, check_ranges
 from .indel import InsertDelete
 from .outcome import Decides, Outcome
 from .renoise import Renoise
@@ -18,6 +19,7 @@ from .routing import routing_inputs
 from .row import Row
 from .salient import policy as salient_policy
 from .settings import DecodeSettings
+from .template import Template
 
 PREFILL_TOKENS = 512  # most tokens of a row in one prefill forward; chunks are exact under block-causal attention
 
@@ -26,13 +28,21 @@ class Way:
     """A request's settings in the terms of a backend: its block length, routing inputs, cache policy and acceptance."""
 
     def __init__(self, backend: Backend, settings: DecodeSettings, precision: Precision | None = None,
-                 bundle: str = "BUNDLE") -> None:
+                 bundle: str = "BUNDLE", template: Template | None = None) -> None:
         """`precision` of the model and `bundle`, its place, are for the advice of errors.
 
+        `template`: places of the answer that are given; it is as long as that says, whatever the settings do.
         Raises RequestError for settings that make no sense with the backend's model.
         """
-        self.settings = settings
         d, vocabulary = backend.description, backend.description.vocab_size
+        self._attention = d.attention
+        ends = d.eos_ids if settings.eos_ids is None else settings.eos_ids
+        self.template = template
+        if template:
+            template.check(d, ends)
+            check_ranges(template, settings)
+            settings = replace(settings, max_new_tokens=len(template.token_ids))
+        self.settings = settings
         check_canvas_options(settings, d)
         check_edit_options(settings, d, backend.opens_blocks, bundle)
         self.caches_blocks = d.attention == "block_causal" and settings.cache != "none"
@@ -75,7 +85,15 @@ class Way:
             self.outcome = InsertDelete(settings, d.barred_id, edit, vocabulary, n, precision)
         else:
             control = (edit.delete, edit.split) if edit else ()
-            self.outcome = Outcome(settings, d.barred_id, vocabulary, precision, control)
+            self.outcome = Outcome(settings, d.barred_id, vocabulary, precision, control,
+                                   tuple({*ends, d.pad_id} - {-1, d.barred_id}) if template and template.closed else ())
+
+    def sight(self, prompt: int, position: int) -> int:
+        """A place of the answer sees what is below this, if `prompt` tokens are before the answer."""
+        start = prompt if self._attention == "canvas" else 0
+        if self._attention == "full":
+            return prompt + self.settings.max_new_tokens
+        return start + ((position - start) // self.block_length + 1) * self.block_length
 
     def plan(self, row: Row) -> Plan:
         """What the row asks of its next forward; goes on to the next block where the active one needs nothing more."""
