@@ -104,8 +104,9 @@ def _several(parts: Any) -> list[Sequence[Part]]:
 
 
 def _filled(request: Request, answer: Generation, text: TextCodec | None) -> Infilling:
-    template, before = request.way.template, request.token_ids
-    assert template
+    before = request.token_ids
+    assert request.way.template and answer.gaps is not None
+    template = request.way.template.at(answer.gaps)
     ids = [*before, *answer.token_ids]
     sight = template.in_sight(len(before), partial(request.way.sight, len(before)))
     gaps = [Filled(answer.token_ids[gap.start:gap.stop],
