@@ -17,8 +17,9 @@ OPEN = -1
 class Gap:
     """Tokens that the model fills in: `Gap(8)` is exactly 8 of them.
 
-    `Gap(2, 8)` begins with 8 places, of which the model may take out all but 2; that needs a model that inserts and
-    deletes, and `insert_delete` (LLaDA2.2). Raises RequestError for numbers that mean nothing.
+    `Gap(2, 8)` begins with 8 places, of which the model may take out all but 2, and put some in again; that needs a
+    model that inserts and deletes, `insert_delete` (LLaDA2.2), and something given behind the gap. Raises RequestError
+    for numbers that mean nothing.
     """
 
     fewest: int

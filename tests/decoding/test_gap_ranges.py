@@ -115,6 +115,42 @@ def test_a_gap_of_one_length_takes_neither_and_given_places_are_never_written():
     assert row.statistics.deleted == row.statistics.inserted == 0 and row.statistics.edits == 1
 
 
+def test_gaps_that_come_into_the_block_are_filled_as_those_it_began_with():
+    """One a step, where none is sure; masks that editing put in would be filled at once."""
+    backend = scripted({4: 10, 5: DELETE, 6: DELETE}, {4: 10, 6: (11, 0.4), 7: (12, 0.5)})
+    seen, *_ = seen_by(backend, [8] * 4, [Gap(1, 3), [5], Gap(3), [6]])
+    assert [places[:4] for places in seen[:3]] == [[10, 5, -1, -1], [10, 5, -1, 12], [10, 5, 11, 12]]
+
+
+def test_the_last_step_deletes_nothing():
+    """A decoded place stays what it is, whatever its gap has room for."""
+    backend = scripted({4: 10, 5: 11}, {4: 10, 5: DELETE})
+    assert seen_by(backend, [8] * 4, [Gap(1, 2), [5, 6]], edit_passes=1, steps=1)[1] == [10, 11, 5, 6]
+    assert seen_by(backend, [8] * 4, [Gap(1, 2), [5, 6]], edit_passes=2, steps=1)[1] == [10, 5, 6]
+
+
+def test_what_leaves_a_loop_is_no_control_token_in_a_gap():
+    def says(forward, positions, ids):
+        logits = np.zeros((len(positions), VOCAB))
+        logits[:, [10 + forward % 2, 11 - forward % 2, DELETE, SPLIT, 13]] = [9, 6, 5, 4, 3]
+        return logits
+
+    backend = Scripted(says, 4, VOCAB, MASK, (EOS,), (DELETE, SPLIT))
+    seen, _, row = seen_by(backend, [8] * 4, [Gap(1), [5, 6, 7]])
+    assert [places[0] for places in seen[:4]] == [10, 11, 10, 13]
+    assert row.answer_gaps() == ((0, 1),) and row.statistics.deleted == row.statistics.inserted == 0
+
+
+def test_a_place_at_which_all_the_best_are_barred():
+    def says(forward, positions, ids):
+        logits = np.zeros((len(positions), VOCAB))
+        logits[:, [DELETE, SPLIT, EOS, 13]] = [9, 8, 7, 6]
+        return logits
+
+    backend = Scripted(says, 4, VOCAB, MASK, (EOS,), (DELETE, SPLIT))
+    assert seen_by(backend, [8] * 4, [Gap(1), [5]], steps=1, edit_passes=0)[1] == [13, 5]
+
+
 def test_no_end_where_something_is_given_behind():
     first = {4: EOS, 5: 11, 7: 10, 8: EOS, 9: 12}
     _, tokens, row = seen_by(scripted(first), [8] * 4, [Gap(1, 2), [5], Gap(3)])
@@ -259,12 +295,13 @@ def test_any_template_keeps_what_it_gives_with_every_cache():
 def test_rows_of_a_batch_are_as_alone():
     """Rows with and without templates, of any settings; some join later."""
     random = Random(11)
-    for _ in range(5):
+    for _ in range(12):
         backend = Wild()
         asked = []
         for _ in range(random.randint(2, 5)):
             parts = drawn_parts(random)
-            options = DecodeSettings(**{**INDEL, **drawn_options(random), "cache": random.choice(["auto", "none"])})
+            options = DecodeSettings(**{**INDEL, **drawn_options(random), "max_new_tokens": 9,
+                                        "cache": random.choice(["auto", "none"])})
             plain = random.random() < 0.2
             way = Way(backend, options, template=None if plain else template(*parts))
             asked.append((random.choices(range(3, 20), k=random.randint(1, 9)), way, random.randint(0, 3)))
@@ -286,10 +323,11 @@ def test_rows_of_a_batch_are_as_alone():
 
 def test_candidates_are_as_good_as_logits():
     random = Random(2)
-    for _ in range(25):
+    for _ in range(30):
         parts, options = drawn_parts(random), drawn_options(random)
         prompt = random.choices(range(3, 20), k=random.randint(1, 9))
-        backend, other = Wild(), Wild()
+        likes = random.choice([(6.0, 6.0, 3.0), (9.0, 9.0, 9.0)])
+        backend, other = Wild(likes), Wild(likes)
         found = answer(backend, prompt, parts, **options)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(indel, "MOST", 0)

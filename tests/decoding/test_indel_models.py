@@ -89,7 +89,7 @@ def test_a_generator_fills_gaps_of_a_range(tiny_bundle, edit_tokens):
             assert (alone.gaps, alone.answer.token_ids) == (filled.gaps, filled.answer.token_ids)
             gaps = iter(filled.gaps)
             whole = [next(gaps).token_ids if isinstance(part, Gap) else part for part in parts]
-            assert sum(whole[1:], []) == filled.answer.token_ids
+            assert [token for part in whole[1:] for token in part] == filled.answer.token_ids
             at = len(parts[0])
             for part, tokens, gap in zip(parts[1::2], whole[1::2], filled.gaps, strict=True):
                 assert part.fewest <= len(tokens) <= part.places
