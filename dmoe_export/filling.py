@@ -58,7 +58,9 @@ class Filling(Answering):
         is the prompt, the rest the template of its answer; texts are encoded part by part. Models that attend to the
         whole canvas see all that is given; where blocks see no later ones, a gap sees what is given up to the end of
         its block, and `Filled.in_sight` says how much that is. Options as in `generate`; in a gap with something behind
-        it no end token is chosen. Raises what `generate` does.
+        it no end token is chosen. A gap of a range shrinks and grows with `insert_delete` (LLaDA2.2), and what follows
+        moves: `Filled` says what it came to, and its `in_sight` is of the step that settled the gap's last block.
+        Raises what `generate` does.
         """
         self._life.check()
         requests = [self._infilling(one, options) for one in _several(parts)]
@@ -104,8 +106,9 @@ def _several(parts: Any) -> list[Sequence[Part]]:
 
 
 def _filled(request: Request, answer: Generation, text: TextCodec | None) -> Infilling:
-    template, before = request.way.template, request.token_ids
-    assert template
+    before = request.token_ids
+    assert request.way.template and answer.gaps is not None
+    template = request.way.template.at(answer.gaps)
     ids = [*before, *answer.token_ids]
     sight = template.in_sight(len(before), partial(request.way.sight, len(before)))
     gaps = [Filled(answer.token_ids[gap.start:gap.stop],

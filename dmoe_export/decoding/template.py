@@ -17,8 +17,9 @@ OPEN = -1
 class Gap:
     """Tokens that the model fills in: `Gap(8)` is exactly 8 of them.
 
-    `Gap(2, 8)` begins with 8 places, of which the model may take out all but 2; that needs a model that inserts and
-    deletes, and `insert_delete` (LLaDA2.2). Raises RequestError for numbers that mean nothing.
+    `Gap(2, 8)` begins with 8 places, of which the model may take out all but 2, and put some in again; that needs a
+    model that inserts and deletes, `insert_delete` (LLaDA2.2), and something given behind the gap. Raises RequestError
+    for numbers that mean nothing.
     """
 
     fewest: int
@@ -68,6 +69,14 @@ class Template:
     def ranges(self) -> bool:
         """Whether a gap may lose places."""
         return any(gap.stop - gap.start > gap.fewest for gap in self.gaps)
+
+    def at(self, spans: Sequence[tuple[int, int]]) -> Template:
+        """The template with its gaps where decoding has left them: where each starts and stops."""
+        ids = [token for token in self.token_ids if token != OPEN]
+        for start, stop in spans:
+            ids[start:start] = [OPEN] * (stop - start)
+        return Template(tuple(ids), tuple(Opening(*span, gap.fewest) for span, gap in zip(spans, self.gaps,
+                                                                                           strict=True)))
 
     def in_sight(self, before: int, sight: Callable[[int], int]) -> list[int]:
         """Of each gap, how many given tokens behind it its last place sees.
