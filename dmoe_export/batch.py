@@ -127,6 +127,9 @@ class Batch:
             done.statistics.products = self._products
             if start and self._resident:
                 done.statistics.residency = self._resident.statistics().since(start).as_dict()
+            said = done.probabilities
+            if said is not None and self._text:
+                said = [one.with_text(self._text.spelling) for one in said]
             events.append(Event(done.handle, None, done.error) if done.error else Event(done.handle, Block(
-                done.handle.row.index, done.token_ids, piece, done.finish_reason, done.statistics)))
+                done.handle.row.index, done.token_ids, piece, done.finish_reason, done.statistics, said)))
         return events

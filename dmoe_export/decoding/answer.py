@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .probabilities import TokenProbability
 from .row import FinishReason
 from .telemetry import Statistics
 
@@ -15,17 +16,19 @@ class Generation:
 
     `finish_reason`: eos, length (of max_new_tokens), stop, timeout (of time_limit) or cancelled. After stop, `text`
     ends before the stop string and `token_ids` with the token that completes it. After timeout and cancelled, both hold
-    the blocks that were finished.
+    the blocks that were finished. `probabilities` are those of `token_ids`, with the option `logprobs`; else None.
     """
 
     token_ids: list[int]
     text: str | None  # None without a tokenizer
     finish_reason: FinishReason
     stats: Statistics
+    probabilities: list[TokenProbability] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"token_ids": self.token_ids, "text": self.text, "finish_reason": self.finish_reason,
+        """For JSON; without probabilities that nobody asked for."""
+        said = {} if self.probabilities is None else {"probabilities": [one.as_dict() for one in self.probabilities]}
+        return {"token_ids": self.token_ids, "text": self.text, "finish_reason": self.finish_reason, **said,
                 "stats": self.stats.as_dict()}
 
 
@@ -41,6 +44,7 @@ class Block:
     text: str | None  # None without a tokenizer
     finish_reason: FinishReason | None  # None: more blocks follow
     stats: Statistics  # of the prompt so far
+    probabilities: list[TokenProbability] | None = None  # of the tokens, where they are asked for
 
 
 def generation_of(blocks: list[Block]) -> Generation:
@@ -49,4 +53,6 @@ def generation_of(blocks: list[Block]) -> Generation:
     texts = [block.text for block in blocks if block.text is not None]
     end = blocks[-1]
     assert end.finish_reason
-    return Generation(ids, "".join(texts) if end.text is not None else None, end.finish_reason, end.stats)
+    said = [one for block in blocks for one in block.probabilities or ()]
+    return Generation(ids, "".join(texts) if end.text is not None else None, end.finish_reason, end.stats,
+                      None if end.probabilities is None else said)

@@ -45,6 +45,7 @@ class Step:
     tokens: Ints  # chosen
     confidence: Reals
     write: Bools = field(default_factory=lambda: np.zeros(0, bool))  # which places take their choice
+    source: Ints | None = None  # where places were before they moved; −1: new ones
 
 
 class InsertDelete:
@@ -96,7 +97,7 @@ class InsertDelete:
         row.write(asked, chosen, settled=last)
         # Where tokens come out as they were and the block goes on, the forward must not become its commit.
         changed = moved if len(moved) or last else np.flatnonzero(step.write)
-        return Chosen(asked, step.tokens, step.confidence, asked[changed])
+        return Chosen(asked, step.tokens, step.confidence, asked[changed], step.source)
 
     def _ranked(self, asked: Ints, outputs: ForwardOutputs, i: int) -> Ranked:
         if not self.needs_logits:
@@ -192,6 +193,7 @@ class InsertDelete:
             kept = np.where(new, nothing, values[source])
             return np.append(kept, np.full(padding, nothing)).astype(values.dtype)
 
+        step.source = moved(np.arange(wide), -1)
         memory.original = moved(memory.original, False)
         step.tokens = moved(step.tokens, -1)  # nothing was said of new places
         step.confidence = moved(step.confidence, 0)

@@ -16,6 +16,7 @@ from ..guards.tokenizer import GuardedTokenizer, no_panics, one_request
 from .literal import LiteralEncoder
 from .messages import Message, check_text, plain_messages, short
 from .own_tokens import OwnTokens
+from .spelling import TokenBytes
 from .stream import Tail, TextStream
 from .switches import Switches
 from .templates import ChatTemplate
@@ -46,7 +47,7 @@ class TextCodec:
             content = json.loads(read_regular(tokenizer_file, MOST_TABLE).decode("utf-8"))
             self._guarded = GuardedTokenizer(content)
             self._tokenizer = self._guarded.raw
-            self.tail = Tail(content.get("decoder"))
+            self.tail, self._bytes = Tail(content.get("decoder")), TokenBytes(content.get("decoder"))
             model = {key: content["model"].get(key) for key in ("unk_token", "unk_id", "byte_fallback")}
             self._literal = LiteralEncoder(self._guarded, {k: v for k, v in model.items() if v is not None})
         self._seen_roles: set[str] = set()
@@ -121,6 +122,17 @@ class TextCodec:
     def token(self, id_: int) -> str | None:
         """A token's name; None for a special or unknown one, which decoding leaves out."""
         return None if id_ in self._special else self._tokenizer.id_to_token(id_)
+
+    def spelling(self, id_: int) -> tuple[str, bytes | None]:
+        """A token as it is shown, and what it adds to a text in UTF-8; None: that depends on its neighbours.
+
+        A special token goes by its name and adds nothing; U+FFFD stands for a part of a character.
+        """
+        name = self._tokenizer.id_to_token(id_) or ""  # the model may have more tokens than the tokenizer
+        if id_ in self._special or not name:
+            return name, b""
+        added = self._bytes.of(name)
+        return (self.decode([id_]) if added is None else added.decode("utf-8", "replace")), added
 
     def _tell_of_dropped(self, template: ChatTemplate, messages: list[Message], text: str, now: datetime,
                          switches: Switches | None) -> None:
