@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..decoding.probabilities import Likely, TokenProbability
@@ -35,9 +35,9 @@ class Columns:
         """
         if said is None:
             return None
-        tops = [{_plain(other): other.logprob for other in reversed(one.top)} for one in said]
+        tops = [_first((_plain(other), other.logprob) for other in one.top) for one in said]
         return {"tokens": [_plain(one) for one in said], "token_logprobs": [one.logprob for one in said],
-                "top_logprobs": [dict(reversed(top.items())) for top in tops] if any(tops) else None,
+                "top_logprobs": tops if any(tops) else None,
                 "text_offset": [self._offset(one) for one in said]}
 
     def _offset(self, one: TokenProbability) -> int:
@@ -49,6 +49,14 @@ class Columns:
 def _name(one: Likely) -> str:
     """Of a bundle without a tokenizer as vLLM writes it."""
     return f"token_id:{one.token_id}" if one.token is None else one.token
+
+
+def _first(pairs: Iterable[tuple[str, float | None]]) -> dict[str, float | None]:
+    """Of equal names the first value."""
+    found: dict[str, float | None] = {}
+    for name, value in pairs:
+        found.setdefault(name, value)
+    return found
 
 
 def _plain(one: Likely) -> str:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from .stream import parts_of
+
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that byte-level tokens show as they are
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
@@ -33,32 +35,22 @@ class TokenBytes:
 
 def _changes(decoder: dict[str, Any] | None) -> list[Change] | None:
     """What is done to a token; None where that is more than a change of each token by itself."""
-    if decoder is None:
-        return None  # tokens are joined by blanks
-    kind = decoder.get("type")
-    if kind == "ByteLevel":
-        return [_byte_level]
-    if kind == "Metaspace":
-        return [_replaced(decoder.get("replacement", "▁"), " ")]
-    if kind != "Sequence":
-        return None
+    parts = parts_of(decoder)
     changes: list[Change] = []
-    parts = decoder.get("decoders", [])
-    for number, part in enumerate(parts):
-        match part.get("type"):
-            case "Fuse":
-                rest = parts[number + 1:]
-                begins = all(one.get("type") == "Strip" and not one.get("stop") for one in rest)
-                return changes if begins else None
-            case "Replace" if "String" in part.get("pattern", {}):
-                changes.append(_replaced(part["pattern"]["String"], part.get("content", "")))
-            case "ByteFallback":
-                changes.append(_fallback)
-            case "ByteLevel" if number + 1 == len(parts):
-                changes.append(_byte_level)
-            case _:
-                return None
-    return changes if changes and changes[-1] is _byte_level else None
+    for number, (kind, part) in enumerate(parts):
+        if kind in ("Fuse", "ByteLevel"):  # then there is one text
+            changes += [_byte_level] if kind == "ByteLevel" else []
+            begins = all(other == "Strip" and not one.get("stop") for other, one in parts[number + 1:])
+            return changes if begins else None
+        if kind == "Replace" and "String" in part.get("pattern", {}):
+            changes.append(_replaced(part["pattern"]["String"], part.get("content", "")))
+        elif kind == "Metaspace":
+            changes.append(_replaced(part.get("replacement", "▁"), " "))
+        elif kind == "ByteFallback":
+            changes.append(_fallback)
+        else:
+            return None
+    return changes or None  # without a decoder, blanks join the tokens
 
 
 def _byte_level(token: str | bytes) -> str | bytes:

@@ -126,6 +126,6 @@ def _checked(kind: type[Body], values: dict[str, Any]) -> Any:
         raise ApiError(400, f"n is {body.choices}, but a request has one answer here; leave it out.", param="n")
     asked = getattr(body, "logprobs", None)
     if asked not in (None, OFF) and asked is not False:
-        raise ApiError(400, "logprobs has no output in Triton; leave it out, or ask a server of dmoe-export serve.",
+        raise ApiError(400, "logprobs is asked for, and no output of Triton has place for it; leave it out.",
                        param="logprobs")
     return body
