@@ -103,10 +103,10 @@ def test_records_are_what_the_forward_said_that_kept_the_token(seed, kind):
     for position, one in enumerate(said, len(prompt)):
         positions, outputs = spy.steps[one.step]
         logits = log_softmax(outputs.logits[0, positions.index(position)], MASK)
-        assert one.logprob == pytest.approx(logits[one.token_id], abs=1e-9)
+        assert one.logprob == pytest.approx(logits[one.token_id], abs=1e-6)
         order = np.argsort(-logits, kind="stable")[:top]
         assert [other.token_id for other in one.top] == order.tolist()
-        assert [other.logprob for other in one.top] == pytest.approx(logits[order].tolist(), abs=1e-9)
+        assert [other.logprob for other in one.top] == pytest.approx(logits[order].tolist(), abs=1e-6)
 
 
 @settings(max_examples=40)
@@ -137,7 +137,7 @@ def test_greedy_confidences_and_entropies():
     for positions, outputs in spy.steps:
         shares = [log_softmax(outputs.logits[0, m], MASK) for m in range(len(positions))]
         wanted.append(np.mean([-(np.exp(s[s > -np.inf]) * s[s > -np.inf]).sum() for s in shares]))
-    assert statistics.entropy_by_step == pytest.approx(wanted) and len({len(p) for p, _ in spy.steps}) > 1
+    assert statistics.entropy_by_step == pytest.approx(wanted, rel=1e-6) and len({len(p) for p, _ in spy.steps}) > 1
 
 
 def test_a_step_that_only_edits_has_no_entropy():
@@ -164,7 +164,7 @@ def test_records_follow_tokens_that_insert_and_delete_move(seed, attention):
     for one in said:
         positions, outputs = spy.steps[one.step]
         here = [log_softmax(outputs.logits[0, m], MASK)[one.token_id] for m in range(len(positions))]
-        assert min(abs(np.array(here) - one.logprob)) < 1e-9
+        assert min(abs(np.array(here) - one.logprob)) < 1e-6
 
 
 def test_a_deleted_place_takes_its_record_along():
