@@ -189,6 +189,20 @@ def test_a_deleted_place_takes_its_record_along():
     assert [one.logprob for one in said] == pytest.approx([5 - total[0], 6 - total[1], 7 - total[2], 12 - total[3]])
 
 
+def test_a_token_that_is_masked_and_comes_back_is_of_the_step_in_which_it_came_back():
+    def says(count, positions, ids):
+        logits = np.zeros((len(positions), VOCAB))
+        for m, position in enumerate(positions):
+            token = 6 if position > N else MASK if count == 1 else 5
+            logits[m, token] = 12 if position > N else 4 + count
+        return logits
+
+    _, said, statistics, _ = answer(Scripted(says, N, VOCAB, MASK), [3] * N, logprobs=1, max_new_tokens=N, eos_id=-1,
+                                    edit_threshold=0.1, threshold=0.1, steps=8)
+    assert [one.step for one in said] == [2, 0, 0, 0] and statistics.entropy_by_step[1] is None
+    assert said[0].logprob == said[0].top[0].logprob == pytest.approx(6 - np.log(np.exp(6) + VOCAB - 2))
+
+
 @settings(max_examples=40)
 @given(st.integers(0, 2**32))
 def test_a_canvas_tells_its_last_step(seed):

@@ -114,11 +114,6 @@ def test_refused_in_one_sentence(served, path, more, words, param):
     assert (status, answer["error"]["param"]) == (400, param) and words in answer["error"]["message"]
 
 
-def test_the_page_has_no_field_for_it(served):
-    named = {one["name"] for one in served.ask("GET", "/v1/chat/denoising")[2]["models"][0]["options"]}
-    assert "logprobs" not in named and "time_limit" in named
-
-
 def token(i, utf8, logprob=-0.5, top=(), text=None):
     return TokenProbability(i, logprob, utf8.decode("utf-8", "replace") if text is None else text, utf8, 0, tuple(top))
 
