@@ -80,7 +80,7 @@ class Recorder:
         A token is kept by the step that wrote it last: one that is replaced, or masked again, is forgotten.
         """
         places, start, step = asked.tolist(), row.window.start, len(self._entropies)
-        spread = [_Spread.of(outputs, i, m, self._mask_id) if masked[place] else None for m, place in enumerate(places)]
+        spread = [spread_of(outputs, i, m, self._mask_id) if masked[place] else None for m, place in enumerate(places)]
         entropies = [one.entropy for one in spread if one]
         self._entropies.append(float(np.mean(entropies)) if entropies else None)
         before = [self._kept.pop(start + place, None) for place in places]
@@ -92,7 +92,7 @@ class Recorder:
             assert m >= 0, "a place that was put in is masked"
             token, kept = int(row.canvas[position]), before[m]
             if kept is None or kept.token_id != token:
-                said = spread[m] or _Spread.of(outputs, i, m, self._mask_id)
+                said = spread[m] or spread_of(outputs, i, m, self._mask_id)
                 kept = TokenProbability(token, said.logprob(token), step=step, top=said.best(self._top, self._mask_id))
             self._kept[position] = kept
 
@@ -103,36 +103,39 @@ class Recorder:
 
 
 @dataclass(frozen=True)
-class _Spread:
+class Spread:
     """What a forward says of one place; of a canvas of random tokens the best token's share alone."""
 
     entropy: float  # nats
     log_sum: float  # ln Σ exp(logit) over all tokens but the mask
     logits: NDArray[np.float32] | None  # [V]; None: of a canvas, whose best token has the logit 0
 
-    @classmethod
-    def of(cls, outputs: ForwardOutputs, i: int, m: int, mask_id: int) -> _Spread:
-        if outputs.canvas is not None:
-            return cls(float(outputs.canvas.entropy[i, m]), -math.log(outputs.confidence[i, m]), None)
-        assert outputs.logits is not None
-        logits = outputs.logits[i, m].copy()
-        if mask_id >= 0:
-            logits[mask_id] = -np.inf
-        most = logits.max()
-        logits -= most
-        np.maximum(logits, _LEAST, out=logits)
-        powers = np.exp(logits)  # in float32, a fifth of the time; sums in float64
-        total = float(powers.sum(dtype=np.float64))
-        powers *= logits
-        mean = float(powers.sum(dtype=np.float64)) / total
-        return cls(max(0.0, math.log(total) - mean), math.log(total) + float(most), outputs.logits[i, m])
-
     def logprob(self, token: int) -> float:
+        """Of a token; of a canvas, of its best."""
         return (0.0 if self.logits is None else float(self.logits[token])) - self.log_sum
 
     def best(self, count: int, mask_id: int) -> tuple[Likely, ...]:
+        """The most probable tokens, as many as there are."""
         if not count or self.logits is None:
             return ()
         found = best_of(self.logits[None, None], mask_id, count)
         return tuple(Likely(int(token), float(logit) - self.log_sum) for token, logit in
                      zip(found.token_ids[0, 0], found.logits[0, 0], strict=True) if np.isfinite(logit))
+
+
+def spread_of(outputs: ForwardOutputs, i: int, m: int, mask_id: int) -> Spread:
+    """Of place m of row i of the outputs."""
+    if outputs.canvas is not None:
+        return Spread(float(outputs.canvas.entropy[i, m]), -math.log(outputs.confidence[i, m]), None)
+    assert outputs.logits is not None
+    logits = outputs.logits[i, m].copy()
+    if mask_id >= 0:
+        logits[mask_id] = -np.inf
+    most = logits.max()
+    logits -= most
+    np.maximum(logits, _LEAST, out=logits)
+    powers = np.exp(logits)  # float32 is faster; sums are in float64
+    total = float(powers.sum(dtype=np.float64))
+    powers *= logits
+    mean = float(powers.sum(dtype=np.float64)) / total
+    return Spread(max(0.0, math.log(total) - mean), math.log(total) + float(most), outputs.logits[i, m])
