@@ -13,11 +13,11 @@ __version__ = "0.1.0"
 __all__ = ["Batch", "Block", "BundleError", "CheckError", "CheckpointError", "DmoeError", "Event", "Filled", "Gap",
            "GenerateOptions", "Generation", "Generator", "Infilling", "InputError", "LengthError",
            "MissingRequirementError", "NotFiniteError", "OutputError", "Request", "RequestError", "Statistics",
-           "Stream", "export_checkpoint"]
+           "Stream", "TokenProbability", "export_checkpoint"]
 
 if TYPE_CHECKING:
     from .batch import Batch, Event, Request
-    from .decoding.answer import Block, Generation, Statistics
+    from .decoding.answer import Block, Generation, Statistics, TokenProbability
     from .decoding.settings import GenerateOptions
     from .decoding.stream import Stream
     from .decoding.template import Gap
@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
         from . import batch
 
         return getattr(batch, name)
-    if name in ("Block", "Generation", "Statistics"):
+    if name in ("Block", "Generation", "Statistics", "TokenProbability"):
         from .decoding import answer
 
         return getattr(answer, name)

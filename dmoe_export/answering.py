@@ -126,6 +126,8 @@ class Answering:
             its block is the last [up to 16 texts of 1 to 1000 characters; an empty one alone for none; default: none].
         time_limit: Most seconds of decoding, looked at between forwards; an answer then has the blocks that are
             finished [above 0, or off; default: none].
+        logprobs: Give each token of the answer its log-probability, and so many of the most probable tokens beside it,
+            at the step that kept it; slower, as all logits go to the host [between 0 and 20, or off; default: off].
         coreset_top_p: Share of a block's votes for experts that is followed; higher uses more experts and is slower
             (routing top_p; dMoE) [between 0 and 1; default: the bundle's].
         min_experts: Fewest experts of a block; higher is slower (routing top_p) [at least 1; default: the bundle's].

@@ -127,8 +127,10 @@ class Batch:
             done.statistics.products = self._products
             if start and self._resident:
                 done.statistics.residency = self._resident.statistics().since(start).as_dict()
-            row = done.handle.row
+            row, said = done.handle.row, done.probabilities
+            if said is not None and self._text:
+                said = [one.with_text(self._text.spelling) for one in said]
             events.append(Event(done.handle, None, done.error) if done.error else Event(done.handle, Block(
                 row.index, done.token_ids, piece, done.finish_reason, done.statistics,
-                row.answer_gaps() if done.finish_reason else None)))
+                row.answer_gaps() if done.finish_reason else None, said)))
         return events

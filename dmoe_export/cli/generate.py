@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..decoding.answer import Generation, generation_of
+from ..decoding.option import OFF
 from ..decoding.settings import OPTIONS
 from ..errors import RequestError
 from ..generator import Generator
@@ -59,6 +60,8 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_
     """
     given = _prompt(prompt, prompt_file, prompt_ids)
     options["chat_template_kwargs"] = _switches(template_kwarg)
+    if options["logprobs"] not in (None, OFF) and not as_json:
+        raise RequestError("--logprobs is shown by --json alone; give it, too.")
     if watch and stream:
         raise RequestError("--watch and --stream both show an answer while it grows; give one of them.")
     generator = open_shown(bundle, opening_of(options), quiet=as_json, memory=memory, program="generate",
@@ -78,7 +81,9 @@ def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[st
     for block in generator.stream([given], **options):
         blocks.append(block)
         if as_json:
-            click.echo(json.dumps({"block": block.token_ids, "text": block.text}))
+            said = {} if block.probabilities is None else {
+                "probabilities": [one.as_dict() for one in block.probabilities]}
+            click.echo(json.dumps({"block": block.token_ids, "text": block.text, **said}))
         else:
             shown = block.text if block.text is not None else "".join(f"{i}," for i in block.token_ids)
             click.echo(visible(shown, keep="\n\t"), nl=block.finish_reason is not None)

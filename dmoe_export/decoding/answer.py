@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .probabilities import TokenProbability
 from .row import FinishReason
 from .telemetry import Statistics
 
@@ -15,7 +16,7 @@ class Generation:
 
     `finish_reason`: eos, length (of max_new_tokens), stop, timeout (of time_limit) or cancelled. After stop, `text`
     ends before the stop string and `token_ids` with the token that completes it. After timeout and cancelled, both hold
-    the blocks that were finished.
+    the blocks that were finished. `probabilities` are those of `token_ids`, with the option `logprobs`; else None.
     """
 
     token_ids: list[int]
@@ -23,11 +24,13 @@ class Generation:
     finish_reason: FinishReason
     stats: Statistics
     gaps: tuple[tuple[int, int], ...] | None = None  # of a template: where each starts and stops in token_ids
+    probabilities: list[TokenProbability] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON; without what nobody asked for."""
         gaps = {} if self.gaps is None else {"gaps": [list(gap) for gap in self.gaps]}
-        return {"token_ids": self.token_ids, "text": self.text, "finish_reason": self.finish_reason, **gaps,
+        said = {} if self.probabilities is None else {"probabilities": [one.as_dict() for one in self.probabilities]}
+        return {"token_ids": self.token_ids, "text": self.text, "finish_reason": self.finish_reason, **gaps, **said,
                 "stats": self.stats.as_dict()}
 
 
@@ -44,6 +47,7 @@ class Block:
     finish_reason: FinishReason | None  # None: more blocks follow
     stats: Statistics  # of the prompt so far
     gaps: tuple[tuple[int, int], ...] | None = None  # of a template, on the last block: as `Generation.gaps`
+    probabilities: list[TokenProbability] | None = None  # of the tokens, where they are asked for
 
 
 def generation_of(blocks: list[Block]) -> Generation:
@@ -52,4 +56,6 @@ def generation_of(blocks: list[Block]) -> Generation:
     texts = [block.text for block in blocks if block.text is not None]
     end = blocks[-1]
     assert end.finish_reason
-    return Generation(ids, "".join(texts) if end.text is not None else None, end.finish_reason, end.stats, end.gaps)
+    said = [one for block in blocks for one in block.probabilities or ()]
+    return Generation(ids, "".join(texts) if end.text is not None else None, end.finish_reason, end.stats,
+                      end.gaps, None if end.probabilities is None else said)

@@ -22,6 +22,7 @@ from .caching import Plan
 from .inputs import inputs_of
 from .limits import check_batch, check_prompt
 from .prefixes import RowPrefix, store_of
+from .probabilities import Recorder, TokenProbability
 from .row import FinishReason, Row
 from .settings import DecodeSettings
 from .telemetry import Statistics
@@ -44,6 +45,7 @@ class Handle:
     way: Way = field(repr=False)
     ends: Ends | None = field(repr=False)
     watcher: Watcher | None = field(repr=False)
+    recorder: Recorder | None = field(repr=False)
     prefix: RowPrefix | None = field(repr=False)
     over: float  # when its time is over, by time.monotonic
     serial: int
@@ -62,6 +64,7 @@ class Decoded:
     finish_reason: FinishReason | None
     statistics: Statistics
     error: Exception | None = None
+    probabilities: list[TokenProbability] | None = None  # of the tokens, where they are asked for
 
 
 class JoiningBatch:
@@ -114,7 +117,9 @@ class JoiningBatch:
         row = Row(index, list(prompt), way.settings, self._backend.description, way.block_length, self._bytes,
                   way.template)
         prefix = RowPrefix(self.prefixes, way, self._backend) if self.prefixes and way.caches_blocks else None
-        handle = Handle(row, way, ends, Watcher(watch) if watch else None, prefix,
+        top = way.settings.logprobs
+        recorder = None if top is None else Recorder(row, top, self._backend.description.barred_id)
+        handle = Handle(row, way, ends, Watcher(watch) if watch else None, recorder, prefix,
                         time.monotonic() + (way.settings.time_limit or math.inf), next(_SERIAL))
         self._rows.append(handle)
         return handle
@@ -209,8 +214,11 @@ class JoiningBatch:
             ran = row.statistics.record(plan.phase, outputs.expert_ids[:, i], seconds, plan.rides, plan.ridden)
             row.statistics.record_salient(recomputed[i])
             if plan.decodes:
+                masked = row.masked[row.window].copy() if handle.recorder else None
                 try:
                     chosen = handle.way.outcome.apply(row, asked[i], outputs, i)
+                    if handle.recorder and masked is not None:
+                        handle.recorder.see(row, masked, asked[i], chosen, outputs, i)
                 except Exception as error:  # of this row's numbers
                     failed[i] = error
                     continue
@@ -254,9 +262,10 @@ class JoiningBatch:
 
     def _finished(self, handle: Handle) -> Decoded:
         """What a row has new, up to where `ends` ends it."""
-        row = handle.row
+        row, start = handle.row, handle.row.emitted
         tokens = row.take_new()
         try:
+            said = handle.recorder.take(row, start, tokens) if handle.recorder else None
             kept = handle.ends(tokens, row.finish_reason is not None) if handle.ends else None
         except Exception as error:  # of the caller's text
             return _failed(handle, error)
@@ -264,7 +273,7 @@ class JoiningBatch:
             row.stop(len(tokens) - kept)
             tokens = tokens[:kept]
         handle.finished = row.finish_reason is not None
-        return Decoded(handle, tokens, row.finish_reason, row.statistics)
+        return Decoded(handle, tokens, row.finish_reason, row.statistics, probabilities=said and said[:len(tokens)])
 
     def _let_go(self) -> None:
         """Rows that have ended leave; the last row takes the place of each."""

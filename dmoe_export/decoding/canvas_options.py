@@ -11,7 +11,7 @@ from .settings import CANVAS_DEFAULTS, OPTIONS, DecodeSettings
 
 # What means something with a canvas; of all else, no request may change the default.
 _SHARED = {"preset", "max_new_tokens", "steps", "cache", "schedule", "seed", "eos_id", "early_stop", "stop",
-           "time_limit", "coreset_top_p", "min_experts", "coreset_size"}
+           "time_limit", "logprobs", "coreset_top_p", "min_experts", "coreset_size"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ def check_canvas_options(settings: DecodeSettings, d: ModelDescription) -> None:
                                f"{d.family} fills masked places; leave it out.")
         return
     CanvasOptions.of(settings)
+    if settings.logprobs:
+        raise RequestError(f"logprobs is {settings.logprobs}, but family {d.family} tells the probability of the best "
+                           "token alone; give 0.")
     known = _SHARED | CANVAS_DEFAULTS.keys()
     name = next((name for name, option in OPTIONS.items()
                  if name not in known and getattr(settings, name) != option.default), None)

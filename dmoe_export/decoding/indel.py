@@ -55,6 +55,7 @@ class Step:
     bars: Bars
     out: Bools  # [w, K] the candidates that `bars` rules out
     write: Bools = field(default_factory=lambda: np.zeros(0, bool))  # which places take their choice
+    source: Ints | None = None  # where places were before they moved; −1: new ones
 
 
 class InsertDelete:
@@ -113,7 +114,7 @@ class InsertDelete:
         moved = np.flatnonzero(row.canvas[there] != step.canvas)
         # Where tokens come out as they were and the block goes on, the forward must not become its commit.
         changed = moved if len(moved) or last else np.flatnonzero(step.write)
-        return Chosen(asked, step.tokens, step.confidence, asked[changed])
+        return Chosen(asked, step.tokens, step.confidence, asked[changed], step.source)
 
     def _ranked(self, asked: Ints, outputs: ForwardOutputs, i: int) -> Ranked:
         if not self.needs_logits:
@@ -233,6 +234,7 @@ class InsertDelete:
         memory.original = np.where(here, memory.original[source * here], behind)
         step.tokens = np.where(here, step.tokens[source * here], -1)  # nothing was said of new places
         step.confidence = np.where(here, step.confidence[source * here], 0)
+        step.source = np.where(here, source, -1)
 
 
 def _out(bars: Bars, token_ids: NDArray[Any]) -> Bools:

@@ -28,11 +28,11 @@ def inputs_of(description: ModelDescription, rows: Sequence[Row], ways: Sequence
         # Blocks of a window see one another; what rides along is as a finished block is.
         seen_at[i] = np.where(positions[i] >= row.window.start, row.span.stop - 1, positions[i])
         wanted[i, :len(asked[i])] = asked[i] + row.window.start - row.shift - plan.start
-    decoding = [way.outcome for way, places in zip(ways, asked, strict=True) if len(places)]
+    decoding = [way for way, places in zip(ways, asked, strict=True) if len(places)]
     canvas = _canvas_inputs(description.hidden_size, rows, ways, plans, wanted) if description.canvas else None
     return ForwardInputs(ids, positions, wanted, ways[0].routing, any(one.needs_logits for one in decoding),
                          any(plan.commit is not None for plan in plans), serials,
-                         max((one.candidates for one in decoding), default=0), canvas,
+                         max((one.outcome.candidates for one in decoding), default=0), canvas,
                          seen_at if any(row.settings.edit_blocks for row in rows) else None)
 
 

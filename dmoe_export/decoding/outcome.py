@@ -26,6 +26,7 @@ class Chosen:
     tokens: Ints  # [m] the best of each, or a sample
     confidence: Reals  # [m]
     changed: Ints  # places that are others now
+    source: Ints | None = None  # [m] of each asked place, which of them its token was at before; −1: a new place
 
 
 class Decides(Protocol):

@@ -43,6 +43,7 @@ _STOPS = Rule(lambda value: isinstance(value, Sequence) and len(_texts(value)) <
               "up to 16 texts of 1 to 1000 characters; an empty one alone for none")
 _NAME = Rule(lambda value: isinstance(value, str) and 1 <= len(value) <= 100, "a name of 1 to 100 characters")
 _WINDOW = Rule(lambda value: 0 <= value <= MOST_OPEN, f"between 0 and {MOST_OPEN}")
+_TOP = Rule(lambda value: 0 <= value <= 20, "between 0 and 20")
 _SECONDS = Rule(lambda value: 0 < value < float("inf"), "above 0")
 
 _SAVING, _SAMPLING, _ROUTING = "caches and salient steps", "sampling", "routing"  # groups of options
@@ -167,6 +168,9 @@ class DecodeSettings:
     time_limit: Annotated[float | None, Told(
         "Most seconds of decoding, looked at between forwards; an answer then has the blocks that are finished",
         _SECONDS, shown="none", off=True)] = None
+    logprobs: Annotated[int | None, Told(
+        "Give each token of the answer its log-probability, and so many of the most probable tokens beside it, at the "
+        "step that kept it; slower, as all logits go to the host", _TOP, off=True)] = None
     coreset_top_p: Annotated[float | None, Told(
         "Share of a block's votes for experts that is followed; higher uses more experts and is slower (routing top_p; "
         "dMoE)", SHARE, shown="the bundle's", group=_ROUTING)] = None
@@ -254,6 +258,7 @@ class GenerateOptions(TypedDict, total=False):
     early_stop: bool | None
     stop: str | Sequence[str] | None
     time_limit: float | Literal["off"] | None
+    logprobs: int | Literal["off"] | None
     coreset_top_p: float | None
     min_experts: int | None
     coreset_size: int | None

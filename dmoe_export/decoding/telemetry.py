@@ -46,6 +46,7 @@ class Statistics:
     salient_by_step: list[list[int]] = field(default_factory=list)  # per sparse step: salient rows of each layer
     salient_overflows: int = 0  # steps made dense because more rows were salient than the capacity
     accepted_by_step: list[int] = field(default_factory=list)  # of canvases: places kept, but for each one's last step
+    entropy_by_step: list[float | None] | None = None  # mean of the masked places before it, in nats; where asked for
     residency: dict[str, Any] | None = None  # of all forwards while the row was there, under an expert budget
     products: str | None = None  # what weights were multiplied with on the CPU, such as "exact (float32)"
 
@@ -119,7 +120,7 @@ class Statistics:
         """For JSON."""
         raw = asdict(self)
         del raw["unique_by_phase"]
-        for name in ("residency", "products"):
+        for name in ("entropy_by_step", "residency", "products"):
             if raw[name] is None:
                 del raw[name]
         if self.accepted_by_step:

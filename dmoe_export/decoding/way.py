@@ -95,6 +95,11 @@ class Way:
             return prompt + self.settings.max_new_tokens
         return start + ((position - start) // self.block_length + 1) * self.block_length
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether steps want all logits: to decide by, or to tell probabilities."""
+        return self.outcome.needs_logits or (self.settings.logprobs is not None and self._attention != "canvas")
+
     def plan(self, row: Row) -> Plan:
         """What the row asks of its next forward; goes on to the next block where the active one needs nothing more."""
         plan = self._plan_of(row)

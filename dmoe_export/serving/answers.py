@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
+from ..decoding.probabilities import TokenProbability
 from .asked import Piece
 from .errors import ApiError
 from .events import COMMENT, DONE, QUIET_SECONDS, EventStream, event, unless_gone
 from .house import Entered
+from .logprobs import Columns, of_chat
 from .schema import Body
 
 # Ours → OpenAI's words; timeout and cancelled, which it does not have, stay as they are.
@@ -27,34 +30,43 @@ class Form:
     def choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
         """Of a whole answer."""
         return {"index": index, "message": {"role": "assistant", "content": _text(pieces), "refusal": None},
-                "logprobs": None, "finish_reason": finish(pieces[-1])}
+                "logprobs": of_chat(_said(pieces)), "finish_reason": finish(pieces[-1])}
 
     def delta(self, piece: Piece, first: bool) -> dict[str, Any]:
         """Of an event."""
         role = {"role": "assistant"} if first else {}
-        return {"index": piece.choice, "delta": {**role, "content": piece.text or ""}, "logprobs": None,
-                "finish_reason": finish(piece)}
+        return {"index": piece.choice, "delta": {**role, "content": piece.text or ""},
+                "logprobs": of_chat(piece.probabilities), "finish_reason": finish(piece)}
 
 
 class PlainForm(Form):
-    """Of completions; `token_ids` is ours."""
+    """Of completions, for one request; `token_ids` is ours."""
 
     prefix, whole, part = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self) -> None:
+        self._columns = defaultdict[int, Columns](Columns)  # by choice
 
     def choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
         """Of a whole answer."""
         return {"index": index, "text": _text(pieces), "token_ids": [i for piece in pieces for i in piece.token_ids],
-                "logprobs": None, "finish_reason": finish(pieces[-1])}
+                "logprobs": self._columns[index].of(_said(pieces)), "finish_reason": finish(pieces[-1])}
 
     def delta(self, piece: Piece, first: bool) -> dict[str, Any]:
         """Of an event."""
-        return {"index": piece.choice, "text": piece.text or "", "token_ids": piece.token_ids, "logprobs": None,
-                "finish_reason": finish(piece)}
+        return {"index": piece.choice, "text": piece.text or "", "token_ids": piece.token_ids,
+                "logprobs": self._columns[piece.choice].of(piece.probabilities), "finish_reason": finish(piece)}
 
 
 def finish(piece: Piece) -> str | None:
     """Its finish_reason in OpenAI's words."""
     return piece.finish_reason and FINISH.get(piece.finish_reason, piece.finish_reason)
+
+
+def _said(pieces: list[Piece]) -> list[TokenProbability] | None:
+    """None where nobody asked."""
+    given = [piece.probabilities for piece in pieces if piece.probabilities is not None]
+    return [one for said in given for one in said] if given else None
 
 
 def _text(pieces: list[Piece]) -> str:

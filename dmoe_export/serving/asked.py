@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..decoding.probabilities import TokenProbability
 from ..decoding.telemetry import Statistics
 
 Key = tuple[int, str]  # owner (number of the API key, −1 without one) and id of a request
@@ -35,6 +36,7 @@ class Piece:
     text: str | None  # None without a tokenizer
     finish_reason: str | None = None
     statistics: Statistics | None = None
+    probabilities: list[TokenProbability] | None = None  # of the tokens, where they are asked for
 
 
 @dataclass

@@ -37,6 +37,9 @@ async def denoising(body: ChatBody, request: Request) -> Response:
                        param="stream")
     if body.choices > 1:
         raise ApiError(400, f"n is {body.choices}, but /v1/chat/denoising shows one answer; leave it out.", param="n")
+    if body.logprobs:
+        raise ApiError(400, "logprobs is true, but /v1/chat/denoising shows confidences; leave it out.",
+                       param="logprobs")
     entered = await enter(request, body, [messages_of(body)], chat=True, watched=True)
     return EventStream(_events(entered), entered.leave)
 

@@ -83,7 +83,8 @@ class Job:
             row.prefix_tokens = block.stats.prefix_tokens
             self.course.cached_tokens = sum({id(one.request): one.prefix_tokens for one in self.rows}.values())
         for choice in row.choices:
-            self.put(Piece(choice, block.token_ids, block.text, reason, block.stats if reason else None))
+            self.put(Piece(choice, block.token_ids, block.text, reason, block.stats if reason else None,
+                           block.probabilities))
 
     async def items(self, every: float | None = None) -> AsyncIterator[Any]:
         """What was put, in order, to its end; raises what it ended with. None each `every` seconds without anything."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..decoding.option import OFF
 from ..decoding.settings import OPTIONS
 from ..text.switches import TOOLS
 from ..words import visible
@@ -24,7 +25,7 @@ HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "p
 # Fields of OpenAI that this server does not have, with the values that ask for nothing; others are refused by name.
 NOT_HERE: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
-    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "logprobs": (False, 0),
+    "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
     "top_logprobs": (0,), "logit_bias": ({},), "presence_penalty": (0,), "frequency_penalty": (0,), "best_of": (1,),
     "echo": (False,), "suffix": ("",), "modalities": (["text"],), "audio": (), "prediction": (),
     "reasoning_effort": ("none",), "verbosity": ("medium",), "web_search_options": ()}
@@ -144,6 +145,16 @@ class ChatBody(_WithOptions):
     tools: list[dict[str, Any]] | None = Field(
         None, description="Functions that the chat template tells the model of; its answer stays text.")
 
+    logprobs: StrictBool | None = Field(None, description="Give each token its log-probability.")
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = Field(
+        None, description="So many of the most probable tokens beside it; with logprobs.")
+
+    @model_validator(mode="after")
+    def _top_belongs(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs belongs to logprobs; give logprobs: true, too")
+        return self
+
     @model_validator(mode="after")
     def _tools_once(self) -> ChatBody:
         if TOOLS in (self.chat_template_kwargs or {}):
@@ -157,8 +168,18 @@ class ChatBody(_WithOptions):
             return self.chat_template_kwargs
         return (self.chat_template_kwargs or {}) | {TOOLS: self.tools}
 
+    def options(self) -> dict[str, Any]:
+        """As `Body.options`; our option counts tokens, for which OpenAI has a field of its own here."""
+        given = super().options()
+        return given | ({"logprobs": (self.top_logprobs or 0) if self.logprobs else OFF} if "logprobs" in given else {})
+
 
 class CompletionBody(_WithOptions):
     """POST /v1/completions: a text, a list of token ids, or a list of either."""
 
     prompt: Any
+
+    def options(self) -> dict[str, Any]:
+        """As `Body.options`; false is off, as of chat."""
+        given = super().options()
+        return given | ({"logprobs": OFF} if given.get("logprobs") is False else {})

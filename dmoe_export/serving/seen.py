@@ -25,7 +25,8 @@ def model_facts(name: str, bundle: Bundle, defaults: Defaults) -> dict[str, Any]
     names = [*defaults.presets, OFF] if defaults.presets else ()
     return {"id": name, "experts": model.moe.num_experts if model.moe else None,
             "block_length": bundle.manifest.step_tokens,
-            "options": [_described(one, given, names if one.name == "preset" else ()) for one in OPTIONS.values()]}
+            "options": [_described(one, given, names if one.name == "preset" else ()) for one in OPTIONS.values()
+                        if one.name != "logprobs"]}  # the page shows confidences
 
 
 def _described(one: Option, defaults: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from ..bundle.reader import Bundle
@@ -16,6 +16,7 @@ from ..guards.tokenizer import GuardedTokenizer, no_panics, one_request
 from .literal import LiteralEncoder
 from .messages import Message, check_text, plain_messages, short
 from .own_tokens import OwnTokens
+from .spelling import TokenBytes
 from .stream import Tail, TextStream
 from .switches import Switches
 from .templates import ChatTemplate
@@ -27,6 +28,7 @@ _LLADA2_TEMPLATE = (
     "{% for m in messages %}<role>{{ {'system': 'SYSTEM', 'user': 'HUMAN', 'assistant': 'ASSISTANT'}[m['role']] }}"
     "</role>{{ m['content'] }}<|role_end|>{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}")
 _MOST_ROLES = 8  # looked at in one request
+_SPELLED = 1 << 16  # tokens whose spelling is remembered, and shared by all who hold it
 _QUICK = 0.2  # seconds of a rendering that may be done again to see what changes
 _log = logging.getLogger(__name__)
 _LLADA2_TOKENS = {"<role>", "</role>", "<|role_end|>"}
@@ -46,9 +48,10 @@ class TextCodec:
             content = json.loads(read_regular(tokenizer_file, MOST_TABLE).decode("utf-8"))
             self._guarded = GuardedTokenizer(content)
             self._tokenizer = self._guarded.raw
-            self.tail = Tail(content.get("decoder"))
+            self.tail, self._bytes = Tail(content.get("decoder")), TokenBytes(content.get("decoder"))
             model = {key: content["model"].get(key) for key in ("unk_token", "unk_id", "byte_fallback")}
             self._literal = LiteralEncoder(self._guarded, {k: v for k, v in model.items() if v is not None})
+        self.spelling = lru_cache(_SPELLED)(self._spelling)
         self._seen_roles: set[str] = set()
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {i for i, token in added.items() if token.special}
@@ -121,6 +124,17 @@ class TextCodec:
     def token(self, id_: int) -> str | None:
         """A token's name; None for a special or unknown one, which decoding leaves out."""
         return None if id_ in self._special else self._tokenizer.id_to_token(id_)
+
+    def _spelling(self, id_: int) -> tuple[str, bytes | None]:
+        """A token as it is shown, and what it adds to a text in UTF-8; None: that depends on its neighbours.
+
+        A special token goes by its name and adds nothing; U+FFFD stands for a part of a character.
+        """
+        name = self._tokenizer.id_to_token(id_) or ""  # the model may have more tokens than the tokenizer
+        if id_ in self._special or not name:
+            return name, b""
+        added = self._bytes.of(name)
+        return (self.decode([id_]) if added is None else added.decode("utf-8", "replace")), added
 
     def _tell_of_dropped(self, template: ChatTemplate, messages: list[Message], text: str, now: datetime,
                          switches: Switches | None) -> None:

@@ -35,7 +35,7 @@ class Tail:
         self.bytes = False  # a run of byte tokens is read as one: valid as a whole, or not at all
         self.letters = 0  # last letters that a replacement may still join with what comes
         fused = False
-        for kind, part in _parts(decoder):
+        for kind, part in parts_of(decoder):
             self.whole |= kind not in _STEADY
             self.bytes |= kind == "ByteFallback"
             if kind == "Replace" and fused:
@@ -102,9 +102,10 @@ def _begun(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _parts(decoder: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
+def parts_of(decoder: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
+    """Kinds and fields of the decoders of a tokenizer.json, in the order in which they work."""
     if decoder is None:
         return []
     if decoder.get("type") == "Sequence":
-        return [part for inner in decoder.get("decoders", []) for part in _parts(inner)]
+        return [part for inner in decoder.get("decoders", []) for part in parts_of(inner)]
     return [(str(decoder.get("type")), decoder)]

@@ -67,6 +67,18 @@ def test_stream_gives_the_same_tokens(bundle):
     assert blocks == lines[-1]["token_ids"] == whole["token_ids"]
 
 
+def test_probabilities_are_in_json_alone(bundle):
+    options = ("generate", bundle, "--prompt-ids", "1,2,3", "--max-new-tokens", 20, "--eos-id", -1, "--logprobs", 2)
+    whole = json.loads(run(*options, "--json").stdout)
+    lines = [json.loads(line) for line in run(*options, "--json", "--stream").stdout.splitlines()]
+    assert [one["token_id"] for one in whole["probabilities"]] == whole["token_ids"]
+    assert [one for line in lines[:-1] for one in line["probabilities"]] == whole["probabilities"]
+    assert all(len(one["top"]) == 2 and one["token"] is None for one in whole["probabilities"])
+    refused = run(*options)
+    assert refused.exit_code == 2 and "--logprobs is shown by --json alone; give it, too." in refused.output
+    assert "probabilities" not in json.loads(run(*options[:-2], "--json").stdout)
+
+
 def test_sampling_is_seeded(bundle):
     def tokens(seed):
         return json.loads(run("generate", bundle, "--prompt-ids", "5", "--max-new-tokens", 20, "--temperature", 1,

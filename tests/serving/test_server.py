@@ -163,7 +163,7 @@ REFUSED = [
     ({"tools": [5]}, 400, "tools.0: ", "tools"),
     ({"tool_choice": "required"}, 400, "tool_choice is not", "tool_choice"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format is not offered", "response_format"),
-    ({"logprobs": True}, 400, "logprobs is not offered", "logprobs"),
+    ({"logit_bias": {"5": 1}}, 400, "logit_bias is not offered", "logit_bias"),
     ({"presence_penalty": 0.5}, 400, "presence_penalty is not offered", "presence_penalty"),
     ({"stream": "yes"}, 400, "stream: ", "stream"),
     ({"stream_options": {}}, 400, "stream_options belongs", "stream_options"),

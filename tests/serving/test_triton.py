@@ -220,6 +220,7 @@ def test_configuration_and_model_have_the_same_tensors(triton, monkeypatch):
     (Request(LONG, input_ids=ids(), sampling_parameters="{"), "sampling_parameters is no JSON; give a JSON object"),
     (Request(LONG, input_ids=ids(), sampling_parameters='{"max_tokens": 4}'), "max_tokens has one value as a pa"),
     (Request(LONG | {"n": 3}, input_ids=ids()), "n is 3, but a request has one answer here; leave it out."),
+    (Request({"logprobs": 0}, input_ids=ids()), "no output of Triton has place for it; leave it out."),
     (Request(input_ids=ids(), exclude_input_in_output=False), "is only for text_input without stream; leave it out."),
     (Request(text_input="x", exclude_input_in_output=False, stream=True), "is only for text_input without stream;"),
 ], ids=lambda value: value[:40] if isinstance(value, str) else "")

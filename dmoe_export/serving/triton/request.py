@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ...decoding.option import OFF
 from ...decoding.settings import OPTIONS
 from ...guards.numerals import integer, real
 from ..asked import Ask
@@ -123,4 +124,8 @@ def _checked(kind: type[Body], values: dict[str, Any]) -> Any:
         raise of_body(error.errors()) from None
     if body.choices != 1:
         raise ApiError(400, f"n is {body.choices}, but a request has one answer here; leave it out.", param="n")
+    asked = getattr(body, "logprobs", None)
+    if asked not in (None, OFF) and asked is not False:
+        raise ApiError(400, "logprobs is asked for, and no output of Triton has place for it; leave it out.",
+                       param="logprobs")
     return body
