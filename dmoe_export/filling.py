@@ -16,6 +16,7 @@ from .decoding.answer import Block, Generation, generation_of
 from .decoding.settings import GenerateOptions
 from .decoding.template import Gap, Part, template_of
 from .errors import RequestError
+from .text.behind import Behind
 from .text.codec import TextCodec
 
 
@@ -104,17 +105,21 @@ def _several(parts: Any) -> list[Sequence[Part]]:
 
 
 def _filled(request: Request, answer: Generation, text: TextCodec | None) -> Infilling:
+    whole = None if text is None else text.decode([*request.token_ids, *answer.token_ids])
+    return Infilling(whole, gaps_of(request, answer.token_ids, text), answer)
+
+
+def gaps_of(request: Request, token_ids: list[int], text: TextCodec | None) -> list[Filled]:
+    """The gaps of a request's template, as an answer of these tokens has filled them."""
     template, before = request.way.template, request.token_ids
     assert template
-    ids = [*before, *answer.token_ids]
+    ids = [*before, *token_ids]
     sight = template.in_sight(len(before), partial(request.way.sight, len(before)))
-    gaps = [Filled(answer.token_ids[gap.start:gap.stop],
+    return [Filled(token_ids[gap.start:gap.stop],
                    None if text is None else _between(text, ids, len(before) + gap.start, len(before) + gap.stop), seen)
             for gap, seen in zip(template.gaps, sight, strict=True)]
-    return Infilling(None if text is None else text.decode(ids), gaps, answer)
 
 
 def _between(text: TextCodec, ids: list[int], start: int, stop: int) -> str:
     """What tokens start … stop − 1 add to the text before them."""
-    before, both = text.decode(ids[:start]), text.decode(ids[:stop])
-    return both[len(before):] if both.startswith(before) else text.decode(ids[start:stop])
+    return Behind(text, ids[:start]).decode(ids[start:stop])

@@ -21,7 +21,8 @@ class StepSeen:
 
     Lists over places: `token_ids` (−1 = still masked), `candidates` (the best token of a masked place, else its token),
     `confidence` (probability of the candidate as of the forward that last looked at the place; 0 = none has), `new`
-    (indices of the places that this forward decided or changed).
+    (indices of the places that this forward decided or changed), `gaps` (number of the template's gap that a place is
+    of, −1 = given; empty without a template).
     """
 
     index: int  # of the row
@@ -32,6 +33,7 @@ class StepSeen:
     candidates: list[int]
     confidence: list[float]
     new: list[int]
+    gaps: list[int]
     phase: Executed
     forwards: int  # model forwards of the row so far
     executed_forwards: int
@@ -73,6 +75,18 @@ class Watcher:
         self._watch(StepSeen(
             row.index, row.block, row.step, span.start + first - row.prompt_length,
             np.where(masked, -1, tokens)[shown].tolist(), np.where(masked, self._candidates, tokens)[shown].tolist(),
-            self._confidence[shown].tolist(), [i - first for i in sorted(new) if first <= i < last], phase,
+            self._confidence[shown].tolist(), [i - first for i in sorted(new) if first <= i < last],
+            _gaps(row, span.start + first, span.start + last), phase,
             row.statistics.forwards, row.statistics.executed_forwards, row.statistics.new_tokens,
             unique_experts(expert_ids).tolist(), seconds))
+
+
+def _gaps(row: Row, start: int, stop: int) -> list[int]:
+    """The template's gaps of these positions, by number."""
+    if row.template is None:
+        return []
+    gaps = np.full(stop - start, -1)
+    for number, gap in enumerate(row.template.gaps):
+        first, last = row.prompt_length + gap.start - start, row.prompt_length + gap.stop - start
+        gaps[max(0, first):max(0, last)] = number
+    return gaps.tolist()

@@ -1,0 +1,103 @@
+"""Answers with given places in the engine: how they are requested, and what of them a client reads."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from ..batch import Request
+from ..errors import LengthError, RequestError
+from ..filling import gaps_of
+from ..generator import Generator
+from ..text.behind import Behind
+from ..text.codec import TextCodec, TextStream
+from .asked import Ask, Piece, Shows
+from .errors import ApiError
+
+_FIELDS: dict[Shows, str] = {"answer": "template", "gap": "suffix", "text": "infill"}
+_ABOUT = re.compile(r"The template|A gap|A token id of the template")  # begins a sentence about what is given
+
+
+def requested(generator: Generator, ask: Ask, prompt: Any) -> Request:
+    """A prompt of a request, encoded and checked; raises what `Generator.request` does, and ApiError for a template."""
+    field = _FIELDS[ask.shows]
+    try:
+        request = _requested(generator, ask, prompt)
+    except RequestError as error:
+        if isinstance(error, LengthError) or not _ABOUT.match(str(error)):
+            raise
+        raise ApiError(400, _over_http(str(error), field), param=field) from None
+    places = len(request.way.template.token_ids) if request.way.template else 0
+    if ask.most_places is not None and places > ask.most_places:
+        raise ApiError(400, f"{field} makes an answer of {places} places, this server's have at most "
+                       f"{ask.most_places}.", param=field)
+    return request
+
+
+def _requested(generator: Generator, ask: Ask, prompt: Any) -> Request:
+    if ask.shows == "answer":
+        return generator.request(prompt, chat=ask.chat, chat_template_kwargs=ask.chat_template_kwargs,
+                                 template=ask.template, **ask.options)
+    return generator.infilling([prompt, *ask.template] if ask.template else prompt, **ask.options)
+
+
+def _over_http(sentence: str, field: str) -> str:
+    """A sentence about a template in the words of a body."""
+    sentence = re.sub(r"Gap\((\d+)\)", r'{"gap": \1}', re.sub(r"Gap\((\d+), (\d+)\)", r'{"gap": [\1, \2]}', sentence))
+    return re.sub(r"^The template", field, sentence)
+
+
+def given_tokens(request: Request) -> int:
+    """Tokens of a request that are not the model's: of the prompt, and of a template."""
+    template = request.way.template
+    places = len(template.token_ids) - sum(gap.stop - gap.start for gap in template.gaps) if template else 0
+    return len(request.token_ids) + places
+
+
+class Shown:
+    """What a client reads of a row with given places, block by block."""
+
+    def __init__(self, request: Request, shows: Shows, text: TextCodec | None) -> None:
+        self._request, self._shows, self._text = request, shows, text
+        self._ids: list[int] = []  # of the answer so far
+        self._given = 0  # of these
+        self._stream: TextStream | None = None
+        self._first, self._begun = True, ""  # text of the prompt leaves with the first block
+        if text is None or shows == "answer":
+            return
+        before = request.token_ids
+        self._stream = TextStream(Behind(text, before), request.settings.stops) if shows == "gap" else TextStream(text)
+        if shows == "text":
+            self._begun = self._stream.push(before, last=False)
+
+    def of(self, piece: Piece, given: int) -> Piece:
+        """A block's piece as the client reads it; `given`: tokens of the answer so far that the template gives."""
+        ids, new_given = piece.token_ids, given - self._given
+        first, self._first = self._first, False
+        place, self._given = len(self._ids), given
+        self._ids += ids
+        reason, last = piece.finish_reason, piece.finish_reason is not None
+        if self._shows == "gap":
+            places = self._gap_places
+            ids, new_given = ids[:max(0, places - place)], 0
+            last |= len(self._ids) >= places
+        text = self._stream.push(ids, last) if self._stream else piece.text
+        if self._shows == "gap" and reason == "stop" and self._stream and self._stream.kept is None:
+            reason = "filled"  # the stop string was in the suffix
+        if self._shows == "text" and first:
+            ids, new_given = [*self._request.token_ids, *ids], new_given + len(self._request.token_ids)
+            text = None if text is None else self._begun + text
+        gaps = [gap.as_dict() for gap in gaps_of(self._request, self._ids, self._text)] if piece.finish_reason else None
+        return replace(piece, token_ids=ids, text=text, finish_reason=reason, given=new_given, gaps=gaps)
+
+    @property
+    def _gap_places(self) -> int:
+        template = self._request.way.template
+        assert template
+        return template.gaps[0].stop
+
+
+def shown_of(request: Request, ask: Ask, text: TextCodec | None) -> Shown | None:
+    """For a row of a request; None where nothing of its answer is given."""
+    return Shown(request, ask.shows, text) if request.way.template else None
