@@ -40,7 +40,8 @@ class Wanted:
 
     async def ask(self, model: Model, most_new_tokens: int, timeout: float) -> Ask:
         """For the engine, with a key of its own: ids of Triton's clients may come twice. Raises ApiError."""
-        return await ask_of((-1, uuid.uuid4().hex), self.body, [self.prompt], self.chat, model, most_new_tokens, timeout)
+        key = (-1, uuid.uuid4().hex)
+        return await ask_of(key, self.body, [self.prompt], self.chat, model, most_new_tokens, timeout)
 
 
 def wanted_of(name: str, inputs: Mapping[str, Any], parameters: str, request_id: str) -> Wanted:
