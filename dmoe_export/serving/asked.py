@@ -43,7 +43,7 @@ class Piece:
     finish_reason: str | None = None
     statistics: Statistics | None = None
     given: int = 0  # of these tokens: they are the request's, not the model's
-    gaps: list[dict[str, Any]] | None = None  # `Filled` of each, with the last piece of an answer that had some
+    gaps: list[dict[str, Any]] | None = None  # of an answer that had some, with its last piece
 
 
 @dataclass

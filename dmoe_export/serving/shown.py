@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..batch import Request
+from ..decoding.template import Template
 from ..errors import LengthError, RequestError
 from ..filling import gaps_of
 from ..generator import Generator
@@ -79,7 +80,7 @@ class Shown:
         self._ids += ids
         reason, last = piece.finish_reason, piece.finish_reason is not None
         if self._shows == "gap":
-            places = self._gap_places
+            places = self._template.gaps[0].stop
             ids, new_given = ids[:max(0, places - place)], 0
             last |= len(self._ids) >= places
         text = self._stream.push(ids, last) if self._stream else piece.text
@@ -88,14 +89,22 @@ class Shown:
         if self._shows == "text" and first:
             ids, new_given = [*self._request.token_ids, *ids], new_given + len(self._request.token_ids)
             text = None if text is None else self._begun + text
-        gaps = [gap.as_dict() for gap in gaps_of(self._request, self._ids, self._text)] if piece.finish_reason else None
+        gaps = self._filled() if piece.finish_reason else None
         return replace(piece, token_ids=ids, text=text, finish_reason=reason, given=new_given, gaps=gaps)
 
+    def _filled(self) -> list[dict[str, Any]]:
+        """Each gap, and `text_offset`: characters of what is read before it."""
+        filled = gaps_of(self._request, self._ids, self._text)
+        before = self._request.token_ids if self._shows == "text" else []
+        offsets = [None if self._text is None else len(self._text.decode([*before, *self._ids[:gap.start]]))
+                   for gap in self._template.gaps]
+        return [{**gap.as_dict(), "text_offset": offset} for gap, offset in zip(filled, offsets, strict=True)]
+
     @property
-    def _gap_places(self) -> int:
+    def _template(self) -> Template:
         template = self._request.way.template
         assert template
-        return template.gaps[0].stop
+        return template
 
 
 def shown_of(request: Request, ask: Ask, text: TextCodec | None) -> Shown | None:

@@ -21,10 +21,10 @@ export function partsOf(text) {
 const isGap = part => typeof part !== "string";
 const most = part => (Array.isArray(part.gap) ? part.gap[1] : part.gap);
 
-function span(className, text) {
+function span(className, ...content) {
   const element = document.createElement("span");
   element.className = className;
-  element.append(text);
+  element.append(...content);
   return element;
 }
 
@@ -45,14 +45,14 @@ export class Gaps {
   draw(parent) {
     const last = Math.max(-1, ...this.seen.keys());
     let number = -1;
-    parent.replaceChildren(...this.parts.flatMap(part => {
-      if (!isGap(part)) return [span("given", part)];
+    parent.replaceChildren(...this.parts.map(part => {
+      if (!isGap(part)) return span("given", part);
       number += 1;
       const mine = [...this.seen].filter(([, one]) => one.gap === number);
       const whole = mine.length && mine.at(-1)[0] < last; // something behind it was seen, so it has no more places
       const unseen = whole ? 0 : Math.max(0, most(part) - mine.length);
-      return [...mine.map(([, one]) => this.place(one)),
-        ...Array.from({ length: unseen }, () => span("place masked", MASKED))];
+      return span("gap", ...mine.map(([, one]) => this.place(one)),
+        ...Array.from({ length: unseen }, () => span("place masked", MASKED)));
     }));
   }
 
@@ -62,10 +62,17 @@ export class Gaps {
     return element;
   }
 
-  /** The text at its end; `filled`: of each gap. */
-  drawFilled(parent, filled) {
-    const texts = filled.map(gap => gap.text ?? gap.token_ids.join(","));
-    parent.replaceChildren(...this.parts.map(part => (isGap(part) ? span("filled", texts.shift()) : span("given", part))));
+  /** The text at its end, as the server has it; `filled`: of each gap. */
+  drawFilled(parent, text, filled) {
+    const letters = [...text]; // an offset counts whole characters
+    let from = 0;
+    for (const gap of filled) {
+      const to = gap.text_offset + [...gap.text].length;
+      parent.append(span("given", letters.slice(from, gap.text_offset).join("")),
+        span("filled", letters.slice(gap.text_offset, to).join("")));
+      from = to;
+    }
+    parent.append(span("given", letters.slice(from).join("")));
   }
 }
 

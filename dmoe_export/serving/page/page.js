@@ -175,7 +175,8 @@ function finish(answer, ended, question) {
 
 /** A text whose gaps are filled; one that ended early is as far as it came. */
 function showFilled(answer, ended) {
-  if (ended === "stop") answer.gaps.drawFilled(answer.committed, answer.filled);
+  const texts = answer.filled?.every(gap => gap.text !== null); // a model without a tokenizer has none
+  if (ended === "stop" && texts) answer.gaps.drawFilled(answer.committed, answer.text, answer.filled);
   else answer.committed.append(answer.text);
 }
 
