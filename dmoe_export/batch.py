@@ -127,6 +127,8 @@ class Batch:
             done.statistics.products = self._products
             if start and self._resident:
                 done.statistics.residency = self._resident.statistics().since(start).as_dict()
+            row = done.handle.row
             events.append(Event(done.handle, None, done.error) if done.error else Event(done.handle, Block(
-                done.handle.row.index, done.token_ids, piece, done.finish_reason, done.statistics)))
+                row.index, done.token_ids, piece, done.finish_reason, done.statistics,
+                row.answer_gaps() if done.finish_reason else None)))
         return events

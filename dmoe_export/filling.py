@@ -105,14 +105,16 @@ def _several(parts: Any) -> list[Sequence[Part]]:
 
 
 def _filled(request: Request, answer: Generation, text: TextCodec | None) -> Infilling:
+    assert answer.gaps is not None
     whole = None if text is None else text.decode([*request.token_ids, *answer.token_ids])
-    return Infilling(whole, gaps_of(request, answer.token_ids, text), answer)
+    return Infilling(whole, gaps_of(request, answer.token_ids, answer.gaps, text), answer)
 
 
-def gaps_of(request: Request, token_ids: list[int], text: TextCodec | None) -> list[Filled]:
-    """The gaps of a request's template, as an answer of these tokens has filled them."""
-    template, before = request.way.template, request.token_ids
-    assert template
+def gaps_of(request: Request, token_ids: list[int], spans: Sequence[tuple[int, int]],
+            text: TextCodec | None) -> list[Filled]:
+    """The gaps of a request's template in an answer of these tokens; `spans`: `Generation.gaps`."""
+    assert request.way.template
+    template, before = request.way.template.at(spans), request.token_ids
     ids = [*before, *token_ids]
     sight = template.in_sight(len(before), partial(request.way.sight, len(before)))
     return [Filled(token_ids[gap.start:gap.stop],

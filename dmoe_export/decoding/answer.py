@@ -22,10 +22,12 @@ class Generation:
     text: str | None  # None without a tokenizer
     finish_reason: FinishReason
     stats: Statistics
+    gaps: tuple[tuple[int, int], ...] | None = None  # of a template: where each starts and stops in token_ids
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"token_ids": self.token_ids, "text": self.text, "finish_reason": self.finish_reason,
+        gaps = {} if self.gaps is None else {"gaps": [list(gap) for gap in self.gaps]}
+        return {"token_ids": self.token_ids, "text": self.text, "finish_reason": self.finish_reason, **gaps,
                 "stats": self.stats.as_dict()}
 
 
@@ -41,6 +43,7 @@ class Block:
     text: str | None  # None without a tokenizer
     finish_reason: FinishReason | None  # None: more blocks follow
     stats: Statistics  # of the prompt so far
+    gaps: tuple[tuple[int, int], ...] | None = None  # of a template, on the last block: as `Generation.gaps`
 
 
 def generation_of(blocks: list[Block]) -> Generation:
@@ -49,4 +52,4 @@ def generation_of(blocks: list[Block]) -> Generation:
     texts = [block.text for block in blocks if block.text is not None]
     end = blocks[-1]
     assert end.finish_reason
-    return Generation(ids, "".join(texts) if end.text is not None else None, end.finish_reason, end.stats)
+    return Generation(ids, "".join(texts) if end.text is not None else None, end.finish_reason, end.stats, end.gaps)

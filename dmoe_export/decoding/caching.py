@@ -117,7 +117,7 @@ def _refreshed(row: Row, stop: int) -> Plan | None:
     if row.settled:
         return None
     start = row.span.start - row.shift  # with shifted logits the place before the block predicts its first token
-    if row.step:
+    if row.step and not row.shifted:
         return Plan("denoise", start, stop)
     positions = np.arange(row.horizon)
     return Plan("full", 0, row.horizon, (positions < start) | (positions >= stop), clear=True)

@@ -22,9 +22,12 @@ def check_edit_options(settings: DecodeSettings, d: ModelDescription, opens_bloc
 
 
 def check_ranges(template: Template, settings: DecodeSettings) -> None:
-    """Raise RequestError for gaps whose length is open, where no place can be taken out; and the other way around."""
+    """Raise RequestError for gaps whose length is a range, where no place can be taken out or no end is known."""
     if template.ranges and not settings.insert_delete:
         raise RequestError("A gap of between so many and so many tokens, such as Gap(2, 8), needs a model that inserts "
                            "and deletes, and insert_delete (LLaDA2.2); give the gap one length, such as Gap(8).")
-    if settings.insert_delete:
-        raise RequestError("insert_delete moves tokens, and a template says where they are; leave one of them out.")
+    for gap in template.gaps:
+        most = gap.stop - gap.start
+        if gap.stop > template.closed and most > gap.fewest:
+            raise RequestError(f"The template ends with a gap of {gap.fewest} to {most} tokens, but behind the last "
+                               f"given token the answer may end anywhere; give it one length, such as Gap({most}).")

@@ -1,8 +1,11 @@
-"""Editing that inserts and deletes (LLaDA2.2): places move inside the active block, and nowhere else.
+"""Editing that inserts and deletes (LLaDA2.2): places move inside the active block; with a template, behind it, too.
 
 A step may write two control tokens. DELETE takes its place out. SPLIT puts a new mask before its place, whose old token
 stays. What follows moves, and the block is cut, or filled with new masks, at its end. Neither token ever stands in the
 block, so neither reaches the answer.
+
+With a template, a gap takes as many of either as its range allows, and what is given stays: up to the last given place
+all that follows moves, in later blocks, too.
 
 Source: SGLang's `JointThresholdInDel`, recorded step by step in tests/golden/editing.
 """
@@ -10,8 +13,10 @@ Source: SGLang's `JointThresholdInDel`, recorded step by step in tests/golden/ed
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..description import EditTokens, Precision
 from ..runtime.backend import Bools, ForwardOutputs, Ints
@@ -23,6 +28,9 @@ from .ranked import Ranked
 from .row import Row
 from .sampling import Reals, barring, draws_from, sample, sample_best, spared, without
 from .settings import DecodeSettings
+
+Bars = list[tuple[tuple[int, ...], Bools]]
+"""Tokens, and the places [w] that do not take them."""
 
 
 @dataclass
@@ -44,6 +52,8 @@ class Step:
     masked: Bools
     tokens: Ints  # chosen
     confidence: Reals
+    bars: Bars
+    out: Bools  # [w, K] the candidates that `bars` rules out
     write: Bools = field(default_factory=lambda: np.zeros(0, bool))  # which places take their choice
 
 
@@ -51,15 +61,18 @@ class InsertDelete:
     """Decides what steps write where tokens may be put in and taken out; a `Decides` (outcome.py)."""
 
     def __init__(self, settings: DecodeSettings, mask_id: int, edit: EditTokens, vocabulary: int, block_length: int,
-                 precision: Precision | None = None) -> None:
-        """`precision` of the model, where it is known: an error then says what may help."""
-        self._settings, self._mask_id, self._edit, self._precision = settings, mask_id, edit, precision
-        self._control = (edit.delete, edit.split)
+                 precision: Precision | None = None, ends: tuple[int, ...] = ()) -> None:
+        """`precision` of the model, where it is known: an error then says what may help.
+
+        `ends`: tokens that are not chosen where a template goes on.
+        """
+        self._settings, self._mask_id, self._precision = settings, mask_id, precision
+        self._control, self._ends = (edit.delete, edit.split), ends
         self._accept = policy(settings)
         # All a step asks of a place is the best token that is neither a control token nor was chosen there before, and
         # that many candidates hold it; the mask's logit comes beside them. Draws without top_k are over all tokens.
-        self._best = max(3, min(settings.steps, block_length) + settings.edit_passes + 2)
-        drawn = draws_from(settings, vocabulary, len(self._control))
+        self._best = max(3, min(settings.steps, block_length) + settings.edit_passes + 2) + len(ends)
+        drawn = draws_from(settings, vocabulary, len(self._control) + len(ends))
         enough = self._best <= MOST and (drawn > 0 or settings.temperature == 0)
         self._best = min(self._best, vocabulary)
         self.candidates = max(self._best, drawn) if enough else 0
@@ -76,24 +89,28 @@ class InsertDelete:
         ranked = self._ranked(asked, outputs, i)
         check_finite(row, ranked.log_sum, self._precision)
         there = row.span.start + asked
-        step = Step(row.canvas[there], row.masked[there], *ranked.best(mask=True))
+        bars = self._bars(row, there)
+        out = _out(bars, ranked.token_ids)
+        step = Step(row.canvas[there], row.masked[there], *ranked.best(out, mask=True), bars, out)
         if row.memory is None:
             row.memory = Memory(step.masked.copy())
         memory: Memory = row.memory
         last = self._select(row, step, memory, ranked, outputs, i)
+        self._permit(row, step, there, last)
         if not step.write.any():
             row.write(asked[:0], step.tokens[:0], settled=True)
             return Chosen(asked, step.tokens, step.confidence, asked[:0])
         if last:
             self._clean(step, ranked)
         else:
-            self._leave_loop(step, memory, ranked)
+            self._leave_loop(step, memory, ranked, there < row.closed)
         for place in np.flatnonzero(step.write).tolist():
             memory.written.setdefault(place, set()).add(int(step.tokens[place]))
         self._count(row, step)
-        chosen = self._move(step, memory, asked)
-        moved = np.flatnonzero(chosen != step.canvas)
-        row.write(asked, chosen, settled=last)
+        row.write(asked, np.where(step.write & ~np.isin(step.tokens, self._control), step.tokens, step.canvas),
+                  settled=last)
+        self._move(row, step, memory, asked)
+        moved = np.flatnonzero(row.canvas[there] != step.canvas)
         # Where tokens come out as they were and the block goes on, the forward must not become its commit.
         changed = moved if len(moved) or last else np.flatnonzero(step.write)
         return Chosen(asked, step.tokens, step.confidence, asked[changed])
@@ -103,6 +120,25 @@ class InsertDelete:
             return Ranked.of_outputs(outputs, i, len(asked), self._mask_id)
         assert outputs.logits is not None
         return Ranked.of_logits(outputs.logits[i, :len(asked)], self._mask_id, self._best)
+
+    def _bars(self, row: Row, there: Ints) -> Bars:
+        """Before what a template gives: no end token, and no control token for a mask whose gap has no room for it."""
+        if row.template is None:
+            return []
+        closed = there < row.closed
+        gap, masked = row.gap_of(there), closed & row.masked[there]
+        return [(self._ends, closed), *(((token,), masked & (room[gap] == 0))
+                                        for token, room in zip(self._control, row.room(), strict=True))]
+
+    def _permit(self, row: Row, step: Step, there: Ints, last: bool) -> None:
+        """Given places stay, and a gap takes the surest of the control tokens that it has room for."""
+        step.write &= ~row.given[there]
+        gap, held = row.gap_of(there), (there < row.closed) & ~(step.masked & last)  # the last step cleans masks
+        for token, room in zip(self._control, row.room(), strict=True):
+            said = np.flatnonzero(step.write & held & (step.tokens == token))
+            for place in said[np.argsort(-step.confidence[said], kind="stable")].tolist():
+                step.write[place] = not last and room[gap[place]] > 0
+                room[gap[place]] -= 1
 
     def _select(self, row: Row, step: Step, memory: Memory, ranked: Ranked, outputs: ForwardOutputs, i: int) -> bool:
         """Choose tokens and what is written; whether this is the clean-up, the block's last step."""
@@ -117,7 +153,7 @@ class InsertDelete:
             self._draw(row, step, last, outputs, i)
         if not last:  # an original mask may not be written back
             stays = unresolved & (step.tokens == self._mask_id)
-            tokens, confidence = ranked.best()
+            tokens, confidence = ranked.best(step.out)
             step.tokens, step.confidence = np.where(stays, tokens, step.tokens), np.where(stays, confidence,
                                                                                           step.confidence)
         fill = masked.copy()
@@ -135,27 +171,34 @@ class InsertDelete:
     def _draw(self, row: Row, step: Step, last: bool, outputs: ForwardOutputs, i: int) -> None:
         """Samples in the place of the best tokens of masked places: never the mask, nor control tokens at the last."""
         gaps, s = np.flatnonzero(step.masked), self._settings
-        barred = self._control if last else ()
+        bars = [*step.bars, (self._control, np.full(len(step.masked), last))]
         if not len(gaps):
             return
         if self.needs_logits:
             assert outputs.logits is not None
             logits = without(outputs.logits[i, gaps], self._mask_id)
-            drawn = sample(logits, s, row.rng, barring(logits, barred))
+            allowed = logits
+            for tokens, places in bars:
+                allowed = barring(allowed, tokens, places[gaps])
+            drawn = sample(logits, s, row.rng, allowed)
         else:
             assert outputs.candidates is not None
             ids, values, best = (of[i, gaps] for of in (outputs.candidates.token_ids, outputs.candidates.logits,
                                                         outputs.confidence))
-            drawn = sample_best(*spared(ids, values, best, np.isin(ids, barred)), s, row.rng)
+            out = _out([(tokens, places[gaps]) for tokens, places in bars], ids)
+            drawn = sample_best(*spared(ids, values, best, out), s, row.rng)
         step.tokens[gaps], step.confidence[gaps] = drawn
 
     def _clean(self, step: Step, ranked: Ranked) -> None:
         """The last step writes neither the mask nor control tokens."""
-        tokens, _ = ranked.best(self._control)
+        tokens, _ = ranked.best(step.out | np.isin(ranked.token_ids, self._control))
         step.tokens = np.where(np.isin(step.tokens, (self._mask_id, *self._control)), tokens, step.tokens)
 
-    def _leave_loop(self, step: Step, memory: Memory, ranked: Ranked) -> None:
-        """Where steps have come back to the same tokens, the least sure change takes a token it has not had yet."""
+    def _leave_loop(self, step: Step, memory: Memory, ranked: Ranked, closed: Bools) -> None:
+        """Where steps have come back to the same tokens, the least sure change takes a token it has not had yet.
+
+        No control token in `closed` places, those before what a template gives.
+        """
         key = step.canvas.tobytes()
         if key in memory.seen:
             changing = np.flatnonzero(step.write & (step.tokens != step.canvas))
@@ -163,7 +206,9 @@ class InsertDelete:
                 place = int(changing[step.confidence[changing].argmin()])
                 had = memory.written.get(place, set())
                 original = bool(memory.original[place] and step.masked[place])
-                (token,), _ = ranked.at(place).best(had, mask=not original and self._mask_id not in had)
+                one, barred = ranked.at(place), had | set(self._control if closed[place] else ())
+                (token,), _ = one.best(step.out[place] | np.isin(one.token_ids, list(barred)),
+                                       mask=not original and self._mask_id not in had)
                 if token >= 0:  # else it has had all
                     step.tokens[place] = token
         memory.seen.add(key)
@@ -174,25 +219,25 @@ class InsertDelete:
         row.statistics.inserted += inserted
         row.statistics.edits += int((step.write & ~step.masked & ~np.isin(step.tokens, self._control)).sum())
 
-    def _move(self, step: Step, memory: Memory, asked: Ints) -> Ints:
-        """The tokens [w] after the step, control tokens carried out; what was said of places moves with them."""
-        wide = len(step.canvas)
-        chosen = np.where(step.write, step.tokens, step.canvas)
+    def _move(self, row: Row, step: Step, memory: Memory, asked: Ints) -> None:
+        """Carry out the control tokens; what was said of places moves with them."""
         removed, split = (step.write & (step.tokens == token) for token in self._control)
         if not removed.any() and not split.any():
-            return chosen
-        chosen = np.where(split, step.canvas, chosen)
-        times = np.where(removed, 0, 1 + split)
-        source = np.repeat(np.arange(wide), times)  # of each place after the step
-        new = np.append(source[1:] == source[:-1], False) if len(source) else np.zeros(0, bool)
-        source, new = source[:wide], new[:wide]
-        padding = wide - len(source)
+            return
+        times = np.ones(row.span.stop - row.span.start, np.int64)
+        times[asked] = np.where(removed, 0, 1 + split)
+        source = row.move(times)[asked] - asked[0]
+        here = (source >= 0) & (source < len(asked))
+        # A mask that comes in from behind the block is one of the template's.
+        behind = (source >= len(asked)) & row.masked[row.span][asked]
+        memory.original = np.where(here, memory.original[source * here], behind)
+        step.tokens = np.where(here, step.tokens[source * here], -1)  # nothing was said of new places
+        step.confidence = np.where(here, step.confidence[source * here], 0)
 
-        def moved(values: np.ndarray, nothing: float) -> np.ndarray:
-            kept = np.where(new, nothing, values[source])
-            return np.append(kept, np.full(padding, nothing)).astype(values.dtype)
 
-        memory.original = moved(memory.original, False)
-        step.tokens = moved(step.tokens, -1)  # nothing was said of new places
-        step.confidence = moved(step.confidence, 0)
-        return moved(chosen, self._mask_id)
+def _out(bars: Bars, token_ids: NDArray[Any]) -> Bools:
+    """Which candidates [w, K] of the places are barred there."""
+    out = np.zeros(token_ids.shape, bool)
+    for tokens, places in bars:
+        out |= np.isin(token_ids, tokens) & places[:, None]
+    return out

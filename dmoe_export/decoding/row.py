@@ -42,8 +42,11 @@ class Row:
         self.masked = np.arange(size) >= len(prompt)
         self.given = np.zeros(size, bool)  # places of the answer that the template gives
         self.template = template
-        self.closed = len(prompt)  # nothing below this ends the answer
+        self.closed = len(prompt)  # behind the last given place: nothing below this ends the answer
+        self.spans = np.zeros((0, 2), np.int64)  # [gaps of the template, 2] where each starts and stops
+        self.shifted = False  # the last step moved what is behind the active block
         if template:
+            self.spans = len(prompt) + np.array([(gap.start, gap.stop) for gap in template.gaps])
             answer = slice(len(prompt), self.end)
             self.given[answer] = np.array(template.token_ids) != OPEN
             self.canvas[self.given] = [token for token in template.token_ids if token != OPEN]
@@ -105,6 +108,7 @@ class Row:
         """
         window = self.window
         had_gaps = bool(self.masked[window].any())
+        self.shifted = False
         self.canvas[window.start + places] = tokens
         self.masked[window.start + places] = tokens == self._mask_id
         self.step += 1
@@ -121,6 +125,47 @@ class Row:
         if self.settled and self.finish_reason is None and (full or window.stop >= self.end):
             self.finish_reason = "filled" if self.closed == self.end else "length"
         self.statistics.blocks += self.settled or self.finish_reason is not None
+
+    def room(self) -> tuple[Ints, Ints]:
+        """How many places each gap of the template may still lose, and gain."""
+        gaps = self.template.gaps if self.template else ()
+        count = self.spans[:, 1] - self.spans[:, 0]
+        return (count - np.array([gap.fewest for gap in gaps], np.int64),
+                np.array([gap.stop - gap.start for gap in gaps], np.int64) - count)
+
+    def gap_of(self, places: Ints) -> Ints:
+        """Which gap of the template each of these positions lies in; they are none that it gives."""
+        return np.searchsorted(self.spans[:, 0], places, side="right") - 1
+
+    def move(self, times: Ints) -> Ints:
+        """Take out places of the active block where `times` [w] is 0, put a new mask before those where it is 2.
+
+        Up to the last given place all that follows moves, the answer's end with it; behind, the block alone is cut, or
+        filled with masks, at its end. Returns where each place of the block was, counted from the block's start; −1: it
+        is a new mask.
+        """
+        span, wide = self.span, len(times)
+        kept = min(max(self.closed - span.start, 0), wide)
+        places = np.arange(len(self.canvas) - span.start)
+        source = _fit(np.concatenate([
+            _repeat(places[:kept], times[:kept]), _fit(_repeat(places[kept:wide], times[kept:]), wide - kept),
+            places[wide:]]), len(places))
+        new = source < 0
+        self.canvas[span.start:] = np.where(new, self._mask_id, self.canvas[span.start:][source])
+        self.masked[span.start:] = new | self.masked[span.start:][source]
+        self.given[span.start:] = ~new & self.given[span.start:][source]
+        by = np.append(0, np.cumsum(times[:kept] - 1))
+        self.spans = self.spans + by[np.clip(self.spans - span.start, 0, kept)]
+        self.end, self.closed = (int(at + by[min(max(at - span.start, 0), kept)]) for at in (self.end, self.closed))
+        self.shifted = bool(by[-1])
+        return source[:wide]
+
+    def answer_gaps(self) -> tuple[tuple[int, int], ...] | None:
+        """Where the gaps of the template lie in the tokens of the answer that were taken; None without one."""
+        if self.template is None:
+            return None
+        first, last = (np.minimum(side - self.prompt_length, self.statistics.new_tokens) for side in self.spans.T)
+        return tuple(zip(first.tolist(), last.tolist(), strict=True))
 
     def advance(self) -> None:
         """Go to the next block."""
@@ -165,3 +210,15 @@ class Row:
         self.statistics.new_tokens += len(new)
         self.statistics.given_tokens += int(self.given[self.emitted - len(new):self.emitted].sum())
         return new
+
+
+def _repeat(places: Ints, times: Ints) -> Ints:
+    """Each of `places` so many times; the first of two is −1, a new mask."""
+    repeated = np.repeat(places, times)
+    repeated[:-1][repeated[1:] == repeated[:-1]] = -1
+    return repeated
+
+
+def _fit(places: Ints, count: int) -> Ints:
+    """The first `count` of them; −1, new masks, where there are fewer."""
+    return np.append(places[:count], np.full(max(0, count - len(places)), -1))

@@ -69,6 +69,14 @@ class Template:
         """Whether a gap may lose places."""
         return any(gap.stop - gap.start > gap.fewest for gap in self.gaps)
 
+    def at(self, spans: Sequence[tuple[int, int]]) -> Template:
+        """The template with its gaps where decoding has left them: where each starts and stops."""
+        ids = [token for token in self.token_ids if token != OPEN]
+        for start, stop in spans:
+            ids[start:start] = [OPEN] * (stop - start)
+        return Template(tuple(ids), tuple(Opening(*span, gap.fewest) for span, gap in zip(spans, self.gaps,
+                                                                                           strict=True)))
+
     def in_sight(self, before: int, sight: Callable[[int], int]) -> list[int]:
         """Of each gap, how many given tokens behind it its last place sees.
 

@@ -85,8 +85,5 @@ def _gaps(row: Row, start: int, stop: int) -> list[int]:
     """The template's gaps of these positions, by number."""
     if row.template is None:
         return []
-    gaps = np.full(stop - start, -1)
-    for number, gap in enumerate(row.template.gaps):
-        first, last = row.prompt_length + gap.start - start, row.prompt_length + gap.stop - start
-        gaps[max(0, first):max(0, last)] = number
-    return gaps.tolist()
+    places = np.arange(start, stop)
+    return np.where(row.given[places], -1, row.gap_of(places)).tolist()

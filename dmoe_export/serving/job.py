@@ -85,7 +85,7 @@ class Job:
             self.course.cached_tokens = sum({id(one.request): one.prefix_tokens for one in self.rows}.values())
         told = Piece(row.choices[0], block.token_ids, block.text, reason, block.stats if reason else None)
         if row.shown:
-            told = row.shown.of(told, block.stats.given_tokens)
+            told = row.shown.of(told, block)
         for choice in row.choices:
             self.put(replace(told, choice=choice))
 

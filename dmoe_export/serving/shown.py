@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..batch import Request
+from ..decoding.answer import Block
 from ..decoding.template import Template
 from ..errors import LengthError, RequestError
 from ..filling import gaps_of
@@ -72,15 +74,15 @@ class Shown:
         if shows == "text":
             self._begun = self._stream.push(before, last=False)
 
-    def of(self, piece: Piece, given: int) -> Piece:
-        """A block's piece as the client reads it; `given`: tokens of the answer so far that the template gives."""
-        ids, new_given = piece.token_ids, given - self._given
+    def of(self, piece: Piece, block: Block) -> Piece:
+        """The piece of a block as the client reads it."""
+        ids, new_given = piece.token_ids, block.stats.given_tokens - self._given
         first, self._first = self._first, False
-        place, self._given = len(self._ids), given
+        place, self._given = len(self._ids), block.stats.given_tokens
         self._ids += ids
         reason, last = piece.finish_reason, piece.finish_reason is not None
         if self._shows == "gap":
-            places = self._template.gaps[0].stop
+            places = self._template.gaps[0].stop  # its length is fixed
             ids, new_given = ids[:max(0, places - place)], 0
             last |= len(self._ids) >= places
         text = self._stream.push(ids, last) if self._stream else piece.text
@@ -89,15 +91,15 @@ class Shown:
         if self._shows == "text" and first:
             ids, new_given = [*self._request.token_ids, *ids], new_given + len(self._request.token_ids)
             text = None if text is None else self._begun + text
-        gaps = self._filled() if piece.finish_reason else None
+        gaps = self._filled(block.gaps or [(0, 0)] * len(self._template.gaps)) if piece.finish_reason else None
         return replace(piece, token_ids=ids, text=text, finish_reason=reason, given=new_given, gaps=gaps)
 
-    def _filled(self) -> list[dict[str, Any]]:
+    def _filled(self, spans: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         """Each gap, and `text_offset`: characters of what is read before it."""
-        filled = gaps_of(self._request, self._ids, self._text)
+        filled = gaps_of(self._request, self._ids, spans, self._text)
         before = self._request.token_ids if self._shows == "text" else []
-        offsets = [None if self._text is None else len(self._text.decode([*before, *self._ids[:gap.start]]))
-                   for gap in self._template.gaps]
+        offsets = [None if self._text is None else len(self._text.decode([*before, *self._ids[:start]]))
+                   for start, _ in spans]
         return [{**gap.as_dict(), "text_offset": offset} for gap, offset in zip(filled, offsets, strict=True)]
 
     @property

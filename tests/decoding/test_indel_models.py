@@ -9,7 +9,7 @@ import pytest
 from joining import Asked, check, live
 from toy_backend import decode
 
-from dmoe_export import Generator
+from dmoe_export import Gap, Generator
 from dmoe_export.decoding.batch import JoiningBatch
 from dmoe_export.description import EditTokens
 from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
@@ -60,14 +60,44 @@ def test_rows_of_any_settings_share_a_batch(backend):
     check(rows, backend, prefills=False)
 
 
+def generator_of(bundle, edit_tokens):
+    manifest = bundle.manifest.model_copy(update={
+        "model": bundle.manifest.model.model_copy(update={"edit_tokens": edit_tokens})})
+    changed = type(bundle)(bundle.folder, manifest)
+    return Generator(changed, OnnxRuntimeBackend(changed))
+
+
 def test_a_generator_streams_and_stops_it(tiny_bundle, edit_tokens):
-    manifest = tiny_bundle.manifest
-    bundle = type(tiny_bundle)(tiny_bundle.folder, manifest.model_copy(update={
-        "model": manifest.model.model_copy(update={"edit_tokens": edit_tokens})}))
-    with Generator(bundle, OnnxRuntimeBackend(bundle)) as generator:
+    with generator_of(tiny_bundle, edit_tokens) as generator:
         (whole,) = generator.generate([PROMPTS[1]], insert_delete=True, **OPTIONS)
         blocks = list(generator.stream([PROMPTS[1]], insert_delete=True, **OPTIONS))
         assert [token for block in blocks for token in block.token_ids] == whole.token_ids
         assert len(blocks) == whole.stats.blocks > 1  # 40 tokens of prompt: its remainder begins the first
         told = whole.stats.as_dict()
         assert told["inserted"] + told["deleted"] > 0 and whole.stats.new_tokens == 70
+
+
+def test_a_generator_fills_gaps_of_a_range(tiny_bundle, edit_tokens):
+    """Two texts at once: each is as alone; what was found lies where it says, and sees what its block holds."""
+    texts = [[[5, 6, 7], Gap(3, 20), [8, 9], Gap(6, 30), [10] * 14, Gap(2), [11]],
+             [[9] * 40, Gap(1, 12), [12, 13], Gap(5)]]
+    options = {name: value for name, value in OPTIONS.items() if name != "max_new_tokens"} | {"insert_delete": True}
+    with generator_of(tiny_bundle, edit_tokens) as generator:
+        both = generator.infill(texts, **options)
+        for parts, filled in zip(texts, both, strict=True):
+            (alone,) = generator.infill(parts, **options)
+            assert (alone.gaps, alone.answer.token_ids) == (filled.gaps, filled.answer.token_ids)
+            gaps = iter(filled.gaps)
+            whole = [next(gaps).token_ids if isinstance(part, Gap) else part for part in parts]
+            assert sum(whole[1:], []) == filled.answer.token_ids
+            at = len(parts[0])
+            for part, tokens, gap in zip(parts[1::2], whole[1::2], filled.gaps, strict=True):
+                assert part.fewest <= len(tokens) <= part.places
+                at += len(tokens)
+                sight = (at - 1) // 32 * 32 + 32
+                behind = [len(given) for given in whole[whole.index(tokens) + 1:][::2]]
+                assert gap.in_sight <= sum(behind) and (gap.in_sight > 0) == (sight > at and bool(behind))
+                at += behind[0] if behind else 0
+            told = filled.answer.stats
+            assert told.deleted > 0 and len(filled.answer.token_ids) < sum(
+                part.places if isinstance(part, Gap) else len(part) for part in parts[1:])

@@ -92,7 +92,7 @@ class Toy:
                 if place >= 0:
                     assert positions[place] >= 0
                     seed = self._hash(positions[place], keys, self.depth - 1, at)
-                    logits[row, m] = np.random.default_rng(seed).normal(0, 4, VOCAB)
+                    logits[row, m] = self.says(seed)
         allowed = logits.astype(np.float64)
         allowed[..., MASK] = -np.inf
         probabilities = np.exp(allowed - allowed.max(-1, keepdims=True))
@@ -101,6 +101,10 @@ class Toy:
                               np.zeros((0, *inputs.input_ids.shape, 0), np.int32),
                               logits if inputs.want_logits else None, keys_values,
                               best_of(logits, MASK, inputs.candidates) if inputs.candidates else None)
+
+    def says(self, seed):
+        """Logits of a place, of the hash of what it sees."""
+        return np.random.default_rng(seed).normal(0, 4, VOCAB)
 
     def _hash(self, query, keys, level, at):
         """`at`: where positions stand for the mask, if not where they are."""
