@@ -82,7 +82,7 @@ async def ask_of(key: Key, body: Body, prompts: Sequence[Any], chat: bool, model
                  watched: bool = False) -> Ask:
     """What a body asks of a model, whose answers have at most `most` tokens; raises ApiError."""
     options = await options_of(body, most, model)
-    given = given_of(body, options, chat)
+    given = given_of(body, prompts, chat, options, most)
     return Ask(key, prompts, chat, options, body.choices, timeout, watched, body.template_kwargs, given.template,
                given.shows, most)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,12 @@ class Given:
     shows: Shows = "answer"
 
 
+def too_long(name: str, places: int, most: int, more: str = "") -> ApiError:
+    """What a request is told whose answer has more places than the server's may."""
+    return ApiError(400, f"{name} makes an answer of {more}{places} places, this server's have at most {most}.",
+                    param=name)
+
+
 def parts_of(name: str, parts: list[Any]) -> list[Part]:
     """The parts of a field of a body: texts, lists of token ids, `{"gap": 8}` or `{"gap": [2, 8]}`; raises ApiError."""
     read = [_part(name, number, part) for number, part in enumerate(parts)]
@@ -31,9 +38,11 @@ def parts_of(name: str, parts: list[Any]) -> list[Part]:
     return read
 
 
-def given_of(body: Body, options: dict[str, Any], chat: bool) -> Given:
-    """What a body gives; raises ApiError. Takes those of the request's `options` out that say so: before a suffix, the
-    most new tokens are the gap."""
+def given_of(body: Body, prompts: Sequence[Any], chat: bool, options: dict[str, Any], most: int) -> Given:
+    """What a body gives, for an answer of at most `most` places; raises ApiError.
+
+    Takes those of the request's `options` out that say so: before a suffix, the most new tokens are the gap.
+    """
     infill, suffix = getattr(body, "infill", None), getattr(body, "suffix", None) or None
     asked = {"template": body.template, "suffix": suffix, "infill": infill}
     named = [name for name, value in asked.items() if value is not None]
@@ -48,13 +57,26 @@ def given_of(body: Body, options: dict[str, Any], chat: bool) -> Given:
             raise ApiError(400, "stop does not go with infill, which says what is behind its gaps; leave it out.",
                            param="stop")
         options["stop"] = []  # whatever the bundle has
+        parts = prompts[0]
+        _check_places("infill", parts[next(i for i, part in enumerate(parts) if isinstance(part, Gap)):], most)
         return Given(shows="text")
     if suffix is not None:
         if chat:
             raise ApiError(400, "suffix belongs to a prompt that goes through no chat template; give what the answer "
                            "ends with as template.", param="suffix")
         return Given([_gap_of(options), suffix], "gap")
-    return Given(None if body.template is None else parts_of("template", body.template))
+    if body.template is None:
+        return Given()
+    template = parts_of("template", body.template)
+    _check_places("template", template, most)
+    return Given(template)
+
+
+def _check_places(name: str, parts: Sequence[Part], most: int) -> None:
+    """As far as they are known before texts are encoded: a few digits can ask for a lot of memory."""
+    least = sum(part.places if isinstance(part, Gap) else len(part) for part in parts if not isinstance(part, str))
+    if least > most:
+        raise too_long(name, least, most, "at least ")
 
 
 def _gap_of(options: dict[str, Any]) -> Gap:

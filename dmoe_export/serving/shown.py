@@ -17,6 +17,7 @@ from ..text.behind import Behind
 from ..text.codec import TextCodec, TextStream
 from .asked import Ask, Piece, Shows
 from .errors import ApiError
+from .infill import too_long
 
 _FIELDS: dict[Shows, str] = {"answer": "template", "gap": "suffix", "text": "infill"}
 _ABOUT = re.compile(r"The template|A gap|A token id of the template")  # begins a sentence about what is given
@@ -33,8 +34,7 @@ def requested(generator: Generator, ask: Ask, prompt: Any) -> Request:
         raise ApiError(400, _over_http(str(error), field), param=field) from None
     places = len(request.way.template.token_ids) if request.way.template else 0
     if ask.most_places is not None and places > ask.most_places:
-        raise ApiError(400, f"{field} makes an answer of {places} places, this server's have at most "
-                       f"{ask.most_places}.", param=field)
+        raise too_long(field, places, ask.most_places)
     return request
 
 

@@ -185,8 +185,10 @@ WRONG = [
     ({"infill": ["a"] * 1001}, "infill: List should have at most 1000", "infill"),
     ({"infill": "a <gap:4> b"}, "infill: Input should be a valid list.", "infill"),
     ({"infill": [GAP, "x\ud800"]}, "half a character", None),
-    ({"infill": [{"gap": 200}, "a", {"gap": 60}]}, "infill makes an answer of 261 places, this server's have at most "
-     "256.", "infill"),
+    ({"infill": [{"gap": 200}, "a", {"gap": 60}]}, "infill makes an answer of at least 260 places, this server's have "
+     "at most 256.", "infill"),
+    ({"infill": [{"gap": 16_000_000}]}, "infill makes an answer of at least 16000000 places", "infill"),
+    ({"prompt": "a", "template": [GAP, [5] * 300]}, "template makes an answer of at least 304 places", "template"),
     ({"infill": ["a " * 600, GAP]}, "positions, the model has 512", None),
     ({"infill": [GAP, "."], "max_tokens": 3}, "more than max_new_tokens 3; leave max_new_tokens out.", "infill"),
     ({"infill": [GAP, "."], "stop": ["x"]}, "stop does not go with infill, which says what is behind its gaps; leave "

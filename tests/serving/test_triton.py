@@ -258,7 +258,7 @@ def test_given_places_are_settings_of_a_request(triton, monkeypatch):
         assert [i for one in stream.parts() for i in one["output_ids"]] == wanted
         for parameters, words in (({"infill": parts}, "infill is not offered here; give what is before its first gap"),
                                   ({"template": [[5]]}, "template has no gap"),
-                                  ({"template": [{"gap": 41}]}, "template makes an answer of 41 places"),
+                                  ({"template": [{"gap": 41}]}, "template makes an answer of at least 41 places"),
                                   ({"suffix": "x"}, "has no tokenizer for the text of a template; give token ids."),
                                   ({"suffix": "x", "chat": True}, "suffix belongs to a prompt that goes through no")):
             model.execute([request := Request(input_ids=ids(), sampling_parameters=json.dumps(parameters))])
