@@ -55,7 +55,7 @@ class Engine:
                 request = await loop.run_in_executor(self._encoders, partial(requested, self.generator, ask, prompt))
                 mine = list(range(number * ask.choices, (number + 1) * ask.choices))
                 alike = request.settings.temperature == 0  # no chance in it: decoded once
-                rows += [Row(request, choices, shown_of(request, ask, self.generator.text))
+                rows += [Row(request, choices, shown_of(request, ask, self.generator))
                          for choices in ([mine] if alike else [[one] for one in mine])]
             job = Job(ask, rows, Pieces(self.generator.text) if ask.watched else None, gone)
             self.worker.add(job)

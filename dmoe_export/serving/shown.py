@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..batch import Request
-from ..decoding.answer import Block
+from ..decoding.answer import Block, Generation
 from ..decoding.template import Template
 from ..errors import LengthError, RequestError
-from ..filling import gaps_of
 from ..generator import Generator
 from ..text.behind import Behind
-from ..text.codec import TextCodec, TextStream
+from ..text.codec import TextStream
 from .asked import Ask, Piece, Shows
 from .errors import ApiError
 from .infill import too_long
@@ -61,8 +59,9 @@ def given_tokens(request: Request) -> int:
 class Shown:
     """What a client reads of a row with given places, block by block."""
 
-    def __init__(self, request: Request, shows: Shows, text: TextCodec | None) -> None:
-        self._request, self._shows, self._text = request, shows, text
+    def __init__(self, request: Request, shows: Shows, generator: Generator) -> None:
+        self._request, self._shows, self._generator = request, shows, generator
+        text = generator.text
         self._ids: list[int] = []  # of the answer so far
         self._given = 0  # of these
         self._stream: TextStream | None = None
@@ -91,15 +90,17 @@ class Shown:
         if self._shows == "text" and first:
             ids, new_given = [*self._request.token_ids, *ids], new_given + len(self._request.token_ids)
             text = None if text is None else self._begun + text
-        gaps = self._filled(block.gaps or [(0, 0)] * len(self._template.gaps)) if piece.finish_reason else None
+        gaps = self._filled(block) if block.finish_reason else None
         return replace(piece, token_ids=ids, text=text, finish_reason=reason, given=new_given, gaps=gaps)
 
-    def _filled(self, spans: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-        """Each gap, and `text_offset`: characters of what is read before it."""
-        filled = gaps_of(self._request, self._ids, spans, self._text)
+    def _filled(self, block: Block) -> list[dict[str, Any]]:
+        """Each gap of an answer that ends with this block, and `text_offset`: characters of what is read before it."""
+        assert block.finish_reason
+        spans, text = block.gaps or ((0, 0),) * len(self._template.gaps), self._generator.text  # none of who waited
+        filled = self._generator.filled(self._request, Generation(self._ids, None, block.finish_reason, block.stats,
+                                                                  spans)).gaps
         before = self._request.token_ids if self._shows == "text" else []
-        offsets = [None if self._text is None else len(self._text.decode([*before, *self._ids[:start]]))
-                   for start, _ in spans]
+        offsets = [None if text is None else len(text.decode([*before, *self._ids[:start]])) for start, _ in spans]
         return [{**gap.as_dict(), "text_offset": offset} for gap, offset in zip(filled, offsets, strict=True)]
 
     @property
@@ -109,6 +110,6 @@ class Shown:
         return template
 
 
-def shown_of(request: Request, ask: Ask, text: TextCodec | None) -> Shown | None:
+def shown_of(request: Request, ask: Ask, generator: Generator) -> Shown | None:
     """For a row of a request; None where nothing of its answer is given."""
-    return Shown(request, ask.shows, text) if request.way.template else None
+    return Shown(request, ask.shows, generator) if request.way.template else None

@@ -166,6 +166,14 @@ def test_a_text_with_gaps_fills_in(page, house, slow, pictures):
     assert page.run("document.getElementById('l-given').hidden")
 
 
+def test_a_mark_is_written_as_text_with_another_bracket(page, house):
+    ask(page, "what is <<gap:3> and <gap:x>?")
+    page.until(ENDED)
+    assert said(page) == [house.models["sample"].generator.generate("what is <gap:3> and <gap:x>?")[0].text]
+    parts = page.run("import('./page/infill.js').then(({ partsOf }) => partsOf('<gap:2-8><<<gap:1> <gap:1>'))")
+    assert parts == [{"gap": [2, 8]}, "<<gap:1> ", {"gap": 1}]
+
+
 def test_a_gap_that_is_none_is_refused_in_the_server_s_sentence(page):
     ask(page, "it is <gap:0>.")
     page.until("!document.getElementById('trouble').hidden")

@@ -2,23 +2,25 @@
 
 import { MASKED, placeInText } from "./block.js";
 
-const MARK = /<gap:(\d+)(?:-(\d+))?>/g;
+const MARK = /(<+)gap:(\d+)(?:-(\d+))?>/g;
 
-/** The parts of a text that holds gaps; null for one that holds none. */
+/** Texts and gaps of a text: <gap:8>, <gap:2-8>, and <<gap:8> is the text <gap:8>; what is no mark is text. */
 export function partsOf(text) {
   const parts = [];
-  let from = 0;
-  for (const { 0: mark, 1: fewest, 2: most, index } of text.matchAll(MARK)) {
-    if (index > from) parts.push(text.slice(from, index));
-    parts.push({ gap: most === undefined ? Number(fewest) : [Number(fewest), Number(most)] });
+  let plain = "", from = 0;
+  for (const { 0: mark, 1: brackets, 2: fewest, 3: most, index } of text.matchAll(MARK)) {
+    plain += text.slice(from, index);
     from = index + mark.length;
+    if (brackets.length > 1) plain += mark.slice(1);
+    else {
+      parts.push(plain, { gap: most === undefined ? Number(fewest) : [Number(fewest), Number(most)] });
+      plain = "";
+    }
   }
-  if (!parts.length) return null;
-  if (from < text.length) parts.push(text.slice(from));
-  return parts;
+  return [...parts, plain + text.slice(from)].filter(part => part !== "");
 }
 
-const isGap = part => typeof part !== "string";
+export const isGap = part => typeof part !== "string";
 const most = part => (Array.isArray(part.gap) ? part.gap[1] : part.gap);
 
 function span(className, ...content) {

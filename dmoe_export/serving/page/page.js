@@ -2,7 +2,7 @@
 
 import { drawLive, withHistory } from "./block.js";
 import { events, getJson, Refused } from "./events.js";
-import { Gaps, partsOf, unseeing } from "./infill.js";
+import { Gaps, isGap, partsOf, unseeing } from "./infill.js";
 import { Panel } from "./panel.js";
 import { chosen, clear, drawOptions } from "./settings.js";
 
@@ -96,13 +96,13 @@ async function ask(question) {
   at("empty").hidden = true;
   trouble("");
   at("turns").append(element("li", "user", question));
-  const infill = partsOf(question), answer = newAnswer(infill);
+  const parts = partsOf(question), infill = parts.some(isGap) ? parts : null, answer = newAnswer(infill);
   answer.row.scrollIntoView({ block: "nearest" });
   busy(true);
   panel.follow(answer);
   const system = at("system").value.trim();
   const messages = [...(system ? [{ role: "system", content: system }] : []), ...turns,
-    { role: "user", content: question }];
+    { role: "user", content: parts.join("") }];
   const asked = infill ? { infill } : { messages };
   running = new AbortController();
   let ended = "";
@@ -115,7 +115,7 @@ async function ask(question) {
     ended = error.name === "AbortError" ? "stopped" : "failed";
     if (ended === "failed") failed(error);
   }
-  finish(answer, infill && ended === "length" ? "stop" : ended, question); // a last gap is as long as it was asked for
+  finish(answer, infill && ended === "length" ? "stop" : ended, parts.join("")); // a last gap is as long as it was asked for
 }
 
 /** Draws the last state once per frame of the screen: steps can be faster. */
