@@ -38,6 +38,7 @@ class StepSeen:
     forwards: int  # model forwards of the row so far
     executed_forwards: int
     new_tokens: int  # committed, in finished blocks
+    given_tokens: int  # by a template, of the answer up to the last of these places
     unique_experts: list[int]  # of each MoE layer, of this row in this forward
     seconds: float  # of the forward, which other rows may have shared
 
@@ -47,6 +48,14 @@ class StepSeen:
 
 
 Watch = Callable[[StepSeen], None]
+
+
+def _gaps(row: Row, start: int, stop: int) -> list[int]:
+    """The template's gaps of these positions, by number."""
+    if row.template is None:
+        return []
+    places = np.arange(start, stop)
+    return np.where(row.given[places], -1, row.gap_of(places)).tolist()
 
 
 class Watcher:
@@ -78,12 +87,4 @@ class Watcher:
             self._confidence[shown].tolist(), [i - first for i in sorted(new) if first <= i < last],
             _gaps(row, span.start + first, span.start + last), phase,
             row.statistics.forwards, row.statistics.executed_forwards, row.statistics.new_tokens,
-            unique_experts(expert_ids).tolist(), seconds))
-
-
-def _gaps(row: Row, start: int, stop: int) -> list[int]:
-    """The template's gaps of these positions, by number."""
-    if row.template is None:
-        return []
-    places = np.arange(start, stop)
-    return np.where(row.given[places], -1, row.gap_of(places)).tolist()
+            int(row.given[:span.start + last].sum()), unique_experts(expert_ids).tolist(), seconds))

@@ -29,17 +29,13 @@ function place(state, i) {
   return element;
 }
 
-/** A state as `step` brings it, with what drawing needs beside it: in which step each place was decided, and how many
-    tokens of the answer so far are the model's. */
+/** A state as `step` brings it, with what drawing needs beside it: in which step each place was decided. */
 export function withHistory(state, before) {
   const same = before && before.block === state.block;
   const fresh = new Set(state.new);
   const since = state.token_ids.map((id, i) =>
     (id < 0 ? null : same && !fresh.has(i) && before.since[i] !== null ? before.since[i] : state.step));
-  const decidedHere = state.token_ids.filter((id, i) => id >= 0 && !given(state, i)).length;
-  const earlier = same ? before.earlier : before?.tokens ?? 0;
-  const tokens = (state.gaps.length ? earlier : state.start) + decidedHere;
-  return { ...state, fresh, since, earlier, tokens };
+  return { ...state, fresh, since };
 }
 
 export const decided = state => state.token_ids.filter(id => id >= 0).length;

@@ -1,6 +1,6 @@
 // The chat: questions go to v1/chat/denoising, whose events fill the answer and the panel beside it.
 
-import { drawLive, withHistory } from "./block.js";
+import { decided, drawLive, withHistory } from "./block.js";
 import { events, getJson, Refused } from "./events.js";
 import { Gaps, isGap, partsOf, unseeing } from "./infill.js";
 import { Panel } from "./panel.js";
@@ -184,7 +184,8 @@ function showFilled(answer, ended) {
 function after(answer, ended) {
   const last = answer.states.at(-1);
   if (last) {
-    const made = answer.statistics, tokens = made ? made.new_tokens - made.given_tokens : last.tokens;
+    const made = answer.statistics ?? { new_tokens: last.start + decided(last), given_tokens: last.given_tokens };
+    const tokens = made.new_tokens - made.given_tokens;
     answer.after.append(element("span", "",
       `${count(tokens, "token")} in ${count(last.forwards, "forward pass", "es")}, ${last.elapsed.toFixed(2)} s`));
   }
