@@ -98,7 +98,7 @@ class Shown:
         assert block.finish_reason
         spans, text = block.gaps or ((0, 0),) * len(self._template.gaps), self._generator.text  # none of who waited
         filled = self._generator.filled(self._request, Generation(self._ids, None, block.finish_reason, block.stats,
-                                                                  spans)).gaps
+                                                                  gaps=spans)).gaps
         before = self._request.token_ids if self._shows == "text" else []
         offsets = [None if text is None else len(text.decode([*before, *self._ids[:start]])) for start, _ in spans]
         return [{**gap.as_dict(), "text_offset": offset} for gap, offset in zip(filled, offsets, strict=True)]
