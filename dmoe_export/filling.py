@@ -16,6 +16,7 @@ from .decoding.answer import Block, Generation, generation_of
 from .decoding.settings import GenerateOptions
 from .decoding.template import Gap, Part, template_of
 from .errors import RequestError
+from .text.behind import Behind
 from .text.codec import TextCodec
 
 
@@ -67,13 +68,24 @@ class Filling(Answering):
         blocks: list[list[Block]] = [[] for _ in requests]
         for block in self._streamed(requests, cancel):
             blocks[block.index].append(block)
-        return [_filled(request, generation_of(mine), self.text) for request, mine in zip(requests, blocks,
-                                                                                          strict=True)]
+        return [self.filled(request, generation_of(mine)) for request, mine in zip(requests, blocks, strict=True)]
 
     def infilling(self, parts: Sequence[Part], **options: Unpack[GenerateOptions]) -> Request:
-        """A text with gaps for `Batch.add`, whose answer begins at the first gap; see `infill`."""
+        """A text with gaps for `Batch.add`, whose answer begins at the first gap; see `infill` and `filled`."""
         self._life.check()
         return self._infilling(parts, options)
+
+    def filled(self, request: Request, answer: Generation) -> Infilling:
+        """The text of an `infilling` request, given its answer."""
+        before, text = request.token_ids, self.text
+        assert request.way.template and answer.gaps is not None
+        template = request.way.template.at(answer.gaps)
+        ids = [*before, *answer.token_ids]
+        sight = template.in_sight(len(before), partial(request.way.sight, len(before)))
+        gaps = [Filled(answer.token_ids[gap.start:gap.stop], None if text is None else
+                       _between(text, ids, len(before) + gap.start, len(before) + gap.stop), seen)
+                for gap, seen in zip(template.gaps, sight, strict=True)]
+        return Infilling(None if text is None else text.decode(ids), gaps, answer)
 
     def _infilling(self, parts: Sequence[Part], options: GenerateOptions) -> Request:
         template_of(parts, lambda text: [])  # parts that are none
@@ -105,19 +117,6 @@ def _several(parts: Any) -> list[Sequence[Part]]:
     return [texts] if one else texts
 
 
-def _filled(request: Request, answer: Generation, text: TextCodec | None) -> Infilling:
-    before = request.token_ids
-    assert request.way.template and answer.gaps is not None
-    template = request.way.template.at(answer.gaps)
-    ids = [*before, *answer.token_ids]
-    sight = template.in_sight(len(before), partial(request.way.sight, len(before)))
-    gaps = [Filled(answer.token_ids[gap.start:gap.stop],
-                   None if text is None else _between(text, ids, len(before) + gap.start, len(before) + gap.stop), seen)
-            for gap, seen in zip(template.gaps, sight, strict=True)]
-    return Infilling(None if text is None else text.decode(ids), gaps, answer)
-
-
 def _between(text: TextCodec, ids: list[int], start: int, stop: int) -> str:
     """What tokens start … stop − 1 add to the text before them."""
-    before, both = text.decode(ids[:start]), text.decode(ids[:stop])
-    return both[len(before):] if both.startswith(before) else text.decode(ids[start:stop])
+    return Behind(text, ids[:start]).decode(ids[start:stop])

@@ -21,7 +21,8 @@ class StepSeen:
 
     Lists over places: `token_ids` (−1 = still masked), `candidates` (the best token of a masked place, else its token),
     `confidence` (probability of the candidate as of the forward that last looked at the place; 0 = none has), `new`
-    (indices of the places that this forward decided or changed).
+    (indices of the places that this forward decided or changed), `gaps` (number of the template's gap that a place is
+    of, −1 = given; empty without a template).
     """
 
     index: int  # of the row
@@ -32,10 +33,12 @@ class StepSeen:
     candidates: list[int]
     confidence: list[float]
     new: list[int]
+    gaps: list[int]
     phase: Executed
     forwards: int  # model forwards of the row so far
     executed_forwards: int
     new_tokens: int  # committed, in finished blocks
+    given_tokens: int  # by a template, of the answer up to the last of these places
     unique_experts: list[int]  # of each MoE layer, of this row in this forward
     seconds: float  # of the forward, which other rows may have shared
 
@@ -45,6 +48,14 @@ class StepSeen:
 
 
 Watch = Callable[[StepSeen], None]
+
+
+def _gaps(row: Row, start: int, stop: int) -> list[int]:
+    """The template's gaps of these positions, by number."""
+    if row.template is None:
+        return []
+    places = np.arange(start, stop)
+    return np.where(row.given[places], -1, row.gap_of(places)).tolist()
 
 
 class Watcher:
@@ -73,6 +84,7 @@ class Watcher:
         self._watch(StepSeen(
             row.index, row.block, row.step, span.start + first - row.prompt_length,
             np.where(masked, -1, tokens)[shown].tolist(), np.where(masked, self._candidates, tokens)[shown].tolist(),
-            self._confidence[shown].tolist(), [i - first for i in sorted(new) if first <= i < last], phase,
+            self._confidence[shown].tolist(), [i - first for i in sorted(new) if first <= i < last],
+            _gaps(row, span.start + first, span.start + last), phase,
             row.statistics.forwards, row.statistics.executed_forwards, row.statistics.new_tokens,
-            unique_experts(expert_ids).tolist(), seconds))
+            int(row.given[:span.start + last].sum()), unique_experts(expert_ids).tolist(), seconds))

@@ -19,7 +19,7 @@ from .logprobs import Columns, of_chat
 from .schema import Body
 
 # Ours → OpenAI's words; timeout and cancelled, which it does not have, stay as they are.
-FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
+FINISH = {"eos": "stop", "stop": "stop", "filled": "stop", "length": "length"}
 
 
 class Form:
@@ -30,13 +30,13 @@ class Form:
     def choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
         """Of a whole answer."""
         return {"index": index, "message": {"role": "assistant", "content": _text(pieces), "refusal": None},
-                "logprobs": of_chat(_said(pieces)), "finish_reason": finish(pieces[-1])}
+                "logprobs": of_chat(_said(pieces)), "finish_reason": finish(pieces[-1]), **gaps(pieces[-1])}
 
     def delta(self, piece: Piece, first: bool) -> dict[str, Any]:
         """Of an event."""
         role = {"role": "assistant"} if first else {}
         return {"index": piece.choice, "delta": {**role, "content": piece.text or ""},
-                "logprobs": of_chat(piece.probabilities), "finish_reason": finish(piece)}
+                "logprobs": of_chat(piece.probabilities), "finish_reason": finish(piece), **gaps(piece)}
 
 
 class PlainForm(Form):
@@ -50,17 +50,24 @@ class PlainForm(Form):
     def choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
         """Of a whole answer."""
         return {"index": index, "text": _text(pieces), "token_ids": [i for piece in pieces for i in piece.token_ids],
-                "logprobs": self._columns[index].of(_said(pieces)), "finish_reason": finish(pieces[-1])}
+                "logprobs": self._columns[index].of(_said(pieces)), "finish_reason": finish(pieces[-1]),
+                **gaps(pieces[-1])}
 
     def delta(self, piece: Piece, first: bool) -> dict[str, Any]:
         """Of an event."""
         return {"index": piece.choice, "text": piece.text or "", "token_ids": piece.token_ids,
-                "logprobs": self._columns[piece.choice].of(piece.probabilities), "finish_reason": finish(piece)}
+                "logprobs": self._columns[piece.choice].of(piece.probabilities), "finish_reason": finish(piece),
+                **gaps(piece)}
 
 
 def finish(piece: Piece) -> str | None:
     """Its finish_reason in OpenAI's words."""
     return piece.finish_reason and FINISH.get(piece.finish_reason, piece.finish_reason)
+
+
+def gaps(piece: Piece) -> dict[str, Any]:
+    """The gaps of an answer, with its last piece; nothing of one that had none. Ours."""
+    return {} if piece.gaps is None else {"gaps": piece.gaps}
 
 
 def _said(pieces: list[Piece]) -> list[TokenProbability] | None:
@@ -73,11 +80,16 @@ def _text(pieces: list[Piece]) -> str:
     return "".join(piece.text or "" for piece in pieces)
 
 
-def usage(entered: Entered, new_tokens: int) -> dict[str, Any]:
-    """Tokens of the prompts, each once, and of the answers; those of prompts that the prefix store had."""
+def new_tokens(piece: Piece) -> int:
+    """Its tokens that are the model's."""
+    return len(piece.token_ids) - piece.given
+
+
+def usage(entered: Entered, new: int) -> dict[str, Any]:
+    """Tokens that were given, those of a prompt or template once, and the model's; those that the prefix store had."""
     course = entered.answer.course
-    return {"prompt_tokens": course.prompt_tokens, "completion_tokens": new_tokens,
-            "total_tokens": course.prompt_tokens + new_tokens,
+    return {"prompt_tokens": course.prompt_tokens, "completion_tokens": new,
+            "total_tokens": course.prompt_tokens + new,
             "prompt_tokens_details": {"cached_tokens": course.cached_tokens}}
 
 
@@ -91,7 +103,7 @@ async def answer(request: Request, body: Body, entered: Entered, form: Form) -> 
     if choices is None:
         entered.leave()
         return Response(status_code=499)  # nobody reads it
-    new = sum(len(piece.token_ids) for pieces in choices for piece in pieces)
+    new = sum(new_tokens(piece) for pieces in choices for piece in pieces)
     return JSONResponse(head | {
         "object": form.whole, "choices": [form.choice(i, pieces) for i, pieces in enumerate(choices)],
         "usage": usage(entered, new), "system_fingerprint": None})
@@ -126,7 +138,7 @@ async def _events(entered: Entered, form: Form, head: dict[str, Any], with_usage
             if piece is None:
                 yield COMMENT
                 continue
-            new += len(piece.token_ids)
+            new += new_tokens(piece)
             yield event(head | {"choices": [form.delta(piece, piece.choice not in begun)]} | more)
             begun.add(piece.choice)
         if with_usage:

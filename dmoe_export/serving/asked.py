@@ -8,9 +8,13 @@ from typing import Any, Literal
 
 from ..decoding.probabilities import TokenProbability
 from ..decoding.telemetry import Statistics
+from ..decoding.template import Part
 
 Key = tuple[int, str]  # owner (number of the API key, −1 without one) and id of a request
 Ending = Literal["timeout", "cancelled", "disconnected"]
+Shows = Literal["answer", "gap", "text"]
+"""What a client reads: the answer; its first gap alone (before a suffix); or the prompt, too, which is a text with
+gaps, as `Generator.infilling` takes it."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,9 @@ class Ask:
     timeout: float = 600.0  # seconds, waiting included
     watched: bool = False  # provisional states are sent, too
     chat_template_kwargs: dict[str, Any] | None = None  # as `Generator.request` takes them
+    template: Sequence[Part] | None = None  # the same
+    shows: Shows = "answer"
+    most_places: int | None = None  # that a template of an answer may have
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,15 @@ class Piece:
     finish_reason: str | None = None
     statistics: Statistics | None = None
     probabilities: list[TokenProbability] | None = None  # of the tokens, where they are asked for
+    given: int = 0  # of these tokens: they are the request's, not the model's
+    gaps: list[dict[str, Any]] | None = None  # of an answer that had some, with its last piece
 
 
 @dataclass
 class Course:
     """How a request went. Lengths in tokens; times in seconds from its arrival at the model, None until they are."""
 
-    prompt_tokens: int = 0  # of all prompts; each counts once, however many choices it has
+    prompt_tokens: int = 0  # of all prompts and what templates give; each counts once, however many choices it has
     cached_tokens: int = 0  # of these, taken from the prefix store; once it has ended
     statistics: list[Statistics] = field(default_factory=list)  # of rows that have ended
     queue_seconds: float | None = None  # until its first row joined the batch

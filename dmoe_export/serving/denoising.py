@@ -8,12 +8,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from .answers import finish, pieces_of, usage
+from .answers import finish, gaps, new_tokens, pieces_of, usage
 from .errors import ApiError
 from .events import COMMENT, QUIET_SECONDS, EventStream, event
 from .house import Entered, House, enter
+from .infill import parts_of
 from .messages import messages_of
-from .schema import ChatBody
+from .schema import DenoisingBody
 
 router = APIRouter()
 
@@ -26,11 +27,11 @@ async def facts(request: Request) -> JSONResponse:
 
 
 @router.post("/v1/chat/denoising")
-async def denoising(body: ChatBody, request: Request) -> Response:
-    """Chat completions with every state in between, as server-sent events.
+async def denoising(body: DenoisingBody, request: Request) -> Response:
+    """Chat completions, or a text with gaps, with every state in between, as server-sent events.
 
     `step`: a state (`StepSeen`, and `pieces`: the text of each place). `block`: a finished block, committed text.
-    `done`: finish_reason, usage and statistics. `error`: in OpenAI's shape, the last event.
+    `done`: finish_reason, usage, statistics and gaps. `error`: in OpenAI's shape, the last event.
     """
     if body.stream is False:
         raise ApiError(400, "stream is false, but /v1/chat/denoising answers with events; leave it out.",
@@ -40,7 +41,8 @@ async def denoising(body: ChatBody, request: Request) -> Response:
     if body.logprobs:
         raise ApiError(400, "logprobs is true, but /v1/chat/denoising shows confidences; leave it out.",
                        param="logprobs")
-    entered = await enter(request, body, [messages_of(body)], chat=True, watched=True)
+    prompt = messages_of(body) if body.infill is None else parts_of("infill", body.infill)
+    entered = await enter(request, body, [prompt], chat=body.infill is None, watched=True)
     return EventStream(_events(entered), entered.leave)
 
 
@@ -54,10 +56,10 @@ async def _events(entered: Entered) -> AsyncIterator[bytes]:
             elif isinstance(item, dict):
                 yield event(item, "step")
             else:
-                new += len(item.token_ids)
+                new += new_tokens(item)
                 yield event({"text": item.text or "", "token_ids": item.token_ids}, "block")
                 if item.statistics:
-                    done = {"finish_reason": finish(item), "statistics": item.statistics.as_dict()}
+                    done = {"finish_reason": finish(item), "statistics": item.statistics.as_dict(), **gaps(item)}
         yield event(done | {"usage": usage(entered, new)}, "done")
     except ApiError as error:
         yield event(error.body, "error")

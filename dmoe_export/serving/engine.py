@@ -19,6 +19,7 @@ from .errors import ApiError, of_bundle
 from .job import Job, Row
 from .metrics import Metrics
 from .seen import model_facts
+from .shown import requested, shown_of
 from .worker import Worker
 
 _ENCODERS = 2  # threads that render templates and encode
@@ -51,12 +52,11 @@ class Engine:
         try:
             loop, rows = asyncio.get_running_loop(), list[Row]()
             for number, prompt in enumerate(ask.prompts):
-                request = await loop.run_in_executor(self._encoders, partial(
-                    self.generator.request, prompt, chat=ask.chat, chat_template_kwargs=ask.chat_template_kwargs,
-                    **ask.options))
+                request = await loop.run_in_executor(self._encoders, partial(requested, self.generator, ask, prompt))
                 mine = list(range(number * ask.choices, (number + 1) * ask.choices))
                 alike = request.settings.temperature == 0  # no chance in it: decoded once
-                rows += [Row(request, mine)] if alike else [Row(request, [one]) for one in mine]
+                rows += [Row(request, choices, shown_of(request, ask, self.generator))
+                         for choices in ([mine] if alike else [[one] for one in mine])]
             job = Job(ask, rows, Pieces(self.generator.text) if ask.watched else None, gone)
             self.worker.add(job)
         except BaseException as error:

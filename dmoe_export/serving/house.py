@@ -9,8 +9,9 @@ from typing import Any
 
 from fastapi import Request
 
-from .asked import Ask
+from .asked import Ask, Key
 from .errors import ApiError
+from .infill import given_of
 from .metrics import Metrics
 from .model import Answer, Model
 from .record import Record
@@ -69,12 +70,21 @@ async def enter(request: Request, body: Body, prompts: Sequence[Any], chat: bool
     record.owner = getattr(request.state, "owner", -1)
     record.model, record.stream, record.choices = model.name, bool(body.stream), body.choices * len(prompts)
     if house.log_prompts:
-        record.prompt = list(prompts)
-    options = await options_of(body, house.most_new_tokens, model)
-    answer = await model.enter(Ask((record.owner, record.id), prompts, chat, options, body.choices, house.timeout,
-                                   watched, body.template_kwargs))
+        infill = getattr(body, "infill", None)
+        record.prompt = list(prompts) if infill is None else [infill]
+    answer = await model.enter(await ask_of((record.owner, record.id), body, prompts, chat, model,
+                                            house.most_new_tokens, house.timeout, watched))
     record.course = answer.course
     return Entered(model.name, answer, record, record.choices)
+
+
+async def ask_of(key: Key, body: Body, prompts: Sequence[Any], chat: bool, model: Model, most: int, timeout: float,
+                 watched: bool = False) -> Ask:
+    """What a body asks of a model, whose answers have at most `most` tokens; raises ApiError."""
+    options = await options_of(body, most, model)
+    given = given_of(body, prompts, chat, options, most)
+    return Ask(key, prompts, chat, options, body.choices, timeout, watched, body.template_kwargs, given.template,
+               given.shows, most)
 
 
 async def options_of(body: Body, most: int, model: Model) -> dict[str, Any]:
@@ -84,7 +94,7 @@ async def options_of(body: Body, most: int, model: Model) -> dict[str, Any]:
     except ValueError as error:
         raise ApiError(400, str(error), param="max_tokens") from None
     asked = options.get("max_new_tokens")
-    if asked is None:
+    if asked is None and not body.sized:
         facts = await model.facts()
         usual = facts.usual_of_presets.get(str(options.get("preset")), facts.usual_new_tokens)
         options["max_new_tokens"] = min(usual, most)

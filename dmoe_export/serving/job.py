@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..decoding.answer import Block
@@ -14,6 +14,7 @@ from ..decoding.watch import StepSeen
 from ..text.pieces import Pieces
 from .asked import Ask, Course, Ending, Piece
 from .seen import state
+from .shown import Shown, given_tokens
 
 
 @dataclass(eq=False)
@@ -22,6 +23,7 @@ class Row:
 
     request: Any  # of Generator.request
     choices: list[int]
+    shown: Shown | None = None  # where a template gives places
     prefix_tokens: int = 0  # of its prompt, taken from the prefix store; once it has ended
 
 
@@ -44,8 +46,7 @@ class Job:
     def __post_init__(self) -> None:
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         self.left = len(self.rows)  # rows that have not ended
-        self._lengths = {id(row.request): len(row.request.token_ids) for row in self.rows}
-        self.course.prompt_tokens = sum(self._lengths.values())
+        self.course.prompt_tokens = sum({id(row.request): given_tokens(row.request) for row in self.rows}.values())
 
     @property
     def deadline(self) -> float:
@@ -82,9 +83,12 @@ class Job:
         if reason:
             row.prefix_tokens = block.stats.prefix_tokens
             self.course.cached_tokens = sum({id(one.request): one.prefix_tokens for one in self.rows}.values())
+        told = Piece(row.choices[0], block.token_ids, block.text, reason, block.stats if reason else None,
+                     block.probabilities)
+        if row.shown:
+            told = row.shown.of(told, block)
         for choice in row.choices:
-            self.put(Piece(choice, block.token_ids, block.text, reason, block.stats if reason else None,
-                           block.probabilities))
+            self.put(replace(told, choice=choice))
 
     async def items(self, every: float | None = None) -> AsyncIterator[Any]:
         """What was put, in order, to its end; raises what it ended with. None each `every` seconds without anything."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import ApiError
-from .schema import MOST_PROMPTS, ChatBody, CompletionBody
+from .infill import parts_of
+from .schema import MOST_PROMPTS, ChatBody, CompletionBody, DenoisingBody
 
 ROLES = ("system", "developer", "user", "assistant")
 _FIELDS = ("role", "content", "name")
 
 
-def messages_of(body: ChatBody) -> list[dict[str, Any]]:
+def messages_of(body: ChatBody | DenoisingBody) -> list[dict[str, Any]]:
     """Messages for the template: developer is OpenAI's newer word for system, and no template here knows it.
 
     Contents are checked where all messages are (text/messages.py). Other fields may be there if they say nothing.
     """
-    return [_message(number, message) for number, message in enumerate(body.messages)]
+    return [_message(number, message) for number, message in enumerate(body.messages or [])]
 
 
 def _message(number: int, message: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +35,9 @@ def _message(number: int, message: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompts_of(body: CompletionBody) -> list[Any]:
-    """Prompts of a completion: one text, one list of token ids, or a list of either."""
+    """Prompts of a completion: one text, one list of token ids, or a list of either; or the parts of its `infill`."""
+    if body.infill is not None:
+        return [parts_of("infill", body.infill)]
     prompt = body.prompt
     one = isinstance(prompt, str) or (isinstance(prompt, list) and prompt and _is_id(prompt[0]))
     prompts = [prompt] if one else prompt

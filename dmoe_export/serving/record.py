@@ -55,7 +55,7 @@ class Record:
         if course := self.course:
             stats = course.statistics
             forwards = sum(one.forwards for one in stats)
-            new = sum(one.new_tokens for one in stats)
+            new = sum(one.new_tokens - one.given_tokens for one in stats)
             line |= {"new_tokens": new, "forwards": forwards,
                      "prefix_tokens": sum(one.prefix_tokens for one in stats),
                      "tokens_per_forward": round(new / forwards, 3) if forwards else 0.0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..decoding.option import OFF
@@ -16,6 +16,7 @@ from ..words import visible
 MOST_CHOICES = 16  # of a prompt
 MOST_PROMPTS = 64  # of a request for completions, times its choices
 MOST_MESSAGES = 1000
+MOST_PARTS = 1000  # of a text with gaps
 MOST_NAME = 200  # characters of a model's name
 _MOST_NAMED, _MOST_NAME_SHOWN = 10, 100  # unknown fields in one sentence, and characters of each
 
@@ -67,6 +68,10 @@ class StreamOptions(_Strict):
     include_obfuscation: StrictBool = False  # padding against listeners; never sent
 
 
+Parts = Annotated[list[Any], Field(min_length=1, max_length=MOST_PARTS)]
+"""Texts, lists of token ids, and gaps such as `{"gap": 8}`; read by `infill.parts_of`."""
+
+
 class Body(_Strict):
     """What chat completions and completions share; options of a request follow by name (`OPTIONS`)."""
 
@@ -76,6 +81,7 @@ class Body(_Strict):
     n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] | None = None
     max_tokens: Any = Field(None, description="The same as max_new_tokens.")
     max_completion_tokens: Any = Field(None, description="The same as max_new_tokens.")
+    template: Parts | None = Field(None, description="What the answer is made of: texts, token ids and gaps.")
 
     @classmethod
     def _names(cls) -> Collection[str]:
@@ -114,6 +120,11 @@ class Body(_Strict):
         return None
 
     @property
+    def sized(self) -> bool:
+        """Whether it says of which places the answer is, and so how many."""
+        return self.template is not None or getattr(self, "infill", None) is not None
+
+    @property
     def choices(self) -> int:
         """Answers to a prompt."""
         return self.n or 1
@@ -136,10 +147,12 @@ _SETTINGS: dict[str, Any] = {name: (Any, Field(None, description=one.help)) for 
 _WithOptions = create_model("_WithOptions", __base__=Body, **_SETTINGS)
 
 
-class ChatBody(_WithOptions):
-    """POST /v1/chat/completions, and /v1/chat/denoising."""
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MOST_MESSAGES)]
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MOST_MESSAGES)]
+
+class _Chat(_WithOptions):
+    """What chat completions and provisional states share."""
+
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Values that the chat template reads by name: true, false, null or numbers.")
     tools: list[dict[str, Any]] | None = Field(
@@ -150,13 +163,13 @@ class ChatBody(_WithOptions):
         None, description="So many of the most probable tokens beside it; with logprobs.")
 
     @model_validator(mode="after")
-    def _top_belongs(self) -> ChatBody:
+    def _top_belongs(self) -> _Chat:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs belongs to logprobs; give logprobs: true, too")
         return self
 
     @model_validator(mode="after")
-    def _tools_once(self) -> ChatBody:
+    def _tools_once(self) -> _Chat:
         if TOOLS in (self.chat_template_kwargs or {}):
             raise ValueError("tools is a field of its own, not of chat_template_kwargs")
         return self
@@ -174,12 +187,45 @@ class ChatBody(_WithOptions):
         return given | ({"logprobs": (self.top_logprobs or 0) if self.logprobs else OFF} if "logprobs" in given else {})
 
 
-class CompletionBody(_WithOptions):
-    """POST /v1/completions: a text, a list of token ids, or a list of either."""
+class ChatBody(_Chat):
+    """POST /v1/chat/completions."""
 
-    prompt: Any
+    messages: Messages
+
+
+class DenoisingBody(_Chat):
+    """POST /v1/chat/denoising: messages, or a text with gaps."""
+
+    messages: Messages | None = None
+    infill: Parts | None = Field(None, description="A text with gaps, in place of messages.")
+
+    @model_validator(mode="after")
+    def _one(self) -> DenoisingBody:
+        return _exactly_one(self, "messages")
+
+
+class CompletionBody(_WithOptions):
+    """POST /v1/completions: a text, a list of token ids, a list of either, or a text with gaps."""
+
+    prompt: Any = None
+    suffix: StrictStr | None = Field(None, description="What follows the gap of max_tokens tokens behind the prompt.")
+    infill: Parts | None = Field(None, description="A text with gaps, in place of prompt.")
+
+    @model_validator(mode="after")
+    def _one(self) -> CompletionBody:
+        return _exactly_one(self, "prompt")
 
     def options(self) -> dict[str, Any]:
         """As `Body.options`; false is off, as of chat."""
         given = super().options()
         return given | ({"logprobs": OFF} if given.get("logprobs") is False else {})
+
+
+def _exactly_one(body: Any, name: str) -> Any:
+    """A body with a field of this name, or with `infill`."""
+    given = [one for one in (name, "infill") if getattr(body, one) is not None]
+    if len(given) != 1:
+        what = f"{name} and infill are both given; leave one of them out" if given else (
+            f"{name} is missing; give it, or a text with gaps as infill")
+        raise ValueError(what)
+    return body

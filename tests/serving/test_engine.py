@@ -12,6 +12,7 @@ from serving import Held, toy_generator
 from toy_backend import EOS, VOCAB
 
 from dmoe_export.decoding.telemetry import Statistics
+from dmoe_export.decoding.template import Gap
 from dmoe_export.errors import NotFiniteError
 from dmoe_export.serving.asked import Ask, Course, Piece
 from dmoe_export.serving.engine import Engine
@@ -93,6 +94,22 @@ def test_a_request_of_many_answers_leaves_places_to_those_that_came_after():
     with engine_of() as (engine, backend):
         asyncio.run(main(engine, backend))
         assert engine.busy == 0 and metric(engine, "dmoe_waiting_rows") == 0
+
+
+def test_a_text_with_gaps_that_ends_while_it_waits_is_its_prompt():
+    async def main(engine, backend):
+        first = await submit(engine, "first")
+        second = await engine.enter(Ask((-1, "second"), [[[5, 6], Gap(4), [7]]], False, {}, 2, shows="text"))
+        second.cancel("cancelled")
+        backend.free.set()
+        await answer(first)
+        for choice, piece in enumerate(await pieces(second)):
+            assert (piece.choice, piece.token_ids, piece.given, piece.finish_reason) == (choice, [5, 6], 2, "cancelled")
+            assert piece.gaps == [{"token_ids": [], "text": None, "in_sight": 1, "text_offset": None}]
+        assert second.course.prompt_tokens == 3
+
+    with engine_of(slots=1) as (engine, backend):
+        asyncio.run(main(engine, backend))
 
 
 def test_a_full_queue_refuses_and_takes_requests_again_later():

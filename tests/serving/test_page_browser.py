@@ -10,6 +10,7 @@ import pytest
 from chromium import CHROMIUM, Page
 from page_helpers import house_of, served
 
+from dmoe_export.decoding.template import Gap
 from dmoe_export.serving import denoising
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")]
@@ -133,6 +134,52 @@ def test_steps_are_gone_through_by_keyboard(page):
     page.key("End")
     assert page.run("document.getElementById('where').textContent").startswith(f"step {last + 1} of {last + 1}")
     assert page.run("document.getElementById('on').disabled")
+
+
+GAPS = "there are <gap:3> pens in a box. max gets <gap:12> and then max loses <gap:30> of the pens."
+PARTS = ["there are ", Gap(3), " pens in a box. max gets ", Gap(12), " and then max loses ", Gap(30), " of the pens."]
+
+
+def test_a_text_with_gaps_fills_in(page, house, slow, pictures):
+    choose(page, **SETTINGS)
+    ask(page, GAPS)
+    page.until("document.querySelectorAll('.answer .live .given').length == 4")
+    assert page.run("document.querySelectorAll('.live .place').length") == 45
+    page.until("document.querySelectorAll('.live .place:not(.masked)').length > 20")
+    assert said(page) == [""] and page.run("document.querySelectorAll('.live .place').length") == 45
+    page.picture(pictures / "desktop-gaps-filling.png")
+    page.until(ENDED)
+    wanted = house.models["sample"].generator.infill(PARTS, acceptance="fixed", steps=8)[0]
+    assert said(page) == [wanted.text] and page.run("document.querySelector('.live').textContent") == ""
+    filled = page.run("[...document.querySelectorAll('.committed .filled')].map(one => one.textContent)")
+    assert filled == [gap.text for gap in wanted.gaps]
+    unseeing = [i + 1 for i, gap in enumerate(wanted.gaps) if not gap.in_sight]
+    after = page.run("document.querySelector('.after-answer').textContent")
+    assert after.startswith(f"45 tokens in {wanted.answer.stats.forwards} forward passes")
+    assert [i for i in (1, 2, 3) if f"gap {i} saw nothing of the text behind it" in after] == unseeing
+    assert not page.run("document.getElementById('l-given').hidden")
+    page.picture(pictures / "desktop-gaps-filled.png")
+    ask(page, "what is 5 x 8?")  # the text was no turn of the conversation
+    page.until("document.querySelectorAll('.after-answer button').length == 2")
+    generator = house.models["sample"].generator
+    assert said(page)[1] == generator.generate("what is 5 x 8?", acceptance="fixed", steps=8)[0].text
+    assert page.run("document.getElementById('l-given').hidden")
+
+
+def test_a_mark_is_written_as_text_with_another_bracket(page, house):
+    ask(page, "what is <<gap:3> and <gap:x>?")
+    page.until(ENDED)
+    assert said(page) == [house.models["sample"].generator.generate("what is <gap:3> and <gap:x>?")[0].text]
+    parts = page.run("import('./page/infill.js').then(({ partsOf }) => partsOf('<gap:2-8><<<gap:1> <gap:1>'))")
+    assert parts == [{"gap": [2, 8]}, "<<gap:1> ", {"gap": 1}]
+
+
+def test_a_gap_that_is_none_is_refused_in_the_server_s_sentence(page):
+    ask(page, "it is <gap:0>.")
+    page.until("!document.getElementById('trouble').hidden")
+    sentence = "infill.1 has the gap 0, it must be its tokens, at least 1, or [fewest, most]."
+    assert page.run("document.getElementById('trouble').textContent") == sentence
+    page.logged[:] = [line for line in page.logged if "status of 400" not in line]  # the browser's own remark
 
 
 def test_everything_is_reached_by_tab_and_focus_is_seen(page):

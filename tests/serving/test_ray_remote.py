@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import pickle
 import time
 from contextlib import suppress
 
 import pytest
 from serving import Held, toy_generator
 
+from dmoe_export.decoding.template import Gap
 from dmoe_export.serving.asked import Ask, Course, Piece
 from dmoe_export.serving.engine import Engine
 from dmoe_export.serving.errors import ApiError
@@ -130,6 +132,26 @@ def test_provisional_states_of_a_repeat_go_on_where_the_first_one_ended(replica,
     again = asyncio.run(all_of(RemoteModel("toy", wire), ask_of(watched=True)))[1]
     assert len(wire.asked) == 2 and tokens([i for i in again if isinstance(i, Piece)]) == offline()
     assert any(isinstance(item, dict) for item in again)
+
+
+GIVEN = [[5, 6, 7], Gap(20), [8, 9], Gap(3), [10]]
+
+
+@pytest.mark.parametrize("lives", [[], [1], [2]])
+@pytest.mark.parametrize("more", [
+    {"prompts": [GIVEN], "shows": "text"}, {"template": GIVEN[1:]}, {"template": [Gap(9), [8, 9]], "shows": "gap"}],
+    ids=["infill", "template", "suffix"])
+def test_given_places_cross_the_wire_and_outlive_a_replica(replica, backend, lives, more):
+    ask = dataclasses.replace(Ask((-1, "one"), [[5, 6, 7]], False, {}), **more)
+    wire = LocalWire(replica, lives)
+    answer, items = asyncio.run(all_of(RemoteModel("toy", wire), pickle.loads(pickle.dumps(ask))))
+    wanted = toy_generator(backend).infill([[5, 6, 7], Gap(9), [8, 9]] if ask.shows == "gap" else GIVEN)[0]
+    assert [gap["token_ids"] for gap in items[-1].gaps] == [gap.token_ids for gap in wanted.gaps]
+    ids = {"text": [5, 6, 7, *wanted.answer.token_ids], "answer": wanted.answer.token_ids,
+           "gap": wanted.gaps[0].token_ids}[ask.shows]
+    assert tokens(items) == ids and items[-1].finish_reason == "filled"
+    assert sum(len(item.token_ids) - item.given for item in items) == (9 if ask.shows == "gap" else 23)
+    assert answer.course.prompt_tokens == (5 if ask.shows == "gap" else 6) and len(wire.asked) == len(lives) + 1
 
 
 @pytest.mark.parametrize("lives", [[0, 0, 0], [2, 1, 3, 9]])

@@ -8,6 +8,7 @@ import pytest
 from processes import python_without
 from pydantic import ValidationError
 
+from dmoe_export.decoding.template import Gap
 from dmoe_export.generator import Generator
 from dmoe_export.serving.ray.prefix import PART, Affinity, beginnings
 from dmoe_export.serving.ray.settings import OF_OPENING, Settings
@@ -54,6 +55,13 @@ def test_beginnings_are_equal_exactly_where_prompts_are():
     assert not set(beginnings(text, True)) & set(marks)  # the template stands before it
     assert beginnings("short", True) == [] == beginnings([1, 2], False)
     assert len(beginnings("a" * 10 ** 6, False)) == 256
+
+
+def test_a_text_with_gaps_begins_as_its_first_part_does():
+    text, ids = "x" * 2 * PART, list(range(PART))
+    for first in (text, ids):
+        assert beginnings([first, Gap(4), "x" * 999], False) == beginnings(first, False) != []
+    assert beginnings([Gap(4), text], False) == []
 
 
 def test_messages_and_token_ids_have_beginnings():

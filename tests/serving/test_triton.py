@@ -19,6 +19,7 @@ import pytest
 from serving import Held, toy_generator
 
 from dmoe_export.decoding.settings import OPTIONS
+from dmoe_export.decoding.template import Gap
 from dmoe_export.deploy.triton import INPUTS, MODEL_FILE, OUTPUTS
 from dmoe_export.errors import BundleError, MissingRequirementError, NotFiniteError, RequestError
 from dmoe_export.serving.engine import Engine
@@ -243,6 +244,26 @@ def test_numbers_may_be_texts_and_settings_given_twice(triton, monkeypatch):
         for name, value in (("temperature", "0x1"), ("seed", "1.0"), ("early_stop", "true"), ("cache", "1")):
             model.execute([request := Request({name: value}, input_ids=ids())])
             assert request.error()[0].startswith(f"{name} is ")
+
+
+def test_given_places_are_settings_of_a_request(triton, monkeypatch):
+    parts = [{"gap": 6}, [8, 9], {"gap": 3}, [10]]
+    with model_of(triton, monkeypatch, max_new_tokens="40") as model:
+        whole, stream = (Request(input_ids=ids(), stream=stream, sampling_parameters=json.dumps({"template": parts}))
+                         for stream in (False, True))
+        model.execute([whole, stream])
+        wanted = toy_generator(model.backend).infill([[5, 6, 7], Gap(6), [8, 9], Gap(3), [10]])[0].answer.token_ids
+        (part,) = whole.parts()
+        assert part["output_ids"] == wanted and part["finish_reason"] == [b"stop"]
+        assert part["num_output_tokens"] == [9] and part["num_input_tokens"] == [6]
+        assert [i for one in stream.parts() for i in one["output_ids"]] == wanted
+        for parameters, words in (({"infill": parts}, "infill is not offered here; give what is before its first gap"),
+                                  ({"template": [[5]]}, "template has no gap"),
+                                  ({"template": [{"gap": 41}]}, "template makes an answer of at least 41 places"),
+                                  ({"suffix": "x"}, "has no tokenizer for the text of a template; give token ids."),
+                                  ({"suffix": "x", "chat": True}, "suffix belongs to a prompt that goes through no")):
+            model.execute([request := Request(input_ids=ids(), sampling_parameters=json.dumps(parameters))])
+            assert words in request.error()[0] and request.error()[1] == TritonError.INVALID_ARG
 
 
 def test_values_for_the_chat_template_go_with_messages(triton):

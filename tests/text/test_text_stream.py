@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from text_codecs import KINDS, byte_level, codec, metaspace
 from tokenizers import Regex, decoders
 
+from dmoe_export.text.behind import Behind
 from dmoe_export.text.codec import TextStream
 from dmoe_export.text.stream import Tail
 
@@ -48,6 +49,30 @@ def test_pieces_add_up(codecs, kind, decoder, text, data):
     for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         shown += stream.push(ids[start:end], end == len(ids) and start == ([0, *cuts][-1]))
     assert shown + stream.push([], True) == subject.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["word-level", "byte-level", "metaspace first"])
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(decoder=st.sampled_from(list(DECODERS)), text=st.text("he o.é€😀\ufffd▁'", max_size=8), data=st.data())
+def test_pieces_behind_other_tokens_add_up(codecs, kind, decoder, text, data):
+    subject = codecs(kind, decoder)
+    ids = subject.encode_literal(text)
+    ids = data.draw(st.permutations(ids)) if data.draw(st.booleans()) else ids
+    start, *cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), min_size=1, max_size=6)))
+    behind = Behind(subject, ids[:start])
+    stream, shown = TextStream(behind), ""
+    for first, end in zip([start, *cuts], cuts, strict=False):
+        shown += stream.push(ids[first:end], False)
+    assert shown + stream.push(ids[([start, *cuts])[-1]:], True) == behind.decode(ids[start:])
+    before = subject.decode(ids[:start])
+    if subject.decode(ids).startswith(before):
+        assert before + behind.decode(ids[start:]) == subject.decode(ids)
+
+
+def test_what_follows_a_token_keeps_its_blank(tmp_path):
+    subject = codec(metaspace(), tmp_path)
+    first, second = subject.encode_literal("hello"), subject.encode_literal("hello two")[1:]
+    assert Behind(subject, first).decode(second) == " two" and subject.decode(second) == "two"
 
 
 def test_a_byte_run_waits_as_a_whole(tmp_path):

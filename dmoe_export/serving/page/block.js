@@ -1,6 +1,6 @@
-// Places of a block. A state is one `step` event: token_ids (-1: masked), pieces, confidence, new, …
+// Places of a block. A state is one `step` event: token_ids (-1: masked), pieces, confidence, new, gaps (-1: given), …
 
-const MASKED = "░";
+export const MASKED = "░";
 
 /** What a place says, by textContent alone: it is the model's text. */
 function write(element, piece) {
@@ -14,11 +14,14 @@ function write(element, piece) {
   }
 }
 
+const given = (state, i) => state.gaps[i] === -1;
+
 function place(state, i) {
   const element = document.createElement("span");
   const masked = state.token_ids[i] < 0;
   element.className = "place";
   element.classList.toggle("masked", masked);
+  element.classList.toggle("given", given(state, i));
   element.classList.toggle("new", !masked && state.fresh.has(i));
   element.style.setProperty("--sure", state.confidence[i].toFixed(3));
   if (masked) element.textContent = MASKED;
@@ -37,13 +40,16 @@ export function withHistory(state, before) {
 
 export const decided = state => state.token_ids.filter(id => id >= 0).length;
 
-/** The block inside the answer: places in the flow of the text; line breaks break lines here. */
+/** A place in the flow of the text; line breaks break lines here. */
+export function placeInText(state, i) {
+  const element = place(state, i);
+  if (state.token_ids[i] >= 0 && state.pieces[i].includes("\n")) element.append("\n");
+  return element;
+}
+
+/** The block inside the answer. */
 export function drawLive(parent, state) {
-  parent.replaceChildren(...state.token_ids.map((id, i) => {
-    const element = place(state, i);
-    if (id >= 0 && state.pieces[i].includes("\n")) element.append("\n");
-    return element;
-  }));
+  parent.replaceChildren(...state.token_ids.map((_, i) => placeInText(state, i)));
 }
 
 /** The block as a map of equal cells; `tell` gets a sentence about the cell under the pointer. */
@@ -58,6 +64,7 @@ export function drawPlaces(parent, state, tell) {
 }
 
 function sentence(state, i) {
+  if (given(state, i)) return `Place ${state.start + i + 1}: ${JSON.stringify(state.pieces[i])}, given`;
   const share = `${(100 * state.confidence[i]).toFixed(1)} %`;
   const text = JSON.stringify(state.pieces[i]);
   return state.token_ids[i] < 0

@@ -2,6 +2,7 @@
 
 import { decided, drawLive, withHistory } from "./block.js";
 import { events, getJson, Refused } from "./events.js";
+import { Gaps, isGap, partsOf, unseeing } from "./infill.js";
 import { Panel } from "./panel.js";
 import { chosen, clear, drawOptions } from "./settings.js";
 
@@ -67,15 +68,18 @@ function element(name, className, text) {
   return made;
 }
 
-/** An answer on the page: `committed` is read aloud as it grows, `live` is the block that is not finished. */
-function newAnswer() {
+/** An answer on the page: `committed` is read aloud as it grows, `live` is the block that is not finished; of a text
+    with gaps `live` is the whole until it ends. */
+function newAnswer(parts) {
   const row = element("li", "answer"), committed = element("span", "committed"), live = element("span", "live");
   const after = element("p", "after-answer");
   committed.setAttribute("aria-live", "polite");
   live.setAttribute("aria-hidden", "true");
   row.append(committed, live, after);
   at("turns").append(row);
-  return { row, committed, live, after, states: [], active: null, frame: null, text: "",
+  const gaps = parts && new Gaps(parts);
+  gaps?.draw(live);
+  return { row, committed, live, after, gaps, states: [], active: null, frame: null, text: "",
     started: performance.now() };
 }
 
@@ -92,17 +96,18 @@ async function ask(question) {
   at("empty").hidden = true;
   trouble("");
   at("turns").append(element("li", "user", question));
-  const answer = newAnswer();
+  const parts = partsOf(question), infill = parts.some(isGap) ? parts : null, answer = newAnswer(infill);
   answer.row.scrollIntoView({ block: "nearest" });
   busy(true);
   panel.follow(answer);
   const system = at("system").value.trim();
   const messages = [...(system ? [{ role: "system", content: system }] : []), ...turns,
-    { role: "user", content: question }];
+    { role: "user", content: parts.join("") }];
+  const asked = infill ? { infill } : { messages };
   running = new AbortController();
   let ended = "";
   try {
-    const body = { model: at("model").value, messages, ...chosen(at("options")) };
+    const body = { model: at("model").value, ...asked, ...chosen(at("options")) };
     for await (const { event, data } of events("v1/chat/denoising", body, key, running.signal))
       ended = take(answer, event, JSON.parse(data)) || ended;
     if (!ended) throw new Error("it closed the connection before the answer ended");
@@ -110,14 +115,14 @@ async function ask(question) {
     ended = error.name === "AbortError" ? "stopped" : "failed";
     if (ended === "failed") failed(error);
   }
-  finish(answer, ended, question);
+  finish(answer, infill && ended === "length" ? "stop" : ended, parts.join("")); // a last gap is as long as it was asked for
 }
 
 /** Draws the last state once per frame of the screen: steps can be faster. */
 function draw(answer) {
   answer.frame ??= requestAnimationFrame(() => {
     answer.frame = null;
-    if (answer.active) following(() => drawLive(answer.live, answer.active));
+    if (answer.active) following(() => (answer.gaps ? answer.gaps.draw(answer.live) : drawLive(answer.live, answer.active)));
     panel.grown(answer);
   });
 }
@@ -129,10 +134,12 @@ function take(answer, event, data) {
     state.elapsed = (performance.now() - answer.started) / 1000;
     answer.states.push(state);
     answer.active = state;
+    answer.gaps?.step(state);
     draw(answer);
   } else if (event === "block") {
     following(() => {
       answer.text += data.text;
+      if (answer.gaps) return; // the picture stays until all of it is there
       answer.committed.append(data.text);
       answer.active = null;
       answer.live.replaceChildren();
@@ -141,6 +148,7 @@ function take(answer, event, data) {
     throw new Refused(500, data.error.message);
   } else if (event === "done") {
     answer.statistics = data.statistics;
+    answer.filled = data.gaps;
     return data.finish_reason;
   }
   return "";
@@ -157,21 +165,32 @@ function finish(answer, ended, question) {
   busy(false);
   answer.active = null;
   answer.live.replaceChildren();
-  if (answer.text || ended === "stop")
+  if (answer.gaps) following(() => showFilled(answer, ended));
+  else if (answer.text || ended === "stop")
     turns.push({ role: "user", content: question }, { role: "assistant", content: answer.text });
   following(() => after(answer, ended));
   panel.ended(answer);
   if (unused) at("message").focus(); // the button that had it is gone
 }
 
+/** A text whose gaps are filled; one that ended early is as far as it came. */
+function showFilled(answer, ended) {
+  const texts = answer.filled?.every(gap => gap.text !== null); // a model without a tokenizer has none
+  if (ended === "stop" && texts) answer.gaps.drawFilled(answer.committed, answer.text, answer.filled);
+  else answer.committed.append(answer.text);
+}
+
 /** The line below an answer: what it took, how it ended, and its steps again. */
 function after(answer, ended) {
   const last = answer.states.at(-1);
   if (last) {
-    const tokens = answer.statistics?.new_tokens ?? last.start + decided(last);
+    const made = answer.statistics ?? { new_tokens: last.start + decided(last), given_tokens: last.given_tokens };
+    const tokens = made.new_tokens - made.given_tokens;
     answer.after.append(element("span", "",
       `${count(tokens, "token")} in ${count(last.forwards, "forward pass", "es")}, ${last.elapsed.toFixed(2)} s`));
   }
+  for (const remark of answer.gaps && ended === "stop" ? unseeing(answer.gaps.parts, answer.filled) : [])
+    answer.after.append(element("span", "", remark));
   if (ENDS[ended]) answer.after.append(element("span", ended === "failed" ? "bad" : "", ENDS[ended]));
   if (last) {
     const again = element("button", "quiet", "Step through");

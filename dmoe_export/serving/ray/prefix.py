@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
+from ...decoding.template import Gap
+
 PART = 128  # characters of a prompt that are compared together: about a block
 _MOST = 256 * PART  # characters of one prompt; what follows makes no difference
 _MOST_KEPT = 100_000  # beginnings; those not met for longest are forgotten
@@ -18,6 +20,8 @@ def beginnings(prompt: Any, chat: bool) -> list[bytes]:
 
     Whatever a client sent is taken: what is no prompt is refused by the replica.
     """
+    if not chat and not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], (str, list, Gap)):
+        prompt = "" if isinstance(prompt[0], Gap) else prompt[0]  # a text with gaps begins with its first part
     if isinstance(prompt, str):
         text = prompt
     elif chat:

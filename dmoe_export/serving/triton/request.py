@@ -16,7 +16,7 @@ from ...decoding.settings import OPTIONS
 from ...guards.numerals import integer, real
 from ..asked import Ask
 from ..errors import ApiError, of_body
-from ..house import options_of
+from ..house import ask_of
 from ..messages import messages_of
 from ..model import Model
 from ..schema import Body, ChatBody, CompletionBody
@@ -41,9 +41,8 @@ class Wanted:
 
     async def ask(self, model: Model, most_new_tokens: int, timeout: float) -> Ask:
         """For the engine, with a key of its own: ids of Triton's clients may come twice. Raises ApiError."""
-        options = await options_of(self.body, most_new_tokens, model)
-        return Ask((-1, uuid.uuid4().hex), [self.prompt], self.chat, options, timeout=timeout,
-                   chat_template_kwargs=self.body.template_kwargs)
+        key = (-1, uuid.uuid4().hex)
+        return await ask_of(key, self.body, [self.prompt], self.chat, model, most_new_tokens, timeout)
 
 
 def wanted_of(name: str, inputs: Mapping[str, Any], parameters: str, request_id: str) -> Wanted:
@@ -85,6 +84,9 @@ def _settings(inputs: Mapping[str, Any], parameters: dict[str, Any], request_id:
     wrong = next((one for one in _NOT_SETTINGS if one in settings), None)
     if wrong is not None:
         raise ApiError(400, f"{wrong} is no parameter.", param=wrong, code="unknown_parameter")
+    if "infill" in settings:
+        raise ApiError(400, "infill is not offered here; give what is before its first gap as text_input or input_ids, "
+                       "and the rest as template.", param="infill")
     return settings
 
 

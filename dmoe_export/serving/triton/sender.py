@@ -7,7 +7,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from ..answers import finish
+from ..answers import finish, new_tokens
 from ..asked import Piece
 from ..errors import FAILED, ApiError, where
 from ..model import Answer
@@ -67,4 +67,4 @@ _OUTCOMES = {429: "queue_full", 499: "disconnected", 503: "unavailable"}
 def _part(pieces: list[Piece], answer: Answer, before: str = "") -> Any:
     text = before + "".join(piece.text or "" for piece in pieces)
     return response(text, [i for piece in pieces for i in piece.token_ids], finish(pieces[-1]) or "",
-                    answer.course.prompt_tokens)
+                    answer.course.prompt_tokens, sum(map(new_tokens, pieces)))

@@ -54,13 +54,13 @@ def _one(name: str, array: Any) -> Any:
     return array.reshape(-1)[0]
 
 
-def response(text: str, token_ids: list[int], finish_reason: str, prompt_tokens: int) -> Any:
+def response(text: str, token_ids: list[int], finish_reason: str, prompt_tokens: int, new_tokens: int) -> Any:
     """An answer's part, or all of it."""
     return pb_utils.InferenceResponse([
         _texts("text_output", [text]), pb_utils.Tensor("output_ids", np.array(token_ids, np.int64)),
         _texts("finish_reason", [finish_reason]),
         pb_utils.Tensor("num_input_tokens", np.array([prompt_tokens], np.uint32)),
-        pb_utils.Tensor("num_output_tokens", np.array([len(token_ids)], np.uint32))])
+        pb_utils.Tensor("num_output_tokens", np.array([new_tokens], np.uint32))])
 
 
 def _texts(name: str, texts: Iterable[str]) -> Any:

@@ -27,7 +27,8 @@ KEY = "the-key"
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/chat/denoising")
 _PLACES = ("/", "/v1/models", "/v1/models/sample", "/v1/requests/x", "/health/live", "/metrics", "/page/x.js", "/no",
            "/v1/models/\x00", "//", "/v1/chat/completions/", "/page/../app.py", "/openapi.json", "/v1/models/é")
-_NAMES = [*OPTIONS, *HARMLESS, *NOT_HERE, *OTHERS, "n", "stream", "stream_options", "max_tokens", "model", "nope"]
+_NAMES = [*OPTIONS, *HARMLESS, *NOT_HERE, *OTHERS, "template", "infill", "n", "stream", "stream_options", "max_tokens",
+          "model", "nope"]
 _CODES = {"timeout"}  # of 5xx that a client may be to blame for
 
 
@@ -56,6 +57,10 @@ def _body(rng: random.Random, path: str) -> tuple[bytes, str]:
     whole: dict[str, Any] = {"model": "sample", "max_tokens": 4}
     whole |= {"prompt": PROMPT} if path == "/v1/completions" else {"messages": [
         {"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "text", "text": PROMPT}]}]}
+    if rng.random() < 0.3:
+        whole |= {rng.choice(("template", "infill")): ["x ", {"gap": 2}, [5], {"gap": [2, 2]}, "."]}
+        if "infill" in whole and rng.random() < 0.9:
+            whole.pop("prompt" if path == "/v1/completions" else "messages")
     for _ in range(rng.choice([0, 1, 1, 2, 3])):
         name = rng.choice(_NAMES)
         whole[name] = mutate.value(rng, OPTIONS[name].default if name in OPTIONS else None)
