@@ -155,6 +155,7 @@ class Row:
         """End the sequence in what was taken last, of which so many tokens are too many."""
         self.finish_reason = "stop"
         self.statistics.new_tokens -= surplus
+        self.statistics.given_tokens -= int(self.given[self.emitted - surplus:self.emitted].sum())
 
     def take_new(self) -> list[int]:
         """Finished answer tokens that were not taken yet: whole blocks, or all when the sequence has ended."""
