@@ -65,13 +65,23 @@ class Filling(Answering):
         blocks: list[list[Block]] = [[] for _ in requests]
         for block in self._streamed(requests, cancel):
             blocks[block.index].append(block)
-        return [_filled(request, generation_of(mine), self.text) for request, mine in zip(requests, blocks,
-                                                                                          strict=True)]
+        return [self.filled(request, generation_of(mine)) for request, mine in zip(requests, blocks, strict=True)]
 
     def infilling(self, parts: Sequence[Part], **options: Unpack[GenerateOptions]) -> Request:
-        """A text with gaps for `Batch.add`, whose answer begins at the first gap; see `infill`."""
+        """A text with gaps for `Batch.add`, whose answer begins at the first gap; see `infill` and `filled`."""
         self._life.check()
         return self._infilling(parts, options)
+
+    def filled(self, request: Request, answer: Generation) -> Infilling:
+        """The text of an `infilling` request, given its answer."""
+        template, before, text = request.way.template, request.token_ids, self.text
+        assert template
+        ids = [*before, *answer.token_ids]
+        sight = template.in_sight(len(before), partial(request.way.sight, len(before)))
+        gaps = [Filled(answer.token_ids[gap.start:gap.stop], None if text is None else
+                       _between(text, ids, len(before) + gap.start, len(before) + gap.stop), seen)
+                for gap, seen in zip(template.gaps, sight, strict=True)]
+        return Infilling(None if text is None else text.decode(ids), gaps, answer)
 
     def _infilling(self, parts: Sequence[Part], options: GenerateOptions) -> Request:
         template_of(parts, lambda text: [])  # parts that are none
@@ -101,17 +111,6 @@ def _several(parts: Any) -> list[Sequence[Part]]:
         raise RequestError("No text with gaps was given; give a list of parts, such as [\"It is \", Gap(8), \".\"].")
     one = any(isinstance(part, (str, Gap)) for part in texts)
     return [texts] if one else texts
-
-
-def _filled(request: Request, answer: Generation, text: TextCodec | None) -> Infilling:
-    template, before = request.way.template, request.token_ids
-    assert template
-    ids = [*before, *answer.token_ids]
-    sight = template.in_sight(len(before), partial(request.way.sight, len(before)))
-    gaps = [Filled(answer.token_ids[gap.start:gap.stop],
-                   None if text is None else _between(text, ids, len(before) + gap.start, len(before) + gap.stop), seen)
-            for gap, seen in zip(template.gaps, sight, strict=True)]
-    return Infilling(None if text is None else text.decode(ids), gaps, answer)
 
 
 def _between(text: TextCodec, ids: list[int], start: int, stop: int) -> str:

@@ -99,6 +99,10 @@ def check(rows: list[Asked], backend: Any, prefills: bool = True) -> None:
     Of a cancelled one, blocks that were still open might have been edited.
     """
     for asked in rows:
+        there = [(token, place) for token, place in zip(asked.tokens, asked.places or [], strict=False)
+                 if place is not None]
+        assert all(token == place for token, place in there)
+        assert asked.last.error or asked.last.statistics.given_tokens == len(there)
         own = alone(backend, asked)
         if asked.left:
             assert asked.last.finish_reason in ("cancelled", own.last.finish_reason)
