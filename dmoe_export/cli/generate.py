@@ -32,8 +32,7 @@ _WORDS: dict[str, Switch] = {"true": True, "false": False, "null": None}
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
     'dmoe-export generate sample.bundle --prompt "what is 2 plus 3?" --stream',
-    "dmoe-export generate sample.bundle --prompt-ids 5,6,7 --max-new-tokens 8 --json",
-    'dmoe-export generate sample.bundle --infill "what is 2 plus <gap:1>? 2 + 3 = <gap:1>"'))
+    'dmoe-export generate sample.bundle --prompt "what is 2 plus 3?" --template "2 + 3 = <gap:1>" --json'))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @option("--prompt", metavar="TEXT", group="prompt", help="Text; wrapped in the chat template")
 @option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", group="prompt",
