@@ -118,7 +118,7 @@ class _Terminal:
 
 def _head(seen: StepSeen) -> str:
     decided = sum(id_ >= 0 for id_ in seen.token_ids)
-    rate = (seen.start + decided) / seen.forwards if seen.forwards else 0.0
+    rate = (seen.start + decided - seen.given_tokens) / seen.forwards if seen.forwards else 0.0
     return (f"block {seen.block + 1}, step {seen.step}, {seen.phase}: {decided} of {len(seen.token_ids)} places; "
             f"{count(seen.forwards, 'forward pass', 'es')}, {rate:.2f} tokens per forward")
 

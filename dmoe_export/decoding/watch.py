@@ -36,6 +36,7 @@ class StepSeen:
     forwards: int  # model forwards of the row so far
     executed_forwards: int
     new_tokens: int  # committed, in finished blocks
+    given_tokens: int  # by a template, of the answer up to the last of these places
     unique_experts: list[int]  # of each MoE layer, of this row in this forward
     seconds: float  # of the forward, which other rows may have shared
 
@@ -75,4 +76,4 @@ class Watcher:
             np.where(masked, -1, tokens)[shown].tolist(), np.where(masked, self._candidates, tokens)[shown].tolist(),
             self._confidence[shown].tolist(), [i - first for i in sorted(new) if first <= i < last], phase,
             row.statistics.forwards, row.statistics.executed_forwards, row.statistics.new_tokens,
-            unique_experts(expert_ids).tolist(), seconds))
+            int(row.given[:span.start + last].sum()), unique_experts(expert_ids).tolist(), seconds))

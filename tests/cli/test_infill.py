@@ -12,7 +12,7 @@ from dmoe_export.cli import main
 from dmoe_export.decoding.gap_marks import parts_of
 from dmoe_export.errors import RequestError
 
-TEXT = "what is 2 plus <gap:1>? 2 + 3 = <gap:1>"
+TEXT = "tom has <gap:1> apples and buys 7 more. 12 + 7 = <gap:1> apples"
 
 
 @pytest.mark.parametrize("text, parts", [
@@ -28,7 +28,8 @@ def test_marks(text, parts):
 
 @pytest.mark.parametrize("text, words", [
     ("a <gap:x> b", "'<gap:x> b' is no gap; write <gap:8>"), ("<gap:>", "'<gap:>' is no gap"), ("<gap:8", "is no gap"),
-    ("<gap:٣>", "is no gap"), ("<gap:2-8-9>", "is no gap"), ("<gap:9999999999>", "is no gap"), ("<gap:-1>", "is no gap"),
+    ("<gap:٣>", "is no gap"), ("<gap:2-8-9>", "is no gap"), ("<gap:9999999999>", "is no gap"),
+    ("<gap:-1>", "is no gap"),
     ("", "'' has no gap that could be filled"), ("<<gap:8>", "has no gap that could be filled"),
     ("<gap:0>", "makes no sense"), ("<gap:8-2>", "makes no sense")])
 def test_marks_that_are_none(text, words):
@@ -48,7 +49,7 @@ def infilling(sample_bundle):
 
 def test_the_whole_text_is_printed(sample_bundle, infilling):
     result = run(sample_bundle, "--infill", TEXT)
-    assert result.stdout == f"{infilling.text}\n" and result.stdout.startswith("what is 2 plus ")
+    assert result.stdout == f"{infilling.text}\n" and result.stdout.startswith("tom has ")
     assert result.stderr.startswith(f"[{infilling.answer.finish_reason}: ")
 
 

@@ -15,7 +15,7 @@ from toy_backend import EOS, MASK, VOCAB, N, Toy, ToyCache
 
 from dmoe_export.decoding.batch import JoiningBatch
 from dmoe_export.decoding.settings import ACCEPTANCES, DecodeSettings
-from dmoe_export.decoding.way import Way
+from dmoe_export.decoding.way import PREFILL_TOKENS, Way
 from dmoe_export.description import EditTokens
 from dmoe_export.errors import RequestError
 
@@ -206,6 +206,14 @@ def test_narrow_forwards_of_an_engine(seed):
     check(rows, Toy(max_tokens=width), prefills=False)
 
 
+@pytest.mark.parametrize("toy", [Toy(), CanvasToy()])
+def test_no_forward_is_wider_than_those_of_a_prompt(toy):
+    """1 200 given tokens in the middle of an answer enter the cache in pieces of a prefill."""
+    decode(toy, [5] * 6, [None, *[8] * 1200, None], eos_id=-1)
+    widths = [inputs.input_ids.shape[1] for inputs in toy.seen]
+    assert max(widths) <= PREFILL_TOKENS + N and sum(width > 100 for width in widths) == 3
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32))
 def test_open_blocks_see_what_is_given_with_every_cache(seed):
@@ -238,6 +246,8 @@ def test_no_step_touches_what_is_given(seed, kind):
             for i, token in enumerate(one.token_ids):
                 place = asked.places[one.start + i]
                 assert place is None or (token == place == one.candidates[i] and i not in one.new)
+            upto = asked.places[:one.start + len(one.token_ids)]
+            assert one.given_tokens == sum(place is not None for place in upto)
 
 
 @settings(max_examples=40, deadline=None)

@@ -99,7 +99,7 @@ export class Panel {
       + `${(1000 * state.seconds).toFixed(1)} ms`;
     at("which").textContent = `${state.block + 1}: ${decided(state)} of ${state.token_ids.length} places`;
     drawPlaces(at("places"), state, said => { at("detail").textContent = said || "\u00a0"; });
-    const tokens = state.start + decided(state);
+    const tokens = state.start + decided(state) - state.given_tokens;
     at("f-forwards").textContent = state.forwards;
     at("f-per-forward").textContent = (tokens / state.forwards).toFixed(2);
     at("f-per-second").textContent = (tokens / state.elapsed).toFixed(1);
