@@ -6,6 +6,8 @@ from random import Random
 
 import pytest
 import torch
+from device_helpers import host_backend
+from joining import Asked, alone
 
 from dmoe_export import Gap, Generator
 from dmoe_export.checkpoint.family import Checkpoint
@@ -14,6 +16,7 @@ from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.decoding.template import template_of
 from dmoe_export.model.backend import EagerBackend
 from dmoe_export.model.load import load_denoiser
+from dmoe_export.runtime.cpu.backend import OnnxRuntimeBackend
 
 FAMILIES = {"llada2_dmoe": {"threshold": 0.3}, "sdar": {"temperature": 0.7, "top_k": 5}, "llada_dense": {},
             "llada_moe": {"cache": "none", "edit_threshold": 0.2}, "dream": {"cache": "dual", "acceptance": "fixed"},
@@ -42,3 +45,12 @@ def test_gaps_are_filled_as_by_the_eager_model(family, golden, golden_bundle, ex
     assert [gap.in_sight > 0 for gap in result.gaps][:2] == [True, True]
     assert not set(want) & {*bundle.manifest.model.eos_ids, bundle.manifest.model.mask_id}
     assert answer.stats.given_tokens == 44 and answer.stats.new_tokens == 68
+
+
+def test_a_device_bars_end_tokens_of_a_canvas_too(golden, exported):
+    """Its graph keeps logits inside, but where candidates are asked for."""
+    bundle = exported(golden.parent / "diffusion_gemma" / "model")
+    asked = Asked([5, 6, 7], {"steps": 4, "entropy_bound": 2.0}, places=[None, None, 9, *[None] * 20, 8])
+    device, host = (alone(backend, asked) for backend in (host_backend(bundle, cuda_graphs=True),
+                                                          OnnxRuntimeBackend(bundle, cpu_ops="off")))
+    assert device.last.error is None and device.tokens == host.tokens and len(device.tokens) == 24
