@@ -89,6 +89,7 @@ class Filling(Answering):
 
     def _infilling(self, parts: Sequence[Part], options: GenerateOptions) -> Request:
         template_of(parts, lambda text: [])  # parts that are none
+        parts = list(parts)
         first = next((i for i, part in enumerate(parts) if isinstance(part, Gap)), len(parts))
         way = self._way(options, parts[first:])
         before: list[int] = []

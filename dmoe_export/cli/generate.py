@@ -9,9 +9,12 @@ from typing import Any
 import click
 
 from ..decoding.answer import Generation, generation_of
+from ..decoding.gap_marks import parts_of
 from ..decoding.option import OFF
 from ..decoding.settings import OPTIONS
+from ..decoding.template import Part
 from ..errors import RequestError
+from ..filling import Infilling
 from ..generator import Generator
 from ..guards.numerals import integer, real
 from ..guards.regular_file import read_regular
@@ -30,12 +33,16 @@ _WORDS: dict[str, Switch] = {"true": True, "false": False, "null": None}
 
 @click.command(cls=Verb, context_settings=SETTINGS, examples=(
     'dmoe-export generate sample.bundle --prompt "what is 2 plus 3?" --stream',
-    "dmoe-export generate sample.bundle --prompt-ids 5,6,7 --max-new-tokens 8 --json"))
+    'dmoe-export generate sample.bundle --prompt "what is 2 plus 3?" --template "2 + 3 = <gap:1>" --json'))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @option("--prompt", metavar="TEXT", group="prompt", help="Text; wrapped in the chat template")
 @option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", group="prompt",
         help="File with the prompt's text")
 @option("--prompt-ids", metavar="IDS", group="prompt", help="Token ids, separated by commas; needs no tokenizer")
+@option("--infill", metavar="TEXT", group="prompt",
+        help="Text with gaps such as <gap:8>, which the model fills; no chat template sees it. Prints the whole text")
+@option("--template", metavar="TEXT", group="prompt",
+        help="What the answer is made of: text that is given and gaps such as <gap:8>, which the model fills")
 @option("--chat/--no-chat", default=True, group="prompt", help="Wrap text in the chat template")
 @option("--template-kwarg", metavar="NAME=VALUE", multiple=True, group="prompt",
         help="Value that the template reads by name, such as enable_thinking=false: true, false, null or a number. "
@@ -50,30 +57,51 @@ _WORDS: dict[str, Switch] = {"true": True, "false": False, "null": None}
         help="Show on standard error how the block fills in, step by step; in a file or pipe, a line for each step")
 @option("--watch-pause", type=click.FloatRange(0, 60), default=0.1, group="output",
         help="Seconds that a terminal shows each step at least")
-def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, stream: bool,
-             as_json: bool, watch: bool, watch_pause: float, memory: str | None, template_kwarg: tuple[str, ...],
-             **options: Any) -> None:
-    """Answer one prompt with BUNDLE, a folder or a hub id.
+def generate(bundle: Path, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, infill: str | None,
+             template: str | None, stream: bool, as_json: bool, watch: bool, watch_pause: float, memory: str | None,
+             template_kwarg: tuple[str, ...], **options: Any) -> None:
+    """Answer one prompt with BUNDLE, a folder or a hub id, or fill the gaps of a text.
 
-    The prompt is exactly one of --prompt, --prompt-file and --prompt-ids. The answer goes to standard output, what it
-    took to standard error.
+    The prompt is exactly one of --prompt, --prompt-file, --prompt-ids and --infill. The answer goes to standard output,
+    what it took to standard error.
     """
-    given = _prompt(prompt, prompt_file, prompt_ids)
+    given = _prompt(prompt, prompt_file, prompt_ids, infill)
     options["chat_template_kwargs"] = _switches(template_kwarg)
     if options["logprobs"] not in (None, OFF) and not as_json:
         raise RequestError("--logprobs is shown by --json alone; give it, too.")
     if watch and stream:
         raise RequestError("--watch and --stream both show an answer while it grows; give one of them.")
+    if infill is not None and (stream or template is not None or template_kwarg):
+        other = "--stream" if stream else "--template" if template is not None else "--template-kwarg"
+        raise RequestError("--infill prints one text, which no chat template sees, once all its gaps are filled; leave "
+                           f"{other} out.")
+    parts = parts_of(infill or template or "") if infill is not None or template is not None else None
     generator = open_shown(bundle, opening_of(options), quiet=as_json, memory=memory, program="generate",
                            max_context=options["max_new_tokens"])
-    if not stream:
-        result = (watched(generator, given, options, watch_pause) if watch else
-                  generator.generate([given], **options)[0])
-        click.echo(_json(result, generator, options) if as_json else _shown(result))
+    filled = None
+    if infill is not None:
+        del options["chat"], options["chat_template_kwargs"]
+        filled = _infilled(generator, parts or [], options, watch_pause if watch else None)
+        result = filled.answer
+    elif stream:
+        result = _stream(generator, given, as_json, {**options, "template": parts})
+    elif watch:
+        result = watched(generator, generator.request(given, template=parts, **options), watch_pause)
     else:
-        result = _stream(generator, given, as_json, options)
+        result, = generator.generate([given], template=parts, **options)
+    if not stream:
+        shown = filled or result
+        click.echo(_json(shown, generator, options) if as_json else _shown(shown.text, result.token_ids))
     if not as_json:
         say(_summary(result, generator, options), err=True)
+
+
+def _infilled(generator: Generator, parts: list[Part], options: dict[str, Any], pause: float | None) -> Infilling:
+    """`pause` as `watched`; None does not watch."""
+    if pause is None:
+        return generator.infill(parts, **options)[0]
+    request = generator.infilling(parts, **options)
+    return generator.filled(request, watched(generator, request, pause))
 
 
 def _stream(generator: Generator, given: Prompt, as_json: bool, options: dict[str, Any]) -> Generation:
@@ -98,7 +126,7 @@ def _of_bundle(generator: Generator, options: dict[str, Any]) -> dict[str, Any]:
     return generator.defaults.given({name: options[name] for name in OPTIONS if options.get(name) is not None})
 
 
-def _json(result: Generation, generator: Generator, options: dict[str, Any]) -> str:
+def _json(result: Generation | Infilling, generator: Generator, options: dict[str, Any]) -> str:
     backend = {"name": generator.backend.name, "why": generator.backend_choice}
     return json.dumps({**result.as_dict(), "backend": backend, "decode_defaults": _of_bundle(generator, options)})
 
@@ -128,8 +156,8 @@ def _summary(result: Generation, generator: Generator, options: dict[str, Any]) 
             f"on {generator.backend.name}: {generator.backend_choice}{products}{defaults}]")
 
 
-def _shown(result: Generation) -> str:
-    return visible(result.text, keep="\n\t") if result.text is not None else ",".join(map(str, result.token_ids))
+def _shown(text: str | None, token_ids: list[int]) -> str:
+    return visible(text, keep="\n\t") if text is not None else ",".join(map(str, token_ids))
 
 
 def _switches(given: tuple[str, ...]) -> dict[str, Switch]:
@@ -153,9 +181,9 @@ def _number(text: str) -> int | float:
         return real(text)
 
 
-def _prompt(text: str | None, file: Path | None, ids: str | None) -> Prompt:
-    if sum(value is not None for value in (text, file, ids)) != 1:
-        raise RequestError("Give exactly one of --prompt, --prompt-file, --prompt-ids.")
+def _prompt(text: str | None, file: Path | None, ids: str | None, infill: str | None) -> Prompt:
+    if sum(value is not None for value in (text, file, ids, infill)) != 1:
+        raise RequestError("Give exactly one of --prompt, --prompt-file, --prompt-ids, --infill.")
     if file is not None:
         try:
             return read_regular(file, _MOST_PROMPT).decode("utf-8")

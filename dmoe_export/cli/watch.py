@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..batch import Request
 from ..decoding.answer import Generation, generation_of
 from ..decoding.watch import StepSeen
 from ..generator import Generator
 from ..text.pieces import Pieces
-from ..text.prompts import Prompt
 from ..words import count, visible
 from .output import say
 
@@ -26,12 +26,12 @@ _SHADES = ("white on rgb(40,50,62)", "white on rgb(30,66,108)", "white on rgb(18
 _NEW = "bold black on rgb(240,160,75)"
 
 
-def watched(generator: Generator, prompt: Prompt, options: dict[str, Any], pause: float) -> Generation:
-    """Answer one prompt and show every step: place by place in a terminal, else a line for each.
+def watched(generator: Generator, request: Request, pause: float) -> Generation:
+    """Answer one request and show every step: place by place in a terminal, else a line for each.
 
     `pause`: seconds that a terminal shows each step at least.
     """
-    request, batch, blocks = generator.request(prompt, **options), generator.batch(slots=1), []
+    batch, blocks = generator.batch(slots=1), []
     moe = generator.backend.description.moe
     pieces = Pieces(generator.text)
     show = _Terminal(pieces, moe.num_experts if moe else 0, pause) if sys.stderr.isatty() else _Lines(pieces)
@@ -118,7 +118,7 @@ class _Terminal:
 
 def _head(seen: StepSeen) -> str:
     decided = sum(id_ >= 0 for id_ in seen.token_ids)
-    rate = (seen.start + decided) / seen.forwards if seen.forwards else 0.0
+    rate = (seen.start + decided - seen.given_tokens) / seen.forwards if seen.forwards else 0.0
     return (f"block {seen.block + 1}, step {seen.step}, {seen.phase}: {decided} of {len(seen.token_ids)} places; "
             f"{count(seen.forwards, 'forward pass', 'es')}, {rate:.2f} tokens per forward")
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..description import Precision
 from ..runtime.backend import Bools, ForwardOutputs, Ints
+from ..runtime.candidates import MOST
 from .acceptance import credit, edits, policy, scheduled
 from .finite import check_finite
 from .ranked import Ranked
@@ -60,14 +61,15 @@ class Outcome:
         """
         self._settings, self._mask_id, self._precision = settings, mask_id, precision
         self._control, self._ends = control, ends
-        barred = len({*control, *ends})
+        barred = min(len({*control, *ends}), vocabulary - 1)
         self._accept = policy(settings)
         self._edits = settings.edit_threshold is not None
         ranks = draws_from(settings, vocabulary, barred)
-        draws = settings.temperature > 0 or settings.acceptance == "credit"
-        # A penalty lowers a token that may be no candidate, draws without top_k and credits are over all tokens.
-        self.needs_logits = bool(settings.penalty_lambda) or (draws and not ranks)
         self._best = 1 + barred  # so many candidates hold one that may be chosen
+        many = self._best > MOST  # to be found among candidates
+        self._chooses = settings.temperature > 0 or settings.acceptance == "credit" or (many and not self._edits)
+        # A penalty lowers a token that may be no candidate, draws without top_k and credits are over all tokens.
+        self.needs_logits = bool(settings.penalty_lambda) or (self._chooses and not ranks) or many
         # The head says best token and share of all tokens but the mask; editing needs the mask's, too.
         self.candidates = 0 if self.needs_logits else ranks or (self._best if self._edits or barred else 0)
 
@@ -146,7 +148,7 @@ class Outcome:
                 outputs: ForwardOutputs, i: int) -> tuple[Ints, Reals]:
         """Tokens [m] for the masked places and their confidences [m]."""
         m, settings = len(gaps), self._settings
-        if not m or (settings.temperature == 0 and settings.acceptance != "credit"):
+        if not m or not self._chooses:
             return best, certain
         if logits is None:
             assert outputs.candidates is not None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..description import ModelDescription, Precision
-from ..runtime.backend import ForwardOutputs, Ints
+from ..runtime.backend import Bools, ForwardOutputs, Ints
 from .canvas_options import CanvasOptions
 from .draft import Draft
 from .entropy_bound import entropy_bound
@@ -26,12 +26,16 @@ from .settings import DecodeSettings
 class Renoise:
     """`Decides` for models with a canvas; a row's canvas stays masked until it is finished."""
 
-    needs_logits, candidates = False, 0
+    needs_logits = False
 
     def __init__(self, settings: DecodeSettings, description: ModelDescription, precision: Precision | None = None,
-                 noise: Callable[[Row], Noise] | None = None) -> None:
-        """`noise`: of a row; by default keyed by the request's seed + the row's index, as elsewhere."""
+                 ends: tuple[int, ...] = (), noise: Callable[[Row], Noise] | None = None) -> None:
+        """`ends`: tokens that are not chosen where a template goes on.
+
+        `noise`: of a row; by default keyed by the request's seed + the row's index, as elsewhere.
+        """
         assert description.canvas is not None
+        self._ends, self.candidates = ends, 1 + len(ends) if ends else 0  # so many hold one that may be chosen
         self._steps, self._precision, self._options = settings.steps, precision, CanvasOptions.of(settings)
         length, vocabulary = description.canvas.length, description.vocab_size
         self._noise = noise or (lambda row: KeyedNoise(settings.seed + row.index, length, vocabulary))
@@ -59,7 +63,7 @@ class Renoise:
         check_finite(row, said.entropy[i, :m], self._precision)
         given, now = row.given[row.span], row.canvas[row.span]
         entropy, confidence = said.entropy[i, :m], outputs.confidence[i, :m]
-        best = np.where(given, now, outputs.token_ids[i, :m])
+        best = np.where(given, now, self._best(row, outputs, i, m))
         same = draft.best is not None and np.array_equal(draft.best, best)
         draft.best, draft.repeats = best.copy(), draft.repeats + 1 if same else 0
         stable = draft.repeats >= self._options.stability_threshold
@@ -69,9 +73,25 @@ class Renoise:
             return Chosen(asked, best, confidence, asked[~given])
         accepted = np.zeros(m, bool)
         accepted[~given] = entropy_bound(entropy[~given], self._options.entropy_bound)
+        accepted &= ~(np.isin(said.sampled_ids[i, :m], self._ends) & self._goes_on(row))
         drawn = np.where(accepted, said.sampled_ids[i, :m], draft.noise.again(row.block, row.step))
         row.canvas[row.span] = np.where(given, now, drawn)
         draft.soft_embeddings = said.soft_embeddings[i, :m].copy()
         row.step += 1
         row.statistics.accepted_by_step.append(int(accepted.sum()))
         return Chosen(asked, best, confidence, asked[accepted])
+
+    def _best(self, row: Row, outputs: ForwardOutputs, i: int, m: int) -> Ints:
+        """Most probable tokens [m] that may be chosen."""
+        best = outputs.token_ids[i, :m]
+        if not self._ends:
+            return best
+        assert outputs.candidates is not None
+        ids = outputs.candidates.token_ids[i, :m]
+        first = (~np.isin(ids, self._ends)).argmax(axis=1)
+        return np.where(self._goes_on(row), ids[np.arange(m), first], best)
+
+    @staticmethod
+    def _goes_on(row: Row) -> Bools:
+        """Behind which places of the canvas the template gives something."""
+        return np.arange(row.span.start, row.span.stop) < row.closed

@@ -78,14 +78,17 @@ class Way:
                                    "salient_threshold out.")
             self.graphs = backend.salient_graphs(settings.salient_capacity)
         edit = d.edit_tokens
+        control = (edit.delete, edit.split) if edit else ()
         barred = tuple({*ends, d.pad_id} - {-1, d.barred_id}) if template and template.closed else ()
+        if barred and len({*barred, *control, d.barred_id} - {-1}) >= vocabulary:
+            raise RequestError("No token is left for the gaps of the template, as eos_id names all, and what ends an "
+                               "answer is not chosen where the template goes on; name fewer.")
         self.outcome: Decides
         if d.canvas:
-            self.outcome = Renoise(settings, d, precision)
+            self.outcome = Renoise(settings, d, precision, barred)
         elif settings.insert_delete and edit:
             self.outcome = InsertDelete(settings, d.barred_id, edit, vocabulary, n, precision, barred)
         else:
-            control = (edit.delete, edit.split) if edit else ()
             self.outcome = Outcome(settings, d.barred_id, vocabulary, precision, control, barred)
 
     def sight(self, prompt: int, position: int) -> int:

@@ -149,6 +149,16 @@ def test_the_quick_start_runs_as_written(sample):
     run_page(sample, "docs/quickstart.md")
 
 
+def test_the_page_of_infill_runs_as_written(sample):
+    """And says what comes out."""
+    first, second = (run(sample, ["bash", "-c", line], line) for line in lines("docs/infill.md"))
+    assert first.startswith("tom has 12 apples and buys ") and second.startswith("the capital of france is paris.\n")
+    for program, words in zip(blocks("docs/infill.md", "python"), ("tom has 12 ", "the capital of france is paris.\n"),
+                              strict=True):
+        head = "" if "import" in program else "from dmoe_export import Gap, Generator\n"
+        assert run(sample, [sys.executable, "-c", head + program], program).startswith(words)
+
+
 def test_the_page_of_the_server_runs_as_written(sample):
     assert sum(line.startswith("curl ") for line in lines("docs/serving.md")) > 4
     run_page(sample, "docs/serving.md")

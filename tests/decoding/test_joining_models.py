@@ -44,13 +44,16 @@ def bundle_of(request, golden, exported, golden_bundle):
 
 
 def requests(random, backend, changes, count):
-    """Each kind of settings once or more, with prompts around the lengths at which blocks end."""
+    """Each kind of settings once or more, with prompts around the lengths at which blocks end; some with templates."""
     n, vocabulary = backend.routing.block_length, backend.description.vocab_size
     rows = []
     for i in range(count):
         prompt = random.choices(range(5, min(300, vocabulary)), k=random.choice([1, n - 1, n, n + 3, 2 * n + 5]))
         options = {"max_new_tokens": random.randint(1, 2 * n), "steps": 6, "threshold": 0.5, "eos_id": -1}
-        rows.append(Asked(prompt, options | changes[i % len(changes)], index=i % 3))
+        places = [random.choice([None, random.randrange(5, min(250, vocabulary - 8))])
+                  for _ in range(options["max_new_tokens"])]
+        rows.append(Asked(prompt, options | changes[i % len(changes)], index=i % 3,
+                          places=places if i % 3 and None in places else None))
     random.shuffle(rows)
     return rows
 

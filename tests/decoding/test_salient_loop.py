@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from joining import made
 from salient_helpers import MASK, make_model
 
 from dmoe_export.decoding.loop import BlockDiffusion
@@ -20,11 +21,11 @@ BACKENDS = {kind: EagerBackend(make_model(kind, 3)) for kind in ("dense", "moe",
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1], [8, 2, 8, 1, 8, 2, 8, 4, 5, 9, 0, 4, 5, 2, 3, 5, 3]]
 
 
-def decode(kind: str, prompts, **options):
-    """Tokens and statistics of each prompt."""
+def decode(kind: str, prompts, places=None, **options):
+    """Tokens and statistics of each prompt; `places` of the answers, None where they are not given."""
     settings = DecodeSettings(**({"max_new_tokens": 24, "eos_id": -1, "steps": 4, "acceptance": "fixed"} | options))
     tokens: dict[int, list[int]] = {}
-    for block in BlockDiffusion(BACKENDS[kind], settings).decode(prompts):
+    for block in BlockDiffusion(BACKENDS[kind], settings, template=made(places)).decode(prompts):
         tokens.setdefault(block.index, []).extend(block.token_ids)
         tokens[-1 - block.index] = block.statistics  # type: ignore[assignment]
     return [(tokens[i], tokens[-1 - i]) for i in range(len(prompts))]
@@ -67,6 +68,20 @@ def test_block_oracle_is_the_plain_block_result():
     for (want, before), (got, stats) in zip(plain, oracle, strict=True):
         assert got == want and stats.forwards == before.forwards
         assert stats.salient_rows == 8 and stats.unique_experts == before.unique_experts
+
+
+@pytest.mark.parametrize("kind", ["dense", "block"])
+@pytest.mark.parametrize("own", [{"refresh_interval": 1}, {"salient_threshold": 1.5, "exact_first_layer": True}, {}])
+def test_what_a_template_gives_stays(kind, own):
+    """Dense steps, and on blocks the oracle, fill gaps as plain ones do; sparse ones leave given places alone, too."""
+    places = [*[None] * 5, *range(10, 22), None, 30, *[None] * 9, 31]
+    got = decode(kind, PROMPTS, places, steps=8, **{"salient_threshold": 0.99, **own})
+    plain = decode(kind, PROMPTS, places, steps=8, cache="block" if kind == "block" else "none")
+    for (tokens, stats), (want, _) in zip(got, plain, strict=True):
+        assert (tokens[5:17], tokens[18], tokens[28]) == (list(range(10, 22)), 30, 31)
+        assert stats.given_tokens == 14
+        if "refresh_interval" in own or (own and kind == "block"):
+            assert tokens == want
 
 
 @pytest.mark.parametrize("kind, options", [

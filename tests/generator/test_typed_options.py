@@ -22,7 +22,7 @@ from dmoe_export.errors import RequestError
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "generate.md").read_text(encoding="utf-8")
 ABOUT_THE_RUN = {"bundle", "prompt", "prompt_file", "prompt_ids", "chat", "stream", "watch", "watch_pause", "as_json",
-                 "memory", "template_kwarg"}
+                 "memory", "template_kwarg", "infill", "template"}
 OPENING = inspect.signature(Generator.open).parameters.keys() - {"path", "progress"}
 SHOWN = {param.name: param for param in generate.params}
 

@@ -15,6 +15,7 @@ from dmoe_export.decoding.renoise import Renoise
 from dmoe_export.decoding.settings import DecodeSettings
 from dmoe_export.description import CanvasDescription, ModelDescription, RoutingDescription
 from dmoe_export.runtime.backend import CanvasOutputs, ForwardOutputs, Limits
+from dmoe_export.runtime.candidates import best_of
 
 C, EOS, VOCAB, H = 6, 1, 24, 3
 
@@ -73,6 +74,7 @@ class CanvasToy:
         return ForwardOutputs(
             logits.argmax(-1), softmax(logits).max(-1).astype(np.float32),
             np.zeros((0, *inputs.input_ids.shape, 0), np.int32), None, keys_values,
+            best_of(logits.astype(np.float32), -1, inputs.candidates) if inputs.candidates else None,
             canvas=CanvasOutputs(*drawn(logits / given.temperature[:, None, None], given.uniform), soft))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from dmoe_export.decoding.batch import Handle, JoiningBatch
 from dmoe_export.decoding.settings import DecodeSettings
+from dmoe_export.decoding.template import Gap, Template, template_of
+from dmoe_export.decoding.way import Way
 
 
 @dataclass
@@ -19,6 +21,7 @@ class Asked:
     options: dict[str, Any]
     index: int = 0
     ends_with: int | None = None  # its text ends with this token, as a stop string would
+    places: list[int | None] | None = None  # of the answer: a token that is given, or None
     tokens: list[int] = field(default_factory=list)
     last: Any = None  # Decoded
     handle: Handle | None = None
@@ -29,17 +32,25 @@ class Asked:
         return tokens.index(self.ends_with) + 1 if self.ends_with in tokens else None
 
     def join(self, batch: JoiningBatch) -> None:
-        self.handle = batch.add(self.prompt, DecodeSettings(**self.options), self.index,
-                                self.ends if self.ends_with is not None else None)
+        way = Way(batch._backend, DecodeSettings(**self.options), template=made(self.places))
+        self.handle = batch.add(self.prompt, way, self.index, self.ends if self.ends_with is not None else None)
 
     def outcome(self, prefills: bool) -> tuple[Any, ...]:
-        """All that must not depend on the neighbours; the number of prefills does where they share steps' forwards."""
+        """All that must not depend on the neighbours; the number of prefills does where they share steps' forwards, and
+        that of commits of what a template gives.
+        """
         statistics = self.last.statistics
         by_phase = {phase: (number, statistics.unique_by_phase[phase])
-                    for phase, number in statistics.forwards_by_phase.items() if prefills or phase != "prefill"}
+                    for phase, number in statistics.forwards_by_phase.items()
+                    if prefills or (phase != "prefill" and not (self.places and phase == "commit"))}
         return (self.tokens, self.last.finish_reason, type(self.last.error), by_phase, statistics.new_tokens,
-                statistics.blocks, statistics.edits, statistics.inserted, statistics.deleted,
+                statistics.given_tokens, statistics.blocks, statistics.edits, statistics.inserted, statistics.deleted,
                 statistics.salient_by_step, statistics.accepted_by_step)
+
+
+def made(places: list[int | None] | None) -> Template | None:
+    """The template of an answer's places."""
+    return places and template_of([Gap(1) if one is None else [one] for one in places], lambda text: [])
 
 
 def take(batch: JoiningBatch, rows: list[Asked]) -> None:
@@ -56,7 +67,7 @@ def take(batch: JoiningBatch, rows: list[Asked]) -> None:
 
 def alone(backend: Any, asked: Asked) -> Asked:
     """The same request in a batch of its own."""
-    own = Asked(asked.prompt, asked.options, asked.index, asked.ends_with)
+    own = Asked(asked.prompt, asked.options, asked.index, asked.ends_with, asked.places)
     batch = JoiningBatch(backend, 1)
     own.join(batch)
     while len(batch):
@@ -88,6 +99,10 @@ def check(rows: list[Asked], backend: Any, prefills: bool = True) -> None:
     Of a cancelled one, blocks that were still open might have been edited.
     """
     for asked in rows:
+        there = [(token, place) for token, place in zip(asked.tokens, asked.places or [], strict=False)
+                 if place is not None]
+        assert all(token == place for token, place in there)
+        assert asked.last.error or asked.last.statistics.given_tokens == len(there)
         own = alone(backend, asked)
         if asked.left:
             assert asked.last.finish_reason in ("cancelled", own.last.finish_reason)

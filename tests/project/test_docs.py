@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -55,7 +56,7 @@ TROUBLESHOOTING = sorted((REPOSITORY / "docs" / "troubleshooting").glob("*.md"))
 def _quoted(page: Path) -> set[tuple[str, str]]:
     """(exit code, mark of the sentence) of the rows of a page of troubleshooting."""
     rows = re.findall(r"^\| (.*?) \| (\d) \| ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return {(code, Sentence("", text.replace("&#124;", "|"), "").mark) for text, code in rows}
+    return {(code, Sentence("", html.unescape(text), "").mark) for text, code in rows}
 
 
 def test_troubleshooting_has_every_error_sentence_and_no_other():
