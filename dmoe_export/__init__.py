@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = ["Batch", "Block", "BundleError", "CheckError", "CheckpointError", "DmoeError", "Event", "Filled", "Gap",
            "GenerateOptions", "Generation", "Generator", "Infilling", "InputError", "LengthError",
-           "MissingRequirementError", "NotFiniteError", "OutputError", "Request", "RequestError", "Statistics",
-           "Stream", "export_checkpoint"]
+           "MissingRequirementError", "NotFiniteError", "OutputError", "Request", "RequestError", "Score",
+           "ScoreOptions", "Statistics", "Stream", "export_checkpoint"]
 
 if TYPE_CHECKING:
     from .batch import Batch, Event, Request
     from .decoding.answer import Block, Generation, Statistics
+    from .decoding.score import Score
+    from .decoding.score_settings import ScoreOptions
     from .decoding.settings import GenerateOptions
     from .decoding.stream import Stream
     from .decoding.template import Gap
@@ -52,6 +54,14 @@ def __getattr__(name: str) -> Any:
         from .decoding.settings import GenerateOptions
 
         return GenerateOptions
+    if name == "Score":
+        from .decoding.score import Score
+
+        return Score
+    if name == "ScoreOptions":
+        from .decoding.score_settings import ScoreOptions
+
+        return ScoreOptions
     if name == "Gap":
         from .decoding.template import Gap
 
