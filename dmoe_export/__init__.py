@@ -3,6 +3,7 @@
 `Generator` (run time, no torch) and `export_checkpoint` (needs the `export` extra) are the two public faces;
 `Generation`, `Block` and `Statistics` are what a generator answers, a `Stream` yields blocks, `GenerateOptions` is the
 type of its options, and `DmoeError` the base of all errors. `Batch` takes a `Request` at any step and gives `Event`s.
+A `Score` says how probable a given answer is; `ScoreOptions` is the type of the options for that.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
+from canvas_loop import CanvasToy
 from toy_backend import MASK, VOCAB, N, Toy
 
 from dmoe_export.decoding.mask_sets import mask_sets
@@ -185,6 +186,13 @@ def test_what_has_no_score_is_refused(prompt, choice, sentence):
     assert str(refused.value) == sentence
 
 
+def test_models_of_random_tokens_have_no_such_likelihood():
+    with pytest.raises(RequestError) as refused:
+        Scorer(CanvasToy(), ScoreSettings())
+    assert str(refused.value) == ("Family toy denoises random tokens and has no masks, so no choice has such a "
+                                  "likelihood; compare its answers with generate.")
+
+
 def test_what_is_too_long_is_refused():
     with pytest.raises(LengthError, match="need 2001 positions, the model has 2000"):
         Scorer(Toy(), ScoreSettings()).check([5] * 1999, [[3, 3]])
@@ -195,7 +203,7 @@ def test_what_is_too_long_is_refused():
 
 def test_cancelling_is_looked_at_between_forwards():
     toy, looks = Toy(), iter([False, False, True])
-    with pytest.raises(RequestError, match=r"^Scoring was cancelled before all choices had their scores; ask again for them\.$"):
+    with pytest.raises(RequestError, match=r"^Scoring was cancelled before all choices had their scores; ask again"):
         list(Scorer(toy, ScoreSettings(batch=1)).scores([(PROMPT, [4, 5])] * 2, lambda: next(looks)))
     assert len(toy.seen) == 2  # the prompt, the first choice
 
