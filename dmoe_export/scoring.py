@@ -104,20 +104,21 @@ class Scoring(Answering):
             if self.text is None:
                 raise RequestError(f"{self.bundle.folder} has no tokenizer for the text of a choice; give token ids.")
             return self.text.encode_literal(choice)
-        for token in _items(choice, f"A choice is {repr(choice)[:100]}, it must be text or a list of token ids."):
+        if not _is_list(choice):
+            raise RequestError(f"A choice is {repr(choice)[:100]}, it must be text or a list of token ids.")
+        for token in choice:
             check_kind("A token id of a choice", token, int)
         return [int(token) for token in choice]
 
 
 def _listed(choices: Any) -> list[Any]:
-    found = _items(choices, f"The choices are {repr(choices)[:100]}, they must be a list of texts or of lists of token "
-                   'ids, such as ["yes", "no"].')
-    if not found:
+    if not _is_list(choices):
+        raise RequestError(f"The choices are {repr(choices)[:100]}, they must be a list of texts or of lists of token "
+                           'ids, such as ["yes", "no"].')
+    if not len(choices):
         raise RequestError("No choice was given; give at least one.")
-    return found
+    return list(choices)
 
 
-def _items(value: Any, wrong: str) -> list[Any]:
-    if isinstance(value, (str, bytes, dict)) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
-        raise RequestError(wrong)
-    return list(value)
+def _is_list(value: Any) -> bool:
+    return hasattr(value, "__len__") and hasattr(value, "__iter__") and not isinstance(value, (str, bytes, dict))

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..decoding.score_settings import SCORE_OPTIONS
 from ..errors import MissingRequirementError, RequestError
+from ..extras import pip_install
 from ..generator import Generator
 from ..guards.numerals import integer
 
@@ -25,7 +26,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 except ModuleNotFoundError as missing:
-    raise MissingRequirementError(f"The adapter for lm-eval needs {missing.name}; run: pip install 'lm-eval==0.4.13'."
+    raise MissingRequirementError(f"The adapter for lm-eval needs {missing.name}; run: {pip_install('eval')}."
                                   ) from missing
 
 _OPENING = inspect.signature(Generator.open).parameters.keys() - {"path", "progress"}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import threading
 import time
+from pathlib import Path
 from typing import get_type_hints
 
 import numpy as np
@@ -146,6 +148,10 @@ def test_options_are_told_once():
     assert said.endswith("left out or None: " + " ".join(f"{name}: {one.help}" for name, one in SCORE_OPTIONS.items()))
     shown = {param.name: getattr(param, "help", None) for param in verb.params}
     assert {name: shown[name] for name in SCORE_OPTIONS} == {name: one.help for name, one in SCORE_OPTIONS.items()}
+    page = (Path(__file__).parents[2] / "docs" / "scoring.md").read_text(encoding="utf-8")
+    for name, one in SCORE_OPTIONS.items():
+        assert re.search(rf"^\| `{name}` \| `--\S.* \| (\w+, )?{one.words or 'true or false'} \| {one.shown} \| "
+                         rf"{re.escape(one.told.meaning)} \|$", page, re.MULTILINE), name
 
 
 def run(*words):
