@@ -77,7 +77,7 @@ def test_a_choice_is_text_or_ids_and_may_end(generator):
     assert generator.backend.description.eos_id not in literal.token_ids
 
 
-def test_neighbours_and_batches_change_no_bit(sample_bundle, our_kernels):
+def test_neighbours_batches_and_budgets_change_no_bit(sample_bundle, our_kernels):
     """With our kernels, which sum in one order whatever is beside a token."""
     with Generator.open(sample_bundle.folder, backend="onnxruntime", threads=1, verify="sizes") as generator:
         for options in ({}, {"estimator": "monte_carlo", "samples": 3}):
@@ -85,6 +85,10 @@ def test_neighbours_and_batches_change_no_bit(sample_bundle, our_kernels):
             _, beside = generator.score_all([("what is the capital of france?", ["paris"] * 6),
                                              (QUESTION, [RIGHT, WRONG, "paris"])], batch=5, **options)
             assert [one.log_probability for one in alone] == [one.log_probability for one in beside]
+            with Generator.open(sample_bundle.folder, threads=1, expert_budget="25%", verify="sizes") as small:
+                assert small.score(QUESTION, [RIGHT, WRONG, "paris"], **options) == generator.score(
+                    QUESTION, [RIGHT, WRONG, "paris"], **options)
+                assert small.backend.statistics().misses > 0
 
 
 @pytest.mark.parametrize(("choices", "options", "sentence"), [
