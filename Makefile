@@ -7,7 +7,7 @@
 # make fuzz    5 500 hostile files, command lines and calls: the table of what became of them; under 30 minutes
 # make sanitize   the CPU kernels' tests under address and undefined-behaviour sanitizers
 # make test-triton  a real Triton server runs the sample; installs it first (0.6 GB)
-# make lm-eval   lm-eval asks a server the sample's 400 held-out questions; installs it first
+# make lm-eval   lm-eval asks a server, and a bundle, the sample's 400 held-out questions; installs it first
 # make test-ray   replicas that die, scale and are replaced, with real Ray Serve; installs it first, 5 minutes
 # make docs   the documentation as a site, build/site; a broken link is an error
 # make sbom    what a wheel requires and holds, with licences (CycloneDX)
@@ -124,16 +124,18 @@ test-page: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# The sample's held-out questions by lm-eval, against a server; it brings 0.8 GB and has an environment of its own.
+# The sample's held-out questions by lm-eval, against a server and in its process; it brings 0.8 GB and has an environment
+# of its own.
 LM_EVAL := .venv-lm-eval
 
-$(LM_EVAL)/.ready:
+$(LM_EVAL)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(LM_EVAL)
-	$(LM_EVAL)/bin/python -m pip install --quiet 'lm-eval[api]==0.4.13'
+	$(LM_EVAL)/bin/python -m pip install --quiet -C wheel.cmake=false '.[eval]' 'lm-eval[api]==0.4.13'
+	$(LM_EVAL)/bin/python -m pip uninstall --quiet --yes dmoe-export  # the checkout is on PYTHONPATH
 	touch $@
 
-lm-eval: $(READY) $(LM_EVAL)/.ready
-	$(BIN)/python -m pytest -m slow tests/serving/test_lm_eval.py
+lm-eval: $(READY) $(CPU_OPS) $(LM_EVAL)/.ready
+	$(BIN)/python -m pytest -m slow tests/serving/test_lm_eval.py tests/bench/test_lm_eval_adapter.py
 
 # Real Ray Serve, in an environment of its own of 0.6 GB; what it measured is in out/ray.
 RAY := .venv-ray

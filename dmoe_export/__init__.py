@@ -3,6 +3,7 @@
 `Generator` (run time, no torch) and `export_checkpoint` (needs the `export` extra) are the two public faces;
 `Generation`, `Block` and `Statistics` are what a generator answers, a `Stream` yields blocks, `GenerateOptions` is the
 type of its options, and `DmoeError` the base of all errors. `Batch` takes a `Request` at any step and gives `Event`s.
+A `Score` says how probable a given answer is; `ScoreOptions` is the type of the options for that.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = ["Batch", "Block", "BundleError", "CheckError", "CheckpointError", "DmoeError", "Event", "Filled", "Gap",
            "GenerateOptions", "Generation", "Generator", "Infilling", "InputError", "LengthError",
-           "MissingRequirementError", "NotFiniteError", "OutputError", "Request", "RequestError", "Statistics",
-           "Stream", "TokenProbability", "export_checkpoint"]
+           "MissingRequirementError", "NotFiniteError", "OutputError", "Request", "RequestError", "Score",
+           "ScoreOptions", "Statistics", "Stream", "TokenProbability", "export_checkpoint"]
 
 if TYPE_CHECKING:
     from .batch import Batch, Event, Request
     from .decoding.answer import Block, Generation, Statistics, TokenProbability
+    from .decoding.score import Score
+    from .decoding.score_settings import ScoreOptions
     from .decoding.settings import GenerateOptions
     from .decoding.stream import Stream
     from .decoding.template import Gap
@@ -52,6 +55,14 @@ def __getattr__(name: str) -> Any:
         from .decoding.settings import GenerateOptions
 
         return GenerateOptions
+    if name == "Score":
+        from .decoding.score import Score
+
+        return Score
+    if name == "ScoreOptions":
+        from .decoding.score_settings import ScoreOptions
+
+        return ScoreOptions
     if name == "Gap":
         from .decoding.template import Gap
 

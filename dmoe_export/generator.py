@@ -17,12 +17,13 @@ from .opening import open_model
 from .runtime.backend import Backend
 from .runtime.choose import BackendName
 from .runtime.cpu.products import Products
+from .scoring import Scoring
 from .text.codec import TextCodec
 
 __all__ = ["Block", "Generation", "Generator"]
 
 
-class Generator(Filling):
+class Generator(Filling, Scoring):
     """A loaded bundle that answers prompts, until it is closed.
 
     >>> with Generator.open("sample.bundle") as generator:

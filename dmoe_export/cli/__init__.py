@@ -27,6 +27,7 @@ MEMBERS = {
     "export": ("export:export", "A checkpoint becomes a bundle: a folder that generates text without PyTorch."),
     "inspect": ("inspect:inspect", "Verify a bundle and show what it holds."),
     "generate": ("generate:generate", "Answer a prompt with a bundle."),
+    "score": ("score:score", "Say how probable given answers are."),
     "serve": ("serve:serve", "Serve bundles to OpenAI's clients over HTTP."),
     "deploy": ("deploy:deploy", "Write the files with which Ray Serve, Triton or Kubernetes runs a bundle."),
     "check": ("check:check", "Prove a bundle's numbers against its checkpoint, layer by layer."),

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from ..bundle.reader import Verify
-from ..decoding.option import OFF
+from ..decoding.option import OFF, Option
 from ..decoding.settings import OPTIONS
 from ..runtime.choose import BACKENDS
 from ..runtime.cpu.products import PRODUCTS
@@ -51,8 +51,12 @@ def seal_options(command: F) -> F:
 
 def request_option(name: str) -> Callable[[F], F]:
     """An option of a request; None where it is not given, which means the bundle's default."""
-    one = OPTIONS[name]
-    flag, words, more = "--" + name.replace("_", "-"), one.help, dict[str, Any]()
+    return told_option(OPTIONS[name])
+
+
+def told_option(one: Option) -> Callable[[F], F]:
+    """An option that is told at its field; None where it is not given."""
+    flag, words, more = "--" + one.name.replace("_", "-"), one.help, dict[str, Any]()
     if bool in one.types:
         flag += flag.replace("--", "/--no-", 1)
     elif one.several:

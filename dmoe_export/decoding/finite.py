@@ -16,7 +16,12 @@ def check_finite(row: Row, numbers: Reals, precision: Precision | None) -> None:
     `precision` of the model, where it is known: the error then says what may help.
     """
     if not np.isfinite(numbers).all():
-        why = ("in fp16 likely an overflow past 65504, so export with --precision fp32, or bf16 for a GPU"
-               if precision == "fp16" else "so its weights are damaged or never were good")
         raise NotFiniteError(f"Prompt {row.index} gets no answer: in block {row.block} the model computes NaN or "
-                             f"infinity, {why}; find the first such layer with: dmoe-export check BUNDLE.")
+                             f"infinity, {reason(precision)}; find the first such layer with: dmoe-export check "
+                             "BUNDLE.")
+
+
+def reason(precision: Precision | None) -> str:
+    """Why a model may compute no numbers, and what helps, as a clause."""
+    return ("in fp16 likely an overflow past 65504, so export with --precision fp32, or bf16 for a GPU"
+            if precision == "fp16" else "so its weights are damaged or never were good")

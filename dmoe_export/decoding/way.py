@@ -63,6 +63,7 @@ class Way:
         chunk = min(PREFILL_TOKENS, limit or PREFILL_TOKENS)
         if not d.canvas:
             chunk = max(1, chunk // n) * n
+        self.chunk = chunk  # most tokens of a prefill
         merged, window = settings.schedule == "merged", (1 + settings.edit_blocks) * n
         step = limits.step_tokens or limit or window + n
         widths = Widths(chunk, (limit or chunk + window) * merged,

@@ -85,7 +85,8 @@ class Cache(Protocol):
         ...
 
     def part(self, rows: Sequence[int]) -> Any:
-        """These rows in this order, as `Backend.forward` takes them; good until the cache changes."""
+        """These rows in this order, one perhaps twice, as `Backend.forward` takes them; good until the cache changes.
+        """
         ...
 
     def commit(self, inputs: ForwardInputs, outputs: ForwardOutputs, take: Bools,

@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 PORT = free_port()  # where a page says 8000
 EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
-QUICK = {"inspect", "generate", "completion", "deploy"}  # verbs whose examples take a second or two
+QUICK = {"inspect", "generate", "score", "completion", "deploy"}  # verbs whose examples take a second or two
 
 
 def blocks(page, language):
@@ -157,6 +157,11 @@ def test_the_page_of_infill_runs_as_written(sample):
                               strict=True):
         head = "" if "import" in program else "from dmoe_export import Gap, Generator\n"
         assert run(sample, [sys.executable, "-c", head + program], program).startswith(words)
+
+
+def test_the_page_of_scores_runs_as_written(sample):
+    assert len(lines("docs/scoring.md")) == 2 and len(blocks("docs/scoring.md", "python")) == 1
+    run_page(sample, "docs/scoring.md")
 
 
 def test_the_page_of_the_server_runs_as_written(sample):

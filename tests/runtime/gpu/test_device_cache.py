@@ -206,6 +206,7 @@ def test_a_window_or_rows_gathered_once():
     assert pair.part([4, 0, 2, 1]).part(0) == gathered.part(0) and copies() == before + 6
     pair.commit(np.ones((4, 5), bool), rng, into=[4, 0, 2, 1])
     assert pair.part([4, 0, 2, 1]).part(0) == gathered.part(0)
+    pair.part([2, 2, 0, 2, 2])  # one row for several of a forward
     pair.clear([0])
     pair.part([4, 0, 2, 1])
     pair.leave(1, 4)
