@@ -83,7 +83,7 @@ def environment(place):
 
 
 def run_page(place, page):
-    """Its commands one after the other, then its programs."""
+    """Its commands one after the other, then its programs, which go on where the one before has ended."""
     with ExitStack() as servers:
         _run_page(place, page, servers)
 
@@ -100,8 +100,8 @@ def _run_page(place, page, servers):
             servers.enter_context(beside(place, line))
         elif first != "source":
             run(place, ["bash", "-c", line], line)
-    for program in blocks(page, "python"):
-        run(place, [sys.executable, "-c", program], program)
+    program = "\n".join(blocks(page, "python"))
+    run(place, [sys.executable, "-c", program], program)
 
 
 def test_the_readme_runs_as_written(place):
