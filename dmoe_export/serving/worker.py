@@ -155,7 +155,11 @@ class Worker:
             self._metrics.tokens.inc(len(event.block.token_ids))
             if job.course.first_block_seconds is None:
                 self._metrics.first.observe(time.monotonic() - job.entered)
-            job.post(row, event.block)
+            try:
+                job.post(row, event.block)
+            except Exception as error:  # of what is read of it
+                self._fail(job, self._told(error, job))
+                continue
             if event.last:
                 self._row_ended(job, event.block.stats)
         self._count()

@@ -166,6 +166,17 @@ def test_beside_ordinary_neighbours_answers_are_the_same(client, offline):
         assert list(answers) == [one.text for one in offline.generate(asked, max_new_tokens=32)]
 
 
+def test_an_answer_that_cannot_be_read_fails_alone(url, client, offline, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a secret of the machine")
+
+    monkeypatch.setattr(offline, "filled", broken)
+    response = ask(f"{url}/v1/completions", {"model": "sample", "infill": ["a ", {"gap": 4}, "."]})
+    assert response.status == 500 and "secret" not in response.text
+    monkeypatch.undo()
+    assert infilled(client, TEXTS[0]).choices[0].text == offline.infill(TEXTS[0])[0].text
+
+
 GAP = {"gap": 4}
 WRONG = [
     ({"infill": ["a"]}, 'infill has no gap, so nothing is to be filled in; write one as {"gap": 8}.', "infill"),
