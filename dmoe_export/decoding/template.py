@@ -133,4 +133,6 @@ def _ids(part: Any) -> list[int]:
                            "Gap.")
     for token in part:
         check_kind("A token id of the template", token, int)
+        if token < 0:
+            raise RequestError(f"A token id of the template is {token}, it must be 0 or more; write a gap as Gap(8).")
     return [int(token) for token in part]

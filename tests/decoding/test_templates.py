@@ -77,7 +77,7 @@ def random_case(rng, attention, depth, shift):
 def test_the_loop_fills_as_a_naive_one(attention, shift, caches):
     """Depth 1: of caches that are approximations, what is cached does not change while it is."""
     rng = np.random.default_rng(7)
-    for _ in range(60):
+    for _ in range(40):
         depth = int(rng.integers(1, 3))
         edit_tokens = CONTROL if rng.random() < 0.3 else None
         prompt, places, options = random_case(rng, attention, depth, shift)
@@ -190,7 +190,7 @@ def test_an_answer_is_that_of_the_request_alone(seed, kind):
     assert all(len(asked.tokens) == asked.last.statistics.new_tokens for asked in rows)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32))
 def test_narrow_forwards_of_an_engine(seed):
     """Whole blocks that are given enter the cache in chunks, as a prompt does."""
@@ -214,7 +214,7 @@ def test_no_forward_is_wider_than_those_of_a_prompt(toy):
     assert max(widths) <= PREFILL_TOKENS + N and sum(width > 100 for width in widths) == 3
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32))
 def test_open_blocks_see_what_is_given_with_every_cache(seed):
     """With `edit_blocks` windows go over given blocks; the block cache stays exact."""
@@ -250,7 +250,7 @@ def test_no_step_touches_what_is_given(seed, kind):
             assert one.given_tokens == sum(place is not None for place in upto)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32))
 def test_blocks_that_are_given_are_kept_for_later_prompts(seed):
     """Prompts and given text out of the same blocks: what one row left, another takes."""
