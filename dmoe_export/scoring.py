@@ -70,7 +70,7 @@ class Scoring(Answering):
                   **options: Unpack[ScoreOptions]) -> list[list[Score]]:
         """`score` of many (prompt, choices), whose forwards they share; a list of scores for each, in their order.
 
-        Arguments, options and errors as there. Neighbours of one prompt cost its prefill once.
+        Arguments, options and errors as there. Of `batch` neighbours, those of one prompt cost its prefill once.
         """
         self._life.check()
         scorer = Scorer(self.backend, self._score_settings(options), self.bundle.manifest.precision,

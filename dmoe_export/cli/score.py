@@ -60,7 +60,9 @@ def score(bundle: Path, prompt: str | None, prompt_ids: str | None, chat: bool, 
         raise RequestError("Give exactly one of --prompt, --prompt-ids.")
     given = prompt if prompt_ids is None else _ids("--prompt-ids", prompt_ids)
     choices: list[Choice] = [*choice, *(_ids("--choice-ids", ids) for ids in choice_ids)]
-    generator = open_shown(bundle, opening_of(options), quiet=as_json, memory=memory, program="generate")
+    rows = options["batch"] or SCORE_OPTIONS["batch"].default
+    generator = open_shown(bundle, opening_of(options), quiet=as_json, memory=memory, program="generate",
+                           max_batch=max(1, min(rows, len(choices))))
     start = time.perf_counter()
     scores = generator.score(given or "", choices, chat=chat, **options)
     seconds = time.perf_counter() - start

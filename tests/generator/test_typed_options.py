@@ -97,7 +97,7 @@ def test_values_that_mean_nothing_are_refused_in_the_words_of_the_page(name):
 CALLS = """
 import threading
 
-from dmoe_export import Block, GenerateOptions, Generation, Generator, export_checkpoint
+from dmoe_export import Block, GenerateOptions, Generation, Generator, Score, export_checkpoint
 
 generator = Generator.open("bundle", backend="onnxruntime", threads=2)
 chosen: GenerateOptions = {"steps": 8, "cache": "dual", "edit_threshold": 0.9}
@@ -106,6 +106,9 @@ generator.generate("a", stop="\\n", time_limit=2)
 generator.generate("a", preset="off", edit_threshold="off", time_limit="off", stop=[])
 generator.generate("a", stop=["b", "c"], cancel=threading.Event())
 blocks: list[Block] = list(generator.stream([{"role": "user", "content": "a"}], **chosen))
+scores: list[Score] = generator.score("a", ["b", [1, 2]], estimator="monte_carlo", samples=8, batch=None)
+generator.score("a", ["b"], estimator="best")  # wrong: "estimator"
+generator.score("a", ["b"], threshold=0.9)  # wrong: "threshold"
 generator.generate("a", speed=2)  # wrong: "speed"
 generator.generate("a", steps="8")  # wrong: "steps"
 generator.stream("a", cache="big")  # wrong: "cache"
