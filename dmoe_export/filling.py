@@ -60,7 +60,7 @@ class Filling(Answering):
         whole canvas see all that is given; where blocks see no later ones, a gap sees what is given up to the end of
         its block, and `Filled.in_sight` says how much that is. Options as in `generate`; in a gap with something behind
         it no end token is chosen. A gap of a range shrinks and grows with `insert_delete` (LLaDA2.2), and what follows
-        moves: `Filled` says what it came to, and its `in_sight` is of the step that settled the gap's last block.
+        moves; `Filled` says what it came to, and its `in_sight` is of the step that settled the gap's last block.
         Raises what `generate` does.
         """
         self._life.check()
