@@ -16,11 +16,12 @@ from .bundle.reader import Bundle
 from .decoding.answer import Block, Generation, generation_of
 from .decoding.defaults import Defaults
 from .decoding.limits import check_batch, check_prompt
-from .decoding.settings import OPTIONS, GenerateOptions
+from .decoding.settings import OPTIONS, DecodeSettings, GenerateOptions
 from .decoding.stream import Life, Stream
 from .decoding.template import Part, template_of
 from .decoding.way import Way
 from .errors import RequestError
+from .grammar.grammar import Grammar
 from .runtime.backend import Backend
 from .text.codec import TextCodec
 from .text.prompts import Prompt, Prompts, batch_of, encode
@@ -124,6 +125,10 @@ class Answering:
             canvas always there [default: on].
         stop: Text that ends the answer, one or several: the answer's text ends before the first that is complete, and
             its block is the last [up to 16 texts of 1 to 1000 characters; an empty one alone for none; default: none].
+        regex: Regular expression that the whole answer matches; where the shortest match is longer than max_new_tokens,
+            the answer begins one [a text of 1 to 100000 characters, or off; default: none].
+        json_schema: JSON schema that the whole answer is valid against; in place of regex [a JSON schema, as text or as
+            a mapping, or off; default: none].
         time_limit: Most seconds of decoding, looked at between forwards; an answer then has the blocks that are
             finished [above 0, or off; default: none].
         coreset_top_p: Share of a block's votes for experts that is followed; higher uses more experts and is slower
@@ -229,7 +234,18 @@ class Answering:
         if template and "max_new_tokens" in said and len(template.token_ids) > settings.max_new_tokens:
             raise RequestError(f"The template has {count(len(template.token_ids), 'place')}, more than max_new_tokens "
                                f"{settings.max_new_tokens}; leave max_new_tokens out.")
-        return Way(self.backend, settings, self.bundle.manifest.precision, str(self.bundle.folder), template)
+        return Way(self.backend, settings, self.bundle.manifest.precision, str(self.bundle.folder), template,
+                   self._grammar(settings))
+
+    def _grammar(self, settings: DecodeSettings) -> Grammar | None:
+        """What the answer must match, compiled for the bundle's tokenizer."""
+        if not settings.structured:
+            return None
+        regex = settings.regex
+        if regex is None:
+            from .grammar.schema import regex_of_schema
+            regex = regex_of_schema(settings.json_schema)
+        return Grammar()
 
     def _literal(self, text: str) -> list[int]:
         if self.text is None:

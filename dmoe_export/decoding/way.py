@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..description import Precision
 from ..errors import RequestError
+from ..grammar.grammar import Grammar
 from ..runtime.backend import Backend, Limits
 from ..runtime.salient import SalientBackend, SalientGraphs
 from .caching import Plan, Widths, policy
@@ -28,16 +29,18 @@ class Way:
     """A request's settings in the terms of a backend: its block length, routing inputs, cache policy and acceptance."""
 
     def __init__(self, backend: Backend, settings: DecodeSettings, precision: Precision | None = None,
-                 bundle: str = "BUNDLE", template: Template | None = None) -> None:
+                 bundle: str = "BUNDLE", template: Template | None = None,
+                 grammar: Grammar | None = None) -> None:
         """`precision` of the model and `bundle`, its place, are for the advice of errors.
 
         `template`: places of the answer that are given; it is as long as that says, whatever the settings do.
+        `grammar`: what the answer must match, compiled of `settings.regex` or `json_schema`.
         Raises RequestError for settings that make no sense with the backend's model.
         """
         d, vocabulary = backend.description, backend.description.vocab_size
         self._attention = d.attention
         ends = d.eos_ids if settings.eos_ids is None else settings.eos_ids
-        self.template = template
+        self.template, self.grammar = template, grammar
         if template:
             template.check(d, ends)
             check_ranges(template, settings)
