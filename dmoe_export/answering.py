@@ -18,10 +18,12 @@ from .decoding.defaults import Defaults
 from .decoding.limits import check_batch, check_prompt
 from .decoding.settings import OPTIONS, DecodeSettings, GenerateOptions
 from .decoding.stream import Life, Stream
+from .decoding.structured import barred_tokens
 from .decoding.template import Part, template_of
 from .decoding.way import Way
 from .errors import RequestError
-from .grammar.grammar import Grammar
+from .grammar.grammar import Grammar, Grammars
+from .grammar.schema import regex_of_schema
 from .runtime.backend import Backend
 from .text.codec import TextCodec
 from .text.prompts import Prompt, Prompts, batch_of, encode
@@ -36,6 +38,7 @@ class Answering:
     backend: Backend
     text: TextCodec | None
     defaults: Defaults
+    _grammars: Grammars | None
     _life: Life
     _streams: WeakSet[Stream[Block]]
 
@@ -238,14 +241,13 @@ class Answering:
                    self._grammar(settings))
 
     def _grammar(self, settings: DecodeSettings) -> Grammar | None:
-        """What the answer must match, compiled for the bundle's tokenizer."""
-        if not settings.structured:
+        """What the answer must match; None where it need not, or without a tokenizer, which `Way` refuses."""
+        if not settings.structured or self._grammars is None:
             return None
-        regex = settings.regex
-        if regex is None:
-            from .grammar.schema import regex_of_schema
-            regex = regex_of_schema(settings.json_schema)
-        return Grammar()
+        d = self.bundle.manifest.model
+        regex = settings.regex if settings.regex is not None else regex_of_schema(settings.json_schema)
+        ends = d.eos_ids if settings.eos_ids is None else settings.eos_ids
+        return self._grammars.of(regex, (*barred_tokens(d), *ends))
 
     def _literal(self, text: str) -> list[int]:
         if self.text is None:

@@ -12,6 +12,7 @@ from ..runtime.backend import Backend, Limits
 from ..runtime.salient import SalientBackend, SalientGraphs
 from .caching import Plan, Widths, policy
 from .canvas_options import check_canvas_options
+from .constrained import Constrained
 from .edit_options import check_edit_options, check_ranges
 from .indel import InsertDelete
 from .outcome import Decides, Outcome
@@ -20,6 +21,7 @@ from .routing import routing_inputs
 from .row import Row
 from .salient import policy as salient_policy
 from .settings import DecodeSettings
+from .structured import rule_of
 from .template import Template
 
 PREFILL_TOKENS = 512  # most tokens of a row in one prefill forward; chunks are exact under block-causal attention
@@ -81,8 +83,14 @@ class Way:
                                    "salient_threshold out.")
             self.graphs = backend.salient_graphs(settings.salient_capacity)
         edit = d.edit_tokens
+        self.complete = False  # an answer as long as may be is whole
         self.outcome: Decides
-        if d.canvas:
+        if settings.structured:
+            rule = rule_of(settings, d, grammar, template, ends)
+            assert grammar
+            self.complete = rule.fits
+            self.outcome = Constrained(settings, d.barred_id, vocabulary, grammar, rule, precision)
+        elif d.canvas:
             self.outcome = Renoise(settings, d, precision)
         elif settings.insert_delete and edit:
             self.outcome = InsertDelete(settings, d.barred_id, edit, vocabulary, n, precision)
