@@ -2,6 +2,10 @@
 
 The library outlines-core makes it, of the tokens that are single bytes, in a process of its own: what a short
 expression comes to can be beyond all memory (`(a|b)*a(a|b){30}`), and the library has no limit for it.
+
+The library's automaton is of the first match, not of all: it leaves out what may follow a match, if that is none again
+at once (of `aé?` the é, of ` a*| b` the b). So it is asked for the expression and one more letter, which ends a match
+and which no text has: what leads by that letter to a match is what accepts.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from numpy.typing import NDArray
 from ..errors import MissingRequirementError, RequestError
 from ..extras import pip_install
 
+_END = "\U0010ffff"  # a noncharacter, for the inside of programs (Unicode, chapter 23.7)
 MOST_STATES = 8000
 MEMORY = 1 << 30  # bytes of the process that compiles
 SECONDS = 5
@@ -76,7 +81,7 @@ def automaton_of(regex: str) -> Automaton:
                                       f"outlines-core; install it with: {pip_install('structured')}.")
     try:
         done = subprocess.run([sys.executable, str(Path(__file__).with_name("child.py")), str(MOST_STATES),
-                               str(MEMORY), str(SECONDS)], input=regex.encode("utf-8"), capture_output=True,
+                               str(MEMORY), str(SECONDS), _END], input=regex.encode("utf-8"), capture_output=True,
                               timeout=2 * SECONDS)
     except UnicodeEncodeError:
         raise _refused(regex, "it holds half of a surrogate pair, which is no letter") from None
@@ -99,21 +104,24 @@ def automaton_of(regex: str) -> Automaton:
 
 
 def _table(regex: str, said: dict[str, Any], edges: NDArray[np.int32]) -> Automaton:
-    names, places = np.unique(np.concatenate([edges[:, 0], edges[:, 2], [said["start"]], said["accepting"]]),
-                              return_inverse=True)
-    source, target, byte = places[:len(edges)], places[len(edges):2 * len(edges)], edges[:, 1]
-    accepting = np.isin(names, said["accepting"])
-    useful = _closure(accepting, target, source)
-    start = int(places[2 * len(edges)])
+    names, numbers = np.unique(np.concatenate([edges[:, 0], edges[:, 2], [said["start"]]]), return_inverse=True)
+    source, target, byte = numbers[:len(edges)] + 1, numbers[len(edges):-1] + 1, edges[:, 1]
+    table = np.zeros((len(names) + 1, 256), np.int16)
+    table[source, byte] = target
+    accepting = np.arange(len(table))
+    for one in _END.encode("utf-8"):
+        accepting = table[accepting, one]
+    accepts = np.append(False, np.isin(names, said["accepting"]))[accepting]
+    useful = _closure(accepts, target, source)
+    start = int(numbers[-1]) + 1
     if not useful[start]:
         raise _refused(regex, "it matches no text")
-    number = np.where(useful, useful.cumsum(), DEAD)  # from 1 on
-    kept = useful[source] & useful[target]
-    full = np.zeros((int(useful.sum()) + 1, 257), np.int16)  # column 0: no byte
-    full[number[source[kept]], byte[kept] + 1] = number[target[kept]]
-    columns, inverse = np.unique(full, axis=1, return_inverse=True)  # sorted: the first is all dead
-    return Automaton(np.ascontiguousarray(columns), inverse.reshape(-1)[1:].astype(np.uint8),
-                     np.append(False, accepting[useful]), int(number[start]))
+    useful[DEAD] = True
+    table = np.where(useful, useful.cumsum() - 1, DEAD).astype(np.int16)[table[useful]]
+    # One column more, of no byte: columns are sorted, so the first is all dead.
+    columns, classes = np.unique(np.hstack([np.zeros((len(table), 1), np.int16), table]), axis=1, return_inverse=True)
+    return Automaton(np.ascontiguousarray(columns), classes.reshape(-1)[1:].astype(np.uint8), accepts[useful],
+                     int(useful[:start].sum()))
 
 
 def _closure(found: Bools, source: NDArray[Any], target: NDArray[Any]) -> Bools:

@@ -12,8 +12,10 @@ from array import array  # noqa: E402
 from typing import Any  # noqa: E402
 
 
-def main(most_states: int, memory: int, seconds: int) -> None:
-    """Print a line of JSON: `error`, or `start`, `accepting` and how many numbers follow, (state, byte, next) each."""
+def main(most_states: int, memory: int, seconds: int, end: str) -> None:
+    """Print a line of JSON: `error`, `states`, or `start`, `accepting` and how many numbers follow, (state, byte, next)
+    each. The automaton is of the expression with the letter `end` behind it.
+    """
     try:
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -23,8 +25,14 @@ def main(most_states: int, memory: int, seconds: int) -> None:
     from outlines_core import Index, Vocabulary
 
     vocabulary: Any = Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)})
+    regex = sys.stdin.buffer.read().decode("utf-8")
     try:
-        index: Any = Index(sys.stdin.buffer.read().decode("utf-8"), vocabulary)
+        try:
+            Index(regex, vocabulary)
+        except ValueError as error:
+            if "Failed to build DFA" in str(error):  # as it is: `a)(b` with brackets around it is one
+                raise
+        index: Any = Index(f"(?:{regex}){end}", vocabulary)
     except ValueError as error:
         print(json.dumps({"error": str(error)}))
         return
@@ -42,4 +50,4 @@ def main(most_states: int, memory: int, seconds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:4]), sys.argv[4])
