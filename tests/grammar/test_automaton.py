@@ -16,8 +16,8 @@ from dmoe_export.grammar.automaton import DEAD, automaton_of
 from dmoe_export.grammar.grammar import KEPT, Grammars
 from dmoe_export.grammar.vocabulary import Vocabulary
 
-EXPRESSIONS = [r"(ab|a)*c?", r"[^a]{1,3}", r"a+(b|é)?", r"(?i)aB|c", r"\x00|a\n", r"(a{2,3}|bc){0,2}", r".?ß", r"[ab]*é[^b]", "aé?",
-               r"(a|ab)(c|bcé)?", r"", r"(a|)(|bb)", r"a{2}|\W", r"(?s).*"]
+EXPRESSIONS = [r"(ab|a)*c?", r"[^a]{1,3}", r"a+(b|é)?", r"(?i)aB|c", r"\x00|a\n", r"(a{2,3}|bc){0,2}", r".?ß",
+               r"[ab]*é[^b]", r"aé?", r"(a|ab)(c|bcé)?", r"", r"(a|)(|bb)", r"a{2}|\W", r"(?s).*"]
 
 
 @pytest.mark.parametrize("regex", EXPRESSIONS)
@@ -56,11 +56,12 @@ def test_a_leading_space_that_decoding_takes_away(regex):
 
 
 @pytest.mark.parametrize(("regex", "why"), [
-    ("(a", "outlines-core takes"), ("a)(?:b", "outlines-core takes"), ("(?=a)b", "knows no look-around"), (r"a\b", "outlines-core takes"),
+    ("(a", "outlines-core takes"), ("a)(?:b", "outlines-core takes"), ("(?=a)b", "knows no look-around"),
+    (r"a\b", "outlines-core takes"),
     ("^a$", "anchors"), (r"[^\s\S]", "outlines-core takes"), ("\ud800", "half of a surrogate"),
     (r"(a|b)*a(a|b){13}", "16388 states, more than 8000")])
 def test_what_is_no_expression_or_too_large_is_refused(regex, why):
-    with pytest.raises(RequestError, match="^regex .* cannot be used: ") as error:
+    with pytest.raises(RequestError, match=r"^regex .* cannot be used: ") as error:
         automaton_of(regex)
     assert why in str(error.value)
 
@@ -82,7 +83,7 @@ def test_tokens_that_do_too_many_things_are_refused(monkeypatch):
 
 def test_without_the_library_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(MissingRequirementError, match="need the library outlines-core; install it with: pip install"):
+    with pytest.raises(MissingRequirementError, match=r"need the library outlines-core; install it with: pip install"):
         automaton_of("a")
 
 
@@ -109,7 +110,7 @@ def test_grammars_are_compiled_once_and_the_last_few_kept(monkeypatch):
 def test_an_answer_that_does_not_match_is_an_error():
     grammar = grammar_of(automaton_of("a+"), [b"a"])
     grammar.check("aa")
-    with pytest.raises(CheckError, match="^The answer 'ab' was decoded to match and does not"):
+    with pytest.raises(CheckError, match=r"^The answer 'ab' was decoded to match and does not"):
         grammar.check("ab")
 
 
