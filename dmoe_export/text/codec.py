@@ -8,6 +8,7 @@ import time
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ..bundle.reader import Bundle
 from ..errors import BundleError, RequestError
@@ -121,6 +122,12 @@ class TextCodec:
     def token(self, id_: int) -> str | None:
         """A token's name; None for a special or unknown one, which decoding leaves out."""
         return None if id_ in self._special else self._tokenizer.id_to_token(id_)
+
+    @property
+    def decoder(self) -> dict[str, Any] | None:
+        """How tokens become text: that part of tokenizer.json."""
+        section: dict[str, Any] | None = self._guarded.content.get("decoder")
+        return section
 
     def _tell_of_dropped(self, template: ChatTemplate, messages: list[Message], text: str, now: datetime,
                          switches: Switches | None) -> None:
