@@ -20,7 +20,7 @@ from dmoe_export.description import EditTokens
 from dmoe_export.errors import NotFiniteError, RequestError
 from dmoe_export.grammar.automaton import DEAD, automaton_of
 
-NAMES = 'a EOS MASK b c d e 1 2 3 { } " : , ab abc 12 {" ": "} é 0 .'.split(" ")
+NAMES = ['a', 'EOS', 'MASK', 'b', 'c', 'd', 'e', '1', '2', '3', '{', '}', '"', ':', ',', 'ab', 'abc', '12', '{"', '":', '"}', 'é', '0', '.']
 PIECES = [b"" if i in (EOS, MASK) else name.encode() for i, name in enumerate(NAMES)]
 ID = {name: i for i, name in enumerate(NAMES)}
 assert len(PIECES) == VOCAB

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from dmoe_export.bundle.reader import Bundle
 from dmoe_export.bundle.writer import BundleWriter
 
-WORDS = [b'": ', b'{"', b'"}', b'", "', b'":"', b"true", b"false", b"null", b"[]", b"{}", b"[{", b"}]", b"00", b"name", b"kind",
-         b'"a"', b"cat", b"\\n", b'\\"', b", "]
+WORDS = [b'": ', b'{"', b'"}', b'", "', b'":"', b"true", b"false", b"null", b"[]", b"{}", b"[{", b"}]", b"00", b"name",
+         b"kind", b'"a"', b"cat", b"\\n", b'\\"', b", "]
 LETTERS = [bytes([code]) for code in range(0x20, 0x7F)] + [bytes([code]) for code in sorted(set("größe日本😀".encode()))
                                                            if code > 0x7F]
 

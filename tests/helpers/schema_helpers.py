@@ -8,9 +8,9 @@ from collections import deque
 from outlines_core import Index, Vocabulary
 
 BYTES = Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)})
-PATTERNS = ["^[a-z]{2,5}$", "^\\d{3}-\\d{2,4}$", "ab+c", "^[^a]*$", "\"", "^.{3}$", "^(yes|no|may ?be)$",
-            "^[\\w-]+@x\\.y$", "[^\\d]$", "^\\S+ \\S+$", "^x?[^\\u0041-z\"\\\\]{1,3}", "^(?:a|b(?:c|d)*)e*?$", "^a|b$", "^[\\]\\[^-]+$",
-            "^\\x41\\t\\/$", "^\\W\\D\\s$", "^[\\b.]$"]
+PATTERNS = ["^[a-z]{2,5}$", "^\\d{3}-\\d{2,4}$", "ab+c", "^[^a]*$", "\"", "^.{3}$", "^(yes|no|may ?be)$", "[^\\d]$",
+            "^[\\w-]+@x\\.y$", "^\\S+ \\S+$", "^x?[^\\u0041-z\"\\\\]{1,3}", "^(?:a|b(?:c|d)*)e*?$", "^a|b$",
+            "^[\\]\\[^-]+$", "^\\x41\\t\\/$", "^\\W\\D\\s$", "^[\\b.]$"]
 NAMES = ["a", "b", "name", "größe", "with \"quotes\"", "a\\b", "tab\t", "x.y*", "", "日本", "😀", "~1/0"]
 FORMATS = ["date", "time", "date-time", "uuid", "ipv4", "email", "uri"]
 VALUES = [0, -1, 3, 2.5, 1.0, -0.125, 1e-9, 12345678901234567890, "", "x", "a\"b\\c\n\u0001", "\ud800", "é😀", "(.*)",
