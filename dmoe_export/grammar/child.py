@@ -15,6 +15,9 @@ from typing import Any  # noqa: E402
 def main(most_states: int, memory: int, seconds: int, end: str) -> None:
     """Print a line of JSON: `error`, `states`, or `start`, `accepting` and how many numbers follow, (state, byte, next)
     each. The automaton is of the expression with the letter `end` behind it.
+
+    The library also makes the automaton that looks for a match anywhere, which may have exponentially more states: of
+    `"(a|\\\\"){0,100}"` too many for any memory. An empty match, of less priority, ends that search at once.
     """
     try:
         import resource
@@ -27,16 +30,20 @@ def main(most_states: int, memory: int, seconds: int, end: str) -> None:
     vocabulary: Any = Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)})
     regex = sys.stdin.buffer.read().decode("utf-8")
     try:
-        try:
-            Index(regex, vocabulary)
-        except ValueError as error:
-            if "Failed to build DFA" in str(error):  # as it is: `a)(b` with brackets around it is one
-                raise
-        index: Any = Index(f"(?:{regex}){end}", vocabulary)
+        Index(f"|{regex}", vocabulary)  # as it is, and nothing behind the empty match: `a)(b` in brackets would be one
+        index: Any = Index(f"(?:\x00\x01(?:{regex}){end}|)", vocabulary)
     except ValueError as error:
         print(json.dumps({"error": str(error)}))
         return
     edges = index.get_transitions()
+    edges.pop(index.get_initial_state(), None)
+    # The edge behind the empty match is left out: what it leads to is the state that no edge leads to.
+    reached = {after for row in edges.values() for after in row.values()}
+    first = [state for state, row in edges.items() if state not in reached and list(row) == [1]]
+    if len(first) > 1:
+        print(json.dumps({"error": f"it holds {end!r}, which ends every text here"}))
+        return
+    start = edges.pop(first[0])[1]
     if len(edges) > most_states:
         print(json.dumps({"states": len(edges)}))
         return
@@ -45,7 +52,7 @@ def main(most_states: int, memory: int, seconds: int, end: str) -> None:
         for byte, after in row.items():
             if byte < 256:  # that is the end of a match
                 numbers.extend((state, byte, after))
-    head = {"start": index.get_initial_state(), "accepting": list(index.get_final_states()), "numbers": len(numbers)}
+    head = {"start": start, "accepting": list(index.get_final_states()), "numbers": len(numbers)}
     sys.stdout.buffer.write(json.dumps(head).encode() + b"\n" + numbers.tobytes())
 
 

@@ -110,7 +110,7 @@ def _speller(decoder: dict[str, Any] | None) -> tuple[Callable[[str], bytes], bo
             spaced = True
         else:
             raise RequestError("Answers cannot be held to a regular expression or a schema, as the bundle's tokenizer "
-                               f"has a decoder {str(kind)[:40]} there, by which a token's text may depend on the tokens "
+                               f"has a decoder {str(kind)[:40]} there, by which a token's text may depend on those "
                                "beside it; leave it out.")
     if not fused:
         raise RequestError("Answers cannot be held to a regular expression or a schema, as the bundle's tokenizer has "

@@ -29,6 +29,12 @@ def test_all_short_texts_match_as_in_python(regex):
             assert automaton.matches(text.encode()) == bool(re.fullmatch(regex, text)), text
 
 
+@pytest.mark.parametrize("regex", [r'"(?:[^"\\]|\\["n]){0,100}"', r"x?(a|xb){0,200}"])
+def test_matches_are_not_searched_for_anywhere(regex):
+    """That has exponentially more states, and is what the library does by itself."""
+    assert automaton_of(regex).states < 1500
+
+
 def test_a_state_from_which_nothing_matches_is_the_dead_one():
     """Every other one is on the way from the start to a match."""
     automaton = automaton_of(r"(ab|ac)d[xyz]{0,9}|q")
