@@ -131,7 +131,7 @@ class Constrained:
         if self._few:
             found = best_of(allowed[None], -1, min(s.top_k, allowed.shape[1]))
             ids, values = found.token_ids[0], found.logits[0]
-            first = np.array([one.share(j, token) for j, token in zip(places.tolist(), ids[:, 0].tolist(), strict=True)])
+            first = np.array([one.share(j, int(token)) for j, token in zip(places, ids[:, 0], strict=True)])
             chosen = sample_best(ids, values, first, s, row.rng)
             best = one.best[places]
         else:
