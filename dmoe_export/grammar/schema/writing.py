@@ -25,7 +25,7 @@ _CHARACTER = written(EVERY) or EMPTY
 _WORDS = {"boolean": either([piece("true"), piece("false")]), "null": piece("null")}
 
 
-def regex_of_schema(schema: str | Mapping[str, Any] | bool) -> str:
+def regex_of_schema(schema: str | Mapping[str, Any] | bool | None) -> str:
     """The expression (syntax of Rust's crate regex, for whole texts) of a schema: JSON text, a mapping, or a bool.
 
     Raises RequestError for what is no schema, has a keyword that is not supported, admits nothing, or is too large.
@@ -45,7 +45,7 @@ class _Writing(Reading):
     def value(self, schema: Any, at: At) -> Piece | None:
         """None where nothing can be written."""
         flat = self.flat([(schema, at)])
-        return flat and self._flat(flat)
+        return None if flat is None else self._flat(flat)
 
     def _flat(self, flat: Flat) -> Piece | None:
         if not flat.choices:
@@ -87,7 +87,7 @@ class _Writing(Reading):
         return between(low, high, open_low, open_high, name == "integer" or "multipleOf" in plain)
 
     def _array(self, plain: dict[str, Any], at: At) -> Piece | None:
-        first = []
+        first: list[Piece] = []
         for number, one in enumerate(plain.get("prefixItems", ())):
             way = self.value(one, at.into(f"prefixItems/{number}"))
             if way is None:
