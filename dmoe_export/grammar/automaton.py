@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ..errors import MissingRequirementError, RequestError
 from ..extras import pip_install
+from ..words import size, visible
 
 _END = "\U0010ffff"  # a noncharacter, for the inside of programs (Unicode, chapter 23.7)
 MOST_STATES = 8000
@@ -89,7 +90,7 @@ def automaton_of(regex: str) -> Automaton:
         raise _refused(regex, f"compiling it takes more than {SECONDS} s") from None
     head, _, body = done.stdout.partition(b"\n")
     if done.returncode < 0 or b"MemoryError" in done.stderr:  # a signal: one of the two limits
-        raise _refused(regex, f"compiling it takes more than {SECONDS} s or {MEMORY >> 20} MiB")
+        raise _refused(regex, f"compiling it takes more than {SECONDS} s or {size(MEMORY)}")
     if done.returncode or not head:
         raise MissingRequirementError("The library outlines-core does not run here, in a process of its own: "
                                       f"{done.stderr.decode(errors='replace').strip()[-300:]}")
@@ -97,7 +98,7 @@ def automaton_of(regex: str) -> Automaton:
     if "error" in said:
         raise _refused(regex, "it is no expression that outlines-core takes, which knows no look-around, back "
                               "references and anchors, as the whole answer is matched (" +
-                              " ".join(said["error"].split())[:200] + ")")
+                              visible(" ".join(said["error"].split()))[:200] + ")")
     if "states" in said:
         raise _refused(regex, f"it has {said['states']} states, more than {MOST_STATES}")
     return _table(regex, said, np.frombuffer(body, np.int32, said["numbers"]).reshape(-1, 3))
@@ -135,4 +136,4 @@ def _closure(found: Bools, source: NDArray[Any], target: NDArray[Any]) -> Bools:
 
 
 def _refused(regex: str, why: str) -> RequestError:
-    return RequestError(f"regex {regex[:60]!r}{'…' if len(regex) > 60 else ''} cannot be used: {why}.")
+    return RequestError(f"The regular expression {regex[:60]!r} cannot be used: {why}.")

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from ..errors import RequestError
 
-_UNKNOWN = "cannot be held to a regular expression or a schema"
-
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -86,7 +84,8 @@ def vocabulary_of(codec: Codec, size: int) -> Vocabulary:
     order = np.random.default_rng(0).permutation(np.array(whole, np.int64)).tolist()
     wanted = b"".join(vocabulary.pieces[i] for i in order).decode("utf-8")
     if codec.decode(order) != (wanted[1:] if spaced and wanted.startswith(" ") else wanted):
-        raise RequestError(f"The tokenizer's answers {_UNKNOWN}: it decodes tokens to other text than they spell.")
+        raise RequestError("Answers cannot be held to a regular expression or a schema, as the bundle's tokenizer "
+                           "decodes tokens to other text than they spell; leave it out.")
     return vocabulary
 
 
@@ -110,10 +109,12 @@ def _speller(decoder: dict[str, Any] | None) -> tuple[Callable[[str], bytes], bo
                 (part.get("content"), part.get("start"), part.get("stop")) == (" ", 1, 0)):
             spaced = True
         else:
-            raise RequestError(f"Answers of a tokenizer with a decoder {str(kind)[:40]} there {_UNKNOWN}: a token's "
-                               "text may depend on the tokens beside it.")
+            raise RequestError("Answers cannot be held to a regular expression or a schema, as the bundle's tokenizer "
+                               f"has a decoder {str(kind)[:40]} there, by which a token's text may depend on those "
+                               "beside it; leave it out.")
     if not fused:
-        raise RequestError(f"Answers of a tokenizer without a decoder {_UNKNOWN}: it puts spaces between tokens.")
+        raise RequestError("Answers cannot be held to a regular expression or a schema, as the bundle's tokenizer has "
+                           "no decoder that joins tokens and puts spaces between them; leave it out.")
 
     def spell(name: str) -> bytes:
         for text, content in replaced:

@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 from grammars import answers, grammar_of, is_answer
+from salient_helpers import make_model
 from scripted import Scripted
 from toy_backend import EOS, MASK, VOCAB, Toy
 
@@ -19,8 +20,9 @@ from dmoe_export.decoding.way import Way
 from dmoe_export.description import EditTokens
 from dmoe_export.errors import NotFiniteError, RequestError
 from dmoe_export.grammar.automaton import DEAD, automaton_of
+from dmoe_export.model.backend import EagerBackend
 
-NAMES = ['a', 'EOS', 'MASK', 'b', 'c', 'd', 'e', '1', '2', '3', '{', '}', '"', ':', ',', 'ab', 'abc', '12', '{"', '":', '"}', 'é', '0', '.']
+NAMES = ["a", "EOS", "MASK", *"bcde123{}", '"', ":", ",", "ab", "abc", "12", '{"', '":', '"}', "é", "0", "."]
 PIECES = [b"" if i in (EOS, MASK) else name.encode() for i, name in enumerate(NAMES)]
 ID = {name: i for i, name in enumerate(NAMES)}
 assert len(PIECES) == VOCAB
@@ -61,8 +63,10 @@ def text(tokens):
     return b"".join(PIECES[token] for token in tokens).decode()
 
 
-def check(regex, tokens, last, budget):
+def check(regex, tokens, last, budget, steps=99):
     """A whole match, or as many tokens as may be that begin one, where none is as short."""
+    decoded = last.statistics.forwards_by_phase
+    assert decoded["denoise"] + decoded["full"] <= steps * last.statistics.blocks
     assert last.statistics.constrained_tokens is not None and last.statistics.grammar_seconds > 0
     if last.finish_reason == "length":
         assert len(tokens) == budget and grammar(regex).automaton.run(b"".join(PIECES[t] for t in tokens)) != DEAD
@@ -88,7 +92,7 @@ def test_every_answer_matches_whatever_the_model_wants(attention, cache_name, ac
         ways = [way(backend, regex, seed=i, **options) for i in range(3)]
         tokens, last = decode(backend, ways, prompts)
         for i, prompt in enumerate(prompts):
-            check(regex, tokens[i], last[i], budget)
+            check(regex, tokens[i], last[i], budget, options["steps"])
             mine, _ = alone(backend, prompt, way(backend, regex, seed=2 * i, **options))  # row i draws with seed + i
             assert mine == tokens[i]
 
@@ -188,6 +192,21 @@ def test_an_answer_without_end_tokens_is_as_long_as_may_be():
         way(backend, "ab?", eos_id=-1, max_new_tokens=7)
 
 
+@pytest.mark.parametrize("kind", ["dense", "block"])
+def test_salient_steps(kind):
+    """Of an eager model with random weights."""
+    backend = EagerBackend(make_model(kind, 3))
+    letters = [bytes([97 + i % 26]) for i in range(59)] + [b"", b""]
+    regex = r"([ac][bd]){8,}z"
+    pairs = grammar_of(automaton_of(regex), letters)
+    for acceptance in ("fixed", "threshold"):
+        settings = DecodeSettings(regex=regex, max_new_tokens=21, steps=4, acceptance=acceptance, full_steps=1,
+                                  salient_threshold=0.99, refresh_interval=2)
+        tokens, last = alone(backend, [3, 1, 4, 1, 5, 9, 2, 6, 5], Way(backend, settings, grammar=pairs))
+        assert last.finish_reason == "eos" and last.statistics.salient_by_step
+        assert re.fullmatch(regex.encode(), b"".join(letters[token] for token in tokens))
+
+
 def test_what_does_not_go_together_is_refused_at_once():
     with pytest.raises(RequestError, match=r"^regex and json_schema both say what the answer matches; give one"):
         DecodeSettings(regex="a", json_schema={})
@@ -208,5 +227,6 @@ def test_control_tokens_that_edit_never_stand_in_an_answer():
     """Behind the end, too, where any other token may."""
     backend = Toy(edit_tokens=EditTokens(delete=3, split=4))
     for seed in range(8):
-        tokens, _ = alone(backend, [5, seed + 6], way(backend, "(b|c|d)?", max_new_tokens=8, temperature=2.0, seed=seed))
+        one = way(backend, "(b|c|d)?", max_new_tokens=8, temperature=2.0, seed=seed)
+        tokens, _ = alone(backend, [5, seed + 6], one)
         assert tokens in ([], [5])  # b and c are 3 and 4
