@@ -14,6 +14,7 @@ from schema_helpers import Texts, schema, with_references
 
 from dmoe_export.errors import RequestError
 from dmoe_export.grammar.schema import regex_of_schema
+from dmoe_export.grammar.schema.formats import FORMATS as KNOWN
 
 FORMATS = jsonschema.Draft202012Validator.FORMAT_CHECKER
 
@@ -155,7 +156,7 @@ REFUSED = [
     ({"items": [{}]}, "a list of them is prefixItems"),
     ({"enum": []}, "has enum [], it must"), ({"enum": ["a"], "minLength": 2}, "has minLength beside enum or const"),
     ({"format": "hostname"}, "has format hostname, which is not supported"),
-    ({"format": "date", "maxLength": 3}, "has maxLength beside format"),
+    ({"format": "date", "maxLength": 3}, "a pattern or a length beside format date, of 10 to 10"),
     ({"properties": {"a": 3}}, "an object of schemas"),
     ({"required": [1]}, "a list of names"), ({"anyOf": []}, "a list of schemas"),
     ({"$ref": "other.json"}, "only pointers such as"), ({"$ref": "#/$defs/x"}, "leads to no schema of this document"),
@@ -226,6 +227,19 @@ def test_what_is_hostile_is_refused_before_it_costs(made):
     with pytest.raises(RequestError, match=r"^json_schema [^\n]{10,500}\.$"):
         regex_of_schema(made)
     assert time.process_time() - start < 2
+
+
+def test_formats_have_the_lengths_that_are_told():
+    for name, form in KNOWN.items():
+        texts, far = Texts(form.piece.text), {}
+        assert texts.far[texts.start] == form.fewest, name
+
+        def longest(state, texts=texts, far=far):
+            if state not in far:
+                far[state] = max((1 + longest(after) for _, after in texts.edges[state]), default=0)
+            return far[state]
+
+        assert longest(texts.start) == form.most, name
 
 
 def test_what_is_given_stays_as_it_is():

@@ -106,7 +106,7 @@ def _string(rng, depth):
     elif way == 1:
         made["pattern"] = rng.choice(PATTERNS)
     elif way == 2:
-        made["format"] = rng.choice(FORMATS)
+        made |= {"format": rng.choice(FORMATS)} | ({"minLength": 1, "maxLength": 2083} if rng.random() < 0.3 else {})
     return made
 
 

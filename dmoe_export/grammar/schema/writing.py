@@ -146,10 +146,11 @@ def _string(plain: dict[str, Any], at: At) -> Piece | None:
         name = plain["format"]
         if name not in FORMATS:
             raise refused(at.where, f"has format {name[:50]}, which is not supported; those are {', '.join(FORMATS)}")
-        beside = next((one for one in ("pattern", "minLength", "maxLength") if one in plain), None)
-        if beside:
-            raise refused(at.where, f"has {beside} beside format; leave one of them out")
-        return sequence(_QUOTE, FORMATS[name], _QUOTE)
+        form = FORMATS[name]
+        if "pattern" in plain or low > form.fewest or (high is not None and high < form.most):
+            raise refused(at.where, f"has a pattern or a length beside format {name}, of {form.fewest} to {form.most} "
+                                    "characters; leave it out")
+        return sequence(_QUOTE, form.piece, _QUOTE)
     if "pattern" in plain:
         try:
             inside = pattern_text(plain["pattern"], low, high)
