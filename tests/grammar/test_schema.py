@@ -86,6 +86,8 @@ YES = [
     ({"type": "object", "additionalProperties": {"type": "integer"}, "propertyNames": {"maxLength": 1}}, {"a": 1,
     "b": 2}),
     ({"type": ["integer", "null"]}, None),
+    ({"properties": {"a": {"type": "null"}, "b": {}}, "additionalProperties": False,
+      "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, {"b": 1}),
     ({"type": "array", "minItems": 2, "maxItems": 3, "items": {"const": 1}}, [1, 1]),
     ({"type": "object", "required": ["z"], "properties": {"a": {}}}, {"a": 1, "z": [2]})]
 NO = [
@@ -173,6 +175,10 @@ REFUSED = [
     ({"allOf": [{"properties": {"a": {}}}, {"additionalProperties": False}]},
     "joins additionalProperties with properties"),
     ({"allOf": [{"items": {"type": "null"}}, {"prefixItems": [{}]}]}, "joins items with prefixItems"),
+    ({"oneOf": [{"properties": {"a": {}}, "required": ["a"]}, {"properties": {"b": {}}, "required": ["b"]}],
+      "anyOf": [{"properties": {"b": {}}}, {"type": "null"}]}, "at once"),
+    ({"type": "object", "oneOf": [{"properties": {"a": {}}, "required": ["a"], "anyOf": [{"properties": {"b": {}}}]},
+                                  {"properties": {"b": {}}, "required": ["b"]}]}, "at once"),
     ({"minimum": 3, "maximum": 2}, "admits no text"), (False, "admits no text"), ({"$ref": "#"}, "admits no text"),
     ({"properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "admits no text"),
     ({"additionalProperties": False, "required": ["a"]}, "admits no text"),
@@ -217,6 +223,10 @@ HOSTILE = [
     _chain(lambda ref: {"allOf": [ref, ref]}), _chain(lambda ref: {"properties": {"a": ref, "b": ref}}),
     _chain(lambda ref: {"oneOf": [ref, ref]}), "[" * 10**6, '{"a":' * 10**4, '{"minimum": ' + "9" * 9999 + "}",
     '{"minimum": NaN}', '{"maximum": 1e999}', "", "[1]", "3", '{"x": "' + "x" * 10**6 + '"}',
+    {"anyOf": [{"$ref": "#/$defs/e"}] * 3000, "$defs": {"e": {"type": "null", "enum": list(range(9000))}}},
+    {"anyOf": [{"$ref": "#/$defs/e"}] * 3000,
+     "$defs": {"e": {"type": "null", "const": {str(i): i for i in range(4000)}}}},
+    {"oneOf": [{"enum": list(range(i, 5000, 70))} for i in range(70)] * 2},
     {"$defs": {name: {"properties": {n: {"$ref": f"#/$defs/{n}"} for n in "abcdefgh"}} for name in "abcdefgh"},
      "$ref": "#/$defs/a"}, {"enum": [str(i) * 30 for i in range(3000)] * 2}]
 

@@ -192,4 +192,6 @@ def _apart(rng, depth):
                     "required": ["kind"]} for kind in ("cat", "dog")], "discriminator": {"propertyName": "kind"}},
         {"type": "object", "oneOf": [{"properties": {name: schema(rng, depth - 1)}, "required": [name]}
                                      for name in ("left", "right")]},
+        {"oneOf": [{"properties": {name: {"minimum": 3}}, "required": [name]} for name in ("left", "right")],
+         "anyOf": [{"type": "object", "properties": {"more": schema(rng, depth - 1)}}, {"required": ["b"]}]},
         {"oneOf": [{"enum": [1, 2]}, {"const": True}, {"const": 3.5}]}])

@@ -15,6 +15,7 @@ _TIME = rf"{_HOURS}:[0-5][0-9](?:\.[0-9]{{1,6}})?(?:Z|[+\-]{_HOURS})"
 _BYTE = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _HEX = "[0-9a-fA-F]"
 _HOST = r"(?:[0-9A-Za-z]{1,20}\.){1,3}[A-Za-z]{2,10}"
+_PATH = r"(?:/[0-9A-Za-z._~\-]{0,30}){0,5}(?:\?[0-9A-Za-z._~=&\-]{1,60})?"
 
 
 class Format(NamedTuple):
@@ -32,5 +33,4 @@ FORMATS: dict[str, Format] = {
     "uuid": Format(piece(f"{_HEX}{{8}}-(?:{_HEX}{{4}}-){{3}}{_HEX}{{12}}", 450), 36, 36),
     "ipv4": Format(piece(rf"(?:{_BYTE}\.){{3}}{_BYTE}", 200), 7, 15),
     "email": Format(piece(r"[0-9A-Za-z_+\-]{1,20}(?:\.[0-9A-Za-z_+\-]{1,20}){0,2}@" + _HOST, 2000), 6, 136),
-    "uri": Format(piece(rf"https?://{_HOST}(?:/[0-9A-Za-z._~\-]{{0,30}}){{0,5}}(?:\?[0-9A-Za-z._~=&\-]{{1,60}})?", 6000),
-                  11, 297)}
+    "uri": Format(piece(f"https?://{_HOST}{_PATH}", 6000), 11, 297)}

@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from ...errors import RequestError
+from ...words import visible
 
 MOST_CHARACTERS = 100_000
 MOST_DEPTH = 40  # of a schema in a schema, references followed
@@ -67,7 +68,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def refused(where: str, why: str) -> RequestError:
     """`where`: a JSON pointer as a fragment; `why` follows it in a sentence."""
-    return RequestError(f"json_schema cannot be used: {where[:200]} {why}.")
+    return RequestError(f"json_schema cannot be used: {visible(where[:200])} {why}.")
 
 
 def check_keywords(schema: dict[str, Any], where: str) -> None:

@@ -8,7 +8,7 @@ from .keywords import refused, same
 
 _TIGHTER = {**{name: max for name in ("minLength", "minItems", "minProperties", "minimum", "exclusiveMinimum")},
             **{name: min for name in ("maxLength", "maxItems", "maxProperties", "maximum", "exclusiveMaximum")}}
-_TOGETHER = (("items", "prefixItems"), ("additionalProperties", "properties"), ("additionalProperties", "required"))
+_TOGETHER = (("items", "prefixItems"), ("additionalProperties", "properties"))
 
 
 def both(one: dict[str, Any], other: dict[str, Any], where: str) -> dict[str, Any]:

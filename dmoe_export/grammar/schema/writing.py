@@ -50,7 +50,8 @@ class _Writing(Reading):
     def _flat(self, flat: Flat) -> Piece | None:
         if not flat.choices:
             return self._plain(flat.plain, flat.at)
-        (kind, branches, at), *rest = flat.choices
+        # anyOf first: the properties that it adds may be those of two branches of oneOf.
+        (kind, branches, at), *rest = sorted(flat.choices, key=lambda choice: choice[0])
         if kind == "oneOf":
             apart.check(self, flat, branches, at)
         ways = []
