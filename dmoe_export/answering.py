@@ -245,7 +245,8 @@ class Answering:
         if not settings.structured or self._grammars is None:
             return None
         d = self.bundle.manifest.model
-        regex = settings.regex if settings.regex is not None else regex_of_schema(settings.json_schema)
+        schema = settings.json_schema
+        regex = settings.regex or "" if schema is None else regex_of_schema(schema)
         ends = d.eos_ids if settings.eos_ids is None else settings.eos_ids
         return self._grammars.of(regex, (*barred_tokens(d), *ends))
 

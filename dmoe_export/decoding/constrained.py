@@ -18,11 +18,12 @@ from ..description import Precision
 from ..grammar.canvas import MASKED, Canvas, Rule
 from ..grammar.grammar import Grammar
 from ..runtime.backend import Bools, ForwardOutputs, Ints
+from ..runtime.candidates import MOST, best_of
 from .acceptance import credit, policy, scheduled
 from .finite import check_finite
 from .outcome import Chosen
 from .row import Row
-from .sampling import Reals, greedy, sample, without
+from .sampling import Reals, greedy, sample, sample_best, without
 from .settings import DecodeSettings
 
 _TRIED = 16  # best tokens of a place that are looked at before all are
@@ -34,10 +35,23 @@ class _Choices:
 
     canvas: Canvas
     at: list[int]  # where in the canvas they are
-    logits: Reals  # [m, V] of the forward, or float64 with credit
+    logits: Reals  # [m, V] of the forward, or in float64 without the mask and with credit
+    best: Ints  # [m] the model's own choice, allowed or not
+    sure: Reals  # [m] its probability
     tokens: Ints  # [m]
     confidence: Reals  # [m]
-    forced: Bools  # [m] the model's best token was not allowed
+    forced: Bools  # [m] the best token was not allowed
+
+    def share(self, j: int, token: int) -> float:
+        """The model's probability of a token, of its best one's as `spared` has it."""
+        behind = np.float64(self.logits[j, token]) - self.logits[j, self.best[j]]
+        return float(self.sure[j] * np.exp(behind))
+
+    def allowed(self, j: int) -> Reals:
+        """Logits [V], the tokens that are not allowed at −inf; where all others are, too, these are alike."""
+        may = self.canvas.allowed(self.at[j])
+        kept = np.where(may, self.logits[j], np.float32(-np.inf))
+        return kept if kept.max() > -np.inf else np.where(may, np.float32(0), np.float32(-np.inf))
 
 
 class Constrained:
@@ -52,7 +66,9 @@ class Constrained:
         """
         self._settings, self._mask_id, self._precision = settings, mask_id, precision
         self._grammar, self._rule, self._accept = grammar, rule, policy(settings)
-        self._ranked = settings.temperature == 0 and settings.acceptance != "credit"
+        credits = settings.acceptance == "credit"
+        self._ranked = settings.temperature == 0 and not credits
+        self._few = settings.temperature > 0 and 0 < settings.top_k <= MOST and not credits
         self.candidates = min(_TRIED, vocabulary) if self._ranked else 0
 
     def asked(self, row: Row) -> Ints:
@@ -69,8 +85,8 @@ class Constrained:
             if row.memory is None:
                 row.memory = self._canvas(row)
             behind = row.window.start - row.prompt_length - row.memory.first
-            one = _Choices(row.memory, (asked + behind).tolist(), logits, np.zeros(m, np.int64),
-                           np.zeros(m, np.float32), np.zeros(m, bool))
+            one = _Choices(row.memory, (asked + behind).tolist(), logits, outputs.token_ids[i, :m],
+                           outputs.confidence[i, :m], np.zeros(m, np.int64), np.zeros(m, np.float32), np.zeros(m, bool))
             if self._ranked:
                 self._rank(one, outputs, i)
             else:
@@ -89,7 +105,7 @@ class Constrained:
     def _logits(self, row: Row, asked: Ints, outputs: ForwardOutputs, i: int) -> Reals:
         assert outputs.logits is not None
         logits: Reals = outputs.logits[i, :len(asked)]
-        if self._ranked:
+        if self._ranked or self._few:
             return logits
         logits = without(logits, self._mask_id)
         check_finite(row, logits.max(axis=-1), self._precision)  # some tokens may be at −inf, not all
@@ -104,28 +120,26 @@ class Constrained:
         assert found is not None
         for j, place in enumerate(one.at):
             ids = found.token_ids[i, j].tolist()
-            rank = next((k for k, token in enumerate(ids) if one.canvas.allows(place, token)), None)
-            token = ids[rank] if rank is not None else self._best(one, j)
-            # The candidates' first has the confidence; others have its share, as `spared` has it.
-            share = np.exp(np.float64(one.logits[j, token]) - found.logits[i, j, 0])
-            one.tokens[j], one.confidence[j] = token, outputs.confidence[i, j] * share
-            one.forced[j] = rank != 0
-
-    @staticmethod
-    def _best(one: _Choices, j: int) -> int:
-        return int(_only(one.logits[j], one.canvas.allowed(one.at[j])).argmax())
+            token = next((token for token in ids if one.canvas.allows(place, token)), None)
+            one.tokens[j] = one.allowed(j).argmax() if token is None else token
+            one.confidence[j] = one.share(j, int(one.tokens[j]))
+            one.forced[j] = token != ids[0]
 
     def _choose(self, row: Row, one: _Choices, places: Ints) -> None:
         """The best allowed tokens of some of the m places, or drawn ones, of all logits."""
-        logits = one.logits[places]
-        allowed = np.empty_like(logits)
-        for k, j in enumerate(places.tolist()):
-            may = one.canvas.allowed(one.at[j])
-            allowed[k] = _only(logits[k], may)
-            one.forced[j] |= not may[logits[k].argmax()]
-        draws = self._settings.temperature > 0
-        one.tokens[places], one.confidence[places] = (sample(logits, self._settings, row.rng, allowed) if draws else
-                                                      greedy(logits, allowed))
+        s, allowed = self._settings, np.stack([one.allowed(j) for j in places.tolist()])
+        if self._few:
+            found = best_of(allowed[None], -1, min(s.top_k, allowed.shape[1]))
+            ids, values = found.token_ids[0], found.logits[0]
+            first = np.array([one.share(j, int(token)) for j, token in zip(places, ids[:, 0], strict=True)])
+            chosen = sample_best(ids, values, first, s, row.rng)
+            best = one.best[places]
+        else:
+            logits = one.logits[places]
+            chosen = sample(logits, s, row.rng, allowed) if s.temperature > 0 else greedy(logits, allowed)
+            best = logits.argmax(axis=-1)
+        one.tokens[places], one.confidence[places] = chosen
+        one.forced[places] |= allowed[np.arange(len(places)), best] == -np.inf
 
     def _take(self, row: Row, one: _Choices, asked: Ints) -> Ints:
         """Which of the m places take their choice, rising."""
@@ -151,12 +165,5 @@ class Constrained:
         if not self._ranked:
             self._choose(row, one, np.array([j]))
             return
-        token = self._best(one, j)
-        one.confidence[j] *= np.exp(np.float64(one.logits[j, token]) - one.logits[j, one.tokens[j]])
-        one.tokens[j] = token
-
-
-def _only(logits: Reals, allowed: Bools) -> Reals:
-    """Logits [V] of the allowed tokens, the others at −inf; where the model gives all allowed ones no chance, alike."""
-    kept = np.where(allowed, logits, -np.inf)
-    return kept if kept.max() > -np.inf else np.where(allowed, 0.0, -np.inf)
+        one.tokens[j] = one.allowed(j).argmax()
+        one.confidence[j] = one.share(j, int(one.tokens[j]))

@@ -13,7 +13,7 @@ from .automaton import Automaton, automaton_of
 from .steps import Steps
 from .vocabulary import Trie, Vocabulary
 
-KEPT = 8  # grammars; each has up to some 40 MB, its memories among them
+MOST_KEPT = 256 << 20  # bytes of all grammars of a tokenizer, with what each may remember
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,6 @@ class Grammars:
                                            trie))
         with self._lock:
             self._kept[key] = grammar
-            while len(self._kept) > KEPT:
+            while len(self._kept) > 1 and sum(one.steps.nbytes for one in self._kept.values()) > MOST_KEPT:
                 self._kept.popitem(last=False)
         return grammar

@@ -13,7 +13,7 @@ from grammars import grammar_of
 from dmoe_export.errors import CheckError, MissingRequirementError, RequestError
 from dmoe_export.grammar import automaton as module
 from dmoe_export.grammar.automaton import DEAD, automaton_of
-from dmoe_export.grammar.grammar import KEPT, Grammars
+from dmoe_export.grammar.grammar import Grammars
 from dmoe_export.grammar.vocabulary import Vocabulary
 
 EXPRESSIONS = [r"(ab|a)*c?", r"[^a]{1,3}", r"a+(b|é)?", r"(?i)aB|c", r"\x00|a\n", r"(a{2,3}|bc){0,2}", r".?ß",
@@ -108,9 +108,10 @@ def test_grammars_are_compiled_once_and_the_last_few_kept(monkeypatch):
     assert grammars.of("a*", (0, 1)) is first and made == ["vocabulary", "a*"]
     assert grammars.of("a*", ()) is not first  # other tokens may stand in it
     assert first.steps.allowed(first.steps.only([1]), first.steps.only([1])).tolist() == [False, False, True]
-    for i in range(KEPT):
+    monkeypatch.setattr("dmoe_export.grammar.grammar.MOST_KEPT", 3 * first.steps.nbytes)
+    for i in range(3):
         grammars.of(f"a*{i}", ())
-    assert grammars.of("a*", (1, 0)) is not first and len(grammars._kept) == KEPT
+    assert grammars.of("a*", (1, 0)) is not first and len(grammars._kept) == 3
 
 
 def test_an_answer_that_does_not_match_is_an_error():
