@@ -29,12 +29,10 @@ class Texts:
         reached = {after for row in table.values() for after in row.values()}
         (before,) = table.keys() - reached - {index.get_initial_state()}
         start = table[before][1]
-        edges = {state: [(byte, after) for byte, after in table.get(state, {}).items() if 0 < byte < 256]
-                 for state in table}
         self.accepting = {state for state, row in table.items() if row.get(0) in final}
         back: dict[int, list[int]] = {}
-        for state, row in edges.items():
-            for _, after in row:
+        for state, row in table.items():
+            for after in {*row.values()}:
                 back.setdefault(after, []).append(state)
         self.far = dict.fromkeys(self.accepting, 0)  # bytes to the nearest end
         waiting = deque(self.accepting)
@@ -44,14 +42,16 @@ class Texts:
                 if before not in self.far:
                     self.far[before] = self.far[state] + 1
                     waiting.append(before)
-        self.edges = {state: [(byte, after) for byte, after in row if after in self.far]
-                      for state, row in edges.items()}
-        self.start, self.states = start, len(table)
+        self.table, self.start, self.states = table, start, len(table)
+
+    def after(self, state: int) -> dict[int, int]:
+        """Byte → next state, from which a match can be reached."""
+        return {byte: after for byte, after in self.table[state].items() if 0 < byte < 256 and after in self.far}
 
     def matches(self, text: str) -> bool:
         state = self.start
         for one in text.encode():
-            state = dict(self.edges[state]).get(one)
+            state = self.after(state).get(one)
             if state is None:
                 return False
         return state in self.accepting
@@ -59,8 +59,10 @@ class Texts:
     def draw(self, rng: random.Random, length: int) -> bytes:
         """About so many bytes of a random walk, then the nearest end."""
         state, found = self.start, bytearray()
-        while not (state in self.accepting and (not self.edges[state] or len(found) >= length or rng.random() < 0.05)):
-            ways = self.edges[state]
+        while True:
+            ways = list(self.after(state).items())
+            if state in self.accepting and (not ways or len(found) >= length or rng.random() < 0.05):
+                return bytes(found)
             if len(found) >= length:
                 near = min(self.far[after] for _, after in ways)
                 ways = [way for way in ways if self.far[way[1]] == near]
@@ -71,7 +73,6 @@ class Texts:
                 by_state.setdefault(after, []).append(byte)
             state = rng.choice(list(by_state)) if rng.random() < 0.5 else rng.choice(ways)[1]
             found.append(rng.choice(by_state[state]))
-        return bytes(found)
 
 
 def schema(rng: random.Random, depth: int = 2):
@@ -106,7 +107,7 @@ def _string(rng, depth):
     elif way == 1:
         made["pattern"] = rng.choice(PATTERNS)
     elif way == 2:
-        made["format"] = rng.choice(FORMATS)
+        made |= {"format": rng.choice(FORMATS)} | ({"minLength": 1, "maxLength": 2083} if rng.random() < 0.3 else {})
     return made
 
 
@@ -192,4 +193,6 @@ def _apart(rng, depth):
                     "required": ["kind"]} for kind in ("cat", "dog")], "discriminator": {"propertyName": "kind"}},
         {"type": "object", "oneOf": [{"properties": {name: schema(rng, depth - 1)}, "required": [name]}
                                      for name in ("left", "right")]},
+        {"oneOf": [{"properties": {name: {"minimum": 3}}, "required": [name]} for name in ("left", "right")],
+         "anyOf": [{"type": "object", "properties": {"more": schema(rng, depth - 1)}}, {"required": ["b"]}]},
         {"oneOf": [{"enum": [1, 2]}, {"const": True}, {"const": 3.5}]}])

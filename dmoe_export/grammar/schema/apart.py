@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from .flat import At, Flat, Reading
@@ -9,23 +10,24 @@ from .keywords import OF_TYPE, TYPES, kinds_of, refused, same
 
 
 def check(reading: Reading, beside: Flat, branches: list[Any], at: At) -> None:
-    """Raise RequestError unless each branch, with what stands beside them, is seen to exclude each other branch."""
-    for number, one in enumerate(branches):
-        for other, another in enumerate(branches):
-            if number == other:
-                continue
-            mine = reading.flat([(beside.plain, beside.at), (one, at.into(number))])
-            if mine is not None and not _excludes(reading, mine, another, at.into(other)):
-                raise refused(at.where, f"has branches {number} and {other} that may hold at once; use anyOf, or tell "
-                                        "them apart by type, or by a required property with const")
+    """Raise RequestError unless each branch, with what stands beside them, is seen to exclude each other branch.
+
+    `beside` has the choice itself first, and those that follow it.
+    """
+    mine = [reading.flat([(beside.plain, beside.at), (one, at.into(i))]) for i, one in enumerate(branches)]
+    theirs = [reading.flat([(one, at.into(i))]) for i, one in enumerate(branches)]
+    for number, other in itertools.permutations(range(len(branches)), 2):
+        x, y = mine[number], theirs[other]
+        if x is None or branches[other] is False:
+            continue
+        whole = len(beside.choices) == 1 and not x.choices
+        if y is None or not _excludes(reading, x, y, whole):  # None: a reference that returns, which says nothing
+            raise refused(at.where, f"has branches {number} and {other} that may hold at once; use anyOf, or tell them "
+                                    "apart by type, or by a required property with const")
 
 
-def _excludes(reading: Reading, mine: Flat, another: Any, at: At) -> bool:
-    if another is False:
-        return True
-    theirs = reading.flat([(another, at)])
-    if theirs is None:  # a reference that returns, which says nothing
-        return False
+def _excludes(reading: Reading, mine: Flat, theirs: Flat, whole: bool) -> bool:
+    """`whole`: no choice adds properties to what is written."""
     x, y = mine.plain, theirs.plain
     types, valid = types_of(x) or TYPES, types_of(y) if "type" in y or values_of(y) is not None else TYPES
     if not _wide(types) & _wide(valid or ()):
@@ -36,15 +38,17 @@ def _excludes(reading: Reading, mine: Flat, another: Any, at: At) -> bool:
     if values is not None or list(types) != ["object"]:
         return False
     properties, required = x.get("properties", {}), x.get("required", [])
-    if (properties or required) and set(y.get("required", [])) - {*properties, *required}:
+    if whole and (properties or required) and set(y.get("required", [])) - {*properties, *required}:
         return True
     if y.get("additionalProperties") is False and set(required) - set(y.get("properties", {})):
         return True
-    for name in required:
-        if name in properties and name in y.get("properties", {}):
-            inner = reading.flat([(properties[name], mine.at.into(name))])
-            if inner is None or _excludes(reading, inner, y["properties"][name], theirs.at.into(name)):
-                return True
+    for name in set(required) & set(properties) & set(y.get("properties", {})):
+        one = reading.flat([(properties[name], mine.at.into(name))])
+        another = reading.flat([(y["properties"][name], theirs.at.into(name))])
+        if one is None or y["properties"][name] is False:
+            return True
+        if another is not None and _excludes(reading, one, another, not one.choices):
+            return True
     return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
@@ -9,7 +10,7 @@ from urllib.parse import unquote
 from .keywords import ANNOTATIONS, MOST_DEPTH, OF_ROOT, check_keywords, refused
 from .merged import both
 
-MOST_SCHEMAS = 10_000  # read, each as often as something leads to it
+MOST_READ = 3_000_000  # characters of schemas, and 100 for each, as often as something leads to it
 RETURNS = 2  # of references on one path, into what they are inside of
 
 _JOINING = frozenset(("$ref", "allOf", "anyOf", "oneOf"))
@@ -51,7 +52,7 @@ class Reading:
         waiting = list(parts)
         while waiting:
             schema, at = waiting.pop(0)
-            self._count(at)
+            self._count(schema, at)
             if schema is False:
                 return None
             if schema is True:
@@ -70,12 +71,13 @@ class Reading:
         return Flat(plain, [(kind, branches, replace(at, path=path)) for kind, branches, at in choices],
                     replace(first, path=path))
 
-    def _count(self, at: At) -> None:
-        self._read += 1
+    def _count(self, schema: Any, at: At) -> None:
+        self._read += 100 + len(json.dumps(schema))
         if at.depth > MOST_DEPTH:
             raise refused(at.where, f"has schemas in schemas, more than {MOST_DEPTH}; references count, too")
-        if self._read > MOST_SCHEMAS:
-            raise refused("#", f"comes to more than {MOST_SCHEMAS} schemas, as its references multiply; write fewer")
+        if self._read > MOST_READ:
+            raise refused("#", f"comes to more than {MOST_READ} characters to read, as its references multiply; write "
+                               "fewer")
 
     def _target(self, reference: str, at: At) -> tuple[Any, str]:
         """The schema that a pointer into the same document leads to, and the pointer in its plainest form."""

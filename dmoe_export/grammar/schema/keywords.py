@@ -8,9 +8,11 @@ from fractions import Fraction
 from typing import Any
 
 from ...errors import RequestError
+from ...words import visible
 
 MOST_CHARACTERS = 100_000
 MOST_DEPTH = 40  # of a schema in a schema, references followed
+MOST_NESTED = 100  # of arrays and objects in the text of a schema
 
 TYPES = ("string", "integer", "number", "array", "object", "boolean", "null")
 OF_TYPE = {"string": ("minLength", "maxLength", "pattern", "format"),
@@ -66,7 +68,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def refused(where: str, why: str) -> RequestError:
     """`where`: a JSON pointer as a fragment; `why` follows it in a sentence."""
-    return RequestError(f"json_schema cannot be used: {where[:200]} {why}.")
+    return RequestError(f"json_schema cannot be used: {visible(where[:200])} {why}.")
 
 
 def check_keywords(schema: dict[str, Any], where: str) -> None:
@@ -86,7 +88,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 50 else f"{text[:50]}…"
 
 
-def schema_of(given: str | Mapping[str, Any] | bool) -> Any:
+def schema_of(given: str | Mapping[str, Any] | bool | None) -> Any:
     """JSON text or a mapping as plain values of JSON: a dict or a bool. Raises RequestError."""
     try:
         text = given if isinstance(given, str) else json.dumps(_plain(given), allow_nan=False)
@@ -98,6 +100,7 @@ def schema_of(given: str | Mapping[str, Any] | bool) -> Any:
     if not _is_schema(schema):
         raise RequestError("json_schema is no JSON of an object, true or false; give a schema such as "
                            '{"type": "object"}.')
+    _check_nesting(schema)
     if isinstance(schema, dict):
         draft = schema.get("$schema", DRAFTS[0])
         if not isinstance(draft, str) or draft.rstrip("#") not in DRAFTS:
@@ -105,6 +108,16 @@ def schema_of(given: str | Mapping[str, Any] | bool) -> Any:
         if draft.rstrip("#") != DRAFTS[0] and '"prefixItems"' in json.dumps(schema):
             raise refused("#", f"has prefixItems, which its $schema does not know; write {DRAFTS[0]}")
     return schema
+
+
+def _check_nesting(schema: Any) -> None:
+    level, depth = [schema], 0
+    while level:
+        level = [inner for one in level if isinstance(one, (dict, list))
+                 for inner in (one.values() if isinstance(one, dict) else one)]
+        depth += 1
+        if depth > MOST_NESTED:
+            raise refused("#", f"has arrays and objects in each other, more than {MOST_NESTED}")
 
 
 def _plain(given: Any) -> Any:

@@ -8,7 +8,7 @@ from .keywords import refused, same
 
 _TIGHTER = {**{name: max for name in ("minLength", "minItems", "minProperties", "minimum", "exclusiveMinimum")},
             **{name: min for name in ("maxLength", "maxItems", "maxProperties", "maximum", "exclusiveMaximum")}}
-_TOGETHER = (("items", "prefixItems"), ("additionalProperties", "properties"), ("additionalProperties", "required"))
+_TOGETHER = (("items", "prefixItems"), ("additionalProperties", "properties"))
 
 
 def both(one: dict[str, Any], other: dict[str, Any], where: str) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def both(one: dict[str, Any], other: dict[str, Any], where: str) -> dict[str, An
                                      "them into one schema")
     joined = dict(one)
     for name, value in other.items():
-        mine = joined.get(name)
+        mine: Any = joined.get(name)
         if name not in joined or same(mine) == same(value):
             joined[name] = value
         elif name in _TIGHTER:
@@ -43,6 +43,6 @@ def both(one: dict[str, Any], other: dict[str, Any], where: str) -> dict[str, An
 
 
 def _types(one: Any, other: Any) -> list[str]:
-    mine, theirs = ([names] if isinstance(names, str) else names for names in (one, other))
+    mine, theirs = ([names] if isinstance(names, str) else list(names) for names in (one, other))
     return [name for name in dict.fromkeys((*mine, *theirs)) if all(
         name in names or (name == "integer" and "number" in names) for names in (mine, theirs))]

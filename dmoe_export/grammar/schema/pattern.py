@@ -5,6 +5,7 @@ What JavaScript and Python read differently is taken in the sense in which both 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .characters import ASCII, EVERY, Ranges, union, without, written
@@ -64,9 +65,9 @@ class Node:
         return repeated(inner, self.low, self.high)
 
 
-def _most(each: list[int | None], of: object) -> int | None:
+def _most(each: list[int | None], of: Callable[[list[int]], int]) -> int | None:
     known = [one for one in each if one is not None]
-    return None if len(known) < len(each) else of(known)  # type: ignore[operator,no-any-return]
+    return None if len(known) < len(each) else of(known)
 
 
 ANY = Node(EVERY, low=0, high=None)

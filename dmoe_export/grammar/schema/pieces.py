@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-MOST_SIZE = 200_000  # characters, those in repetitions counted as often as they are repeated
+MOST_SIZE = 500_000  # characters, those in repetitions counted as often as they are repeated
 META = frozenset(r"\.+*?()|[]{}^$#&-~")
 
 

@@ -25,7 +25,7 @@ _CHARACTER = written(EVERY) or EMPTY
 _WORDS = {"boolean": either([piece("true"), piece("false")]), "null": piece("null")}
 
 
-def regex_of_schema(schema: str | Mapping[str, Any] | bool) -> str:
+def regex_of_schema(schema: str | Mapping[str, Any] | bool | None) -> str:
     """The expression (syntax of Rust's crate regex, for whole texts) of a schema: JSON text, a mapping, or a bool.
 
     Raises RequestError for what is no schema, has a keyword that is not supported, admits nothing, or is too large.
@@ -45,12 +45,13 @@ class _Writing(Reading):
     def value(self, schema: Any, at: At) -> Piece | None:
         """None where nothing can be written."""
         flat = self.flat([(schema, at)])
-        return flat and self._flat(flat)
+        return None if flat is None else self._flat(flat)
 
     def _flat(self, flat: Flat) -> Piece | None:
         if not flat.choices:
             return self._plain(flat.plain, flat.at)
-        (kind, branches, at), *rest = flat.choices
+        # anyOf first: the properties that it adds may be those of two branches of oneOf.
+        (kind, branches, at), *rest = sorted(flat.choices, key=lambda choice: choice[0])
         if kind == "oneOf":
             apart.check(self, flat, branches, at)
         ways = []
@@ -87,7 +88,7 @@ class _Writing(Reading):
         return between(low, high, open_low, open_high, name == "integer" or "multipleOf" in plain)
 
     def _array(self, plain: dict[str, Any], at: At) -> Piece | None:
-        first = []
+        first: list[Piece] = []
         for number, one in enumerate(plain.get("prefixItems", ())):
             way = self.value(one, at.into(f"prefixItems/{number}"))
             if way is None:
@@ -146,10 +147,11 @@ def _string(plain: dict[str, Any], at: At) -> Piece | None:
         name = plain["format"]
         if name not in FORMATS:
             raise refused(at.where, f"has format {name[:50]}, which is not supported; those are {', '.join(FORMATS)}")
-        beside = next((one for one in ("pattern", "minLength", "maxLength") if one in plain), None)
-        if beside:
-            raise refused(at.where, f"has {beside} beside format; leave one of them out")
-        return sequence(_QUOTE, FORMATS[name], _QUOTE)
+        form = FORMATS[name]
+        if "pattern" in plain or low > form.fewest or (high is not None and high < form.most):
+            raise refused(at.where, f"has a pattern or a length beside format {name}, of {form.fewest} to {form.most} "
+                                    "characters; leave it out")
+        return sequence(_QUOTE, form.piece, _QUOTE)
     if "pattern" in plain:
         try:
             inside = pattern_text(plain["pattern"], low, high)
