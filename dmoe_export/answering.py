@@ -16,11 +16,14 @@ from .bundle.reader import Bundle
 from .decoding.answer import Block, Generation, generation_of
 from .decoding.defaults import Defaults
 from .decoding.limits import check_batch, check_prompt
-from .decoding.settings import OPTIONS, GenerateOptions
+from .decoding.settings import OPTIONS, DecodeSettings, GenerateOptions
 from .decoding.stream import Life, Stream
+from .decoding.structured import barred_tokens
 from .decoding.template import Part, template_of
 from .decoding.way import Way
 from .errors import RequestError
+from .grammar.grammar import Grammar, Grammars
+from .grammar.schema import regex_of_schema
 from .runtime.backend import Backend
 from .text.codec import TextCodec
 from .text.prompts import Prompt, Prompts, batch_of, encode
@@ -35,6 +38,7 @@ class Answering:
     backend: Backend
     text: TextCodec | None
     defaults: Defaults
+    _grammars: Grammars | None
     _life: Life
     _streams: WeakSet[Stream[Block]]
 
@@ -124,6 +128,10 @@ class Answering:
             canvas always there [default: on].
         stop: Text that ends the answer, one or several: the answer's text ends before the first that is complete, and
             its block is the last [up to 16 texts of 1 to 1000 characters; an empty one alone for none; default: none].
+        regex: Regular expression that the whole answer matches; where the shortest match is longer than max_new_tokens,
+            the answer begins one [a text of 1 to 100000 characters, or off; default: none].
+        json_schema: JSON schema that the whole answer is valid against; in place of regex [a JSON schema, as text or as
+            a mapping, or off; default: none].
         time_limit: Most seconds of decoding, looked at between forwards; an answer then has the blocks that are
             finished [above 0, or off; default: none].
         logprobs: Give each token of the answer its log-probability, and so many of the most probable tokens beside it,
@@ -231,7 +239,18 @@ class Answering:
         if template and "max_new_tokens" in said and len(template.token_ids) > settings.max_new_tokens:
             raise RequestError(f"The template has {count(len(template.token_ids), 'place')}, more than max_new_tokens "
                                f"{settings.max_new_tokens}; leave max_new_tokens out.")
-        return Way(self.backend, settings, self.bundle.manifest.precision, str(self.bundle.folder), template)
+        return Way(self.backend, settings, self.bundle.manifest.precision, str(self.bundle.folder), template,
+                   self._grammar(settings))
+
+    def _grammar(self, settings: DecodeSettings) -> Grammar | None:
+        """What the answer must match; None where it need not, or without a tokenizer, which `Way` refuses."""
+        if not settings.structured or self._grammars is None:
+            return None
+        d = self.bundle.manifest.model
+        schema = settings.json_schema
+        regex = settings.regex or "" if schema is None else regex_of_schema(schema)
+        ends = d.eos_ids if settings.eos_ids is None else settings.eos_ids
+        return self._grammars.of(regex, (*barred_tokens(d), *ends))
 
     def _literal(self, text: str) -> list[int]:
         if self.text is None:

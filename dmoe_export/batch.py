@@ -9,9 +9,12 @@ from .bundle.reader import Bundle
 from .decoding.answer import Block
 from .decoding.batch import Handle, JoiningBatch
 from .decoding.prefixes import PrefixStore
+from .decoding.row import FinishReason
 from .decoding.settings import DecodeSettings
 from .decoding.watch import Watch
 from .decoding.way import Way
+from .errors import CheckError
+from .grammar.grammar import Grammar
 from .runtime.backend import Backend
 from .runtime.residency.backend import ResidencyStatistics, ResidentBackend
 from .text.codec import TextCodec, TextStream
@@ -47,13 +50,25 @@ class Event:
 class _Ends:
     """What a row's text says to a finished block. Knows no batch, so that nothing keeps a dropped one's cache alive."""
 
-    def __init__(self, stream: TextStream) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextStream, grammar: Grammar | None) -> None:
+        self._stream, self._grammar = stream, grammar
+        self._text = ""  # that must match
         self.piece: str | None = None  # new text
 
     def __call__(self, ids: list[int], last: bool) -> int | None:
         self.piece = self._stream.push(ids, last)
+        if self._grammar:
+            self._text += self.piece
         return self._stream.kept
+
+    def wrong(self, reason: FinishReason | None) -> Exception | None:
+        """Why the text of an answer that ends so is none, though nothing failed."""
+        if self._grammar and reason in ("eos", "filled"):
+            try:
+                self._grammar.check(self._text)
+            except CheckError as error:
+                return error
+        return None
 
 
 class Batch:
@@ -106,7 +121,7 @@ class Batch:
         forward of the row, with provisional tokens (`StepSeen`). Raises RequestError where no slot is free.
         """
         self._check()
-        ends = _Ends(TextStream(self._text, request.settings.stops)) if self._text else None
+        ends = _Ends(TextStream(self._text, request.settings.stops), request.way.grammar) if self._text else None
         handle = self._batch.add(request.token_ids, request.way, index, ends, watch)
         if self._resident:
             self._starts[handle] = self._resident.statistics()
@@ -123,14 +138,15 @@ class Batch:
         for done in self._batch.step():
             ends = done.handle.ends
             piece = ends.piece if isinstance(ends, _Ends) else None
-            start = self._starts.pop(done.handle, None) if done.error or done.finish_reason else None
+            error = done.error or (ends.wrong(done.finish_reason) if isinstance(ends, _Ends) else None)
+            start = self._starts.pop(done.handle, None) if error or done.finish_reason else None
             done.statistics.products = self._products
             if start and self._resident:
                 done.statistics.residency = self._resident.statistics().since(start).as_dict()
             row, said = done.handle.row, done.probabilities
             if said is not None and self._text:
                 said = [one.with_text(self._text.spelling) for one in said]
-            events.append(Event(done.handle, None, done.error) if done.error else Event(done.handle, Block(
+            events.append(Event(done.handle, None, error) if error else Event(done.handle, Block(
                 row.index, done.token_ids, piece, done.finish_reason, done.statistics,
                 row.answer_gaps() if done.finish_reason else None, said)))
         return events

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -13,6 +14,8 @@ from .decoding.answer import Block, Generation
 from .decoding.defaults import Defaults
 from .decoding.stream import Life, Stream
 from .filling import Filling
+from .grammar.grammar import Grammars
+from .grammar.vocabulary import vocabulary_of
 from .opening import open_model
 from .runtime.backend import Backend
 from .runtime.choose import BackendName
@@ -39,6 +42,8 @@ class Generator(Filling, Scoring):
         """`backend_choice`: why it is this backend, in a few words. `preset`: as in `open`."""
         self.bundle, self.backend, self.backend_choice = bundle, backend, backend_choice
         self.text = TextCodec.of(bundle)
+        self._grammars = None if self.text is None else Grammars(partial(
+            vocabulary_of, self.text, bundle.manifest.model.vocab_size))
         self._life, self._streams = Life(str(bundle.folder)), WeakSet[Stream[Block]]()
         self.defaults = Defaults(bundle, preset)
 

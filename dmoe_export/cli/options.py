@@ -65,7 +65,8 @@ def told_option(one: Option) -> Callable[[F], F]:
                 "callback": lambda context, option, values: values or None}
     else:
         kind = next((kind for kind in (int, float, str) if kind in one.types), None)
-        more = {"type": kind or click.Choice(one.types), "metavar": "NAME" if kind is str else metavar(kind)}
+        text = "NAME" if one.name == "preset" else "TEXT"
+        more = {"type": kind or click.Choice(one.types), "metavar": text if kind is str else metavar(kind)}
     return click.option(flag, cls=GroupedOption, group=one.told.group, word=OFF if one.told.off else None,
                         default=None, help=words, **more)
 

@@ -115,7 +115,7 @@ class JoiningBatch:
         way = settings if isinstance(settings, Way) else self.way(settings)
         check_prompt(prompt, way, self._backend, self._bundle, index)
         row = Row(index, list(prompt), way.settings, self._backend.description, way.block_length, self._bytes,
-                  way.template)
+                  way.template, way.complete)
         prefix = RowPrefix(self.prefixes, way, self._backend) if self.prefixes and way.caches_blocks else None
         top = way.settings.logprobs
         recorder = None if top is None else Recorder(row, top, self._backend.description.barred_id)

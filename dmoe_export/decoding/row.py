@@ -26,8 +26,12 @@ class Row:
     """
 
     def __init__(self, index: int, prompt: list[int], settings: DecodeSettings, description: ModelDescription,
-                 block_length: int, bytes_per_expert: int, template: Template | None = None) -> None:
-        """`template`: of the whole answer; blocks that it gives whole are never active."""
+                 block_length: int, bytes_per_expert: int, template: Template | None = None,
+                 complete: bool = False) -> None:
+        """`template`: of the whole answer; blocks that it gives whole are never active.
+
+        `complete`: an answer as long as may be is whole all the same, as its last place ends it.
+        """
         self.index, self.settings, self.n = index, settings, block_length
         self.prompt_length = len(prompt)
         self.end = len(prompt) + settings.max_new_tokens
@@ -42,6 +46,7 @@ class Row:
         self.masked = np.arange(size) >= len(prompt)
         self.given = np.zeros(size, bool)  # places of the answer that the template gives
         self.template = template
+        self._complete = complete
         self.closed = len(prompt)  # behind the last given place: nothing below this ends the answer
         self.spans = np.zeros((0, 2), np.int64)  # [gaps of the template, 2] where each starts and stops
         self.shifted = False  # the last step moved what is behind the active block
@@ -123,7 +128,7 @@ class Row:
         if self.settled or (self.settings.early_stop and self.settings.edit_threshold is None):
             self._look_for_end(window.start)
         if self.settled and self.finish_reason is None and (full or window.stop >= self.end):
-            self.finish_reason = "filled" if self.closed == self.end else "length"
+            self.finish_reason = "filled" if self.closed == self.end else "eos" if self._complete else "length"
         self.statistics.blocks += self.settled or self.finish_reason is not None
 
     def room(self) -> tuple[Ints, Ints]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
@@ -41,6 +41,11 @@ _ENDS = Rule(lambda value: _ids(value) == (-1,) or min(_ids(value), default=-1) 
 _STOPS = Rule(lambda value: isinstance(value, Sequence) and len(_texts(value)) <= 16
               and all(isinstance(one, str) and 1 <= len(one) <= 1000 for one in _texts(value)),
               "up to 16 texts of 1 to 1000 characters; an empty one alone for none")
+MOST_REGEX = 100_000  # characters
+_REGEX = Rule(lambda value: isinstance(value, str) and 1 <= len(value) <= MOST_REGEX,
+              f"a text of 1 to {MOST_REGEX} characters")
+_SCHEMA = Rule(lambda value: isinstance(value, Mapping) or (isinstance(value, str) and value != ""),
+               "a JSON schema, as text or as a mapping")
 _NAME = Rule(lambda value: isinstance(value, str) and 1 <= len(value) <= 100, "a name of 1 to 100 characters")
 _WINDOW = Rule(lambda value: 0 <= value <= MOST_OPEN, f"between 0 and {MOST_OPEN}")
 _TOP = Rule(lambda value: 0 <= value <= 20, "between 0 and 20")
@@ -165,6 +170,12 @@ class DecodeSettings:
     stop: Annotated[str | Sequence[str] | None, Told(
         "Text that ends the answer, one or several: the answer's text ends before the first that is complete, and its "
         "block is the last", _STOPS, shown="none")] = None
+    regex: Annotated[str | None, Told(
+        "Regular expression that the whole answer matches; where the shortest match is longer than max_new_tokens, the "
+        "answer begins one", _REGEX, shown="none", off=True)] = None
+    json_schema: Annotated[str | Mapping[str, Any] | None, Told(
+        "JSON schema that the whole answer is valid against; in place of regex", _SCHEMA, shown="none", off=True
+        )] = None
     time_limit: Annotated[float | None, Told(
         "Most seconds of decoding, looked at between forwards; an answer then has the blocks that are finished",
         _SECONDS, shown="none", off=True)] = None
@@ -196,6 +207,11 @@ class DecodeSettings:
                                "them out.")
         if self.insert_delete and self.penalty_lambda:
             raise RequestError("insert_delete knows no penalty_lambda; leave one of them out.")
+        if self.regex is not None and self.json_schema is not None:
+            raise RequestError("regex and json_schema both say what the answer matches; give one of them.")
+        if self.structured and self.stops:
+            raise RequestError("stop would cut an answer that must match as a whole (regex, json_schema); leave one of "
+                               "them out.")
         other = "insert_delete" if self.insert_delete else "salient_threshold"
         if self.edit_blocks and (self.insert_delete or self.salient_threshold is not None):
             raise RequestError(f"edit_blocks does not go with {other}, which knows one block at a time; leave one of "
@@ -205,6 +221,11 @@ class DecodeSettings:
     def eos_ids(self) -> tuple[int, ...] | None:
         """`eos_id` as a tuple: (−1,) for none, None for the model's."""
         return None if self.eos_id is None else _ids(self.eos_id)
+
+    @property
+    def structured(self) -> bool:
+        """Whether the answer must match something."""
+        return self.regex is not None or self.json_schema is not None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -257,6 +278,8 @@ class GenerateOptions(TypedDict, total=False):
     eos_id: int | Sequence[int] | None
     early_stop: bool | None
     stop: str | Sequence[str] | None
+    regex: str | Literal["off"] | None
+    json_schema: str | Mapping[str, Any] | Literal["off"] | None
     time_limit: float | Literal["off"] | None
     logprobs: int | Literal["off"] | None
     coreset_top_p: float | None

@@ -48,6 +48,8 @@ class Statistics:
     accepted_by_step: list[int] = field(default_factory=list)  # of canvases: places kept, but for each one's last step
     entropy_by_step: list[float | None] | None = None  # mean of the masked places before it, in nats; where asked for
     residency: dict[str, Any] | None = None  # of all forwards while the row was there, under an expert budget
+    constrained_tokens: int | None = None  # of the answer's places: the model's best token was not allowed (regex)
+    grammar_seconds: float | None = None  # spent to find out what is
     products: str | None = None  # what weights were multiplied with on the CPU, such as "exact (float32)"
 
     def record(self, phase: Phase, expert_ids: NDArray[np.int32], seconds: float, rides: Phase | None = None,
@@ -76,6 +78,11 @@ class Statistics:
             self.salient_overflows += result.overflowed
             if result.salient is not None:
                 self.salient_by_step.append(result.salient.sum(axis=-1).tolist())
+
+    def count_constrained(self, tokens: int, seconds: float) -> None:
+        """Count a step of an answer that must match."""
+        self.constrained_tokens = (self.constrained_tokens or 0) + tokens
+        self.grammar_seconds = (self.grammar_seconds or 0.0) + seconds
 
     @property
     def salient_rows(self) -> float | None:
@@ -120,7 +127,7 @@ class Statistics:
         """For JSON."""
         raw = asdict(self)
         del raw["unique_by_phase"]
-        for name in ("entropy_by_step", "residency", "products"):
+        for name in ("entropy_by_step", "residency", "products", "constrained_tokens", "grammar_seconds"):
             if raw[name] is None:
                 del raw[name]
         if self.accepted_by_step:

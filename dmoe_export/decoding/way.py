@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from ..description import Precision
 from ..errors import RequestError
+from ..grammar.grammar import Grammar
 from ..runtime.backend import Backend, Limits
 from ..runtime.salient import SalientBackend, SalientGraphs
 from .caching import Plan, Widths, policy
 from .canvas_options import check_canvas_options
+from .constrained import Constrained
 from .edit_options import check_edit_options, check_ranges
 from .indel import InsertDelete
 from .outcome import Decides, Outcome
@@ -19,6 +21,7 @@ from .routing import routing_inputs
 from .row import Row
 from .salient import policy as salient_policy
 from .settings import DecodeSettings
+from .structured import rule_of
 from .template import Template
 
 PREFILL_TOKENS = 512  # most tokens of a row in one prefill forward; chunks are exact under block-causal attention
@@ -28,16 +31,18 @@ class Way:
     """A request's settings in the terms of a backend: its block length, routing inputs, cache policy and acceptance."""
 
     def __init__(self, backend: Backend, settings: DecodeSettings, precision: Precision | None = None,
-                 bundle: str = "BUNDLE", template: Template | None = None) -> None:
+                 bundle: str = "BUNDLE", template: Template | None = None,
+                 grammar: Grammar | None = None) -> None:
         """`precision` of the model and `bundle`, its place, are for the advice of errors.
 
         `template`: places of the answer that are given; it is as long as that says, whatever the settings do.
+        `grammar`: what the answer must match, compiled of `settings.regex` or `json_schema`.
         Raises RequestError for settings that make no sense with the backend's model.
         """
         d, vocabulary = backend.description, backend.description.vocab_size
         self._attention = d.attention
         ends = d.eos_ids if settings.eos_ids is None else settings.eos_ids
-        self.template = template
+        self.template, self.grammar = template, grammar
         if template:
             template.check(d, ends)
             check_ranges(template, settings)
@@ -84,8 +89,14 @@ class Way:
         if barred and len({*barred, *control, d.barred_id} - {-1}) >= vocabulary:
             raise RequestError("No token is left for the gaps of the template, as eos_id names all, and what ends an "
                                "answer is not chosen where the template goes on; name fewer.")
+        self.complete = False  # an answer as long as may be is whole
         self.outcome: Decides
-        if d.canvas:
+        if settings.structured:
+            rule = rule_of(settings, d, grammar, template, ends)
+            assert grammar
+            self.complete = rule.fits
+            self.outcome = Constrained(settings, d.barred_id, vocabulary, grammar, rule, precision)
+        elif d.canvas:
             self.outcome = Renoise(settings, d, precision, barred)
         elif settings.insert_delete and edit:
             self.outcome = InsertDelete(settings, d.barred_id, edit, vocabulary, n, precision, barred)

@@ -12,6 +12,7 @@ from ..decoding.option import OFF
 from ..decoding.settings import OPTIONS
 from ..text.switches import TOOLS
 from ..words import visible
+from .structured import FIELDS, with_structure
 
 MOST_CHOICES = 16  # of a prompt
 MOST_PROMPTS = 64  # of a request for completions, times its choices
@@ -26,9 +27,8 @@ HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "p
 # Fields of OpenAI that this server does not have, with the values that ask for nothing; others are refused by name.
 NOT_HERE: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
-    "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
-    "top_logprobs": (0,), "logit_bias": ({},), "presence_penalty": (0,), "frequency_penalty": (0,), "best_of": (1,),
-    "echo": (False,), "suffix": ("",), "modalities": (["text"],), "audio": (), "prediction": (),
+    "function_call": ("none", "auto"), "top_logprobs": (0,), "logit_bias": ({},),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "best_of": (1,), "echo": (False,), "suffix": ("",), "modalities": (["text"],), "audio": (), "prediction": (),
     "reasoning_effort": ("none",), "verbosity": ("medium",), "web_search_options": ()}
 # The same of other servers' fields, which their clients send whether they matter or not.
 OTHERS: dict[str, tuple[Any, ...]] = {
@@ -85,7 +85,7 @@ class Body(_Strict):
 
     @classmethod
     def _names(cls) -> Collection[str]:
-        return {*cls.model_fields, *HARMLESS, *NOT_HERE, *OTHERS}
+        return {*cls.model_fields, *HARMLESS, *NOT_HERE, *OTHERS, *FIELDS}
 
     @model_validator(mode="before")
     @classmethod
@@ -93,7 +93,7 @@ class Body(_Strict):
         """Take fields out that ask for nothing; refuse what this server does not have."""
         if not isinstance(values, dict):
             return values
-        kept = {name: value for name, value in values.items() if name not in HARMLESS}
+        kept = with_structure({name: value for name, value in values.items() if name not in HARMLESS})
         if kept.get("tool_choice") == "none":
             kept.pop("tools", None)
         if kept.get("top_k") == -1:  # off, as other servers write it

@@ -8,6 +8,7 @@ import time
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 from ..bundle.reader import Bundle
 from ..errors import BundleError, RequestError
@@ -135,6 +136,12 @@ class TextCodec:
             return name, b""
         added = self._bytes.of(name)
         return (self.decode([id_]) if added is None else added.decode("utf-8", "replace")), added
+
+    @property
+    def decoder(self) -> dict[str, Any] | None:
+        """How tokens become text: that part of tokenizer.json."""
+        section: dict[str, Any] | None = self._guarded.content.get("decoder")
+        return section
 
     def _tell_of_dropped(self, template: ChatTemplate, messages: list[Message], text: str, now: datetime,
                          switches: Switches | None) -> None:

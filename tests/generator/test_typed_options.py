@@ -6,7 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -53,7 +53,7 @@ def test_the_command_line_has_every_option_with_its_words_and_type():
         assert option.help == one.help + " May be given again." * bool(one.several)
         kind = option.type.choices if isinstance(option.type, click.Choice) else {
             "integer": (int,), "float": (float,), "boolean": (bool,), "text": (str,)}[option.type.name]
-        assert set(kind) == set(one.types) - {type(None), Sequence[int], Sequence[str]}
+        assert set(kind) == set(one.types) - {type(None), Sequence[int], Sequence[str], Mapping[str, Any]}
         assert option.multiple == bool({Sequence[int], Sequence[str]} & set(one.types))
         assert option.word == ("off" if one.told.off else None)
 
@@ -86,7 +86,7 @@ def test_other_commands_that_share_an_option_share_its_words():
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_values_that_mean_nothing_are_refused_in_the_words_of_the_page(name):
-    nothing = "" if name == "preset" else ["a", ""] if name == "stop" else "many"
+    nothing = "" if name in ("preset", "regex", "json_schema") else ["a", ""] if name == "stop" else "many"
     with pytest.raises(RequestError, match=f"^{name} is '?{re.escape(str(nothing))}'?, it must be "):
         DecodeSettings(**{name: nothing})
     if OPTIONS[name].told.rule and name != "stop" and not isinstance(OPTIONS[name].default, str):

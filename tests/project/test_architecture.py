@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "dmoe_export"
 FLOORS = {"cli": 7, "check": 6, "bench": 6, "serving": 6, "deploy": 6, "generator": 5,
           "filling": 4.9, "scoring": 4.9, "answering": 4.8, "batch": 4.5, "opening": 4.5,
-          "fit": 4.5, "export": 4.5, "recipe": 4.5, "decoding": 4,
+          "fit": 4.5, "export": 4.5, "recipe": 4.5, "decoding": 4, "grammar": 3,
           "model/backend": 3, "model": 2, "runtime": 2, "text": 2, "engine": 2, "checkpoint": 1, "ops": 1, "bundle": 1,
           "weight_formats": 0.5, "description": 0, "drawing": 0, "hub": 0, "libraries": 0, "guards": 0, "errors": -1,
           "extras": -1, "words": -1}

@@ -162,7 +162,7 @@ REFUSED = [
     ({"tools": [{"type": "function"}]}, 400, "tools is given, and the bundle's chat template shows the model", "tools"),
     ({"tools": [5]}, 400, "tools.0: ", "tools"),
     ({"tool_choice": "required"}, 400, "tool_choice is not", "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format is not offered", "response_format"),
+    ({"response_format": {"type": "json"}}, 400, "response_format must be of type", "response_format"),
     ({"logit_bias": {"5": 1}}, 400, "logit_bias is not offered", "logit_bias"),
     ({"presence_penalty": 0.5}, 400, "presence_penalty is not offered", "presence_penalty"),
     ({"stream": "yes"}, 400, "stream: ", "stream"),

@@ -278,10 +278,23 @@ def test_values_for_the_chat_template_go_with_messages(triton):
         wanted_of("toy", inputs | {"text_input": "x"}, '{"chat": true}', "")
 
 
+def test_schemas_go_as_text_or_in_the_sampling_parameters(triton):
+    from dmoe_export.serving.triton.request import wanted_of
+
+    text, schema = {"text_input": "x"}, {"type": "object", "properties": {"é": {"enum": [1, "a"]}}}
+    wanted = wanted_of("toy", text, json.dumps({"json_schema": json.dumps(schema), "max_tokens": "9"}), "")
+    assert wanted.body.options() == {"json_schema": json.dumps(schema), "max_new_tokens": 9}
+    said = {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}
+    wanted = wanted_of("toy", text | {"sampling_parameters": json.dumps(said)}, "{}", "")
+    assert wanted.body.options() == {"json_schema": schema}
+    assert wanted_of("toy", text, '{"regex": "[0-9]+"}', "").body.options() == {"regex": "[0-9]+"}
+
+
 def test_every_option_of_a_request_may_be_given(triton, monkeypatch):
     with model_of(triton, monkeypatch) as model:
         for name in OPTIONS:
-            odd = Request(input_ids=ids(), sampling_parameters=json.dumps({name: {"x": 1}}))
+            value = {"x": 1} if name != "json_schema" else [1]
+            odd = Request(input_ids=ids(), sampling_parameters=json.dumps({name: value}))
             model.execute([odd])
             assert odd.error()[0].startswith(f"{name} is "), odd.error()
 

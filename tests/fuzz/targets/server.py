@@ -19,6 +19,7 @@ from dmoe_export.serving.engine import Engine
 from dmoe_export.serving.house import House
 from dmoe_export.serving.metrics import Metrics
 from dmoe_export.serving.schema import HARMLESS, NOT_HERE, OTHERS
+from dmoe_export.serving.structured import FIELDS
 
 from .. import mutate
 from ..case import IDS, PROMPT, Base, Case
@@ -27,8 +28,8 @@ KEY = "the-key"
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/chat/denoising")
 _PLACES = ("/", "/v1/models", "/v1/models/sample", "/v1/requests/x", "/health/live", "/metrics", "/page/x.js", "/no",
            "/v1/models/\x00", "//", "/v1/chat/completions/", "/page/../app.py", "/openapi.json", "/v1/models/é")
-_NAMES = [*OPTIONS, *HARMLESS, *NOT_HERE, *OTHERS, "template", "infill", "n", "stream", "stream_options", "max_tokens",
-          "model", "nope"]
+_NAMES = [*OPTIONS, *HARMLESS, *NOT_HERE, *OTHERS, *FIELDS, "template", "infill", "n", "stream", "stream_options",
+          "max_tokens", "model", "nope"]
 _CODES = {"timeout"}  # of 5xx that a client may be to blame for
 
 
