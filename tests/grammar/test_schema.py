@@ -239,6 +239,40 @@ def test_what_is_hostile_is_refused_before_it_costs(made):
     assert time.process_time() - start < 2
 
 
+def _damaged(rng: random.Random, made):
+    """With a part in the place of another, or a keyword under the name of another."""
+    if not isinstance(made, (dict, list)) or not made or rng.random() < 0.15:
+        return rng.choice([True, False, None, 0, -1, 2.5, 10**400, "", "a", "#", "#/$defs/one", [], {}, ["a"], [{}],
+                           {"a": 1}])
+    names = list(made) if isinstance(made, dict) else range(len(made))
+    place = rng.choice(names)
+    copied = made.copy()
+    if isinstance(made, dict) and rng.random() < 0.2:
+        copied[rng.choice(WORDS)] = copied.pop(place)
+    else:
+        copied[place] = _damaged(rng, made[place])
+    return copied
+
+
+WORDS = [*ANIMAL, "items", "prefixItems", "minItems", "additionalProperties", "propertyNames", "$ref", "allOf", "anyOf",
+         "oneOf", "const", "enum", "minimum", "pattern", "format", "maxLength", "not"]
+
+
+def test_damaged_schemas_are_refused_or_sound():
+    rng, used = random.Random(3), 0
+    for number in range(1500):
+        made = _damaged(rng, with_references(rng) if number % 4 == 0 else schema(rng, 1))
+        try:
+            regex = regex_of_schema(made)
+        except RequestError as error:
+            assert str(error).startswith("json_schema "), error
+            continue
+        if isinstance(made, dict) and number % 5 == 0 and len(regex) < 5000:
+            check(made, Texts(regex), rng, (0, 30))
+            used += 1
+    assert used > 40
+
+
 def test_formats_have_the_lengths_that_are_told():
     for name, form in KNOWN.items():
         texts, far = Texts(form.piece.text), {}
