@@ -28,8 +28,9 @@ HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "p
 NOT_HERE: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
     "function_call": ("none", "auto"), "top_logprobs": (0,), "logit_bias": ({},),
-    "presence_penalty": (0,), "frequency_penalty": (0,), "best_of": (1,), "echo": (False,), "suffix": ("",), "modalities": (["text"],), "audio": (), "prediction": (),
-    "reasoning_effort": ("none",), "verbosity": ("medium",), "web_search_options": ()}
+    "presence_penalty": (0,), "frequency_penalty": (0,), "best_of": (1,), "echo": (False,),
+    "suffix": ("",), "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": ("none",),
+    "verbosity": ("medium",), "web_search_options": ()}
 # The same of other servers' fields, which their clients send whether they matter or not.
 OTHERS: dict[str, tuple[Any, ...]] = {
     "min_p": (0,), "repetition_penalty": (1,), "repeat_penalty": (1,), "length_penalty": (1,), "min_tokens": (0,),
