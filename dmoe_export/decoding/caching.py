@@ -86,7 +86,7 @@ def block(row: Row, widths: Widths) -> Plan | None:
         return None  # its commit is the next block's affair: the last block needs none
     start, stop = row.window.start, row.span.stop
     if row.cached < start:
-        rides: Phase = "prefill" if row.cached < row.prefill_length else "commit"
+        rides: Phase = "prefill" if row.cached < row.read_length else "commit"
         most = widths.prefill_rides if rides == "prefill" else widths.commit_rides
         if start - row.cached <= widths.chunk and stop - row.cached <= most:
             return Plan("denoise", row.cached, stop, np.arange(row.cached, stop) < start, rides=rides)

@@ -39,6 +39,7 @@ class Row:
         whole = len(prompt) // block_length * block_length
         self._first = whole if description.attention == "block_causal" else len(prompt)
         self.prefill_length = len(prompt) if description.canvas else whole  # tokens of the prompt, cached by themselves
+        self.read_length = self.prefill_length  # the same, with blocks that a template gives and those before them
         size = self.end if self._full else self._first - (self._first - self.end) // block_length * block_length
         self.canvas = np.full(size, description.barred_id, np.int64)
         self.canvas[:len(prompt)] = prompt
@@ -182,8 +183,11 @@ class Row:
 
     def _pass_given(self) -> None:
         """Go on to the first block in which something is masked; there is one, or the row had ended."""
+        first = self.block
         while not self.masked[self.span].any():
             self.block += 1
+        if self.block > first:
+            self.read_length = max(self.read_length, self.window.start)
 
     def _look_for_end(self, start: int) -> None:
         """An EOS of the answer with nothing masked before it ends the sequence."""

@@ -36,13 +36,10 @@ class Asked:
         self.handle = batch.add(self.prompt, way, self.index, self.ends if self.ends_with is not None else None)
 
     def outcome(self, prefills: bool) -> tuple[Any, ...]:
-        """All that must not depend on the neighbours; the number of prefills does where they share steps' forwards, and
-        that of commits of what a template gives.
-        """
+        """All that must not depend on the neighbours; the number of prefills does where they share steps' forwards."""
         statistics = self.last.statistics
         by_phase = {phase: (number, statistics.unique_by_phase[phase])
-                    for phase, number in statistics.forwards_by_phase.items()
-                    if prefills or (phase != "prefill" and not (self.places and phase == "commit"))}
+                    for phase, number in statistics.forwards_by_phase.items() if prefills or phase != "prefill"}
         return (self.tokens, self.last.finish_reason, type(self.last.error), by_phase, statistics.new_tokens,
                 statistics.given_tokens, statistics.blocks, statistics.edits, statistics.inserted, statistics.deleted,
                 statistics.salient_by_step, statistics.accepted_by_step)
