@@ -93,7 +93,7 @@ def live(batch: JoiningBatch, rows: list[Asked], random: Random, cancelling: flo
 def check(rows: list[Asked], backend: Any, prefills: bool = True) -> None:
     """Each answer is that of the request alone; a cancelled one is its beginning, in whole blocks.
 
-    Of a cancelled one, blocks that were still open might have been edited.
+    Of a cancelled one, blocks that were still open might have been edited, and what they held may be its stop.
     """
     for asked in rows:
         there = [(token, place) for token, place in zip(asked.tokens, asked.places or [], strict=False)
@@ -102,8 +102,10 @@ def check(rows: list[Asked], backend: Any, prefills: bool = True) -> None:
         assert asked.last.error or asked.last.statistics.given_tokens == len(there)
         own = alone(backend, asked)
         if asked.left:
-            assert asked.last.finish_reason in ("cancelled", own.last.finish_reason)
-            closed = max(0, len(asked.tokens) - asked.options.get("edit_blocks", 0) * backend.routing.block_length)
+            open_blocks = asked.options.get("edit_blocks", 0)
+            reasons = {"cancelled", own.last.finish_reason} | ({"stop"} if open_blocks else set())
+            assert asked.last.finish_reason in reasons
+            closed = max(0, len(asked.tokens) - open_blocks * backend.routing.block_length)
             assert own.tokens[:closed] == asked.tokens[:closed]
         else:
             assert asked.outcome(prefills) == own.outcome(prefills), (asked, own)
