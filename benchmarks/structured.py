@@ -81,7 +81,7 @@ def timed(work: Callable[[], Any], rounds: int) -> tuple[float, Any]:
 def masks(steps: Steps) -> float:
     """Median milliseconds of the mask over all tokens that one state leads to, unremembered."""
     rule = Rule(steps, [MASKED] * 64, 0, [END], [MASK])
-    wanted, states = rule.rest[32], np.random.default_rng(0).integers(1, steps.done, 50).tolist()
+    wanted, states = rule.rest(32), np.random.default_rng(0).integers(1, steps.done, 50).tolist()
     times = []
     for state in states:
         start = time.perf_counter()

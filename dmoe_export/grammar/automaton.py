@@ -127,12 +127,17 @@ def _table(regex: str, said: dict[str, Any], edges: NDArray[np.int32]) -> Automa
 
 def _closure(found: Bools, source: NDArray[Any], target: NDArray[Any]) -> Bools:
     """What can be reached from `found` along the edges."""
-    found = found.copy()
-    while True:
-        more = target[found[source] & ~found[target]]
-        if not len(more):
-            return found
-        found[more] = True
+    count, found = len(found), found.copy()
+    edges = np.unique(source.astype(np.int64) * count + target)
+    first, after = np.searchsorted(edges, np.arange(count + 1) * count).tolist(), (edges % count).tolist()
+    waiting = np.flatnonzero(found).tolist()
+    while waiting:
+        one = waiting.pop()
+        for other in after[first[one]:first[one + 1]]:
+            if not found[other]:
+                found[other] = True
+                waiting.append(other)
+    return found
 
 
 def _refused(regex: str, why: str) -> RequestError:

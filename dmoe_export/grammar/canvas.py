@@ -30,20 +30,29 @@ class Rule:
         self.steps, self.given, self.closed = steps, given, closed
         self.ends, self.barred = frozenset(ends), frozenset(barred)
         automaton = steps.automaton
-        self.start = steps.only([automaton.start])
         self._accepting = np.append(automaton.accepting, False)
         self._done = steps.only([steps.done])
         complete = _with(steps.only(np.flatnonzero(automaton.accepting)), True)
-        self.rest = self._back(complete)
+        self._rest = self._back(complete)
         self.fits = self.good
         """Whether some answer of this length matches; else `rest` is of those that begin a match."""
         if not self.fits and closed == 0:
-            self.rest = self._back(self._useful(complete))
+            self._rest = self._back(self._useful(complete))
 
     @property
     def good(self) -> bool:
         """Whether there is any answer."""
-        return bool(self.rest[0][self.steps.automaton.start])
+        return bool(self.rest(0)[self.steps.automaton.start])
+
+    def rest(self, place: int) -> States:
+        """The states from which the answer's places from this one on can reach an end."""
+        packed = np.frombuffer(self._rest[min(place, len(self.given))], np.uint8)
+        return np.unpackbits(packed, count=self.steps.done + 1).tobytes()
+
+    def behind(self, tokens: Sequence[int]) -> States:
+        """The state behind the answer's first tokens, of which none is MASKED."""
+        ended = not self.ends.isdisjoint(tokens)
+        return self._done if ended else self.steps.only([self.steps.follow(tokens)])
 
     def after(self, place: int, states: States, token: int) -> States:
         """The states behind a place; `token` may be MASKED. Places behind the answer's last change nothing."""
@@ -92,11 +101,14 @@ class Rule:
     def _may_end(self, place: int, states: States) -> bool:
         return place >= self.closed and bool(self.ends) and _meet(states, self._accepting)
 
-    def _back(self, last: States) -> list[States]:
-        rest = [last]
+    def _back(self, last: States) -> list[bytes]:
+        """`rest` in bits: of long answers and large automata it is long, and it lives as long as the request."""
+        rest, packed = last, [_packed(last)]
         for place in reversed(range(len(self.given))):
-            rest.append(self.before(place, rest[-1], self.given[place]))
-        return rest[::-1]
+            before = self.before(place, rest, self.given[place])
+            packed.append(packed[-1] if before == rest else _packed(before))
+            rest = before
+        return packed[::-1]
 
     def _useful(self, complete: States) -> States:
         """States from which some tokens, however many, make a match."""
@@ -112,12 +124,9 @@ class Canvas:
     def __init__(self, rule: Rule, before: Sequence[int], tokens: Sequence[int]) -> None:
         """`before`: all tokens of the answer before these; `tokens` [n], MASKED where one is wanted."""
         self._rule, self.first, self._tokens = rule, len(before), list(tokens)
-        states = rule.start
-        for place, token in enumerate(before):
-            states = rule.after(place, states, token)
         n = len(self._tokens)
-        self._reached = [states] * (n + 1)  # F
-        self._wanted = [rule.rest[min(self.first + n, len(rule.given))]] * (n + 1)  # B
+        self._reached = [rule.behind(before)] * (n + 1)  # F
+        self._wanted = [rule.rest(self.first + n)] * (n + 1)  # B
         self._forward(0, True)
         self._backward(n - 1, True)
 
@@ -153,6 +162,10 @@ class Canvas:
             if before == self._wanted[i] and not all_:
                 return
             self._wanted[i] = before
+
+
+def _packed(states: States) -> bytes:
+    return np.packbits(np.frombuffer(states, bool)).tobytes()
 
 
 def _with(states: States, done: bool) -> States:

@@ -8,7 +8,7 @@ stands for "the answer has ended", which no token of a match leads to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from .vocabulary import Trie, Vocabulary
 States = bytes
 
 MOST_MAPS = 128 << 20  # bytes of all maps
+_TOGETHER = 1 << 20  # pairs of maps and states that are looked at together
 _MOST_MEMORY = 8 << 20  # bytes of sets that are remembered, and of masks
 
 
@@ -53,6 +54,13 @@ class Steps:
         chosen[DEAD] = False
         return chosen.tobytes()
 
+    def follow(self, tokens: Sequence[int]) -> int:
+        """The state that tokens lead to from the start."""
+        state = self.automaton.start
+        for one in self._map_of[list(tokens)].tolist():
+            state = int(self._maps[one, state])
+        return state
+
     def after(self, states: States, token: int) -> States:
         """Where a token leads from these states."""
         one = int(self._map_of[token])
@@ -81,8 +89,9 @@ class Steps:
                 self._masks.clear()
             target = np.frombuffer(wanted, bool)
             leads = np.zeros(len(self._maps), bool)
-            for state in np.flatnonzero(np.frombuffer(states, bool)[:-1]).tolist():
-                leads |= target[self._maps[:, state]]
+            now = np.flatnonzero(np.frombuffer(states, bool)[:-1])
+            for part in np.array_split(now, 1 + len(now) * len(self._maps) // _TOGETHER):
+                leads |= target[self._maps[:, part]].any(axis=1)
             self._masks[key] = leads
         return leads[self._map_of]
 
