@@ -53,7 +53,7 @@ def check(generator, wanted, seed=0):
             except RequestError as error:
                 unlike += 1
                 assert any(words in str(error) for words in (
-                    "admits no text", "minProperties", "matches json_schema", "comes to")), (asked, str(error))
+                    "admits no text", "minProperties", "matches json_schema", "comes to", "at once")), (asked, str(error))
                 continue
             rows[batch.add(request)] = asked, []
         while len(batch):
