@@ -279,3 +279,17 @@ def test_a_prompt_in_the_log_is_what_was_sent(url, house, capfd):
         time.sleep(0.01)
     (line,) = [json.loads(one) for one in said.splitlines() if '"prompt"' in one]
     assert line["prompt"] == [["a ", GAP]] and line["new_tokens"] <= 4
+
+
+def test_probabilities_are_those_of_what_is_read(client, offline):
+    parts = ["max has ", Gap(40), " and ", Gap(3), "."]
+    wanted = offline.infill(parts, logprobs=2)[0].answer.probabilities
+    choice = infilled(client, parts, logprobs=2).choices[0]
+    before = len(offline.infilling(parts).token_ids)
+    assert choice.logprobs.token_logprobs == [None] * before + [one.logprob for one in wanted]
+    assert len(choice.logprobs.tokens) == len(choice.model_extra["token_ids"])
+    first, second = (gap["text_offset"] for gap in choice.model_extra["gaps"])  # a text's first blank is in its token
+    assert choice.logprobs.text_offset[before + 40 + 1] - choice.logprobs.text_offset[before] == second - first
+    gap = client.completions.create(model="sample", prompt="max has ", suffix=" and", max_tokens=40, logprobs=0)
+    logprobs = offline.infill(["max has ", Gap(40), " and"], logprobs=0)[0].answer.probabilities[:40]
+    assert gap.choices[0].logprobs.token_logprobs == [one.logprob for one in logprobs]
