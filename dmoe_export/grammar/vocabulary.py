@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,12 +59,12 @@ class Codec(Protocol):
     """What a vocabulary is made of."""
 
     @property
-    def decoder(self) -> dict[str, Any] | None:
-        """How tokens become text: that part of tokenizer.json."""
+    def loses_blank(self) -> bool | None:
+        """Whether a text loses one blank that it begins with; None where it may lose more, or else."""
         ...
 
-    def token(self, id_: int) -> str | None:
-        """A token's name; None for one that decoding leaves out."""
+    def added_bytes(self, id_: int) -> bytes | None:
+        """What a token adds to a text; none of one that decoding leaves out, None where that is not of it alone."""
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -77,80 +77,19 @@ def vocabulary_of(codec: Codec, size: int) -> Vocabulary:
 
     Raises RequestError for a decoder in which a token's text depends on its neighbours, and one not known here.
     """
-    spell, spaced = _speller(codec.decoder)
-    names = map(codec.token, range(size))
-    vocabulary = Vocabulary([b"" if name is None else spell(name) for name in names], spaced)
-    whole = [i for i, piece in enumerate(vocabulary.pieces) if piece and _is_text(piece)]
+    pieces = [codec.added_bytes(id_) for id_ in range(size)]
+    spelled = [piece for piece in pieces if piece is not None]
+    if len(spelled) < size or codec.loses_blank is None:
+        raise RequestError("Answers cannot be held to a regular expression or a schema, as the bundle's tokenizer has "
+                           "a decoder by which a token's text may depend on those beside it; leave it out.")
+    vocabulary = Vocabulary(spelled, codec.loses_blank)
+    whole = [i for i, piece in enumerate(spelled) if piece and _is_text(piece)]
     order = np.random.default_rng(0).permutation(np.array(whole, np.int64)).tolist()
-    wanted = b"".join(vocabulary.pieces[i] for i in order).decode("utf-8")
-    if codec.decode(order) != (wanted[1:] if spaced and wanted.startswith(" ") else wanted):
+    wanted = b"".join(spelled[i] for i in order).decode("utf-8")
+    if codec.decode(order) != (wanted[1:] if vocabulary.spaced and wanted.startswith(" ") else wanted):
         raise RequestError("Answers cannot be held to a regular expression or a schema, as the bundle's tokenizer "
                            "decodes tokens to other text than they spell; leave it out.")
     return vocabulary
-
-
-def _speller(decoder: dict[str, Any] | None) -> tuple[Callable[[str], bytes], bool]:
-    """What a token's name spells, and whether the text loses a leading space."""
-    parts = _parts(decoder)
-    if [part.get("type") for part in parts] == ["ByteLevel"]:
-        return _byte_level, False
-    replaced: list[tuple[str, str]] = []
-    fallback = fused = spaced = False
-    for part in parts:
-        kind, pattern = part.get("type"), part.get("pattern")
-        text = pattern.get("String") if isinstance(pattern, dict) else None
-        if kind == "Replace" and text and not (fused or fallback):
-            replaced.append((text, str(part.get("content"))))
-        elif kind == "ByteFallback" and not (fused or fallback):
-            fallback = True
-        elif kind == "Fuse" and not fused:
-            fused = True
-        elif kind == "Strip" and fused and not spaced and (
-                (part.get("content"), part.get("start"), part.get("stop")) == (" ", 1, 0)):
-            spaced = True
-        else:
-            raise RequestError("Answers cannot be held to a regular expression or a schema, as the bundle's tokenizer "
-                               f"has a decoder {str(kind)[:40]} there, by which a token's text may depend on those "
-                               "beside it; leave it out.")
-    if not fused:
-        raise RequestError("Answers cannot be held to a regular expression or a schema, as the bundle's tokenizer has "
-                           "no decoder that joins tokens and puts spaces between them; leave it out.")
-
-    def spell(name: str) -> bytes:
-        for text, content in replaced:
-            name = name.replace(text, content)
-        if fallback and len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
-            try:
-                return bytes([int(name[3:5], 16)])
-            except ValueError:
-                pass
-        return name.encode("utf-8", errors="replace")
-    return spell, spaced
-
-
-def _parts(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if decoder is None:
-        return []
-    if decoder.get("type") == "Sequence":
-        return [part for inner in decoder.get("decoders", []) for part in _parts(inner)]
-    return [decoder]
-
-
-def _letters() -> dict[str, int]:
-    """The letters by which byte-level tokenizers write bytes (GPT-2)."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_LETTERS = _letters()
-
-
-def _byte_level(name: str) -> bytes:
-    try:
-        return bytes([_LETTERS[letter] for letter in name])
-    except KeyError:  # an added token, which stands for itself
-        return name.encode("utf-8", errors="replace")
 
 
 def _is_text(piece: bytes) -> bool:

@@ -8,7 +8,6 @@ import time
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 from ..bundle.reader import Bundle
 from ..errors import BundleError, RequestError
@@ -131,17 +130,20 @@ class TextCodec:
 
         A special token goes by its name and adds nothing; U+FFFD stands for a part of a character.
         """
-        name = self._tokenizer.id_to_token(id_) or ""  # the model may have more tokens than the tokenizer
-        if id_ in self._special or not name:
-            return name, b""
-        added = self._bytes.of(name)
-        return (self.decode([id_]) if added is None else added.decode("utf-8", "replace")), added
+        added = self.added_bytes(id_)
+        if added is None:
+            return self.decode([id_]), None
+        return added.decode("utf-8", "replace") or self._tokenizer.id_to_token(id_) or "", added
 
     @property
-    def decoder(self) -> dict[str, Any] | None:
-        """How tokens become text: that part of tokenizer.json."""
-        section: dict[str, Any] | None = self._guarded.content.get("decoder")
-        return section
+    def loses_blank(self) -> bool | None:
+        """Whether a text loses one blank that it begins with; None where it may lose more, or else."""
+        return self._bytes.loses_blank
+
+    def added_bytes(self, id_: int) -> bytes | None:
+        """What a token adds to a text, in UTF-8; b"" of a special or unknown one, None where its neighbours count."""
+        name = self._tokenizer.id_to_token(id_)  # the model may have more tokens than the tokenizer
+        return b"" if id_ in self._special or not name else self._bytes.of(name)
 
     def _tell_of_dropped(self, template: ChatTemplate, messages: list[Message], text: str, now: datetime,
                          switches: Switches | None) -> None:

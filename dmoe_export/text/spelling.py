@@ -22,6 +22,7 @@ class TokenBytes:
     def __init__(self, decoder: dict[str, Any] | None) -> None:
         """`decoder`: that part of tokenizer.json."""
         self._changes = _changes(decoder)
+        self.loses_blank = _loses_blank(decoder)
 
     def of(self, token: str) -> bytes | None:
         """Of a token by its name; None where the decoder looks at more than one token."""
@@ -31,6 +32,16 @@ class TokenBytes:
         for change in self._changes:
             changed = change(changed)
         return changed if isinstance(changed, bytes) else changed.encode("utf-8", "surrogatepass")
+
+
+def _loses_blank(decoder: dict[str, Any] | None) -> bool | None:
+    """Whether a text loses one blank that it begins with; None where it may lose more, or else."""
+    parts = parts_of(decoder)
+    joined = next((i for i, (kind, _) in enumerate(parts) if kind in ("Fuse", "ByteLevel")), None)
+    if joined is None:
+        return None
+    behind = [(kind, part.get("content"), part.get("start"), part.get("stop")) for kind, part in parts[joined + 1:]]
+    return {0: False, 1: True if behind == [("Strip", " ", 1, 0)] else None}.get(len(behind))
 
 
 def _changes(decoder: dict[str, Any] | None) -> list[Change] | None:

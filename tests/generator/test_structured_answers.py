@@ -102,3 +102,15 @@ def test_the_command_line(sample_bundle):
                                        "[0-9]{3}", "--max-new-tokens", "16", "--threads", "1", "--json"])
     said = json.loads(result.output)
     assert re.fullmatch("[0-9]{3}", said["text"]) and said["finish_reason"] == "eos"
+
+
+def test_under_an_expert_budget_everything_is_the_same(generator, sample_bundle):
+    """Gaps, probabilities and matches: the budget moves experts, and no bit."""
+    asked = {"max_new_tokens": 24, "regex": REGEXES[4], "logprobs": 2}
+    parts = ["what is ", Gap(3), " plus 3?"]
+    with Generator.open(sample_bundle.folder, backend="onnxruntime", threads=1, expert_budget="25%") as tight:
+        for one, other in zip(generator.generate(PROMPTS, **asked), tight.generate(PROMPTS, **asked), strict=True):
+            assert (one.token_ids, one.probabilities) == (other.token_ids, other.probabilities)
+            assert other.stats.residency and other.stats.residency["peak_bytes"] > 0
+        one, other = (each.infill(parts, logprobs=1)[0] for each in (generator, tight))
+        assert (one.text, one.gaps, one.answer.probabilities) == (other.text, other.gaps, other.answer.probabilities)

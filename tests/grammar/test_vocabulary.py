@@ -36,25 +36,26 @@ def test_random_tokens_decode_to_what_they_spell(kind, tmp_path):
     assert compared > 50
 
 
-@pytest.mark.parametrize(("decoder", "why"), [
-    (None, "has no decoder that joins tokens"), (decoders.WordPiece(), "a decoder WordPiece there"),
-    (decoders.Metaspace(), "a decoder Metaspace there"), (decoders.CTC(), "a decoder CTC there"),
-    (decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "x")]), "a decoder Replace there"),
-    (decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 1)]), "a decoder Strip there"),
-    (decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()]), "a decoder ByteLevel there")])
-def test_decoders_in_which_tokens_depend_on_their_neighbours_are_refused(decoder, why, tmp_path):
+@pytest.mark.parametrize("decoder", [
+    None, decoders.WordPiece(), decoders.Metaspace(), decoders.CTC(),
+    decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "x")]),
+    decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 1)]),
+    decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 2, 0)]),
+    decoders.Sequence([decoders.Fuse(), decoders.Strip("_", 1, 0)]),
+    decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0), decoders.Strip(" ", 1, 0)]),
+    decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])])
+def test_decoders_in_which_tokens_depend_on_their_neighbours_are_refused(decoder, tmp_path):
     tokenizer = KINDS["word-level"]()
     tokenizer.decoder = decoder
     text = codec(tokenizer, tmp_path)
-    with pytest.raises(RequestError, match=r"^Answers cannot be held to a regular expression or a schema") as error:
+    with pytest.raises(RequestError, match=r"^Answers cannot .* a decoder by which a token's text may depend on"):
         vocabulary_of(text, 40)
-    assert why in str(error.value)
 
 
 def test_a_tokenizer_that_decodes_to_other_text_than_its_tokens_spell_is_refused(tmp_path):
     class Odd:
         text = codec(KINDS["byte-level"](), tmp_path)
-        decoder, token = text.decoder, text.token
+        loses_blank, added_bytes = text.loses_blank, text.added_bytes
 
         def decode(self, ids):
             return self.text.decode(ids).replace("role", "rule")
