@@ -108,7 +108,8 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 def _draw(logits: np.ndarray, settings: DecodeSettings, u: float) -> int:
     """Inverse-CDF draw among logits in falling order, so that one uniform number decides; the place drawn."""
-    cumulative = _softmax(logits / settings.temperature).cumsum()
+    with np.errstate(over="ignore"):  # almost cold: all but the best are −inf, and it stays 0
+        cumulative = _softmax((logits - logits[0]) / settings.temperature).cumsum()
     if settings.top_p < 1:
         keep = int(np.searchsorted(cumulative, settings.top_p)) + 1  # the one that crosses stays
         cumulative = cumulative[:keep]

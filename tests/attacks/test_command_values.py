@@ -26,7 +26,8 @@ def right(tiny_bundle):
 
 
 @pytest.mark.parametrize(("option", "value"), [
-    ("--steps", 2**31), ("--steps", 10**30), ("--edit-passes", 1000), ("--seed", 10**30), ("--top-k", 10**30)])
+    ("--steps", 2**31), ("--steps", 10**30), ("--edit-passes", 1000), ("--seed", 10**30), ("--top-k", 10**30),
+    ("--temperature", 5e-324)])
 def test_large_numbers_are_as_quick_as_small_ones(tiny_bundle, right, option, value):
     found = run(tiny_bundle.folder, *GENERATE, option, str(value))
     assert found.exit_code == 0 and found.stdout == right

@@ -271,6 +271,7 @@ class TestLibraries:
             libraries.check(folder, 90)
 
 
+@pytest.mark.slow
 def test_the_profiled_calls_run():
     """On the emulated kernels; with a GPU, ncu starts it."""
     target = device_script("ncu_target")

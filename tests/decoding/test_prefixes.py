@@ -37,7 +37,7 @@ def alone(prompt, options):
     return decode(Toy(), [prompt], **options)[0][0]
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32))
 def test_answers_are_those_without_a_store(seed):
     """Prompts out of few blocks, so many begin alike; rows join, are cancelled, and blocks leave a small store."""

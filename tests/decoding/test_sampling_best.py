@@ -103,3 +103,19 @@ def test_a_best_logit_that_is_not_finite_ends_the_answer():
 
     with pytest.raises(NotFiniteError, match="Prompt 0 gets no answer"):
         decode(Bad(), PROMPTS[:1], max_new_tokens=8, temperature=1.0, top_k=3)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-300, 1e-9])
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.5}, {"top_k": 3}])
+def test_almost_no_temperature_takes_the_best(temperature, more):
+    """Logits over it are beyond float64, and what was drawn then was the mask, again and again."""
+    logits, mask = np.random.default_rng(0).normal(0, 8, (1, 50, 40)).astype(np.float32), 7
+    asked = DecodeSettings(temperature=temperature, **more)
+    best = without(logits[0], mask).argmax(axis=-1)
+    tokens, _ = sample(without(logits[0], mask), asked, np.random.default_rng(1))
+    assert tokens.tolist() == best.tolist()
+    if asked.top_k:
+        found = best_of(logits, mask, asked.top_k)
+        drawn, _ = sample_best(found.token_ids[0], found.logits[0], np.ones(50, np.float32), asked,
+                               np.random.default_rng(1))
+        assert drawn.tolist() == best.tolist()

@@ -60,6 +60,7 @@ def test_everything_as_eager(folder, run):
     assert len(np.unique(got["sampled_ids"])) > 2
 
 
+@pytest.mark.slow
 def test_half_precision(folder, exported):
     """Close wherever the experts are the recorded ones; near-ties of a router may go the other way for two tokens."""
     half, flipped = exported(folder / "model", precision="fp16", compute="fp16"), 0

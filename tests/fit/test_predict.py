@@ -164,6 +164,7 @@ def test_the_machine_meant_may_be_another_one(sample_bundle):
     assert bucketed(300) == 384  # what the cache above is made of
 
 
+@pytest.mark.slow
 def test_the_head_of_a_canvas(golden, exported):
     """On a CPU the table once more where it is stored in another type; on a GPU logits that stay in the graph."""
     folder = golden.parent / "diffusion_gemma" / "model"

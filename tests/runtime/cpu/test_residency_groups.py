@@ -74,7 +74,7 @@ _SETS = st.sets(st.integers(0, EXPERTS - 1), min_size=1).map(sorted)
 _STEPS = st.lists(st.tuples(st.sampled_from(["use", "move"]), st.integers(0, LAYERS - 1), _SETS), max_size=12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(capacity=st.integers(1, LAYERS * EXPERTS), steps=_STEPS)
 def test_each_expert_once_within_the_budget(file, capacity, steps):
     tier, identity = _tier(file, capacity), FileIdentity.of(file)
