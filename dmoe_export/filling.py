@@ -14,7 +14,7 @@ from .answering import Answering
 from .batch import Request
 from .decoding.answer import Block, Generation, generation_of
 from .decoding.settings import GenerateOptions
-from .decoding.template import Gap, Part, template_of
+from .decoding.template import Gap, Part, ids_of, template_of
 from .errors import RequestError
 from .text.behind import Behind
 from .text.codec import TextCodec
@@ -97,7 +97,7 @@ class Filling(Answering):
         if not texts or isinstance(texts[0], str):  # begins as the tokenizer begins a text
             before, texts = self._begin(str(texts[0]) if texts else ""), texts[1:]
         for part in texts:
-            before += self._literal(part) if isinstance(part, str) else [int(token) for token in part]  # type: ignore
+            before += self._literal(part) if isinstance(part, str) else ids_of(part)
         return self._request(before, False, None, way, 0)
 
     def _begin(self, text: str) -> list[int]:

@@ -114,7 +114,7 @@ def template_of(parts: Sequence[Part], encode: Callable[[str], list[int]]) -> Te
             gaps.append(Opening(len(ids), len(ids) + part.places, part.fewest))
             ids += [OPEN] * part.places
         else:
-            ids += encode(part) if isinstance(part, str) else _ids(part)
+            ids += encode(part) if isinstance(part, str) else ids_of(part)
         if len(ids) > MOST_POSITIONS:
             raise RequestError(f"The template has more than {MOST_POSITIONS} places, which no model takes.")
     return Template(tuple(ids), tuple(gaps))
@@ -127,7 +127,8 @@ def _listed(parts: Any) -> list[Any]:
     return list(parts)
 
 
-def _ids(part: Any) -> list[int]:
+def ids_of(part: Any) -> list[int]:
+    """A part of token ids; raises RequestError for what is none."""
     if isinstance(part, (bytes, dict)) or not hasattr(part, "__len__") or not hasattr(part, "__iter__"):
         raise RequestError(f"A part of the template is {repr(part)[:100]}, it must be text, a list of token ids or a "
                            "Gap.")
