@@ -21,6 +21,7 @@ from .row import Row
 
 Spelling = Callable[[int], tuple[str, bytes | None]]
 """Of a token id: how it is shown, and what it adds to a text in UTF-8; None: that depends on its neighbours."""
+_LEAST_SHARE = 1e-45  # in float32
 _LEAST = np.float32(-1e4)  # below the largest logit: its power is 0, and so is its part of the entropy
 
 
@@ -93,7 +94,9 @@ class Recorder:
             token, kept = int(row.canvas[position]), before[m]
             if kept is None or kept.token_id != token:
                 said = spread[m] or spread_of(outputs, i, m, self._mask_id)
-                kept = TokenProbability(token, said.logprob(token), step=step, top=said.best(self._top, self._mask_id))
+                logprob = said.logprob(token) if said.logits is not None else math.log(
+                    max(chosen.confidence[m], _LEAST_SHARE))  # a canvas keeps what it has chosen
+                kept = TokenProbability(token, logprob, step=step, top=said.best(self._top, self._mask_id))
             self._kept[position] = kept
 
     def take(self, row: Row, start: int, tokens: list[int]) -> list[TokenProbability]:
@@ -104,15 +107,16 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Spread:
-    """What a forward says of one place; of a canvas of random tokens the best token's share alone."""
+    """What a forward says of one place; of a canvas of random tokens the entropy alone."""
 
     entropy: float  # nats
-    log_sum: float  # ln Σ exp(logit) over all tokens but the mask
-    logits: NDArray[np.float32] | None  # [V]; None: of a canvas, whose best token has the logit 0
+    log_sum: float = 0.0  # ln Σ exp(logit) over all tokens but the mask
+    logits: NDArray[np.float32] | None = None  # [V]; None: of a canvas
 
     def logprob(self, token: int) -> float:
-        """Of a token; of a canvas, of its best."""
-        return (0.0 if self.logits is None else float(self.logits[token])) - self.log_sum
+        """Of a token; not of a canvas."""
+        assert self.logits is not None
+        return float(self.logits[token]) - self.log_sum
 
     def best(self, count: int, mask_id: int) -> tuple[Likely, ...]:
         """The most probable tokens, as many as there are."""
@@ -126,7 +130,7 @@ class Spread:
 def spread_of(outputs: ForwardOutputs, i: int, m: int, mask_id: int) -> Spread:
     """Of place m of row i of the outputs."""
     if outputs.canvas is not None:
-        return Spread(float(outputs.canvas.entropy[i, m]), -math.log(outputs.confidence[i, m]), None)
+        return Spread(float(outputs.canvas.entropy[i, m]))
     assert outputs.logits is not None
     logits = outputs.logits[i, m].copy()
     if mask_id >= 0:

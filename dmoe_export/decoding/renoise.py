@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..description import ModelDescription, Precision
-from ..runtime.backend import Bools, ForwardOutputs, Ints
+from ..runtime.backend import Bools, Floats, ForwardOutputs, Ints
 from .canvas_options import CanvasOptions
 from .draft import Draft
 from .entropy_bound import entropy_bound
@@ -20,6 +20,7 @@ from .finite import check_finite
 from .noise import KeyedNoise, Noise
 from .outcome import Chosen
 from .row import Row
+from .sampling import spared
 from .settings import DecodeSettings
 
 
@@ -62,8 +63,8 @@ class Renoise:
         assert said is not None and draft is not None
         check_finite(row, said.entropy[i, :m], self._precision)
         given, now = row.given[row.span], row.canvas[row.span]
-        entropy, confidence = said.entropy[i, :m], outputs.confidence[i, :m]
-        best = np.where(given, now, self._best(row, outputs, i, m))
+        entropy, (best, confidence) = said.entropy[i, :m], self._best(row, outputs, i, m)
+        best = np.where(given, now, best)
         same = draft.best is not None and np.array_equal(draft.best, best)
         draft.best, draft.repeats = best.copy(), draft.repeats + 1 if same else 0
         stable = draft.repeats >= self._options.stability_threshold
@@ -81,15 +82,16 @@ class Renoise:
         row.statistics.accepted_by_step.append(int(accepted.sum()))
         return Chosen(asked, best, confidence, asked[accepted])
 
-    def _best(self, row: Row, outputs: ForwardOutputs, i: int, m: int) -> Ints:
-        """Most probable tokens [m] that may be chosen."""
-        best = outputs.token_ids[i, :m]
+    def _best(self, row: Row, outputs: ForwardOutputs, i: int, m: int) -> tuple[Ints, Floats]:
+        """Most probable tokens [m] that may be chosen, and their probabilities [m]."""
+        best, confidence = outputs.token_ids[i, :m], outputs.confidence[i, :m]
         if not self._ends:
-            return best
+            return best, confidence
         assert outputs.candidates is not None
-        ids = outputs.candidates.token_ids[i, :m]
-        first = (~np.isin(ids, self._ends)).argmax(axis=1)
-        return np.where(self._goes_on(row), ids[np.arange(m), first], best)
+        ids, logits = outputs.candidates.token_ids[i, :m], outputs.candidates.logits[i, :m]
+        ids, _, share = spared(ids, logits, confidence, np.isin(ids, self._ends))
+        goes_on = self._goes_on(row)
+        return np.where(goes_on, ids[:, 0], best), np.where(goes_on, share, confidence)
 
     @staticmethod
     def _goes_on(row: Row) -> Bools:

@@ -221,6 +221,25 @@ def test_a_canvas_tells_its_last_step(seed):
         answer(spy, prompt, logprobs=1, **asked)
 
 
+def test_a_canvas_with_given_places_tells_of_the_token_that_it_took():
+    """Where an end token is the best in front of given text, another is taken, with its own probability."""
+    end = {token for token in range(3, VOCAB) if token != 8}  # nearly all, so that some place wants one
+    spy, prompt = Spy(CanvasToy()), [5, 6]
+    template = template_of([Gap(5), [8], Gap(2), [8]], lambda text: [])
+    _, said, _, _ = answer(spy, prompt, template, logprobs=0, eos_id=sorted(end))
+    others = 0
+    for position, one in enumerate(said, len(prompt)):
+        if one.logprob is None:
+            continue
+        positions, outputs = spy.steps[one.step]
+        m, found = positions.index(position), outputs.candidates
+        rank = found.token_ids[0, m].tolist().index(one.token_id)
+        share = outputs.confidence[0, m] * np.exp(found.logits[0, m, rank] - found.logits[0, m, 0])
+        assert one.token_id not in end and np.exp(one.logprob) == pytest.approx(share, rel=1e-5)
+        others += rank > 0
+    assert others
+
+
 @pytest.mark.parametrize("attention", ["block_causal", "full"])
 @pytest.mark.parametrize("more", [{}, {"edit_threshold": 0.0}, {"temperature": 1.0}])
 def test_given_places_of_a_template_have_none(attention, more):
